@@ -1,0 +1,149 @@
+"""Blockwise quantization: scale a block by its absmax, round to a codebook."""
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import DTypeLike
+
+from minipeft.errors import InputError
+from minipeft.reference.codebook import NF4
+from minipeft.shapes import Float, Inexact, UInt8
+
+
+@dataclass(frozen=True)
+class Blockwise:
+    """A quantized tensor: codes, and one scale for each block of consecutive values."""
+
+    packed: UInt8[np.ndarray, " bytes"]
+    absmax: Float[np.ndarray, " blocks"]
+    codebook: Float[np.ndarray, " codes"]
+    blocksize: int
+    shape: tuple[int, ...]
+
+
+def quantize(
+    W: Inexact[np.ndarray, "..."],
+    codebook: Float[np.ndarray, " codes"] = NF4,
+    blocksize: int = 64,
+) -> Blockwise:
+    r"""Round every value to the nearest code of its scaled block.
+
+    $q_i = \arg\min_k |c_k - W_i / a|$ with $a = \max_{j \in \text{block}} |W_j|$.
+
+    Args:
+        W: any shape; read row by row, so blocks run across rows. The last may be short.
+        codebook: 2, 4, 8, 16 … 256 values in [-1, 1] in the order of their codes.
+        blocksize: values in a block, a power of two.
+
+    Raises:
+        InputError: at the first NaN or infinity; if `blocksize` is no power of two.
+
+    Source: QLoRA (arXiv:2305.14314), section 3.
+    """
+    check_blocksize(blocksize)
+    flat = np.ascontiguousarray(W, dtype=np.float32).reshape(-1)
+    check_finite(flat)
+    blocks = np.zeros((-(-flat.size // blocksize), blocksize), np.float32)
+    blocks.reshape(-1)[: flat.size] = flat
+    absmax = np.abs(blocks).max(axis=1)
+    codes = nearest(_scaled(blocks, absmax), codebook).reshape(-1)
+    packed = pack(codes[: flat.size], code_bits(codebook), fill=_zero(codebook))
+    return Blockwise(packed, absmax, codebook, blocksize, W.shape)
+
+
+def dequantize(
+    q: Blockwise, dtype: DTypeLike = np.float32
+) -> Inexact[np.ndarray, "..."]:
+    r"""Give every code its value back: $\hat W_i = c_{q_i} \cdot a$.
+
+    The product is rounded to float32, and once more to `dtype`.
+
+    Args:
+        q: what `quantize` returned.
+        dtype: of the result; bfloat16 through `ml_dtypes.bfloat16`.
+    """
+    size = int(np.prod(q.shape))
+    codes = unpack(q.packed, code_bits(q.codebook), size)
+    absmax = np.repeat(q.absmax.astype(np.float32), q.blocksize)[:size]
+    with np.errstate(over="ignore"):  # float16 ends at 65504; above it stands inf
+        return (q.codebook[codes] * absmax).astype(dtype).reshape(q.shape)
+
+
+def nearest(
+    scaled: Float[np.ndarray, "..."], codebook: Float[np.ndarray, " codes"]
+) -> UInt8[np.ndarray, "..."]:
+    """Return the code of the nearest value; a tie goes to the lower value.
+
+    The boundaries are float32 midpoints of neighbouring values. Equal values keep
+    their order (FP4 has two zeros), so a value above zero meets the second.
+    """
+    order = np.argsort(codebook, kind="stable")
+    values = codebook[order]
+    midpoints = (values[:-1] + values[1:]) / np.float32(2)
+    return order[np.searchsorted(midpoints, scaled, side="left")].astype(np.uint8)
+
+
+def pack(
+    codes: UInt8[np.ndarray, " n"], bits: int, fill: int = 0
+) -> UInt8[np.ndarray, " bytes"]:
+    """Write codes of `bits` bits one after another, the first in the HIGH bits.
+
+    Args:
+        codes: each below `2**bits`.
+        bits: 1 to 8.
+        fill: the code that stands in the unused end of the last byte.
+    """
+    spare = -codes.size % 8  # eight codes always end on a byte
+    padded = np.concatenate([codes, np.full(spare, fill, np.uint8)])
+    bit_rows = np.unpackbits(padded[:, None], axis=1)[:, 8 - bits :]
+    return np.packbits(bit_rows)[: -(-codes.size * bits // 8)]
+
+
+def unpack(
+    packed: UInt8[np.ndarray, " bytes"], bits: int, n: int
+) -> UInt8[np.ndarray, " n"]:
+    """Read back the first `n` codes that `pack` wrote."""
+    bit_rows = np.unpackbits(packed, count=n * bits).reshape(n, bits)
+    return np.packbits(bit_rows, axis=1, bitorder="big")[:, 0] >> np.uint8(8 - bits)
+
+
+def code_bits(codebook: Float[np.ndarray, " codes"]) -> int:
+    """Return the width of a code; refuse a codebook whose length is no power of two."""
+    bits = codebook.size.bit_length() - 1
+    if codebook.size != 2**bits or not 1 <= bits <= 8:
+        raise InputError(
+            f"the codebook has {codebook.size} values; give 2, 4, 8, 16 … 256 of them."
+        )
+    return bits
+
+
+def check_blocksize(blocksize: int) -> None:
+    """Refuse a block size that is not a positive power of two."""
+    if blocksize < 1 or blocksize & (blocksize - 1):
+        raise InputError(
+            f"blocksize is {blocksize}; choose a positive power of two, such as 64."
+        )
+
+
+def check_finite(flat: Float[np.ndarray, " n"]) -> None:
+    """Refuse NaN and infinities: one would spoil the scale of its whole block."""
+    bad = np.flatnonzero(~np.isfinite(flat))
+    if bad.size:
+        raise InputError(
+            f"W holds {flat[bad[0]]} at flat index {bad[0]}, the first of {bad.size} "
+            "values that are not finite; repair the weights before quantizing them."
+        )
+
+
+def _scaled(
+    blocks: Float[np.ndarray, "blocks blocksize"], absmax: Float[np.ndarray, " blocks"]
+) -> Float[np.ndarray, "blocks blocksize"]:
+    # The reciprocal of a subnormal overflows; lifting both by 2**64 first is exact.
+    tiny = absmax < np.finfo(np.float32).tiny
+    lift = np.where(tiny, np.float32(2**64), np.float32(1))
+    inverse = np.float32(1) / np.where(absmax == 0, np.float32(1), absmax * lift)
+    return (blocks * lift[:, None]) * inverse[:, None]
+
+
+def _zero(codebook: Float[np.ndarray, " codes"]) -> int:
+    return int(nearest(np.zeros(1, np.float32), codebook)[0])
