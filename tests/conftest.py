@@ -1,0 +1,43 @@
+"""Options, hypothesis profiles, and what a skip means in continuous integration."""
+
+import os
+
+import pytest
+from hypothesis import HealthCheck, settings
+
+from tests import typechecker  # noqa: F401  (named by --jaxtyping-packages)
+
+IN_CI = os.environ.get("CI") == "true"
+
+settings.register_profile("dev", max_examples=20, deadline=None)
+settings.register_profile(
+    "ci",
+    max_examples=200,
+    deadline=None,
+    derandomize=True,
+    print_blob=True,
+    suppress_health_check=[HealthCheck.too_slow],  # the machines are shared
+)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci" if IN_CI else "dev"))
+
+
+def pytest_addoption(parser):
+    parser.addoption(
+        "--impl",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="also run the golden vectors on this implementation "
+        "(reference, torch, cupy, bitsandbytes, peft, torchao, or package.module)",
+    )
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item, call):
+    """In continuous integration only a missing GPU excuses a skip."""
+    report = yield
+    excused = item.get_closest_marker("gpu") or hasattr(report, "wasxfail")
+    if IN_CI and report.skipped and not excused:
+        report.outcome = "failed"
+        report.longrepr = f"skipped in continuous integration: {call.excinfo.value}"
+    return report

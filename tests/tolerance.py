@@ -1,0 +1,57 @@
+"""How far two results may differ: nothing, or a bound derived here.
+
+The only file in which a tolerance is written. `gamma` is Higham's bound for n
+roundings (Accuracy and Stability of Numerical Algorithms, section 3.1): a sum of n
+products, in any order, errs by at most gamma(n) times the sum of absolute products.
+"""
+
+import numpy as np
+
+UNIT_ROUNDOFF = {
+    "float64": 2.0**-53,
+    "float32": 2.0**-24,
+    "bfloat16": 2.0**-8,
+    "float16": 2.0**-11,
+}
+SMALLEST_SUBNORMAL = {"float64": 2.0**-1074, "float32": 2.0**-149}
+
+
+def gamma(n: int, dtype="float32") -> float:
+    """Relative error of n roundings: n u / (1 - n u)."""
+    u = UNIT_ROUNDOFF[str(np.dtype(dtype)) if not isinstance(dtype, str) else dtype]
+    assert n * u < 1, f"{n} roundings in {dtype} say nothing about the result"
+    return n * u / (1 - n * u)
+
+
+def assert_bits(actual: np.ndarray, expected: np.ndarray) -> None:
+    """Same dtype, same shape, same bytes."""
+    assert actual.dtype == expected.dtype, (actual.dtype, expected.dtype)
+    assert actual.shape == expected.shape, (actual.shape, expected.shape)
+    if actual.tobytes() != expected.tobytes():
+        kind = f"u{actual.dtype.itemsize}"
+        where = np.argwhere(actual.view(kind) != expected.view(kind))
+        first = tuple(where[0])
+        raise AssertionError(
+            f"{len(where)} of {actual.size} differ, first at {first}: "
+            f"{actual[first]!r} is not {expected[first]!r}"
+        )
+
+
+def assert_within(actual, exact, bound) -> None:
+    """|actual - exact| <= bound, everywhere, compared in float64."""
+    actual, exact = np.asarray(actual, np.float64), np.asarray(exact, np.float64)
+    assert actual.shape == exact.shape, (actual.shape, exact.shape)
+    excess = np.abs(actual - exact) - bound
+    worst = np.unravel_index(np.argmax(excess), excess.shape) if excess.size else ()
+    assert not excess.size or excess[worst] <= 0, (
+        f"off by {abs(actual[worst] - exact[worst]):.3e} at {worst}, "
+        f"allowed {np.broadcast_to(bound, excess.shape)[worst]:.3e}"
+    )
+
+
+def matmul_bound(*factors: np.ndarray, roundings: int, dtype="float32") -> np.ndarray:
+    """gamma(roundings) times the product of the factors' absolute values."""
+    product = np.abs(np.asarray(factors[0], np.float64))
+    for factor in factors[1:]:
+        product = product @ np.abs(np.asarray(factor, np.float64))
+    return gamma(roundings, dtype) * product
