@@ -1,0 +1,88 @@
+# Everything a developer does. `make` alone prints this interface.
+# A fresh machine needs only Python >= 3.11 and make: every target sets up what it uses.
+
+SHELL := /bin/bash
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+JOBS ?= 2
+# Continuous integration also runs the tests that compare with other libraries.
+comma := ,
+PEERS := $(if $(CI),-peers)
+SETUP := $(VENV)/.setup$(PEERS)
+# KaTeX's script travels in this wheel; its own dependencies are not wanted.
+KATEX := pelican-katex==1.8.9
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+export OMP_NUM_THREADS ?= 1
+
+.DEFAULT_GOAL := help
+.PHONY: help setup chapter book serve test check fmt fmt-check lint types imports \
+	golden golden-check results bench test-gpu ci-deps clean
+
+help:  ## print this table
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' Makefile
+
+setup: $(SETUP)  ## create .venv and install the package with all it needs
+
+$(SETUP): pyproject.toml constraints.txt Makefile
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	  echo "minipeft needs Python 3.11 or newer; $(PYTHON) is older. Try: make PYTHON=python3.12" >&2; exit 2; }
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@echo "installing minipeft into $(VENV) (once; some minutes on a slow line) ..."
+	@$(BIN)/pip install -q -e '.[dev$(subst -,$(comma),$(PEERS))]' -c constraints.txt
+	@$(BIN)/pip install -q --no-deps $(KATEX)
+	@touch $@
+
+chapter: $(SETUP)  ## run one chapter: make chapter N=01 [ARGS="--steps 50"]
+	@$(BIN)/python chapters/$(N)_*.py $(ARGS)
+
+book: $(SETUP)  ## run every chapter and build the book
+	@$(BIN)/mkdocs build --strict --quiet
+	@echo "The book is built. Open it here: file://$(CURDIR)/build/site/index.html"
+
+serve: $(SETUP)  ## show the book while you write
+	@$(BIN)/mkdocs serve
+
+test: $(SETUP)  ## run the tests (without a GPU; see test-gpu)
+	@$(BIN)/pytest -q -n $(JOBS) --dist loadfile tests
+
+check: fmt-check lint types imports test  ## all that must be clean before a commit
+
+fmt: $(SETUP)  ## format the code
+	@$(BIN)/ruff format . && $(BIN)/ruff check -q --fix .
+
+fmt-check: $(SETUP)
+	@$(BIN)/ruff format --check -q .
+
+lint: $(SETUP)  ## ruff, spelling, and tolerances only where they are derived
+	@$(BIN)/ruff check -q .
+	@$(BIN)/typos
+	@! grep -rnE '\b(atol|rtol) ?= ?[0-9.]' --include='*.py' minipeft tests chapters site \
+	  | grep -v '^tests/tolerance.py' || { \
+	  echo "a tolerance is written outside tests/tolerance.py: derive it there" >&2; exit 1; }
+
+types: $(SETUP)  ## mypy --strict
+	@$(BIN)/mypy
+
+imports: $(SETUP)  ## the arrows between modules
+	@$(BIN)/lint-imports
+
+golden: $(SETUP)  ## write the golden vectors
+	@$(BIN)/python -m minipeft.golden.generate
+
+golden-check: $(SETUP)  ## write them elsewhere and compare
+	@mkdir -p build && rm -rf build/golden && $(BIN)/python -m minipeft.golden.generate --out build/golden
+	@diff -r minipeft/golden/v1 build/golden && echo "golden vectors: regenerated, identical"
+
+test-gpu: $(SETUP)  ## the tests that need a CUDA device
+	@$(BIN)/pytest -q -m gpu tests
+
+ci-deps:  ## Debian packages that the full test run uses
+	@if command -v apt-get >/dev/null && [ "$$(id -u)" = 0 ]; then \
+	  missing=""; for p in chromium nodejs g++; do dpkg -s $$p >/dev/null 2>&1 || missing="$$missing $$p"; done; \
+	  if [ -n "$$missing" ]; then apt-get update -qq && \
+	    DEBIAN_FRONTEND=noninteractive apt-get install -y -qq $$missing >/dev/null; fi; \
+	else echo "ci-deps: not root on Debian; install chromium, nodejs and g++ yourself"; fi
+
+clean:  ## remove what was built (not .venv)
+	@rm -rf build .pytest_cache .mypy_cache .ruff_cache .hypothesis
