@@ -1,0 +1,120 @@
+"""Double quantization: the scales of the blocks are quantized too, to eight bits."""
+
+from dataclasses import dataclass
+from math import fsum, prod
+
+import numpy as np
+from numpy.typing import DTypeLike
+
+from minipeft.reference import blockwise
+from minipeft.reference.blockwise import Blockwise
+from minipeft.reference.codebook import NF4, dynamic_map
+from minipeft.shapes import Float, Inexact, UInt8
+
+
+@dataclass(frozen=True)
+class Nested:
+    """A quantized tensor whose scales are codes of the signed dynamic map."""
+
+    packed: UInt8[np.ndarray, " bytes"]
+    absmax_codes: UInt8[np.ndarray, " blocks"]
+    nested_absmax: Float[np.ndarray, " nested_blocks"]
+    offset: np.float32
+    codebook: Float[np.ndarray, " codes"]
+    blocksize: int
+    nested_blocksize: int
+    shape: tuple[int, ...]
+
+
+def quantize(
+    W: Inexact[np.ndarray, "..."],
+    codebook: Float[np.ndarray, " codes"] = NF4,
+    blocksize: int = 64,
+    nested_blocksize: int = 256,
+) -> Nested:
+    r"""Quantize the weights, then their scales around the mean scale.
+
+    $\bar a = \operatorname{mean}(a)$; $a - \bar a$ is quantized blockwise in turn.
+    Scales are positive: without the mean, half of the signed codes would idle.
+
+    Args:
+        W: any shape; read row by row, so blocks run across rows. The last may be short.
+        codebook: of the weights, as in `blockwise.quantize`.
+        blocksize: weights that share a scale, a power of two.
+        nested_blocksize: scales that share a nested scale, a power of two.
+
+    Raises:
+        InputError: at the first NaN or infinity; if a block size is no power of two.
+
+    Source: QLoRA (arXiv:2305.14314), section 3, "Double Quantization".
+    """
+    blockwise.check_blocksize(nested_blocksize)
+    q = blockwise.quantize(W, codebook, blocksize)
+    offset = mean(q.absmax)
+    scales = blockwise.quantize(q.absmax - offset, dynamic_map(), nested_blocksize)
+    return Nested(
+        q.packed,
+        scales.packed,  # a code of eight bits is a byte
+        scales.absmax,
+        offset,
+        codebook,
+        blocksize,
+        nested_blocksize,
+        W.shape,
+    )
+
+
+def dequantize(q: Nested, dtype: DTypeLike = np.float32) -> Inexact[np.ndarray, "..."]:
+    r"""Give the scales their values back, then the weights.
+
+    $\hat W_i = c_{q_i} \cdot \hat a$ with $\hat a = d_s \cdot a_2 + \bar a$, where $d$
+    is the dynamic map, s the code of the scale and $a_2$ the nested scale. Product and
+    sum are rounded to float32 one after the other.
+
+    Args:
+        q: what `quantize` returned.
+        dtype: of the result; bfloat16 through `ml_dtypes.bfloat16`.
+    """
+    return blockwise.dequantize(unnest(q), dtype)
+
+
+def unnest(q: Nested) -> Blockwise:
+    """Return the same codes with the decoded scales in float32.
+
+    A scale far below the mean can come back as zero or a little below it.
+    """
+    scales = Blockwise(
+        q.absmax_codes,
+        q.nested_absmax,
+        dynamic_map(),
+        q.nested_blocksize,
+        q.absmax_codes.shape,
+    )
+    absmax = blockwise.dequantize(scales) + q.offset
+    return Blockwise(q.packed, absmax, q.codebook, q.blocksize, q.shape)
+
+
+def bits_per_parameter(q: Nested | Blockwise) -> float:
+    r"""Return the stored bits over the number of weights, the offset included.
+
+    $b + 8/B + 32/(B B_2) + 32/n$ where all blocks are full: 4.127 for NF4 with B = 64
+    and B₂ = 256, of which the scales take 0.127. Plain blocks take $b + 32/B$ = 4.5.
+    The codebooks are constants and not counted.
+
+    Source: QLoRA (arXiv:2305.14314), section 3.
+    """
+    parts = [q.packed]
+    if isinstance(q, Nested):
+        parts += [q.absmax_codes, q.nested_absmax, np.asarray(q.offset)]
+    else:
+        parts += [q.absmax]
+    return 8 * sum(part.nbytes for part in parts) / prod(q.shape)
+
+
+def mean(absmax: Float[np.ndarray, " blocks"]) -> np.float32:
+    """Return the mean of the scales; the same bits in every order of summation.
+
+    The exact sum rounded to float64, divided there, rounded to float32. (A float32 sum
+    depends on the order, and libraries differ in its last bit.)
+    """
+    return np.float32(fsum(absmax) / max(absmax.size, 1))
