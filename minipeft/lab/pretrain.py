@@ -16,12 +16,12 @@ import tokenizers
 import torch
 import transformers
 
-from minipeft.lab.checkpoint import fingerprint
-from minipeft.lab.data import AUSTEN_TRAIN, HELD_OUT, austen, checksums
+from minipeft.lab.data import AUSTEN_TRAIN, HELD_OUT, austen, checksums, sha256
 from minipeft.lab.files import write_atomic
 from minipeft.lab.text import consecutive, encode, windows
 from minipeft.lab.train import (
     Checkpoint,
+    History,
     TrainConfig,
     loss,
     train,
@@ -110,14 +110,32 @@ def pretrain(recipe: Recipe, out: Path, resume: bool = False) -> dict[str, Any]:
     """Train `tiny` by its recipe, write it to `out`, and return what was measured."""
     torch.set_num_threads(1)  # one thread: the same sums on every machine of a kind
     transformers.set_seed(recipe.seed)
+    transformers.utils.logging.disable_progress_bar()
     first, rest = texts()
     tokenizer = train_tokenizer(first, recipe.vocabulary)
-    size = (recipe.batch, recipe.context)
-    bos = tokenizer.bos_token_id
-    batches = windows(encode(tokenizer, first), size, bos, recipe.seed)
-    validation = consecutive(encode(tokenizer, rest), size, bos)
+    size, bos = (recipe.batch, recipe.context), tokenizer.bos_token_id
     model = transformers.LlamaForCausalLM(architecture(recipe, tokenizer)).float()
-    config = TrainConfig(
+    checkpoint = Checkpoint(out / "checkpoint.safetensors", every=200, resume=resume)
+    history = train(
+        model,
+        windows(encode(tokenizer, first), size, bos, recipe.seed),
+        config(recipe),
+        consecutive(encode(tokenizer, rest), size, bos),
+        checkpoint,
+    )
+    model.save_pretrained(out)
+    tokenizer.save_pretrained(out)
+    history.save(out / "loss_curve.json")
+    measured = _measure(model, tokenizer, history, size)
+    measured["weights_sha256"] = sha256((out / "model.safetensors").read_bytes())
+    _write_recipe(out, recipe, measured)
+    checkpoint.path.unlink()
+    return measured
+
+
+def config(recipe: Recipe) -> TrainConfig:
+    """Return the part of a recipe that the training loop takes."""
+    return TrainConfig(
         steps=recipe.steps,
         lr=recipe.lr,
         warmup=recipe.warmup,
@@ -127,26 +145,24 @@ def pretrain(recipe: Recipe, out: Path, resume: bool = False) -> dict[str, Any]:
         clip=recipe.clip,
         validate_every=max(1, recipe.steps // 20),
     )
-    checkpoint = Checkpoint(out / "checkpoint.safetensors", every=200, resume=resume)
-    history = train(model, batches, config, validation, checkpoint)
+
+
+def _measure(
+    model: Any, tokenizer: Any, history: History, size: tuple[int, int]
+) -> dict[str, Any]:
+    """Return final losses in nats a token, and bits a character of the unread novel."""
     novel = austen(HELD_OUT)
-    held_out = encode(tokenizer, [novel])
-    nats = loss(model, consecutive(held_out, size, bos))
-    measured = {
+    tokens = encode(tokenizer, [novel])
+    nats = loss(model, consecutive(tokens, size, tokenizer.bos_token_id))
+    recent = history.losses[-100:]
+    return {
         "parameters": sum(p.numel() for p in model.parameters()),
-        "train_loss": sum(history.losses[-100:]) / len(history.losses[-100:]),
+        "train_loss": sum(recent) / len(recent),
         "validation_loss": history.validation[-1][1],
         "held_out_loss": nats,
-        "held_out_bits_per_character": nats * len(held_out) / len(novel) / math.log(2),
+        "held_out_bits_per_character": nats * len(tokens) / len(novel) / math.log(2),
         "seconds": round(history.seconds),
-        "fingerprint": fingerprint(model),
     }
-    model.save_pretrained(out)
-    tokenizer.save_pretrained(out)
-    history.save(out / "loss_curve.json")
-    _write_recipe(out, recipe, measured)
-    checkpoint.path.unlink()
-    return measured
 
 
 def _write_recipe(out: Path, recipe: Recipe, measured: dict[str, Any]) -> None:

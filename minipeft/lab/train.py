@@ -215,7 +215,7 @@ class _Run:
         if self.validation_batches:
             value = loss(self.model, self.validation_batches)
             self.validation.append((self.step, value))
-            shown.note(value)
+            shown.validation = value
 
     def keep(self) -> None:
         """Save the state, where there is a place for it."""

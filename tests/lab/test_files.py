@@ -1,0 +1,48 @@
+import errno
+import os
+import stat
+
+import pytest
+
+from minipeft.errors import InputError
+from minipeft.lab import files
+
+
+def test_writes_the_bytes_and_leaves_nothing_else(tmp_path):
+    path = tmp_path / "new" / "file.bin"
+    files.write_atomic(path, b"one")
+    files.write_atomic(path, b"two")
+    assert path.read_bytes() == b"two"
+    assert [p.name for p in path.parent.iterdir()] == ["file.bin"]
+    assert stat.S_IMODE(path.stat().st_mode) == 0o644
+
+
+def test_a_full_disk_keeps_the_old_file_and_leaves_no_other(tmp_path, monkeypatch):
+    path = tmp_path / "file.bin"
+    files.write_atomic(path, b"old")
+
+    def full(descriptor, data):
+        os.write(descriptor, data[:1])  # the disk fills up half-way
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(files, "_write", full)
+    with pytest.raises(InputError, match="No space left on device; free some space"):
+        files.write_atomic(path, b"new")
+    assert path.read_bytes() == b"old"
+    assert [p.name for p in tmp_path.iterdir()] == ["file.bin"]
+
+
+def test_a_folder_that_is_a_file_is_one_sentence(tmp_path):
+    (tmp_path / "taken").write_text("")
+    with pytest.raises(InputError, match="cannot write"):
+        files.write_atomic(tmp_path / "taken" / "file.bin", b"")
+
+
+def test_an_interrupted_write_leaves_nothing(tmp_path, monkeypatch):
+    def interrupted(descriptor, data):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(files, "_write", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        files.write_atomic(tmp_path / "file.bin", b"new")
+    assert not list(tmp_path.iterdir())
