@@ -1,0 +1,149 @@
+"""The `minipeft` command.
+
+Exit code 0: everything passed; 1: a vector failed; 2: the input was wrong, or the
+implementation could not run, and one sentence on stderr says why.
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from minipeft import __version__
+from minipeft.errors import InputError
+from minipeft.golden import report
+from minipeft.golden.implementations import (
+    BUILT_IN,
+    Implementation,
+    Program,
+    implementation,
+)
+from minipeft.golden.runner import verify
+from minipeft.golden.vectors import load_all
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a subcommand and return the exit code."""
+    options = _parser().parse_args(arguments)
+    try:
+        code: int = options.run(options)
+    except InputError as error:
+        print(f"minipeft: {error}", file=sys.stderr)
+        return 2
+    return code
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="minipeft", description="Parameter-efficient fine-tuning, from scratch."
+    )
+    version = f"minipeft {__version__}"
+    parser.add_argument("--version", action="version", version=version)
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    _add_verify(commands)
+    _add_models(commands)
+    return parser
+
+
+def _add_verify(
+    commands: "argparse._SubParsersAction[argparse.ArgumentParser]",
+) -> None:
+    parser = commands.add_parser(
+        "verify",
+        help="run the golden vectors on an implementation",
+        description="Run the golden vectors on an implementation. Exit code 0: all "
+        "pass; 1: a vector fails; 2: the implementation cannot run.",
+    )
+    parser.add_argument(
+        "implementation",
+        nargs="?",
+        metavar="IMPL",
+        help=f"{', '.join(BUILT_IN)}, or package.module with plain functions",
+    )
+    parser.add_argument(
+        "--exec",
+        metavar="PROGRAM",
+        dest="program",
+        help="a program: one JSON case on stdin, one JSON answer on stdout",
+    )
+    parser.add_argument(
+        "--timeout",
+        type=float,
+        default=10.0,
+        metavar="SECONDS",
+        help="how long the program may take for a case (default: 10)",
+    )
+    parser.add_argument(
+        "--only",
+        action="append",
+        default=[],
+        metavar="METHOD",
+        help="an operation or a row of methods, such as nf4_quantize or lora",
+    )
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write a report")
+    parser.add_argument("--junit", type=Path, metavar="FILE", help="write JUnit XML")
+    parser.set_defaults(run=_verify)
+
+
+def _add_models(
+    commands: "argparse._SubParsersAction[argparse.ArgumentParser]",
+) -> None:
+    parser = commands.add_parser("models", help="list or fetch models")
+    actions = parser.add_subparsers(required=True, metavar="ACTION")
+    listing = actions.add_parser("list", help="print the models by name")
+    listing.set_defaults(run=_list_models)
+    fetch = actions.add_parser("fetch", help="fetch a model by its hash into the cache")
+    fetch.add_argument("name", metavar="NAME")
+    fetch.set_defaults(run=_fetch_model)
+
+
+def _verify(options: argparse.Namespace) -> int:
+    subject = _subject(options.implementation, options.program, options.timeout)
+    outcomes = list(verify(subject, load_all(options.only)))
+    if options.json:
+        _write(options.json, report.as_json(subject.name, outcomes))
+    if options.junit:
+        _write(options.junit, report.as_junit(subject.name, outcomes))
+    print(report.text(subject.name, outcomes))
+    statuses = {outcome.status for outcome in outcomes}
+    if statuses == {"skip"}:
+        raise InputError(
+            f"{subject.name} answered no case; name its functions as the operations."
+        )
+    return 1 if "fail" in statuses else 0
+
+
+def _subject(name: str | None, program: str | None, timeout: float) -> Implementation:
+    if (name is None) == (program is None):
+        raise InputError(
+            f"give one implementation: {', '.join(BUILT_IN)}, package.module, or "
+            "--exec PROGRAM."
+        )
+    return implementation(name) if name else Program(program or "", timeout)
+
+
+def _write(path: Path, text: str) -> None:
+    part = path.with_name(path.name + ".part")
+    try:
+        part.write_text(text, encoding="utf-8")
+        part.replace(path)
+    except OSError as error:
+        raise InputError(f"cannot write {path}: {error.strerror}.") from error
+
+
+def _list_models(_: argparse.Namespace) -> int:
+    from minipeft.lab import models
+
+    print(models.listing())
+    return 0
+
+
+def _fetch_model(options: argparse.Namespace) -> int:
+    from minipeft.lab import models
+
+    print(models.fetch(options.name))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,8 @@
+"""Golden vectors: inputs and outputs, frozen as bytes, that check any implementation.
+
+v1/          the vectors, one file per operation        schema/   what a file may hold
+operations   the table: names, arguments, outputs       cases/    one file per method
+generate     writes v1/ from cases/ and the reference
+drivers/     the columns and the peers as plain functions
+runner       runs an implementation over the vectors    report    says what it found
+"""

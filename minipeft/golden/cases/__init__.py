@@ -1,0 +1,88 @@
+"""The cases, one file or package for each row of methods: `files()` yields them.
+
+An author writes inputs and says why they matter; the reference computes what must come
+back. Nothing here knows how a file looks: that is `generate`.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from statistics import NormalDist
+from typing import Any
+from zlib import crc32
+
+import numpy as np
+
+from minipeft.golden.implementations import implementation, plain_values
+from minipeft.golden.operations import OPERATIONS
+from minipeft.golden.tensors import Array
+from minipeft.golden.vectors import Note
+
+Named = Mapping[str, Array]
+
+
+@dataclass(frozen=True)
+class Alternative:
+    """What somebody else answers, with good reason; no outputs: refuses."""
+
+    by: str
+    outputs: Named | None
+
+
+@dataclass(frozen=True)
+class Spec:
+    """A case as its author writes it."""
+
+    comment: str
+    flags: tuple[str, ...]
+    inputs: Named
+    parameters: Mapping[str, Any]
+    result: str = "valid"
+    roundings: Mapping[str, int] = field(default_factory=dict)  # n of gamma:n
+    outputs: Named | None = None  # None: the reference computes them
+    alternatives: tuple[Alternative, ...] = ()
+
+
+@dataclass(frozen=True)
+class File:
+    """All cases of one operation."""
+
+    operation: str
+    header: tuple[str, ...]
+    source: str  # the module that computes the outputs
+    notes: Mapping[str, Note]
+    specs: Sequence[Spec]
+
+
+def gaussian(
+    seed: str, shape: tuple[int, ...], std: float = 1.0, dtype: Any = np.float32
+) -> Array:
+    """Draw normal values that no NumPy version changes: PCG64 words, inverse normal."""
+    words = np.random.PCG64(crc32(seed.encode())).random_raw(int(np.prod(shape)))
+    inverse = NormalDist(0, std).inv_cdf
+    values = [inverse(((int(word) >> 11) + 0.5) * 2.0**-53) for word in words]
+    return np.array(values).reshape(shape).astype(dtype)
+
+
+def integers(seed: str, shape: tuple[int, ...], largest: int = 4) -> Array:
+    """Draw whole numbers from -largest to largest, none of them 0, as float32."""
+    words = np.random.PCG64(crc32(seed.encode())).random_raw(int(np.prod(shape)))
+    size = (words >> np.uint64(11)) % np.uint64(largest) + np.uint64(1)
+    sign = 1 - 2 * (words >> np.uint64(63)).astype(np.int64)
+    return (sign * size.astype(np.int64)).reshape(shape).astype(np.float32)
+
+
+def used(notes: Mapping[str, Note], specs: Sequence[Spec]) -> Iterator[str]:
+    """Name the notes that at least one case refers to, in the order of `notes`."""
+    flags = {flag for spec in specs for flag in spec.flags}
+    missing = flags - set(notes)
+    if missing:
+        raise KeyError(f"no note for {sorted(missing)}")
+    return (flag for flag in notes if flag in flags)
+
+
+def reference(operation: str, inputs: Named, parameters: Mapping[str, Any]) -> Named:
+    """Compute the outputs of an operation with the reference column."""
+    function = implementation("reference").find(operation)
+    returned = function(**inputs, **plain_values(parameters))
+    values = returned if isinstance(returned, tuple) else (returned,)
+    return dict(zip(OPERATIONS[operation].outputs, values, strict=True))

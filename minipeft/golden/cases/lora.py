@@ -1,0 +1,352 @@
+"""Cases of lora_forward, lora_backward and lora_merge.
+
+Whole numbers and scalings that are powers of two make every partial sum exact, in any
+order, so that those outputs are compared as bytes. Normal values come with a bound.
+"""
+
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+from ml_dtypes import bfloat16
+
+from minipeft.golden.cases import Alternative, File, Spec, gaussian, integers
+from minipeft.golden.vectors import Note
+
+F32 = np.float32
+
+Sizes = tuple[int, int, int]  # in_features, out_features, r
+SMALL: Sizes = (6, 5, 2)
+
+NOTES = {
+    "Basic": Note(
+        "BASIC",
+        "Two thin matrices beside a frozen weight: scaling * B A.",
+        "Adapters of any other library give other results here.",
+        ("https://arxiv.org/abs/2106.09685",),
+    ),
+    "Scaling": Note(
+        "HISTORIC_BUG",
+        "The update is scaled by alpha/r. Here alpha, r and alpha/r all differ.",
+        "Scaled by alpha alone, the update is r times too large; with the common "
+        "default alpha = r, a missing scaling goes unseen.",
+        (
+            "https://github.com/Blaizzy/mlx-vlm/issues/841",
+            "https://github.com/huggingface/peft/pull/2489",
+        ),
+    ),
+    "RankStabilized": Note(
+        "HISTORIC_BUG",
+        "rsLoRA scales by alpha/sqrt(r).",
+        "A loader that ignores the setting scales the update sqrt(r) times too low.",
+        (
+            "https://github.com/vllm-project/vllm/pull/6909",
+            "https://github.com/vllm-project/vllm/issues/55545",
+            "https://arxiv.org/abs/2312.03732",
+        ),
+    ),
+    "Orientation": Note(
+        "CONVENTION",
+        "A is (r, in_features), B is (out_features, r), W is (out_features, "
+        "in_features), and no two of the three sizes are equal.",
+        "A transposed matrix is a shape error at best.",
+        (),
+    ),
+    "SquareTrap": Note(
+        "CONVENTION",
+        "in_features, out_features and r are equal: no shape error can help.",
+        "With A and B exchanged or transposed the result is wrong without a word.",
+        ("https://github.com/Comfy-Org/ComfyUI/pull/13011",),
+    ),
+    "Bias": Note(
+        "CONVENTION",
+        "The bias is added once and never scaled.",
+        "A scaled, doubled or lost bias: unseen where the scaling is 1 or the bias 0.",
+        ("https://github.com/huggingface/peft/pull/2489",),
+    ),
+    "LeadingAxes": Note(
+        "EDGE_CASE",
+        "x has no, one or more axes before in_features; gradients sum over them all.",
+        "Only the first axis is summed, or a vector is taken for a matrix.",
+        (),
+    ),
+    "RankOne": Note(
+        "EDGE_CASE",
+        "r is 1.",
+        "An axis of length 1 is squeezed away.",
+        (),
+    ),
+    "FullRank": Note(
+        "EDGE_CASE",
+        "r is min(in_features, out_features), the largest that makes sense.",
+        "A check that is off by one refuses it.",
+        (),
+    ),
+    "ZeroB": Note(
+        "EDGE_CASE",
+        "B is zero, as at the start of training: the output is that of the base.",
+        "A and B are initialized the other way round, or both with zeros, which never "
+        "train: the gradient of B must not be zero.",
+        (),
+    ),
+    "Rounding": Note(
+        "NUMERICS",
+        "Normal values: any order of summation stays within the bound.",
+        "TF32 or half precision inside, though the tensors are float32.",
+        (),
+    ),
+    "MergeRounding": Note(
+        "NUMERICS",
+        "W is bfloat16 or float16, the update float32: the sum is rounded once.",
+        "Rounding the update first errs by up to half a step more, and repeated "
+        "merging and unmerging drifts.",
+        (
+            "https://github.com/huggingface/trl/issues/6688",
+            "https://github.com/unslothai/unsloth/issues/3091",
+        ),
+    ),
+    "RankMismatch": Note(
+        "EDGE_CASE",
+        "A and B disagree about r, or do not fit W or x.",
+        "Broadcasting turns the mistake into numbers.",
+        ("https://github.com/huggingface/peft/pull/1746",),
+    ),
+    "InvalidRank": Note(
+        "EDGE_CASE",
+        "r is 0, or larger than both sides of W allow.",
+        "Division by zero, or parameters that cannot add rank.",
+        (),
+    ),
+}
+
+
+def files() -> Iterator[File]:
+    """Yield the three files of the row."""
+    yield File(
+        operation="lora_forward",
+        header=(
+            "y = x W^T + bias + s (x A^T) B^T, with s = alpha/r, or alpha/sqrt(r)",
+            "where rank_stabilized is true.",
+        ),
+        source="minipeft.reference.lora.forward",
+        notes=NOTES,
+        specs=[*_forward()],
+    )
+    yield File(
+        operation="lora_backward",
+        header=(
+            "With G the gradient of y: grad_x = G W + s (G B) A, grad_A = s (G B)^T x,",
+            "grad_B = s G^T (x A^T). W and bias are frozen.",
+        ),
+        source="minipeft.reference.lora.backward",
+        notes=NOTES,
+        specs=[*_backward()],
+    )
+    yield File(
+        operation="lora_merge",
+        header=("merged = W + s B A, in the dtype of W, rounded once.",),
+        source="minipeft.reference.lora.merge",
+        notes=NOTES,
+        specs=[*_merge()],
+    )
+
+
+def _forward() -> Iterator[Spec]:
+    yield from _exact("lora_forward", (3,))
+    yield from _leading_axes("lora_forward")
+    yield _nine("lora_forward")
+    spec = _spec("lora_forward", "with bias", "Bias Scaling", SMALL, 8, (3,))
+    bias = integers("bias", (SMALL[1],), 16)
+    yield replace(spec, inputs={**spec.inputs, "bias": bias})
+    square = _spec("lora_forward", "square, with bias", "Bias SquareTrap", (4, 4, 4), 8)
+    yield replace(square, inputs={**square.inputs, "bias": bias[:4]})
+    for sizes, alpha, stable in _NORMAL:
+        yield _normal("lora_forward", sizes, alpha, stable)
+    spec = _normal("lora_forward", (15, 8, 3), 5, False)
+    bias = gaussian("normal bias", (8,))
+    inputs = {**spec.inputs, "bias": bias}
+    yield replace(spec, comment=f"{spec.comment}, with bias", inputs=inputs)
+    yield from _invalid("lora_forward")
+    yield _broken("lora_forward", "x is one column short", "x", (3, SMALL[0] - 1))
+    spec = _broken("lora_forward", "bias is one short", "bias", (SMALL[1] - 1,))
+    yield replace(spec, flags=("Bias", "RankMismatch"))
+
+
+def _backward() -> Iterator[Spec]:
+    yield from _exact("lora_backward", (2,))
+    yield from _leading_axes("lora_backward")
+    for sizes, alpha, stable in _NORMAL[::2]:
+        yield _normal("lora_backward", sizes, alpha, stable)
+    yield from _invalid("lora_backward")
+    yield _broken("lora_backward", "grad_y is one short", "grad_y", (3, SMALL[1] - 1))
+
+
+def _merge() -> Iterator[Spec]:
+    yield from _exact("lora_merge", ())
+    yield _nine("lora_merge")
+    for sizes, alpha, stable in _NORMAL:
+        yield _normal("lora_merge", sizes, alpha, stable)
+    for dtype in (bfloat16, np.float16):
+        yield _half_exact(np.dtype(dtype))
+        yield _half_rounding(np.dtype(dtype))
+    yield from _invalid("lora_merge")
+
+
+_NORMAL: list[tuple[Sizes, float, bool]] = [
+    ((15, 8, 3), 5, False),
+    ((7, 18, 5), 0.3, False),
+    ((10, 9, 6), 4, True),
+]
+
+
+def _exact(operation: str, rows: tuple[int, ...]) -> Iterator[Spec]:
+    """Compared as bytes: whole numbers, scalings that are powers of two."""
+    for comment, flags, sizes, alpha, stable in [
+        ("alpha 4, r 2: scaling 2", "Basic Scaling", SMALL, 4, False),
+        ("alpha 8, r 4: scaling 2", "Scaling", (7, 6, 4), 8, False),
+        ("alpha 2, r 4: scaling 1/2", "Scaling", (6, 5, 4), 2, False),
+        ("alpha -8, r 2: scaling -4", "Scaling", SMALL, -8, False),
+        ("alpha 0.5, r 2: scaling 1/4", "Scaling", SMALL, 0.5, False),
+        ("alpha 8, r 4: scaling 4", "RankStabilized", (6, 5, 4), 8, True),
+        ("wide: 9 in, 3 out, r 2", "Orientation", (9, 3, 2), 8, False),
+        ("tall: 3 in, 9 out, r 2", "Orientation", (3, 9, 2), 8, False),
+        ("r equals out_features", "Orientation FullRank", (5, 3, 3), 6, False),
+        ("r equals in_features", "Orientation FullRank", (3, 5, 3), 6, False),
+        ("4 in, 4 out, r 4", "SquareTrap FullRank", (4, 4, 4), 8, False),
+        ("4 in, 4 out, r 2", "SquareTrap", (4, 4, 2), 4, False),
+        ("r 1: scaling 2", "RankOne", (6, 5, 1), 2, False),
+        ("one input, one output", "RankOne SquareTrap", (1, 1, 1), 2, False),
+    ]:
+        yield _spec(operation, comment, flags, sizes, alpha, rows, stable)
+    spec = _spec(operation, "B is zero", "ZeroB", SMALL, 8, rows)
+    yield replace(spec, inputs={**spec.inputs, "B": np.zeros_like(spec.inputs["B"])})
+
+
+def _spec(
+    operation: str,
+    comment: str,
+    flags: str,
+    sizes: Sizes,
+    alpha: float,
+    rows: tuple[int, ...] = (2,),
+    stable: bool = False,
+) -> Spec:
+    seed = f"{operation} {comment}"
+    shapes = _shapes(operation, sizes, rows)
+    inputs = {name: integers(f"{seed} {name}", shape) for name, shape in shapes.items()}
+    return Spec(comment, tuple(flags.split()), inputs, _parameters(alpha, stable))
+
+
+def _nine(operation: str) -> Spec:
+    comment = "alpha 6, r 9: scaling 2"  # sqrt(9) is exact, and no power of two
+    return _spec(operation, comment, "RankStabilized", (10, 11, 9), 6, stable=True)
+
+
+def _leading_axes(operation: str) -> Iterator[Spec]:
+    for comment, rows in [
+        ("x is a vector", ()),
+        ("x has one row", (1,)),
+        ("x has two leading axes", (2, 2)),
+        ("x has three leading axes", (2, 1, 2)),
+    ]:
+        yield _spec(operation, comment, "LeadingAxes", SMALL, 8, rows)
+
+
+def _normal(operation: str, sizes: Sizes, alpha: float, stable: bool) -> Spec:
+    """Compared with a bound that counts the roundings from any input to the output."""
+    in_features, out_features, r = sizes
+    rows = 4
+    shapes = _shapes(operation, sizes, (rows,))
+    seed = f"{operation} {sizes} {alpha}"
+    inputs = {name: gaussian(f"{seed} {name}", shape) for name, shape in shapes.items()}
+    # Sums of those lengths; 2 roundings in the scaling, 1 when it multiplies, 2 when
+    # base and bias are added, 1 in the output that the vector holds.
+    others = 6
+    lengths = {
+        "y": in_features + r,
+        "grad_x": out_features + r,
+        "grad_A": out_features + rows,
+        "grad_B": in_features + rows,
+        "merged": r,
+    }
+    sums = {
+        "lora_forward": ("y",),
+        "lora_backward": ("grad_x", "grad_A", "grad_B"),
+        "lora_merge": ("merged",),
+    }
+    return Spec(
+        comment=f"normal values, {in_features} in, {out_features} out, r {r}",
+        flags=("Rounding", "RankStabilized") if stable else ("Rounding", "Scaling"),
+        inputs=inputs,
+        parameters=_parameters(alpha, stable),
+        roundings={output: lengths[output] + others for output in sums[operation]},
+    )
+
+
+def _half_exact(dtype: np.dtype[Any]) -> Spec:
+    spec = _spec("lora_merge", f"W is {dtype}, the sum exact", "Scaling", SMALL, 8, ())
+    return replace(spec, inputs={**spec.inputs, "W": spec.inputs["W"].astype(dtype)})
+
+
+def _half_rounding(dtype: np.dtype[Any]) -> Spec:
+    """One rounding or two: the update is not a number of the weight's dtype."""
+    in_features, out_features, r = SMALL
+    W = gaussian(f"merge W {dtype}", (out_features, in_features), 0.5).astype(dtype)
+    # Few bits in each factor: the update is exact in float32, however it is summed.
+    A = np.round(gaussian("merge A", (r, in_features)) * 64) / F32(512)
+    B = np.round(gaussian("merge B", (out_features, r)) * 64) / F32(512)
+    update = F32(4) * (B @ A)
+    once = (W.astype(F32) + update).astype(dtype)
+    twice = (W.astype(F32) + update.astype(dtype).astype(F32)).astype(dtype)
+    assert once.tobytes() != twice.tobytes(), "the case shows nothing"
+    return Spec(
+        comment=f"W is {dtype}, the sum is rounded",
+        flags=("MergeRounding",),
+        inputs={"W": W, "A": A, "B": B},
+        parameters=_parameters(8, False),
+        result="acceptable",
+        outputs={"merged": once},
+        alternatives=(
+            Alternative("those who round the update first", {"merged": twice}),
+        ),
+    )
+
+
+def _invalid(operation: str) -> Iterator[Spec]:
+    in_features, out_features, r = SMALL
+    yield _broken(operation, "A has r + 1 rows", "A", (r + 1, in_features))
+    yield _broken(operation, "B has r + 1 columns", "B", (out_features, r + 1))
+    yield _broken(operation, "A is transposed", "A", (in_features, r))
+    yield _broken(operation, "B is transposed", "B", (r, out_features))
+    yield _broken(operation, "A is one column short", "A", (r, in_features - 1))
+    yield _broken(operation, "B is one row short", "B", (out_features - 1, r))
+    for comment, rank in [("r is 0", 0), ("r is larger than any rank of W", 6)]:
+        spec = _spec(operation, comment, "InvalidRank", (6, 5, rank), 8)
+        yield replace(spec, result="invalid")
+
+
+def _broken(operation: str, comment: str, name: str, shape: tuple[int, ...]) -> Spec:
+    spec = _spec(operation, comment, "RankMismatch", SMALL, 8, (3,))
+    inputs = {**spec.inputs, name: integers(comment, shape)}
+    return replace(spec, inputs=inputs, result="invalid")
+
+
+def _shapes(
+    operation: str, sizes: Sizes, rows: tuple[int, ...]
+) -> dict[str, tuple[int, ...]]:
+    in_features, out_features, r = sizes
+    weights: dict[str, tuple[int, ...]] = {
+        "W": (out_features, in_features),
+        "A": (r, in_features),
+        "B": (out_features, r),
+    }
+    if operation == "lora_merge":
+        return weights
+    x = {"x": (*rows, in_features)}
+    grad_y = {"grad_y": (*rows, out_features)} if operation == "lora_backward" else {}
+    return grad_y | x | weights
+
+
+def _parameters(alpha: float, stable: bool) -> dict[str, Any]:
+    return {"alpha": alpha, "rank_stabilized": stable}

@@ -1,0 +1,15 @@
+"""Implementations as plain functions: our columns, and peers under their own rules.
+
+One package for each, one file for each row of methods. A file or a function that is
+missing is a listed skip. A package that cannot run here raises `Unavailable` on import.
+"""
+
+from importlib.util import find_spec
+
+from minipeft.golden.errors import Unavailable
+
+
+def need(package: str, install: str) -> None:
+    """Say in one sentence that a package is missing, and how to get it."""
+    if find_spec(package) is None:
+        raise Unavailable(f"{package} is not installed; run: pip install {install}")

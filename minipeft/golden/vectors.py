@@ -1,0 +1,112 @@
+"""Read the files of vectors."""
+
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from minipeft.errors import InputError
+from minipeft.golden.operations import OPERATIONS
+from minipeft.golden.tensors import Tensor
+
+V1 = Path(__file__).parent / "v1"
+
+Tensors = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Note:
+    """What a flag stands for."""
+
+    kind: str
+    description: str
+    effect: str
+    links: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Way:
+    """An answer that another implementation in use gives; no outputs: it refuses."""
+
+    by: str
+    outputs: Tensors | None
+
+
+@dataclass(frozen=True)
+class Case:
+    """One test: what to call, with what, and what must come back."""
+
+    operation: str
+    tcId: int  # noqa: N815  # the name in the file
+    comment: str
+    flags: tuple[str, ...]
+    result: str
+    inputs: Tensors
+    parameters: dict[str, Any]
+    compare: dict[str, str]
+    outputs: Tensors
+    magnitudes: Tensors
+    alternatives: tuple[Way, ...]
+
+
+@dataclass(frozen=True)
+class VectorFile:
+    """All cases of one operation."""
+
+    name: str
+    notes: dict[str, Note]
+    cases: tuple[Case, ...]
+
+
+def load(path: Path) -> VectorFile:
+    """Read one file."""
+    content = json.loads(path.read_text(encoding="utf-8"))
+    notes = {
+        flag: Note(n["kind"], n["description"], n["effect"], tuple(n["links"]))
+        for flag, n in content["notes"].items()
+    }
+    cases = tuple(
+        _case(content["method"], group, test)
+        for group in content["testGroups"]
+        for test in group["tests"]
+    )
+    return VectorFile(path.name, notes, cases)
+
+
+def load_all(only: Iterable[str] = ()) -> Iterator[VectorFile]:
+    """Read the files in the table's order: all, or those of some operations or rows."""
+    wanted = set(only)
+    choices = {*OPERATIONS, *(op.row for op in OPERATIONS.values())}
+    if wanted - choices:
+        raise InputError(
+            f"there are no vectors for {', '.join(sorted(wanted - choices))}; "
+            f"choose from {', '.join(sorted(choices))}."
+        )
+    for name, operation in OPERATIONS.items():
+        if not wanted or wanted & {name, operation.row}:
+            yield load(V1 / f"{name}.json")
+
+
+def _case(operation: str, group: Mapping[str, Any], test: Mapping[str, Any]) -> Case:
+    ways = (
+        Way(way["by"], _tensors(way["outputs"]) if "outputs" in way else None)
+        for way in test.get("alternatives", ())
+    )
+    return Case(
+        operation=operation,
+        tcId=test["tcId"],
+        comment=test["comment"],
+        flags=tuple(test["flags"]),
+        result=test["result"],
+        inputs=_tensors(test["inputs"]),
+        parameters=group["parameters"],
+        compare=group["compare"],
+        outputs=_tensors(test.get("outputs", {})),
+        magnitudes=_tensors(test.get("magnitudes", {})),
+        alternatives=tuple(ways),
+    )
+
+
+def _tensors(named: Mapping[str, Any]) -> Tensors:
+    return {name: Tensor.from_json(value) for name, value in named.items()}
