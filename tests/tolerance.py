@@ -55,3 +55,14 @@ def matmul_bound(*factors: np.ndarray, roundings: int, dtype="float32") -> np.nd
     for factor in factors[1:]:
         product = product @ np.abs(np.asarray(factor, np.float64))
     return gamma(roundings, dtype) * product
+
+
+def central_difference(f, noise: float, h=2.0**-14) -> tuple[float, float]:
+    """The slope of a float64 function at 0, and how far it may be off.
+
+    D(h) = (f(h) - f(-h)) / 2h errs by a sixth of the third derivative times h^2 and
+    higher orders, of which D(2h) shows four times as much; and by noise / h, if a value
+    of f errs by `noise`.
+    """
+    slope, coarse = ((f(t) - f(-t)) / (2 * t) for t in (h, 2 * h))
+    return slope, abs(coarse - slope) + noise / h
