@@ -1,0 +1,149 @@
+"""PiSSA: train the principal part of the weight, freeze what is left of it."""
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.linalg import qr, svd
+
+from minipeft.errors import InputError
+from minipeft.reference import lora
+from minipeft.reference.lora import LoRA
+from minipeft.shapes import Inexact, Shaped
+
+
+@dataclass(frozen=True)
+class Sketch:
+    """How the randomized SVD looks at a matrix; the same sketch, the same answer."""
+
+    seed: int = 0
+    oversampling: int = 10  # directions beyond r, dropped at the end
+    iterations: int = 4  # passes of W and its transpose
+
+
+SKETCH = Sketch()
+
+
+def init(
+    W: Inexact[np.ndarray, "out_features in_features"], r: int, alpha: float
+) -> tuple[Inexact[np.ndarray, "out_features in_features"], LoRA]:
+    r"""Split the weight into a frozen residual and a trained principal part.
+
+    $W = U S V^T$, $A = \sqrt{S_r / s}\, V_r^T$, $B = U_r \sqrt{S_r / s}$ and
+    $W_{res} = W - s B A$, so that $W_{res} + s B A = W$ at any scaling.
+
+    The residual is rounded: it and the adapter do not give W back bit for bit. W is
+    left alone; keep it, and `to_lora` puts what was learned on top of it.
+
+    Args:
+        W: the weight, every value finite.
+        r: rank of the trained part, 1 to min(in_features, out_features).
+        alpha: numerator of the scaling $s = \alpha / r$, positive.
+
+    Returns:
+        The frozen base and the adapter to train; from here on it is LoRA.
+
+    Raises:
+        InputError: if r or alpha is out of range, or a value of W is not finite.
+
+    Source: PiSSA (arXiv:2404.02948), section 3.
+    """
+    initial = principal(W, r, checked_scaling(W, r, alpha))
+    return residual(W, initial), initial
+
+
+def init_randomized(
+    W: Inexact[np.ndarray, "out_features in_features"],
+    r: int,
+    alpha: float,
+    sketch: Sketch = SKETCH,
+) -> tuple[Inexact[np.ndarray, "out_features in_features"], LoRA]:
+    """Do as `init` with a randomized SVD: faster, and W is still split exactly.
+
+    A part of the r largest singular values stays in the residual, so the start is a
+    little less principal; it is never a worse approximation of W.
+
+    Source: PiSSA (arXiv:2404.02948), initialization with a fast SVD.
+    """
+    s = checked_scaling(W, r, alpha)
+    initial = principal_randomized(W, r, s, sketch)
+    return residual(W, initial), initial
+
+
+def residual(
+    W: Shaped[np.ndarray, "out_features in_features"], initial: LoRA
+) -> Shaped[np.ndarray, "out_features in_features"]:
+    """Return what the adapter leaves of the weight: $W_{res} = W - s B A$."""
+    return W - lora.delta(initial)
+
+
+def to_lora(trained: LoRA, initial: LoRA) -> LoRA:
+    r"""Write what was learned as a plain LoRA of rank 2r on the original weight.
+
+    $s (B_t A_t - B_0 A_0) = s [B_t, -B_0] [A_t; A_0]$, so nobody who loads it needs
+    the residual, or an SVD that comes out the same again.
+
+    Args:
+        trained: the adapter after training.
+        initial: the adapter that `init` returned, with the same scaling.
+
+    Source: PiSSA (arXiv:2404.02948), conversion to LoRA.
+    """
+    if trained.scaling != initial.scaling:
+        raise InputError(
+            f"scaling is {trained.scaling} after training and {initial.scaling} "
+            "before; give the adapter that the training started from."
+        )
+    A = np.concatenate([trained.A, initial.A])
+    B = np.concatenate([trained.B, -initial.B], axis=1)
+    return LoRA(A, B, trained.scaling)
+
+
+def principal(
+    W: Inexact[np.ndarray, "out_features in_features"], r: int, scaling: float
+) -> LoRA:
+    r"""Return the adapter nearest to W: the r largest singular values and vectors.
+
+    No matrix of rank r is nearer, in the Frobenius, nuclear or spectral norm
+    (Eckart, Young, Mirsky). The roots share $S_r / s$ evenly between A and B.
+    """
+    # No SVD is written for 16 bits.
+    U, S, Vt = svd(W.astype(np.result_type(W, np.float32)), False)
+    root = np.sqrt(S[:r] / scaling)
+    return LoRA(root[:, None] * Vt[:r], U[:, :r] * root, scaling)
+
+
+def principal_randomized(
+    W: Inexact[np.ndarray, "out_features in_features"],
+    r: int,
+    scaling: float,
+    sketch: Sketch = SKETCH,
+) -> LoRA:
+    r"""Return nearly the nearest adapter: the SVD of $Q^T W$ for a thin Q.
+
+    Q spans $(W W^T)^q W \Omega$ with Gaussian $\Omega$ and a QR at every pass, which
+    keeps small singular values from drowning in rounding.
+
+    Source: Halko, Martinsson, Tropp (arXiv:0909.4061), algorithms 4.4 and 5.1.
+    """
+    W = W.astype(np.result_type(W, np.float32))
+    rng = np.random.default_rng(sketch.seed)
+    columns = min(r + sketch.oversampling, *W.shape)
+    Q = qr(W @ rng.standard_normal((W.shape[1], columns)).astype(W.dtype)).Q
+    for _ in range(sketch.iterations):
+        Q = qr(W @ qr(W.T @ Q).Q).Q
+    small = principal(Q.T @ W, r, scaling)
+    return LoRA(small.A, Q @ small.B, scaling)
+
+
+def checked_scaling(
+    W: Inexact[np.ndarray, "out_features in_features"], r: int, alpha: float
+) -> float:
+    """Return alpha / r, or refuse what no split can be made of."""
+    lora.check_rank(r, W.shape[1], W.shape[0])
+    if not alpha > 0:
+        raise InputError(f"alpha is {alpha}; a split of W needs a positive one.")
+    bad = np.argwhere(~np.isfinite(W))
+    if len(bad):
+        i, j = (int(index) for index in bad[0])
+        raise InputError(f"W[{i}, {j}] is {W[i, j]}; repair it before taking an SVD.")
+    return lora.scaling(alpha, r)

@@ -1,0 +1,214 @@
+"""Laws of PiSSA: the split, its optimality, the way back, and what rounding spoils."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from minipeft.errors import InputError
+from minipeft.reference import linear, lora, pissa
+from minipeft.reference.lora import LoRA
+from tests.strategies import gaussians, rational_layers, rationals, seeds
+from tests.tolerance import assert_bits, assert_within, gamma
+
+alphas = st.sampled_from([1.0, 3.0, 16.0, 100.0])
+
+
+@st.composite
+def problems(draw, largest=24):
+    """A weight with decaying singular values, a rank and an alpha."""
+    d, k = draw(st.integers(2, largest)), draw(st.integers(2, largest))
+    rng = np.random.default_rng(draw(seeds))
+    n = min(d, k)
+    U = np.linalg.qr(rng.standard_normal((d, n))).Q
+    V = np.linalg.qr(rng.standard_normal((k, n))).Q
+    decay = draw(st.sampled_from([0.0, 0.5, 2.0]))
+    S = np.arange(1, n + 1) ** -decay
+    W = (U * S @ V.T).astype(np.float32)
+    return W, draw(st.integers(1, n)), draw(alphas)
+
+
+def norm(M):
+    return float(np.linalg.norm(M.astype(np.float64)))
+
+
+def rounding(W):
+    """What an SVD in float32 may be off by: p(m, n) u times the largest singular value.
+
+    LAPACK's backward error, with a linear polynomial p.
+    """
+    return gamma(8 * sum(W.shape)) * norm(W)
+
+
+@given(problems())
+def test_base_and_adapter_sum_to_the_weight_at_any_scaling(t):
+    W, r, alpha = t
+    base, initial = pissa.init(W, r, alpha)
+    assert initial.scaling == alpha / r
+    size = abs(base) + initial.scaling * (abs(initial.B) @ abs(initial.A))
+    assert_within(lora.merge(base, initial), W, gamma(2 * (r + 3)) * size)
+
+
+@given(problems())
+def test_nothing_of_that_rank_is_nearer(t):
+    W, r, alpha = t
+    S = np.linalg.svd(W.astype(np.float64), compute_uv=False)
+    base, initial = pissa.init(W, r, alpha)
+    best = float(np.sqrt(np.square(S[r:]).sum()))
+    assert abs(norm(base) - best) <= rounding(W)
+    assert np.linalg.matrix_rank(lora.delta(initial)) <= r
+
+
+@given(problems())
+def test_the_scaling_moves_the_factors_and_not_the_split(t):
+    W, r, alpha = t
+    base, initial = pissa.init(W, r, alpha)
+    other, scaled = pissa.init(W, r, 4 * alpha)  # the root of 4 is exact
+    assert_bits(scaled.A * np.float32(2), initial.A)
+    assert_bits(scaled.B * np.float32(2), initial.B)
+    assert_bits(other, base)
+
+
+@given(problems())
+def test_both_factors_carry_the_same_share(t):
+    W, r, alpha = t
+    _, initial = pissa.init(W, r, alpha)
+    rows, columns = (
+        np.linalg.norm(M, axis=a) for M, a in ((initial.A, 1), (initial.B, 0))
+    )
+    assert_within(rows, columns, gamma(8 * sum(W.shape)) * rows)
+
+
+@given(rational_layers, st.data())
+def test_the_conversion_is_the_same_function_over_the_rationals(t, data):
+    # Any two adapters of one scaling: the SVD only chose the first of them.
+    initial = LoRA(t.A, t.B, t.scaling)
+    A, B = data.draw(rationals(t.A.shape)), data.draw(rationals(t.B.shape))
+    trained = LoRA(A, B, t.scaling)
+    base = pissa.residual(t.W, initial)
+    plain = pissa.to_lora(trained, initial)
+    assert len(plain.A) == 2 * len(t.A)
+    assert np.all(lora.merge(base, initial) == t.W)
+    assert np.all(lora.merge(t.W, plain) == lora.merge(base, trained))
+    split = lora.forward(t.x, base, trained, t.bias)
+    assert np.all(lora.forward(t.x, t.W, plain, t.bias) == split)
+
+
+@given(problems(), seeds)
+def test_before_training_the_conversion_changes_nothing_but_the_last_bits(t, seed):
+    W, r, alpha = t
+    _, initial = pissa.init(W, r, alpha)
+    plain = pissa.to_lora(initial, initial)
+    x = np.random.default_rng(seed).standard_normal((3, W.shape[1])).astype(np.float32)
+    # The two halves cancel: what is left is the order of 2r additions.
+    update = lora.forward(x, W, plain) - linear.forward(x, W)
+    size = abs(plain.scaling) * (abs(x) @ abs(plain.A).T @ abs(plain.B).T)
+    size = size + 2 * (abs(x) @ abs(W).T)
+    assert_within(update, 0 * update, gamma(W.shape[1] + 2 * r + 4) * size)
+
+
+def test_the_residual_and_the_adapter_do_not_give_the_bits_back():
+    # Why a layer must keep W, or keep it untouched: peft's unload returns the residual
+    # of PiSSA, and even residual + adapter is only near.
+    W = np.random.default_rng(0).standard_normal((64, 48)).astype(np.float32)
+    base, initial = pissa.init(W, 8, 16)
+    given_back = lora.merge(base, initial)
+    assert np.any(given_back != W)
+    assert norm(base - W) > norm(given_back - W) * 1e4
+
+
+@given(problems(), seeds)
+def test_the_randomized_split_is_exact_too_and_reproducible(t, seed):
+    W, r, alpha = t
+    sketch = pissa.Sketch(seed, oversampling=2, iterations=1)
+    base, initial = pissa.init_randomized(W, r, alpha, sketch)
+    again, repeated = pissa.init_randomized(W, r, alpha, sketch)
+    assert_bits(base, again)
+    assert_bits(initial.A, repeated.A)
+    assert_bits(initial.B, repeated.B)
+    size = abs(base) + initial.scaling * (abs(initial.B) @ abs(initial.A))
+    assert_within(lora.merge(base, initial), W, gamma(2 * (r + 3)) * size)
+
+
+@given(problems(), seeds)
+def test_the_randomized_start_lies_between_nothing_and_the_best(t, seed):
+    W, r, alpha = t
+    best = norm(pissa.init(W, r, alpha)[0])
+    sketch = pissa.Sketch(seed, oversampling=0, iterations=0)
+    residual = norm(pissa.init_randomized(W, r, alpha, sketch)[0])
+    # A projection: it never adds to W, and Eckart-Young bounds it from below.
+    assert best - rounding(W) <= residual <= norm(W) + rounding(W)
+
+
+@given(problems())
+def test_with_every_direction_sampled_the_randomized_svd_is_the_exact_one(t):
+    W, r, alpha = t
+    sketch = pissa.Sketch(oversampling=min(W.shape))
+    best = norm(pissa.init(W, r, alpha)[0])
+    residual = norm(pissa.init_randomized(W, r, alpha, sketch)[0])
+    assert abs(residual - best) <= 2 * rounding(W)
+
+
+@given(seeds)
+def test_a_weight_of_low_rank_is_found_whole(seed):
+    rng = np.random.default_rng(seed)
+    W = (rng.standard_normal((30, 4)) @ rng.standard_normal((4, 20))).astype(np.float32)
+    base, _ = pissa.init_randomized(W, 4, 8, pissa.Sketch(iterations=0))
+    assert norm(base) <= 2 * rounding(W)
+
+
+def test_iterations_pay_where_singular_values_decay_slowly():
+    rng = np.random.default_rng(1)
+    U, V = (np.linalg.qr(rng.standard_normal((n, 60))).Q for n in (90, 60))
+    W = (U * np.arange(1, 61) ** -0.5 @ V.T).astype(np.float32)
+    best = norm(pissa.init(W, 8, 16)[0])
+    excess = [
+        norm(pissa.init_randomized(W, 8, 16, pissa.Sketch(0, 0, n))[0]) / best - 1
+        for n in (0, 1, 4, 16)
+    ]
+    assert excess == sorted(excess, reverse=True)
+    assert excess[0] > 100 * excess[-1] > -rounding(W)
+
+
+@given(st.data())
+def test_sixteen_bits_are_split_in_thirty_two(data):
+    W = data.draw(gaussians((6, 5))).astype(np.float16)
+    base, initial = pissa.init(W, 2, 8)
+    assert initial.A.dtype == initial.B.dtype == base.dtype == np.float32
+
+
+@given(problems())
+def test_the_weight_given_is_left_alone(t):
+    W, r, alpha = t
+    before = W.copy()
+    pissa.init(W, r, alpha)
+    pissa.init_randomized(W, r, alpha)
+    assert_bits(W, before)
+
+
+@pytest.mark.parametrize("r", [0, -1, 4])
+def test_a_rank_out_of_range_is_refused(r):
+    with pytest.raises(InputError, match=rf"r is {r}; choose 1 to 3"):
+        pissa.init(np.ones((5, 3), np.float32), r, 8)
+
+
+@pytest.mark.parametrize("alpha", [0, -2.0, float("nan")])
+def test_an_alpha_that_is_not_positive_is_refused(alpha):
+    with pytest.raises(InputError, match=f"alpha is {alpha}"):
+        pissa.init(np.ones((5, 3), np.float32), 2, alpha)
+
+
+@pytest.mark.parametrize("bad", [np.nan, -np.inf])
+def test_a_value_that_is_not_finite_is_named(bad):
+    W = np.ones((5, 3), np.float32)
+    W[3, 1] = bad
+    with pytest.raises(InputError, match=rf"W\[3, 1\] is {bad}"):
+        pissa.init_randomized(W, 2, 8)
+
+
+def test_another_scaling_cannot_be_converted():
+    _, initial = pissa.init(np.ones((5, 3), np.float32), 2, 8)
+    with pytest.raises(InputError, match=r"scaling is 1.0 after training and 4.0"):
+        pissa.to_lora(replace(initial, scaling=1.0), initial)
