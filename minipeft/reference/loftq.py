@@ -1,0 +1,114 @@
+"""LoftQ: quantize and start LoRA together, so that they sum to the weight."""
+
+from collections.abc import Iterator, Mapping
+from itertools import islice
+
+import numpy as np
+
+from minipeft.errors import InputError
+from minipeft.reference import blockwise, lora, pissa
+from minipeft.reference.blockwise import Blockwise
+from minipeft.reference.codebook import NF2, NF4
+from minipeft.reference.lora import LoRA
+from minipeft.shapes import Float, Inexact
+
+
+def init(
+    W: Inexact[np.ndarray, "out_features in_features"],
+    r: int,
+    alpha: float,
+    codebook: Float[np.ndarray, " codes"] = NF4,
+    blocksize: int = 64,
+    steps: int = 5,
+) -> tuple[Blockwise, LoRA]:
+    r"""Find a quantized base and an adapter with $Q + s B A \approx W$.
+
+    Of the first `steps` pairs of `alternate`, the one with the smallest error. So more
+    steps never make it worse, and one is already at least as good as plain
+    quantization: the SVD can always return a zero.
+
+    Args:
+        W: the weight, every value finite.
+        r: rank of the adapter, 1 to min(in_features, out_features).
+        alpha: numerator of the scaling $s = \alpha / r$, positive.
+        codebook: of the base, such as NF4, NF3 or NF2.
+        blocksize: values that share a scale, a power of two.
+        steps: alternations, at least 1; the paper takes 5.
+
+    Raises:
+        InputError: if a number is out of range, or a value of W is not finite.
+
+    Source: LoftQ (arXiv:2310.08659), algorithm 1.
+    """
+    if steps < 1:
+        raise InputError(f"steps is {steps}; take at least one.")
+    pairs = islice(alternate(W, r, alpha, codebook, blocksize), steps)
+    return min(pairs, key=lambda pair: error(W, *pair))
+
+
+def alternate(
+    W: Inexact[np.ndarray, "out_features in_features"],
+    r: int,
+    alpha: float,
+    codebook: Float[np.ndarray, " codes"],
+    blocksize: int,
+) -> Iterator[tuple[Blockwise, LoRA]]:
+    r"""Yield $Q_t = q(W - s B_{t-1} A_{t-1})$, then $s B_t A_t = SVD_r(W - Q_t)$.
+
+    The second half is the best answer to the first. The first is not the best answer
+    to the second: rounding to codes of the block's own absmax is no projection, a
+    larger absmax can lose what the SVD won. So the error may rise on the way.
+    """
+    s = pissa.checked_scaling(W, r, alpha)
+    target = W
+    while True:
+        q = blockwise.quantize(target, codebook, blocksize)
+        initial = pissa.principal(W - blockwise.dequantize(q), r, s)
+        yield q, initial
+        target = W - lora.delta(initial)
+
+
+def error(
+    W: Inexact[np.ndarray, "out_features in_features"], q: Blockwise, initial: LoRA
+) -> float:
+    r"""Return $\|W - Q - s B A\|_F$, with the scaling that training will use."""
+    return float(np.linalg.norm(W - blockwise.dequantize(q) - lora.delta(initial)))
+
+
+def plan(
+    weights: Mapping[str, Inexact[np.ndarray, "..."]],
+    mean_bits: float,
+    blocksize: int = 64,
+) -> dict[str, int]:
+    r"""Give each layer 4 bits or 2, so that a value costs `mean_bits` on average.
+
+    Four bits go first to the layers where they take the most squared error off a
+    value, $(\|W - q_2(W)\|^2 - \|W - q_4(W)\|^2) / n$, until the next does not fit.
+    (The paper gives them to the first layers of the model.)
+
+    Args:
+        weights: the layers by name.
+        mean_bits: of the codes, 2 to 4; the scales come on top.
+        blocksize: values that share a scale.
+
+    Source: LoftQ (arXiv:2310.08659), section 4.3, mixed precision.
+    """
+    if not 2 <= mean_bits <= 4:
+        raise InputError(f"mean_bits is {mean_bits}; choose 2 to 4.")
+    gains = {name: _gain(W, blocksize) for name, W in weights.items()}
+    spare = (mean_bits - 2) * sum(W.size for W in weights.values())
+    bits = dict.fromkeys(weights, 2)
+    for name in sorted(gains, key=gains.__getitem__, reverse=True):
+        spare -= 2 * weights[name].size
+        if spare < 0:
+            break
+        bits[name] = 4
+    return bits
+
+
+def _gain(W: Inexact[np.ndarray, "..."], blocksize: int) -> float:
+    two, four = (
+        float(np.square(W - blockwise.dequantize(q)).mean(dtype=np.float64))
+        for q in (blockwise.quantize(W, codebook, blocksize) for codebook in (NF2, NF4))
+    )
+    return two - four

@@ -1,0 +1,171 @@
+"""Laws of LoftQ: the error, its descent, the scaling, and the plan of bits."""
+
+from itertools import islice, pairwise
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from minipeft.errors import InputError
+from minipeft.reference import blockwise, loftq, lora
+from minipeft.reference.codebook import NF2, NF3, NF4
+from tests.strategies import seeds
+from tests.tolerance import assert_bits, gamma
+
+codebooks = st.sampled_from([NF4, NF3, NF2])
+ranks = st.integers(1, 6)
+
+
+@st.composite
+def matrices(draw):
+    d, k = draw(st.integers(6, 30)), draw(st.integers(6, 30))
+    rng = np.random.default_rng(draw(seeds))
+    W = rng.standard_normal((d, k))
+    if draw(st.booleans()):  # a part of low rank, as trained weights have
+        W += 3 * rng.standard_normal((d, 1)) @ rng.standard_normal((1, k))
+    if draw(st.booleans()):
+        W[rng.integers(d), rng.integers(k)] *= 30
+    return W.astype(np.float32)
+
+
+def plain_error(W, codebook):
+    q = blockwise.quantize(W, codebook, 16)
+    return float(np.linalg.norm(W - blockwise.dequantize(q)))
+
+
+def slack(W):
+    """Rounding of an SVD, of a product and of a norm in float32."""
+    return gamma(16 * sum(W.shape)) * float(np.linalg.norm(W))
+
+
+@given(matrices(), ranks, codebooks)
+def test_more_steps_never_make_it_worse(W, r, codebook):
+    errors = [
+        loftq.error(W, *loftq.init(W, r, 2 * r, codebook, 16, steps))
+        for steps in range(1, 6)
+    ]
+    assert all(after <= before for before, after in pairwise(errors))
+
+
+@given(matrices(), ranks, codebooks)
+def test_one_step_is_at_least_as_good_as_quantizing(W, r, codebook):
+    found = loftq.init(W, r, 2 * r, codebook, 16, steps=1)
+    assert loftq.error(W, *found) <= plain_error(W, codebook) + slack(W)
+
+
+@given(matrices(), ranks, codebooks, st.sampled_from([0.25, 2.0, 7.0]))
+def test_any_scaling_gives_the_same_error(W, r, codebook, scaling):
+    # Historic: an initializer that forgets the scaling leaves |W - (Q + s BA)| at
+    # |W - Q| for s = 2, and above it beyond.
+    unit = loftq.init(W, r, r, codebook, 16, steps=1)
+    found = loftq.init(W, r, scaling * r, codebook, 16, steps=1)
+    assert found[1].scaling == scaling
+    assert abs(loftq.error(W, *found) - loftq.error(W, *unit)) <= slack(W)
+
+
+def test_forgetting_a_scaling_of_two_wins_nothing():
+    W = np.random.default_rng(0).standard_normal((48, 40)).astype(np.float32)
+    q, initial = loftq.init(W, 8, 8, steps=1)
+    forgotten = lora.LoRA(initial.A, initial.B, 2.0)
+    plain = float(np.linalg.norm(W - blockwise.dequantize(blockwise.quantize(W))))
+    # The residual R = sum of s_i u_i v_i, and 2BA takes its largest terms twice: each
+    # turns from s_i into -s_i, and the norm stays.
+    assert abs(loftq.error(W, q, forgotten) - plain) <= slack(W)
+    honoured = loftq.init(W, 8, 16, steps=1)
+    assert loftq.error(W, *honoured) < 0.9 * plain
+
+
+def test_an_alternation_may_raise_the_error_and_the_best_one_is_kept():
+    rising = 0
+    for seed in range(30):
+        W = np.random.default_rng(seed).standard_normal((6, 16)).astype(np.float32)
+        raw = [loftq.error(W, *p) for p in islice(loftq.alternate(W, 2, 4, NF2, 16), 5)]
+        rising += any(b > a + slack(W) for a, b in pairwise(raw))
+        assert loftq.error(W, *loftq.init(W, 2, 4, NF2, 16, steps=5)) == min(raw)
+    assert rising > 0
+
+
+@given(matrices(), ranks, codebooks)
+def test_the_adapter_is_the_best_answer_to_its_own_base(W, r, codebook):
+    q, initial = loftq.init(W, r, 3 * r, codebook, 16)
+    rest = (W - blockwise.dequantize(q)).astype(np.float64)
+    S = np.linalg.svd(rest, compute_uv=False)
+    best = float(np.sqrt(np.square(S[r:]).sum()))
+    assert abs(loftq.error(W, q, initial) - best) <= slack(W)
+
+
+@given(matrices(), codebooks)
+def test_the_base_is_a_quantized_tensor_like_any_other(W, codebook):
+    q, _ = loftq.init(W, 2, 8, codebook, 16)
+    again = blockwise.quantize(blockwise.dequantize(q), codebook, 16)
+    assert_bits(again.packed, q.packed)
+    assert q.shape == W.shape
+
+
+@given(matrices())
+def test_a_weight_that_the_codes_hold_needs_no_adapter(W):
+    W = blockwise.dequantize(blockwise.quantize(W, NF4, 16))
+    q, initial = loftq.init(W, 2, 8, NF4, 16)
+    assert_bits(blockwise.dequantize(q), W)
+    assert not np.any(lora.delta(initial))
+
+
+@given(matrices())
+def test_the_weight_given_is_left_alone(W):
+    before = W.copy()
+    loftq.init(W, 2, 8)
+    assert_bits(W, before)
+
+
+def layers(seed, count=6):
+    """Layers of one size, each harder to quantize than the one before."""
+    rng = np.random.default_rng(seed)
+    return {
+        f"layer{i}": (rng.standard_normal((16, 16)) * 2**i).astype(np.float32)
+        for i in range(count)
+    }
+
+
+@given(seeds, st.floats(2, 4))
+def test_the_plan_stays_within_its_bits(seed, mean_bits):
+    weights = layers(seed)
+    bits = loftq.plan(weights, mean_bits)
+    assert set(bits) == set(weights)
+    assert set(bits.values()) <= {2, 4}
+    spent = sum(bits[n] * W.size for n, W in weights.items())
+    assert spent <= mean_bits * sum(W.size for W in weights.values())
+
+
+@given(seeds)
+def test_more_bits_never_take_bits_from_a_layer(seed):
+    weights = layers(seed)
+    plans = [loftq.plan(weights, b) for b in (2, 2.5, 3, 3.5, 4)]
+    for fewer, more in pairwise(plans):
+        assert all(fewer[name] <= more[name] for name in weights)
+    assert set(plans[0].values()) == {2}
+    assert set(plans[-1].values()) == {4}
+
+
+def test_four_bits_go_where_they_help_most():
+    assert loftq.plan(layers(0), 3) == {f"layer{i}": 2 + 2 * (i >= 3) for i in range(6)}
+
+
+@pytest.mark.parametrize("steps", [0, -3])
+def test_no_step_is_refused(steps):
+    with pytest.raises(InputError, match=f"steps is {steps}"):
+        loftq.init(np.ones((4, 4), np.float32), 1, 2, steps=steps)
+
+
+@pytest.mark.parametrize("mean_bits", [1.9, 4.1, float("nan")])
+def test_bits_out_of_range_are_refused(mean_bits):
+    with pytest.raises(InputError, match=f"mean_bits is {mean_bits}"):
+        loftq.plan(layers(0), mean_bits)
+
+
+def test_what_pissa_refuses_is_refused():
+    W = np.ones((4, 3), np.float32)
+    with pytest.raises(InputError, match="r is 4"):
+        loftq.init(W, 4, 8)
+    with pytest.raises(InputError, match="alpha is -1"):
+        loftq.init(W, 2, -1)
