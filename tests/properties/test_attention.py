@@ -1,0 +1,157 @@
+"""Laws of one attention head: what is exact, what is bounded, and the gradient."""
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from minipeft.errors import InputError
+from minipeft.reference import attention
+from minipeft.reference.attention import Head
+from tests.strategies import seeds
+from tests.tolerance import assert_bits, assert_within, central_difference, gamma
+
+
+@st.composite
+def heads(draw, dtype=np.float32, largest=6):
+    """A head with any batch axes; causal, unmasked, or with a mask of holes."""
+    batch = draw(st.sampled_from([(), (2,), (2, 3)]))
+    queries, d, d_v = (draw(st.integers(1, largest)) for _ in range(3))
+    keys = queries + draw(st.integers(0, 4))
+    rng = np.random.default_rng(draw(seeds))
+    holes = rng.random((queries, keys)) < 0.5
+    holes[:, rng.integers(keys)] = True
+    mask = draw(st.sampled_from([None, attention.causal(queries, keys), holes]))
+    shapes = ((queries, d), (keys, d), (keys, d_v))
+    Q, K, V = (rng.standard_normal((*batch, *s)).astype(dtype) for s in shapes)
+    return Head(Q, K, V, mask)
+
+
+@given(heads())
+def test_weights_are_shares(head):
+    P = attention.weights(head)
+    keys = head.K.shape[-2]
+    assert np.all(P >= 0)
+    assert_within(P.sum(axis=-1), np.ones(P.shape[:-1]), gamma(2 * keys + 2))
+    if head.mask is not None:
+        assert not np.any(P[..., ~head.mask])
+
+
+@given(heads(), st.data())
+def test_what_is_masked_does_not_matter(head, data):
+    if head.mask is None:
+        return
+    key = data.draw(st.integers(0, head.K.shape[-2] - 1))
+    query = data.draw(st.sampled_from(range(head.Q.shape[-2])))
+    if head.mask[query, key]:
+        return
+    K, V = head.K.copy(), head.V.copy()
+    K[..., key, :], V[..., key, :] = 7, -7
+    changed = attention.forward(Head(head.Q, K, V, head.mask))
+    assert_bits(changed[..., query, :], attention.forward(head)[..., query, :])
+
+
+@given(seeds, st.sampled_from([1, 2, 4, 8, 16]), st.integers(1, 5))
+def test_a_query_of_zero_takes_the_mean_bit_for_bit(seed, keys, d):
+    # Equal shares of a power of two, integers as values: nothing is rounded.
+    rng = np.random.default_rng(seed)
+    K, V = rng.integers(-8, 9, (2, keys, d)).astype(np.float32)
+    y = attention.forward(Head(np.zeros((3, d), np.float32), K, V))
+    assert_bits(y, np.repeat(V.mean(axis=0)[None], 3, axis=0))
+
+
+@given(heads(), st.data())
+def test_a_query_that_sees_one_key_copies_its_value(head, data):
+    queries, keys = head.Q.shape[-2], head.K.shape[-2]
+    chosen = data.draw(
+        st.lists(st.integers(0, keys - 1), min_size=queries, max_size=queries)
+    )
+    mask = np.zeros((queries, keys), bool)
+    mask[range(queries), chosen] = True
+    y = attention.forward(Head(head.Q, head.K, head.V, mask))
+    assert_bits(y, np.ascontiguousarray(head.V[..., chosen, :]))
+
+
+@given(heads(), seeds)
+def test_the_order_of_the_keys_does_not_matter(head, seed):
+    order = np.random.default_rng(seed).permutation(head.K.shape[-2])
+    mask = None if head.mask is None else head.mask[:, order]
+    shuffled = Head(head.Q, head.K[..., order, :], head.V[..., order, :], mask)
+    P = attention.weights(head)
+    assert_within(
+        attention.weights(shuffled), P[..., order], rounding(head) * P[..., order]
+    )
+
+
+@given(heads(), st.sampled_from([1e3, -1e3]))
+def test_large_logits_overflow_nowhere(head, size):
+    y = attention.forward(Head(head.Q * np.float32(size), head.K, head.V, head.mask))
+    assert np.all(np.isfinite(y))
+
+
+@given(heads(np.float64), seeds)
+def test_gradients_are_central_differences(head, seed):
+    grad_y = np.random.default_rng(seed).standard_normal(attention.forward(head).shape)
+    grads = attention.backward(grad_y, head)
+
+    def loss(Q, K, V):
+        return float((grad_y * attention.forward(Head(Q, K, V, head.mask))).sum())
+
+    assert_slopes(loss, (head.Q, head.K, head.V), grads, noise(grad_y, head), seed)
+
+
+@given(heads())
+def test_nothing_given_is_changed(head):
+    copies = [a.copy() for a in (head.Q, head.K, head.V)]
+    attention.backward(attention.forward(head), head)
+    for before, after in zip(copies, (head.Q, head.K, head.V), strict=True):
+        assert_bits(after, before)
+
+
+def test_the_last_query_stands_at_the_last_key():
+    assert attention.causal(2, 4).tolist() == [
+        [True, True, True, False],
+        [True, True, True, True],
+    ]
+
+
+def test_more_queries_than_keys_are_refused():
+    with pytest.raises(InputError, match="3 queries and 2 keys"):
+        attention.causal(3, 2)
+
+
+def test_a_query_that_sees_nothing_is_refused():
+    Q = K = V = np.ones((2, 3), np.float32)
+    mask = np.array([[True, True], [False, False]])
+    with pytest.raises(InputError, match="query 1 may look at no key"):
+        attention.forward(Head(Q, K, V, mask))
+
+
+def assert_slopes(loss, values, gradients, noise, seed):
+    """Along a random step in each value, the gradient is the central difference."""
+    for i, (value, gradient) in enumerate(zip(values, gradients, strict=True)):
+        assert gradient.shape == value.shape
+        step = np.random.default_rng(seed + i + 1).standard_normal(value.shape)
+
+        def along(t, i=i, step=step):
+            moved = (v + t * step if j == i else v for j, v in enumerate(values))
+            return loss(*moved)
+
+        slope, bound = central_difference(along, noise)
+        assert_within((gradient * step).sum(), slope, bound)
+
+
+def noise(grad_y, head):
+    """How far the sum of grad_y times the output may be off; twice, for the step."""
+    size = (abs(grad_y) * (attention.weights(head) @ abs(head.V))).sum()
+    return 2 * float(size) * (rounding(head, "float64") + gamma(grad_y.size, "float64"))
+
+
+def rounding(head, dtype="float32"):
+    """Relative error of a share, twice: the logits' absolute error, exp, sum, division.
+
+    exp turns an absolute error of its argument into a relative one.
+    """
+    d, keys = head.Q.shape[-1], head.K.shape[-2]
+    largest = (abs(head.Q) @ abs(head.K).swapaxes(-1, -2)).max() / np.sqrt(d)
+    return 2 * (gamma(d + 3, dtype) * 2 * float(largest) + gamma(keys + 8, dtype))
