@@ -1,0 +1,137 @@
+"""Prefix tuning: trained keys and values that stand before the text's own."""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+
+from minipeft.errors import InputError
+from minipeft.reference import attention, linear
+from minipeft.reference.attention import Head
+from minipeft.shapes import Inexact
+
+
+@dataclass(frozen=True)
+class Prefix:
+    """The virtual tokens of one head, as the attention meets them."""
+
+    K: Inexact[np.ndarray, "num_virtual_tokens d"]
+    V: Inexact[np.ndarray, "num_virtual_tokens d_v"]
+
+
+@dataclass(frozen=True)
+class Reparametrization:
+    """A small network whose output is the prefix: it trains more steadily."""
+
+    P: Inexact[np.ndarray, "num_virtual_tokens width"]
+    W_down: Inexact[np.ndarray, "hidden width"]
+    b_down: Inexact[np.ndarray, " hidden"]
+    W_up: Inexact[np.ndarray, "both hidden"]  # keys, then values
+    b_up: Inexact[np.ndarray, " both"]
+
+
+class PrefixGradients(NamedTuple):
+    """Gradients with respect to the head's queries, keys, values, and to the prefix."""
+
+    Q: Inexact[np.ndarray, "*batch queries d"]
+    K: Inexact[np.ndarray, "*batch keys d"]
+    V: Inexact[np.ndarray, "*batch keys d_v"]
+    prefix: Prefix
+
+
+def init(rng: np.random.Generator, num_virtual_tokens: int, d: int) -> Prefix:
+    """Start from N(0, 1). The keys and values of real tokens are a better start.
+
+    Raises:
+        InputError: if there is no virtual token.
+    """
+    _check_count(num_virtual_tokens)
+    K, V = rng.standard_normal((2, num_virtual_tokens, d)).astype(np.float32)
+    return Prefix(K, V)
+
+
+def init_reparametrized(
+    rng: np.random.Generator, num_virtual_tokens: int, d: int, hidden: int
+) -> Reparametrization:
+    r"""Start the network: $P \sim N(0, 1)$, weights $U(\pm 1/\sqrt{fan\_in})$, no bias.
+
+    Source: Prefix-tuning (arXiv:2101.00190), section 4.3.
+    """
+    _check_count(num_virtual_tokens)
+    return Reparametrization(
+        rng.standard_normal((num_virtual_tokens, d)).astype(np.float32),
+        rng.uniform(-(d**-0.5), d**-0.5, (hidden, d)).astype(np.float32),
+        np.zeros(hidden, np.float32),
+        rng.uniform(-(hidden**-0.5), hidden**-0.5, (2 * d, hidden)).astype(np.float32),
+        np.zeros(2 * d, np.float32),
+    )
+
+
+def expand(network: Reparametrization) -> Prefix:
+    r"""Run the network: $[K, V] = \tanh(P W_\downarrow^T + b) W_\uparrow^T + b$.
+
+    After training this is done once more, and the network is thrown away.
+    """
+    hidden = np.tanh(linear.forward(network.P, network.W_down, network.b_down))
+    K, V = np.split(linear.forward(hidden, network.W_up, network.b_up), 2, axis=-1)
+    return Prefix(K, V)
+
+
+def expand_backward(grad: Prefix, network: Reparametrization) -> Reparametrization:
+    """Return the gradients of P, both weights and both biases, from the prefix's."""
+    hidden = np.tanh(linear.forward(network.P, network.W_down, network.b_down))
+    up = linear.backward(np.concatenate([grad.K, grad.V], -1), hidden, network.W_up)
+    down = linear.backward(up.x * (1 - hidden**2), network.P, network.W_down)
+    return Reparametrization(down.x, down.W, down.bias, up.W, up.bias)
+
+
+def attach(head: Head, prefix: Prefix) -> Head:
+    """Put the virtual tokens before the text: $[P_K; K]$, $[P_V; V]$, all visible."""
+    batch, n = head.K.shape[:-2], len(prefix.K)
+    K, V = (np.broadcast_to(p, (*batch, *p.shape)) for p in (prefix.K, prefix.V))
+    mask = head.mask
+    if mask is not None:
+        mask = np.concatenate([np.ones((len(mask), n), bool), mask], axis=-1)
+    return Head(
+        head.Q,
+        np.concatenate([K, head.K], axis=-2),
+        np.concatenate([V, head.V], axis=-2),
+        mask,
+    )
+
+
+def forward(head: Head, prefix: Prefix) -> Inexact[np.ndarray, "*batch queries d_v"]:
+    """Attend to the virtual tokens and the text together.
+
+    Source: Prefix-tuning (arXiv:2101.00190), section 4.2.
+    """
+    return attention.forward(attach(head, prefix))
+
+
+def backward(
+    grad_y: Inexact[np.ndarray, "*batch queries d_v"], head: Head, prefix: Prefix
+) -> PrefixGradients:
+    """Return the gradients; the prefix is shared, so it sums those of the batch."""
+    grads, n = attention.backward(grad_y, attach(head, prefix)), len(prefix.K)
+    K, V = (g[..., :n, :].reshape(-1, *g[..., :n, :].shape[-2:]) for g in grads[1:])
+    summed = Prefix(K.sum(axis=0), V.sum(axis=0))
+    return PrefixGradients(grads.Q, grads.K[..., n:, :], grads.V[..., n:, :], summed)
+
+
+def gate(head: Head, prefix: Prefix) -> Inexact[np.ndarray, "*batch queries"]:
+    r"""Return $\lambda$, the share of its attention that a query gives to the prefix.
+
+    $Y = (1 - \lambda) \, attend(Q, K, V) + \lambda \, attend(Q, P_K, P_V)$, where
+    $\lambda$ depends on the query. No weight that ignores its input can do that: this
+    is why a prefix cannot be merged.
+
+    Source: Towards a unified view (arXiv:2110.04366), section 3.1.
+    """
+    return attention.weights(attach(head, prefix))[..., : len(prefix.K)].sum(axis=-1)
+
+
+def _check_count(num_virtual_tokens: int) -> None:
+    if num_virtual_tokens < 1:
+        raise InputError(
+            f"num_virtual_tokens is {num_virtual_tokens}; choose at least 1."
+        )

@@ -1,0 +1,76 @@
+"""Prompt tuning: trained vectors that stand where embeddings of words would."""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+
+from minipeft.errors import InputError
+from minipeft.shapes import Integer, Shaped
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """The soft prompt: one vector for each virtual token."""
+
+    P: Shaped[np.ndarray, "num_virtual_tokens d"]
+
+
+class PromptGradients(NamedTuple):
+    """Gradients of a loss with respect to the embedded text and the soft prompt."""
+
+    X: Shaped[np.ndarray, "*batch tokens d"]
+    P: Shaped[np.ndarray, "num_virtual_tokens d"]
+
+
+def init(
+    E: Shaped[np.ndarray, "vocabulary d"], tokens: Integer[np.ndarray, " n"]
+) -> Prompt:
+    """Start from the embeddings of real tokens: at first the prompt is a text.
+
+    Args:
+        E: the model's embedding table.
+        tokens: which rows to copy, at least one; repeat a short text to fill a length.
+
+    Raises:
+        InputError: if there is no token, or one that the vocabulary does not have.
+
+    Source: Prompt tuning (arXiv:2104.08691), section 3.2.
+    """
+    if not tokens.size:
+        raise InputError("the soft prompt has no token; give at least one.")
+    strange = tokens[(tokens < 0) | (tokens >= len(E))]
+    if strange.size:
+        raise InputError(
+            f"token {strange[0]} is not in the vocabulary; choose 0 to {len(E) - 1}."
+        )
+    return Prompt(E[tokens])  # a copy: training never touches the table
+
+
+def init_random(rng: np.random.Generator, num_virtual_tokens: int, d: int) -> Prompt:
+    """Start from U(-0.5, 0.5), the paper's baseline: slower, and needs more steps."""
+    if num_virtual_tokens < 1:
+        raise InputError(
+            f"num_virtual_tokens is {num_virtual_tokens}; choose at least 1."
+        )
+    return Prompt(rng.uniform(-0.5, 0.5, (num_virtual_tokens, d)).astype(np.float32))
+
+
+def forward(
+    X: Shaped[np.ndarray, "*batch tokens d"], prompt: Prompt
+) -> Shaped[np.ndarray, "*batch all_tokens d"]:
+    """Put the prompt before every text: $[P; X]$. The model does the rest.
+
+    Source: Prompt tuning (arXiv:2104.08691), section 2.
+    """
+    P = np.broadcast_to(prompt.P, (*X.shape[:-2], *prompt.P.shape))
+    return np.concatenate([P, X], axis=-2)
+
+
+def backward(
+    grad_y: Shaped[np.ndarray, "*batch all_tokens d"], prompt: Prompt
+) -> PromptGradients:
+    """Return the gradients; the prompt is shared, so it sums those of the batch."""
+    n = len(prompt.P)
+    own = grad_y[..., :n, :].reshape(-1, *prompt.P.shape)
+    return PromptGradients(grad_y[..., n:, :], own.sum(axis=0))

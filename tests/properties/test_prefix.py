@@ -1,0 +1,141 @@
+"""Laws of prefix tuning: what it is, what its network is, and why nothing merges."""
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from minipeft.errors import InputError
+from minipeft.reference import attention, prefix
+from minipeft.reference.attention import Head
+from minipeft.reference.prefix import Prefix, Reparametrization
+from tests.properties.test_attention import assert_slopes, heads, noise, rounding
+from tests.strategies import seeds
+from tests.tolerance import assert_bits, assert_within, gamma
+
+counts = st.integers(1, 4)
+
+
+def prefix_for(head, count, seed):
+    rng = np.random.default_rng(seed)
+    shapes = (count, head.K.shape[-1]), (count, head.V.shape[-1])
+    return Prefix(*(rng.standard_normal(s).astype(head.K.dtype) for s in shapes))
+
+
+def test_a_prefix_of_real_keys_is_the_text_that_they_came_from():
+    # The tokens before a text and a prefix made of their keys and values: one thing.
+    rng = np.random.default_rng(0)
+    Q, K, V = rng.standard_normal((3, 7, 4)).astype(np.float32)
+    whole = attention.forward(Head(Q, K, V, attention.causal(7, 7)))
+    head = Head(Q[3:], K[3:], V[3:], attention.causal(4, 4))
+    assert_bits(prefix.forward(head, Prefix(K[:3], V[:3])), whole[3:])
+
+
+@given(heads(), counts, seeds)
+def test_every_query_sees_every_virtual_token(head, count, seed):
+    attached = prefix.attach(head, prefix_for(head, count, seed))
+    assert np.all(attention.weights(attached)[..., :count] > 0)
+    if head.mask is not None:
+        assert np.all(attached.mask[:, :count])
+        assert_bits(np.ascontiguousarray(attached.mask[:, count:]), head.mask)
+
+
+@given(heads(), counts, seeds)
+def test_a_prefix_is_a_gate_that_depends_on_the_query(head, count, seed):
+    p = prefix_for(head, count, seed)
+    gate = prefix.gate(head, p)[..., None]
+    assert np.all((gate > 0) & (gate < 1 + gamma(count)))
+    alone = attention.forward(head)
+    batch = head.Q.shape[:-2]
+    K, V = (np.broadcast_to(a, (*batch, *a.shape)) for a in (p.K, p.V))
+    virtual = attention.forward(Head(head.Q, K, V))
+    blended = (1 - gate) * alone + gate * virtual
+    attached = prefix.attach(head, p)
+    size = max(float(abs(attached.V).max()), 1)
+    bound = 4 * rounding(attached) * size + gamma(8) * size
+    assert_within(prefix.forward(head, p), blended, bound)
+
+
+def test_no_constant_can_stand_for_the_prefix():
+    # Two queries, one head: the gate is almost shut for one, almost open for the other.
+    K = V = np.array([[1.0, 0.0]], np.float32)
+    p = Prefix(np.array([[-1.0, 0.0]], np.float32), np.array([[0.0, 1.0]], np.float32))
+    gates = prefix.gate(Head(np.array([[9.0, 0], [-9.0, 0]], np.float32), K, V), p)
+    assert gates[0] < 1e-5
+    assert gates[1] > 1 - 1e-5
+
+
+@given(heads(np.float64), counts, seeds)
+def test_gradients_are_central_differences(head, count, seed):
+    p = prefix_for(head, count, seed)
+    grad_y = np.random.default_rng(seed).standard_normal(prefix.forward(head, p).shape)
+    grads = prefix.backward(grad_y, head, p)
+
+    def loss(Q, K, V, P_K, P_V):
+        y = prefix.forward(Head(Q, K, V, head.mask), Prefix(P_K, P_V))
+        return float((grad_y * y).sum())
+
+    given_values = (head.Q, head.K, head.V, p.K, p.V)
+    gradients = (grads.Q, grads.K, grads.V, grads.prefix.K, grads.prefix.V)
+    wobble = noise(grad_y, prefix.attach(head, p))
+    assert_slopes(loss, given_values, gradients, wobble, seed)
+
+
+@st.composite
+def networks(draw):
+    rng = np.random.default_rng(draw(seeds))
+    network = prefix.init_reparametrized(
+        rng, draw(counts), draw(st.integers(1, 5)), draw(st.integers(1, 6))
+    )
+    fields = [f + rng.standard_normal(f.shape) for f in vars(network).values()]
+    return Reparametrization(*(f.astype(np.float64) for f in fields))
+
+
+@given(networks(), seeds)
+def test_gradients_of_the_network_are_central_differences(network, seed):
+    rng = np.random.default_rng(seed)
+    grad = Prefix(*rng.standard_normal((2, *prefix.expand(network).K.shape)))
+    gradients = prefix.expand_backward(grad, network)
+
+    def loss(*fields):
+        p = prefix.expand(Reparametrization(*fields))
+        return float((grad.K * p.K).sum() + (grad.V * p.V).sum())
+
+    # tanh is at most 1 and hands on the absolute error of its argument.
+    P, down, b_down, up, b_up = (abs(f) for f in vars(network).values())
+    size = (1 + P @ down.T + b_down) @ up.T + b_up
+    terms = network.W_up.size + network.W_down.size + 2 * network.P.size
+    summed = float((abs(np.concatenate([grad.K, grad.V], -1)) * size).sum())
+    wobble = 2 * gamma(terms + 8, "float64") * summed
+    values = tuple(vars(network).values())
+    assert_slopes(loss, values, tuple(vars(gradients).values()), wobble, seed)
+
+
+@given(heads(), seeds)
+def test_after_training_the_network_can_be_thrown_away(head, seed):
+    d = head.K.shape[-1]
+    if head.V.shape[-1] != d:
+        return
+    network = prefix.init_reparametrized(np.random.default_rng(seed), 3, d, 8)
+    kept = prefix.expand(network)
+    with_network = prefix.forward(head, prefix.expand(network))
+    assert_bits(
+        prefix.forward(head, Prefix(kept.K.copy(), kept.V.copy())), with_network
+    )
+
+
+def test_starts_have_the_shape_that_was_asked_for():
+    rng = np.random.default_rng(0)
+    assert prefix.init(rng, 5, 4).K.shape == prefix.init(rng, 5, 4).V.shape == (5, 4)
+    expanded = prefix.expand(prefix.init_reparametrized(rng, 5, 4, 16))
+    assert expanded.K.shape == expanded.V.shape == (5, 4)
+    assert expanded.K.dtype == np.float32
+
+
+@pytest.mark.parametrize("count", [0, -1])
+def test_no_virtual_token_is_refused(count):
+    rng = np.random.default_rng(0)
+    with pytest.raises(InputError, match=f"num_virtual_tokens is {count}"):
+        prefix.init(rng, count, 4)
+    with pytest.raises(InputError, match=f"num_virtual_tokens is {count}"):
+        prefix.init_reparametrized(rng, count, 4, 8)
