@@ -94,6 +94,19 @@ def test_a_zero_block_holds_the_code_of_zero(name, zero):
     assert_bits(blockwise.dequantize(q), np.zeros(10, np.float32))
 
 
+def test_the_end_of_the_last_byte_holds_the_code_of_zero():
+    one = np.ones(1, np.float32)
+    assert blockwise.quantize(one, NF4).packed.tolist() == [0xF7]
+    assert blockwise.quantize(one, FP4).packed.tolist() == [0x30]
+    assert blockwise.quantize(one, NF2).packed.tolist() == [0b11010101]
+
+
+def test_fp4_keeps_its_second_zero_for_what_lies_above_zero():
+    W = np.array([-1, -1e-4, 0, 1e-4], np.float32)
+    codes = blockwise.unpack(blockwise.quantize(W, FP4).packed, 4, 4)
+    assert codes.tolist() == [11, 0, 0, 8]
+
+
 def test_the_first_code_is_in_the_high_bits():
     codes = np.array([1, 2], np.uint8)
     assert blockwise.pack(codes, 4).tolist() == [0x12]
