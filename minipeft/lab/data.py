@@ -40,8 +40,8 @@ class Entry:
 
     @property
     def prompt(self) -> str:
-        """What the model is given: the headword, as the book prints it."""
-        return f"{self.word.upper()}, {self.part}"
+        """What the model is given. Not in capitals, which a small vocabulary spells."""
+        return f"{self.word.capitalize()}, {self.part}"
 
     @property
     def answer(self) -> str:

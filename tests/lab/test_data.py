@@ -60,7 +60,7 @@ def test_dictionary_is_clean_prose():
 
 def test_prompt_and_answer_make_the_printed_line():
     entry = data.Entry("truce", "n.", "Friendship.")
-    assert entry.prompt + entry.answer == "TRUCE, n. Friendship."
+    assert entry.prompt + entry.answer == "Truce, n. Friendship."
 
 
 def test_split_depends_on_the_word_alone():
