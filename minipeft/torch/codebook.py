@@ -1,0 +1,118 @@
+"""The values that a few bits stand for, as tensors: NF4, FP4, NF3, NF2, dynamic map."""
+
+import torch
+from torch import Tensor
+
+from minipeft.errors import InputError
+from minipeft.shapes import Float
+
+Codebook = Float[Tensor, " codes"]
+
+
+def _table(values: list[float]) -> Codebook:
+    # On the CPU whatever the default device is; `quantize` moves it to the weight.
+    return torch.tensor(values, dtype=torch.float32, device="cpu")
+
+
+# The published table, literally: its own formula gives other last bits, because the
+# quantiles were once computed from float32 points (see `normal_float`).
+NF4: Codebook = _table(
+    [
+        -1.0,
+        -0.6961928009986877,
+        -0.5250730514526367,
+        -0.39491748809814453,
+        -0.28444138169288635,
+        -0.18477343022823334,
+        -0.09105003625154495,
+        0.0,
+        0.07958029955625534,
+        0.16093020141124725,
+        0.24611230194568634,
+        0.33791524171829224,
+        0.44070982933044434,
+        0.5626170039176941,
+        0.7229568362236023,
+        1.0,
+    ]
+)
+
+# Sign, two exponent bits, one mantissa bit, over 12: the order is that of the bits, so
+# it is not sorted, and zero stands twice (codes 0 and 8, both positive).
+FP4: Codebook = (
+    _table([0, 0.0625, 8, 12, 4, 6, 2, 3, 0, -0.0625, -8, -12, -4, -6, -2, -3]) / 12
+)
+
+
+def normal_float(bits: int, offset: float = 929 / 960) -> Codebook:
+    r"""Quantiles of the standard normal distribution, divided by the largest.
+
+    $q_i = \Phi^{-1}(p_i) / \Phi^{-1}(\delta)$ with $p$ evenly spaced from the offset
+    $\delta$ to $1/2$: $2^{b-1}$ points on the positive side, $2^{b-1} - 1$ on the
+    negative side, and an exact zero between them.
+
+    Args:
+        bits: width of a code, 2 to 8.
+        offset: the outermost probability; 929/960 is the mean of 1 - 1/30 and 1 - 1/32.
+
+    Returns:
+        `2**bits` values in [-1, 1], ascending, float32.
+
+    Raises:
+        InputError: if `bits` or `offset` is out of range.
+
+    Source: QLoRA (arXiv:2305.14314), section 3 and appendix E.
+    """
+    if not 2 <= bits <= 8:
+        raise InputError(f"bits is {bits}; choose 2 to 8.")
+    if not 0.5 < offset < 1:
+        raise InputError(f"offset is {offset}; choose a probability in (1/2, 1).")
+    half = 2 ** (bits - 1)
+    positive = _quantiles(offset, half + 1)
+    negative = -_quantiles(offset, half)
+    values = torch.cat([negative, torch.zeros_like(positive[:1]), positive.flip(0)])
+    return (values / values.max()).float()
+
+
+def dynamic_map(signed: bool = True) -> Codebook:
+    r"""The 256 values of the dynamic 8-bit data type, ascending.
+
+    An exponent of base 10 in unary and a linear fraction in the bits that remain:
+    $10^{i-6}$ times the midpoints of `linspace(0.1, 1, 2^i + 1)` for i = 0 … 6, on
+    both sides of zero. Unsigned, the sign bit goes to the fraction: $2^{i+1} + 1$
+    points. Zero and 1.0 complete the map, so the signed one is not symmetric.
+
+    Args:
+        signed: both signs, as for a first moment or centred scales; False for a second
+            moment, which is never negative.
+
+    Returns:
+        256 values, float32; every operation is rounded to float32, as published.
+
+    Source: 8-bit optimizers (arXiv:2110.02861), section 1.3.
+    """
+    values = [_table([0.0, 1.0])]
+    for i in range(7):
+        edges = _linspace32(0.1, 1.0, 2 ** (i if signed else i + 1) + 1)
+        fractions = 10.0 ** (i - 6) * ((edges[:-1] + edges[1:]) / 2)
+        values += [fractions, -fractions] if signed else [fractions]
+    return torch.cat(values).sort().values
+
+
+def _quantiles(offset: float, points: int) -> Float[Tensor, " points"]:
+    p = torch.linspace(offset, 0.5, points, dtype=torch.float64, device="cpu")
+    return torch.special.ndtri(p[:-1])
+
+
+def _linspace32(start: float, stop: float, points: int) -> Codebook:
+    # What `torch.linspace` gives in float32 where the CPU has a fused multiply-add;
+    # where it has none, torch itself returns other last bits, so we spell it out.
+    first, last = _table([start, stop]).double()
+    step = ((last - first) / (points - 1)).float().double()
+    i = torch.arange(points, device="cpu")
+    rising, falling = first + step * i, last - step * (points - 1 - i)
+    return torch.where(i < points // 2, rising, falling).float()
+
+
+NF3: Codebook = normal_float(3)
+NF2: Codebook = normal_float(2)
