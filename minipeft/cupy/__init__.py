@@ -1,0 +1,8 @@
+"""CUDA kernels where memory layout is the point, under the reference's names.
+
+kernels/     one .cu file a row, and the table of their templates and arguments
+executor     where they run: CuPy on a device; in the tests, a CPU
+
+Importing this package needs no GPU and no CuPy. Using it without them raises one
+sentence that says what is missing.
+"""

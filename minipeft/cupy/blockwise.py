@@ -1,0 +1,121 @@
+"""Blockwise quantization on a GPU: kernels/blockwise.cu under the reference's names."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from minipeft.cupy.codebook import NF4, sort
+from minipeft.cupy.executor import Array, Executor, Facts, check, current
+from minipeft.cupy.kernels import CTYPES, DEQUANTIZE, QUANTIZE
+from minipeft.errors import InputError
+
+# Values that one CUDA block takes; the constants of the same meaning in blockwise.cu.
+QUANTIZE_TILE = 2048
+DEQUANTIZE_TILE = 8192
+
+
+@dataclass(frozen=True)
+class Blockwise:
+    """A quantized tensor on one device: codes, and a scale for each block of values."""
+
+    packed: Array
+    absmax: Array
+    codebook: Array
+    blocksize: int
+    shape: tuple[int, ...]
+
+
+def quantize(W: Any, codebook: np.ndarray = NF4, blocksize: int = 64) -> Blockwise:
+    r"""Round every value to the nearest code of its scaled block.
+
+    $q_i = \arg\min_k |c_k - W_i / a|$ with $a = \max_{j \in \text{block}} |W_j|$.
+
+    Args:
+        W: float32, float16 or bfloat16 on a device, of any shape, C-contiguous.
+        codebook: 2, 4, 8 or 16 float32 values in the order of their codes, in NumPy.
+        blocksize: values in a block, a power of two.
+
+    Raises:
+        InputError: at the first NaN or infinity; if the array, the codebook or
+            `blocksize` is not as said.
+
+    Source: QLoRA (arXiv:2305.14314), section 3.
+    """
+    gpu = current()
+    log2_blocksize = _log2(blocksize)
+    table = sort(codebook)
+    W = gpu.adopt(W)
+    facts = check("W", gpu.facts(W), CTYPES)
+    n, device = facts.size, facts.device
+    q = Blockwise(
+        gpu.empty((-(-n * table.bits // 8),), "uint8", device),
+        gpu.empty((-(-n // blocksize),), "float32", device),
+        gpu.upload(codebook, device),
+        blocksize,
+        facts.shape,
+    )
+    bad = gpu.upload(np.array([n], np.uint64), device)
+    grid = -(-n // max(blocksize, QUANTIZE_TILE))
+    search = [gpu.upload(table.midpoints, device), table.order]
+    sizes = [n, log2_blocksize, table.bits]
+    args = [W, *search, q.packed, q.absmax, bad, *sizes]
+    gpu.launch(QUANTIZE, facts.dtype, grid, args)
+    _check_finite(gpu, W, int(gpu.download(bad)[0]), n)
+    return q
+
+
+def dequantize(q: Blockwise, dtype: Any = np.float32) -> Array:
+    r"""Give every code its value back: $\hat W_i = c_{q_i} \cdot a$.
+
+    The product is rounded to float32, and once more to `dtype`.
+
+    Args:
+        q: what `quantize` returned.
+        dtype: of the result: float32, float16 or bfloat16, as a NumPy dtype or name.
+
+    Raises:
+        InputError: if the parts of `q` do not fit each other, or `dtype` is another.
+    """
+    gpu = current()
+    log2_blocksize = _log2(q.blocksize)
+    n = int(np.prod(q.shape, dtype=np.int64))
+    codebook = check("codebook", gpu.facts(q.codebook), ["float32"])
+    device, bits = codebook.device, codebook.size.bit_length() - 1
+    packed = check("packed", gpu.facts(q.packed), ["uint8"], device)
+    absmax = check("absmax", gpu.facts(q.absmax), ["float32"], device)
+    _check_size("packed", packed, -(-n * bits // 8), q)
+    _check_size("absmax", absmax, -(-n // q.blocksize), q)
+    name = dtype if isinstance(dtype, str) else np.dtype(dtype).name
+    if name not in CTYPES:
+        raise InputError(f"cannot dequantize to {name}; choose one of {list(CTYPES)}.")
+    out = gpu.empty(q.shape, name, device)
+    grid = -(-n // DEQUANTIZE_TILE)
+    args = [q.packed, q.absmax, q.codebook, out, n, log2_blocksize, bits]
+    gpu.launch(DEQUANTIZE, name, grid, args)
+    return out
+
+
+def _log2(blocksize: int) -> int:
+    if not 1 <= blocksize <= 2**31 or blocksize & (blocksize - 1):
+        raise InputError(
+            f"blocksize is {blocksize}; choose a positive power of two, such as 64."
+        )
+    return blocksize.bit_length() - 1
+
+
+def _check_size(name: str, facts: Facts, expected: int, q: Blockwise) -> None:
+    if facts.size != expected:
+        raise InputError(
+            f"{name} has {facts.size} values where shape {list(q.shape)} and blocksize "
+            f"{q.blocksize} need {expected}; pass the parts of one quantized tensor."
+        )
+
+
+def _check_finite(gpu: Executor, W: Array, first_bad: int, n: int) -> None:
+    if first_bad < n:
+        value = gpu.download(W.reshape(-1)[first_bad : first_bad + 1])[0]
+        raise InputError(
+            f"W holds {value} at flat index {first_bad}, the first value that is not "
+            "finite; repair the weights before quantizing them."
+        )

@@ -1,0 +1,219 @@
+"""Where kernels run: CuPy on a CUDA device, or whatever a test puts in its place.
+
+A launcher asks `current()` for arrays, facts about them, and launches. It never touches
+CuPy itself, so the launcher that a GPU runs is the one that the tests run on a CPU.
+"""
+
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from functools import cache
+from typing import Any, Protocol, runtime_checkable
+
+import numpy as np
+
+from minipeft.cupy.kernels import FOLDER, Kernel, expressions, source
+from minipeft.errors import InputError
+
+# Whatever the executor computes on: `cupy.ndarray` on a device.
+Array = Any
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What a launcher checks before it hands an array to a kernel."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    contiguous: bool
+    device: int
+    address: int
+
+    @property
+    def size(self) -> int:
+        """Count the values."""
+        return int(np.prod(self.shape, dtype=np.int64))
+
+
+@runtime_checkable
+class Executor(Protocol):
+    """The five things that a launcher needs."""
+
+    def adopt(self, array: Any) -> Array:
+        """Take an array, or any tensor that speaks DLPack, without copying it."""
+
+    def facts(self, array: Array) -> Facts:
+        """Describe an adopted array."""
+
+    def empty(self, shape: tuple[int, ...], dtype: str, device: int) -> Array:
+        """Allocate, aligned to 16 bytes or better."""
+
+    def upload(self, host: np.ndarray, device: int) -> Array:
+        """Copy a NumPy array to the device."""
+
+    def download(self, array: Array) -> np.ndarray:
+        """Copy to NumPy; waits for the kernels before it."""
+
+    def launch(
+        self, kernel: Kernel, dtype: str, grid: int, args: Sequence[Any]
+    ) -> None:
+        """Run `grid` blocks of the kernel's instance for `dtype`."""
+
+
+class CupyExecutor:
+    """Runs kernels on the current stream of the device that holds their arrays."""
+
+    def __init__(self) -> None:
+        import cupy
+
+        self._cupy = cupy
+
+    def adopt(self, array: Any) -> Array:
+        """Take a CuPy array as it is, a torch CUDA tensor through DLPack."""
+        if isinstance(array, self._cupy.ndarray):
+            return array
+        if isinstance(array, np.ndarray) or not hasattr(array, "__dlpack__"):
+            raise InputError(
+                f"got a {type(array).__name__} in host memory; move it to the GPU "
+                "first, with `cupy.asarray(W)` or `tensor.cuda()`."
+            )
+        return self._cupy.from_dlpack(array)
+
+    def facts(self, array: Array) -> Facts:
+        """Describe a CuPy array."""
+        return Facts(
+            array.dtype.name,
+            array.shape,
+            array.flags.c_contiguous,
+            array.device.id,
+            array.data.ptr,
+        )
+
+    def empty(self, shape: tuple[int, ...], dtype: str, device: int) -> Array:
+        """Allocate from CuPy's pool, which aligns to 512 bytes."""
+        with self._cupy.cuda.Device(device):
+            return self._cupy.empty(shape, _numpy_dtype(dtype))
+
+    def upload(self, host: np.ndarray, device: int) -> Array:
+        """Copy a NumPy array to the device."""
+        with self._cupy.cuda.Device(device):
+            return self._cupy.asarray(host)
+
+    def download(self, array: Array) -> np.ndarray:
+        """Copy to NumPy on the current stream, and wait for it."""
+        return self._cupy.asnumpy(array)
+
+    def launch(
+        self, kernel: Kernel, dtype: str, grid: int, args: Sequence[Any]
+    ) -> None:
+        """Compile the row once a process, then launch."""
+        if grid == 0:  # an empty tensor; CUDA refuses an empty grid
+            return
+        device = next(a.device for a in args if isinstance(a, self._cupy.ndarray))
+        with device:
+            function = _module(kernel.row).get_function(kernel.expression(dtype))
+            function((grid,), (kernel.threads,), tuple(kernel.pack(args)))
+
+
+@cache
+def _module(row: str) -> Any:
+    import cupy
+
+    return cupy.RawModule(
+        code=source(row),
+        options=("-std=c++17", f"-I{FOLDER}"),
+        name_expressions=expressions(row),
+    )
+
+
+def _numpy_dtype(name: str) -> np.dtype[Any]:
+    if name == "bfloat16":
+        import ml_dtypes  # CuPy depends on it
+
+        return np.dtype(ml_dtypes.bfloat16)
+    return np.dtype(name)
+
+
+def missing() -> str | None:
+    """Say in one sentence why kernels cannot run here; None where they can."""
+    try:
+        import cupy
+    except ImportError:
+        return (
+            "CuPy is not installed: `pip install minipeft[cupy]`, or use "
+            "minipeft.torch, which needs no CuPy."
+        )
+    if not cupy.cuda.is_available():
+        return (
+            "CuPy finds no CUDA device: install or update the NVIDIA driver, or use "
+            "minipeft.torch, which runs on a CPU too."
+        )
+    try:
+        cupy.cuda.nvrtc.getVersion()
+    except Exception:  # each way of not finding it has its own type
+        return (
+            "NVRTC, the CUDA compiler library, is not found: "
+            "`pip install nvidia-cuda-nvrtc`."
+        )
+    return None
+
+
+def check(
+    name: str, facts: Facts, dtypes: Collection[str], device: int | None = None
+) -> Facts:
+    """Refuse an array that a kernel would misread; return its facts otherwise.
+
+    Raises:
+        InputError: at another dtype or device, gaps between the values, or an address
+            that 16-byte loads cannot start at.
+    """
+    if facts.dtype not in dtypes:
+        raise InputError(f"{name} is {facts.dtype}; give one of {list(dtypes)}.")
+    if not facts.contiguous:
+        raise InputError(
+            f"{name} is not C-contiguous; pass a contiguous copy, as from "
+            "`cupy.ascontiguousarray`."
+        )
+    if device is not None and facts.device != device:
+        raise InputError(
+            f"{name} is on device {facts.device}, other parts on device {device}; "
+            "move them to one device."
+        )
+    if facts.address % 16:
+        raise InputError(
+            f"{name} starts {facts.address % 16} bytes past a multiple of 16, where "
+            "16-byte loads cannot start; pass a copy."
+        )
+    return facts
+
+
+_current: ContextVar[Executor | None] = ContextVar("executor", default=None)
+
+
+def current() -> Executor:
+    """Return the executor in use; on a machine without one, say what is missing.
+
+    Raises:
+        InputError: the sentence of `missing`.
+    """
+    chosen = _current.get()
+    return chosen if chosen is not None else _device()
+
+
+@cache
+def _device() -> Executor:
+    reason = missing()
+    if reason:
+        raise InputError(reason)
+    return CupyExecutor()
+
+
+@contextmanager
+def use(executor: Executor) -> Iterator[Executor]:
+    """Run kernels elsewhere for a while."""
+    token = _current.set(executor)
+    try:
+        yield executor
+    finally:
+        _current.reset(token)

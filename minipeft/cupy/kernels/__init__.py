@@ -1,0 +1,96 @@
+"""The table of kernels: file, template, arguments with their widths, threads.
+
+Everything that calls a kernel reads its arguments from here: the launcher, and the
+proofs that run without a GPU. A new kernel is one .cu file and one entry.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+FOLDER = Path(__file__).parent
+
+# The C++ name of each dtype that a template is instantiated for.
+CTYPES = {"float32": "float", "float16": "__half", "bfloat16": "__nv_bfloat16"}
+
+POINTER = "pointer"
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """A kernel template, and what the host passes to it.
+
+    Args:
+        row: the file without its ending.
+        template: its name in that file.
+        arguments: name to `POINTER`, or to the NumPy dtype of a scalar, in order.
+        threads: of a CUDA block; the same as in `__launch_bounds__`.
+        dtypes: what the template is instantiated for.
+    """
+
+    row: str
+    template: str
+    arguments: dict[str, str]
+    threads: int = 256
+    dtypes: tuple[str, ...] = tuple(CTYPES)
+
+    def expression(self, dtype: str) -> str:
+        """Name one instance in C++, as in `quantize<__half>`."""
+        return f"{self.template}<{CTYPES[dtype]}>"
+
+    def widths(self) -> list[int]:
+        """Return the bytes of each argument."""
+        return [
+            8 if kind == POINTER else np.dtype(kind).itemsize
+            for kind in self.arguments.values()
+        ]
+
+    def pack(self, arguments: Sequence[Any]) -> list[Any]:
+        """Give every scalar the width that the kernel reads; leave arrays alone."""
+        pairs = zip(self.arguments.values(), arguments, strict=True)
+        return [a if kind == POINTER else np.dtype(kind).type(a) for kind, a in pairs]
+
+
+QUANTIZE = Kernel(
+    "blockwise",
+    "quantize",
+    {
+        "W": POINTER,
+        "midpoints": POINTER,
+        "order": "uint64",
+        "packed": POINTER,
+        "absmax": POINTER,
+        "bad": POINTER,
+        "n": "int64",
+        "log2_blocksize": "int32",
+        "bits": "int32",
+    },
+)
+DEQUANTIZE = Kernel(
+    "blockwise",
+    "dequantize",
+    {
+        "packed": POINTER,
+        "absmax": POINTER,
+        "codebook": POINTER,
+        "out": POINTER,
+        "n": "int64",
+        "log2_blocksize": "int32",
+        "bits": "int32",
+    },
+)
+
+KERNELS = (QUANTIZE, DEQUANTIZE)
+
+
+def source(row: str) -> str:
+    """Read the CUDA source of a row."""
+    return (FOLDER / f"{row}.cu").read_text()
+
+
+def expressions(row: str) -> list[str]:
+    """List the instances of a row's kernels, the names to compile."""
+    return [k.expression(d) for k in KERNELS if k.row == row for d in k.dtypes]

@@ -1,0 +1,61 @@
+// What every kernel shares: dtypes, 16-byte vectors, and arithmetic that says its own
+// rounding. `__fmul_rn`, `__fadd_rn`, … are never fused and never approximated, so a
+// kernel built from them gives the reference's bits on any device.
+#pragma once
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+constexpr int WARP = 32;
+constexpr unsigned ALL_LANES = 0xffffffffu;
+
+typedef unsigned char byte;
+typedef long long i64;
+typedef unsigned long long u64;
+
+__device__ __forceinline__ float to_float(float x) { return x; }
+__device__ __forceinline__ float to_float(__half x) { return __half2float(x); }
+__device__ __forceinline__ float to_float(__nv_bfloat16 x) { return __bfloat162float(x); }
+
+// One rounding to nearest, ties to even.
+template <class T> __device__ __forceinline__ T from_float(float x);
+template <> __device__ __forceinline__ float from_float<float>(float x) { return x; }
+template <> __device__ __forceinline__ __half from_float<__half>(float x) {
+  return __float2half_rn(x);
+}
+template <> __device__ __forceinline__ __nv_bfloat16 from_float<__nv_bfloat16>(float x) {
+  return __float2bfloat16_rn(x);
+}
+
+// 16 bytes: the widest load and store that a thread has. The address must be a multiple
+// of 16; the launchers see to it.
+template <class T> struct alignas(16) Vector {
+  static constexpr int size = 16 / sizeof(T);
+  T at[size];
+};
+
+template <class T> __device__ __forceinline__ Vector<T> load_vector(const T* from) {
+  Vector<T> to;
+  *reinterpret_cast<uint4*>(&to) = *reinterpret_cast<const uint4*>(from);
+  return to;
+}
+
+template <class T> __device__ __forceinline__ void store_vector(T* to, Vector<T> from) {
+  *reinterpret_cast<uint4*>(to) = *reinterpret_cast<const uint4*>(&from);
+}
+
+// `COUNT` consecutive values as float32; what lies at `n` or beyond reads as zero.
+template <int COUNT, class T>
+__device__ __forceinline__ void load_padded(const T* from, i64 first, i64 n, float* to) {
+  constexpr int SIZE = Vector<T>::size;
+  if (first + COUNT <= n) {
+#pragma unroll
+    for (int v = 0; v < COUNT; v += SIZE) {
+      const Vector<T> part = load_vector(from + first + v);
+#pragma unroll
+      for (int i = 0; i < SIZE; ++i) to[v + i] = to_float(part.at[i]);
+    }
+  } else {
+#pragma unroll
+    for (int i = 0; i < COUNT; ++i) to[i] = first + i < n ? to_float(from[first + i]) : 0.0f;
+  }
+}

@@ -1,0 +1,71 @@
+"""What every check does with the blockwise kernels: launch them, compare all bits."""
+
+import numpy as np
+
+from minipeft.cupy import blockwise as gpu
+from minipeft.reference import blockwise as reference
+from minipeft.reference.codebook import FP4, NF2, NF3, NF4
+from tests.cuda.executors import DTYPES
+
+CODEBOOKS = {"NF4": NF4, "FP4": FP4, "NF3": NF3, "NF2": NF2}
+
+
+def same_bits(got: np.ndarray, expected: np.ndarray, what: str) -> None:
+    assert got.dtype == expected.dtype, what
+    assert got.shape == expected.shape, what
+    unequal = np.flatnonzero(
+        np.ascontiguousarray(got).reshape(-1).view(f"u{got.itemsize}")
+        != np.ascontiguousarray(expected).reshape(-1).view(f"u{got.itemsize}")
+    )
+    assert not unequal.size, (
+        f"{what}: {unequal.size} of {got.size} values differ, the first at "
+        f"{unequal[0]}: {got.flat[unequal[0]]} instead of {expected.flat[unequal[0]]}"
+    )
+
+
+def agree(W: np.ndarray, codebook: np.ndarray, blocksize: int) -> None:
+    """Quantize and dequantize with the launchers; every byte is the reference's."""
+    with np.errstate(over="ignore"):
+        expected = reference.quantize(W, codebook, blocksize)
+    q = gpu.quantize(W, codebook, blocksize)
+    same_bits(q.packed, expected.packed, "packed")
+    same_bits(q.absmax, expected.absmax, "absmax")
+    assert (q.blocksize, q.shape) == (expected.blocksize, expected.shape)
+    for name, dtype in DTYPES.items():
+        values = reference.dequantize(expected, dtype)
+        same_bits(gpu.dequantize(q, name), values, f"dequantized to {name}")
+
+
+def gaussian(n: int, dtype: str = "float32") -> np.ndarray:
+    rng = np.random.default_rng(n)
+    return rng.standard_normal(n, np.float32).astype(DTYPES[dtype])
+
+
+def awkward(codebook: np.ndarray, dtype: str) -> np.ndarray:
+    """Blocks of 64: zeros of both signs, subnormals, ties, huge values; and a tail."""
+    rng = np.random.default_rng(7)
+    blocks = rng.standard_normal((10, 64), np.float32)
+    information = np.finfo(np.float32)
+    ordered = np.sort(codebook)
+    ties = (ordered[:-1] + ordered[1:]) / np.float32(2)
+    blocks[0] = 0
+    blocks[1] = -0.0
+    blocks[2] = rng.integers(-9, 10, 64) * information.smallest_subnormal
+    blocks[3] = np.clip(blocks[3], -1, 1) * information.tiny  # absmax around 2**-126
+    blocks[4] = np.resize([1, *ties, *np.nextafter(ties, 2)], 64)
+    blocks[5] = -np.resize([1, *ties, *np.nextafter(ties, 2)], 64)
+    blocks[6, 5] = 3.0e38
+    blocks[7] = np.resize([0.0, -0.0, 2.0], 64)
+    blocks[8] *= np.float32(60000)  # beyond float16 once it is dequantized
+    flat = np.concatenate([blocks.reshape(-1), [np.float32(0.3)] * 5])
+    with np.errstate(over="ignore"):
+        cast = flat.astype(DTYPES[dtype])
+    return np.where(np.isfinite(cast.astype(np.float32)), cast, 1).astype(cast.dtype)
+
+
+def small() -> None:
+    """Run a few launches that reach every branch; for checks that are slow."""
+    agree(awkward(NF4, "float32"), NF4, 64)  # registers and shuffles
+    agree(gaussian(2 * 2048 + 1001, "bfloat16"), FP4, 1024)  # shared memory
+    agree(gaussian(4096 + 77, "float16"), NF3, 4096)  # several tiles, 3 bits
+    agree(gaussian(65), NF4, 2)  # several blocks a thread

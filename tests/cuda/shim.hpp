@@ -1,0 +1,137 @@
+// Run CUDA C++ on a CPU: the same kernel source, compiled by g++ behind this header.
+//
+// dtypes, vector types and conversions come from NVIDIA's own headers, which hold a host
+// version of each. The execution model is ours, in shim.cpp: every CUDA thread is a
+// fiber, and between two synchronizations the fibers of a block run in an order that a
+// seed shuffles, as do the blocks of a grid. It is stricter than hardware: it stops where
+// CUDA leaves the result undefined (a barrier that some threads do not reach, a shuffle
+// that reads a lane which is not there).
+#pragma once
+#include <cuda_runtime_api.h>
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <functional>
+#include <map>
+#include <string>
+#include <utility>
+#include <vector>
+
+#undef __global__
+#undef __device__
+#undef __constant__
+#undef __shared__
+#undef __forceinline__
+#undef __launch_bounds__
+#define __global__
+#define __device__
+#define __constant__
+#define __shared__ static  // blocks run one after another, so one copy is enough
+#define __forceinline__ inline __attribute__((always_inline))
+#define __launch_bounds__(...)
+
+namespace shim {
+
+struct Index {
+  unsigned x, y, z;
+};
+
+extern Index thread, block, block_size, grid_size;
+
+[[noreturn]] void stop(const char* what);
+void sync_block();
+void sync_warp(unsigned mask);
+
+// Post 8 bytes, and read what lane `from` of the warp posted.
+uint64_t exchange(unsigned mask, uint64_t bits, int from);
+unsigned ballot(unsigned mask, bool vote);
+int lane();
+
+// A kernel, callable as the driver calls it: by a pointer to each argument.
+struct Kernel {
+  std::vector<size_t> widths;
+  std::function<void(void** arguments)> run;
+};
+
+template <class... P, size_t... I>
+void call(void (*kernel)(P...), void** arguments, std::index_sequence<I...>) {
+  kernel(*static_cast<P*>(arguments[I])...);
+}
+
+template <class... P> Kernel describe(void (*kernel)(P...)) {
+  return {{sizeof(P)...}, [kernel](void** arguments) {
+            call(kernel, arguments, std::index_sequence_for<P...>{});
+          }};
+}
+
+void launch(const Kernel& kernel, unsigned grid, unsigned threads, unsigned seed,
+            void** arguments);
+
+// A lane outside one's own segment of `width` lanes gives back one's own value.
+template <class T> T shuffle(unsigned mask, T value, int from, int width) {
+  static_assert(sizeof(T) <= 8);
+  uint64_t bits = 0;
+  std::memcpy(&bits, &value, sizeof value);
+  const bool inside = from >= 0 && from / width == lane() / width;
+  bits = exchange(mask, bits, inside ? from : lane());
+  std::memcpy(&value, &bits, sizeof value);
+  return value;
+}
+
+}  // namespace shim
+
+using Registry = std::map<std::string, shim::Kernel>;
+Registry registry();  // generated from the table of kernels
+
+#define threadIdx (::shim::thread)
+#define blockIdx (::shim::block)
+#define blockDim (::shim::block_size)
+#define gridDim (::shim::grid_size)
+
+inline void __syncthreads() { shim::sync_block(); }
+inline void __syncwarp(unsigned mask = 0xffffffffu) { shim::sync_warp(mask); }
+
+template <class T> T __shfl_sync(unsigned mask, T value, int from, int width = 32) {
+  const int first = shim::lane() / width * width;
+  return shim::shuffle(mask, value, first + (from & (width - 1)), width);
+}
+template <class T> T __shfl_xor_sync(unsigned mask, T value, int bits, int width = 32) {
+  return shim::shuffle(mask, value, shim::lane() ^ bits, width);
+}
+template <class T> T __shfl_down_sync(unsigned mask, T value, int by, int width = 32) {
+  return shim::shuffle(mask, value, shim::lane() + by, width);
+}
+template <class T> T __shfl_up_sync(unsigned mask, T value, int by, int width = 32) {
+  return shim::shuffle(mask, value, shim::lane() - by, width);
+}
+inline unsigned __ballot_sync(unsigned mask, int vote) { return shim::ballot(mask, vote); }
+inline int __any_sync(unsigned mask, int vote) { return shim::ballot(mask, vote) != 0; }
+inline int __all_sync(unsigned mask, int vote) { return shim::ballot(mask, !vote) == 0; }
+
+// g++ is told -ffp-contract=off, so each of these rounds once, as its name promises.
+inline float __fadd_rn(float a, float b) { return a + b; }
+inline float __fsub_rn(float a, float b) { return a - b; }
+inline float __fmul_rn(float a, float b) { return a * b; }
+inline float __fdiv_rn(float a, float b) { return a / b; }
+inline float __fsqrt_rn(float a) { return std::sqrt(a); }
+inline float __fmaf_rn(float a, float b, float c) { return std::fma(a, b, c); }
+
+inline unsigned __byte_perm(unsigned low, unsigned high, unsigned selector) {
+  const uint64_t bytes = uint64_t(high) << 32 | low;
+  unsigned result = 0;
+  for (int i = 0; i < 4; ++i)
+    result |= unsigned(bytes >> 8 * (selector >> 4 * i & 7) & 0xff) << 8 * i;
+  return result;
+}
+
+template <class T> T atomicMin(T* to, T value) {
+  T old = __atomic_load_n(to, __ATOMIC_RELAXED);
+  while (value < old && !__atomic_compare_exchange_n(to, &old, value, true,
+                                                     __ATOMIC_RELAXED, __ATOMIC_RELAXED)) {
+  }
+  return old;
+}

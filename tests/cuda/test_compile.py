@@ -1,0 +1,29 @@
+"""Every kernel compiles for every GPU generation, without a warning or a spill."""
+
+import pytest
+
+from minipeft.cupy import kernels
+from tests.cuda.toolchain import ARCHITECTURES, compile_device, needs_nvrtc
+
+pytestmark = needs_nvrtc
+ROWS = sorted({kernel.row for kernel in kernels.KERNELS})
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("row", ROWS)
+def test_no_warning_and_no_spill(row, architecture):
+    compiled = compile_device(row, "cubin", architecture, kernels.source(row))
+    assert compiled.log == "", f"the compiler says:\n{compiled.log}"
+
+
+def test_a_spilling_kernel_is_reported():
+    """The check above can fail: forced into 24 registers, the kernel spills."""
+    text = kernels.source("blockwise")
+    bound = "__launch_bounds__(THREADS)"
+    crowded = text.replace(bound, "__maxnreg__(24)")
+    compiled = compile_device("blockwise", "cubin", "80", crowded)
+    assert "Registers are spilled" in compiled.log
+
+
+def test_every_source_is_in_the_table():
+    assert sorted(path.stem for path in kernels.FOLDER.glob("*.cu")) == ROWS

@@ -1,0 +1,46 @@
+"""Without a GPU the column imports, and one sentence says what is missing when used."""
+
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from minipeft.cupy import blockwise, executor
+from minipeft.errors import InputError
+
+
+def test_importing_needs_no_cupy():
+    """In a clean interpreter where `import cupy` fails; use then names the remedy."""
+    program = (
+        "import sys; sys.modules['cupy'] = None\n"
+        "from minipeft.cupy import blockwise\n"
+        "from minipeft.errors import InputError\n"
+        "import numpy as np\n"
+        "try: blockwise.quantize(np.zeros(4, np.float32))\n"
+        "except InputError as error: print(error)\n"
+    )
+    said = subprocess.check_output([sys.executable, "-c", program], text=True)
+    assert said.count("\n") == 1
+    assert "pip install minipeft[cupy]" in said
+
+
+def test_no_device_is_one_sentence(monkeypatch):
+    cupy = pytest.importorskip("cupy")
+    monkeypatch.setattr(cupy.cuda, "is_available", lambda: False)
+    executor._device.cache_clear()
+    with pytest.raises(InputError, match="finds no CUDA device: install or update"):
+        blockwise.quantize(np.zeros(4, np.float32))
+
+
+def test_no_compiler_is_one_sentence(monkeypatch):
+    cupy = pytest.importorskip("cupy")
+
+    def absent():
+        raise RuntimeError("libnvrtc.so.13 not found")
+
+    monkeypatch.setattr(cupy.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(cupy.cuda.nvrtc, "getVersion", absent)
+    executor._device.cache_clear()
+    with pytest.raises(InputError, match="`pip install nvidia-cuda-nvrtc`"):
+        blockwise.quantize(np.zeros(4, np.float32))

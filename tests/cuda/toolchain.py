@@ -1,0 +1,231 @@
+"""Compile the kernels without a GPU: for a device with NVRTC, for this CPU with g++.
+
+What a compiler made is kept under build/cuda, named by a hash of everything it was made
+from, so a second run compiles nothing.
+"""
+
+import hashlib
+import importlib.util
+import os
+import shutil
+import subprocess
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+from minipeft.cupy import kernels
+
+HERE = Path(__file__).parent
+BUILD = HERE.parents[1] / "build" / "cuda"
+ARCHITECTURES = ("75", "80", "90", "100")
+
+# Each way of building the CPU program, and what it makes visible: wrong values; races
+# between the threads of a block; addresses outside a buffer, misaligned or undefined.
+FLAVOURS = {
+    "values": "",
+    "races": "-g -fsanitize=thread",
+    "addresses": "-g -fsanitize=address,undefined -fno-sanitize-recover=all",
+}
+GXX_FLAGS = (
+    "-std=c++20 -O1 -ffp-contract=off -fno-strict-aliasing "
+    "-Wall -Wextra -Werror -Wno-unknown-pragmas"
+)
+
+
+def wheel(module: str) -> Path | None:
+    """Find the folder of an installed NVIDIA wheel."""
+    try:
+        found = importlib.util.find_spec(module)
+    except ModuleNotFoundError:
+        return None
+    return Path(next(iter(found.submodule_search_locations))) if found else None
+
+
+def cuda_folder() -> Path | None:
+    folder = wheel("nvidia.cu13")
+    return folder if folder and (folder / "include" / "cuda_fp16.h").exists() else None
+
+
+def missing_for_cpu() -> str | None:
+    if not shutil.which("g++"):
+        return "g++ is not installed"
+    return None if cuda_folder() else "the wheel nvidia-cuda-runtime is not installed"
+
+
+def missing_for_device() -> str | None:
+    try:
+        from cuda.bindings import nvrtc
+
+        nvrtc.nvrtcVersion()
+    except Exception as error:
+        return f"NVRTC or its Python bindings are not installed ({error})"
+    return None if cuda_folder() else "the wheel nvidia-cuda-runtime is not installed"
+
+
+needs_cpu_build = pytest.mark.skipif(
+    missing_for_cpu() is not None, reason=str(missing_for_cpu())
+)
+needs_nvrtc = pytest.mark.skipif(
+    missing_for_device() is not None, reason=str(missing_for_device())
+)
+
+
+def cached(name: str, parts: list[str], make: Callable[[Path], None]) -> Path:
+    """Return build/cuda/<name>-<hash of parts>, calling `make` if it is not there."""
+    digest = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
+    path = BUILD / f"{name}-{digest}"
+    if not path.exists():
+        BUILD.mkdir(parents=True, exist_ok=True)
+        unfinished = path.with_name(f"{path.name}.{os.getpid()}")
+        make(unfinished)
+        unfinished.replace(path)
+    return path
+
+
+# For this CPU -------------------------------------------------------------------------
+
+
+def cpu_source(row: str, variants: dict[str, str]) -> str:
+    """Write the program around one row: every variant of its source in a namespace.
+
+    Variants are the source itself and its mutants; they are compiled in one go because
+    most of the time goes into NVIDIA's headers.
+    """
+    parts = ['#include "shim.hpp"', '#include "common.cuh"']
+    entries = []
+    for number, (variant, text) in enumerate(variants.items()):
+        parts.append(f'namespace v{number} {{\n#line 1 "{row}.cu"\n{text}\n}}')
+        entries += [
+            f'    {{"{variant}:{name}", shim::describe(&v{number}::{name})}},'
+            for name in kernels.expressions(row)
+        ]
+    parts.append(
+        "Registry registry() {\n  return {\n" + "\n".join(entries) + "\n  };\n}"
+    )
+    return "\n".join(parts)
+
+
+def compile_cpu(row: str, flavour: str, variants: dict[str, str]) -> Path:
+    """Build the program that runs a row's kernels on this CPU."""
+    program = cpu_source(row, variants)
+    flags = FLAVOURS[flavour].split()
+    common = (kernels.FOLDER / "common.cuh").read_text()
+    runner = compile_runner(flavour)
+    parts = [program, common, str(runner), *flags]
+    return cached(
+        f"{row}-{flavour}",
+        parts,
+        lambda path: gxx(
+            ["-x", "c++", "-", "-x", "none", runner, *flags], path, program
+        ),
+    )
+
+
+def compile_runner(flavour: str) -> Path:
+    """Build what all rows share: the execution model, and the program around it."""
+    sources = [HERE / "shim.cpp", HERE / "runner.cpp"]
+    parts = [(HERE / "shim.hpp").read_text(), *(s.read_text() for s in sources)]
+    # ThreadSanitizer is to see the kernels and not the scheduler.
+    flags = "-DSHIM_RACES" if flavour == "races" else FLAVOURS[flavour]
+    command = ["-r", "-nostdlib", *flags.split(), *sources]
+    parts += [flags, GXX_FLAGS, gxx_version(), str(cuda_folder())]
+    return cached(f"runner-{flavour}", parts, lambda path: gxx(command, path))
+
+
+def gxx(command: list[str | Path], output: Path, program: str = "") -> None:
+    folders = [f"-I{HERE}", f"-I{kernels.FOLDER}"]
+    folders += ["-isystem", str(cuda_folder() / "include")]
+    line = ["g++", *GXX_FLAGS.split(), *folders, *command, "-o", output]
+    built = subprocess.run(line, input=program, text=True, capture_output=True)
+    assert built.returncode == 0, f"g++ fails:\n{built.stderr}"
+
+
+@cache
+def gxx_version() -> str:
+    return subprocess.check_output(["g++", "--version"], text=True)
+
+
+# For a device -------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """What NVRTC made of one row: PTX or cubin, its log, and the mangled names."""
+
+    image: Path
+    log: str
+    names: dict[str, str]
+
+
+def compile_device(row: str, kind: str, architecture: str, text: str) -> Compiled:
+    """Compile a row's source; `kind` is "ptx" or "cubin"."""
+    target = {"ptx": "compute", "cubin": "sm"}[kind]
+    options = [f"--gpu-architecture={target}_{architecture}", "-std=c++17"]
+    options += [f"-I{kernels.FOLDER}", f"-I{cuda_folder() / 'include'}"]
+    if kind == "cubin":
+        options += ["--ptxas-options=-warn-spills", "--ptxas-options=-warn-lmem-usage"]
+    common = (kernels.FOLDER / "common.cuh").read_text()
+    parts = [text, common, *kernels.expressions(row), *options, nvrtc_version()]
+
+    def make(folder: Path) -> None:
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir()
+        image, log, names = _nvrtc(row, kind, text, options)
+        (folder / "image").write_bytes(image)
+        (folder / "log").write_text(log)
+        (folder / "names").write_text("".join(f"{k}\t{v}\n" for k, v in names.items()))
+
+    folder = cached(f"{row}-{kind}{architecture}", parts, make)
+    lines = (folder / "names").read_text().splitlines()
+    names = dict(line.split("\t") for line in lines)
+    return Compiled(folder / "image", (folder / "log").read_text(), names)
+
+
+def _nvrtc(
+    row: str, kind: str, text: str, options: list[str]
+) -> tuple[bytes, str, dict[str, str]]:
+    from cuda.bindings import nvrtc
+
+    def call(function, *arguments):
+        status, *results = function(*arguments)
+        assert status == nvrtc.nvrtcResult.NVRTC_SUCCESS, (
+            f"{function.__name__}: {status}"
+        )
+        return results[0] if results else None
+
+    def read(size, content):
+        buffer = b" " * call(size, program)
+        call(content, program, buffer)
+        return buffer
+
+    file = f"{row}.cu".encode()
+    program = call(nvrtc.nvrtcCreateProgram, text.encode(), file, 0, [], [])
+    expressions = kernels.expressions(row)
+    for name in expressions:
+        call(nvrtc.nvrtcAddNameExpression, program, name.encode())
+    encoded = [option.encode() for option in options]
+    (status,) = nvrtc.nvrtcCompileProgram(program, len(encoded), encoded)
+    log = read(nvrtc.nvrtcGetProgramLogSize, nvrtc.nvrtcGetProgramLog)
+    log = log.rstrip(b"\0 \n").decode()
+    assert status == nvrtc.nvrtcResult.NVRTC_SUCCESS, f"NVRTC refuses {row}.cu:\n{log}"
+    if kind == "ptx":
+        image = read(nvrtc.nvrtcGetPTXSize, nvrtc.nvrtcGetPTX)
+    else:
+        image = read(nvrtc.nvrtcGetCUBINSize, nvrtc.nvrtcGetCUBIN)
+    names = {n: _lowered(call, nvrtc, program, n) for n in expressions}
+    call(nvrtc.nvrtcDestroyProgram, program)
+    return image, log, names
+
+
+def _lowered(call, nvrtc, program, name: str) -> str:
+    return call(nvrtc.nvrtcGetLoweredName, program, name.encode()).decode()
+
+
+@cache
+def nvrtc_version() -> str:
+    from cuda.bindings import nvrtc
+
+    return str(nvrtc.nvrtcVersion())
