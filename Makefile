@@ -7,9 +7,9 @@ VENV := .venv
 BIN := $(VENV)/bin
 JOBS ?= 2
 # Continuous integration also runs the tests that compare with other libraries.
+WITH_PEERS := $(VENV)/.setup-peers
+SETUP := $(if $(CI),$(WITH_PEERS),$(VENV)/.setup)
 comma := ,
-PEERS := $(if $(CI),-peers)
-SETUP := $(VENV)/.setup$(PEERS)
 # KaTeX's script travels in this wheel; its own dependencies are not wanted.
 KATEX := pelican-katex==1.8.9
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
@@ -24,12 +24,12 @@ help:  ## print this table
 
 setup: $(SETUP)  ## create .venv and install the package with all it needs
 
-$(SETUP): pyproject.toml constraints.txt Makefile
+$(VENV)/.setup $(WITH_PEERS): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
 	  echo "minipeft needs Python 3.11 or newer; $(PYTHON) is older. Try: make PYTHON=python3.12" >&2; exit 2; }
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@echo "installing minipeft into $(VENV) (once; some minutes on a slow line) ..."
-	@$(BIN)/pip install -q -e '.[dev$(subst -,$(comma),$(PEERS))]' -c constraints.txt
+	@$(BIN)/pip install -q -e '.[$(if $(findstring peers,$@),dev$(comma)peers,dev)]' -c constraints.txt
 	@$(BIN)/pip install -q --no-deps $(KATEX)
 	@touch $@
 
@@ -73,6 +73,13 @@ golden: $(SETUP)  ## write the golden vectors
 golden-check: $(SETUP)  ## write them elsewhere and compare
 	@mkdir -p build && rm -rf build/golden && $(BIN)/python -m minipeft.golden.generate --out build/golden
 	@diff -r minipeft/golden/v1 build/golden && echo "golden vectors: regenerated, identical"
+
+results: $(SETUP)  ## recompute chapters/results: seeds, sweeps, sizes (takes long)
+	@for script in $$(grep -l 'chapter\.full' chapters/[0-9]*.py); do \
+	  echo "$$script --full" && $(BIN)/python $$script --full || exit; done
+
+bench: $(WITH_PEERS)  ## time against peft and bitsandbytes, in pairs, as ratios
+	@$(BIN)/python -m minipeft.lab.bench
 
 test-gpu: $(SETUP)  ## the tests that need a CUDA device
 	@$(BIN)/pytest -q -m gpu tests
