@@ -1,0 +1,159 @@
+"""A chapter is a percent script: `# %% [markdown]` prose, `# %%` code."""
+
+import ast
+import re
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+from . import BookError
+
+MARK = re.compile(r"^# %%(?P<options>.*)$")
+TAGS = re.compile(r"tags=(\[[^\]]*\])")
+LIMIT = re.compile(r"^# *limit: *(\d+) *s *$", re.M)
+PART = re.compile(r"^# *part: *(.+?) *$", re.M)
+VALUE = re.compile(r"\{=(.+?)=\}")
+FENCE = re.compile(r"^(?P<indent> *)(?P<ticks>`{3,}|~{3,})(?P<info>.*)$")
+USUAL_LIMIT, LONGEST_LIMIT = 60, 180
+KNOWN_TAGS = {"hide", "fold", "solution"}
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One cell; `line` is where its first line stands in the script."""
+
+    number: int
+    kind: str
+    source: str
+    line: int
+    tags: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Chapter:
+    """A chapter as its author wrote it."""
+
+    path: Path
+    front: str
+    cells: tuple[Cell, ...]
+
+    @property
+    def name(self) -> str:
+        """The script's name, which is the page's too: `01_lora`."""
+        return self.path.stem
+
+    @property
+    def number(self) -> int:
+        """The chapter's place in the book."""
+        return int(self.name.split("_")[0])
+
+    @cached_property
+    def title(self) -> str:
+        """The first heading."""
+        for cell in self.prose:
+            if found := re.search(r"^# (.+)$", cell.source, re.M):
+                return found[1].strip()
+        raise BookError(f"{self.path.name}: no prose cell has a title, '# # Title'")
+
+    @property
+    def limit(self) -> int:
+        """Seconds that the chapter may take: 60, or what its front comment asks for."""
+        found = LIMIT.search(self.front)
+        seconds = int(found[1]) if found else USUAL_LIMIT
+        if seconds > LONGEST_LIMIT:
+            raise BookError(
+                f"{self.path.name}: its front comment asks for {seconds} s; "
+                f"a chapter may ask for {LONGEST_LIMIT} s at most"
+            )
+        return seconds
+
+    @property
+    def part(self) -> str | None:
+        """The part of the book that the front comment asks for, if it does."""
+        found = PART.search(self.front)
+        return found[1] if found else None
+
+    @property
+    def prose(self) -> list[Cell]:
+        """The Markdown cells."""
+        return [cell for cell in self.cells if cell.kind == "markdown"]
+
+    @property
+    def code(self) -> list[Cell]:
+        """The code cells."""
+        return [cell for cell in self.cells if cell.kind == "code"]
+
+    @cached_property
+    def values(self) -> list[str]:
+        """Every expression that the prose quotes as `{=expression=}`, once each."""
+        return list(
+            dict.fromkeys(v for c in self.prose for v in VALUE.findall(c.source))
+        )
+
+    @cached_property
+    def solutions(self) -> list[Cell]:
+        """The code inside `??? …` blocks, numbered in reading order."""
+        found = [part for cell in self.prose for part in _solutions(cell)]
+        return [
+            Cell(number, "code", source, line)
+            for number, (source, line) in enumerate(found, 1)
+        ]
+
+
+def read(path: Path) -> Chapter:
+    """Read one script; what it says wrongly about itself is an error here."""
+    front: list[str] = []
+    raw: list[tuple[str, int, list[str]]] = []
+    for line, text in enumerate(path.read_text("utf-8").splitlines(), 1):
+        if mark := MARK.match(text):
+            raw.append((mark["options"], line + 1, []))
+        else:
+            (raw[-1][2] if raw else front).append(text)
+    cells = tuple(_cell(path, n, *parts) for n, parts in enumerate(raw, 1))
+    return Chapter(path, "\n".join(front), cells)
+
+
+def read_all(folder: Path) -> list[Chapter]:
+    """Every chapter of a folder, in the order of the file names."""
+    return [read(path) for path in sorted(folder.glob("[0-9][0-9]_*.py"))]
+
+
+def _cell(path: Path, number: int, options: str, line: int, lines: list[str]) -> Cell:
+    """Make one cell of the lines below its mark."""
+    kind = "markdown" if "[markdown]" in options else "code"
+    if kind == "markdown":
+        lines = [_uncomment(path, line + i, text) for i, text in enumerate(lines)]
+    while lines and not lines[0].strip():
+        lines, line = lines[1:], line + 1
+    found = TAGS.search(options)
+    tags = tuple(ast.literal_eval(found[1])) if found else ()
+    if unknown := set(tags) - KNOWN_TAGS:
+        raise BookError(
+            f"{path.name}, cell {number}: unknown tag {min(unknown)!r}; "
+            f"the tags are {', '.join(sorted(KNOWN_TAGS))}"
+        )
+    return Cell(number, kind, "\n".join(lines).rstrip(), line, tags)
+
+
+def _uncomment(path: Path, line: int, text: str) -> str:
+    if text.startswith("# "):
+        return text[2:]
+    if text.startswith("#") or not text.strip():
+        return text[1:]
+    raise BookError(f"{path.name}, line {line}: code in a prose cell: {text.strip()!r}")
+
+
+def _solutions(cell: Cell) -> list[tuple[str, int]]:
+    """Find the Python fences of `???` blocks, with the line each begins on."""
+    found: list[tuple[list[str], int]] = []
+    inside, fenced, keep = False, False, False
+    for line, text in enumerate(cell.source.splitlines(), cell.line):
+        if text.strip() and not text.startswith("    "):
+            inside, fenced = text.startswith("???"), False
+        elif inside and (fence := FENCE.match(text)):
+            fenced = not fenced
+            if keep := fenced and fence["info"].strip() == "python":
+                found.append(([], line + 1))
+        elif fenced and keep:
+            found[-1][0].append(text[4:])
+    return [("\n".join(lines), line) for lines, line in found]

@@ -1,0 +1,127 @@
+"""The same chapter as a notebook whose prose reads well in Jupyter."""
+
+import json
+import re
+from typing import Any
+
+from . import shelf
+from .chapter import VALUE, Cell, Chapter
+from .prose import CITATION, Page, outside_spans, pieces
+from .run import Result
+from .source import DIRECTIVE
+
+SITE = "https://minipeft.github.io/minipeft/"
+BOX = re.compile(
+    r'^(?P<mark>!!!|\?\?\?\+?) +(?P<kind>\w+)(?: +"(?P<title>[^"]*)")?\n'
+    r"(?P<body>(?:(?: {4}.*)?\n)*)",
+    re.M,
+)
+SYMBOL = re.compile(r"\[([^\]]+)\]\[([\w.]*)\]")
+LINK = re.compile(r"\]\((?P<up>\.\./)?(?P<page>[\w/]+)\.md(?P<anchor>#[\w.-]+)?\)")
+ATTRIBUTES = re.compile(r"\{ ?[.#:][^}]*\}$", re.M)
+
+
+def write(chapter: Chapter, result: Result, page: Page) -> str:
+    """Return the notebook, outputs included, as JSON."""
+    outputs = iter(result.cells)
+    cells = []
+    for cell in chapter.cells:
+        if cell.kind == "markdown":
+            cells.append(_cell(cell, "markdown", clean(cell.source, page)))
+        else:
+            cells.append(_code(cell, next(outputs), result))
+    kernel = {"name": "python3", "display_name": "Python 3", "language": "python"}
+    book = {
+        "cells": cells,
+        "metadata": {"kernelspec": kernel, "language_info": {"name": "python"}},
+        "nbformat": 4,
+        "nbformat_minor": 5,
+    }
+    return json.dumps(book, indent=1, ensure_ascii=False) + "\n"
+
+
+def _cell(cell: Cell, kind: str, source: str) -> dict[str, Any]:
+    return {
+        "cell_type": kind,
+        "id": f"cell-{cell.number}",
+        "metadata": {"tags": list(cell.tags)} if cell.tags else {},
+        "source": source.splitlines(keepends=True),
+    }
+
+
+def _code(cell: Cell, output: dict[str, Any], result: Result) -> dict[str, Any]:
+    shown: list[dict[str, Any]] = []
+    if output["stdout"]:
+        text = output["stdout"].splitlines(keepends=True)
+        shown.append({"output_type": "stream", "name": "stdout", "text": text})
+    for figure in output["figures"]:
+        svg = (result.folder / figure["file"]).read_text("utf-8")
+        data = {
+            "image/svg+xml": svg.splitlines(keepends=True),
+            "text/plain": [figure["alt"]],
+        }
+        shown.append({"output_type": "display_data", "metadata": {}, "data": data})
+    return _cell(cell, "code", cell.source) | {
+        "execution_count": None,
+        "outputs": shown,
+    }
+
+
+def clean(text: str, page: Page) -> str:
+    """Turn what only the site understands into plain Markdown."""
+    parts = [p if fenced else _open(p, page) for fenced, p in pieces(_boxes(text))]
+    return "\n".join(parts).strip()
+
+
+def _open(text: str, page: Page) -> str:
+    text = VALUE.sub(lambda m: page.values[m[1]], text)
+    text = outside_spans(lambda t: CITATION.sub(lambda m: _cite(m[1], page), t), text)
+    text = LINK.sub(_link, SYMBOL.sub(_symbol, text))
+    text = ATTRIBUTES.sub("", text)
+    return "\n".join(_directive(line, page) for line in text.split("\n"))
+
+
+def _cite(inside: str, page: Page) -> str:
+    links = []
+    for item in inside.split("; "):
+        key, comma, place = item[1:].partition(", ")
+        work = page.works[key]
+        links.append(f"[{work.label}]({work.url}){comma}{place}")
+    return f"({'; '.join(links)})"
+
+
+def _symbol(match: re.Match[str]) -> str:
+    """Link to a symbol's place in the reference pages."""
+    name = match[2] or match[1].strip("`")
+    parts = name.split(".")
+    if parts[0] != "minipeft" or len(parts) < 3:
+        return match[0]
+    return f"[{match[1]}]({SITE}api/{parts[1]}/{parts[2]}.html#{name})"
+
+
+def _link(match: re.Match[str]) -> str:
+    folder = "" if match["up"] else "book/"
+    return f"]({SITE}{folder}{match['page']}.html{match['anchor'] or ''})"
+
+
+def _directive(line: str, page: Page) -> str:
+    if found := DIRECTIVE.match(line):
+        source = page.source(found["name"])
+        return f"\n`{source.name}`\n\n```{source.language}\n{source.text}\n```\n"
+    if line.strip() == "@references":
+        return ATTRIBUTES.sub("", shelf.references(page.cited, page.works))
+    return line
+
+
+def _boxes(text: str) -> str:
+    """Admonitions become quotations; folded ones become `<details>`."""
+
+    def box(match: re.Match[str]) -> str:
+        title = match["title"] or match["kind"].capitalize()
+        body = re.sub(r"^ {4}", "", match["body"], flags=re.M).strip()
+        if match["mark"].startswith("?"):
+            return f"<details><summary>{title}</summary>\n\n{body}\n\n</details>\n\n"
+        lines = f"**{title}**\n\n{body}".split("\n")
+        return "\n".join(f"> {line}".rstrip() for line in lines) + "\n\n"
+
+    return BOX.sub(box, text + "\n")

@@ -1,0 +1,168 @@
+"""Write the generated pages of the book: `python site/hooks/generate.py`.
+
+MkDocs calls the same function before every build (hooks.py). The pages go to `book/`
+and `api/` below `site/`, which git ignores; a chapter runs again only when it changed.
+"""
+
+import shutil
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from book import BookError, Layout, api, methods, notebook, page, shelf, source
+from book.chapter import Chapter, read_all
+from book.prose import Page, expand
+from book.run import Result, run_all
+
+ROOT = Path(__file__).parents[2]
+
+
+@dataclass(frozen=True)
+class Book:
+    """What was generated, as far as the hand-written pages and MkDocs need it."""
+
+    layout: Layout
+    nav: dict[str, list[Any]]
+    works: dict[str, shelf.Work]
+    terms: list[shelf.Term]
+    cited_in: dict[str, list[str]]
+    results: dict[str, Result]
+
+
+def generate(layout: Layout, say: Callable[[str], None] = print) -> Book:
+    """Run the chapters, and write every generated page."""
+    works = shelf.works(layout.docs / "bibliography.yml")
+    terms = shelf.terms(layout.docs / "glossary.yml")
+    chapters = read_all(layout.chapters)
+    parts = group(chapters, Path(__file__).with_name("parts.yml"))
+    results = run_all(layout, chapters, say)
+    written: list[Path] = []
+    cited_in: dict[str, list[str]] = {}
+    for part, members in parts.items():
+        for chapter in members:
+            setting = chapter_page(layout, chapter, results[chapter.name], works)
+            written += publish(layout, chapter, results[chapter.name], setting, part)
+            link = f"[{chapter.title}](book/{chapter.name}.md)"
+            for key in setting.cited:
+                cited_in.setdefault(key, []).append(link)
+    written += api.publish(layout, shown_modules(chapters))
+    prune(layout, written)
+    nav = {"book/": book_nav(parts), "api/": api.nav(layout)}
+    return Book(layout, nav, works, terms, cited_in, results)
+
+
+def group(chapters: list[Chapter], file: Path) -> dict[str, list[Chapter]]:
+    """Put chapters into parts; the parts come in the order of their first chapters."""
+    known = dict(shelf.load(file))
+    part_of = {word: part for part, words in known.items() for word in words}
+    last = list(known)[-1]
+    parts: dict[str, list[Chapter]] = {}
+    for chapter in chapters:
+        word = chapter.name.split("_", 1)[1]
+        part = chapter.part or part_of.get(word, last)
+        parts.setdefault(part, []).append(chapter)
+    return parts
+
+
+def chapter_page(
+    layout: Layout, chapter: Chapter, result: Result, works: dict[str, shelf.Work]
+) -> Page:
+    """Return what the prose of one chapter may refer to."""
+    setting = Page(
+        where=f"chapters/{chapter.path.name}",
+        root="../",
+        works=works,
+        source=partial(source.find, package=layout.package),
+        values=result.values,
+    )
+    setting.blocks["references"] = lambda: shelf.references(setting.cited, works)
+    return setting
+
+
+def publish(
+    layout: Layout, chapter: Chapter, result: Result, setting: Page, part: str
+) -> list[Path]:
+    """Write one chapter's page, figures and downloads."""
+    setter = page.Setter(chapter, result, setting, layout.docs)
+    text = setter.set(part)
+    written = page.publish(
+        chapter, text, notebook.write(chapter, result, setting), layout.docs
+    )
+    return [*written, *setter.folder.glob("*.svg")]
+
+
+def shown_modules(chapters: list[Chapter]) -> dict[str, list[str]]:
+    """Return links to the chapters that show something of a module, by module."""
+    found: dict[str, list[str]] = {}
+    for chapter in chapters:
+        link = f"[{chapter.title}](../../book/{chapter.name}.md)"
+        for cell in chapter.prose:
+            for line in cell.source.splitlines():
+                if match := source.DIRECTIVE.match(line):
+                    module = match["name"].split(":")[0]
+                    parts = module.split(".")
+                    module = module if ":" in match["name"] else ".".join(parts[:3])
+                    if link not in found.setdefault(module, []):
+                        found[module].append(link)
+    return found
+
+
+def book_nav(parts: dict[str, list[Chapter]]) -> list[Any]:
+    """Return the navigation of the chapters, part by part."""
+    return [
+        {part: [{c.title: f"book/{c.name}.md"} for c in members]}
+        for part, members in parts.items()
+    ]
+
+
+def hand_written(book: Book, where: str) -> Page:
+    """Return what a hand-written page may refer to."""
+    root = "../" * where.count("/")
+    setting = Page(
+        where, root, book.works, partial(source.find, package=book.layout.package)
+    )
+    setting.blocks = {
+        "map": lambda: methods.table(book.layout.root, partial(map_link, book.layout)),
+        "glossary": lambda: expand(shelf.glossary(book.terms), setting),
+        "bibliography": lambda: shelf.bibliography(
+            list(book.works.values()), book.cited_in
+        ),
+    }
+    return setting
+
+
+def map_link(layout: Layout, column: str, file: Path) -> str:
+    """Where a tick of the map leads on the site."""
+    if column == "chapter":
+        return f"book/{file.stem}.md"
+    if column in api.COLUMNS:
+        return f"api/{column}/{file.stem}.md"
+    return "verify.md"
+
+
+def prune(layout: Layout, written: list[Path]) -> None:
+    """Remove generated files that this generation did not write."""
+    for folder in ("book", "api"):
+        for path in (layout.docs / folder).rglob("*"):
+            if path.is_file() and path not in written:
+                path.unlink()
+        for path in sorted((layout.docs / folder).glob("*/"), reverse=True):
+            if not any(path.iterdir()):
+                shutil.rmtree(path)
+
+
+def main() -> int:
+    """Generate from the command line."""
+    try:
+        generate(Layout(ROOT))
+    except BookError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
