@@ -1,0 +1,150 @@
+"""AdamW, and its states in eight bits a value."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from math import sqrt
+
+import numpy as np
+
+from minipeft.errors import InputError
+from minipeft.reference import blockwise
+from minipeft.reference.blockwise import Blockwise
+from minipeft.reference.codebook import dynamic_map
+from minipeft.shapes import Inexact
+
+Moment = Inexact[np.ndarray, "..."] | Blockwise
+
+BLOCKSIZE = 256
+MIN_8BIT_SIZE = 4096  # smaller tensors (biases, norms) keep float32: little to save
+
+
+@dataclass(frozen=True)
+class AdamW:
+    """The settings; the defaults are those of `torch.optim.AdamW`."""
+
+    lr: float = 1e-3
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-8
+    weight_decay: float = 1e-2
+
+    def __post_init__(self) -> None:
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise InputError(f"betas are {self.betas}; choose both in [0, 1).")
+        for name in ("lr", "eps", "weight_decay"):
+            if not (value := getattr(self, name)) >= 0:
+                raise InputError(f"{name} is {value}; choose 0 or more.")
+
+
+@dataclass(frozen=True)
+class State:
+    """What the optimizer knows of one tensor: steps taken, two moments."""
+
+    t: int
+    m: Moment
+    v: Moment
+
+
+def init(W: Inexact[np.ndarray, "..."], bits: int = 32) -> State:
+    """Start with no steps taken and both moments zero.
+
+    In eight bits, m is coded by the signed dynamic map and v by the unsigned one.
+
+    Args:
+        W: the parameter; only its shape and dtype matter.
+        bits: 32 (the dtype of W), or 8 for tensors of at least 4,096 values.
+
+    Raises:
+        InputError: if `bits` is neither.
+
+    Source: 8-bit optimizers (arXiv:2110.02861), section 2.
+    """
+    if bits not in (8, 32):
+        raise InputError(f"bits is {bits}; choose 8 or 32.")
+    zero = np.zeros_like(W)
+    if bits == 32 or W.size < MIN_8BIT_SIZE:
+        return State(0, zero, zero)
+    m, v = (blockwise.quantize(zero, dynamic_map(s), BLOCKSIZE) for s in (True, False))
+    return State(0, m, v)
+
+
+def step(
+    W: Inexact[np.ndarray, "..."],
+    grad: Inexact[np.ndarray, "..."],
+    state: State,
+    config: AdamW,
+) -> tuple[Inexact[np.ndarray, "..."], State]:
+    r"""Return the next weight and the next state.
+
+    $m = m + (1 - \beta_1)(g - m)$, $v = \beta_2 v + (1 - \beta_2) g^2$,
+    $W = (1 - \eta\lambda) W - \frac{\eta}{1 - \beta_1^t}
+    \frac{m}{\sqrt{v} / \sqrt{1 - \beta_2^t} + \epsilon}$. Every operation is rounded
+    to the dtype of W. Moments of eight bits are decoded before, encoded after; the
+    weight sees the moments before they are encoded.
+
+    Args:
+        W: the parameter.
+        grad: its gradient, of the same shape and dtype.
+        state: from `init` or the last step.
+        config: the settings; they may change from step to step.
+
+    Raises:
+        InputError: if the gradient has another shape, or is not finite.
+
+    Source: AdamW (arXiv:1711.05101), algorithm 2; 8-bit states: arXiv:2110.02861.
+    """
+    _check(grad, W.shape)
+    t, (beta1, beta2) = state.t + 1, config.betas
+    m, v = decode(state.m), decode(state.v)
+    m = m + (1 - beta1) * (grad - m)
+    v = beta2 * v + (1 - beta2) * grad * grad
+    step_size = config.lr / (1 - beta1**t)
+    root = np.sqrt(v) / sqrt(1 - beta2**t) + config.eps
+    W = W * (1 - config.lr * config.weight_decay) + -step_size * m / root
+    return W, State(t, encode(m, state.m), encode(v, state.v))
+
+
+def decode(moment: Moment) -> Inexact[np.ndarray, "..."]:
+    """Return the values of a moment, whatever its bits."""
+    return blockwise.dequantize(moment) if isinstance(moment, Blockwise) else moment
+
+
+def encode(values: Inexact[np.ndarray, "..."], like: Moment) -> Moment:
+    """Store the values of a moment as `like` is stored."""
+    if isinstance(like, Blockwise):
+        return blockwise.quantize(values, like.codebook, like.blocksize)
+    return values
+
+
+def to_arrays(state: State) -> dict[str, np.ndarray]:
+    """Return the state as named arrays, which any file format can hold."""
+    arrays = {"t": np.asarray(state.t)}
+    for name, moment in (("m", state.m), ("v", state.v)):
+        if isinstance(moment, Blockwise):
+            arrays[f"{name}_codes"] = moment.packed.reshape(moment.shape)
+            arrays[f"{name}_absmax"] = moment.absmax
+        else:
+            arrays[name] = moment
+    return arrays
+
+
+def from_arrays(arrays: Mapping[str, np.ndarray]) -> State:
+    """Return the state that `to_arrays` wrote; nothing is rounded on the way."""
+
+    def moment(name: str) -> Moment:
+        if name in arrays:
+            return arrays[name]
+        codes, absmax = arrays[f"{name}_codes"], arrays[f"{name}_absmax"]
+        values = dynamic_map(signed=name == "m")
+        return Blockwise(codes.reshape(-1), absmax, values, BLOCKSIZE, codes.shape)
+
+    return State(int(arrays["t"]), moment("m"), moment("v"))
+
+
+def _check(grad: Inexact[np.ndarray, "..."], shape: tuple[int, ...]) -> None:
+    if grad.shape != shape:
+        raise InputError(f"the gradient has shape {grad.shape}; W has {shape}.")
+    bad = np.flatnonzero(~np.isfinite(grad))
+    if bad.size:
+        raise InputError(
+            f"the gradient holds {grad.flat[bad[0]]} at index {bad[0]}; skip this step."
+        )
