@@ -7,18 +7,15 @@ implementation could not run, and one sentence on stderr says why.
 import argparse
 import sys
 from collections.abc import Sequence
+from contextlib import closing
 from pathlib import Path
 
 from minipeft import __version__
 from minipeft.errors import InputError
 from minipeft.golden import report
-from minipeft.golden.implementations import (
-    BUILT_IN,
-    Implementation,
-    Program,
-    implementation,
-)
-from minipeft.golden.runner import verify
+from minipeft.golden.implementations import BUILT_IN, Implementation
+from minipeft.golden.processes import Program
+from minipeft.golden.runner import implementation, verify
 from minipeft.golden.vectors import load_all
 
 
@@ -69,9 +66,8 @@ def _add_verify(
     parser.add_argument(
         "--timeout",
         type=float,
-        default=10.0,
         metavar="SECONDS",
-        help="how long the program may take for a case (default: 10)",
+        help="how long a case may take (default: 10 for a program, 120 for a module)",
     )
     parser.add_argument(
         "--only",
@@ -98,8 +94,10 @@ def _add_models(
 
 
 def _verify(options: argparse.Namespace) -> int:
+    files = list(load_all(options.only))
     subject = _subject(options.implementation, options.program, options.timeout)
-    outcomes = list(verify(subject, load_all(options.only)))
+    with closing(subject):
+        outcomes = list(verify(subject, files))
     if options.json:
         _write(options.json, report.as_json(subject.name, outcomes))
     if options.junit:
@@ -113,13 +111,17 @@ def _verify(options: argparse.Namespace) -> int:
     return 1 if "fail" in statuses else 0
 
 
-def _subject(name: str | None, program: str | None, timeout: float) -> Implementation:
+def _subject(
+    name: str | None, program: str | None, timeout: float | None
+) -> Implementation:
     if (name is None) == (program is None):
         raise InputError(
             f"give one implementation: {', '.join(BUILT_IN)}, package.module, or "
             "--exec PROGRAM."
         )
-    return implementation(name) if name else Program(program or "", timeout)
+    if program is not None:
+        return Program(program, timeout or 10.0)
+    return implementation(name or "", timeout or 120.0)
 
 
 def _write(path: Path, text: str) -> None:
@@ -134,7 +136,9 @@ def _write(path: Path, text: str) -> None:
 def _list_models(_: argparse.Namespace) -> int:
     from minipeft.lab import models
 
-    print(models.listing())
+    for name in models.NAMES:
+        missing = name in models.WHEELS and not models.cached(name).is_dir()
+        print(f"{name:<10} {'fetch it first' if missing else 'here'}")
     return 0
 
 

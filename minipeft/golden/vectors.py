@@ -34,20 +34,46 @@ class Way:
 
 
 @dataclass(frozen=True)
-class Case:
-    """One test: what to call, with what, and what must come back."""
+class Question:
+    """What an implementation is told: what to call, with what."""
 
     operation: str
+    parameters: dict[str, Any]
+    inputs: Tensors
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> "Question":
+        """Read what `to_json` wrote."""
+        inputs = _tensors(value["inputs"])
+        return cls(value["operation"], value["parameters"], inputs)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return what a program reads on stdin."""
+        return {
+            "operation": self.operation,
+            "parameters": self.parameters,
+            "inputs": {name: tensor.to_json() for name, tensor in self.inputs.items()},
+        }
+
+
+@dataclass(frozen=True)
+class Case:
+    """One test: a question, and what must come back."""
+
+    question: Question
     tcId: int  # noqa: N815  # the name in the file
     comment: str
     flags: tuple[str, ...]
     result: str
-    inputs: Tensors
-    parameters: dict[str, Any]
     compare: dict[str, str]
     outputs: Tensors
     magnitudes: Tensors
     alternatives: tuple[Way, ...]
+
+    @property
+    def operation(self) -> str:
+        """The name of the function that is called."""
+        return self.question.operation
 
 
 @dataclass(frozen=True)
@@ -94,13 +120,11 @@ def _case(operation: str, group: Mapping[str, Any], test: Mapping[str, Any]) -> 
         for way in test.get("alternatives", ())
     )
     return Case(
-        operation=operation,
+        question=Question(operation, group["parameters"], _tensors(test["inputs"])),
         tcId=test["tcId"],
         comment=test["comment"],
         flags=tuple(test["flags"]),
         result=test["result"],
-        inputs=_tensors(test["inputs"]),
-        parameters=group["parameters"],
         compare=group["compare"],
         outputs=_tensors(test.get("outputs", {})),
         magnitudes=_tensors(test.get("magnitudes", {})),

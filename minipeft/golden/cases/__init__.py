@@ -12,7 +12,7 @@ from zlib import crc32
 
 import numpy as np
 
-from minipeft.golden.implementations import implementation, plain_values
+from minipeft.golden.implementations import functions, plain_values
 from minipeft.golden.operations import OPERATIONS
 from minipeft.golden.tensors import Array
 from minipeft.golden.vectors import Note
@@ -82,7 +82,7 @@ def used(notes: Mapping[str, Note], specs: Sequence[Spec]) -> Iterator[str]:
 
 def reference(operation: str, inputs: Named, parameters: Mapping[str, Any]) -> Named:
     """Compute the outputs of an operation with the reference column."""
-    function = implementation("reference").find(operation)
+    function = functions("reference").find(operation)
     returned = function(**inputs, **plain_values(parameters))
     values = returned if isinstance(returned, tuple) else (returned,)
     return dict(zip(OPERATIONS[operation].outputs, values, strict=True))

@@ -13,6 +13,8 @@ from ml_dtypes import bfloat16
 
 from minipeft.golden.cases import Alternative, File, Spec, gaussian, integers
 from minipeft.golden.vectors import Note
+from minipeft.reference import lora
+from minipeft.reference.lora import LoRA
 
 F32 = np.float32
 
@@ -114,8 +116,14 @@ NOTES = {
     ),
     "InvalidRank": Note(
         "EDGE_CASE",
-        "r is 0, or larger than both sides of W allow.",
-        "Division by zero, or parameters that cannot add rank.",
+        "r is 0.",
+        "Division by zero, or an adapter that never learns.",
+        (),
+    ),
+    "ExcessiveRank": Note(
+        "CONVENTION",
+        "r is larger than min(in_features, out_features); minipeft refuses.",
+        "Parameters that cannot add rank: most likely a mistake in a configuration.",
         (),
     ),
 }
@@ -321,9 +329,25 @@ def _invalid(operation: str) -> Iterator[Spec]:
     yield _broken(operation, "B is transposed", "B", (r, out_features))
     yield _broken(operation, "A is one column short", "A", (r, in_features - 1))
     yield _broken(operation, "B is one row short", "B", (out_features - 1, r))
-    for comment, rank in [("r is 0", 0), ("r is larger than any rank of W", 6)]:
-        spec = _spec(operation, comment, "InvalidRank", (6, 5, rank), 8)
-        yield replace(spec, result="invalid")
+    spec = _spec(operation, "r is 0", "InvalidRank", (6, 5, 0), 8)
+    yield replace(spec, result="invalid")
+    yield _too_large(operation)
+
+
+def _too_large(operation: str) -> Spec:
+    """Use a rank that no update of this weight has: mathematics without a use."""
+    comment = "r is larger than any rank of W"
+    spec = _spec(operation, comment, "ExcessiveRank", (4, 3, 8), 16)
+    W, adapter = spec.inputs["W"], LoRA(spec.inputs["A"], spec.inputs["B"], 2.0)
+    if operation == "lora_merge":
+        answer = {"merged": lora.merge(W, adapter)}
+    elif operation == "lora_forward":
+        answer = {"y": lora.forward(spec.inputs["x"], W, adapter)}
+    else:
+        grads = lora.backward(spec.inputs["grad_y"], spec.inputs["x"], W, adapter)
+        answer = {"grad_x": grads.x, "grad_A": grads.A, "grad_B": grads.B}
+    anyway = Alternative("those who compute it all the same", answer)
+    return replace(spec, result="acceptable", outputs={}, alternatives=(anyway,))
 
 
 def _broken(operation: str, comment: str, name: str, shape: tuple[int, ...]) -> Spec:

@@ -77,7 +77,7 @@ def _spec(
 
 
 def _basic() -> Iterator[Spec]:
-    yield _spec("all codes, absmax 1", "Table", TABLE, [1])
+    yield _spec("all codes, absmax 1", "Table", np.tile(TABLE, 4), [1])
     yield _spec("all codes, absmax 0.3", "Table", TABLE, [0.3])
     yield _spec("all codes, absmax -1", "Table", TABLE, [-1])
     yield _random("two blocks", "Basic", (2, 64))

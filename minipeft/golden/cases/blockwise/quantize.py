@@ -214,7 +214,8 @@ def _latitude(operation: str, codebook: Array, spec: Spec) -> Spec:
     flags = spec.flags
     if codebook is FP4 and "FP4TwoZeros" not in flags:
         flags = (*flags, "FP4Tie")
-    theirs = Alternative(CUDA, {"packed": packed, "absmax": ours["absmax"]})
+    by = CUDA if codebook is FP4 else f"{CUDA} and torchao"
+    theirs = Alternative(by, {"packed": packed, "absmax": ours["absmax"]})
     return replace(spec, flags=flags, result="acceptable", alternatives=(theirs,))
 
 

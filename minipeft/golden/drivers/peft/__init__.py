@@ -1,0 +1,5 @@
+"""peft through its public functions, on the CPU."""
+
+from minipeft.golden.drivers import need
+
+need("peft", "peft")
