@@ -39,6 +39,7 @@ class Spec:
     result: str = "valid"
     roundings: Mapping[str, int] = field(default_factory=dict)  # n of gamma:n
     outputs: Named | None = None  # None: the reference computes them
+    magnitudes: Named | None = None  # None: the reference, on absolute values
     alternatives: tuple[Alternative, ...] = ()
 
 
