@@ -1,6 +1,5 @@
 """What MkDocs calls: generate before the build, typeset formulas after it."""
 
-import logging
 from pathlib import Path
 from typing import Any
 
@@ -9,14 +8,18 @@ from book.prose import expand
 from generate import ROOT, Book, generate, hand_written
 from mkdocs.exceptions import PluginError
 
-log = logging.getLogger("mkdocs.hooks.book")
 built: list[Book] = []
+
+
+def say(line: str) -> None:
+    """Print a line of progress: chapters take minutes, so also with `--quiet`."""
+    print(f"book: {line}", flush=True)
 
 
 def on_pre_build(config: Any) -> None:
     """Run the chapters, write their pages, and put them into the navigation."""
     try:
-        book = generate(Layout(ROOT), log.info)
+        book = generate(Layout(ROOT), say)
     except BookError as error:
         raise PluginError(str(error)) from None
     built[:] = [book]
@@ -53,4 +56,3 @@ def on_post_build(config: Any) -> None:
         font.publish(characters, site, Layout(ROOT).cache)
     except BookError as error:
         raise PluginError(str(error)) from None
-    log.info("Formulas are typeset")

@@ -2,6 +2,7 @@
 
 import ast
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -86,9 +87,8 @@ class Chapter:
     @cached_property
     def values(self) -> list[str]:
         """Every expression that the prose quotes as `{=expression=}`, once each."""
-        return list(
-            dict.fromkeys(v for c in self.prose for v in VALUE.findall(c.source))
-        )
+        text = [p for c in self.prose for fenced, p in pieces(c.source) if not fenced]
+        return list(dict.fromkeys(VALUE.findall("\n".join(text))))
 
     @cached_property
     def solutions(self) -> list[Cell]:
@@ -116,6 +116,26 @@ def read(path: Path) -> Chapter:
 def read_all(folder: Path) -> list[Chapter]:
     """Every chapter of a folder, in the order of the file names."""
     return [read(path) for path in sorted(folder.glob("[0-9][0-9]_*.py"))]
+
+
+def pieces(text: str) -> Iterator[tuple[bool, str]]:
+    """Split into runs of lines: (is it a fenced block?, its text)."""
+    run: list[str] = []
+    closing = None
+    for line in text.split("\n"):
+        fence = FENCE.match(line)
+        opens = fence is not None and closing is None
+        if opens and run:
+            yield False, "\n".join(run)
+            run = []
+        run.append(line)
+        if opens and fence:
+            closing = fence["ticks"]
+        elif fence and closing and fence["ticks"].startswith(closing):
+            yield True, "\n".join(run)
+            run, closing = [], None
+    if run:
+        yield closing is not None, "\n".join(run)
 
 
 def _cell(path: Path, number: int, options: str, line: int, lines: list[str]) -> Cell:

@@ -103,6 +103,8 @@ def _spell(match: re.Match[str]) -> str:
 
 def letter(char: str, alphabet: str) -> str:
     """Return a character of a mathematical alphabet, or itself where there is none."""
+    if (char, alphabet) == ("h", "ITALIC"):
+        return "ℎ"  # Unicode calls it the Planck constant
     name = unicodedata.name(char, "").replace("LATIN ", "").replace("GREEK ", "")
     name = name.replace("LETTER ", "").replace("SMALL LETTER", "SMALL")
     for prefix in ("MATHEMATICAL ", "", "BLACK-LETTER "):

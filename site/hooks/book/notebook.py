@@ -5,8 +5,8 @@ import re
 from typing import Any
 
 from . import shelf
-from .chapter import VALUE, Cell, Chapter
-from .prose import CITATION, Page, outside_spans, pieces
+from .chapter import VALUE, Cell, Chapter, pieces
+from .prose import CITATION, Page, outside_spans
 from .run import Result
 from .source import DIRECTIVE
 

@@ -5,11 +5,11 @@ number of the chapter; `[@hu2021]` cites. Fenced code is left as it is.
 """
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from . import BookError
-from .chapter import FENCE, VALUE
+from .chapter import VALUE, pieces
 from .shelf import Work
 from .source import DIRECTIVE, Source
 
@@ -28,26 +28,6 @@ class Page:
     values: dict[str, str] = field(default_factory=dict)
     blocks: dict[str, Callable[[], str]] = field(default_factory=dict)
     cited: list[str] = field(default_factory=list)
-
-
-def pieces(text: str) -> Iterator[tuple[bool, str]]:
-    """Split into runs of lines: (is it a fenced block?, its text)."""
-    run: list[str] = []
-    closing = None
-    for line in text.split("\n"):
-        fence = FENCE.match(line)
-        opens = fence is not None and closing is None
-        if opens and run:
-            yield False, "\n".join(run)
-            run = []
-        run.append(line)
-        if opens and fence:
-            closing = fence["ticks"]
-        elif fence and closing and fence["ticks"].startswith(closing):
-            yield True, "\n".join(run)
-            run, closing = [], None
-    if run:
-        yield closing is not None, "\n".join(run)
 
 
 def outside_spans(change: Callable[[str], str], text: str) -> str:
