@@ -1,0 +1,150 @@
+"""Paged optimizer state: more than the device holds, moved page by page."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import astuple, dataclass, replace
+
+import numpy as np
+
+from minipeft.errors import InputError
+from minipeft.reference import adamw
+from minipeft.reference.adamw import AdamW, State
+from minipeft.shapes import Inexact
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """What was moved since `init`."""
+
+    faults: int = 0  # pages that were waited for
+    prefetches: int = 0  # pages brought before they were asked for
+    evictions: int = 0
+    write_backs: int = 0  # evictions of a page that had changed
+    bytes_in: int = 0
+    bytes_out: int = 0
+
+    def __add__(self, more: "Traffic") -> "Traffic":
+        return Traffic(*map(sum, zip(astuple(self), astuple(more), strict=True)))
+
+
+@dataclass(frozen=True)
+class Paged:
+    """Optimizer states cut into pages, of which at most `budget` are on the device."""
+
+    host: tuple[State, ...]  # every page, numbered through
+    device: Mapping[int, State]  # the least recently used first; dirty: not the host's
+    budget: int
+    page_size: int
+    pages: tuple[range, ...]  # of each tensor
+    shapes: tuple[tuple[int, ...], ...]  # of each tensor
+    traffic: Traffic = Traffic()
+
+
+def init(states: Sequence[State], page_size: int, budget: int) -> Paged:
+    """Cut the states of some tensors into pages, all of them on the host.
+
+    Args:
+        states: one for each tensor, from `adamw.init` or a file.
+        page_size: values in a page, a multiple of 256, so that no block is cut.
+        budget: pages that fit on the device, at least 1.
+
+    Raises:
+        InputError: if `page_size` or `budget` is out of range.
+
+    Source: QLoRA (arXiv:2305.14314), section 3, "Paged Optimizers".
+    """
+    if page_size < 1 or page_size % adamw.BLOCKSIZE:
+        raise InputError(f"page_size is {page_size}; choose a multiple of 256.")
+    host: list[State] = []
+    pages: list[range] = []
+    for state in states:
+        starts = range(0, int(np.prod(state.m.shape)), page_size)
+        pages.append(range(len(host), len(host) + len(starts)))
+        host += [_cut(state, start, start + page_size) for start in starts]
+    shapes = tuple(state.m.shape for state in states)
+    p = Paged(tuple(host), {}, budget, page_size, tuple(pages), shapes)
+    return resize(p, budget)
+
+
+def step(
+    p: Paged,
+    tensor: int,
+    W: Inexact[np.ndarray, "..."],
+    grad: Inexact[np.ndarray, "..."],
+    config: AdamW,
+) -> tuple[Inexact[np.ndarray, "..."], Paged]:
+    """Take `adamw.step` on one of the tensors, a page at a time: the same bits."""
+    old, slope, new = W.reshape(-1), grad.reshape(-1), np.empty(W.size, W.dtype)
+    for i, page in enumerate(p.pages[tensor]):
+        part = slice(i * p.page_size, (i + 1) * p.page_size)
+        p = touch(p, page)
+        new[part], state = adamw.step(old[part], slope[part], p.device[page], config)
+        p = replace(p, device={**p.device, page: state})
+    return new.reshape(W.shape), p
+
+
+def touch(p: Paged, page: int) -> Paged:
+    """Have a page on the device, as the most recently used; a fault if it was not."""
+    if page not in p.device:
+        return _bring(p, page, Traffic(faults=1))
+    others = {i: state for i, state in p.device.items() if i != page}
+    return replace(p, device={**others, page: p.device[page]})
+
+
+def prefetch(p: Paged, page: int) -> Paged:
+    """Bring a page before it is touched, so that nothing waits for it."""
+    return p if page in p.device else _bring(p, page, Traffic(prefetches=1))
+
+
+def evict(p: Paged, page: int) -> Paged:
+    """Take a page off the device; if it changed, write it back first."""
+    if page not in p.device:
+        return p
+    state, traffic = p.device[page], p.traffic + Traffic(evictions=1)
+    if state is not p.host[page]:
+        traffic += Traffic(write_backs=1, bytes_out=nbytes(state))
+    host = (*p.host[:page], state, *p.host[page + 1 :])
+    rest = {i: state for i, state in p.device.items() if i != page}
+    return replace(p, host=host, device=rest, traffic=traffic)
+
+
+def resize(p: Paged, budget: int) -> Paged:
+    """Change the budget; what no longer fits leaves, the least recently used first."""
+    if budget < 1:
+        raise InputError(f"budget is {budget}; the device must hold at least 1 page.")
+    while len(p.device) > budget:
+        p = evict(p, next(iter(p.device)))
+    return replace(p, budget=budget)
+
+
+def gather(p: Paged, tensor: int) -> State:
+    """Return the whole state of one tensor, as `adamw` and a file want it."""
+    states = [p.device.get(page, p.host[page]) for page in p.pages[tensor]]
+    parts = [adamw.to_arrays(state) for state in states]
+    whole = {"t": parts[0]["t"]}
+    for name in parts[0].keys() - {"t"}:
+        flat = np.concatenate([part[name] for part in parts])
+        whole[name] = flat if "absmax" in name else flat.reshape(p.shapes[tensor])
+    return adamw.from_arrays(whole)
+
+
+def nbytes(state: State) -> int:
+    """Return the bytes of both moments."""
+    arrays = adamw.to_arrays(state)
+    return sum(array.nbytes for name, array in arrays.items() if name != "t")
+
+
+def _bring(p: Paged, page: int, reason: Traffic) -> Paged:
+    if not 0 <= page < len(p.host):
+        raise InputError(f"page is {page}; choose 0 to {len(p.host) - 1}.")
+    while len(p.device) >= p.budget:
+        p = evict(p, next(iter(p.device)))
+    traffic = p.traffic + reason + Traffic(bytes_in=nbytes(p.host[page]))
+    return replace(p, device={**p.device, page: p.host[page]}, traffic=traffic)
+
+
+def _cut(state: State, start: int, stop: int) -> State:
+    parts = adamw.to_arrays(state)
+    for name in parts.keys() - {"t"}:
+        unit = adamw.BLOCKSIZE if "absmax" in name else 1
+        parts[name] = parts[name].reshape(-1)[start // unit : stop // unit]
+    return adamw.from_arrays(parts)

@@ -1,0 +1,204 @@
+"""Laws of paging: the arithmetic never notices, and every copy is counted."""
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    initialize,
+    invariant,
+    rule,
+)
+
+from minipeft.errors import InputError
+from minipeft.reference import adamw, paged
+from minipeft.reference.adamw import AdamW
+from tests.strategies import seeds
+from tests.tolerance import assert_bits
+
+CONFIG = AdamW(lr=0.02, weight_decay=0.1)
+SHAPES = [(17, 31), (64, 66), (1,)]  # 8 bits take hold at 4,096 values
+page_sizes = st.sampled_from([256, 512, 1024, 8192])
+
+
+def assert_same(a, b):
+    """Two states are the same, bit for bit."""
+    first, second = adamw.to_arrays(a), adamw.to_arrays(b)
+    assert first.keys() == second.keys()
+    for name in first:
+        assert_bits(first[name], second[name])
+
+
+class AnyOrder(RuleBasedStateMachine):
+    """Steps, touches, evictions, prefetches and budgets in any order.
+
+    Beside the page table runs plain AdamW, and a list of pages kept by hand: the least
+    recently used in front.
+    """
+
+    @initialize(
+        bits=st.sampled_from([8, 32]), size=page_sizes, budget=st.integers(1, 9)
+    )
+    def begin(self, bits, size, budget):
+        self.rng = np.random.default_rng(0)
+        self.W = [self.rng.standard_normal(s).astype(np.float32) for s in SHAPES]
+        self.plain_W = [W.copy() for W in self.W]
+        self.plain = [adamw.init(W, bits) for W in self.W]
+        self.p = paged.init(self.plain, size, budget)
+        self.recent, self.dirty, self.expected = [], set(), paged.Traffic()
+
+    def pages(self):
+        return st.integers(0, len(self.p.host) - 1)
+
+    def leave(self, page):
+        """Note what an eviction costs."""
+        self.recent.remove(page)
+        size = paged.nbytes(self.p.host[page])
+        written = page in self.dirty
+        self.dirty.discard(page)
+        self.expected += paged.Traffic(
+            evictions=1, write_backs=written, bytes_out=written * size
+        )
+
+    def come(self, page, reason):
+        """Note what it costs to have a page; a prefetch does not count as a use."""
+        if page in self.recent:
+            if reason == "faults":
+                self.recent.remove(page)
+                self.recent.append(page)
+            return
+        while len(self.recent) >= self.p.budget:
+            self.leave(self.recent[0])
+        self.recent.append(page)
+        size = paged.nbytes(self.p.host[page])
+        self.expected += paged.Traffic(bytes_in=size, **{reason: 1})
+
+    @rule(
+        tensor=st.integers(0, len(SHAPES) - 1), size=st.sampled_from([1e-4, 1.0, 50.0])
+    )
+    def step(self, tensor, size):
+        grad = self.rng.standard_normal(SHAPES[tensor]).astype(np.float32)
+        grad *= np.float32(size)
+        for page in self.p.pages[tensor]:
+            self.come(page, "faults")
+            self.dirty.add(page)
+        self.W[tensor], self.p = paged.step(
+            self.p, tensor, self.W[tensor], grad, CONFIG
+        )
+        self.plain_W[tensor], self.plain[tensor] = adamw.step(
+            self.plain_W[tensor], grad, self.plain[tensor], CONFIG
+        )
+
+    @rule(data=st.data())
+    def touch(self, data):
+        page = data.draw(self.pages())
+        self.come(page, "faults")
+        self.p = paged.touch(self.p, page)
+
+    @rule(data=st.data())
+    def prefetch(self, data):
+        page = data.draw(self.pages())
+        self.come(page, "prefetches")
+        self.p = paged.prefetch(self.p, page)
+
+    @rule(data=st.data())
+    def evict(self, data):
+        page = data.draw(self.pages())
+        if page in self.recent:
+            self.leave(page)
+        self.p = paged.evict(self.p, page)
+
+    @rule(budget=st.integers(1, 9))
+    def resize(self, budget):
+        while len(self.recent) > budget:
+            self.leave(self.recent[0])
+        self.p = paged.resize(self.p, budget)
+
+    @rule(size=page_sizes, budget=st.integers(1, 9))
+    def save_and_load(self, size, budget):
+        states = [paged.gather(self.p, i) for i in range(len(SHAPES))]
+        self.p = paged.init(states, size, budget)
+        self.recent, self.dirty, self.expected = [], set(), paged.Traffic()
+
+    @invariant()
+    def the_arithmetic_is_that_of_plain_adamw(self):
+        for tensor, (W, plain) in enumerate(zip(self.W, self.plain_W, strict=True)):
+            assert_bits(W, plain)
+            assert_same(paged.gather(self.p, tensor), self.plain[tensor])
+
+    @invariant()
+    def the_budget_is_kept_and_the_oldest_page_goes_first(self):
+        assert len(self.p.device) <= self.p.budget
+        assert list(self.p.device) == self.recent
+
+    @invariant()
+    def every_copy_is_counted(self):
+        assert self.p.traffic == self.expected
+
+
+TestAnyOrder = AnyOrder.TestCase
+TestAnyOrder.settings = settings(max_examples=30, stateful_step_count=30)
+
+
+@given(seeds, page_sizes, st.integers(1, 40), st.sampled_from([8, 32]))
+def test_any_budget_gives_the_bits_of_plain_adamw(seed, page_size, budget, bits):
+    rng = np.random.default_rng(seed)
+    W = plain_W = rng.standard_normal((90, 50)).astype(np.float32)
+    state = adamw.init(W, bits)
+    p = paged.init([state], page_size, budget)
+    for grad in rng.standard_normal((3, 90, 50)).astype(np.float32):
+        W, p = paged.step(p, 0, W, grad, CONFIG)
+        plain_W, state = adamw.step(plain_W, grad, state, CONFIG)
+    assert_bits(W, plain_W)
+    assert_same(paged.gather(p, 0), state)
+
+
+@given(st.integers(1, 12), st.integers(1, 12), st.integers(1, 4))
+def test_a_loop_over_too_many_pages_faults_on_every_one(budget, pages, rounds):
+    # The known weakness of LRU: what is needed next has always just left.
+    p = paged.init([adamw.init(np.zeros(256 * pages, np.float32))], 256, budget)
+    for _ in range(rounds):
+        for page in range(pages):
+            p = paged.touch(p, page)
+    assert p.traffic.faults == (pages if pages <= budget else pages * rounds)
+    assert p.traffic.bytes_in == p.traffic.faults * 256 * 8
+    assert p.traffic.bytes_out == 0  # nothing changed, nothing is written back
+
+
+def test_a_prefetched_page_is_not_waited_for():
+    p = paged.init([adamw.init(np.zeros(1024, np.float32))], 256, 2)
+    p = paged.touch(paged.prefetch(paged.prefetch(p, 2), 2), 2)
+    assert (p.traffic.faults, p.traffic.prefetches) == (0, 1)
+
+
+def test_a_changed_page_is_written_back_once():
+    p = paged.init([adamw.init(np.zeros(256, np.float32))], 256, 1)
+    W = np.ones(256, np.float32)
+    W, p = paged.step(p, 0, W, W, CONFIG)
+    p = paged.evict(paged.touch(paged.evict(p, 0), 0), 0)
+    t = p.traffic
+    assert (t.faults, t.evictions, t.write_backs) == (2, 2, 1)
+    assert (t.bytes_in, t.bytes_out) == (2 * 2048, 2048)
+
+
+@pytest.mark.parametrize("bad", [0, -256, 100, 257])
+def test_a_page_that_cuts_a_block_is_refused(bad):
+    with pytest.raises(InputError, match=f"page_size is {bad}; choose a multiple of"):
+        paged.init([], bad, 1)
+
+
+@pytest.mark.parametrize("bad", [0, -1])
+def test_a_device_without_room_for_one_page_is_refused(bad):
+    p = paged.init([], 256, 1)
+    for attempt in (lambda: paged.init([], 256, bad), lambda: paged.resize(p, bad)):
+        with pytest.raises(InputError, match=f"budget is {bad}; .* at least 1 page"):
+            attempt()
+
+
+@pytest.mark.parametrize("bad", [-1, 4])
+def test_a_page_that_does_not_exist_is_named(bad):
+    p = paged.init([adamw.init(np.zeros(1024, np.float32))], 256, 2)
+    for verb in (paged.touch, paged.prefetch):
+        with pytest.raises(InputError, match=f"page is {bad}; choose 0 to 3"):
+            verb(p, bad)
