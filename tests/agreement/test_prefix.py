@@ -1,0 +1,151 @@
+"""The torch column's prefix: one head as the reference, a whole Llama by its laws."""
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+
+from minipeft.errors import InputError
+from minipeft.reference import prefix as reference
+from minipeft.torch import prefix
+from minipeft.torch.prefix import PrefixConfig, PrefixModel
+from tests.agreement.llama import TEXT, llama, logit_bound
+from tests.agreement.test_attention import on_torch, size
+from tests.properties.test_attention import assert_slopes, heads, noise, rounding
+from tests.properties.test_prefix import counts, networks, prefix_for
+from tests.strategies import seeds
+from tests.tolerance import assert_bits, assert_within, gamma
+
+
+def as_torch(p):
+    return prefix.Prefix(torch.from_numpy(p.K), torch.from_numpy(p.V))
+
+
+@given(heads(), counts, seeds)
+def test_forward_agrees(head, count, seed):
+    p = prefix_for(head, count, seed)
+    attached = reference.attach(head, p)
+    y = prefix.forward(on_torch(head), as_torch(p))
+    bound = (rounding(attached) + 2 * gamma(attached.K.shape[-2])) * size(attached)
+    assert_within(y.numpy(), reference.forward(head, p), bound)
+
+
+@given(heads(), counts, seeds)
+def test_gate_agrees(head, count, seed):
+    p = prefix_for(head, count, seed)
+    gate = reference.gate(head, p)
+    bound = (rounding(reference.attach(head, p)) + 2 * gamma(count)) * gate
+    assert_within(prefix.gate(on_torch(head), as_torch(p)).numpy(), gate, bound)
+
+
+@given(heads(np.float64), counts, seeds)
+def test_autograd_is_the_slope_of_the_reference(head, count, seed):
+    p = prefix_for(head, count, seed)
+    grad_y = np.random.default_rng(seed).standard_normal(
+        reference.forward(head, p).shape
+    )
+    ours = prefix.Prefix(*(torch.from_numpy(a).requires_grad_() for a in (p.K, p.V)))
+    prefix.forward(on_torch(head), ours).backward(torch.from_numpy(grad_y))
+
+    def loss(K, V):
+        return float((grad_y * reference.forward(head, reference.Prefix(K, V))).sum())
+
+    wobble = noise(grad_y, reference.attach(head, p))
+    grads = (ours.K.grad.numpy(), ours.V.grad.numpy())
+    assert_slopes(loss, (p.K, p.V), grads, wobble, seed)
+
+
+@given(networks())
+def test_the_network_agrees(network):
+    P, W_down, b_down, W_up, b_up = (
+        torch.from_numpy(f.astype(np.float32)) for f in vars(network).values()
+    )
+    ours = prefix.Reparametrization(*P.shape, *W_up.T.shape)
+    with torch.no_grad():
+        ours.P.copy_(P)
+        ours.down.weight.copy_(W_down), ours.down.bias.copy_(b_down)
+        ours.up.weight.copy_(W_up), ours.up.bias.copy_(b_up)
+        expanded = prefix.expand(ours)
+    expected = reference.expand(network)
+    absolute = [abs(f) for f in vars(network).values()]
+    inner = absolute[0] @ absolute[1].T + absolute[2]
+    bound = gamma(P.shape[1] + len(W_down) + 8) * (
+        (1 + 2 * inner) @ absolute[3].T + absolute[4]
+    )
+    both = torch.cat([expanded.K, expanded.V], -1).numpy()
+    assert_within(both, np.concatenate([expected.K, expected.V], -1), bound)
+
+
+def test_a_prefix_made_of_a_text_is_that_text():
+    model = llama()
+    before, after = TEXT[:, :5], TEXT[:, 5:]
+    adapted = PrefixModel(model, PrefixConfig(tokens=before[0].tolist()))
+    with torch.no_grad():
+        whole = model(torch.cat([before[:1].expand(2, -1), after], 1)).logits[:, 5:]
+        assert_within(adapted(after).logits, whole, logit_bound(model, whole))
+
+
+def test_padding_is_not_seen():
+    model = llama()
+    adapted = PrefixModel(model, PrefixConfig(num_virtual_tokens=3))
+    mask = torch.ones_like(TEXT)
+    mask[:, -2:] = 0
+    with torch.no_grad():
+        short = adapted(TEXT[:, :-2]).logits
+        padded = adapted(TEXT, mask).logits[:, :-2]
+    assert_within(padded, short, logit_bound(model, short))
+
+
+@pytest.mark.parametrize("hidden", [0, 16])
+def test_only_the_prefix_is_trained(hidden):
+    model = llama()
+    before = copy.deepcopy(model.state_dict())
+    adapted = PrefixModel(model, PrefixConfig(num_virtual_tokens=3, hidden=hidden))
+    trained = [p for p in adapted.parameters() if p.requires_grad]
+    optimizer = torch.optim.SGD(trained, lr=0.5)
+    losses = []
+    for _ in range(6):
+        loss = adapted(TEXT, labels=TEXT).loss
+        losses.append(float(loss.detach()))
+        loss.backward()
+        assert all(p.grad is not None for p in trained)
+        optimizer.step()
+        optimizer.zero_grad()
+    assert losses[-1] < losses[0]
+    assert all(torch.equal(model.state_dict()[k], v) for k, v in before.items())
+    layers, heads, d = 2, 2, 8
+    direct = layers * 2 * heads * d * 3
+    network = 3 * 32 + 16 * (32 + 1) + 2 * layers * heads * d * (16 + 1)
+    assert sum(p.numel() for p in trained) == (network if hidden else direct)
+
+
+def test_the_network_is_dropped_without_a_trace():
+    adapted = PrefixModel(llama(), PrefixConfig(num_virtual_tokens=3, hidden=16))
+    with torch.no_grad():
+        before = adapted(TEXT).logits
+        adapted.drop_network()
+        after = adapted(TEXT).logits
+    assert_bits(after.numpy(), before.numpy())
+    assert [name for name, p in adapted.named_parameters() if p.requires_grad] == ["P"]
+
+
+def test_generation_goes_on_from_the_prefix():
+    model = llama()
+    before, after = TEXT[:1, :5], TEXT[:1, 5:]
+    adapted = PrefixModel(model, PrefixConfig(tokens=before[0].tolist()))
+    settings = {"max_new_tokens": 4, "do_sample": False, "pad_token_id": 0}
+    ours = adapted.generate(after, **settings)
+    whole = torch.cat([before, after], 1)
+    hard = model.generate(whole, attention_mask=torch.ones_like(whole), **settings)
+    assert ours.tolist() == hard[:, 5:].tolist()
+
+
+def test_the_same_input_is_refused():
+    with pytest.raises(InputError, match="num_virtual_tokens is 0"):
+        PrefixConfig(num_virtual_tokens=0)
+    with pytest.raises(InputError, match="hidden is 8, and a network does not start"):
+        PrefixConfig(tokens=[1, 2], hidden=8)
+    with pytest.raises(InputError, match="Linear is no causal model"):
+        PrefixModel(torch.nn.Linear(2, 2), PrefixConfig())
