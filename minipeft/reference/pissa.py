@@ -16,8 +16,8 @@ class Sketch:
     """How the randomized SVD looks at a matrix; the same sketch, the same answer."""
 
     seed: int = 0
-    oversampling: int = 10  # directions beyond r, dropped at the end
-    iterations: int = 4  # passes of W and its transpose
+    oversampling: int = 2  # directions beyond r, in each block
+    iterations: int = 3  # passes of W and its transpose; each adds a block
 
 
 SKETCH = Sketch()
@@ -31,8 +31,8 @@ def init(
     $W = U S V^T$, $A = \sqrt{S_r / s}\, V_r^T$, $B = U_r \sqrt{S_r / s}$ and
     $W_{res} = W - s B A$, so that $W_{res} + s B A = W$ at any scaling.
 
-    The residual is rounded: it and the adapter do not give W back bit for bit. W is
-    left alone; keep it, and `to_lora` puts what was learned on top of it.
+    The residual is rounded: it and the adapter do not give the bits of W back. Keep W;
+    `to_lora` puts what was learned on top of it.
 
     Args:
         W: the weight, every value finite.
@@ -59,13 +59,11 @@ def init_randomized(
 ) -> tuple[Inexact[np.ndarray, "out_features in_features"], LoRA]:
     """Do as `init` with a randomized SVD: faster, and W is still split exactly.
 
-    A part of the r largest singular values stays in the residual, so the start is a
-    little less principal; it is never a worse approximation of W.
+    A part of the r largest singular values stays in the residual.
 
     Source: PiSSA (arXiv:2404.02948), initialization with a fast SVD.
     """
-    s = checked_scaling(W, r, alpha)
-    initial = principal_randomized(W, r, s, sketch)
+    initial = principal_randomized(W, r, checked_scaling(W, r, alpha), sketch)
     return residual(W, initial), initial
 
 
@@ -120,17 +118,20 @@ def principal_randomized(
 ) -> LoRA:
     r"""Return nearly the nearest adapter: the SVD of $Q^T W$ for a thin Q.
 
-    Q spans $(W W^T)^q W \Omega$ with Gaussian $\Omega$ and a QR at every pass, which
-    keeps small singular values from drowning in rounding.
+    Q spans the block Krylov space $[W \Omega, (W W^T) W \Omega, …]$ with Gaussian
+    $\Omega$; so $s B A = Q (Q^T W)_r$ is a projection of W, whatever was drawn.
 
-    Source: Halko, Martinsson, Tropp (arXiv:0909.4061), algorithms 4.4 and 5.1.
+    Source: Musco, Musco (arXiv:1504.05477), algorithm 2.
     """
     W = W.astype(np.result_type(W, np.float32))
     rng = np.random.default_rng(sketch.seed)
     columns = min(r + sketch.oversampling, *W.shape)
-    Q = qr(W @ rng.standard_normal((W.shape[1], columns)).astype(W.dtype)).Q
+    Omega = rng.standard_normal((W.shape[1], columns)).astype(W.dtype)
+    blocks = [qr(W @ Omega).Q]
     for _ in range(sketch.iterations):
-        Q = qr(W @ qr(W.T @ Q).Q).Q
+        # A QR at every pass: else all columns turn to the largest singular vector.
+        blocks.append(qr(W @ (W.T @ blocks[-1])).Q)
+    Q = qr(np.concatenate(blocks, axis=1)).Q
     small = principal(Q.T @ W, r, scaling)
     return LoRA(small.A, Q @ small.B, scaling)
 
