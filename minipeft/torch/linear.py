@@ -167,13 +167,13 @@ class Adapted(nn.Module, Generic[Adapter]):
     def __init__(self, base: nn.Module, adapter: Adapter, name: str = "default"):
         super().__init__()
         self.layout = layout(base)
-        self.base = base.requires_grad_(False)
         self.adapters = nn.ModuleDict()
         self.active: dict[str, float] = {}
         self.register_buffer("merged_weight", None, persistent=False)
         self.register_load_state_dict_post_hook(_merge_again)  # type: ignore[no-untyped-call]
         self.add(name, adapter)
         self.activate({name: 1.0})
+        self.base = base.requires_grad_(False)
 
     @property
     def W(self) -> Float[Tensor, "out_features in_features"]:
@@ -193,7 +193,7 @@ class Adapted(nn.Module, Generic[Adapter]):
     @property
     def bias(self) -> Float[Tensor, " out_features"] | None:
         """The bias of the base; adapters leave it alone."""
-        return cast(Tensor | None, self.base.bias)
+        return cast(Tensor | None, getattr(self.base, "bias", None))
 
     def merged(self) -> Float[Tensor, "out_features in_features"]:
         """Return $W'$, the weight of the plain layer that does the same."""
@@ -222,12 +222,16 @@ class Adapted(nn.Module, Generic[Adapter]):
         Raises:
             InputError: if the name is taken, or cannot be part of a state dict's key.
         """
+        self.check_new(name)
+        self.adapters[name] = adapter
+
+    def check_new(self, name: str) -> None:
+        """Refuse a name that no new adapter can have."""
         if not name or "." in name or hasattr(self.adapters, name):
             raise InputError(
                 f"the adapter name {name!r} cannot be used here; choose one without a "
                 f"dot, other than {_listed(self.adapters)}."
             )
-        self.adapters[name] = adapter
 
     def remove(self, name: str) -> None:
         """Forget an adapter."""

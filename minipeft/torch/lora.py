@@ -109,12 +109,18 @@ class LoRALinear(Adapted[LoRA]):
             total = total + linear(share * lora.scaling * h, lora.B)
         return total.to(y.dtype)
 
-    def merged(self) -> Float[Tensor, "out_features in_features"]:
-        r"""Return $W' = W + s B A$, rounded once to the dtype of W."""
-        total = W = self.W
+    def delta(self) -> Float[Tensor, "out_features in_features"]:
+        r"""Return the active update, $\Delta W = s B A$, in float32 or wider."""
+        form = self.layout.form(self.base)
+        total = torch.zeros(form.out_features, form.in_features, device=form.device)
         for share, lora in self.shares():
             total = total + share * delta(lora)
-        return total.to(W.dtype)
+        return total
+
+    def merged(self) -> Float[Tensor, "out_features in_features"]:
+        r"""Return $W' = W + s B A$, rounded once to the dtype of W."""
+        W = self.W
+        return (W + self.delta()).to(W.dtype)
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,317 @@
+"""Adapt the layers of a whole model: any `nn.Module`, nested as it likes.
+
+    inject(model, LoRAConfig(r=8, alpha=16), ["q_proj", "v_proj"])
+    optimizer = AdamW(trainable_parameters(model))
+    ...
+    unload(merge(model))
+
+Models are changed in place and returned. Whatever is refused is refused before the
+first change.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from fnmatch import fnmatchcase
+from typing import Any, ClassVar, Protocol, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from minipeft.errors import InputError
+from minipeft.torch.linear import Adapted, layout, naming
+
+Model = TypeVar("Model", bound=nn.Module)
+Layer = Adapted[Any]
+
+
+class Config(Protocol):
+    """What a method brings along: its layer, and its adapters at the start."""
+
+    wrapper: ClassVar[type[Layer]]
+
+    def adapters(
+        self, layers: Mapping[str, nn.Module], generator: torch.Generator | None = None
+    ) -> Mapping[str, nn.Module]:
+        """Return a new adapter for each layer; some methods share parts among them."""
+
+
+def inject(
+    model: Model,
+    config: Config,
+    targets: Sequence[str],
+    name: str = "default",
+    generator: torch.Generator | None = None,
+) -> Model:
+    """Freeze all but adapters, and wrap the layers that the targets name.
+
+    Args:
+        model: changed in place.
+        config: the method and its hyperparameters, such as `LoRAConfig(r=8, alpha=16)`.
+        targets: full names, last parts of names, or patterns with `*`, `?`, `[]`.
+        name: of the new adapters.
+        generator: for their random start, on the CPU; None for torch's own.
+
+    Raises:
+        InputError: if a target matches nothing, or a layer that cannot be adapted, is
+            adapted already, or shares its weight with another; if the method refuses.
+    """
+    found = _matched(model, targets)
+    _refuse_tied(model, found)
+    adapters = config.adapters(found, generator)
+    wrapped = {n: config.wrapper(found[n], adapters[n], name) for n in found}
+    _freeze(model)
+    _replace(model, {id(found[n]): wrapped[n] for n in found})
+    return model
+
+
+def add(
+    model: Model,
+    config: Config,
+    name: str,
+    generator: torch.Generator | None = None,
+) -> Model:
+    """Give every adapted layer another adapter, inactive until `activate`.
+
+    Raises:
+        InputError: if the name is taken, or the layers are of another method.
+    """
+    layers = adapted(model)
+    for key, layer in layers.items():
+        if type(layer) is not config.wrapper:
+            raise InputError(
+                f"{key} is a {type(layer).__name__}, which cannot hold adapters for "
+                f"{config.wrapper.__name__}; unload the model and inject again."
+            )
+        with naming(key):
+            layer.check_new(name)
+    bases = {key: layer.base for key, layer in layers.items()}
+    for key, adapter in config.adapters(bases, generator).items():
+        layers[key].add(name, adapter)
+    return model
+
+
+def activate(model: Model, shares: str | Mapping[str, float]) -> Model:
+    """Use one adapter by name, or the sum of several, each times its share.
+
+    A layer that holds none of them is its base alone, and so is every layer when the
+    mapping is empty.
+
+    Raises:
+        InputError: for a name that no layer holds.
+    """
+    wanted = {shares: 1.0} if isinstance(shares, str) else shares
+    layers = adapted(model)
+    _check_known(layers, wanted)
+    for layer in layers.values():
+        layer.activate({n: s for n, s in wanted.items() if n in layer.adapters})
+    return model
+
+
+def remove(model: Model, name: str) -> Model:
+    """Forget an adapter; a layer that had no other becomes the plain layer again.
+
+    Raises:
+        InputError: if no layer holds an adapter of this name.
+    """
+    layers = adapted(model)
+    _check_known(layers, [name])
+    for layer in layers.values():
+        if name in layer.adapters:
+            layer.remove(name)
+    bare = [layer for layer in layers.values() if not layer.adapters]
+    _replace(model, {id(layer): layer.unmerge().unload() for layer in bare})
+    return model
+
+
+def merge(model: Model) -> Model:
+    """Merge the active adapters of every layer; the base weights are kept beside."""
+    for layer in adapted(model).values():
+        layer.merge()
+    return model
+
+
+def unmerge(model: Model) -> Model:
+    """Undo `merge`: every weight is what it was, bit for bit."""
+    for layer in adapted(model).values():
+        layer.unmerge()
+    return model
+
+
+def unload(model: Model) -> Model:
+    """Put plain layers back: merged ones where `merge` was called, else the originals.
+
+    The weights stay frozen; `model.requires_grad_(True)` thaws them.
+    """
+    _replace(model, {id(a): a.unload() for a in adapted(model).values()})
+    return model
+
+
+def adapted(model: nn.Module) -> dict[str, Layer]:
+    """Return the adapted layers by name."""
+    return {n: m for n, m in model.named_modules() if isinstance(m, Adapted)}
+
+
+def trainable_parameters(model: nn.Module) -> list[nn.Parameter]:
+    """Return what an optimizer should be given."""
+    return [p for p in model.parameters() if p.requires_grad]
+
+
+def adapter_state_dict(model: nn.Module, name: str = "default") -> dict[str, Tensor]:
+    """Return the tensors of one adapter, as `<layer>.<tensor>`; the base is left out.
+
+    Raises:
+        InputError: if no layer holds an adapter of this name.
+    """
+    return {key: tensor.detach() for key, tensor in _tensors(model, name).items()}
+
+
+def load_adapter_state_dict(
+    model: Model, tensors: Mapping[str, Tensor], name: str = "default"
+) -> Model:
+    """Copy saved tensors into an adapter: all of them, or none.
+
+    Raises:
+        InputError: if a tensor is missing, unexpected, or of another shape.
+    """
+    own = _tensors(model, name)
+    problems = [f"{key} is missing" for key in own if key not in tensors]
+    problems += [f"{key} is unexpected" for key in tensors if key not in own]
+    problems += [
+        f"{key} has shape {tuple(tensors[key].shape)}, not {tuple(own[key].shape)}"
+        for key in own
+        if key in tensors and tensors[key].shape != own[key].shape
+    ]
+    if problems:
+        raise InputError(
+            f"the file does not fit adapter {name!r}: {problems[0]}"
+            + (f", and {len(problems) - 1} more" * (len(problems) > 1))
+            + "; inject with the configuration it was saved from."
+        )
+    with torch.no_grad():
+        for key, tensor in own.items():
+            tensor.copy_(tensors[key])
+    for layer in adapted(model).values():
+        if layer.merged_weight is not None:
+            layer.merge()
+    return model
+
+
+def _matched(model: nn.Module, targets: Sequence[str]) -> dict[str, nn.Module]:
+    modules = dict(_outside_adapters(model))
+    found: dict[int, tuple[str, nn.Module]] = {}
+    for target in [targets] if isinstance(targets, str) else targets:
+        names = [name for name in modules if _matches(name, target)]
+        if _is_pattern(target):  # what a pattern sweeps in beside layers is passed over
+            names = [name for name in names if _is_adaptable(modules[name])]
+        if not names:
+            raise InputError(
+                f"the target {target!r} matches no layer; choose from "
+                f"{', '.join(_choices(modules)) or 'another model'}."
+            )
+        for name in names:
+            with naming(name):
+                _check_adaptable(modules[name])
+            found.setdefault(id(modules[name]), (name, modules[name]))
+    return dict(found.values())
+
+
+def _outside_adapters(model: nn.Module) -> Iterable[tuple[str, nn.Module]]:
+    inside: tuple[str, ...] = ()
+    for name, module in model.named_modules(remove_duplicate=False):
+        if name.startswith(inside):
+            continue
+        if isinstance(module, Adapted):
+            inside += (f"{name}.",)
+        if name:
+            yield name, module
+
+
+def _matches(name: str, target: str) -> bool:
+    if _is_pattern(target):
+        return fnmatchcase(name, target) or fnmatchcase(name, f"*.{target}")
+    return name == target or name.endswith(f".{target}")
+
+
+def _is_pattern(target: str) -> bool:
+    return any(c in target for c in "*?[")
+
+
+def _is_adaptable(module: nn.Module) -> bool:
+    try:
+        layout(module)
+    except InputError:
+        return isinstance(module, Adapted)  # which is worth an error of its own
+    return True
+
+
+def _check_adaptable(module: nn.Module) -> None:
+    if isinstance(module, Adapted):
+        raise InputError(
+            f"already adapted by {', '.join(module.adapters)}; use add() to give it "
+            "another adapter, or unload() to start again."
+        )
+    layout(module)
+
+
+def _choices(modules: Mapping[str, nn.Module]) -> list[str]:
+    layers = [n for n, module in modules.items() if _is_adaptable(module)]
+    return sorted({name.rpartition(".")[2] for name in layers})
+
+
+def _refuse_tied(model: nn.Module, found: Mapping[str, nn.Module]) -> None:
+    owners: dict[nn.Parameter, list[str]] = {}
+    for name, module in model.named_modules():
+        for kind, parameter in module.named_parameters(recurse=False):
+            if kind == "weight":
+                owners.setdefault(parameter, []).append(name)
+    for names in owners.values():
+        for name in names if len(names) > 1 else []:
+            if name in found:
+                others = ", ".join(n for n in names if n != name)
+                raise InputError(
+                    f"{name} shares its weight with {others}, and an adapter on one of "
+                    "them would pull them apart; leave it out of the targets, or untie "
+                    "it: layer.weight = nn.Parameter(layer.weight.clone()), and "
+                    "tie_word_embeddings = False in the config of a transformers model."
+                )
+
+
+def _freeze(model: nn.Module) -> None:
+    kept = {id(p) for a in adapted(model).values() for p in a.adapters.parameters()}
+    for parameter in model.parameters():
+        if id(parameter) not in kept:
+            parameter.requires_grad_(False)
+
+
+def _replace(model: nn.Module, replacements: Mapping[int, nn.Module]) -> None:
+    if id(model) in replacements:
+        raise InputError("the model is itself an adapted layer; call its own unload().")
+    # Every place that holds the layer: a layer may serve in several.
+    places = [
+        (parent, attribute, replacements[id(child)])
+        for parent in model.modules()
+        for attribute, child in parent._modules.items()
+        if id(child) in replacements
+    ]
+    for parent, attribute, layer in places:
+        setattr(parent, attribute, layer)
+
+
+def _check_known(layers: Mapping[str, Layer], names: Iterable[str]) -> None:
+    known = sorted({n for layer in layers.values() for n in layer.adapters})
+    for name in names:
+        if name not in known:
+            raise InputError(
+                f"no layer holds an adapter {name!r}; choose from "
+                f"{', '.join(known) or 'none, and inject one first'}."
+            )
+
+
+def _tensors(model: nn.Module, name: str) -> dict[str, Tensor]:
+    layers = adapted(model)
+    _check_known(layers, [name])
+    return {
+        f"{key}.{tensor_name}".lstrip("."): tensor
+        for key, layer in layers.items()
+        if name in layer.adapters
+        for tensor_name, tensor in layer.adapters[name].state_dict().items()
+    }
