@@ -159,9 +159,9 @@ chapter.show(
 )
 
 # %% [markdown]
-# Read the bars from the top. In 32 bits, the weights are a quarter of their column: the gradient is as large
-# again, the two states of Adam twice as large. Sixteen bits save less than one expects, because the states and a master copy of
-# the weights stay in 32. Then the picture changes:
+# Read the bars from the top. In 32 bits the gradients are as large as the weights, and Adam's two states twice as
+# large. Sixteen bits save less than one expects, because the states and a master copy of the weights stay in 32.
+# Then the picture changes:
 #
 # - **LoRA** trains {=f"{memory.lora_parameters(llama, adapter) / 1e6:.0f}"=} million numbers instead of
 #   {=f"{llama.parameters / 1e9:.2f}"=} billion. Gradients and states all but vanish. Weights and activations remain.

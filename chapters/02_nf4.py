@@ -63,8 +63,7 @@ assert np.abs(derived - NF4).max() < 2.0**-22
 # %%
 INT4 = (np.arange(-8, 8) / np.float32(7)).astype(np.float32)
 CODEBOOKS = {"NF4": NF4, "FP4": FP4, "int4": INT4}
-BLUE, GREEN, RED = plots.PALETTE[:3]
-COLORS = {"NF4": BLUE, "FP4": GREEN, "int4": RED}
+COLORS = dict(zip(CODEBOOKS, plots.PALETTE, strict=False))
 
 # How values of a normal block of 64 lie once they are divided by the block's absmax.
 rng = np.random.default_rng(0)
@@ -100,7 +99,7 @@ for midpoint in (NF4[1:] + NF4[:-1]) / 2:
     ax.plot(
         [midpoint] * 2,
         [0, np.interp(midpoint, (edges[1:] + edges[:-1]) / 2, density)],
-        color=BLUE,
+        color=COLORS["NF4"],
         linewidth=0.7,
     )
 ax.set(xlim=(-1.28, 1.06), ylim=(-0.62, 1.25), yticks=[])
