@@ -1,0 +1,180 @@
+"""Laws of QLoRA: a base in four bits, gradients to A and B alone, three merges."""
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from ml_dtypes import bfloat16
+
+from minipeft.errors import InputError
+from minipeft.reference import blockwise, double_quant, linear, lora, qlora
+from minipeft.reference.blockwise import Blockwise
+from minipeft.reference.codebook import NF4
+from minipeft.reference.double_quant import Nested
+from tests.strategies import gaussian_layers, integer_layers, integers, seeds
+from tests.tolerance import assert_bits, assert_within, gamma
+
+LINEAR = np.arange(-8, 8, dtype=np.float32) / np.float32(8)
+nested = st.booleans()
+
+
+def adapter(t):
+    return lora.LoRA(t.A, t.B, t.scaling)
+
+
+def quantized(W, double):
+    return (double_quant if double else blockwise).quantize(W, NF4, 16)
+
+
+def on_a_grid(W, seed):
+    """A base of the shape of W that stands for small integers."""
+    rng = np.random.default_rng(seed)
+    codes = rng.integers(0, 16, W.size).astype(np.uint8)
+    scales = rng.choice([8, 16, 32], -(-W.size // 4)).astype(np.float32)
+    return Blockwise(blockwise.pack(codes, 4), scales, LINEAR, 4, W.shape)
+
+
+@given(integer_layers, seeds)
+def test_merged_is_the_same_function_bit_for_bit(t, seed):
+    q = on_a_grid(t.W, seed)
+    adapted = qlora.forward(t.x, q, adapter(t), t.bias)
+    assert_bits(linear.forward(t.x, qlora.merge(q, adapter(t)), t.bias), adapted)
+
+
+@given(gaussian_layers, nested)
+def test_merged_is_the_same_function_up_to_rounding(t, double):
+    q = quantized(t.W, double)
+    merged = linear.forward(t.x, qlora.merge(q, adapter(t)), t.bias)
+    adapted = qlora.forward(t.x, q, adapter(t), t.bias)
+    absolute = lora.LoRA(abs(t.A), abs(t.B), abs(t.scaling))
+    bias = None if t.bias is None else abs(t.bias)
+    W = abs(qlora.dequantize(q))
+    size = lora.forward(abs(t.x), W, absolute, bias).astype(np.float64)
+    # Sums over in_features and r, then scaling and two additions, on either side.
+    roundings = t.W.shape[1] + t.A.shape[0] + 4
+    assert_within(merged, adapted, 2 * gamma(roundings) * size)
+
+
+@given(gaussian_layers, nested)
+def test_it_is_lora_on_the_dequantized_weight(t, double):
+    q = quantized(t.W, double)
+    W = qlora.dequantize(q)
+    actual = qlora.forward(t.x, q, adapter(t), t.bias)
+    assert_bits(actual, lora.forward(t.x, W, adapter(t), t.bias))
+    gradients = qlora.backward(t.grad_y, t.x, q, adapter(t))
+    expected = lora.backward(t.grad_y, t.x, W, adapter(t))
+    assert gradients._fields == ("x", "A", "B")  # and none for the base
+    for mine, same in zip(gradients, expected, strict=True):
+        assert_bits(mine, same)
+
+
+@given(integer_layers, seeds, st.data())
+def test_gradients_are_exact_differences(t, seed, data):
+    # Small integers: every sum is exact. The loss is linear in x, in A and in B.
+    q = on_a_grid(t.W, seed)
+    grads = qlora.backward(t.grad_y, t.x, q, adapter(t))
+
+    def loss(x, A, B):
+        y = qlora.forward(x, q, lora.LoRA(A, B, t.scaling))
+        return (t.grad_y.astype(np.float64) * y).sum()
+
+    for i, (value, gradient) in enumerate(zip((t.x, t.A, t.B), grads, strict=True)):
+        step = data.draw(integers(value.shape))
+        up, down = [t.x, t.A, t.B], [t.x, t.A, t.B]
+        up[i], down[i] = value + step, value - step
+        expected = (gradient.astype(np.float64) * step).sum()
+        assert (loss(*up) - loss(*down)) / 2 == expected
+
+
+@given(gaussian_layers, nested, st.sampled_from([np.float16, bfloat16]))
+def test_sixteen_bits_in_sixteen_bits_out(t, double, dtype):
+    q = quantized(t.W, double)
+    x, grad_y = t.x.astype(dtype), t.grad_y.astype(dtype)
+    bias = None if t.bias is None else t.bias.astype(np.float32)
+    assert qlora.forward(x, q, adapter(t), bias).dtype == dtype
+    with np.errstate(over="ignore"):  # gradients may leave the range of float16
+        gradients = qlora.backward(grad_y, x, q, adapter(t))
+    assert gradients.x.dtype == dtype
+    assert gradients.A.dtype == gradients.B.dtype == np.float32
+
+
+@given(seeds, nested, st.sampled_from([np.float16, bfloat16]))
+def test_sixteen_bits_cost_what_their_roundings_allow(seed, double, dtype):
+    rng = np.random.default_rng(seed)
+    x, W, A, B = (
+        rng.standard_normal(shape).astype(np.float32)
+        for shape in ((3, 12), (7, 12), (2, 12), (7, 2))
+    )
+    q, update = quantized(W, double), lora.LoRA(A, B, 2.0)
+    actual = qlora.forward(x.astype(dtype), q, update)
+    exact = qlora.forward(x.astype(np.float64), q, lora.LoRA(A, B, 2.0))
+    absolute = lora.LoRA(abs(A), abs(B), 2.0)
+    size = lora.forward(abs(x), abs(qlora.dequantize(q)), absolute)
+    name = np.dtype(dtype).name
+    # x and W or x, A and B are rounded, then sums of 12 and 2 products, scaling and
+    # the last addition.
+    bound = gamma(3 + 12 + 2 + 2, name) * size.astype(np.float64)
+    tiny = 50 * 2.0**-24 if dtype is np.float16 else 0  # subnormals of float16
+    assert_within(actual, exact, bound + tiny)
+
+
+@given(gaussian_layers, nested)
+def test_requantized_is_the_dequantized_merge_in_four_bits(t, double):
+    q = quantized(t.W, double)
+    again = qlora.merge(q, adapter(t), into="requantized")
+    expected = quantized(qlora.merge(q, adapter(t)), double)
+    assert type(again) is type(q) is (Nested if double else Blockwise)
+    assert_bits(again.packed, expected.packed)
+    assert_bits(qlora.dequantize(again), qlora.dequantize(expected))
+
+
+@given(seeds, st.sampled_from([16, 64]), st.integers(1, 3))
+def test_a_small_update_vanishes_when_requantized(seed, blocksize, r):
+    # Less than half the smallest gap everywhere, and nothing where a block has its
+    # largest value: not one code moves, and the adapter was trained for nothing.
+    rng = np.random.default_rng(seed)
+    W = rng.standard_normal((8, 2 * blocksize)).astype(np.float32)
+    q = blockwise.quantize(W, NF4, blocksize)
+    W = qlora.dequantize(q)
+    scales = q.absmax.reshape(8, 2)
+    A = rng.uniform(-1, 1, (r, W.shape[1])).astype(np.float32)
+    A[:, (np.abs(W) == np.repeat(scales, blocksize, axis=1)).any(axis=0)] = 0
+    half_gap = np.diff(NF4).min() / 2 * (1 - gamma(9))
+    B = np.full((8, r), scales.min(axis=1, keepdims=True) * half_gap / r)
+    update = lora.LoRA(A, B.astype(np.float32), 0.99)
+    assert np.any(qlora.merge(q, update) != W) == np.any(A)
+    assert_bits(qlora.merge(q, update, into="requantized").packed, q.packed)
+
+
+@given(seeds)
+def test_requantizing_without_an_update_changes_plain_blocks_not_at_all(seed):
+    rng = np.random.default_rng(seed)
+    W = rng.standard_normal((6, 64)).astype(np.float32)
+    nothing = lora.LoRA(np.ones((2, 64), np.float32), np.zeros((6, 2), np.float32), 2.0)
+    for double in (False, True):
+        q = quantized(W, double)
+        again = qlora.merge(q, nothing, into="requantized")
+        assert_bits(again.packed, q.packed)
+        if not double:  # nested, the scales are rounded anew: their mean has moved
+            assert_bits(again.absmax, q.absmax)
+
+
+@given(gaussian_layers, nested)
+def test_nothing_given_is_changed(t, double):
+    q = quantized(t.W, double)
+    before = [a.copy() for a in (q.packed, t.x, t.A, t.B, t.grad_y)]
+    qlora.forward(t.x, q, adapter(t))
+    qlora.backward(t.grad_y, t.x, q, adapter(t))
+    for target in qlora.TARGETS:
+        qlora.merge(q, adapter(t), into=target)
+    for copy, array in zip(before, (q.packed, t.x, t.A, t.B, t.grad_y), strict=True):
+        assert_bits(array, copy)
+
+
+def test_another_target_is_refused_with_the_choices():
+    q = blockwise.quantize(np.ones((2, 3), np.float32))
+    update = lora.init(np.random.default_rng(0), 3, 2, 1, 2)
+    with pytest.raises(
+        InputError, match="into is 'original'; choose dequantized or re"
+    ):
+        qlora.merge(q, update, into="original")
