@@ -1,11 +1,14 @@
 """What every check does with the blockwise kernels: launch them, compare all bits."""
 
+from collections.abc import Collection
+
 import numpy as np
 
 from minipeft.cupy import blockwise as gpu
 from minipeft.reference import blockwise as reference
 from minipeft.reference.codebook import FP4, NF2, NF3, NF4
 from tests.cuda.executors import DTYPES
+from tests.cuda.mutation import Mutation
 
 CODEBOOKS = {"NF4": NF4, "FP4": FP4, "NF3": NF3, "NF2": NF2}
 
@@ -23,7 +26,12 @@ def same_bits(got: np.ndarray, expected: np.ndarray, what: str) -> None:
     )
 
 
-def agree(W: np.ndarray, codebook: np.ndarray, blocksize: int) -> None:
+def agree(
+    W: np.ndarray,
+    codebook: np.ndarray,
+    blocksize: int,
+    outputs: Collection[str] = tuple(DTYPES),
+) -> None:
     """Quantize and dequantize with the launchers; every byte is the reference's."""
     with np.errstate(over="ignore"):
         expected = reference.quantize(W, codebook, blocksize)
@@ -31,8 +39,8 @@ def agree(W: np.ndarray, codebook: np.ndarray, blocksize: int) -> None:
     same_bits(q.packed, expected.packed, "packed")
     same_bits(q.absmax, expected.absmax, "absmax")
     assert (q.blocksize, q.shape) == (expected.blocksize, expected.shape)
-    for name, dtype in DTYPES.items():
-        values = reference.dequantize(expected, dtype)
+    for name in outputs:
+        values = reference.dequantize(expected, DTYPES[name])
         same_bits(gpu.dequantize(q, name), values, f"dequantized to {name}")
 
 
@@ -63,9 +71,59 @@ def awkward(codebook: np.ndarray, dtype: str) -> np.ndarray:
     return np.where(np.isfinite(cast.astype(np.float32)), cast, 1).astype(cast.dtype)
 
 
-def small() -> None:
+def small(dtypes: Collection[str] = tuple(DTYPES)) -> None:
     """Run a few launches that reach every branch; for checks that are slow."""
-    agree(awkward(NF4, "float32"), NF4, 64)  # registers and shuffles
-    agree(gaussian(2 * 2048 + 1001, "bfloat16"), FP4, 1024)  # shared memory
-    agree(gaussian(4096 + 77, "float16"), NF3, 4096)  # several tiles, 3 bits
-    agree(gaussian(65), NF4, 2)  # several blocks a thread
+    for dtype in dtypes:
+        agree(awkward(NF4, dtype), NF4, 64, [dtype])  # registers and shuffles
+        agree(gaussian(2 * 2048 + 1001, dtype), FP4, 1024, [dtype])  # shared memory
+        agree(gaussian(4096 + 77, dtype), NF3, 4096, [dtype])  # many tiles, 3 bits
+        agree(gaussian(65, dtype), NF4, 2, [dtype])  # several blocks a thread
+
+
+SYNC = "  __syncthreads();\n"
+MUTATIONS = (
+    Mutation("no barrier after the maxima", SYNC, "", 1, ("values", "races")),
+    Mutation("no barrier after staging", SYNC, "", 2, ("values", "races")),
+    Mutation(
+        "a vector store one too far",
+        "if (first + SIZE <= left)",
+        "if (first < left)",
+        1,
+        ("addresses", "ptx"),
+    ),
+    Mutation(
+        "a packed byte too many",
+        "const i64 end = (n * bits + 7) / 8;",
+        "const i64 end = (n * bits + 7) / 8 + 1;",
+        1,
+        ("addresses", "ptx"),
+    ),
+    Mutation(
+        "swapped nibbles",
+        "word >> bits * (7 - at % 8)",
+        "word >> bits * (7 - (at ^ 1) % 8)",
+        1,
+        ("values", "ptx"),
+    ),
+    Mutation(
+        "another block's absmax",
+        "warp_max[warp / warps * warps + k]",
+        "warp_max[k]",
+        1,
+        ("values", "ptx"),
+    ),
+    Mutation(
+        "a tie goes up",
+        "x > midpoints[position + step - 1]",
+        "x >= midpoints[position + step - 1]",
+        1,
+        ("values", "ptx"),
+    ),
+    Mutation(
+        "the reciprocal of a subnormal",
+        "absmax < 0x1p-126f ? 0x1p64f : 1.0f",
+        "1.0f",
+        1,
+        ("values", "ptx"),
+    ),
+)

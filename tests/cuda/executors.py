@@ -4,18 +4,21 @@ Arrays are NumPy arrays. What is new from `empty` is filled with a pattern, so t
 value which a kernel forgets to write is not a lucky zero.
 """
 
+import atexit
+import contextlib
 import os
 import subprocess
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import ml_dtypes
 import numpy as np
 
 from minipeft.cupy.executor import Facts
 from minipeft.cupy.kernels import Kernel, source
-from tests.cuda.toolchain import compile_cpu
+from tests.cuda import ptx, ptx_parser
+from tests.cuda.toolchain import compile_cpu, compile_device
 
 DTYPES = {
     "float32": np.dtype(np.float32),
@@ -56,40 +59,86 @@ class NumpyExecutor:
         raise NotImplementedError
 
 
-class CpuExecutor(NumpyExecutor):
-    """Runs what g++ made of the kernels, each launch in a process of its own."""
+class Program:
+    """A runner (runner.cpp) that stays alive from launch to launch."""
 
-    def __init__(self, program: Path, variant: str = "source", seed: int = 0) -> None:
-        self.program = program
+    def __init__(self, path: Path) -> None:
+        self._process = subprocess.Popen(
+            [path],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            env={**os.environ, "TSAN_OPTIONS": "halt_on_error=1 atexit_sleep_ms=0"},
+        )
+        atexit.register(self.close)
+
+    def run(self, message: list[bytes], expected: int) -> bytes:
+        with contextlib.suppress(BrokenPipeError):
+            self._process.stdin.write(b"".join(message))
+            self._process.stdin.flush()
+        answer = self._process.stdout.read(expected)
+        if len(answer) < expected:
+            raise LaunchError(self.close())
+        return answer
+
+    def close(self) -> str:
+        """End the process; return what it wrote to stderr."""
+        atexit.unregister(self.close)
+        _, complaints = self._process.communicate()
+        return complaints.decode(errors="replace")
+
+
+class CpuExecutor(NumpyExecutor):
+    """Runs what g++ made of the kernels."""
+
+    _running: ClassVar[dict[Path, Program]] = {}
+
+    def __init__(self, path: Path, variant: str = "source", seed: int = 0) -> None:
+        self.path = path
         self.variant = variant
         self.seed = seed
 
     def launch(
         self, kernel: Kernel, dtype: str, grid: int, args: Sequence[Any]
     ) -> None:
-        packed = [np.asarray(a) for a in kernel.pack(args)]
-        message = [np.int64(len(packed)).tobytes()]
-        for array, given in zip(packed, args, strict=True):
-            sign = 1 if isinstance(given, np.ndarray) else -1
-            message += [np.int64(sign * array.nbytes).tobytes(), array.tobytes()]
-        name = f"{self.variant}:{kernel.expression(dtype)}"
-        command = [self.program, name, grid, kernel.threads, self.seed]
-        done = subprocess.run(
-            [str(word) for word in command],
-            input=b"".join(message),
-            capture_output=True,
-            env={**os.environ, "TSAN_OPTIONS": "halt_on_error=1 atexit_sleep_ms=0"},
-        )
-        if done.returncode:
-            raise LaunchError(done.stderr.decode(errors="replace"))
+        name = f"{self.variant}:{kernel.expression(dtype)}".encode()
+        header = [len(name), grid, kernel.threads, self.seed, len(args)]
+        message = [np.array(header, np.int64).tobytes(), name]
+        for packed, given in zip(kernel.pack(args), args, strict=True):
+            size = packed.nbytes if isinstance(given, np.ndarray) else -packed.nbytes
+            message += [np.int64(size).tobytes(), packed.tobytes()]
         buffers = [a for a in args if isinstance(a, np.ndarray)]
-        ends = np.cumsum([b.nbytes for b in buffers])
-        for buffer, end in zip(buffers, ends, strict=True):
-            part = done.stdout[end - buffer.nbytes : end]
-            buffer.reshape(-1).view(np.uint8)[...] = np.frombuffer(part, np.uint8)
+        if self.path not in self._running:
+            self._running[self.path] = Program(self.path)
+        program = self._running[self.path]
+        try:
+            answer = program.run(message, sum(b.nbytes for b in buffers))
+        except LaunchError:
+            del self._running[self.path]
+            raise
+        start = 0
+        for buffer in buffers:
+            part = np.frombuffer(answer, np.uint8, buffer.nbytes, start)
+            buffer.reshape(-1).view(np.uint8)[...] = part
+            start += buffer.nbytes
 
 
 def on_cpu(row: str, flavour: str = "values", seed: int = 0) -> CpuExecutor:
     """Build a row's own source if needed, and run it."""
     program = compile_cpu(row, flavour, {"source": source(row)})
     return CpuExecutor(program, "source", seed)
+
+
+class PtxExecutor(NumpyExecutor):
+    """Interprets the PTX that NVRTC made of the kernels."""
+
+    def __init__(self, row: str, architecture: str = "80", text: str = "") -> None:
+        text = text or source(row)
+        self.compiled = compile_device(row, "ptx", architecture, text)
+        self.entries = ptx_parser.parse(self.compiled.image.read_text())
+
+    def launch(
+        self, kernel: Kernel, dtype: str, grid: int, args: Sequence[Any]
+    ) -> None:
+        entry = self.entries[self.compiled.names[kernel.expression(dtype)]]
+        ptx.launch(entry, grid, kernel.threads, kernel.pack(args))

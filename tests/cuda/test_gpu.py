@@ -11,11 +11,9 @@ from minipeft.reference.codebook import NF4
 from tests.cuda.blockwise_cases import CODEBOOKS, awkward, gaussian, same_bits
 from tests.cuda.executors import DTYPES
 
-MISSING = executor.missing()
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(MISSING is not None, reason=f"no GPU: {MISSING}"),
-]
+if executor.missing():
+    pytest.skip(executor.missing(), allow_module_level=True)
+pytestmark = pytest.mark.gpu
 
 
 def agree(W, codebook, blocksize):

@@ -9,7 +9,7 @@ import importlib.util
 import os
 import shutil
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -26,8 +26,8 @@ ARCHITECTURES = ("75", "80", "90", "100")
 # between the threads of a block; addresses outside a buffer, misaligned or undefined.
 FLAVOURS = {
     "values": "",
-    "races": "-g -fsanitize=thread",
-    "addresses": "-g -fsanitize=address,undefined -fno-sanitize-recover=all",
+    "races": "-g1 -fsanitize=thread",
+    "addresses": "-g1 -fsanitize=address,undefined -fno-sanitize-recover=all",
 }
 GXX_FLAGS = (
     "-std=c++20 -O1 -ffp-contract=off -fno-strict-aliasing "
@@ -49,6 +49,9 @@ def cuda_folder() -> Path | None:
     return folder if folder and (folder / "include" / "cuda_fp16.h").exists() else None
 
 
+TOOLS = (cuda_folder() or Path()) / "bin"
+
+
 def missing_for_cpu() -> str | None:
     if not shutil.which("g++"):
         return "g++ is not installed"
@@ -65,6 +68,16 @@ def missing_for_device() -> str | None:
     return None if cuda_folder() else "the wheel nvidia-cuda-runtime is not installed"
 
 
+def missing_for_listing() -> str | None:
+    tools = [TOOLS / name for name in ("cuobjdump", "nvdisasm")]
+    absent = [f"nvidia-cuda-{tool.name}" for tool in tools if not tool.exists()]
+    reason = f"not installed: {' '.join(absent)}" if absent else None
+    return missing_for_device() or reason
+
+
+needs_listing = pytest.mark.skipif(
+    missing_for_listing() is not None, reason=str(missing_for_listing())
+)
 needs_cpu_build = pytest.mark.skipif(
     missing_for_cpu() is not None, reason=str(missing_for_cpu())
 )
@@ -88,19 +101,20 @@ def cached(name: str, parts: list[str], make: Callable[[Path], None]) -> Path:
 # For this CPU -------------------------------------------------------------------------
 
 
-def cpu_source(row: str, variants: dict[str, str]) -> str:
+def cpu_source(row: str, variants: dict[str, str], dtypes: Collection[str]) -> str:
     """Write the program around one row: every variant of its source in a namespace.
 
     Variants are the source itself and its mutants; they are compiled in one go because
-    most of the time goes into NVIDIA's headers.
+    much of the time goes into NVIDIA's headers.
     """
+    names = [k.expression(d) for k, d in kernels.instances(row) if d in dtypes]
     parts = ['#include "shim.hpp"', '#include "common.cuh"']
     entries = []
     for number, (variant, text) in enumerate(variants.items()):
         parts.append(f'namespace v{number} {{\n#line 1 "{row}.cu"\n{text}\n}}')
         entries += [
             f'    {{"{variant}:{name}", shim::describe(&v{number}::{name})}},'
-            for name in kernels.expressions(row)
+            for name in names
         ]
     parts.append(
         "Registry registry() {\n  return {\n" + "\n".join(entries) + "\n  };\n}"
@@ -108,9 +122,14 @@ def cpu_source(row: str, variants: dict[str, str]) -> str:
     return "\n".join(parts)
 
 
-def compile_cpu(row: str, flavour: str, variants: dict[str, str]) -> Path:
+def compile_cpu(
+    row: str,
+    flavour: str,
+    variants: dict[str, str],
+    dtypes: Collection[str] = tuple(kernels.CTYPES),
+) -> Path:
     """Build the program that runs a row's kernels on this CPU."""
-    program = cpu_source(row, variants)
+    program = cpu_source(row, variants, dtypes)
     flags = FLAVOURS[flavour].split()
     common = (kernels.FOLDER / "common.cuh").read_text()
     runner = compile_runner(flavour)
@@ -174,7 +193,7 @@ def compile_device(row: str, kind: str, architecture: str, text: str) -> Compile
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir()
         image, log, names = _nvrtc(row, kind, text, options)
-        (folder / "image").write_bytes(image)
+        (folder / "image").write_bytes(image.rstrip(b"\0") if kind == "ptx" else image)
         (folder / "log").write_text(log)
         (folder / "names").write_text("".join(f"{k}\t{v}\n" for k, v in names.items()))
 

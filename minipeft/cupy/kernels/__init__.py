@@ -91,6 +91,11 @@ def source(row: str) -> str:
     return (FOLDER / f"{row}.cu").read_text()
 
 
+def instances(row: str) -> list[tuple[Kernel, str]]:
+    """List a row's kernels with every dtype that they are compiled for."""
+    return [(k, d) for k in KERNELS if k.row == row for d in k.dtypes]
+
+
 def expressions(row: str) -> list[str]:
-    """List the instances of a row's kernels, the names to compile."""
-    return [k.expression(d) for k in KERNELS if k.row == row for d in k.dtypes]
+    """List the C++ names of a row's instances."""
+    return [kernel.expression(dtype) for kernel, dtype in instances(row)]

@@ -1,0 +1,26 @@
+"""The rows that have kernels: what exercises each, and how each is broken on purpose.
+
+A new row adds one line here, beside its .cu file and its entries in the table.
+"""
+
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
+
+from tests.cuda import blockwise_cases
+from tests.cuda.mutation import Mutation
+
+
+@dataclass(frozen=True)
+class Row:
+    """What the checks need of a row.
+
+    Args:
+        small: a few launches in some dtypes, compared with the reference.
+        mutations: mistakes that `small` must find.
+    """
+
+    small: Callable[[Collection[str]], None]
+    mutations: tuple[Mutation, ...]
+
+
+ROWS = {"blockwise": Row(blockwise_cases.small, blockwise_cases.MUTATIONS)}
