@@ -22,20 +22,20 @@ def forward(
 ) -> Inexact[np.ndarray, "... out_features"]:
     r"""Apply the adapted layer: $y = x \hat W^T + b + s (x A^T) B^T$.
 
-    $\hat W$ is the dequantized base. Four bits are for storage alone: the products are
-    computed in the dtype of x.
+    $\hat W$ is the dequantized base: four bits are for storage, not for arithmetic. Its
+    product is computed in the dtype of x, the update in that of A and B; their sum is
+    rounded once.
 
     Args:
         x: float32, float16 or `ml_dtypes.bfloat16`; the result has the same dtype.
         q: the base, from `blockwise.quantize` or `double_quant.quantize`.
-        lora: the adapter; stored in float32, rounded to the dtype of x for its part.
+        lora: the adapter, in float32 if small steps are not to be rounded away.
         bias: of the base.
 
     Source: QLoRA (arXiv:2305.14314), equations 5 and 6.
     """
     bias = None if bias is None else bias.astype(x.dtype)
-    y = lora_.forward(x, dequantize(q, x.dtype), _rounded(lora, x.dtype), bias)
-    return y.astype(x.dtype)  # a float times bfloat16 is float32 in NumPy
+    return lora_.forward(x, dequantize(q, x.dtype), lora, bias).astype(x.dtype)
 
 
 def backward(
@@ -47,14 +47,12 @@ def backward(
     r"""Return the gradients of x, A and B; the base is frozen and gets none.
 
     The gradient of x passes through $\hat W$, which is dequantized once more rather
-    than kept. Those of A and B are computed in the dtype of x, returned in their own.
+    than kept, and has the dtype of x; the others have those of A and B.
 
     Source: QLoRA (arXiv:2305.14314), section 3.
     """
-    W, rounded = dequantize(q, x.dtype), _rounded(lora, x.dtype)
-    grads = lora_.backward(grad_y, x, W, rounded)
-    A, B = grads.A.astype(lora.A.dtype), grads.B.astype(lora.B.dtype)
-    return LoRAGradients(grads.x.astype(x.dtype), A, B)
+    grads = lora_.backward(grad_y, x, dequantize(q, x.dtype), lora)
+    return grads._replace(x=grads.x.astype(x.dtype))
 
 
 def merge(
@@ -92,7 +90,3 @@ def dequantize(
     if isinstance(q, Nested):
         return double_quant.dequantize(q, dtype)
     return blockwise.dequantize(q, dtype)
-
-
-def _rounded(lora: LoRA, dtype: DTypeLike) -> LoRA:
-    return LoRA(lora.A.astype(dtype), lora.B.astype(dtype), lora.scaling)
