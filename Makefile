@@ -14,6 +14,9 @@ comma := ,
 KATEX := pelican-katex==1.8.9
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export OMP_NUM_THREADS ?= 1
+# Chapters have 60 s on two idle cores; a shared machine may take three times as long.
+export BOOK_SLOWNESS ?= 3
+export NO_MKDOCS_2_WARNING := 1
 
 .DEFAULT_GOAL := help
 .PHONY: help setup chapter book serve test check fmt fmt-check lint types imports \

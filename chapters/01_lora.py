@@ -19,7 +19,7 @@ from minipeft.reference import linear, lora
 from minipeft.torch.inject import inject, merge, trainable_parameters, unmerge
 from minipeft.torch.lora import LoRAConfig, LoRALinear
 
-chapter = start("01_lora", steps=60, model="tiny")
+chapter = start("01_lora", steps=50, model="tiny")
 
 # %% [markdown]
 # ## The problem
@@ -153,13 +153,13 @@ assert (adapted == merged).all()
 # %%
 base = models.load(chapter.model, chapter.device)
 tokenizer = base.tokenizer
-size = (8, 96)
+size = (8, 80)
 pairs = {
     split: [(entry.prompt, entry.answer) for entry in data.devils_dictionary(split)]
     for split in ("train", "validation")
 }
 batches = text.examples(tokenizer, pairs["train"], size, seed=0)
-held_out = text.example_batches(tokenizer, pairs["validation"], (25, 96))
+held_out = text.example_batches(tokenizer, pairs["validation"], (25, 80))
 LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
