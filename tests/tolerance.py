@@ -37,6 +37,12 @@ def assert_bits(actual: np.ndarray, expected: np.ndarray) -> None:
         )
 
 
+def assert_sums(actual: np.ndarray, expected: np.ndarray) -> None:
+    """Same bits, but a zero has no sign: whether a sum starts at 0 decides it."""
+    zero = np.zeros((), actual.dtype)  # -0 + 0 = 0; nothing else changes
+    assert_bits(actual + zero, expected + zero)
+
+
 def assert_within(actual, exact, bound) -> None:
     """|actual - exact| <= bound, everywhere, compared in float64."""
     actual, exact = np.asarray(actual, np.float64), np.asarray(exact, np.float64)

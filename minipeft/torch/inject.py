@@ -11,7 +11,7 @@ first change.
 
 from collections.abc import Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
-from typing import Any, ClassVar, Protocol, TypeVar
+from typing import Any, ClassVar, Protocol, TypeVar, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +23,7 @@ Model = TypeVar("Model", bound=nn.Module)
 Layer = Adapted[Any]
 
 
+@runtime_checkable
 class Config(Protocol):
     """What a method brings along: its layer, and its adapters at the start."""
 

@@ -8,7 +8,7 @@ so that a method is written once for all of them.
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import singledispatch
-from typing import Any, Generic, NamedTuple, Protocol, Self, TypeVar, cast
+from typing import Any, Generic, NamedTuple, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -29,66 +29,41 @@ class Form(NamedTuple):
     device: torch.device
 
 
-class Layout(Protocol):
-    """How one kind of layer stores W and takes x."""
+class Layout:
+    """How a layer stores W and takes x; this one is of `nn.Linear`: W as it stands."""
 
     def form(self, layer: Any) -> Form:
         """Return the shape, dtype and device of W."""
-
-    def turn(self, weight: Shaped[Tensor, "a b"]) -> Shaped[Tensor, "c d"]:
-        """Read the stored weight as W, or W as the stored weight."""
-
-    def forward(
-        self, layer: Any, x: Tensor, W: Shaped[Tensor, "out_features in_features"]
-    ) -> Tensor:
-        """Compute what the layer computes, with W in place of its own weight."""
-
-    def project(
-        self, layer: Any, x: Tensor, A: Shaped[Tensor, "r in_features"], p: float
-    ) -> Shaped[Tensor, "... r"]:
-        """Return $x A^T$ in the dtype of A, each entry of x dropped with chance p."""
-
-    def plain(
-        self, layer: Any, W: Shaped[Tensor, "out_features in_features"]
-    ) -> nn.Module:
-        """Return the plain layer whose weight is W."""
-
-
-class Dense:
-    """`nn.Linear`: W as it stands."""
-
-    def form(self, layer: Any) -> Form:
-        """Read it off the weight."""
         W = self.turn(layer.weight)
         return Form(W.shape[0], W.shape[1], W.dtype, W.device)
 
     def turn(self, weight: Shaped[Tensor, "a b"]) -> Shaped[Tensor, "c d"]:
-        """Nothing to turn."""
+        """Read the stored weight as W, or W as the stored weight."""
         return weight
 
     def forward(
         self, layer: Any, x: Tensor, W: Shaped[Tensor, "out_features in_features"]
     ) -> Tensor:
-        """Compute $x W^T + b$."""
+        """Compute what the layer computes, with W in place of its own weight."""
         return linear(x, W, layer.bias)
 
     def project(
         self, layer: Any, x: Tensor, A: Shaped[Tensor, "r in_features"], p: float
     ) -> Shaped[Tensor, "... r"]:
-        """Return $x A^T$."""
+        """Return $x A^T$ in the dtype of A, each entry of x dropped with chance p."""
         x = x.to(A.dtype)
         return linear(dropout(x, p) if p else x, A)
 
     def plain(
         self, layer: Any, W: Shaped[Tensor, "out_features in_features"]
     ) -> nn.Module:
-        """Give the layer W."""
+        """Return the plain layer whose weight is W."""
         weight = self.turn(W).contiguous()
         layer.weight = nn.Parameter(weight, requires_grad=False)
         return cast(nn.Module, layer)
 
 
-class Transposed(Dense):
+class Transposed(Layout):
     """GPT-2's `Conv1D`: a linear layer that stores the transpose of W."""
 
     def turn(self, weight: Shaped[Tensor, "a b"]) -> Shaped[Tensor, "c d"]:
@@ -132,7 +107,7 @@ def layout(layer: nn.Module) -> Layout:
 @layout.register
 def _(layer: nn.Linear) -> Layout:
     _check_forward(layer, nn.Linear)
-    return Dense()
+    return Layout()
 
 
 @layout.register
@@ -199,13 +174,13 @@ class Adapted(nn.Module, Generic[Adapter]):
         """Return $W'$, the weight of the plain layer that does the same."""
         raise NotImplementedError
 
-    def merge(self) -> Self:
+    def merge(self) -> "Adapted[Adapter]":
         """Compute with $W'$ from now on; merging again starts from the base again."""
         with torch.no_grad():
             self.merged_weight = self.merged().detach()
         return self
 
-    def unmerge(self) -> Self:
+    def unmerge(self) -> "Adapted[Adapter]":
         """Compute with the base and the adapters again; the base was never touched."""
         self.merged_weight = None
         return self

@@ -1,7 +1,7 @@
 """QLoRA's base: a frozen linear layer that keeps its weight in a few bits."""
 
 from collections.abc import Callable
-from typing import Any, Self
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -10,7 +10,7 @@ from torch.nn.functional import linear
 from minipeft.shapes import Float, Shaped
 from minipeft.torch.blockwise import Blockwise, dequantize, quantize
 from minipeft.torch.codebook import NF4
-from minipeft.torch.linear import Dense, Form, Layout, layout
+from minipeft.torch.linear import Form, Layout, layout
 
 
 class QuantizedLinear(nn.Module):
@@ -52,7 +52,7 @@ class QuantizedLinear(nn.Module):
         layer: nn.Linear,
         codebook: Float[Tensor, " codes"] = NF4,
         blocksize: int = 64,
-    ) -> Self:
+    ) -> "QuantizedLinear":
         """Quantize the weight of a linear layer; the layer itself is left alone."""
         q = quantize(layer.weight, codebook, blocksize)
         return cls(q, layer.bias, layer.weight.dtype)
@@ -81,7 +81,9 @@ class QuantizedLinear(nn.Module):
         y: Tensor = _Frozen.apply(x, self.dequantize, self.bias)  # type: ignore[no-untyped-call]
         return y
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+    def _apply(
+        self, fn: Callable[[Tensor], Tensor], recurse: bool = True
+    ) -> "QuantizedLinear":
         # A cast to 16 bits would round scales and codes: they move, but stay float32.
         exact, probe = (self.absmax, self.codebook), self.absmax.new_empty(0)
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
@@ -118,7 +120,7 @@ class _Frozen(torch.autograd.Function):
         return grad_y @ ctx.weight(grad_y.dtype), None, None
 
 
-class _Quantized(Dense):
+class _Quantized(Layout):
     """`QuantizedLinear`: W is decoded; what is merged into it is kept decoded."""
 
     def form(self, layer: Any) -> Form:
