@@ -148,6 +148,7 @@ for name, way in ways.items():
     print(f"{name:22s} {way.total / 1e9:6.1f} GB")
 assert ways["QLoRA: LoRA on 4 bits"].total < 24e9 < ways["LoRA on 16 bits"].total
 
+# %% tags=["fold"]
 figure = plots.memory_bars(ways)
 ax = figure.axes[0]
 ax.axvline(24, color=plots.INK, linestyle="--", linewidth=1)

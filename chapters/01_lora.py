@@ -41,7 +41,7 @@ chapter = start("01_lora", steps=50, model="tiny")
 #
 # When training is done, $W + \Delta W$ is an ordinary weight. The adapter can be *merged*, and costs nothing any more.
 
-# %%
+# %% tags=["fold"]
 figure, ax = plots.axes(size=(6.4, 2.5))
 ax.set(xlim=(0, 13), ylim=(0, 5), aspect="equal")
 ax.axis("off")

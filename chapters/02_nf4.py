@@ -72,6 +72,7 @@ scaled = (
     normal.reshape(-1, 64) / np.abs(normal.reshape(-1, 64)).max(1, keepdims=True)
 ).reshape(-1)
 
+# %% tags=["fold"]
 figure, ax = plots.axes(x="weight / absmax of its block", size=(6.4, 3.4))
 inner = scaled[np.abs(scaled) < 1]
 density, edges = np.histogram(inner, 200, (-1, 1), density=True)
