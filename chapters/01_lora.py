@@ -60,7 +60,7 @@ for x, y, w, h, color, label in [
         va="center",
         color="white" if color != grey else plots.INK,
     )
-ax.text(5.2, 2.5, "+ s", ha="center", va="center", fontsize=13)
+ax.text(5.2, 2.5, "+ s", ha="center", va="center", fontsize=13, color=plots.INK)
 for x, y, label in [
     (2.5, 0.1, "in"),
     (0.25, 2.5, "out"),
@@ -68,7 +68,7 @@ for x, y, label in [
     (9.2, 3.4, "in"),
     (11.5, 4.15, "r"),
 ]:
-    ax.text(x, y, label, ha="center", va="center", fontsize=9)
+    ax.text(x, y, label, ha="center", va="center", fontsize=9, color=plots.INK)
 chapter.show(
     figure,
     "shapes",
@@ -194,7 +194,9 @@ for name, history in histories.items():
 
 # %%
 figure = plots.loss_curves(histories)
-figure.axes[0].axhline(start_loss, color=plots.INK, linewidth=0.8, linestyle="--")
+ax = figure.axes[0]
+ax.axhline(start_loss, color=plots.INK, linewidth=0.8, linestyle="--")
+ax.text(chapter.steps, start_loss, "before", ha="right", va="bottom", color=plots.INK)
 chapter.show(
     figure,
     "loss",

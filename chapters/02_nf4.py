@@ -240,7 +240,7 @@ fp4_error = mean_error(normal, FP4, 64)
 print(f"FP4 at 64: published 0.096543, measured {fp4_error:.6f}")
 assert abs(fp4_error / 0.096543 - 1) < 0.005
 
-# %%
+# %% tags=["fold"]
 figure, ax = plots.axes(
     x="values in a block", y="mean |error| on N(0, 1)", size=(6.4, 3.2)
 )
@@ -303,7 +303,7 @@ for name, e in errors.items():
 assert np.all(errors["NF4"] < errors["int4"])
 assert np.all(errors["int4"] < errors["FP4"])
 
-# %%
+# %% tags=["fold"]
 figure, ax = plots.axes(
     x="matrix, in the order of the network", y="relative error", size=(6.4, 3.4)
 )
