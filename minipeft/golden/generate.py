@@ -105,7 +105,9 @@ def _is_tensor(value: Any) -> bool:
 def _shared(file: File, spec: Spec) -> str:
     """Return what neighbouring cases have in common, as text that can be compared."""
     rules = {
-        output: f"gamma:{spec.roundings[output]}" if spec.roundings else "bitwise"
+        output: f"gamma:{spec.roundings[output]}"
+        if output in spec.roundings
+        else "bitwise"
         for output in OPERATIONS[file.operation].outputs
     }
     source = {"name": file.source, "version": __version__}

@@ -1,0 +1,165 @@
+"""Cases of attention_forward and attention_backward."""
+
+from collections.abc import Iterator
+from dataclasses import replace
+from math import ceil, sqrt
+
+import numpy as np
+
+from minipeft.golden.cases import File, Named, Spec, gaussian, integers
+from minipeft.golden.tensors import Array
+from minipeft.golden.vectors import Note
+from minipeft.reference import attention
+from minipeft.reference.attention import Head
+
+NOTES = {
+    "Basic": Note(
+        "BASIC",
+        "Shares of a softmax over the keys, scaled by the root of the head's width.",
+        "Softmax over the queries, or a scaling by d instead of its root.",
+        ("https://arxiv.org/abs/1706.03762",),
+    ),
+    "EqualShares": Note(
+        "EDGE_CASE",
+        "Queries of zero: every key gets the same share, here a power of two.",
+        "Any difference is a defect: nothing is rounded.",
+        (),
+    ),
+    "OneKey": Note(
+        "EDGE_CASE",
+        "The mask leaves each query one key: its value comes back bit for bit.",
+        "A masked key that keeps a small share, as with -10000 instead of -inf.",
+        (),
+    ),
+    "Causal": Note(
+        "CONVENTION",
+        "The last query stands at the last key; keys before the text are all seen.",
+        "A mask aligned at the first key hides the cache, or the prefix.",
+        (),
+    ),
+    "LargeLogits": Note(
+        "NUMERICS",
+        "Logits of several hundred: exp overflows unless the largest is taken off.",
+        "inf / inf = NaN.",
+        (),
+    ),
+    "Batch": Note(
+        "EDGE_CASE", "One or two axes before the tokens.", "A wrong axis.", ()
+    ),
+    "BlindQuery": Note(
+        "EDGE_CASE",
+        "A query may look at no key: minipeft refuses.",
+        "0 / 0 = NaN, or the mean of values that should not be seen.",
+        (),
+    ),
+}
+
+
+def files() -> Iterator[File]:
+    """Yield the two files of the row."""
+    yield File(
+        operation="attention_forward",
+        header=(
+            "y = softmax(Q K^T / sqrt(d)) V; the mask is 1 where a query may look.",
+        ),
+        source="minipeft.reference.attention.forward",
+        notes=NOTES,
+        specs=[*_exact(), *(_forward(s) for s in _normal()), *_blind()],
+    )
+    yield File(
+        operation="attention_backward",
+        header=("The gradients of Q, K and V for the gradient of y.",),
+        source="minipeft.reference.attention.backward",
+        notes=NOTES,
+        specs=[_backward(s) for s in _normal()],
+    )
+
+
+def _exact() -> Iterator[Spec]:
+    for keys in (1, 4, 8):
+        Q = np.zeros((2, 3), np.float32)
+        K, V = (integers(f"equal {n} {keys}", (keys, 3)) for n in "KV")
+        inputs = {"Q": Q, "K": K, "V": V}
+        yield Spec(f"{keys} keys, equal shares", ("EqualShares",), inputs, {})
+    Q, K, V = (gaussian(f"one key {n}", (3, 4)) for n in "QKV")
+    mask = np.eye(3, dtype=np.uint8)[[2, 0, 1]]
+    inputs = {"Q": Q, "K": K, "V": V, "mask": mask}
+    yield Spec("one key for each query", ("OneKey",), inputs, {})
+
+
+def _normal() -> Iterator[Spec]:
+    for comment, flags, batch, sizes, scale, masked in [
+        ("no mask", "Basic", (), (3, 5, 4), 1.0, False),
+        ("causal, square", "Causal", (), (4, 4, 3), 1.0, True),
+        ("causal, three keys before the text", "Causal", (), (3, 6, 2), 1.0, True),
+        ("one axis", "Batch", (2,), (3, 4, 2), 1.0, True),
+        ("two axes", "Batch", (2, 2), (2, 3, 2), 1.0, False),
+        ("logits of hundreds", "LargeLogits", (), (3, 4, 4), 20.0, False),
+    ]:
+        queries, keys, d = sizes
+        shapes = {"Q": (queries, d), "K": (keys, d), "V": (keys, d + 1)}
+        inputs = {
+            name: gaussian(f"{comment} {name}", (*batch, *shape))
+            for name, shape in shapes.items()
+        }
+        inputs["Q"] = inputs["Q"] * np.float32(scale)
+        inputs["K"] = inputs["K"] * np.float32(scale)
+        if masked:
+            inputs["mask"] = attention.causal(queries, keys).astype(np.uint8)
+        yield Spec(comment, tuple(flags.split()), inputs, {})
+
+
+def _forward(spec: Spec) -> Spec:
+    head = double_head(spec.inputs)
+    size = attention.weights(head) @ np.abs(head.V)
+    return replace(spec, roundings={"y": roundings(head)}, magnitudes={"y": size})
+
+
+def _backward(spec: Spec) -> Spec:
+    head = double_head(spec.inputs)
+    shape = attention.forward(head).shape
+    grad_y = gaussian(f"{spec.comment} grad_y", shape)
+    n = 3 * roundings(head) + sum(shape[-2:]) + 8
+    return replace(
+        spec,
+        inputs={"grad_y": grad_y, **spec.inputs},
+        roundings={f"grad_{name}": n for name in "QKV"},
+        magnitudes=_gradient_sizes(np.abs(grad_y.astype(np.float64)), head),
+    )
+
+
+def _gradient_sizes(G: Array, head: Head) -> Named:
+    """Return what the gradients are at most, if no two terms cancel."""
+    P, root = attention.weights(head), sqrt(head.Q.shape[-1])
+    share = G @ np.abs(head.V).swapaxes(-1, -2)
+    S = P * (share + (P * share).sum(axis=-1, keepdims=True)) / root
+    return {
+        "grad_Q": S @ np.abs(head.K),
+        "grad_K": S.swapaxes(-1, -2) @ np.abs(head.Q),
+        "grad_V": P.swapaxes(-1, -2) @ G,
+    }
+
+
+def _blind() -> Iterator[Spec]:
+    Q, K, V = (gaussian(f"blind {n}", (2, 3)) for n in "QKV")
+    mask = np.array([[1, 1], [0, 0]], np.uint8)
+    inputs = {"Q": Q, "K": K, "V": V, "mask": mask}
+    yield Spec("query 1 sees nothing", ("BlindQuery",), inputs, {}, result="invalid")
+
+
+def double_head(inputs: Named) -> Head:
+    """Return the head in float64."""
+    Q, K, V = (inputs[name].astype(np.float64) for name in "QKV")
+    mask = inputs["mask"].astype(bool) if "mask" in inputs else None
+    return Head(Q, K, V, mask)
+
+
+def roundings(head: Head) -> int:
+    """Return how many roundings a share, and a sum of shares, is worth.
+
+    exp turns the absolute error of a logit into a relative one: that of a sum of d
+    products, times its size, once for the logit and once for the largest.
+    """
+    d, keys = head.Q.shape[-1], head.K.shape[-2]
+    largest = float((np.abs(head.Q) @ np.abs(head.K).swapaxes(-1, -2)).max()) / sqrt(d)
+    return ceil(2 * ((d + 3) * 2 * largest + keys + 8)) + 2 * keys

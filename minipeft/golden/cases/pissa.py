@@ -1,0 +1,171 @@
+"""Cases of pissa_init and pissa_to_lora.
+
+The weights are sums of outer products of orthogonal columns of ±1, so that their SVD is
+known without computing one: base and principal part are whole numbers.
+"""
+
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+
+from minipeft.golden.cases import File, Spec, integers
+from minipeft.golden.tensors import Array
+from minipeft.golden.vectors import Note
+
+NOTES = {
+    "Basic": Note(
+        "BASIC",
+        "The r largest singular values become the adapter, the rest the base.",
+        "The smallest are taken, or the base keeps what the adapter has too.",
+        ("https://arxiv.org/abs/2404.02948",),
+    ),
+    "Scaling": Note(
+        "HISTORIC_BUG",
+        "The split is the same at any alpha: delta = scaling * B A.",
+        "An initializer that forgets the scaling gives a base that is wrong by "
+        "(scaling - 1) times the principal part; unseen where alpha = r.",
+        ("https://github.com/huggingface/peft/issues/1982",),
+    ),
+    "FullRank": Note(
+        "EDGE_CASE",
+        "r is min(in_features, out_features): nothing is left for the base.",
+        "A check that is off by one refuses it.",
+        (),
+    ),
+    "LowRank": Note(
+        "EDGE_CASE",
+        "W has rank r or less: the base is zero, and so are some singular values.",
+        "Division by a singular value of zero gives NaN.",
+        (),
+    ),
+    "Conversion": Note(
+        "CONVENTION",
+        "A' = [A; A_0], B' = [B, -B_0]: plain LoRA of rank 2r on the original weight.",
+        "With the other sign, or on the residual, the principal part counts twice.",
+        (
+            "https://github.com/huggingface/peft/pull/1626",
+            "https://arxiv.org/abs/2404.02948",
+        ),
+    ),
+    "InvalidRank": Note(
+        "EDGE_CASE", "r is 0, or larger than any rank of W.", "An empty adapter.", ()
+    ),
+    "InvalidAlpha": Note(
+        "EDGE_CASE",
+        "alpha is zero or negative: the root of S/s does not exist.",
+        "NaN in both factors.",
+        (),
+    ),
+    "NotFinite": Note(
+        "EDGE_CASE", "A value of W is NaN or infinite.", "NaN in every value.", ()
+    ),
+}
+
+
+def files() -> Iterator[File]:
+    """Yield the two files of the row."""
+    yield File(
+        operation="pissa_init",
+        header=(
+            "W = U S V^T; delta = U_r S_r V_r^T = s B A; s = alpha/r; base = W - delta",
+            "Signs and order of the singular vectors are free, so delta is compared.",
+        ),
+        source="minipeft.reference.pissa.init",
+        notes=NOTES,
+        specs=[*_init()],
+    )
+    yield File(
+        operation="pissa_to_lora",
+        header=("A' = [A; A_0], B' = [B, -B_0]; the scaling stays.",),
+        source="minipeft.reference.pissa.to_lora",
+        notes=NOTES,
+        specs=[*_to_lora()],
+    )
+
+
+def _init() -> Iterator[Spec]:
+    for comment, flags, shape, sigma, r, alpha in [
+        ("scaling 2", "Basic Scaling", (8, 4), (8, 4, 2, 1), 2, 4),
+        ("scaling 1/4", "Scaling", (8, 4), (8, 4, 2, 1), 2, 0.5),
+        ("scaling 16", "Scaling", (4, 8), (9, 5, 2, 1), 2, 32),
+        ("r 1, scaling 3", "Scaling", (16, 8), (7, 3, 2, 1, 1), 1, 3),
+        ("r 3, scaling 2", "Basic", (16, 8), (9, 7, 5, 1, 1, 1), 3, 6),
+        ("square", "Basic", (8, 8), (6, 4, 1, 1), 2, 8),
+        ("nothing is left", "FullRank", (8, 4), (8, 4, 2, 1), 4, 8),
+        ("rank 2, r 2", "LowRank", (8, 4), (5, 3), 2, 4),
+        ("rank 1, r 3", "LowRank", (8, 4), (5,), 3, 6),
+        ("zeros", "LowRank", (8, 4), (), 2, 4),
+    ]:
+        yield _known(comment, flags, _orthogonal(shape, sigma), r, alpha)
+    fine = _known("", "Basic", _orthogonal((8, 4), (8, 4, 2, 1)), 2, 4)
+    for comment, flags, change in [
+        ("r is 0", "InvalidRank", {"r": 0}),
+        ("r is 5, and W has 4 columns", "InvalidRank", {"r": 5}),
+        ("alpha is 0", "InvalidAlpha", {"alpha": 0}),
+        ("alpha is -4", "InvalidAlpha", {"alpha": -4}),
+    ]:
+        parameters = {**fine.parameters, **change}
+        yield _refused(replace(fine, comment=comment, parameters=parameters), flags)
+    for bad in (np.nan, np.inf):
+        W = fine.inputs["W"].copy()
+        W[2, 1] = bad
+        yield _refused(replace(fine, comment=f"{bad}", inputs={"W": W}), "NotFinite")
+
+
+def _refused(spec: Spec, flags: str) -> Spec:
+    return replace(
+        spec,
+        flags=(flags,),
+        result="invalid",
+        outputs=None,
+        roundings={},
+        magnitudes=None,
+    )
+
+
+def _known(comment: str, flags: str, parts: list[Array], r: int, alpha: float) -> Spec:
+    delta = sum(parts[:r], np.zeros_like(parts[0]))
+    W = sum(parts, np.zeros_like(parts[0]))
+    S = [float(np.linalg.norm(part)) for part in parts[:-1]] + [0.0] * (r + 1)
+    # LAPACK errs by a modest multiple of u |W|, and a subspace turns by that over the
+    # gap below it (Davis, Kahan).
+    turn = 1 + S[0] / (S[r - 1] - S[r]) if S[r - 1] > S[r] else 1.0
+    size = np.full(W.shape, (float(np.linalg.norm(W)) or 1.0) * turn)
+    n = 8 * sum(W.shape)
+    return Spec(
+        comment=comment,
+        flags=tuple(flags.split()),
+        inputs={"W": W},
+        parameters={"r": r, "alpha": alpha},
+        roundings={"base": n, "delta": n},
+        outputs={"base": W - delta, "delta": delta},
+        magnitudes={"base": size, "delta": size},
+    )
+
+
+def _orthogonal(shape: tuple[int, int], sigma: tuple[int, ...]) -> list[Array]:
+    """Return the terms of the SVD, whole numbers, and a last one of zeros."""
+    U, V = _hadamard(shape[0]), _hadamard(shape[1])
+    terms = [s * np.outer(U[i], V[i]) for i, s in enumerate(sigma)]
+    return [*(t.astype(np.float32) for t in terms), np.zeros(shape, np.float32)]
+
+
+def _hadamard(n: int) -> Any:
+    H = np.ones((1, 1), np.int64)
+    while len(H) < n:
+        H = np.block([[H, H], [H, -H]])
+    return H
+
+
+def _to_lora() -> Iterator[Spec]:
+    for comment, (d, k, r) in {
+        "wide": (3, 7, 2),
+        "tall": (7, 3, 2),
+        "r 1": (4, 5, 1),
+        "square, r 4: no shape error can help": (4, 4, 4),
+    }.items():
+        shapes = {"A": (r, k), "B": (d, r), "A_0": (r, k), "B_0": (d, r)}
+        inputs = {n: integers(f"{comment} {n}", shape) for n, shape in shapes.items()}
+        yield Spec(comment, ("Conversion",), inputs, {})

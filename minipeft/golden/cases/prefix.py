@@ -1,0 +1,120 @@
+"""Cases of prefix_forward and prefix_expand."""
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+import numpy as np
+
+from minipeft.golden.cases import File, Spec, gaussian, integers
+from minipeft.golden.cases.attention import double_head, roundings
+from minipeft.golden.vectors import Note
+from minipeft.reference import attention, prefix
+from minipeft.reference.prefix import Prefix
+
+NOTES = {
+    "Basic": Note(
+        "BASIC",
+        "Trained keys and values before those of the text.",
+        "They are added to the text's keys instead of standing before them.",
+        ("https://arxiv.org/abs/2101.00190",),
+    ),
+    "Causal": Note(
+        "CONVENTION",
+        "Every query sees the whole prefix; the mask of the text is the text's.",
+        "A causal mask over prefix and text hides part of the prefix.",
+        (),
+    ),
+    "Batch": Note(
+        "EDGE_CASE", "One prefix for every text of a batch.", "A wrong axis.", ()
+    ),
+    "EqualShares": Note(
+        "EDGE_CASE",
+        "Queries of zero: prefix and text get equal shares, here powers of two.",
+        "Any difference is a defect: nothing is rounded.",
+        (),
+    ),
+    "Network": Note(
+        "CONVENTION",
+        "tanh between two linear layers with bias; keys first, then values.",
+        "Another activation, or keys and values exchanged.",
+        ("https://arxiv.org/abs/2101.00190",),
+    ),
+}
+
+
+def files() -> Iterator[File]:
+    """Yield the two files of the row."""
+    yield File(
+        operation="prefix_forward",
+        header=(
+            "Attention to [P_K; K] and [P_V; V]; a mask is that of the text alone.",
+        ),
+        source="minipeft.reference.prefix.forward",
+        notes=NOTES,
+        specs=[*_exact(), *_normal()],
+    )
+    yield File(
+        operation="prefix_expand",
+        header=(
+            "[K, V] = tanh(P W_down^T + b_down) W_up^T + b_up, split in the middle.",
+        ),
+        source="minipeft.reference.prefix.expand",
+        notes=NOTES,
+        specs=[*_networks()],
+    )
+
+
+def _exact() -> Iterator[Spec]:
+    K, V = (integers(f"equal {n}", (3, 2)) for n in "KV")
+    P_K, P_V = (integers(f"equal P_{n}", (5, 2)) for n in "KV")
+    Q = np.zeros((2, 2), np.float32)
+    inputs = {"Q": Q, "K": K, "V": V, "P_K": P_K, "P_V": P_V}
+    yield Spec("5 virtual tokens, 3 of text", ("EqualShares",), inputs, {})
+
+
+def _normal() -> Iterator[Spec]:
+    for comment, flag, batch, count, masked in [
+        ("no mask", "Basic", (), 2, False),
+        ("causal", "Causal", (), 3, True),
+        ("one virtual token", "Causal", (), 1, True),
+        ("a batch of two", "Batch", (2,), 2, True),
+    ]:
+        inputs = {n: gaussian(f"{comment} {n}", (*batch, 4, 3)) for n in "QKV"}
+        for name in "KV":
+            inputs[f"P_{name}"] = gaussian(f"{comment} P_{name}", (count, 3))
+        if masked:
+            inputs["mask"] = attention.causal(4, 4).astype(np.uint8)
+        spec = Spec(comment, (flag,), inputs, {})
+        P = Prefix(*(inputs[n].astype(np.float64) for n in ("P_K", "P_V")))
+        head = prefix.attach(double_head(inputs), P)
+        size = attention.weights(head) @ np.abs(head.V)
+        yield replace(spec, roundings={"y": roundings(head)}, magnitudes={"y": size})
+
+
+def _networks() -> Iterator[Spec]:
+    for comment, (count, width, hidden, d) in {
+        "two virtual tokens": (2, 4, 6, 3),
+        "one virtual token": (1, 3, 5, 2),
+    }.items():
+        shapes = {
+            "P": (count, width),
+            "W_down": (hidden, width),
+            "b_down": (hidden,),
+            "W_up": (2 * d, hidden),
+            "b_up": (2 * d,),
+        }
+        inputs = {n: gaussian(f"{comment} {n}", shape) for n, shape in shapes.items()}
+        sizes = {n: np.abs(array.astype(np.float64)) for n, array in inputs.items()}
+        # tanh hands on the absolute error of its argument, and is itself at most 1.
+        inner = 1 + sizes["P"] @ sizes["W_down"].T + sizes["b_down"]
+        both = inner @ sizes["W_up"].T + sizes["b_up"]
+        K, V = np.split(both, 2, axis=-1)
+        n = width + hidden + 8
+        yield Spec(
+            comment=comment,
+            flags=("Network",),
+            inputs=inputs,
+            parameters={},
+            roundings={"K": n, "V": n},
+            magnitudes={"K": K, "V": V},
+        )

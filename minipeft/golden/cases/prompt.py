@@ -1,0 +1,90 @@
+"""Cases of prompt_init, prompt_forward and prompt_backward, compared as bytes."""
+
+from collections.abc import Iterator
+
+import numpy as np
+
+from minipeft.golden.cases import File, Spec, gaussian, integers
+from minipeft.golden.vectors import Note
+
+NOTES = {
+    "Basic": Note(
+        "BASIC",
+        "The soft prompt stands before the embedded text.",
+        "It stands behind the text, or replaces its first tokens.",
+        ("https://arxiv.org/abs/2104.08691",),
+    ),
+    "Batch": Note(
+        "CONVENTION",
+        "One prompt for every text of a batch; its gradient is the sum of theirs.",
+        "The mean instead of the sum: the learning rate depends on the batch size.",
+        (),
+    ),
+    "RealTokens": Note(
+        "BASIC",
+        "The prompt starts as a copy of the embeddings of these tokens.",
+        "A view instead of a copy: training changes the model's own table.",
+        (),
+    ),
+    "Invalid": Note(
+        "EDGE_CASE",
+        "No token at all, or one that the vocabulary does not have.",
+        "A negative index quietly means another word.",
+        (),
+    ),
+}
+BATCHES = {
+    "one text": ("Basic", ()),
+    "a batch of one": ("Basic", (1,)),
+    "a batch of three": ("Batch", (3,)),
+    "two axes": ("Batch", (2, 2)),
+}
+
+
+def files() -> Iterator[File]:
+    """Yield the three files of the row."""
+    yield File(
+        operation="prompt_init",
+        header=("P = E[tokens]: rows of the embedding table.",),
+        source="minipeft.reference.prompt.init",
+        notes=NOTES,
+        specs=[*_init()],
+    )
+    yield File(
+        operation="prompt_forward",
+        header=("y = [P; X], along the axis of tokens.",),
+        source="minipeft.reference.prompt.forward",
+        notes=NOTES,
+        specs=[*_forward()],
+    )
+    yield File(
+        operation="prompt_backward",
+        header=("grad_X is the text's part of grad_y, grad_P the sum of the rest.",),
+        source="minipeft.reference.prompt.backward",
+        notes=NOTES,
+        specs=[*_backward()],
+    )
+
+
+def _init() -> Iterator[Spec]:
+    E = gaussian("embeddings", (9, 5), 0.02)
+    for comment, tokens in {"three": [3, 0, 8], "one, twice": [4, 4]}.items():
+        inputs = {"E": E, "tokens": np.array(tokens, np.uint8)}
+        yield Spec(comment, ("RealTokens",), inputs, {})
+    for comment, tokens in {"token 9 of 9": [1, 9], "none": []}.items():
+        inputs = {"E": E, "tokens": np.array(tokens, np.uint8)}
+        yield Spec(comment, ("Invalid",), inputs, {}, result="invalid")
+
+
+def _forward() -> Iterator[Spec]:
+    for comment, (flag, batch) in BATCHES.items():
+        X = gaussian(f"text {comment}", (*batch, 4, 3))
+        P = gaussian(f"prompt {comment}", (2, 3))
+        yield Spec(comment, (flag,), {"X": X, "P": P}, {})
+
+
+def _backward() -> Iterator[Spec]:
+    for comment, (flag, batch) in BATCHES.items():
+        grad_y = integers(f"gradient {comment}", (*batch, 6, 3), 99)
+        P = integers(f"prompt {comment}", (2, 3))
+        yield Spec(comment, (flag,), {"grad_y": grad_y, "P": P}, {})
