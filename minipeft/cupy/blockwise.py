@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from minipeft.cupy.codebook import NF4, sort
+from minipeft.cupy.codebook import NF4, code_bits, sort
 from minipeft.cupy.executor import Array, Executor, Facts, check, current
 from minipeft.cupy.kernels import CTYPES, DEQUANTIZE, QUANTIZE
 from minipeft.errors import InputError
@@ -81,7 +81,7 @@ def dequantize(q: Blockwise, dtype: Any = np.float32) -> Array:
     log2_blocksize = _log2(q.blocksize)
     n = int(np.prod(q.shape, dtype=np.int64))
     codebook = check("codebook", gpu.facts(q.codebook), ["float32"])
-    device, bits = codebook.device, codebook.size.bit_length() - 1
+    device, bits = codebook.device, code_bits(codebook.size)
     packed = check("packed", gpu.facts(q.packed), ["uint8"], device)
     absmax = check("absmax", gpu.facts(q.absmax), ["float32"], device)
     _check_size("packed", packed, -(-n * bits // 8), q)

@@ -49,20 +49,34 @@ class Sorted:
     bits: int
 
 
+def code_bits(size: int) -> int:
+    """Return the width of a code of a codebook of 2, 4, 8 or 16 values.
+
+    Raises:
+        InputError: at another size.
+    """
+    if size not in (2, 4, 8, 16):
+        raise InputError(
+            f"the codebook has {size} values; the kernels take 2, 4, 8 or 16."
+        )
+    return size.bit_length() - 1
+
+
 def sort(codebook: np.ndarray) -> Sorted:
     """Sort by value; equal values keep their order, as FP4's two zeros need.
 
     Raises:
-        InputError: if the codebook has not 2, 4, 8 or 16 float32 values.
+        InputError: if the codebook is not 2, 4, 8 or 16 float32 values.
     """
-    if codebook.dtype != np.float32 or codebook.shape not in [(2,), (4,), (8,), (16,)]:
+    if codebook.dtype != np.float32 or codebook.ndim != 1:
         raise InputError(
-            f"the codebook is {codebook.dtype}{list(codebook.shape)}; the kernels take "
-            "2, 4, 8 or 16 float32 values."
+            f"the codebook is {codebook.dtype}{list(codebook.shape)}; give float32 in "
+            "one dimension."
         )
+    bits = code_bits(codebook.size)
     order = np.argsort(codebook, kind="stable")
     values = codebook[order]
     midpoints = np.full(16, np.inf, np.float32)
     midpoints[: values.size - 1] = (values[:-1] + values[1:]) / np.float32(2)
     nibbles = sum(int(code) << 4 * position for position, code in enumerate(order))
-    return Sorted(midpoints, nibbles, codebook.size.bit_length() - 1)
+    return Sorted(midpoints, nibbles, bits)

@@ -13,7 +13,7 @@ from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
-from minipeft.cupy.kernels import FOLDER, Kernel, expressions, source
+from minipeft.cupy.kernels import Kernel, expressions, source
 from minipeft.errors import InputError
 
 # Whatever the executor computes on: `cupy.ndarray` on a device.
@@ -122,7 +122,7 @@ def _module(row: str) -> Any:
 
     return cupy.RawModule(
         code=source(row),
-        options=("-std=c++17", f"-I{FOLDER}"),
+        options=("-std=c++17",),
         name_expressions=expressions(row),
     )
 

@@ -9,21 +9,9 @@ from minipeft.reference import blockwise as reference
 from minipeft.reference.codebook import FP4, NF2, NF3, NF4
 from tests.cuda.executors import DTYPES
 from tests.cuda.mutation import Mutation
+from tests.tolerance import assert_bits
 
 CODEBOOKS = {"NF4": NF4, "FP4": FP4, "NF3": NF3, "NF2": NF2}
-
-
-def same_bits(got: np.ndarray, expected: np.ndarray, what: str) -> None:
-    assert got.dtype == expected.dtype, what
-    assert got.shape == expected.shape, what
-    unequal = np.flatnonzero(
-        np.ascontiguousarray(got).reshape(-1).view(f"u{got.itemsize}")
-        != np.ascontiguousarray(expected).reshape(-1).view(f"u{got.itemsize}")
-    )
-    assert not unequal.size, (
-        f"{what}: {unequal.size} of {got.size} values differ, the first at "
-        f"{unequal[0]}: {got.flat[unequal[0]]} instead of {expected.flat[unequal[0]]}"
-    )
 
 
 def agree(
@@ -36,12 +24,12 @@ def agree(
     with np.errstate(over="ignore"):
         expected = reference.quantize(W, codebook, blocksize)
     q = gpu.quantize(W, codebook, blocksize)
-    same_bits(q.packed, expected.packed, "packed")
-    same_bits(q.absmax, expected.absmax, "absmax")
+    assert_bits(q.packed, expected.packed)
+    assert_bits(q.absmax, expected.absmax)
     assert (q.blocksize, q.shape) == (expected.blocksize, expected.shape)
     for name in outputs:
         values = reference.dequantize(expected, DTYPES[name])
-        same_bits(gpu.dequantize(q, name), values, f"dequantized to {name}")
+        assert_bits(gpu.dequantize(q, name), values)
 
 
 def gaussian(n: int, dtype: str = "float32") -> np.ndarray:

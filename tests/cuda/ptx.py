@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from tests.cuda.ptx_parser import Entry, Instruction, PtxError
-from tests.cuda.ptx_values import ARITHMETIC, convert, compare, numpy_type
+from tests.cuda.ptx_values import ARITHMETIC, compare, convert, numpy_type
 
 GUARD_BYTES = 1 << 16
 LANES = 1 << 15

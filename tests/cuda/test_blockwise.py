@@ -85,7 +85,8 @@ def test_the_first_value_that_is_not_finite_is_named(dtype, bad):
             "blocksize is 48; choose a positive power",
         ),
         ((np.zeros(4, np.float32), NF4, 0), "blocksize is 0"),
-        ((np.zeros(4, np.float32), np.zeros(5, np.float32)), "2, 4, 8 or 16"),
+        ((np.zeros(4, np.float32), np.zeros(5, np.float32)), "has 5 values"),
+        ((np.zeros(4, np.float32), np.zeros(16)), "codebook is float64"),
     ],
 )
 def test_what_a_kernel_would_misread_is_refused(arguments, sentence):

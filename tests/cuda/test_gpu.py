@@ -8,8 +8,9 @@ from minipeft.cupy import executor
 from minipeft.errors import InputError
 from minipeft.reference import blockwise as reference
 from minipeft.reference.codebook import NF4
-from tests.cuda.blockwise_cases import CODEBOOKS, awkward, gaussian, same_bits
+from tests.cuda.blockwise_cases import CODEBOOKS, awkward, gaussian
 from tests.cuda.executors import DTYPES
+from tests.tolerance import assert_bits
 
 if executor.missing():
     pytest.skip(executor.missing(), allow_module_level=True)
@@ -21,11 +22,11 @@ def agree(W, codebook, blocksize):
 
     expected = reference.quantize(W, codebook, blocksize)
     q = gpu.quantize(cupy.asarray(W), codebook, blocksize)
-    same_bits(cupy.asnumpy(q.packed), expected.packed, "packed")
-    same_bits(cupy.asnumpy(q.absmax), expected.absmax, "absmax")
+    assert_bits(cupy.asnumpy(q.packed), expected.packed)
+    assert_bits(cupy.asnumpy(q.absmax), expected.absmax)
     for name, dtype in DTYPES.items():
         values = reference.dequantize(expected, dtype)
-        same_bits(cupy.asnumpy(gpu.dequantize(q, name)), values, name)
+        assert_bits(cupy.asnumpy(gpu.dequantize(q, name)), values)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

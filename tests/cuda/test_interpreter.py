@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.cuda import ptx, ptx_parser
-from tests.cuda.ptx_values import ARITHMETIC, convert, compare
+from tests.cuda.ptx_values import ARITHMETIC, compare, convert
 
 FLOAT = st.floats(width=32, allow_nan=False, allow_infinity=False)
 WORD = st.integers(0, 2**32 - 1)

@@ -23,10 +23,10 @@ PLANTED = [
 
 # The words by which each check reports what it is there for.
 REPORTS = {
-    "values": r"values differ|shim: ",
+    "values": r"differ, first at|off by|shim: ",
     "races": "ThreadSanitizer: data race",
     "addresses": r"AddressSanitizer: [\w-]+-overflow|runtime error: ",
-    "ptx": "values differ|out of bounds|misaligned|outside every buffer",
+    "ptx": "differ, first at|off by|out of bounds|misaligned|outside every buffer",
 }
 
 

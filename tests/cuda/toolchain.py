@@ -108,10 +108,10 @@ def cpu_source(row: str, variants: dict[str, str], dtypes: Collection[str]) -> s
     much of the time goes into NVIDIA's headers.
     """
     names = [k.expression(d) for k, d in kernels.instances(row) if d in dtypes]
-    parts = ['#include "shim.hpp"', '#include "common.cuh"']
+    parts = ['#include "shim.hpp"']
     entries = []
     for number, (variant, text) in enumerate(variants.items()):
-        parts.append(f'namespace v{number} {{\n#line 1 "{row}.cu"\n{text}\n}}')
+        parts.append(f"namespace v{number} {{\n{text}\n}}")
         entries += [
             f'    {{"{variant}:{name}", shim::describe(&v{number}::{name})}},'
             for name in names
@@ -131,9 +131,8 @@ def compile_cpu(
     """Build the program that runs a row's kernels on this CPU."""
     program = cpu_source(row, variants, dtypes)
     flags = FLAVOURS[flavour].split()
-    common = (kernels.FOLDER / "common.cuh").read_text()
     runner = compile_runner(flavour)
-    parts = [program, common, str(runner), *flags]
+    parts = [program, str(runner), *flags]
     return cached(
         f"{row}-{flavour}",
         parts,
@@ -155,8 +154,7 @@ def compile_runner(flavour: str) -> Path:
 
 
 def gxx(command: list[str | Path], output: Path, program: str = "") -> None:
-    folders = [f"-I{HERE}", f"-I{kernels.FOLDER}"]
-    folders += ["-isystem", str(cuda_folder() / "include")]
+    folders = [f"-I{HERE}", "-isystem", str(cuda_folder() / "include")]
     line = ["g++", *GXX_FLAGS.split(), *folders, *command, "-o", output]
     built = subprocess.run(line, input=program, text=True, capture_output=True)
     assert built.returncode == 0, f"g++ fails:\n{built.stderr}"
@@ -183,11 +181,10 @@ def compile_device(row: str, kind: str, architecture: str, text: str) -> Compile
     """Compile a row's source; `kind` is "ptx" or "cubin"."""
     target = {"ptx": "compute", "cubin": "sm"}[kind]
     options = [f"--gpu-architecture={target}_{architecture}", "-std=c++17"]
-    options += [f"-I{kernels.FOLDER}", f"-I{cuda_folder() / 'include'}"]
+    options += [f"-I{cuda_folder() / 'include'}"]
     if kind == "cubin":
         options += ["--ptxas-options=-warn-spills", "--ptxas-options=-warn-lmem-usage"]
-    common = (kernels.FOLDER / "common.cuh").read_text()
-    parts = [text, common, *kernels.expressions(row), *options, nvrtc_version()]
+    parts = [text, *kernels.expressions(row), *options, nvrtc_version()]
 
     def make(folder: Path) -> None:
         shutil.rmtree(folder, ignore_errors=True)

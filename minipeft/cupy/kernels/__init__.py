@@ -4,6 +4,7 @@ Everything that calls a kernel reads its arguments from here: the launcher, and 
 proofs that run without a GPU. A new kernel is one .cu file and one entry.
 """
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -87,8 +88,25 @@ KERNELS = (QUANTIZE, DEQUANTIZE)
 
 
 def source(row: str) -> str:
-    """Read the CUDA source of a row."""
-    return (FOLDER / f"{row}.cu").read_text()
+    """Read the CUDA source of a row, its headers from this folder written out in it.
+
+    One self-contained text: the compiler needs no path, and a check can change each
+    line.
+    """
+    return _written_out(f"{row}.cu", set())
+
+
+def _written_out(name: str, seen: set[str]) -> str:
+    lines = [f'#line 1 "{name}"']
+    for number, line in enumerate((FOLDER / name).read_text().splitlines(), 1):
+        header = re.fullmatch(r'#include "(\w+\.cuh)"', line)
+        if not header:
+            lines.append(line)
+        elif header[1] not in seen:
+            seen.add(header[1])
+            text = _written_out(header[1], seen)
+            lines += [text, f'#line {number + 1} "{name}"']
+    return "\n".join(lines)
 
 
 def instances(row: str) -> list[tuple[Kernel, str]]:

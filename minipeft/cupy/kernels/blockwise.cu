@@ -17,7 +17,8 @@
 // Launch: 256 threads.
 //   quantize    a CUDA block takes max(B, 2048) values, a thread 8 neighbours at a time
 //   dequantize  a CUDA block takes 8192 values
-#include "common.cuh"
+#include "scale.cuh"
+#include "unpack.cuh"
 
 constexpr int THREADS = 256;
 
@@ -25,28 +26,6 @@ constexpr int THREADS = 256;
 
 constexpr int GROUP = 8;  // neighbours of one thread: eight codes always end on a byte
 constexpr int TILE = THREADS * GROUP;
-
-// Position among the sorted values: how many of the ascending midpoints lie below x.
-// `>` sends a tie to the lower value. Unused midpoints are +inf.
-__device__ __forceinline__ int nearest(float x, const float* midpoints) {
-  int position = 0;
-#pragma unroll
-  for (int step = 8; step > 0; step >>= 1)
-    position += x > midpoints[position + step - 1] ? step : 0;
-  return position;
-}
-
-// The reciprocal of a subnormal overflows; lifting value and absmax by 2^64 is exact.
-struct Scale {
-  float lift, inverse;
-  __device__ __forceinline__ explicit Scale(float absmax) {
-    lift = absmax < 0x1p-126f ? 0x1p64f : 1.0f;
-    inverse = absmax == 0.0f ? 0.0f : __fdiv_rn(1.0f, __fmul_rn(absmax, lift));
-  }
-  __device__ __forceinline__ float operator()(float w) const {
-    return __fmul_rn(__fmul_rn(w, lift), inverse);
-  }
-};
 
 // Eight codes of `bits` bits, the first in the high bits of `word`.
 __device__ __forceinline__ void store_codes(byte* packed, i64 first, i64 n, int bits,
@@ -84,7 +63,7 @@ quantize(const T* __restrict__ W, const float* __restrict__ midpoints, u64 order
     load_padded<GROUP>(W, first, n, w);
 #pragma unroll
     for (int i = 0; i < GROUP; ++i) {
-      if (!(fabsf(w[i]) <= 0x1.fffffep127f)) atomicMin(bad, u64(first + i));
+      if (!is_finite(w[i])) atomicMin(bad, u64(first + i));
       m[i] = fmaxf(m[i], fabsf(w[i]));
     }
   }
@@ -123,7 +102,7 @@ quantize(const T* __restrict__ W, const float* __restrict__ midpoints, u64 order
 #pragma unroll
     for (int i = 0; i < GROUP; ++i) {
       if (log2_blocksize < 3) scale = Scale(m[i]);
-      word = word << bits | unsigned(order >> 4 * nearest(scale(w[i]), boundary) & 15);
+      word = word << bits | unsigned(order >> 4 * nearest<16>(scale(w[i]), boundary) & 15);
       if (((first + i) & (blocksize - 1)) == 0 && first + i < n)
         absmax[(first + i) >> log2_blocksize] = m[i];
     }
@@ -133,58 +112,11 @@ quantize(const T* __restrict__ W, const float* __restrict__ midpoints, u64 order
 
 // dequantize ----------------------------------------------------------------------------
 
-constexpr int LOG2_VALUES = 13;  // of a CUDA block: 16 packed bytes a thread at 4 bits
-constexpr int VALUES = 1 << LOG2_VALUES;
-constexpr int STAGED = VALUES / 8 * 4;
-
-// Neighbouring threads load neighbouring 16 bytes, and store neighbouring 16 bytes. One
-// load holds 32 codes and one store 4 or 8 values, so the codes change hands in shared
-// memory between the two.
 template <class T>
 __global__ void __launch_bounds__(THREADS)
 dequantize(const byte* __restrict__ packed, const float* __restrict__ absmax,
            const float* __restrict__ codebook, T* __restrict__ out, i64 n,
            int log2_blocksize, int bits) {
-  constexpr int SIZE = Vector<T>::size;
-  alignas(16) __shared__ byte staged[STAGED];
-  __shared__ float value[16];
-  const i64 start = blockIdx.x * i64(VALUES);
-  const int offset = threadIdx.x * 16;
-  const i64 from = start / 8 * bits + offset, end = (n * bits + 7) / 8;
-  if (offset < VALUES / 8 * bits) {
-    if (from + 16 <= end)
-      store_vector(staged + offset, load_vector(packed + from));
-    else
-#pragma unroll 1
-      for (int j = 0; j < 16; ++j) staged[offset + j] = from + j < end ? packed[from + j] : 0;
-  }
-  if (threadIdx.x < 1u << bits) value[threadIdx.x] = codebook[threadIdx.x];
-  __syncthreads();
-
-  // From here on 32 bits are enough: a tile starts at a multiple of the block size, or
-  // lies within one block.
-  const int left = n - start < VALUES ? int(n - start) : VALUES;
-  const int shift = log2_blocksize < LOG2_VALUES ? log2_blocksize : LOG2_VALUES;
-  const int in_block = (1 << shift) - 1;
-  absmax += start >> log2_blocksize;
-  out += start;
-  for (int first = threadIdx.x * SIZE; first < left; first += THREADS * SIZE) {
-    unsigned word = 0;  // the eight codes among which ours are
-    for (int j = 0; j < bits; ++j) word = word << 8 | staged[first / 8 * bits + j];
-    Vector<T> y;
-    float scale = 0.0f;
-#pragma unroll
-    for (int i = 0; i < SIZE; ++i) {
-      const int at = first + i;
-      if ((i == 0 || (at & in_block) == 0) && at < left) scale = absmax[at >> shift];
-      const unsigned code = word >> bits * (7 - at % 8) & ((1u << bits) - 1);
-      y.at[i] = from_float<T>(__fmul_rn(value[code], scale));
-    }
-    if (first + SIZE <= left)
-      store_vector(out + first, y);
-    else
-#pragma unroll
-      for (int i = 0; i < SIZE; ++i)
-        if (first + i < left) out[first + i] = y.at[i];
-  }
+  unpack<THREADS>(packed, codebook, out, n, log2_blocksize, bits,
+                  [absmax](i64 block) { return absmax[block]; });
 }

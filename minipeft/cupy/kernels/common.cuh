@@ -1,7 +1,6 @@
 // What every kernel shares: dtypes, 16-byte vectors, and arithmetic that says its own
 // rounding. `__fmul_rn`, `__fadd_rn`, … are never fused and never approximated, so a
 // kernel built from them gives the reference's bits on any device.
-#pragma once
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
