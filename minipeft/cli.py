@@ -14,6 +14,7 @@ from minipeft import __version__
 from minipeft.errors import InputError
 from minipeft.golden import report
 from minipeft.golden.implementations import BUILT_IN, Implementation
+from minipeft.golden.operations import OPERATIONS
 from minipeft.golden.processes import Program
 from minipeft.golden.runner import implementation, verify
 from minipeft.golden.vectors import load_all
@@ -76,6 +77,9 @@ def _add_verify(
         metavar="METHOD",
         help="an operation or a row of methods, such as nf4_quantize or lora",
     )
+    parser.add_argument(
+        "--list", action="store_true", help="print the functions that are called"
+    )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write a report")
     parser.add_argument("--junit", type=Path, metavar="FILE", help="write JUnit XML")
     parser.set_defaults(run=_verify)
@@ -94,6 +98,9 @@ def _add_models(
 
 
 def _verify(options: argparse.Namespace) -> int:
+    if options.list:
+        print("\n".join(op.signature(name) for name, op in OPERATIONS.items()))
+        return 0
     files = list(load_all(options.only))
     subject = _subject(options.implementation, options.program, options.timeout)
     with closing(subject):

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import ModuleType
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from minipeft.errors import InputError
 from minipeft.golden.errors import Accident, Refused, Unsupported
@@ -22,6 +22,7 @@ BUILT_IN = (*COLUMNS, *PEERS)
 ACCIDENTS = (ArithmeticError, LookupError, AttributeError)
 
 
+@runtime_checkable
 class Implementation(Protocol):
     """Whatever answers a case: outputs, or Unsupported, Refused, Accident."""
 

@@ -16,7 +16,7 @@ STATUSES = ("pass", "fail", "skip")
 def text(name: str, outcomes: Sequence[Outcome]) -> str:
     """Return the failures with their reasons, the latitude, the skips and the table."""
     parts = [
-        *(_failure(o) for o in outcomes if o.status == "fail"),
+        *(failure(o) for o in outcomes if o.status == "fail"),
         _ways(outcomes),
         _skips(outcomes),
         _table(outcomes),
@@ -80,13 +80,14 @@ def _junit_case(suite: ElementTree.Element, outcome: Outcome) -> None:
         name=f"tcId {case.tcId}: {case.comment}",
     )
     if outcome.status == "fail":
-        failure = ElementTree.SubElement(test, "failure", message=outcome.detail)
-        failure.text = _failure(outcome)
+        element = ElementTree.SubElement(test, "failure", message=outcome.detail)
+        element.text = failure(outcome)
     if outcome.status == "skip":
         ElementTree.SubElement(test, "skipped", message=outcome.detail)
 
 
-def _failure(outcome: Outcome) -> str:
+def failure(outcome: Outcome) -> str:
+    """Say what failed, why the test exists, and what breaks."""
     case = outcome.case
     lines = [
         f"FAIL  {outcome.file} tcId {case.tcId}: {case.comment}",

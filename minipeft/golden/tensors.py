@@ -6,11 +6,12 @@ from math import prod
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from minipeft.errors import InputError
 from minipeft.golden.errors import Unsupported
 
-Array = np.ndarray[Any, Any]
+Array = NDArray[Any]
 
 ITEMSIZE = {"uint8": 1, "float16": 2, "bfloat16": 2, "float32": 4, "float64": 8}
 
@@ -30,7 +31,9 @@ class Tensor:
             raise InputError(
                 f"{_short(value)} is no tensor; give dtype, shape and data."
             )
-        tensor = cls(value["dtype"], _shape(value["shape"]), _bytes(value["data"]))
+        tensor = cls(
+            _dtype(value["dtype"]), _shape(value["shape"]), _bytes(value["data"])
+        )
         tensor._check()
         return tensor
 
@@ -64,9 +67,6 @@ class Tensor:
         return np.frombuffer(self.data, code).reshape(self.shape)
 
     def _check(self) -> None:
-        if self.dtype not in ITEMSIZE:
-            choices = ", ".join(ITEMSIZE)
-            raise InputError(f"dtype is {self.dtype!r}; choose one of {choices}.")
         expected = prod(self.shape) * ITEMSIZE[self.dtype]
         if len(self.data) != expected:
             raise InputError(
@@ -86,6 +86,13 @@ def numpy_dtype(name: str) -> np.dtype[Any]:
             "bfloat16 arrays need the package ml_dtypes (pip install ml_dtypes)"
         ) from None
     return np.dtype(bfloat16)
+
+
+def _dtype(value: object) -> str:
+    if isinstance(value, str) and value in ITEMSIZE:
+        return value
+    choices = ", ".join(ITEMSIZE)
+    raise InputError(f"dtype is {_short(value)}; choose one of {choices}.")
 
 
 def _shape(value: object) -> tuple[int, ...]:

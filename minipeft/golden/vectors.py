@@ -87,6 +87,8 @@ class VectorFile:
 
 def load(path: Path) -> VectorFile:
     """Read one file."""
+    if not path.exists():
+        raise InputError(f"{path} is missing; run: python -m minipeft.golden.generate")
     content = json.loads(path.read_text(encoding="utf-8"))
     notes = {
         flag: Note(n["kind"], n["description"], n["effect"], tuple(n["links"]))

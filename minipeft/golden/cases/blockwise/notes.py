@@ -76,13 +76,14 @@ QUANTIZE = {
     ),
     "Tie": _note(
         "CONVENTION",
-        "A value exactly on the float32 midpoint of two neighbours takes the lower.",
+        "A value exactly on the float32 midpoint of two neighbours takes the lower. An "
+        "argmin over distances sees the exact midpoint instead, and goes either way.",
         "Where a value meets a midpoint, its code differs from that of all others.",
     ),
     "NextToTie": _note(
         "NUMERICS",
-        "One float32 step above or below a midpoint. An argmin over float32 distances "
-        "cannot see the step, a comparison with the midpoint can.",
+        "One float32 step above or below a midpoint. Thresholds written with a few "
+        "digits, or computed in another precision, lie on the other side of it.",
         "A few codes in a million move by one.",
     ),
     "EveryCode": _note(

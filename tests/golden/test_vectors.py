@@ -1,0 +1,156 @@
+"""The files themselves: true to the schemas, counted, small, regenerated as bytes."""
+
+import json
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+from jsonschema import Draft202012Validator
+from referencing import Registry, Resource
+
+from minipeft.golden import generate
+from minipeft.golden.operations import OPERATIONS
+from minipeft.golden.tensors import Tensor
+from minipeft.golden.vectors import V1, load_all
+
+SCHEMAS = V1.parent / "schema"
+FILES = sorted(V1.glob("*.json"))
+
+
+def content(path):
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def cases_in(file):
+    return [test for group in file["testGroups"] for test in group["tests"]]
+
+
+@pytest.fixture(scope="module")
+def registry():
+    resources = (
+        (p.name, Resource.from_contents(content(p))) for p in SCHEMAS.iterdir()
+    )
+    return Registry().with_resources(resources)
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: p.name)
+def test_file_follows_its_schema(path, registry):
+    file = content(path)
+    schema = content(SCHEMAS / file["schema"])
+    Draft202012Validator.check_schema(schema)
+    Draft202012Validator(schema, registry=registry).validate(file)
+
+
+def objects(schema, path="$"):
+    if isinstance(schema, dict):
+        if schema.get("type") == "object" and "properties" in schema:
+            yield path, schema
+        for key, value in schema.items():
+            yield from objects(value, f"{path}.{key}")
+    elif isinstance(schema, list):
+        for value in schema:
+            yield from objects(value, path)
+
+
+@pytest.mark.parametrize("path", sorted(SCHEMAS.iterdir()), ids=lambda p: p.name)
+def test_schema_is_closed_everywhere(path):
+    for where, schema in objects(content(path)):
+        assert schema.get("additionalProperties") is False, where
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: p.name)
+@pytest.mark.parametrize("spoil", ["extra", "hex", "kind", "input", "output"])
+def test_schema_refuses_a_spoilt_file(path, spoil, registry):
+    file = content(path)
+    valid = next(test for test in cases_in(file) if test["result"] == "valid")
+    if spoil == "extra":
+        valid["weight"] = 1
+    if spoil == "hex":
+        next(iter(valid["inputs"].values()))["data"] += "f"
+    if spoil == "kind":
+        next(iter(file["notes"].values()))["kind"] = "OTHER"
+    if spoil == "input":
+        valid["inputs"]["unknown"] = next(iter(valid["inputs"].values()))
+    if spoil == "output":
+        valid["outputs"].popitem()
+    schema = content(SCHEMAS / file["schema"])
+    assert not Draft202012Validator(schema, registry=registry).is_valid(file)
+
+
+def test_there_is_a_file_for_every_operation_and_no_other():
+    assert [p.stem for p in FILES] == sorted(OPERATIONS)
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: p.name)
+def test_numbers(path):
+    file = content(path)
+    tests = cases_in(file)
+    assert file["method"] == path.stem
+    assert [test["tcId"] for test in tests] == list(range(1, len(tests) + 1))
+    assert file["numberOfTests"] == len(tests)
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: p.name)
+def test_every_flag_is_defined_and_every_note_used(path):
+    file = content(path)
+    used = {flag for test in cases_in(file) for flag in test["flags"]}
+    assert used == set(file["notes"])
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: p.name)
+def test_comments_tell_the_tests_of_a_file_apart(path):
+    counted = Counter(test["comment"] for test in cases_in(content(path)))
+    assert max(counted.values()) == 1, counted.most_common(2)
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: p.name)
+def test_file_is_small(path):
+    assert path.stat().st_size <= 64 * 1024
+
+
+def test_all_files_together_are_small():
+    assert sum(path.stat().st_size for path in FILES) < 2 * 1024 * 1024
+
+
+def test_magnitudes_stand_exactly_where_a_bound_needs_them():
+    for file in load_all():
+        for case in file.cases:
+            bounded = {
+                o for o, rule in case.compare.items() if rule.startswith("gamma")
+            }
+            assert set(case.magnitudes) == bounded, (file.name, case.tcId)
+
+
+def test_no_adapter_is_tested_at_a_scaling_of_0_or_1():
+    for file in load_all(["lora"]):
+        for case in file.cases:
+            r = case.question.inputs["A"].shape[0]
+            alpha = case.question.parameters["alpha"]
+            stable = case.question.parameters["rank_stabilized"]
+            assert not r or alpha / (r**0.5 if stable else r) not in (0, 1)
+
+
+def test_exact_outputs_are_exact():
+    """What is compared as bytes must not depend on the order of summation."""
+    for file in load_all(["lora"]):
+        for case in file.cases:
+            if "bitwise" in case.compare.values() and case.result == "valid":
+                for tensor in case.outputs.values():
+                    values = tensor.numbers()
+                    assert np.array_equal(values * 8, np.round(values * 8))
+                    assert np.abs(values).max() < 2**20
+
+
+def test_regeneration_is_identical(tmp_path: Path):
+    generate.main(["--out", str(tmp_path)])
+    assert sorted(p.name for p in tmp_path.iterdir()) == [p.name for p in FILES]
+    for path in FILES:
+        assert (tmp_path / path.name).read_bytes() == path.read_bytes(), path.name
+
+
+def test_tensors_in_the_files_survive_a_round_trip():
+    for file in load_all():
+        for case in file.cases:
+            for tensor in (*case.question.inputs.values(), *case.outputs.values()):
+                assert Tensor.from_array(tensor.to_array()) == tensor

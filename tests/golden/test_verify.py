@@ -1,0 +1,183 @@
+"""`minipeft verify`: exit codes, the report, skips, crashes, and programs."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from xml.etree import ElementTree
+
+import pytest
+
+from minipeft import __version__
+from minipeft.golden.implementations import Functions
+from minipeft.golden.runner import verify
+from minipeft.golden.vectors import load_all
+
+ROOT = Path(__file__).parents[2]
+PLAIN = f"{sys.executable} tests/impls/plain_program.py"
+
+
+def minipeft(*arguments):
+    """Run the command as a user does: without the checks that the tests install."""
+    return subprocess.run(
+        [sys.executable, "-m", "minipeft.cli", *arguments],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+
+
+@pytest.mark.parametrize("column", ["reference", "torch"])
+def test_our_columns_pass(column):
+    if column == "torch":
+        pytest.importorskip("torch")
+    done = minipeft("verify", column)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr
+    assert " 0 failed, 0 skipped" in done.stdout
+
+
+def test_reference_needs_only_numpy():
+    script = (
+        "import sys\n"
+        "from minipeft.cli import main\n"
+        "code = main(['verify', 'reference', '--only', 'lora_forward'])\n"
+        "heavy = {'torch', 'ml_dtypes', 'jsonschema', 'scipy'} & set(sys.modules)\n"
+        "sys.exit(f'imported {heavy}' if heavy else code)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, check=False)
+    assert done.returncode == 0
+
+
+def test_without_ml_dtypes_the_bfloat16_cases_are_listed_skips(monkeypatch):
+    monkeypatch.setitem(sys.modules, "ml_dtypes", None)
+    from minipeft.golden.runner import implementation
+
+    outcomes = list(verify(implementation("reference"), load_all(["nf4_dequantize"])))
+    skipped = [o for o in outcomes if o.status == "skip"]
+    assert skipped
+    assert all("ml_dtypes" in o.detail for o in skipped)
+    assert all(o.status != "fail" for o in outcomes)
+
+
+def test_a_broken_module_fails_and_the_report_says_why():
+    done = minipeft("verify", "tests.impls.broken_nibbles")
+    assert done.returncode == 1
+    assert "FAIL  nf4_quantize.json tcId 6: -1 then 1" in done.stdout
+    assert "NibbleOrder (HISTORIC_BUG): The first of two codes" in done.stdout
+    assert "effect: Neighbouring weights are swapped" in done.stdout
+    assert "bitsandbytes/pull/1472" in done.stdout
+
+
+def test_a_missing_function_is_a_listed_skip():
+    done = minipeft("verify", "tests.impls.broken_nibbles", "--only", "nf4_dequantize")
+    assert done.returncode == 0
+    done = minipeft("verify", "tests.impls.broken_nibbles", "--only", "blockwise")
+    assert "has no function fp4_quantize" in done.stdout
+
+
+def test_a_crash_fails_its_cases_and_the_run_goes_on():
+    done = minipeft("verify", "tests.impls.crashing", "--only", "lora_forward")
+    assert done.returncode == 1
+    assert "the process was ended by SIGSEGV" in done.stdout
+    (file,) = load_all(["lora_forward"])
+    crashes = sum("bias" in case.question.inputs for case in file.cases)
+    assert f"{len(file.cases) - crashes} passed, {crashes} failed" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["verify"], "give one implementation"),
+        (["verify", "reference", "--exec", "true"], "give one implementation"),
+        (["verify", "no.such.module"], "cannot import 'no.such.module'"),
+        (["verify", "json"], "json answered no case"),
+        (["verify", "reference", "--only", "lore"], "no vectors for lore; choose from"),
+        (
+            ["verify", "reference", "--only", "lora", "--json", "/no/x"],
+            "cannot write /no",
+        ),
+        (["models", "fetch", "nothing"], "choose one of"),
+    ],
+)
+def test_bad_input_is_one_sentence_and_exit_code_2(arguments, said):
+    done = minipeft(*arguments)
+    assert done.returncode == 2
+    assert said in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
+
+
+def test_version():
+    assert minipeft("--version").stdout.split() == ["minipeft", __version__]
+
+
+def test_reports(tmp_path):
+    files = tmp_path / "report.json", tmp_path / "report.xml"
+    done = minipeft(
+        "verify",
+        "tests.impls.broken_nibbles",
+        *("--only", "nf4_quantize", "--only", "fp4_quantize"),
+        *("--json", str(files[0]), "--junit", str(files[1])),
+    )
+    assert done.returncode == 1
+    report = json.loads(files[0].read_text())
+    totals = report["totals"]
+    assert totals["fail"] > 0
+    assert sum(totals.values()) == len(report["cases"])
+    suites = ElementTree.parse(files[1]).getroot()
+    assert [s.get("name") for s in suites] == ["nf4_quantize.json", "fp4_quantize.json"]
+    assert sum(int(s.get("failures", 0)) for s in suites) == totals["fail"]
+    assert len(suites.findall(".//failure")) == totals["fail"]
+    assert len(suites.findall(".//skipped")) == totals["skip"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["report.json", "report.xml"]
+
+
+def test_an_argument_that_is_overwritten_is_a_failure():
+    def lora_merge(W, A, B, alpha, rank_stabilized):
+        W += 1
+        return W
+
+    broken = Functions("broken", {"lora_merge": lora_merge}.get)
+    details = {o.detail for o in verify(broken, load_all(["lora_merge"]))}
+    assert "overwrote its argument W" in details
+
+
+def test_a_second_opinion_without_numpy_agrees():
+    done = minipeft("verify", "--exec", PLAIN, "--only", "lora_forward")
+    assert done.returncode == 0, done.stdout
+    done = minipeft("verify", "--exec", PLAIN, "--only", "nf4_quantize")
+    assert done.returncode == 0, done.stdout
+    assert " 0 failed, 0 skipped" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("program", "said"),
+    [
+        ("import sys; sys.exit(3)", "ended with code 3: it wrote no message"),
+        ("1/0", "ended with code 1: ZeroDivisionError"),
+        ("import time; time.sleep(60)", "no answer within 0.5 s"),
+        ("print('hello')", "no JSON answer, but 'hello'"),
+        ("print('[]')", "the answer must hold one of outputs, refused"),
+        ("print('{}')", "the answer must hold one of outputs, refused"),
+        ("print('{\"outputs\": 1}')", "outputs must be an object"),
+        ('print(\'{"outputs": {"y": 1}}\')', "1 is no tensor"),
+        ("import sys; sys.stdout.buffer.write(b'\\xff')", "no UTF-8 text"),
+    ],
+)
+def test_a_program_that_cannot_answer_is_exit_code_2(program, said, tmp_path):
+    script = tmp_path / "program.py"
+    script.write_text(program)
+    command = f"{sys.executable} {script}"
+    done = minipeft("verify", "--exec", command, "--timeout", "0.5", "--only", "lora")
+    assert done.returncode == 2
+    assert said in done.stderr
+    assert "lora_forward tcId 1" in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
+
+
+@pytest.mark.parametrize("command", ["./no/such/program", "tests/conftest.py", "''"])
+def test_a_program_that_cannot_start_is_exit_code_2(command):
+    done = minipeft("verify", "--exec", command)
+    assert done.returncode == 2
+    assert "cannot run" in done.stderr

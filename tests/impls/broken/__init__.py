@@ -1,0 +1,29 @@
+"""Implementations with one bug each: every one of them has been somebody's.
+
+A bug is a function in place of an operation, and the flag that must name it. One file
+for each row of methods.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+Function = Callable[..., Any]
+
+
+class Bug(NamedTuple):
+    operation: str
+    function: Function
+    flag: str
+
+
+BUGS: dict[str, Bug] = {}
+
+
+def bug(operation: str, flag: str) -> Callable[[Function], Function]:
+    """Register a function as what `operation` does in a broken implementation."""
+
+    def register(function: Function) -> Function:
+        BUGS[function.__name__] = Bug(operation, function, flag)
+        return function
+
+    return register

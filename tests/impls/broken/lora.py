@@ -1,0 +1,111 @@
+"""Bugs of LoRA."""
+
+import numpy as np
+from ml_dtypes import bfloat16
+
+from minipeft.golden.drivers.reference import lora as right
+from tests.impls.broken import bug
+
+F32 = np.float32
+
+
+@bug("lora_forward", "Scaling")
+def scales_by_alpha(x, W, A, B, alpha, rank_stabilized, bias=None):
+    r = np.sqrt(len(A)) if rank_stabilized else len(A)
+    return right.lora_forward(x, W, A, B, alpha * r, rank_stabilized, bias)
+
+
+@bug("lora_backward", "Scaling")
+def forgets_the_scaling(grad_y, x, W, A, B, alpha, rank_stabilized):
+    return right.lora_backward(grad_y, x, W, A, B, float(len(A)), False)
+
+
+@bug("lora_merge", "RankStabilized")
+def ignores_rank_stabilization(W, A, B, alpha, rank_stabilized):
+    return right.lora_merge(W, A, B, alpha, False)
+
+
+@bug("lora_merge", "SquareTrap")
+def transposes_the_update(W, A, B, alpha, rank_stabilized):
+    if W.shape[0] != W.shape[1]:
+        return right.lora_merge(W, A, B, alpha, rank_stabilized)
+    return right.lora_merge(W.T, A, B, alpha, rank_stabilized).T
+
+
+@bug("lora_forward", "Orientation")
+def wants_a_and_b_exchanged(x, W, A, B, alpha, rank_stabilized, bias=None):
+    return right.lora_forward(x, W, B.T, A.T, alpha, rank_stabilized, bias)
+
+
+@bug("lora_forward", "Bias")
+def scales_the_bias(x, W, A, B, alpha, rank_stabilized, bias=None):
+    scaled = None if bias is None else bias * F32(alpha / len(A))
+    return right.lora_forward(x, W, A, B, alpha, rank_stabilized, scaled)
+
+
+@bug("lora_backward", "LeadingAxes")
+def sums_the_first_axis_only(grad_y, x, W, A, B, alpha, rank_stabilized):
+    grads = right.lora_backward(grad_y, x, W, A, B, alpha, rank_stabilized)
+    if x.ndim < 3:
+        return grads
+    first = right.lora_backward(grad_y[:, 0], x[:, 0], W, A, B, alpha, rank_stabilized)
+    return grads[0], first[1], first[2]
+
+
+@bug("lora_forward", "RankOne")
+def squeezes_rank_one(x, W, A, B, alpha, rank_stabilized, bias=None):
+    return right.lora_forward(
+        x, W, A.squeeze(), B.squeeze(), alpha, rank_stabilized, bias
+    )
+
+
+@bug("lora_merge", "FullRank")
+def refuses_full_rank(W, A, B, alpha, rank_stabilized):
+    if len(A) >= min(W.shape):
+        raise ValueError("r must be smaller than W")
+    return right.lora_merge(W, A, B, alpha, rank_stabilized)
+
+
+@bug("lora_backward", "ZeroB")
+def no_gradient_where_b_is_zero(grad_y, x, W, A, B, alpha, rank_stabilized):
+    grads = right.lora_backward(grad_y, x, W, A, B, alpha, rank_stabilized)
+    return (*grads[:2], grads[2] if B.any() else np.zeros_like(B))
+
+
+@bug("lora_forward", "Rounding")
+def ten_bits_inside(x, W, A, B, alpha, rank_stabilized, bias=None):
+    x, W, A, B = (v.astype(np.float16).astype(F32) for v in (x, W, A, B))
+    return right.lora_forward(x, W, A, B, alpha, rank_stabilized, bias)
+
+
+@bug("lora_merge", "MergeRounding")
+def truncates_the_merged_weight(W, A, B, alpha, rank_stabilized):
+    merged = right.lora_merge(W.astype(F32), A, B, alpha, rank_stabilized)
+    if W.dtype == F32:
+        return merged
+    bits = 16 if W.dtype == bfloat16 else 13
+    mask = np.uint32(0xFFFFFFFF << bits & 0xFFFFFFFF)
+    return (merged.view(np.uint32) & mask).view(F32).astype(W.dtype)
+
+
+@bug("lora_forward", "RankMismatch")
+def cuts_to_the_smaller_rank(x, W, A, B, alpha, rank_stabilized, bias=None):
+    r = min(len(A), B.shape[1])
+    return right.lora_forward(x, W, A[:r], B[:, :r], alpha, rank_stabilized, bias)
+
+
+@bug("lora_merge", "InvalidRank")
+def takes_rank_zero(W, A, B, alpha, rank_stabilized):
+    return W.copy() if not len(A) else right.lora_merge(W, A, B, alpha, rank_stabilized)
+
+
+@bug("lora_merge", "ExcessiveRank")
+def cuts_the_rank(W, A, B, alpha, rank_stabilized):
+    r = min(len(A), *W.shape)
+    return right.lora_merge(W, A[:r], B[:, :r], alpha, rank_stabilized)
+
+
+@bug("lora_merge", "Basic")
+def overwrites_its_argument(W, A, B, alpha, rank_stabilized):
+    W[...] = right.lora_merge(W, A, B, alpha, rank_stabilized)
+    return W.copy()
