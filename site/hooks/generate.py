@@ -12,7 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from book import BookError, Layout, api, methods, notebook, page, shelf, source
+from book import BookError, Layout, api, methods, notebook, page, shelf, source, vectors
 from book.chapter import Chapter, read_all
 from book.prose import Page, expand
 from book.run import Result, run_all
@@ -126,6 +126,7 @@ def hand_written(book: Book, where: str) -> Page:
     )
     setting.blocks = {
         "map": lambda: methods.table(book.layout.root, partial(map_link, book.layout)),
+        "operations": lambda: vectors.table(book.layout.package / "golden" / "v1"),
         "glossary": lambda: expand(shelf.glossary(book.terms), setting),
         "bibliography": lambda: shelf.bibliography(
             list(book.works.values()), book.cited_in

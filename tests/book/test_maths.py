@@ -28,6 +28,17 @@ def test_formulas_become_mathml(tmp_path):
     assert {"ℝ", "∈", "<", "𝑟"} <= characters
 
 
+def test_a_long_formula_in_a_line_of_text_can_break(tmp_path):
+    path = page(tmp_path, "y = xW^\\top + s(xA^\\top)B^\\top + b", "y = x")
+    maths.typeset(tmp_path)
+    long, short = path.read_text().split("</span>")[:2]
+    assert long.count("<math") == 4
+    assert long.count("<annotation") == 1
+    assert long.count("<mo>=</mo></mrow>") == 1
+    assert "</math><math" in long
+    assert short.count("<math") == 1
+
+
 def test_a_bad_formula_fails_and_names_the_page(tmp_path):
     page(tmp_path, "x", "\\frac{a")
     with pytest.raises(BookError, match=r"a/lora\.html: KaTeX parse error"):

@@ -11,6 +11,7 @@ import json
 import re
 import unicodedata
 from pathlib import Path
+from xml.etree import ElementTree
 
 from py_mini_racer import MiniRacer
 
@@ -38,6 +39,10 @@ function render(formulas) {
   });
 }
 """
+MATHML = "http://www.w3.org/1998/Math/MathML"
+RELATIONS = set("=≈≠≡≤≥<>≪≫∈∼≔←→↦+−⋅×,;")
+LONG = 16  # characters
+ElementTree.register_namespace("", MATHML)
 Formula = tuple[str, bool]  # the TeX, and whether it is displayed
 
 
@@ -56,7 +61,12 @@ def typeset(site: Path) -> set[str]:
     ]
     if problems:
         raise BookError("formulas that KaTeX refuses:\n" + "\n".join(problems))
-    mathml = {formula: element(answer["mathml"]) for formula, answer in done.items()}
+    mathml = {
+        (tex, display): element(answer["mathml"])
+        if display
+        else breakable(element(answer["mathml"]))
+        for (tex, display), answer in done.items()
+    }
     for path, text in pages.items():
         new = FORMULA.sub(lambda m: _place(m[1], mathml[_formula(m)]), text)
         if new != text:
@@ -92,6 +102,33 @@ def element(markup: str) -> str:
     return VARIANT.sub(_spell, math)
 
 
+def breakable(math: str) -> str:
+    """Cut a long formula of a text line after its relations: browsers break none.
+
+    The pieces stand side by side as `<math>` elements, between which a line may end.
+    """
+    if len(drawn(math)) < LONG:
+        return math
+    tree = ElementTree.fromstring(math)
+    semantics = tree[0]
+    pieces: list[list[ElementTree.Element]] = [[]]
+    for child in semantics[0]:
+        pieces[-1].append(child)
+        if child.tag == f"{{{MATHML}}}mo" and (child.text or "") in RELATIONS:
+            pieces.append([])
+    for old in list(semantics[0]):
+        semantics[0].remove(old)
+    semantics[0].extend(pieces[0])
+    more = [_row(piece) for piece in pieces[1:] if piece]
+    return "".join(ElementTree.tostring(t, "unicode") for t in (tree, *more))
+
+
+def _row(children: list[ElementTree.Element]) -> ElementTree.Element:
+    row = ElementTree.Element(f"{{{MATHML}}}math")
+    ElementTree.SubElement(row, f"{{{MATHML}}}mrow").extend(children)
+    return row
+
+
 def _spell(match: re.Match[str]) -> str:
     """`<mi mathvariant="double-struck">R</mi>` is drawn as R by browsers; ℝ as ℝ."""
     tag, variant, text = match.groups()
@@ -116,12 +153,16 @@ def letter(char: str, alphabet: str) -> str:
     return char
 
 
+def drawn(math: str) -> str:
+    """Return the text of a formula, without the TeX that it carries."""
+    math = re.sub(r"<annotation.*?</annotation>", "", math, flags=re.S)
+    return html.unescape(re.sub(r"<[^>]+>", "", math))
+
+
 def visible(math: str) -> str:
     """Return the characters that a formula draws, the slanted ones included."""
-    math = re.sub(r"<annotation.*?</annotation>", "", math, flags=re.S)
-    single = re.findall(r"<mi>(.)</mi>", math)
-    slanted = "".join(letter(char, "ITALIC") for char in single)
-    return html.unescape(re.sub(r"<[^>]+>", "", math)) + slanted
+    slanted = (letter(char, "ITALIC") for char in re.findall(r"<mi>(.)</mi>", math))
+    return drawn(math) + "".join(slanted)
 
 
 def _formula(match: re.Match[str]) -> Formula:

@@ -1,0 +1,191 @@
+"""What the repository promises about itself: chapters, map, budgets, examples."""
+
+import ast
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from book import Layout, chapter, methods, shelf, source
+from generate import book_nav, group
+
+ROOT = Path(__file__).parents[2]
+LAYOUT = Layout(ROOT)
+CHAPTERS = chapter.read_all(LAYOUT.chapters)
+PARTS = ROOT / "site" / "hooks" / "parts.yml"
+FRONT = re.compile(r'^chapter = start\(\s*(?:name=)?"(\w+)"', re.M)
+
+# Public functions of the reference that no chapter shows yet. Show one, take it out;
+# this list only shrinks.
+NOT_YET_SHOWN: set[str] = set()
+
+# What is larger than the budget, and why. A line that is no longer needed is an error.
+WIDER = {
+    "minipeft/reference/lora.py:init": "the signature that every column shares",
+    "minipeft/reference/loftq.py:init": "the signature that every column shares",
+}
+# Here a function's parameters are the inputs of a golden vector, by name.
+VECTOR_FUNCTIONS = ("minipeft/golden/drivers/", "minipeft/golden/cases/")
+
+
+@pytest.mark.parametrize("script", CHAPTERS, ids=lambda c: c.name)
+def test_the_first_code_cell_starts_the_chapter(script):
+    first = script.code[0].source
+    assert "from minipeft.lab.chapter import start" in first
+    found = FRONT.search(first)
+    assert found, "the first code cell has no `chapter = start(...)`"
+    assert found[1] == script.name
+    assert script.title
+    assert script.limit <= chapter.LONGEST_LIMIT
+
+
+def test_every_chapter_is_in_the_navigation():
+    nav = book_nav(group(CHAPTERS, PARTS))
+    pages = [
+        page for part in nav for c in part.values() for e in c for page in e.values()
+    ]
+    scripts = sorted((ROOT / "chapters").glob("*.py"))
+    assert sorted(pages) == [f"book/{path.stem}.md" for path in scripts]
+
+
+def public_functions() -> set[str]:
+    found = set()
+    for path in (ROOT / "minipeft" / "reference").glob("[!_]*.py"):
+        for node in ast.parse(path.read_text()).body:
+            if isinstance(node, ast.FunctionDef) and not node.name.startswith("_"):
+                found.add(f"minipeft.reference.{path.stem}.{node.name}")
+    return found
+
+
+def shown() -> set[str]:
+    lines = [line for c in CHAPTERS for p in c.prose for line in p.source.splitlines()]
+    return {m["name"] for line in lines if (m := source.DIRECTIVE.match(line))}
+
+
+def test_every_public_function_of_the_reference_is_shown_in_a_chapter():
+    missing = public_functions() - shown()
+    assert sorted(missing - NOT_YET_SHOWN) == [], "no chapter shows these with @source"
+    assert sorted(NOT_YET_SHOWN - missing) == [], "shown by now: take them off the list"
+
+
+def test_every_source_and_citation_of_a_chapter_exists():
+    for name in shown():
+        source.find(name, LAYOUT.package)
+    keys = set(shelf.works(LAYOUT.docs / "bibliography.yml"))
+    for script in CHAPTERS:
+        for cell in script.prose:
+            assert set(re.findall(r"\[@([\w-]+)", cell.source)) <= keys
+
+
+def test_the_map_in_the_readme_is_the_one_that_the_files_draw():
+    readme = (ROOT / "README.md").read_text()
+    remedy = "run: python site/hooks/book/methods.py --write"
+    assert methods.between(readme) == methods.table(ROOT), remedy
+
+
+def test_the_map_ticks_exactly_what_exists(tmp_path):
+    (tmp_path / "minipeft/reference").mkdir(parents=True)
+    (tmp_path / "minipeft/golden/v1").mkdir(parents=True)
+    (tmp_path / "chapters").mkdir()
+    (tmp_path / "minipeft/reference/lora.py").touch()
+    assert methods.table(tmp_path).splitlines()[2] == (
+        "| `lora` | [✓](minipeft/reference/lora.py) |  |  |  |  |  |  |"
+    )
+    vector = {"testGroups": [{"source": {"name": "minipeft.reference.lora.merge"}}]}
+    (tmp_path / "minipeft/golden/v1/lora_merge.json").write_text(json.dumps(vector))
+    (tmp_path / "chapters/01_thin.py").write_text(
+        "# @source minipeft.reference.lora.merge\n"
+    )
+    (tmp_path / "minipeft/torch").mkdir()
+    (tmp_path / "minipeft/torch/lora.py").touch()
+    assert methods.table(tmp_path).splitlines()[2] == (
+        "| `lora` | [✓](minipeft/reference/lora.py) | [✓](minipeft/torch/lora.py) |"
+        "  |  |  | [1](minipeft/golden/v1/lora_merge.json) |"
+        " [01](chapters/01_thin.py) |"
+    )
+
+
+def sources(*patterns: str) -> list[Path]:
+    return [
+        path
+        for pattern in patterns
+        for path in sorted(ROOT.glob(pattern))
+        if "site/book" not in path.as_posix()
+    ]
+
+
+def test_files_are_short():
+    budgets = {path: 150 for path in sources("minipeft/reference/*.py")}
+    others = sources(
+        "minipeft/**/*.py", "minipeft/**/*.cu*", "tests/**/*.py", "site/**/*.py"
+    )
+    lengths = {p: len(p.read_text().splitlines()) for p in [*budgets, *others]}
+    for script in CHAPTERS:  # prose is not counted: a chapter may be a long read
+        lengths[script.path] = sum(len(c.source.splitlines()) for c in script.code)
+    long = {
+        path.relative_to(ROOT).as_posix(): length
+        for path, length in lengths.items()
+        if length > budgets.get(path, 400)
+    }
+    assert long == {}
+
+
+def too_large(function: ast.FunctionDef) -> str:
+    """Say what is over budget: 30 lines besides the docstring, 5 parameters."""
+    lines = (function.end_lineno or 0) - function.lineno + 1
+    if ast.get_docstring(function):
+        doc = function.body[0]
+        lines -= (doc.end_lineno or 0) - doc.lineno + 1
+    a = function.args
+    names = [arg.arg for arg in (*a.posonlyargs, *a.args, *a.kwonlyargs)]
+    parameters = len([name for name in names if name not in ("self", "cls")])
+    kwargs = "takes **kwargs" if a.kwarg else ""
+    long = f"{lines} lines" if lines > 30 else ""
+    wide = f"{parameters} parameters" if parameters > 5 else ""
+    return ", ".join(filter(None, (long, wide, kwargs)))
+
+
+def test_functions_are_small():
+    found = {}
+    for path in sources("minipeft/**/*.py", "site/**/*.py"):
+        name = path.relative_to(ROOT).as_posix()
+        for node in ast.walk(ast.parse(path.read_text())):
+            excess = too_large(node) if isinstance(node, ast.FunctionDef) else ""
+            if name.startswith(VECTOR_FUNCTIONS) and "lines" not in excess:
+                continue
+            if excess:
+                found[f"{name}:{node.name}"] = excess
+    assert {k: v for k, v in found.items() if k not in WIDER} == {}
+    assert sorted(set(WIDER) - set(found)) == [], "within the budget now: take them off"
+
+
+def fences(page: str) -> list[str]:
+    text = (ROOT / "site" / page).read_text()
+    return re.findall(r"^```\w+[^\n]*\n(.*?)^```$", text, re.M | re.S)
+
+
+def test_the_example_on_the_page_verify_is_true(tmp_path):
+    module, said = fences("verify.md")[1:3]
+    (tmp_path / "mine.py").write_text(module)
+    command = [sys.executable, "-m", "minipeft.cli", "verify", "mine"]
+    ran = subprocess.run(
+        [*command, "--only", "lora_merge"], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert ran.stdout.strip() == said.strip()
+    assert ran.returncode == 1
+    (tmp_path / "mine.py").write_text(module.replace("else alpha / r", "else alpha"))
+    ran = subprocess.run(
+        [*command, "--only", "lora_merge"], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert "19 failed, 0 skipped of 31" in ran.stdout
+
+
+def test_the_messages_on_the_page_verify_are_true():
+    from minipeft.golden.implementations import functions
+    from minipeft.golden.vectors import Question
+
+    question, answer = map(json.loads, fences("verify.md")[3:5])
+    outputs = functions("reference").answer(Question.from_json(question))
+    assert {k: v.to_json() for k, v in outputs.items()} == answer["outputs"]
