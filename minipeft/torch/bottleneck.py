@@ -1,0 +1,198 @@
+"""Bottleneck adapters: a small two-layer network beside or behind a frozen part."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import ClassVar, TypeVar, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import linear, relu
+
+from minipeft.errors import InputError
+from minipeft.shapes import Float, Shaped
+from minipeft.torch.linear import Adapted, layout, naming
+
+Model = TypeVar("Model", bound=nn.Module)
+
+
+class Bottleneck(nn.Module):
+    """Down to few features, a ReLU, and up again."""
+
+    down: Float[Tensor, "bottleneck features"]
+    up: Float[Tensor, "features bottleneck"]
+
+    def __init__(
+        self,
+        down: Float[Tensor, "bottleneck features"],
+        up: Float[Tensor, "features bottleneck"],
+        scaling: float = 1.0,
+    ):
+        super().__init__()
+        self.down, self.up = nn.Parameter(down), nn.Parameter(up)
+        self.down_bias = nn.Parameter(down.new_zeros(len(down)))
+        self.up_bias = nn.Parameter(up.new_zeros(len(up)))
+        self.scaling = scaling
+
+    def forward(
+        self, x: Float[Tensor, "... features"]
+    ) -> Float[Tensor, "... features"]:
+        r"""Return what the adapter adds: $s\,(\mathrm{ReLU}(x D^T + c)\,U^T + e)$.
+
+        Source: Houlsby et al. (arXiv:1902.00751), figure 2.
+        """
+        h = relu(linear(x.to(self.down.dtype), self.down, self.down_bias))
+        return self.scaling * linear(h, self.up, self.up_bias)
+
+
+def init(
+    generator: torch.Generator | None,
+    features: int,
+    bottleneck: int,
+    scaling: float = 1.0,
+) -> Bottleneck:
+    r"""Start at no change: down from $N(0, 0.02^2)$, everything else zero.
+
+    Houlsby et al. draw both matrices near zero; with up at zero the start is exact.
+
+    Raises:
+        InputError: if the bottleneck is empty.
+
+    Source: Houlsby et al. (arXiv:1902.00751), section 2.1.
+    """
+    if bottleneck < 1:
+        raise InputError(f"bottleneck is {bottleneck}; choose 1 or more features.")
+    down = torch.empty(bottleneck, features, device="cpu")
+    down.normal_(0, 0.02, generator=generator)
+    return Bottleneck(down, torch.zeros(features, bottleneck, device="cpu"), scaling)
+
+
+class Serial(Adapted[Bottleneck]):
+    """A frozen layer with adapters behind it: h + f(h), where h is its output.
+
+    A sublayer ends in a linear layer, so behind that layer is behind the sublayer.
+    """
+
+    def forward(self, x: Shaped[Tensor, "..."]) -> Float[Tensor, "... features"]:
+        """Apply the layer, then the adapters."""
+        h = total = self.base(x)
+        for share, adapter in self.shares():
+            total = total + share * adapter(h)
+        return cast(Tensor, total.to(h.dtype))
+
+    def merged(self) -> Float[Tensor, "out_features in_features"]:
+        """Refuse: no weight does the same.
+
+        Raises:
+            InputError: always, and it says why.
+        """
+        raise InputError(
+            "a bottleneck adapter bends at its ReLU, and no weight matrix does that: "
+            "there is nothing to merge; keep the adapter, at the cost of its latency."
+        )
+
+
+@dataclass(frozen=True)
+class BottleneckConfig:
+    """Serial adapters: Houlsby's behind both sublayers, Pfeiffer's behind one.
+
+    The targets decide: in a Llama `["o_proj", "down_proj"]` or `["down_proj"]`.
+    """
+
+    bottleneck: int
+    scaling: float = 1.0
+
+    wrapper: ClassVar[type[Adapted[Bottleneck]]] = Serial
+
+    def adapters(
+        self, layers: Mapping[str, nn.Module], generator: torch.Generator | None = None
+    ) -> dict[str, Bottleneck]:
+        """Return a new adapter for each layer, where the layer lives.
+
+        Raises:
+            InputError: if the bottleneck is empty.
+        """
+        adapters = {}
+        for name, layer in layers.items():
+            features, _, dtype, device = layout(layer).form(layer)
+            with naming(name):
+                adapter = init(generator, features, self.bottleneck, self.scaling)
+            wide = torch.promote_types(dtype, torch.float32)
+            adapters[name] = adapter.to(device, wide)
+        return adapters
+
+
+class Parallel(nn.Module):
+    """A frozen sublayer with an adapter beside it: both read x, their outputs add up.
+
+    It reads what the module reads: in a model that normalizes in front of its
+    sublayers, the normalized x.
+
+    Source: He et al. (arXiv:2110.04366), section 4.
+    """
+
+    def __init__(self, base: nn.Module, adapter: Bottleneck):
+        super().__init__()
+        self.base = base.requires_grad_(False)
+        self.adapter = adapter
+
+    def forward(
+        self, x: Float[Tensor, "... features"]
+    ) -> Float[Tensor, "... features"]:
+        """Apply the sublayer, and add what the adapter adds."""
+        h = self.base(x)
+        return cast(Tensor, (h + self.adapter(x)).to(h.dtype))
+
+
+def place_beside(
+    model: Model,
+    config: BottleneckConfig,
+    targets: Sequence[str],
+    features: int,
+    generator: torch.Generator | None = None,
+) -> Model:
+    """Freeze all but adapters, and put one beside each module that the targets name.
+
+    Args:
+        model: changed in place.
+        config: of the adapters.
+        targets: full names, or last parts of names, such as `["mlp"]`.
+        features: width of what the modules read and write.
+        generator: for the random start; None for torch's own.
+
+    Raises:
+        InputError: if a target matches nothing, or what it matches has an adapter.
+    """
+    found = _named(model, targets)
+    adapters = {}
+    for name, module in found.items():
+        with naming(name):
+            if isinstance(module, Parallel):
+                raise InputError("has an adapter beside it already; choose another.")
+            adapter = init(generator, features, config.bottleneck, config.scaling)
+        adapters[name] = _where_it_lives(adapter, module)
+    model.requires_grad_(False)
+    for name, adapter in adapters.items():
+        model.set_submodule(name, Parallel(found[name], adapter))
+    return model
+
+
+def _named(model: nn.Module, targets: Sequence[str]) -> dict[str, nn.Module]:
+    modules = {name: module for name, module in model.named_modules() if name}
+    found: dict[str, nn.Module] = {}
+    for target in targets:
+        names = [n for n in modules if n == target or n.endswith(f".{target}")]
+        if not names:
+            choices = sorted({name.rpartition(".")[2] for name in modules})
+            raise InputError(
+                f"the target {target!r} matches nothing; choose from "
+                f"{', '.join(choices)}."
+            )
+        found |= {name: modules[name] for name in names}
+    return found
+
+
+def _where_it_lives(adapter: Bottleneck, module: nn.Module) -> Bottleneck:
+    for parameter in module.parameters():
+        wide = torch.promote_types(parameter.dtype, torch.float32)
+        return adapter.to(parameter.device, wide)
+    return adapter
