@@ -1,0 +1,246 @@
+"""Paged optimizer state: more than the device holds, moved page by page."""
+
+from collections import OrderedDict
+from collections.abc import Iterable
+from dataclasses import astuple, dataclass
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from minipeft.errors import InputError
+from minipeft.torch.adamw import BLOCKSIZE, AdamW, State, init, update
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """What was moved since the beginning."""
+
+    faults: int = 0  # pages that were waited for
+    prefetches: int = 0  # pages brought before they were asked for
+    evictions: int = 0
+    write_backs: int = 0  # pages that had changed
+    bytes_in: int = 0
+    bytes_out: int = 0
+
+    def __add__(self, more: "Traffic") -> "Traffic":
+        return Traffic(*map(sum, zip(astuple(self), astuple(more), strict=True)))
+
+
+@dataclass(frozen=True)
+class Paging:
+    """How the states are cut, and how many of the pieces the device may hold.
+
+    Args:
+        page_size: values in a page, a multiple of 256, so that no block is cut.
+        budget: pages that fit on the device, at least 1; with 2 or more, the next page
+            travels while one is in use.
+    """
+
+    page_size: int = 2**20
+    budget: int = 4
+
+    def __post_init__(self) -> None:
+        if self.page_size < 1 or self.page_size % BLOCKSIZE:
+            raise InputError(
+                f"page_size is {self.page_size}; choose a multiple of 256."
+            )
+        _check_budget(self.budget)
+
+
+class Page:
+    """A part of one parameter's state: where it lives, and its copy on the device."""
+
+    def __init__(self, state: State, part: slice, device: torch.device):
+        self.device, self.dirty = device, False
+        self.copy: State | None = None
+        self.arrived: torch.cuda.Event | None = None
+        self.host = {
+            name: value.view(-1)[_scaled(part, name)]
+            for name, value in state.items()
+            if isinstance(value, Tensor)
+        }
+        self.nbytes = sum(value.nbytes for value in self.host.values())
+
+
+class PageTable:
+    """The pages on the device; the least recently used leaves first.
+
+    On CUDA, pages travel on a stream of their own, from and to pinned memory, while the
+    device computes. Elsewhere a copy is a copy.
+    """
+
+    def __init__(self, budget: int):
+        self.budget, self.traffic = budget, Traffic()
+        self.resident: OrderedDict[Page, None] = OrderedDict()
+        self.streams: dict[torch.device, torch.cuda.Stream] = {}
+
+    def touch(self, page: Page) -> State:
+        """Have a page on the device, as the most recently used; return it."""
+        if page not in self.resident:
+            self._bring(page, Traffic(faults=1))
+        self.resident.move_to_end(page)
+        if page.arrived is not None:
+            torch.cuda.current_stream(page.device).wait_event(page.arrived)
+        return cast(State, page.copy)
+
+    def prefetch(self, page: Page) -> None:
+        """Bring a page before it is touched, so that nothing waits for it."""
+        if page not in self.resident:
+            self._bring(page, Traffic(prefetches=1))
+
+    def evict(self, page: Page) -> None:
+        """Take a page off the device; if it changed, write it back first."""
+        if page not in self.resident:
+            return
+        self.traffic += Traffic(evictions=1)
+        if page.dirty:
+            self.write_back(page)
+        page.copy = page.arrived = None
+        del self.resident[page]
+
+    def write_back(self, page: Page) -> None:
+        """Copy a page to the host, after all that was asked of the device so far."""
+        stream = self._stream(page.device)
+        if stream is not None:
+            stream.wait_stream(torch.cuda.current_stream(page.device))
+        with torch.cuda.stream(stream):
+            for name, home in page.host.items():
+                values = cast(State, page.copy)[name]
+                home.copy_(values, non_blocking=stream is not None)
+                if stream is not None:
+                    values.record_stream(stream)
+        page.dirty = False
+        self.traffic += Traffic(write_backs=1, bytes_out=page.nbytes)
+
+    def resize(self, budget: int) -> None:
+        """Change the budget; what no longer fits leaves, least recently used first."""
+        _check_budget(budget)
+        self.budget = budget
+        self._leave_room(budget)
+
+    def synchronize(self) -> None:
+        """Wait until every copy has arrived."""
+        for stream in self.streams.values():
+            stream.synchronize()
+
+    def _bring(self, page: Page, reason: Traffic) -> None:
+        self._leave_room(self.budget - 1)
+        stream = self._stream(page.device)
+        with torch.cuda.stream(stream):
+            page.copy = {
+                name: home.to(page.device, copy=True, non_blocking=stream is not None)
+                for name, home in page.host.items()
+            }
+            if stream is not None:
+                page.arrived = stream.record_event()
+                for values in page.copy.values():
+                    values.record_stream(torch.cuda.current_stream(page.device))
+        self.resident[page] = None
+        self.traffic += reason + Traffic(bytes_in=page.nbytes)
+
+    def _leave_room(self, pages: int) -> None:
+        while len(self.resident) > pages:
+            self.evict(next(iter(self.resident)))
+
+    def _stream(self, device: torch.device) -> torch.cuda.Stream | None:
+        if device.type != "cuda":
+            return None
+        if device not in self.streams:
+            self.streams[device] = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        return self.streams[device]
+
+
+class PagedAdamW(AdamW):
+    """AdamW whose states live on the host; the bits are those of `AdamW`.
+
+    Args:
+        params: as for `AdamW`, every tensor contiguous.
+        lr: the learning rate.
+        betas: decay of the first and second moment.
+        eps: added to the root of the second moment.
+        weight_decay: decoupled, relative to lr.
+        bits: of the states, 32 or 8.
+        paging: the size of a page, and how many the device may hold.
+
+    Attributes:
+        table: what is on the device, and what was moved; `table.resize` when memory
+            is needed elsewhere.
+
+    Source: QLoRA (arXiv:2305.14314), section 3, "Paged Optimizers".
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 1e-2,
+        bits: int = 32,
+        paging: Paging | None = None,
+    ):
+        super().__init__(params, lr, betas, eps, weight_decay, bits)
+        paging = paging or Paging()
+        self.table, self.page_size = PageTable(paging.budget), paging.page_size
+        self.pages: dict[Tensor, list[Page]] = {}
+
+    def advance(self, work: list[tuple[Tensor, dict[str, Any]]]) -> None:
+        """Take a step page by page, the next one on its way while one is in use."""
+        queue = [
+            (page, i * self.page_size, p, group)
+            for p, group in work
+            for i, page in enumerate(self._pages(p, group["bits"]))
+        ]
+        following = [page for page, *_ in queue[1:]]
+        for i, (page, start, p, group) in enumerate(queue):
+            state = self.table.touch(page)
+            if i < len(following) and self.table.budget > 1:
+                self.table.prefetch(following[i])
+            state["step"] = self.state[p]["step"]
+            part = slice(start, start + self.page_size)
+            grad = cast(Tensor, p.grad).reshape(-1)
+            update(p.view(-1)[part], grad[part], state, group)
+            page.dirty = True
+        for p, _ in work:
+            self.state[p]["step"] += 1
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the whole state, from the host; what is newer is written back."""
+        for page in self.table.resident:
+            if page.dirty:
+                self.table.write_back(page)
+        self.table.synchronize()
+        return super().state_dict()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Continue where `state_dict` was taken, bit for bit; all of it is on the host."""
+        self.table, self.pages = PageTable(self.table.budget), {}
+        super().load_state_dict(state_dict)
+
+    def placed(self, value: Tensor, p: Tensor) -> Tensor:
+        """Return a copy of a saved state, on the host."""
+        copy = value.to("cpu", copy=True)
+        return copy.pin_memory() if p.is_cuda else copy
+
+    def _pages(self, p: Tensor, bits: int) -> list[Page]:
+        if not self.state[p]:
+            fresh = init(torch.empty_like(p, device="cpu"), bits)
+            tensors = {k: v for k, v in fresh.items() if isinstance(v, Tensor)}
+            placed = {k: self.placed(v, p) for k, v in tensors.items()}
+            self.state[p] = {**fresh, **placed}
+        if p not in self.pages:
+            starts = range(0, p.numel(), self.page_size)
+            parts = [slice(start, start + self.page_size) for start in starts]
+            self.pages[p] = [Page(self.state[p], part, p.device) for part in parts]
+        return self.pages[p]
+
+
+def _scaled(part: slice, name: str) -> slice:
+    unit = BLOCKSIZE if name.endswith("absmax") else 1
+    return slice(part.start // unit, part.stop // unit)
+
+
+def _check_budget(budget: int) -> None:
+    if budget < 1:
+        raise InputError(f"budget is {budget}; the device must hold at least 1 page.")

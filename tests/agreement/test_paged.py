@@ -1,0 +1,150 @@
+"""Paged AdamW in torch: the bits of the unpaged, whatever the budget and the order."""
+
+import io
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from minipeft.errors import InputError
+from minipeft.reference import adamw as reference
+from minipeft.reference import paged as reference_paged
+from minipeft.torch.adamw import AdamW
+from minipeft.torch.paged import PagedAdamW, Paging
+from tests.strategies import seeds
+from tests.tolerance import assert_bits
+
+SHAPES = [(17, 31), (64, 66), (5,)]
+pagings = st.builds(Paging, st.sampled_from([256, 512, 4096]), st.integers(1, 9))
+NEEDS_CUDA = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device"),
+]
+CUDA = pytest.param("cuda", marks=NEEDS_CUDA)
+
+
+def parameters(seed, device="cpu"):
+    rng = np.random.default_rng(seed)
+    weights = [rng.standard_normal(shape).astype(np.float32) for shape in SHAPES]
+    return [torch.nn.Parameter(torch.from_numpy(W).to(device)) for W in weights]
+
+
+def descend(optimizer, rng, idle=()):
+    """One step along random gradients; `idle` parameters have none."""
+    for group in optimizer.param_groups:
+        for i, p in enumerate(group["params"]):
+            grad = rng.standard_normal(p.shape).astype(np.float32)
+            p.grad = None if i in idle else torch.from_numpy(grad).to(p.device)
+    optimizer.step()
+
+
+def assert_same(a, b):
+    """Two optimizers hold the same parameters and the same states, bit for bit."""
+    mine, yours = a.state_dict()["state"], b.state_dict()["state"]
+    assert mine.keys() == yours.keys()
+    for i in mine:
+        assert mine[i].keys() == yours[i].keys()
+        assert mine[i]["step"] == yours[i]["step"]
+        for name in mine[i].keys() - {"step"}:
+            assert_bits(mine[i][name].cpu().numpy(), yours[i][name].cpu().numpy())
+    for p, q in zip(
+        a.param_groups[0]["params"], b.param_groups[0]["params"], strict=True
+    ):
+        assert_bits(p.detach().cpu().numpy(), q.detach().cpu().numpy())
+
+
+@pytest.mark.parametrize("device", ["cpu", CUDA])
+@given(seed=seeds, bits=st.sampled_from([8, 32]), paging=pagings, data=st.data())
+def test_paging_never_touches_the_arithmetic(device, seed, bits, paging, data):
+    mine, yours = parameters(seed, device), parameters(seed, device)
+    paged = PagedAdamW(mine, lr=0.02, bits=bits, paging=paging)
+    plain = AdamW(yours, lr=0.02, bits=bits)
+    for k in range(4):
+        idle = data.draw(st.sets(st.integers(0, 2), max_size=2))
+        for optimizer in (paged, plain):
+            descend(optimizer, np.random.default_rng([seed, k]), idle)
+        assert len(paged.table.resident) <= paged.table.budget
+        paged.table.resize(data.draw(st.integers(1, 9)))
+        pages = [page for pages in paged.pages.values() for page in pages]
+        for page in data.draw(st.lists(st.sampled_from(pages), max_size=6)):
+            verb = data.draw(st.sampled_from(["touch", "prefetch", "evict"]))
+            getattr(paged.table, verb)(page)
+            assert len(paged.table.resident) <= paged.table.budget
+    assert_same(paged, plain)
+
+
+@given(seeds, st.sampled_from([8, 32]), pagings, pagings)
+def test_it_resumes_bit_for_bit_with_other_pages(seed, bits, paging, other):
+    whole = PagedAdamW(parameters(seed), bits=bits, paging=paging)
+    first = PagedAdamW(parameters(seed), bits=bits, paging=paging)
+    for k in range(2):
+        for optimizer in (whole, first):
+            descend(optimizer, np.random.default_rng([seed, k]))
+    file = io.BytesIO()
+    torch.save([first.param_groups[0]["params"], first.state_dict()], file)
+    file.seek(0)
+    params, saved = torch.load(file, weights_only=False)
+    second = PagedAdamW(params, bits=bits, paging=other)
+    descend(second, np.random.default_rng(0))  # of which nothing may remain
+    with torch.no_grad():
+        for p, q in zip(params, first.param_groups[0]["params"], strict=True):
+            p.copy_(q)
+    second.load_state_dict(saved)
+    for optimizer in (whole, second):
+        descend(optimizer, np.random.default_rng([seed, 9]))
+    assert_same(second, whole)
+
+
+@given(seeds, st.sampled_from([8, 32]))
+def test_with_room_for_one_page_it_moves_what_the_reference_moves(seed, bits):
+    # With more room the next page is on its way early, which the reference leaves to
+    # its caller.
+    params = parameters(seed)
+    states = [reference.init(p.detach().numpy(), bits) for p in params]
+    theirs = reference_paged.init(states, 256, 1)
+    ours = PagedAdamW(params, bits=bits, paging=Paging(256, 1))
+    for k in range(3):
+        rng = np.random.default_rng([seed, k])
+        for i, shape in enumerate(SHAPES):
+            grad = rng.standard_normal(shape).astype(np.float32)
+            W = np.zeros(shape, np.float32)
+            _, theirs = reference_paged.step(theirs, i, W, grad, reference.AdamW())
+        descend(ours, np.random.default_rng([seed, k]))
+    assert vars(ours.table.traffic) == vars(theirs.traffic)
+
+
+def test_with_room_for_two_only_the_first_page_is_waited_for():
+    p = torch.nn.Parameter(torch.ones(2560))
+    ours = PagedAdamW([p], paging=Paging(256, 2))
+    p.grad = torch.ones(2560)
+    ours.step()
+    traffic = ours.table.traffic
+    assert (traffic.faults, traffic.prefetches) == (1, 9)
+    assert traffic.bytes_in == 2560 * 8
+    assert traffic.write_backs == traffic.evictions == 8
+
+
+@pytest.mark.parametrize("device", [CUDA])
+def test_states_are_pinned_and_pages_are_on_the_device(device):
+    p = torch.nn.Parameter(torch.ones(1024, device=device))
+    ours = PagedAdamW([p], paging=Paging(256, 2))
+    p.grad = torch.ones_like(p)
+    ours.step()
+    assert ours.state[p]["m"].is_pinned()
+    assert all(page.copy["m"].is_cuda for page in ours.table.resident)
+
+
+@pytest.mark.parametrize("bad", [0, -256, 100])
+def test_a_page_that_cuts_a_block_is_refused(bad):
+    with pytest.raises(InputError, match=f"page_size is {bad}; choose a multiple of"):
+        Paging(page_size=bad)
+
+
+@pytest.mark.parametrize("bad", [0, -1])
+def test_a_device_without_room_for_one_page_is_refused(bad):
+    ours = PagedAdamW([torch.nn.Parameter(torch.ones(3))])
+    for attempt in (lambda: Paging(budget=bad), lambda: ours.table.resize(bad)):
+        with pytest.raises(InputError, match=f"budget is {bad}; .* at least 1 page"):
+            attempt()
