@@ -214,7 +214,7 @@ class PagedAdamW(AdamW):
         return super().state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Continue where `state_dict` was taken, bit for bit; all of it is on the host."""
+        """Continue where `state_dict` was taken, bit for bit; no page is out yet."""
         self.table, self.pages = PageTable(self.table.budget), {}
         super().load_state_dict(state_dict)
 
