@@ -1,0 +1,25 @@
+"""The largest number of bytes that live at one time while something runs on the CPU."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+
+def peak_bytes(run: Callable[[], Any]) -> int:
+    """Return the peak of what torch's CPU allocator hands out during `run`.
+
+    Counted from where the run begins: weights that live already are not in it. The
+    first call warms up what is made once and kept.
+    """
+    run()
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
+        run()
+    events = [
+        e for e in seen.profiler.kineto_results.events() if e.name() == "[memory]"
+    ]
+    held = torch.tensor(
+        [e.nbytes() for e in sorted(events, key=lambda e: e.start_ns())]
+    )
+    return int(held.cumsum(0).max())
