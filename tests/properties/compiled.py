@@ -1,0 +1,173 @@
+"""What must hold inside one compiled graph: a program that test_torch_compile runs.
+
+It runs by itself because the checks on shapes, which every test wears, are not traced.
+"""
+
+import sys
+import traceback
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import nn
+
+from minipeft.torch import blockwise, codebook
+from minipeft.torch.lora import LoRAConfig, LoRALinear
+from minipeft.torch.qlora import QuantizedLinear
+
+
+def traced(function):
+    """Capture without any graph break, and run the graph as it stands: seconds."""
+    torch.compiler.reset()
+    return torch.compile(function, fullgraph=True, backend="aot_eager")
+
+
+def compiled(function):
+    """Capture without any graph break, and generate code: it may round otherwise."""
+    torch.compiler.reset()
+    return torch.compile(function, fullgraph=True)
+
+
+def weights():
+    """A short last block, blocks of zeros and of subnormals, an outlier."""
+    W = torch.randn(45, 67)
+    W[:2] = 0
+    W[2:4] *= 1e-41
+    W[9, 9] = 1e30
+    return W
+
+
+def same(q, p):
+    return torch.equal(q.packed, p.packed) and torch.equal(q.absmax, p.absmax)
+
+
+def quantize_nf4():
+    W, run = weights(), compiled(blockwise.quantize)
+    assert same(run(W), blockwise.quantize(W))
+    W[3, 3] = torch.nan
+    with pytest.raises(RuntimeError, match="not finite"):
+        run(W)
+
+
+def quantize_fp4_from_bfloat16():
+    W = weights().bfloat16()
+    q = traced(blockwise.quantize)(W, codebook.FP4, 32)
+    assert same(q, blockwise.quantize(W, codebook.FP4, 32))
+
+
+def quantize_three_bits():
+    W = weights()
+    q = traced(blockwise.quantize)(W, codebook.NF3, 256)
+    assert same(q, blockwise.quantize(W, codebook.NF3, 256))
+
+
+def quantize_eight_bits():
+    W, values = weights(), codebook.dynamic_map()
+    q = traced(blockwise.quantize)(W, values, 256)
+    assert same(q, blockwise.quantize(W, values, 256))
+
+
+def dequantize_nf4_to_bfloat16():
+    q = blockwise.quantize(weights())
+    W = compiled(blockwise.dequantize)(q, torch.bfloat16)
+    assert torch.equal(W, blockwise.dequantize(q, torch.bfloat16))
+
+
+def dequantize_three_bits():
+    q = blockwise.quantize(weights(), codebook.NF3)
+    assert torch.equal(traced(blockwise.dequantize)(q), blockwise.dequantize(q))
+
+
+def gradients(layer, graph, x):
+    """Output and gradients; small integers, so that every order of sums is exact."""
+    results = []
+    for run in (layer, graph):
+        layer.zero_grad()
+        x.grad = None
+        y = run(x)
+        y.sum().backward()
+        trained = [p.grad for p in layer.parameters() if p.grad is not None]
+        results.append([y.detach(), x.grad, *(g.clone() for g in trained)])
+    return results
+
+
+def integers(*shape):
+    return torch.randint(-8, 9, shape).float()
+
+
+def lora_layer(base):
+    with torch.no_grad():
+        for parameter in base.parameters():
+            parameter.copy_(integers(*parameter.shape))
+    layer = LoRALinear(base, LoRAConfig(3, 6.0).adapters({"": base})[""])
+    layer.add("other", LoRAConfig(2, 1.0).adapters({"": base})[""])
+    layer.activate({"default": 1.0, "other": 0.5})
+    with torch.no_grad():
+        for parameter in layer.adapters.parameters():
+            parameter.copy_(integers(*parameter.shape))
+    return layer
+
+
+def lora_forward_and_backward():
+    layer, x = lora_layer(nn.Linear(12, 7)), integers(5, 12).requires_grad_()
+    for ours, theirs in zip(*gradients(layer, compiled(layer), x), strict=True):
+        assert torch.equal(ours, theirs)
+
+
+def lora_merged_and_switched():
+    layer, x = lora_layer(nn.Linear(12, 7)), integers(5, 12)
+    adapted, graph = layer(x), traced(layer)
+    for change in (layer.merge, layer.unmerge, lambda: layer.activate({})):
+        assert torch.equal(graph(x), adapted)
+        change()
+    assert torch.equal(graph(x), layer.base(x))
+
+
+def lora_on_an_embedding_with_dropout():
+    layer, ids = lora_layer(nn.Embedding(12, 7)), torch.arange(12)
+    for lora in layer.adapters.values():
+        lora.dropout = 0.5
+    graph = traced(layer.eval())
+    assert torch.equal(graph(ids), layer(ids))
+    layer.train()
+    assert not torch.equal(graph(ids), layer.eval()(ids))
+
+
+def lora_on_four_bits():
+    linear = nn.Linear(12, 7)
+    linear.weight.data = codebook.NF4[torch.randint(0, 16, (7, 12))]
+    layer = lora_layer(QuantizedLinear.from_linear(linear, blocksize=4).bfloat16())
+    x = integers(5, 12).bfloat16().requires_grad_()
+    for ours, theirs in zip(*gradients(layer, traced(layer), x), strict=True):
+        assert ours.dtype == theirs.dtype
+        assert torch.equal(ours, theirs)
+
+
+CHECKS: list[Callable[[], None]] = [
+    quantize_nf4,
+    quantize_fp4_from_bfloat16,
+    quantize_three_bits,
+    quantize_eight_bits,
+    dequantize_nf4_to_bfloat16,
+    dequantize_three_bits,
+    lora_forward_and_backward,
+    lora_merged_and_switched,
+    lora_on_an_embedding_with_dropout,
+    lora_on_four_bits,
+]
+
+
+def main():
+    torch.set_num_threads(1)
+    for check in CHECKS:
+        torch.manual_seed(0)
+        try:
+            check()
+        except Exception:
+            traceback.print_exc(file=sys.stdout)
+        else:
+            print(f"passed {check.__name__}", flush=True)
+
+
+if __name__ == "__main__":
+    main()
