@@ -1,7 +1,10 @@
 """The CuPy column, on the first CUDA device."""
 
-from minipeft.cupy import executor
+from minipeft.cupy.executor import current
+from minipeft.errors import InputError
 from minipeft.golden.errors import Unavailable
 
-if executor.missing():
-    raise Unavailable(str(executor.missing()))
+try:
+    current()
+except InputError as error:
+    raise Unavailable(str(error)) from None
