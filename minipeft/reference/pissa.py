@@ -16,8 +16,8 @@ class Sketch:
     """How the randomized SVD looks at a matrix; the same sketch, the same answer."""
 
     seed: int = 0
-    oversampling: int = 2  # directions beyond r, in each block
-    iterations: int = 3  # passes of W and its transpose; each adds a block
+    oversampling: int = 4  # directions beyond r, in each block
+    iterations: int = 2  # passes of W and its transpose; each adds a block
 
 
 SKETCH = Sketch()

@@ -21,8 +21,8 @@ class Sketch:
     """How the randomized SVD looks at a matrix; the same sketch, the same answer."""
 
     seed: int = 0
-    oversampling: int = 2  # directions beyond r, in each block
-    iterations: int = 3  # passes of W and its transpose; each adds a block
+    oversampling: int = 4  # directions beyond r, in each block
+    iterations: int = 2  # passes of W and its transpose; each adds a block
 
 
 SKETCH = Sketch()
@@ -242,9 +242,8 @@ def checked_scaling(
     lora.check_rank(r, W.shape[1], W.shape[0])
     if not alpha > 0:
         raise InputError(f"alpha is {alpha}; a split of W needs a positive one.")
-    bad = torch.nonzero(~torch.isfinite(W))
-    if len(bad):
-        i, j = (int(index) for index in bad[0])
+    if not torch.isfinite(W).all():
+        i, j = (int(index) for index in torch.nonzero(~torch.isfinite(W))[0])
         raise InputError(
             f"W[{i}, {j}] is {W[i, j].item()}; repair it before taking an SVD."
         )

@@ -40,7 +40,7 @@ def test_the_first_base_agrees_byte_for_byte(W, r, values):
 
 @given(matrices(), codebooks, st.sampled_from([0.25, 2.0, 7.0]))
 def test_where_every_direction_is_sampled_the_error_agrees(W, values, scaling):
-    r = 6  # with oversampling and three passes: 32 directions, all there are
+    r = 6  # with oversampling, in three blocks: 30 directions, all there are
     ours = loftq.init(tensor(W), r, scaling * r, tensor(values), 16, steps=1)
     expected = reference.init(W, r, scaling * r, values, 16, steps=1)
     assert ours[1].scaling == scaling

@@ -124,7 +124,7 @@ def test_both_factors_carry_the_same_share(t):
 
 
 @pytest.mark.parametrize("decay", [0.0, 0.5, 1.0])
-def test_three_passes_of_krylov_are_nearer_than_niter_4(decay):
+def test_two_passes_of_krylov_are_nearer_than_niter_4(decay):
     # What peft's pissa_niter_4 calls, with as many directions as it asks for.
     torch.manual_seed(3)
     U, V = (torch.linalg.qr(torch.randn(n, 192)).Q for n in (256, 192))
