@@ -43,7 +43,7 @@ def quantize(W: Any, codebook: np.ndarray = NF4, blocksize: int = 64) -> Blockwi
     Source: QLoRA (arXiv:2305.14314), section 3.
     """
     gpu = current()
-    log2_blocksize = _log2(blocksize)
+    log2 = log2_blocksize(blocksize)
     table = sort(codebook)
     W = gpu.adopt(W)
     facts = check("W", gpu.facts(W), CTYPES)
@@ -58,7 +58,7 @@ def quantize(W: Any, codebook: np.ndarray = NF4, blocksize: int = 64) -> Blockwi
     bad = gpu.upload(np.array([n], np.uint64), device)
     grid = -(-n // max(blocksize, QUANTIZE_TILE))
     search = [gpu.upload(table.midpoints, device), table.order]
-    sizes = [n, log2_blocksize, table.bits]
+    sizes = [n, log2, table.bits]
     args = [W, *search, q.packed, q.absmax, bad, *sizes]
     gpu.launch(QUANTIZE, facts.dtype, grid, args)
     _check_finite(gpu, W, int(gpu.download(bad)[0]), n)
@@ -78,25 +78,32 @@ def dequantize(q: Blockwise, dtype: Any = np.float32) -> Array:
         InputError: if the parts of `q` do not fit each other, or `dtype` is another.
     """
     gpu = current()
-    log2_blocksize = _log2(q.blocksize)
+    log2 = log2_blocksize(q.blocksize)
     n = int(np.prod(q.shape, dtype=np.int64))
     codebook = check("codebook", gpu.facts(q.codebook), ["float32"])
     device, bits = codebook.device, code_bits(codebook.size)
     packed = check("packed", gpu.facts(q.packed), ["uint8"], device)
     absmax = check("absmax", gpu.facts(q.absmax), ["float32"], device)
-    _check_size("packed", packed, -(-n * bits // 8), q)
-    _check_size("absmax", absmax, -(-n // q.blocksize), q)
-    name = dtype if isinstance(dtype, str) else np.dtype(dtype).name
-    if name not in CTYPES:
-        raise InputError(f"cannot dequantize to {name}; choose one of {list(CTYPES)}.")
+    check_size("packed", packed, -(-n * bits // 8), q)
+    check_size("absmax", absmax, -(-n // q.blocksize), q)
+    name = output_dtype(dtype)
     out = gpu.empty(q.shape, name, device)
     grid = -(-n // DEQUANTIZE_TILE)
-    args = [q.packed, q.absmax, q.codebook, out, n, log2_blocksize, bits]
+    args = [q.packed, q.absmax, q.codebook, out, n, log2, bits]
     gpu.launch(DEQUANTIZE, name, grid, args)
     return out
 
 
-def _log2(blocksize: int) -> int:
+def output_dtype(dtype: Any) -> str:
+    """Name the dtype to dequantize to; refuse one that no kernel writes."""
+    name = dtype if isinstance(dtype, str) else np.dtype(dtype).name
+    if name not in CTYPES:
+        raise InputError(f"cannot dequantize to {name}; choose one of {list(CTYPES)}.")
+    return name
+
+
+def log2_blocksize(blocksize: int) -> int:
+    """Return the logarithm; refuse a block size that is not a positive power of two."""
     if not 1 <= blocksize <= 2**31 or blocksize & (blocksize - 1):
         raise InputError(
             f"blocksize is {blocksize}; choose a positive power of two, such as 64."
@@ -104,7 +111,8 @@ def _log2(blocksize: int) -> int:
     return blocksize.bit_length() - 1
 
 
-def _check_size(name: str, facts: Facts, expected: int, q: Blockwise) -> None:
+def check_size(name: str, facts: Facts, expected: int, q: Any) -> None:
+    """Refuse a part of a quantized tensor that has another size than the others say."""
     if facts.size != expected:
         raise InputError(
             f"{name} has {facts.size} values where shape {list(q.shape)} and blocksize "

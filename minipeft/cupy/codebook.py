@@ -34,6 +34,40 @@ FP4 = np.array(
 ) / np.float32(12)
 
 
+def dynamic_map(signed: bool = True) -> np.ndarray:
+    """Return the 256 ascending values of the dynamic 8-bit data type.
+
+    Powers of ten times the midpoints of even steps from 0.1 to 1, twice as many at each
+    power, of both signs or of one; then 0 and 1. Every operation rounds to float32.
+
+    Source: 8-bit optimizers (arXiv:2110.02861), section 1.3.
+    """
+    values = [np.zeros(1, np.float32), np.ones(1, np.float32)]
+    for exponent in range(-6, 1):
+        steps = 2 ** (exponent + 6 if signed else exponent + 7)
+        edges = _even_steps(steps)
+        middles = (edges[:-1] + edges[1:]) / np.float32(2)
+        fractions = np.float32(10.0**exponent) * middles
+        values += [fractions, -fractions] if signed else [fractions]
+    return np.sort(np.concatenate(values))
+
+
+def _even_steps(steps: int) -> np.ndarray:
+    # Counted from the nearer end, product and sum rounded once, as the table was made.
+    low, high = np.float64(np.float32(0.1)), np.float64(1)
+    step = np.float64(np.float32((high - low) / steps))
+    i = np.arange(steps + 1)
+    upper = i >= (steps + 1) // 2
+    return np.where(upper, high - step * (steps - i), low + step * i).astype(np.float32)
+
+
+def midpoints_of_map(signed: bool) -> np.ndarray:
+    """Return the 255 boundaries of the dynamic map's values, and +inf."""
+    values = dynamic_map(signed)
+    between = (values[:-1] + values[1:]) / np.float32(2)
+    return np.append(between, np.float32(np.inf))
+
+
 @dataclass(frozen=True)
 class Sorted:
     """A codebook of up to 16 values as `quantize` searches it.

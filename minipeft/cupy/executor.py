@@ -38,7 +38,10 @@ class Facts:
 
 @runtime_checkable
 class Executor(Protocol):
-    """The five things that a launcher needs."""
+    """What a launcher needs."""
+
+    def __hash__(self) -> int:
+        """Be a key: what is uploaded once is kept for each executor."""
 
     def adopt(self, array: Any) -> Array:
         """Take an array, or any tensor that speaks DLPack, without copying it."""

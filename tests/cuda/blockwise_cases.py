@@ -95,8 +95,8 @@ MUTATIONS = (
     ),
     Mutation(
         "another block's absmax",
-        "warp_max[warp / warps * warps + k]",
-        "warp_max[k]",
+        "part[warp / warps * warps + k]",
+        "part[k]",
         1,
         ("values", "ptx"),
     ),

@@ -8,8 +8,10 @@ import atexit
 import contextlib
 import os
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from functools import cache
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, ClassVar
 
 import ml_dtypes
@@ -89,32 +91,49 @@ class Program:
 
 
 class CpuExecutor(NumpyExecutor):
-    """Runs what g++ made of the kernels."""
+    """Runs what g++ made of the kernels.
+
+    Args:
+        flavour: what to make visible, from `toolchain.FLAVOURS`.
+        seed: picks the order of threads and blocks.
+        mutants: for some rows, a program and which of its variants to run.
+    """
 
     _running: ClassVar[dict[Path, Program]] = {}
 
-    def __init__(self, path: Path, variant: str = "source", seed: int = 0) -> None:
-        self.path = path
-        self.variant = variant
+    def __init__(
+        self,
+        flavour: str = "values",
+        seed: int = 0,
+        mutants: Mapping[str, tuple[Path, str]] = MappingProxyType({}),
+    ) -> None:
+        self.flavour = flavour
         self.seed = seed
+        self.mutants = mutants
+
+    def _program(self, row: str) -> tuple[Path, str]:
+        if row in self.mutants:
+            return self.mutants[row]
+        return compile_cpu(row, self.flavour, {"source": source(row)}), "source"
 
     def launch(
         self, kernel: Kernel, dtype: str, grid: int, args: Sequence[Any]
     ) -> None:
-        name = f"{self.variant}:{kernel.expression(dtype)}".encode()
+        path, variant = self._program(kernel.row)
+        name = f"{variant}:{kernel.expression(dtype)}".encode()
         header = [len(name), grid, kernel.threads, self.seed, len(args)]
         message = [np.array(header, np.int64).tobytes(), name]
         for packed, given in zip(kernel.pack(args), args, strict=True):
             size = packed.nbytes if isinstance(given, np.ndarray) else -packed.nbytes
             message += [np.int64(size).tobytes(), packed.tobytes()]
         buffers = [a for a in args if isinstance(a, np.ndarray)]
-        if self.path not in self._running:
-            self._running[self.path] = Program(self.path)
-        program = self._running[self.path]
+        if path not in self._running:
+            self._running[path] = Program(path)
+        program = self._running[path]
         try:
             answer = program.run(message, sum(b.nbytes for b in buffers))
         except LaunchError:
-            del self._running[self.path]
+            del self._running[path]
             raise
         start = 0
         for buffer in buffers:
@@ -123,22 +142,31 @@ class CpuExecutor(NumpyExecutor):
             start += buffer.nbytes
 
 
-def on_cpu(row: str, flavour: str = "values", seed: int = 0) -> CpuExecutor:
-    """Build a row's own source if needed, and run it."""
-    program = compile_cpu(row, flavour, {"source": source(row)})
-    return CpuExecutor(program, "source", seed)
-
-
 class PtxExecutor(NumpyExecutor):
-    """Interprets the PTX that NVRTC made of the kernels."""
+    """Interprets the PTX that NVRTC made of the kernels.
 
-    def __init__(self, row: str, architecture: str = "80", text: str = "") -> None:
-        text = text or source(row)
-        self.compiled = compile_device(row, "ptx", architecture, text)
-        self.entries = ptx_parser.parse(self.compiled.image.read_text())
+    Args:
+        architecture: of the GPU that NVRTC compiles for.
+        mutants: for some rows, another source.
+    """
+
+    def __init__(
+        self,
+        architecture: str = "80",
+        mutants: Mapping[str, str] = MappingProxyType({}),
+    ) -> None:
+        self.architecture = architecture
+        self.mutants = mutants
 
     def launch(
         self, kernel: Kernel, dtype: str, grid: int, args: Sequence[Any]
     ) -> None:
-        entry = self.entries[self.compiled.names[kernel.expression(dtype)]]
+        text = self.mutants.get(kernel.row) or source(kernel.row)
+        compiled = compile_device(kernel.row, "ptx", self.architecture, text)
+        entry = _entries(compiled.image)[compiled.names[kernel.expression(dtype)]]
         ptx.launch(entry, grid, kernel.threads, kernel.pack(args))
+
+
+@cache
+def _entries(image: Path) -> dict[str, ptx_parser.Entry]:
+    return ptx_parser.parse(image.read_text())

@@ -10,7 +10,7 @@ import pytest
 
 from minipeft.cupy.executor import use
 from minipeft.cupy.kernels import CTYPES
-from tests.cuda.executors import PtxExecutor, on_cpu
+from tests.cuda.executors import CpuExecutor, PtxExecutor
 from tests.cuda.rows import ROWS
 from tests.cuda.toolchain import ARCHITECTURES, needs_cpu_build, needs_nvrtc
 
@@ -21,7 +21,7 @@ ROW = pytest.mark.parametrize("row", ROWS)
 @needs_cpu_build
 @pytest.mark.parametrize("seed", range(3))
 def test_values(row, seed):
-    with use(on_cpu(row, "values", seed)):
+    with use(CpuExecutor("values", seed)):
         ROWS[row].small(CTYPES)
 
 
@@ -29,7 +29,7 @@ def test_values(row, seed):
 @needs_cpu_build
 @pytest.mark.parametrize("flavour", ["races", "addresses"])
 def test_sanitizers(row, flavour):
-    with use(on_cpu(row, flavour)):
+    with use(CpuExecutor(flavour)):
         ROWS[row].small(CTYPES)
 
 
@@ -37,5 +37,5 @@ def test_sanitizers(row, flavour):
 @needs_nvrtc
 @pytest.mark.parametrize("architecture", [ARCHITECTURES[0], ARCHITECTURES[-1]])
 def test_ptx(row, architecture):
-    with use(PtxExecutor(row, architecture)):
+    with use(PtxExecutor(architecture)):
         ROWS[row].small(CTYPES)

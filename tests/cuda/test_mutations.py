@@ -40,10 +40,10 @@ def program(row: str, check: str):
 
 def executors(row, mutation, check):
     if check == "ptx":
-        yield PtxExecutor(row, text=mutation.apply(kernels.source(row)))
+        yield PtxExecutor(mutants={row: mutation.apply(kernels.source(row))})
         return
     for seed in SEEDS:
-        yield CpuExecutor(program(row, check), mutation.name, seed)
+        yield CpuExecutor(check, seed, {row: (program(row, check), mutation.name)})
 
 
 def run(row, chosen):

@@ -29,7 +29,7 @@ class Kernel:
         template: its name in that file.
         arguments: name to `POINTER`, or to the NumPy dtype of a scalar, in order.
         threads: of a CUDA block; the same as in `__launch_bounds__`.
-        dtypes: what the template is instantiated for.
+        dtypes: what the template is instantiated for; none: it is a plain function.
     """
 
     row: str
@@ -40,7 +40,7 @@ class Kernel:
 
     def expression(self, dtype: str) -> str:
         """Name one instance in C++, as in `quantize<__half>`."""
-        return f"{self.template}<{CTYPES[dtype]}>"
+        return f"{self.template}<{CTYPES[dtype]}>" if self.dtypes else self.template
 
     def widths(self) -> list[int]:
         """Return the bytes of each argument."""
@@ -84,7 +84,39 @@ DEQUANTIZE = Kernel(
     },
 )
 
-KERNELS = (QUANTIZE, DEQUANTIZE)
+NEST = Kernel(
+    "double_quant",
+    "nest",
+    {
+        "absmax": POINTER,
+        "midpoints": POINTER,
+        "codes": POINTER,
+        "nested_absmax": POINTER,
+        "n": "int64",
+        "offset": "float32",
+        "log2_blocksize": "int32",
+    },
+    dtypes=(),
+)
+DEQUANTIZE_NESTED = Kernel(
+    "double_quant",
+    "dequantize_nested",
+    {
+        "packed": POINTER,
+        "absmax_codes": POINTER,
+        "nested_absmax": POINTER,
+        "map": POINTER,
+        "codebook": POINTER,
+        "out": POINTER,
+        "n": "int64",
+        "offset": "float32",
+        "log2_blocksize": "int32",
+        "log2_nested_blocksize": "int32",
+        "bits": "int32",
+    },
+)
+
+KERNELS = (QUANTIZE, DEQUANTIZE, NEST, DEQUANTIZE_NESTED)
 
 
 def source(row: str) -> str:
@@ -111,7 +143,7 @@ def _written_out(name: str, seen: set[str]) -> str:
 
 def instances(row: str) -> list[tuple[Kernel, str]]:
     """List a row's kernels with every dtype that they are compiled for."""
-    return [(k, d) for k in KERNELS if k.row == row for d in k.dtypes]
+    return [(k, d) for k in KERNELS if k.row == row for d in k.dtypes or ("float32",)]
 
 
 def expressions(row: str) -> list[str]:

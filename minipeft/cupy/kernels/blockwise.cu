@@ -48,7 +48,7 @@ quantize(const T* __restrict__ W, const float* __restrict__ midpoints, u64 order
          byte* __restrict__ packed, float* __restrict__ absmax, u64* __restrict__ bad, i64 n,
          int log2_blocksize, int bits) {
   __shared__ float boundary[16];
-  __shared__ float warp_max[THREADS / WARP];
+  __shared__ float part[THREADS / WARP];
   const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
   const i64 blocksize = i64(1) << log2_blocksize;
   const i64 span = blocksize > TILE ? blocksize : TILE;
@@ -80,12 +80,12 @@ quantize(const T* __restrict__ W, const float* __restrict__ midpoints, u64 order
   for (int bit = 3; bit < 8; ++bit)
     if (bit < log2_blocksize)
       m[0] = fmaxf(m[0], __shfl_xor_sync(ALL_LANES, m[0], 1 << (bit - 3)));
-  if (lane == 0) warp_max[warp] = m[0];
+  if (lane == 0) part[warp] = m[0];
   if (threadIdx.x < 16) boundary[threadIdx.x] = midpoints[threadIdx.x];
   __syncthreads();
   if (log2_blocksize > 8) {
     const int warps = log2_blocksize < 11 ? 1 << (log2_blocksize - 8) : THREADS / WARP;
-    for (int k = 0; k < warps; ++k) m[0] = fmaxf(m[0], warp_max[warp / warps * warps + k]);
+    for (int k = 0; k < warps; ++k) m[0] = fmaxf(m[0], part[warp / warps * warps + k]);
   }
   if (log2_blocksize >= 3)
 #pragma unroll

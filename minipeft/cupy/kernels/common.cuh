@@ -25,6 +25,14 @@ template <> __device__ __forceinline__ __nv_bfloat16 from_float<__nv_bfloat16>(f
   return __float2bfloat16_rn(x);
 }
 
+// The largest value of a warp, in each of its lanes.
+__device__ __forceinline__ float warp_max(float m) {
+#pragma unroll
+  for (int distance = WARP / 2; distance > 0; distance >>= 1)
+    m = fmaxf(m, __shfl_xor_sync(ALL_LANES, m, distance));
+  return m;
+}
+
 // 16 bytes: the widest load and store that a thread has. The address must be a multiple
 // of 16; the launchers see to it.
 template <class T> struct alignas(16) Vector {
