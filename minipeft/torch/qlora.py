@@ -1,16 +1,25 @@
 """QLoRA's base: a frozen linear layer that keeps its weight in a few bits."""
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from dataclasses import fields
+from fnmatch import fnmatchcase
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
+from minipeft.errors import InputError
 from minipeft.shapes import Float, Shaped
-from minipeft.torch.blockwise import Blockwise, dequantize, quantize
+from minipeft.torch import blockwise, double_quant
+from minipeft.torch.blockwise import Blockwise
 from minipeft.torch.codebook import NF4
+from minipeft.torch.double_quant import Nested
 from minipeft.torch.linear import Form, Layout, layout
+from minipeft.torch.lora import LoRALinear
+
+Model = TypeVar("Model", bound=nn.Module)
+TARGETS = ("dequantized", "requantized")
 
 
 class QuantizedLinear(nn.Module):
@@ -28,22 +37,24 @@ class QuantizedLinear(nn.Module):
     """
 
     packed: Tensor
-    absmax: Tensor
-    codebook: Tensor
 
     def __init__(
         self,
-        q: Blockwise,
+        q: Blockwise | Nested,
         bias: Float[Tensor, " out_features"] | None = None,
         dtype: torch.dtype = torch.float32,
     ):
         super().__init__()
-        self.out_features, self.in_features = q.shape
-        self.blocksize, self.dtype = q.blocksize, dtype
-        # Copies: loading a state dict writes into them, and must not reach NF4 itself.
-        self.register_buffer("packed", q.packed.clone())
-        self.register_buffer("absmax", q.absmax.clone())
-        self.register_buffer("codebook", q.codebook.clone())
+        self.out_features: int = q.shape[0]
+        self.in_features: int = q.shape[1]
+        parts = {field.name: getattr(q, field.name) for field in fields(q)}
+        self.kind: Callable[..., Blockwise | Nested] = type(q)
+        self.tensors = [k for k, v in parts.items() if isinstance(v, Tensor)]
+        self.constants = {k: v for k, v in parts.items() if k not in self.tensors}
+        self.dtype = dtype
+        for name in self.tensors:
+            # A copy: loading a state dict writes into it, and must not reach NF4.
+            self.register_buffer(name, parts[name].clone())
         self.bias = None if bias is None else nn.Parameter(bias.detach().clone(), False)
 
     @classmethod
@@ -52,16 +63,24 @@ class QuantizedLinear(nn.Module):
         layer: nn.Linear,
         codebook: Float[Tensor, " codes"] = NF4,
         blocksize: int = 64,
+        nested_blocksize: int | None = None,
     ) -> "QuantizedLinear":
-        """Quantize the weight of a linear layer; the layer itself is left alone."""
-        q = quantize(layer.weight, codebook, blocksize)
-        return cls(q, layer.bias, layer.weight.dtype)
+        """Quantize the weight of a linear layer; the layer itself is left alone.
+
+        With `nested_blocksize` (256) the scales are quantized too.
+        """
+        W = layer.weight
+        if nested_blocksize is None:
+            q = blockwise.quantize(W, codebook, blocksize)
+            return cls(q, layer.bias, W.dtype)
+        nested = double_quant.quantize(W, codebook, blocksize, nested_blocksize)
+        return cls(nested, layer.bias, W.dtype)
 
     @property
-    def q(self) -> Blockwise:
+    def q(self) -> Blockwise | Nested:
         """The quantized weight."""
-        shape = (self.out_features, self.in_features)
-        return Blockwise(self.packed, self.absmax, self.codebook, self.blocksize, shape)
+        tensors = {name: getattr(self, name) for name in self.tensors}
+        return self.kind(**tensors, **self.constants)
 
     @property
     def weight(self) -> Float[Tensor, "out_features in_features"]:
@@ -72,7 +91,10 @@ class QuantizedLinear(nn.Module):
         self, dtype: torch.dtype
     ) -> Float[Tensor, "out_features in_features"]:
         r"""Return $\hat W$ in this dtype."""
-        return dequantize(self.q, dtype)
+        q = self.q
+        if isinstance(q, Nested):
+            return double_quant.dequantize(q, dtype)
+        return blockwise.dequantize(q, dtype)
 
     def forward(
         self, x: Shaped[Tensor, "... in_features"]
@@ -84,21 +106,22 @@ class QuantizedLinear(nn.Module):
     def _apply(
         self, fn: Callable[[Tensor], Tensor], recurse: bool = True
     ) -> "QuantizedLinear":
-        # A cast to 16 bits would round scales and codes: they move, but stay float32.
-        exact, probe = (self.absmax, self.codebook), self.absmax.new_empty(0)
+        # A cast to 16 bits would round scales and codes: they move, but are not cast.
+        exact = {name: getattr(self, name) for name in self.tensors}
+        probe = torch.empty(0, dtype=self.dtype, device=self.packed.device)
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        self.dtype = fn(probe.to(self.dtype)).dtype
-        self.absmax, self.codebook = (
-            t if t.is_meta else t.to(self.packed.device) for t in exact
-        )
+        self.dtype = fn(probe).dtype
+        for name, tensor in exact.items():
+            if not tensor.is_meta:
+                setattr(self, name, tensor.to(self.packed.device))
         return self
 
     def extra_repr(self) -> str:
         """Say what `print` shows."""
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, "
-            f"bias={self.bias is not None}, codes={len(self.codebook)}, "
-            f"blocksize={self.blocksize}"
+            f"bias={self.bias is not None}, codes={len(self.q.codebook)}, "
+            f"blocksize={self.constants['blocksize']}, scales={type(self.q).__name__}"
         )
 
 
@@ -144,3 +167,80 @@ class _Quantized(Layout):
 @layout.register
 def _(layer: QuantizedLinear) -> Layout:
     return _Quantized()
+
+
+def quantize_linears(
+    model: Model,
+    skip: Sequence[str] = ("lm_head",),
+    codebook: Float[Tensor, " codes"] = NF4,
+    blocksize: int = 64,
+    nested_blocksize: int | None = 256,
+) -> Model:
+    """Put a `QuantizedLinear` in the place of every linear layer; the rest stays.
+
+    Args:
+        model: changed in place and returned; not yet adapted.
+        skip: full names, last parts of names, or patterns of layers to leave alone; the
+            output layer often shares its weight with the embedding.
+        codebook: of the weights.
+        blocksize: weights that share a scale.
+        nested_blocksize: scales that share a nested scale; None: scales of 32 bits.
+
+    Raises:
+        InputError: if there is no such layer; if a weight cannot be quantized.
+    """
+    found = [
+        (parent, attribute, child)
+        for name, parent in model.named_modules()
+        for attribute, child in parent.named_children()
+        if type(child) is nn.Linear and not _named(f"{name}.{attribute}", skip)
+    ]
+    if not found:
+        raise InputError("the model has no linear layer to quantize; give another one.")
+    for parent, attribute, layer in found:
+        frozen = QuantizedLinear.from_linear(
+            layer, codebook, blocksize, nested_blocksize
+        )
+        setattr(parent, attribute, frozen)
+    return model
+
+
+def merge(
+    layer: LoRALinear, into: str = "dequantized"
+) -> "nn.Linear | QuantizedLinear":
+    r"""Return a layer that does the same without the adapter, or nearly.
+
+    Into the dequantized weight: $\hat W + s B A$, the function that was trained; eight
+    times the bytes. Requantized: that weight in four bits again, where an update
+    smaller than half a gap of the codebook disappears. (Into the original W: load it,
+    inject, and merge there. Neither rounding, but not what the adapter was trained on.)
+
+    Args:
+        layer: LoRA on a `QuantizedLinear`; it is left alone.
+        into: `dequantized` or `requantized`.
+
+    Raises:
+        InputError: if `into` is neither, or the base is not quantized.
+    """
+    if into not in TARGETS:
+        raise InputError(f"into is {into!r}; choose {' or '.join(TARGETS)}.")
+    base = layer.base
+    if not isinstance(base, QuantizedLinear):
+        raise InputError(f"the base is a {type(base).__name__}; call its own merge().")
+    d, k = base.out_features, base.in_features
+    plain = nn.Linear(k, d, bias=False, device="meta").requires_grad_(False)
+    plain.weight = nn.Parameter(layer.merged().detach(), requires_grad=False)
+    plain.bias = base.bias  # type: ignore[assignment]
+    if into == "dequantized":
+        return plain
+    q = base.q
+    nested = q.nested_blocksize if isinstance(q, Nested) else None
+    return QuantizedLinear.from_linear(plain, q.codebook, q.blocksize, nested)
+
+
+def _named(name: str, patterns: Sequence[str]) -> bool:
+    name = name.lstrip(".")
+    return any(
+        fnmatchcase(name, pattern) or fnmatchcase(name, f"*.{pattern}")
+        for pattern in patterns
+    )
