@@ -4,7 +4,6 @@ reference/   NumPy: the definition of every method
 torch/       the same names as modules and autograd, plus `inject`
 cupy/        CUDA kernels, where memory layout is the point
 golden/      vectors that check any other implementation
-interop/     files and formats of other libraries
 lab/         models, data, training, memory, plots
 cli          the `minipeft` command
 """
