@@ -17,6 +17,14 @@ def test_writes_the_bytes_and_leaves_nothing_else(tmp_path):
     assert stat.S_IMODE(path.stat().st_mode) == 0o644
 
 
+def test_the_old_file_is_replaced_never_written_into(tmp_path):
+    path, second_name = tmp_path / "file.bin", tmp_path / "held"
+    files.write_atomic(path, b"one")
+    os.link(path, second_name)
+    files.write_atomic(path, b"two")
+    assert second_name.read_bytes() == b"one"
+
+
 def test_a_full_disk_keeps_the_old_file_and_leaves_no_other(tmp_path, monkeypatch):
     path = tmp_path / "file.bin"
     files.write_atomic(path, b"old")

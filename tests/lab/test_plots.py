@@ -73,6 +73,13 @@ def test_only_known_colors_and_no_background(name, tmp_path):
     assert "<text" not in svg
 
 
+def test_numbers_on_the_axes_are_ink_and_their_marks_faint():
+    _, ax = plots.axes()
+    for axis in (ax.xaxis, ax.yaxis):
+        assert {label.get_color() for label in axis.get_ticklabels()} == {plots.INK}
+        assert {line.get_color() for line in axis.get_ticklines()} == {plots.FAINT}
+
+
 def test_a_full_disk_leaves_no_figure(tmp_path, monkeypatch):
     def full(descriptor, data):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))

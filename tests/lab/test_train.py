@@ -2,6 +2,7 @@ import copy
 import errno
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -54,6 +55,16 @@ def test_it_learns(toy):
     assert history.validation[-1][1] < before / 2
     assert len(history.losses) == 60
     assert not toy.training
+
+
+def test_progress_goes_to_stderr(toy, capsys):
+    train(toy, BATCHES, TrainConfig(20), VALIDATION)
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert len(err.splitlines()) == 10
+    assert re.fullmatch(
+        r"step 20/20  loss \d\.\d{3}  .*ms/step  0 s left", err.splitlines()[-1]
+    )
 
 
 def test_the_same_seed_gives_the_same_bits(toy):
@@ -121,7 +132,9 @@ def test_gradient_is_clipped_to_the_norm(toy):
 
 def test_loss_is_the_mean_over_predicted_labels(toy):
     short = {k: v[:1, :5] for k, v in VALIDATION[0].items()}
-    parts = [loss(toy, [VALIDATION[1]]), loss(toy, [short])]
+    toy.eval()
+    with torch.no_grad():
+        parts = [float(toy(**batch).loss) for batch in (VALIDATION[1], short)]
     counts = [predicted(VALIDATION[1]["labels"]), predicted(short["labels"])]
     assert counts == [44, 4]
     expected = (parts[0] * 44 + parts[1] * 4) / 48
@@ -238,6 +251,17 @@ def test_a_checkpoint_of_another_base_or_adapter_is_refused(toy, tmp_path):
     freeze_all_but(toy, "q_proj")
     with torch.no_grad():
         toy.model.norm.weight[0].add_(1)
+    assert_refused(toy, path, "another base model or other adapters")
+
+
+def test_a_checkpoint_that_lacks_a_parameter_is_refused(toy, tmp_path):
+    path = tmp_path / "run.safetensors"
+    saved(toy, path)
+    with safetensors.safe_open(path, framework="pt") as file:
+        header = file.metadata()
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    del tensors["parameter/model.norm.weight"]
+    path.write_bytes(safetensors.torch.save(tensors, metadata=header))
     assert_refused(toy, path, "another base model or other adapters")
 
 
