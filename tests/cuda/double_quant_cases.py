@@ -55,7 +55,7 @@ MUTATIONS = (
     Mutation(
         "a scale too many",
         "end = full < n ? full : n;",
-        "end = full;",
+        "end = full < n ? full : n + 1;",
         1,
         ("addresses", "ptx"),
     ),
