@@ -1,4 +1,4 @@
-"""The CUDA kernels pass the vectors: compiled for the CPU, and on a GPU if there is one."""
+"""The CUDA kernels pass the vectors: compiled for the CPU, and on a GPU if present."""
 
 import shutil
 import subprocess

@@ -11,6 +11,12 @@ import pytest
 from tests.golden.test_verify import minipeft
 
 
+@pytest.fixture(autouse=True)
+def eager(monkeypatch):
+    # bitsandbytes compiles its own fallback for minutes, to the same values.
+    monkeypatch.setenv("TORCHDYNAMO_DISABLE", "1")
+
+
 def flags_of_failures(peer, row, folder):
     pytest.importorskip(peer)
     report = folder / "report.json"
