@@ -191,9 +191,11 @@ class DoRALinear(Adapted[DoRA]):
 
     def merged(self) -> Float[Tensor, "out_features in_features"]:
         r"""Return $W'$, rounded once to the dtype of W."""
-        W = self.W
+        W, shares = self.W, self.shares()
+        if [share for share, _ in shares] == [1]:
+            return merge(W, shares[0][1]).to(W.dtype)
         total = self._unchanged() * W
-        for share, dora in self.shares():
+        for share, dora in shares:
             total = total + share * merge(W, dora)
         return total.to(W.dtype)
 

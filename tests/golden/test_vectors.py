@@ -67,11 +67,11 @@ def test_schema_refuses_a_spoilt_file(path, spoil, registry):
     if spoil == "extra":
         valid["weight"] = 1
     if spoil == "hex":
-        next(iter(valid["inputs"].values()))["data"] += "f"
+        next(iter(valid["outputs"].values()))["data"] += "f"
     if spoil == "kind":
         next(iter(file["notes"].values()))["kind"] = "OTHER"
     if spoil == "input":
-        valid["inputs"]["unknown"] = next(iter(valid["inputs"].values()))
+        valid["inputs"]["unknown"] = next(iter(valid["outputs"].values()))
     if spoil == "output":
         valid["outputs"].popitem()
     schema = content(SCHEMAS / file["schema"])

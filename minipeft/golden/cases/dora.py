@@ -10,7 +10,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from minipeft.golden.cases import File, Named, Spec, gaussian, integers
+from minipeft.golden.cases import File, Named, Spec, any_zero, gaussian, integers
 from minipeft.golden.tensors import Array
 from minipeft.golden.vectors import Note
 from minipeft.reference import dora, lora
@@ -20,8 +20,13 @@ F32 = np.float32
 Sizes = tuple[int, int, int]  # in_features, out_features, r
 SMALL: Sizes = (7, 5, 2)
 
-# Rows of length 2, 4 and 8; zeros fill them up.
-ROWS = ((1, 1, 1, 1), (2, 2, 2, 2), (3, 2, 1, 1, 1), (7, 1, 1, 2, 3), (4, 4, 4, 4))
+# Rows of length 4, 8 and 16, by the number of their columns.
+ROWS = {
+    5: ((1, 1, 1, 2, 3), (2, 2, 2, 4, 6)),
+    6: ((5, 4, 3, 3, 2, 1), (10, 8, 6, 6, 4, 2)),
+    7: ((1, 1, 1, 1, 2, 2, 2), (7, 1, 1, 1, 2, 2, 2)),
+    9: ((4, 4, 3, 3, 2, 2, 2, 1, 1), (8, 8, 6, 6, 4, 4, 4, 2, 2)),
+}
 
 NOTES = {
     "Basic": Note(
@@ -175,8 +180,8 @@ def _cases(operation: str) -> Iterator[Spec]:
         ):
             bias = integers(f"dora {spec.comment}", (5,), 16)
             yield replace(spec, inputs={**spec.inputs, "bias": bias})
-    for sizes, alpha in [((15, 8, 3), 5.0), ((7, 18, 5), 0.3)]:
-        yield _normal(operation, sizes, alpha)
+    for sizes, numerator in [((15, 8, 3), 5.0), ((7, 18, 5), 0.3)]:
+        yield _normal(operation, sizes, numerator)
     yield from _invalid(operation)
 
 
@@ -185,15 +190,17 @@ def _edges(operation: str) -> Iterator[Spec]:
     s, A, B = F32(2), spec.inputs["A"], spec.inputs["B"]
     W = spec.inputs["W"].copy()
     W[2] = -s * (B[2] @ A)
-    yield replace(spec, inputs={**spec.inputs, "W": W})
+    yield any_zero(operation, replace(spec, inputs={**spec.inputs, "W": W}))
     spec = _exact(operation, "row 1 of W and of B is zero", "ZeroRow", SMALL, 4)
     W, B = spec.inputs["W"].copy(), spec.inputs["B"].copy()
     W[1], B[1] = 0, 0
-    yield replace(spec, inputs={**spec.inputs, "W": W, "B": B})
+    spec = replace(spec, inputs={**spec.inputs, "W": W, "B": B})
+    yield any_zero(operation, spec)
     spec = _exact(operation, "magnitude 3 is zero", "ZeroMagnitude", SMALL, 4)
     magnitude = spec.inputs["magnitude"].copy()
     magnitude[3] = 0
-    yield replace(spec, inputs={**spec.inputs, "magnitude": magnitude})
+    spec = replace(spec, inputs={**spec.inputs, "magnitude": magnitude})
+    yield any_zero(operation, spec)
     spec = _exact(operation, "every magnitude is negative", "Negative", SMALL, 4)
     negative = -np.abs(spec.inputs["magnitude"])
     yield replace(spec, inputs={**spec.inputs, "magnitude": negative})
@@ -226,13 +233,10 @@ def _exact(
 
 
 def _rows_of_known_length(seed: str, shape: tuple[int, int]) -> Array:
-    """Rows of whole numbers of length 2, 4 and 8: signs and places drawn."""
+    """Rows of whole numbers whose length is a power of two: signs and places drawn."""
     signs, keys = np.sign(integers(seed, shape)), gaussian(f"{seed} places", shape)
-    V = np.zeros(shape, F32)
-    for i in range(shape[0]):
-        row = ROWS[i % len(ROWS)]
-        V[i, np.argsort(keys[i])[: len(row)]] = row
-    return np.asarray(V * signs)
+    known = np.array([ROWS[shape[1]][i % 2] for i in range(shape[0])], F32)
+    return np.asarray(np.take_along_axis(known, np.argsort(keys), axis=1) * signs)
 
 
 def _with_data(

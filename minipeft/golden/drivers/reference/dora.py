@@ -27,7 +27,7 @@ def dora_backward(
     B: Array,
     magnitude: Array,
     alpha: float,
-) -> tuple[Array, Array, Array, Array]:
+) -> tuple[Array, ...]:
     """Return the gradients of x, A, B and the magnitude."""
     return tuple(dora.backward(grad_y, x, W, _dora(W, A, B, magnitude, alpha)))
 

@@ -1,0 +1,162 @@
+"""Cases of bottleneck_forward and bottleneck_backward."""
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+import numpy as np
+
+from minipeft.golden.cases import File, Spec, any_zero, gaussian, integers
+from minipeft.golden.tensors import Array
+from minipeft.golden.vectors import Note
+
+SMALL = (6, 3)  # features, bottleneck
+
+NOTES = {
+    "Basic": Note(
+        "BASIC",
+        "Down to few features, ReLU, up again: what the adapter adds to its place.",
+        "The skip connection is part of the answer, or another nonlinearity is.",
+        ("https://arxiv.org/abs/1902.00751",),
+    ),
+    "Scaling": Note(
+        "CONVENTION",
+        "The scaling multiplies the up projection and its bias alike.",
+        "The bias escapes the scaling, or the nonlinearity sees it.",
+        ("https://arxiv.org/abs/2110.04366",),
+    ),
+    "SquareTrap": Note(
+        "CONVENTION",
+        "As many features inside as outside: no shape error can help.",
+        "Transposed matrices give numbers.",
+        (),
+    ),
+    "Corner": Note(
+        "CONVENTION",
+        "Every unit is exactly at its corner: the slope of ReLU at 0 is 0.",
+        "A gradient passes through units that are off.",
+        (),
+    ),
+    "Start": Note(
+        "EDGE_CASE",
+        "Up is zero, as at the start of training: the adapter adds nothing.",
+        "Noise from the first step on.",
+        (),
+    ),
+    "LeadingAxes": Note(
+        "EDGE_CASE",
+        "x has no, one or more axes before features; gradients sum over them all.",
+        "Only the first axis is summed, or a vector is taken for a matrix.",
+        (),
+    ),
+    "Normal": Note(
+        "NUMERICS",
+        "Normal values: any order of summation stays within the bound.",
+        "TF32 or half precision inside, though the tensors are float32.",
+        (),
+    ),
+    "ShapeMismatch": Note(
+        "EDGE_CASE",
+        "A part does not fit the others.",
+        "Broadcasting turns the mistake into numbers.",
+        (),
+    ),
+}
+
+
+def files() -> Iterator[File]:
+    """Yield the two files of the row."""
+    for verb, header in {
+        "forward": ("y = scaling * (ReLU(x down^T + down_bias) up^T + up_bias), the",
+                    "change alone: serial placement adds it to x."),
+        "backward": ("The gradients of that change; the slope of ReLU at 0 is 0.",),
+    }.items():  # fmt: skip
+        yield File(
+            operation=f"bottleneck_{verb}",
+            header=header,
+            source=f"minipeft.reference.bottleneck.{verb}",
+            notes=NOTES,
+            specs=[*_cases(f"bottleneck_{verb}")],
+        )
+
+
+def _cases(operation: str) -> Iterator[Spec]:
+    yield _spec(operation, "6 features, 3 inside", "Basic", 2.0)
+    yield _spec(operation, "wider inside", "Basic", 0.5, (3, 5))
+    yield _spec(operation, "scaling 1/2", "Scaling", 0.5)
+    yield _spec(operation, "scaling -4", "Scaling", -4.0)
+    yield _spec(operation, "4 features, 4 inside", "SquareTrap", 2.0, (4, 4))
+    for comment, rows in [("x is a vector", ()), ("two leading axes", (2, 2))]:
+        yield _spec(operation, comment, "LeadingAxes", 2.0, rows=rows)
+    for comment, flag, names in [
+        ("down and its bias are zero", "Corner", ("down", "down_bias")),
+        ("up and its bias are zero", "Start", ("up", "up_bias")),
+    ]:
+        spec = _spec(operation, comment, flag, 2.0)
+        zeros = {name: np.zeros_like(spec.inputs[name]) for name in names}
+        spec = replace(spec, inputs={**spec.inputs, **zeros})
+        yield any_zero(operation, spec)
+    yield _normal(operation)
+    for name, shape in [
+        ("down", (3, 5)),
+        ("down_bias", (2,)),
+        ("up", (6, 2)),
+        ("up_bias", (5,)),
+        ("up_bias", (1,)),
+    ]:
+        comment = f"{name} has shape {shape}"
+        spec = _spec(operation, comment, "ShapeMismatch", 2.0)
+        inputs = {**spec.inputs, name: integers(comment, shape)}
+        plain = Spec(comment, spec.flags, inputs, spec.parameters)
+        yield replace(plain, result="invalid")
+
+
+def _shapes(
+    operation: str, sizes: tuple[int, int], rows: tuple[int, ...]
+) -> dict[str, tuple[int, ...]]:
+    features, bottleneck = sizes
+    shapes: dict[str, tuple[int, ...]] = {
+        "x": (*rows, features),
+        "down": (bottleneck, features),
+        "down_bias": (bottleneck,),
+        "up": (features, bottleneck),
+        "up_bias": (features,),
+    }
+    backward = operation == "bottleneck_backward"
+    return {"grad_y": (*rows, features)} | shapes if backward else shapes
+
+
+def _spec(
+    operation: str,
+    comment: str,
+    flags: str,
+    scaling: float,
+    sizes: tuple[int, int] = SMALL,
+    rows: tuple[int, ...] = (3,),
+) -> Spec:
+    seed, inputs = f"{operation} {comment}", dict[str, Array]()
+    for name, shape in _shapes(operation, sizes, rows).items():
+        inputs[name] = integers(f"{seed} {name}", shape)
+    spec = Spec(comment, tuple(flags.split()), inputs, {"scaling": scaling})
+    # Units that are off have gradients of zero, whose sign the order of sums decides.
+    return any_zero(operation, spec) if operation == "bottleneck_backward" else spec
+
+
+def _normal(operation: str) -> Spec:
+    """Compared with a bound: two sums each way, the positions, 8 roundings more."""
+    sizes, rows = (15, 8), 4
+    shapes = _shapes(operation, sizes, (rows,))
+    seed = f"{operation} normal"
+    inputs = {name: gaussian(f"{seed} {name}", s) for name, s in shapes.items()}
+    # The values say which units are on; none is so near its corner that rounding could.
+    before = inputs["x"] @ inputs["down"].T + inputs["down_bias"]
+    assert np.abs(before).min() > 2.0**-10
+    outputs: tuple[str, ...] = ("y",)
+    if operation == "bottleneck_backward":
+        outputs = ("grad_x", "grad_down", "grad_down_bias", "grad_up", "grad_up_bias")
+    return Spec(
+        comment="normal values, 15 features, 8 inside",
+        flags=("Normal", "Scaling"),
+        inputs=inputs,
+        parameters={"scaling": 1.7},
+        roundings=dict.fromkeys(outputs, 2 * sum(sizes) + rows + 8),
+    )
