@@ -10,6 +10,8 @@ import pytest
 
 from tests.golden.test_verify import minipeft
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(autouse=True)
 def eager(monkeypatch):
