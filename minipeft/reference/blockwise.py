@@ -103,7 +103,7 @@ def unpack(
     packed: UInt8[np.ndarray, " bytes"], bits: int, n: int
 ) -> UInt8[np.ndarray, " n"]:
     """Read back the first `n` codes that `pack` wrote."""
-    bit_rows = np.unpackbits(packed, count=n * bits).reshape(n, bits)
+    bit_rows = np.unpackbits(packed)[: n * bits].reshape(n, bits)
     return np.packbits(bit_rows, axis=1, bitorder="big")[:, 0] >> np.uint8(8 - bits)
 
 

@@ -70,9 +70,11 @@ def dequantize(
         q: what `quantize` returned.
         dtype: of the result.
     """
+    check_blocksize(q.blocksize)
     n = prod(q.shape)
-    values = _fill(_decode(q.packed, q.codebook, n), q.blocksize)
-    blocks = values.view(-1, q.blocksize) * q.absmax.float()[:, None]
+    decoded = _decode(q.packed, q.codebook, n).view(n)  # a missing byte is an error
+    values = _fill(decoded, q.blocksize).view(-1, q.blocksize)
+    blocks = values * q.absmax.float().view(len(values), 1)  # one scale each, or none
     return blocks.to(dtype).view(-1)[:n].view(q.shape)
 
 

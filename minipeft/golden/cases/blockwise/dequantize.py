@@ -94,7 +94,7 @@ def _misaligned() -> Iterator[Spec]:
         ((3, 80), 32),
         ((5, 16), 64),
         ((3, 48), 32),
-        ((5, 24), 32),
+        ((3, 24), 32),
     ]:
         comment = f"rows of {shape[1]} in blocks of {blocksize}"
         yield _random(comment, flags, shape, blocksize)
@@ -162,6 +162,9 @@ def _invalid() -> Iterator[Spec]:
     codes = _codes("invalid", 128)
     yield _refuse("two blocks, one scale", "SizeMismatch", codes, [1], 64)
     yield _refuse("one block, no scale", "SizeMismatch", codes[:64], [], 64)
+    spec = _refuse("one byte short", "SizeMismatch", codes[:64], [1], 64)
+    packed = spec.inputs["packed"][:-1]
+    yield replace(spec, inputs={**spec.inputs, "packed": packed})
     for blocksize in (0, -64):
         comment = f"a block size of {blocksize}"
         yield _refuse(comment, "InvalidBlocksize", codes[:64], [1], blocksize)
