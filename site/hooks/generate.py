@@ -12,7 +12,18 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from book import BookError, Layout, api, methods, notebook, page, shelf, source, vectors
+from book import (
+    BookError,
+    Layout,
+    api,
+    figures,
+    methods,
+    notebook,
+    page,
+    shelf,
+    source,
+    vectors,
+)
 from book.chapter import Chapter, read_all
 from book.prose import Page, expand
 from book.run import Result, run_all
@@ -127,12 +138,26 @@ def hand_written(book: Book, where: str) -> Page:
     setting.blocks = {
         "map": lambda: methods.table(book.layout.root, partial(map_link, book.layout)),
         "operations": lambda: vectors.table(book.layout.package / "golden" / "v1"),
+        "figure": lambda chapter, name: figure(book, where, chapter, name),
         "glossary": lambda: expand(shelf.glossary(book.terms), setting),
         "bibliography": lambda: shelf.bibliography(
             list(book.works.values()), book.cited_in
         ),
     }
     return setting
+
+
+def figure(book: Book, where: str, chapter: str, name: str) -> str:
+    """Show a chapter's figure elsewhere, and say where it comes from."""
+    result = book.results.get(chapter)
+    shown = [f for c in result.cells for f in c["figures"]] if result else []
+    for found in shown:
+        if result and Path(found["file"]).stem == name:
+            svg = (result.folder / found["file"]).read_text("utf-8")
+            label = f'<a href="book/{chapter}.html">Chapter {int(chapter[:2])}</a>'
+            at = f"book/{chapter}/{name}"
+            return figures.markup(found, figures.size(svg, name), at, label)
+    raise BookError(f"{where}: chapter {chapter} shows no figure {name!r}")
 
 
 def map_link(layout: Layout, column: str, file: Path) -> str:

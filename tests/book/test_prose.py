@@ -26,8 +26,8 @@ def test_columns_become_tabs(small):
     )
     small.build()
     page = small.page()
-    for tab in ("NumPy", "torch", "CUDA"):
-        assert f'=== "{tab}"\n\n    [`minipeft.' in page
+    for tab in ('! "NumPy"', ' "torch"', ' "CUDA"'):
+        assert f"==={tab}\n\n    [`minipeft." in page
     assert "    @functools.cache\n    def forward(self, x):" in page
     kernel = page.split("```cuda\n")[1].split("```")[0]
     assert kernel.lstrip().startswith(

@@ -4,6 +4,7 @@ import hashlib
 import importlib.util
 import io
 from pathlib import Path
+from typing import Any
 
 from fontTools.subset import Options, Subsetter
 from fontTools.ttLib import TTFont
@@ -15,6 +16,8 @@ from . import BookError, write
 ALWAYS = {*map(chr, range(0x20, 0x7F)), "√"}
 SMALLEST_ROOT = 0.82
 ROOT_GAP = 150  # thousandths of an em
+BRACKETS = set("()[]{}")
+WIDEST_BRACKET = 1.2
 
 
 def publish(characters: set[str], site: Path, cache: Path) -> Path:
@@ -56,7 +59,7 @@ def subset(source: Path, characters: str) -> bytes:
     cutter = Subsetter(options)
     cutter.populate(text=characters)
     cutter.subset(font)
-    even_roots(font)
+    even_widths(font, characters)
     rename(font)
     font.flavor = "woff2"
     out = io.BytesIO()
@@ -64,26 +67,37 @@ def subset(source: Path, characters: str) -> bytes:
     return out.getvalue()
 
 
-def even_roots(font: TTFont) -> None:
-    """Give the root sign one width at every height, and a smaller smallest form.
+def even_widths(font: TTFont, characters: str) -> None:
+    """Keep tall forms of roots and brackets about as wide as the smallest one.
 
-    Browsers reserve the width of the widest form, which left a gap after each root, and
-    the smallest form was too tall for a single letter, its rule too close.
+    Browsers reserve the width of the widest form, which leaves a gap after the others.
+    The smallest root is also too tall for a single letter, its rule too close.
     """
-    root = font.getBestCmap()[ord("√")]
-    variants = font["MATH"].table.MathVariants
-    forms = variants.VertGlyphConstruction[
-        variants.VertGlyphCoverage.glyphs.index(root)
-    ]
-    larger = [record.VariantGlyph for record in forms.MathGlyphVariantRecord[1:]]
-    larger += [part.glyph for part in forms.GlyphAssembly.PartRecords]
     font["MATH"].table.MathConstants.RadicalVerticalGap.Value = ROOT_GAP
-    scale(font, root, SMALLEST_ROOT, SMALLEST_ROOT)
-    first = forms.MathGlyphVariantRecord[0]
-    first.AdvanceMeasurement = round(first.AdvanceMeasurement * SMALLEST_ROOT)
-    width = font["hmtx"][root][0]
-    for name in dict.fromkeys(larger):
-        scale(font, name, width / font["hmtx"][name][0], 1)
+    root, larger = forms(font, "√")
+    scale(font, root.VariantGlyph, SMALLEST_ROOT, SMALLEST_ROOT)
+    root.AdvanceMeasurement = round(root.AdvanceMeasurement * SMALLEST_ROOT)
+    narrow(font, larger, font["hmtx"][root.VariantGlyph][0])
+    for bracket in BRACKETS & set(characters):
+        first, larger = forms(font, bracket)
+        narrow(font, larger, font["hmtx"][first.VariantGlyph][0] * WIDEST_BRACKET)
+
+
+def forms(font: TTFont, char: str) -> tuple[Any, list[str]]:
+    """Return a character's smallest form, and the glyphs of its taller ones."""
+    variants = font["MATH"].table.MathVariants
+    at = variants.VertGlyphCoverage.glyphs.index(font.getBestCmap()[ord(char)])
+    construction = variants.VertGlyphConstruction[at]
+    first, *others = construction.MathGlyphVariantRecord
+    names = [record.VariantGlyph for record in others]
+    names += [part.glyph for part in construction.GlyphAssembly.PartRecords]
+    return first, list(dict.fromkeys(names))
+
+
+def narrow(font: TTFont, names: list[str], widest: float) -> None:
+    """Condense the glyphs that are wider than this."""
+    for name in names:
+        scale(font, name, min(1.0, widest / font["hmtx"][name][0]), 1)
 
 
 def scale(font: TTFont, name: str, x: float, y: float) -> None:

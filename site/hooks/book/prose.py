@@ -26,7 +26,7 @@ class Page:
     works: dict[str, Work]
     source: Callable[[str], Source]
     values: dict[str, str] = field(default_factory=dict)
-    blocks: dict[str, Callable[[], str]] = field(default_factory=dict)
+    blocks: dict[str, Callable[..., str]] = field(default_factory=dict)
     cited: list[str] = field(default_factory=list)
 
 
@@ -111,10 +111,11 @@ def _sources(names: list[str], page: Page) -> str:
         columns.setdefault(source.column, []).append(source)
     if len(columns) == 1:
         return "\n\n".join(show(s) for s in columns.popitem()[1])
-    tabs = []
+    tabs: list[str] = []
     for column, sources in columns.items():
         body = "\n\n".join(show(source) for source in sources)
-        tabs.append(f'=== "{column}"\n\n{indent(body)}')
+        mark = "===" if tabs else "===!"  # a new set, not more tabs of the last one
+        tabs.append(f'{mark} "{column}"\n\n{indent(body)}')
     return "\n\n".join(tabs)
 
 
