@@ -43,6 +43,8 @@ _DEQUANTIZE = Operation(
     schema="blockwise_dequantize.json",
 )
 
+_ADAMW = ("t", "lr", "beta1", "beta2", "eps", "weight_decay")
+
 OPERATIONS: dict[str, Operation] = {
     "nf4_quantize": _QUANTIZE,
     "nf4_dequantize": _DEQUANTIZE,
@@ -230,5 +232,62 @@ OPERATIONS: dict[str, Operation] = {
         parameters=("scaling",),
         outputs=("grad_x", "grad_down", "grad_down_bias", "grad_up", "grad_up_bias"),
         schema="bottleneck_backward.json",
+    ),
+    "double_quant_quantize": Operation(
+        row="double_quant",
+        tensors=("W",),
+        parameters=("blocksize", "nested_blocksize"),
+        outputs=("packed", "absmax_codes", "nested_absmax", "offset"),
+        schema="double_quant_quantize.json",
+    ),
+    "double_quant_dequantize": Operation(
+        row="double_quant",
+        tensors=("packed", "absmax_codes", "nested_absmax", "offset"),
+        parameters=("blocksize", "nested_blocksize", "shape", "dtype"),
+        outputs=("W",),
+        schema="double_quant_dequantize.json",
+    ),
+    "adamw_step": Operation(
+        row="adamw",
+        tensors=("W", "grad", "m", "v"),
+        parameters=_ADAMW,
+        outputs=("W", "m", "v"),
+        schema="adamw_step.json",
+    ),
+    "adamw8_step": Operation(
+        row="adamw",
+        tensors=("W", "grad", "m_codes", "m_absmax", "v_codes", "v_absmax"),
+        parameters=_ADAMW,
+        outputs=("W", "m_codes", "m_absmax", "v_codes", "v_absmax"),
+        schema="adamw8_step.json",
+    ),
+    "paged_trace": Operation(
+        row="paged",
+        tensors=("touched", "written"),
+        parameters=("pages", "budget"),
+        outputs=("faulted", "left", "written_back", "resident"),
+        schema="paged_trace.json",
+    ),
+    "qlora_forward": Operation(
+        row="qlora",
+        tensors=("x", "packed", "absmax", "A", "B", "bias"),
+        parameters=("alpha", "blocksize"),
+        outputs=("y",),
+        schema="qlora_forward.json",
+        optional=("bias",),
+    ),
+    "qlora_backward": Operation(
+        row="qlora",
+        tensors=("grad_y", "x", "packed", "absmax", "A", "B"),
+        parameters=("alpha", "blocksize"),
+        outputs=("grad_x", "grad_A", "grad_B"),
+        schema="qlora_backward.json",
+    ),
+    "qlora_requantize": Operation(
+        row="qlora",
+        tensors=("packed", "absmax", "A", "B"),
+        parameters=("alpha", "blocksize"),
+        outputs=("packed", "absmax"),
+        schema="qlora_requantize.json",
     ),
 }

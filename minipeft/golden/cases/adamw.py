@@ -1,0 +1,195 @@
+"""Cases of adamw_step and adamw8_step."""
+
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+
+from minipeft.golden.cases import File, Spec, gaussian, integers, reference
+from minipeft.golden.tensors import Array
+from minipeft.golden.vectors import Note
+from minipeft.reference import adamw
+from minipeft.reference.adamw import AdamW
+
+NOTES = {
+    "FirstStep": Note(
+        "BASIC",
+        "From zero moments, the first step is lr * g / (|g| + eps), and decay.",
+        "Moments are not corrected for their start at zero: the first steps go astray.",
+        ("https://arxiv.org/abs/1711.05101",),
+    ),
+    "LaterStep": Note(
+        "BASIC",
+        "Moments as some steps have left them; t counts the steps before this one.",
+        "The correction uses t, not t + 1.",
+        (),
+    ),
+    "Decay": Note(
+        "CONVENTION",
+        "Weight decay is decoupled: lr * weight_decay * W, apart from the gradient.",
+        "Decay is added to the gradient and divided by its root (Adam, not AdamW).",
+        ("https://arxiv.org/abs/1711.05101",),
+    ),
+    "Eps": Note(
+        "CONVENTION",
+        "eps is added after the root is divided by its correction.",
+        "eps is added under the root, or before the correction.",
+        (),
+    ),
+    "ZeroGradient": Note(
+        "HISTORIC_BUG",
+        "Half of the gradients are 0 and so are their moments: only decay moves them.",
+        "Where zero has no code of its own, weights without gradients drift.",
+        ("https://github.com/bitsandbytes-foundation/bitsandbytes",),
+    ),
+    "Codes": Note(
+        "BASIC",
+        "m in the signed and v in the unsigned dynamic map, blocks of 256; the last "
+        "is short. Every value is exact before it is encoded.",
+        "v is coded with a sign, or the weight sees the moments after encoding.",
+        ("https://arxiv.org/abs/2110.02861",),
+    ),
+    "Invalid": Note(
+        "EDGE_CASE",
+        "A gradient that is not finite, or a setting out of range.",
+        "One NaN stays in the moments for ever.",
+        (),
+    ),
+}
+
+
+def files() -> Iterator[File]:
+    """Yield the two files of the row."""
+    formula = (
+        "m = m + (1 - beta1) (g - m); v = beta2 v + (1 - beta2) g^2;",
+        "W = (1 - lr wd) W - lr / (1 - beta1^t) m / (sqrt(v / (1 - beta2^t)) + eps),",
+        "where t counts this step too.",
+    )
+    yield File(
+        operation="adamw_step",
+        header=formula,
+        source="minipeft.reference.adamw.step",
+        notes=NOTES,
+        specs=[*_plain()],
+    )
+    yield File(
+        operation="adamw8_step",
+        header=(*formula, "Moments are decoded before and encoded after."),
+        source="minipeft.reference.adamw.step",
+        notes=NOTES,
+        specs=[*_coded()],
+    )
+
+
+def _settings(t: int, **changes: float) -> dict[str, Any]:
+    usual = {"lr": 0.125, "beta1": 0.75, "beta2": 0.875, "eps": 1e-8}
+    return {"t": t, **usual, "weight_decay": 0.25, **changes}
+
+
+def _plain() -> Iterator[Spec]:
+    W, grad = gaussian("adamw W", (3, 5)), gaussian("adamw g", (3, 5), 0.01)
+    m, v = np.zeros_like(W), np.zeros_like(W)
+    first = {"W": W, "grad": grad, "m": m, "v": v}
+    yield _bounded("from zero", "FirstStep Decay", first, _settings(0))
+    plain = _settings(0, weight_decay=0.0)
+    yield _bounded("without decay", "FirstStep", first, plain)
+    later = {
+        **first,
+        "m": gaussian("adamw m", (3, 5), 0.01),
+        "v": gaussian("adamw v", (3, 5), 0.01) ** 2,
+    }
+    yield _bounded("the 8th step", "LaterStep Decay", later, _settings(7))
+    usual = _settings(999, lr=1e-3, beta1=0.9, beta2=0.999, weight_decay=0.01)
+    yield _bounded("the usual settings", "LaterStep Decay", later, usual)
+    yield _bounded("a large eps", "Eps", later, _settings(2, eps=0.01))
+    still = {**first, "grad": np.zeros_like(W)}
+    yield _bounded("no gradient", "ZeroGradient Decay", still, _settings(3))
+    for bad in (np.nan, np.inf):
+        spoiled = grad.copy()
+        spoiled[1, 2] = bad
+        spec = _spec(f"{bad}", "Invalid", {**first, "grad": spoiled}, _settings(0))
+        yield replace(spec, result="invalid")
+    for name, value in {"lr": -0.1, "beta2": 1.0}.items():
+        spec = _spec(
+            f"{name} is {value}", "Invalid", first, _settings(0, **{name: value})
+        )
+        yield replace(spec, result="invalid")
+
+
+def _bounded(
+    comment: str, flags: str, inputs: dict[str, Array], settings: dict[str, Any]
+) -> Spec:
+    """Compared with a bound: 4 roundings for m, 5 for v, and 18 in all for W."""
+    spec = _spec(comment, flags, inputs, settings)
+    roundings = {"W": 18, "m": 4, "v": 5}
+    return replace(spec, roundings=roundings, magnitudes=_sizes(inputs, settings))
+
+
+def _sizes(inputs: dict[str, Array], settings: dict[str, Any]) -> dict[str, Array]:
+    """Return the sum of the absolute values of all terms."""
+    W, g, m, v = (inputs[n].astype(np.float64) for n in ("W", "grad", "m", "v"))
+    t, lr, beta1, beta2, eps, decay = settings.values()
+    m = np.abs(m) + (1 - beta1) * (np.abs(g) + np.abs(m))
+    v = beta2 * v + (1 - beta2) * g**2
+    root = np.sqrt(v / (1 - beta2 ** (t + 1))) + eps
+    update = lr / (1 - beta1 ** (t + 1)) * m / root
+    return {"W": np.abs(W) * (1 - lr * decay) + update, "m": m, "v": v}
+
+
+def _coded() -> Iterator[Spec]:
+    """Betas are powers of two and gradients whole numbers: m and v are exact."""
+    size = 256 + 9
+    settings = _settings(0, beta1=0.5, beta2=0.75)
+    W = gaussian("adamw8 W", (size,))
+    empty = _state(np.zeros(size, np.float32), adamw.init(W))
+    grad = integers("adamw8 g", (size,), 2000)
+    sparse = grad * (np.arange(size) % 2).astype(np.float32)
+    for comment, flags, g in (
+        ("from zero", "FirstStep Codes", grad),
+        ("every other gradient is 0", "ZeroGradient Codes", sparse),
+    ):
+        yield _exact(comment, flags, {"W": W, "grad": g, **empty}, settings)
+    config = AdamW(0.125, (0.5, 0.75), 1e-8, 0.25)
+    _, state = adamw.step(W, sparse, adamw.init(W), config)
+    still = {"W": W, "grad": np.zeros_like(W), **_state(W, state)}
+    yield _exact(
+        "then no gradient at all", "LaterStep Codes", still, settings | {"t": 1}
+    )
+
+
+def _state(W: Array, state: adamw.State) -> dict[str, Array]:
+    """Return a state in codes, whatever the size of the tensor."""
+    like = adamw.init(np.zeros(adamw.MIN_8BIT_SIZE, np.float32), 8)
+    m, v = adamw.decode(state.m), adamw.decode(state.v)
+    coded = adamw.State(0, adamw.encode(m, like.m), adamw.encode(v, like.v))
+    arrays = adamw.to_arrays(coded)
+    return {name: arrays[name] for name in arrays if name != "t"}
+
+
+def _exact(
+    comment: str, flags: str, inputs: dict[str, Array], settings: dict[str, Any]
+) -> Spec:
+    """Codes and scales in bytes, the weight with a bound."""
+    outputs = dict(reference("adamw8_step", inputs, settings))
+    m = adamw.from_arrays({"t": np.array(0), **_only(inputs)})
+    plain = {
+        "W": inputs["W"].astype(np.float64),
+        "grad": inputs["grad"].astype(np.float64),
+        "m": adamw.decode(m.m).astype(np.float64),
+        "v": adamw.decode(m.v).astype(np.float64),
+    }
+    outputs["W"] = reference("adamw_step", plain, settings)["W"].astype(np.float32)
+    spec = _spec(comment, flags, inputs, settings)
+    magnitudes = {"W": _sizes(plain, settings)["W"]}
+    return replace(spec, roundings={"W": 18}, outputs=outputs, magnitudes=magnitudes)
+
+
+def _only(inputs: dict[str, Array]) -> dict[str, Array]:
+    return {name: inputs[name] for name in inputs if name[:2] in ("m_", "v_")}
+
+
+def _spec(
+    comment: str, flags: str, inputs: dict[str, Array], settings: dict[str, Any]
+) -> Spec:
+    return Spec(comment, tuple(flags.split()), inputs, settings)

@@ -1,0 +1,84 @@
+"""Cases of paged_trace: which page comes, which one leaves, which is written back."""
+
+from collections.abc import Iterator
+
+import numpy as np
+
+from minipeft.golden.cases import File, Spec
+from minipeft.golden.vectors import Note
+
+NOTES = {
+    "Fits": Note(
+        "BASIC",
+        "There is room for every page: each comes once and none leaves.",
+        "Pages are fetched again though they are there.",
+        ("https://arxiv.org/abs/2305.14314",),
+    ),
+    "LeastRecentlyUsed": Note(
+        "CONVENTION",
+        "The page that leaves is the one whose last use is longest ago.",
+        "The page that came first leaves, used since or not.",
+        (),
+    ),
+    "Loop": Note(
+        "EDGE_CASE",
+        "A loop over one page more than fits: every touch is a fault.",
+        "Another rule than least recently used.",
+        (),
+    ),
+    "Dirty": Note(
+        "BASIC",
+        "A page that was written to is written back when it leaves; others are not.",
+        "A step of the optimizer is lost.",
+        (),
+    ),
+    "OnePage": Note(
+        "EDGE_CASE",
+        "The device holds one page: all of it works, one page at a time.",
+        "A page leaves before it is written back.",
+        (),
+    ),
+    "Invalid": Note(
+        "EDGE_CASE",
+        "No room for a single page.",
+        "An endless search for a page to evict.",
+        (),
+    ),
+}
+
+
+def files() -> Iterator[File]:
+    """Yield the file of the row."""
+    yield File(
+        operation="paged_trace",
+        header=(
+            "Pages 0 to pages - 1 are on the host. touched names a page; the device",
+            "has it from then on, as the most recently used. written says whether it",
+            "is then changed. faulted: it was not there; left: the page that made",
+            "room, 255 for none; written_back: whether that one had been changed.",
+            "resident: the pages on the device, the least recently used first.",
+        ),
+        source="minipeft.reference.paged",
+        notes=NOTES,
+        specs=[*_specs()],
+    )
+
+
+def _specs() -> Iterator[Spec]:
+    yield _spec("three of three", "Fits", "0120120", "0000000", 3, 3)
+    yield _spec("page 0 is used again", "LeastRecentlyUsed", "01020", "00000", 3, 2)
+    yield _spec("four in three", "Loop LeastRecentlyUsed", "012301230", "0" * 9, 4, 3)
+    yield _spec("two writes", "Dirty", "010231", "010010", 4, 2)
+    yield _spec("written once, back once", "Dirty", "0121", "1000", 3, 1)
+    yield _spec("one page", "OnePage Dirty", "00110220", "10110001", 3, 1)
+    spec = _spec("a budget of 0", "Invalid", "0", "0", 1, 0)
+    yield Spec(spec.comment, spec.flags, spec.inputs, spec.parameters, "invalid")
+
+
+def _spec(
+    comment: str, flags: str, touched: str, written: str, pages: int, budget: int
+) -> Spec:
+    digits = {"touched": touched, "written": written}
+    inputs = {k: np.array([int(c) for c in v], np.uint8) for k, v in digits.items()}
+    parameters = {"pages": pages, "budget": budget}
+    return Spec(comment, tuple(flags.split()), inputs, parameters)

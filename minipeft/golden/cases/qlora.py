@@ -1,0 +1,156 @@
+"""Cases of qlora_forward, qlora_backward and qlora_requantize, on NF4."""
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+import numpy as np
+
+from minipeft.golden.cases import File, Named, Spec, gaussian, integers
+from minipeft.golden.tensors import Array
+from minipeft.golden.vectors import Note
+from minipeft.reference import blockwise, lora
+from minipeft.reference.codebook import NF4
+
+NOTES = {
+    "Exact": Note(
+        "BASIC",
+        "The base stands for whole numbers; every sum is exact in any order.",
+        "The base is decoded in another way, or the scaling is left out.",
+        ("https://arxiv.org/abs/2305.14314",),
+    ),
+    "Normal": Note(
+        "NUMERICS",
+        "Normal values: any order of summation stays within the bound.",
+        "TF32 or half precision inside, though the tensors are float32.",
+        (),
+    ),
+    "Rows": Note(
+        "HISTORIC_BUG",
+        "Rows that are not a multiple of the block: blocks run across them.",
+        "The scale of another block is read.",
+        ("https://github.com/bitsandbytes-foundation/bitsandbytes/pull/1828",),
+    ),
+    "Bias": Note("EDGE_CASE", "The base has a bias.", "It is forgotten.", ()),
+    "Vanishes": Note(
+        "HISTORIC_BUG",
+        "The update is smaller than half a gap: requantizing gives the base again.",
+        "Nothing: this is what merging into four bits means. Keep the adapter apart.",
+        ("https://github.com/huggingface/peft/issues/2321",),
+    ),
+    "Moves": Note(
+        "BASIC",
+        "The update is large: codes and scales follow it.",
+        "The old scales are kept, and large weights are cut off.",
+        ("https://github.com/huggingface/peft/issues/2321",),
+    ),
+}
+
+OUTPUTS = {
+    "qlora_forward": ("y",),
+    "qlora_backward": ("grad_x", "grad_A", "grad_B"),
+    "qlora_requantize": ("packed", "absmax"),
+}
+
+
+def files() -> Iterator[File]:
+    """Yield the three files of the row."""
+    for operation, header in {
+        "qlora_forward": "y = x W^T + bias + alpha/r (x A^T) B^T, W decoded from NF4.",
+        "qlora_backward": "Gradients of <grad_y, y>; the base is frozen.",
+        "qlora_requantize": "NF4 of W + alpha/r B A, W decoded from NF4.",
+    }.items():
+        verb = {"qlora_requantize": "merge"}.get(operation, operation[6:])
+        yield File(
+            operation=operation,
+            header=(header, "W has shape (rows of B, columns of A)."),
+            source=f"minipeft.reference.qlora.{verb}",
+            notes=NOTES,
+            specs=[*_cases(operation)],
+        )
+
+
+def _cases(operation: str) -> Iterator[Spec]:
+    if operation == "qlora_requantize":
+        yield from _requantized()
+        return
+    yield _whole(operation, "6 in, 5 out", "Exact Rows", (5, 6))
+    yield _whole(operation, "16 in, 3 out", "Exact", (3, 16))
+    if operation == "qlora_forward":
+        spec = _whole(operation, "with bias", "Exact Bias", (5, 6))
+        yield replace(spec, inputs={**spec.inputs, "bias": integers("bias", (5,))})
+    yield _normal(operation, "12 in, 7 out", "Normal Rows", (7, 12))
+
+
+def _whole(operation: str, comment: str, flags: str, shape: tuple[int, int]) -> Spec:
+    """Codes of -1, 0 and 1, and scales of 1, 2 and 4."""
+    size, seed = shape[0] * shape[1], f"{operation} {shape}"
+    picks = integers(f"{seed} codes", (size,)).astype(int) % 3
+    codes = np.array([0, 7, 15], np.uint8)[picks]
+    scales = integers(f"{seed} scales", (-(-size // 8),)).astype(int) % 3
+    base = {
+        "packed": blockwise.pack(codes, 4, fill=7),
+        "absmax": np.array([1, 2, 4], np.float32)[scales],
+    }
+    draw = {name: integers(f"{seed} {name}", s) for name, s in _shapes(shape).items()}
+    return _spec(operation, comment, flags, base | draw)
+
+
+def _normal(operation: str, comment: str, flags: str, shape: tuple[int, int]) -> Spec:
+    """Compared with a bound: the sums, the positions, and 5 roundings more."""
+    seed = f"{operation} {shape} normal"
+    q = blockwise.quantize(gaussian(f"{seed} W", shape), NF4, 8)
+    draw = {name: gaussian(f"{seed} {name}", s) for name, s in _shapes(shape).items()}
+    spec = _spec(
+        operation, comment, flags, {"packed": q.packed, "absmax": q.absmax} | draw
+    )
+    W = blockwise.dequantize(q).astype(np.float64)
+    exact = _answer(operation, W, spec.inputs)
+    absolute = {name: np.abs(value) for name, value in draw.items()}
+    sizes = _answer(operation, np.abs(W), absolute)
+    return replace(
+        spec,
+        roundings=dict.fromkeys(exact, sum(shape) + 2 + 2 + 5),
+        outputs={name: value.astype(np.float32) for name, value in exact.items()},
+        magnitudes=sizes,
+    )
+
+
+def _answer(operation: str, W: Array, inputs: Named) -> dict[str, Array]:
+    """Compute in float64, with the base already decoded."""
+    wide = {k: v.astype(np.float64) for k, v in inputs.items() if k != "packed"}
+    adapter = lora.LoRA(wide["A"], wide["B"], 2.0)
+    if operation == "qlora_forward":
+        return {"y": lora.forward(wide["x"], W, adapter)}
+    gradients = lora.backward(wide["grad_y"], wide["x"], W, adapter)
+    return dict(zip(OUTPUTS[operation], gradients, strict=True))
+
+
+def _requantized() -> Iterator[Spec]:
+    """Scales are powers of two and updates far from a boundary: bytes."""
+    codes = integers("requantized", (64,), 7).astype(np.int64) + 8
+    codes[::8] = 15  # every block of 8 holds its own scale
+    base = {
+        "packed": blockwise.pack(codes.astype(np.uint8), 4),
+        "absmax": np.array([1, 2, 4, 1, 2, 1, 4, 2], np.float32),
+    }
+    A = np.zeros((2, 16), np.float32)
+    A[0, 3], A[1, 12] = 1, -1
+    for comment, flags, size in (
+        ("1/64 at two columns", "Vanishes", 2.0**-7),
+        ("6 at two columns", "Moves", 3.0),
+    ):
+        B = np.full((4, 2), size, np.float32)
+        yield _spec("qlora_requantize", comment, flags, base | {"A": A, "B": B})
+
+
+def _shapes(shape: tuple[int, int]) -> dict[str, tuple[int, ...]]:
+    d, k = shape
+    return {"grad_y": (2, d), "x": (2, k), "A": (2, k), "B": (d, 2)}
+
+
+def _spec(operation: str, comment: str, flags: str, inputs: dict[str, Array]) -> Spec:
+    inputs = dict(inputs)
+    if operation != "qlora_backward":
+        inputs.pop("grad_y", None)
+    parameters = {"alpha": 4.0, "blocksize": 8}
+    return Spec(comment, tuple(flags.split()), inputs, parameters)
