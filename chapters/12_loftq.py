@@ -151,8 +151,14 @@ for name in BOOKS:
         alpha=0.4,
     )
     ax.plot(np.arange(STEPS + 1), share, "o-", color=COLORS[name], markersize=4)
+    aside = {"NF3": 0.004, "NF4": -0.004}.get(name, 0.0)
     ax.text(
-        STEPS + 0.2, share[-1], name, color=COLORS[name], va="center", weight="bold"
+        STEPS + 0.2,
+        share[-1] + aside,
+        name,
+        color=COLORS[name],
+        va="center",
+        weight="bold",
     )
 ax.set(xlim=(-0.2, STEPS + 1.2))
 chapter.show(
