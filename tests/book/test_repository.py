@@ -25,6 +25,9 @@ NOT_YET_SHOWN: set[str] = set()
 WIDER = {
     "minipeft/reference/lora.py:init": "the signature that every column shares",
     "minipeft/reference/loftq.py:init": "the signature that every column shares",
+    "minipeft/torch/loftq.py:init": "the signature that every column shares",
+    "minipeft/torch/prefix.py:generate": "hands on what transformers' own takes",
+    "minipeft/torch/prompt.py:generate": "hands on what transformers' own takes",
 }
 # Here a function's parameters are the inputs of a golden vector, by name.
 VECTOR_FUNCTIONS = ("minipeft/golden/drivers/", "minipeft/golden/cases/")
