@@ -52,6 +52,11 @@ class Executor(Protocol):
     def empty(self, shape: tuple[int, ...], dtype: str, device: int) -> Array:
         """Allocate, aligned to 16 bytes or better."""
 
+    def full(
+        self, shape: tuple[int, ...], dtype: str, value: int, device: int
+    ) -> Array:
+        """Allocate as `empty` does, and fill."""
+
     def upload(self, host: np.ndarray, device: int) -> Array:
         """Copy a NumPy array to the device."""
 
@@ -96,7 +101,15 @@ class CupyExecutor:
     def empty(self, shape: tuple[int, ...], dtype: str, device: int) -> Array:
         """Allocate from CuPy's pool, which aligns to 512 bytes."""
         with self._cupy.cuda.Device(device):
-            return self._cupy.empty(shape, _numpy_dtype(dtype))
+            return self._cupy.empty(shape, numpy_dtype(dtype))
+
+    def full(
+        self, shape: tuple[int, ...], dtype: str, value: int, device: int
+    ) -> Array:
+        """Allocate from CuPy's pool, and fill on the device."""
+        array = self.empty(shape, dtype, device)
+        array.fill(value)
+        return array
 
     def upload(self, host: np.ndarray, device: int) -> Array:
         """Copy a NumPy array to the device."""
@@ -130,7 +143,8 @@ def _module(row: str) -> Any:
     )
 
 
-def _numpy_dtype(name: str) -> np.dtype[Any]:
+def numpy_dtype(name: str) -> np.dtype[Any]:
+    """Give the NumPy dtype of a name from `kernels.CTYPES`, or of NumPy's own."""
     if name == "bfloat16":
         import ml_dtypes  # CuPy depends on it
 

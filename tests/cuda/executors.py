@@ -49,6 +49,11 @@ class NumpyExecutor:
         array.reshape(-1).view(np.uint8)[...] = 0xA5
         return array
 
+    def full(
+        self, shape: tuple[int, ...], dtype: str, value: int, device: int
+    ) -> np.ndarray:
+        return np.full(shape, value, DTYPES.get(dtype, dtype))
+
     def upload(self, host: np.ndarray, device: int) -> np.ndarray:
         return np.array(host)
 

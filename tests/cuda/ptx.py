@@ -91,14 +91,16 @@ class Wave:
         self.shared = np.full((blocks.size, entry.shared_bytes), 0xCD, np.uint8)
         self.counter = np.zeros(self.n, np.int64)
         self.alive = np.ones(self.n, bool)
-        self.waiting = np.zeros(self.n, bool)
+        self.waiting = np.zeros(self.n, bool)  # at a barrier of the block
+        self.parked = np.zeros(self.n, bool)  # at a shuffle or vote of the warp
+        self.passing = np.zeros(self.n, bool)  # through it, all lanes having come
 
     def run(self) -> None:
         code = self.entry.instructions
         while self.alive.any():
-            runnable = self.alive & ~self.waiting
+            runnable = self.alive & ~self.waiting & ~self.parked
             if not runnable.any():
-                self._open_barrier()
+                self._open_warps() if self.parked.any() else self._open_barrier()
                 continue
             here = int(self.counter[runnable].min())
             lanes = np.flatnonzero(runnable & (self.counter == here))
@@ -107,8 +109,24 @@ class Wave:
             if instruction.guard:
                 taken = self.register(instruction.guard)[lanes] ^ instruction.negated
                 lanes = lanes[taken]
-            if lanes.size:
+            if not self.passing[lanes].all() and instruction.name in ("shfl", "vote"):
+                self.parked[lanes] = True
+                self.counter[lanes] = here
+            elif lanes.size:
+                self.passing[lanes] = False
                 self.step(instruction, lanes)
+
+    def _open_warps(self) -> None:
+        """Let the warps pass whose lanes have all come to the same shuffle."""
+        warp = self.block * -(-self.threads // 32) + self.thread // 32
+        first = np.full(warp[-1] + 1, -1)
+        first[warp[self.parked]] = self.counter[self.parked]
+        elsewhere = self.alive & ~(self.parked & (self.counter == first[warp]))
+        complete = ~np.isin(warp, warp[elsewhere]) & self.parked
+        if not complete.any():
+            raise PtxError("a shuffle or vote that some lanes of its warp do not reach")
+        self.parked[complete] = False
+        self.passing[complete] = True
 
     def _open_barrier(self) -> None:
         """Every block waits as a whole, or some of its threads never come."""

@@ -6,7 +6,7 @@ A new row adds one line here, beside its .cu file and its entries in the table.
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
 
-from tests.cuda import blockwise_cases, double_quant_cases
+from tests.cuda import adamw_cases, blockwise_cases, double_quant_cases
 from tests.cuda.mutation import Mutation
 
 
@@ -26,4 +26,5 @@ class Row:
 ROWS = {
     "blockwise": Row(blockwise_cases.small, blockwise_cases.MUTATIONS),
     "double_quant": Row(double_quant_cases.small, double_quant_cases.MUTATIONS),
+    "adamw": Row(adamw_cases.small, adamw_cases.MUTATIONS),
 }

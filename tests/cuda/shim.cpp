@@ -9,6 +9,7 @@
 // __shared__ memory; a race between blocks shows as wrong values only.
 #include "shim.hpp"
 
+#include <link.h>
 #include <ucontext.h>
 
 #include <algorithm>
@@ -155,7 +156,21 @@ void start(Fiber& fiber) {
   makecontext(&fiber.context, fiber_main, 0);
 }
 
+#ifdef SHIM_POISON
+// The main program comes first; its thread-local variables are those of the kernels.
+int poison(dl_phdr_info* program, size_t, void*) {
+  for (int i = 0; i < program->dlpi_phnum; ++i)
+    if (program->dlpi_phdr[i].p_type == PT_TLS)
+      std::memset(program->dlpi_tls_data, 0xCD, program->dlpi_phdr[i].p_memsz);
+  return 1;
+}
+void poison_shared() { dl_iterate_phdr(poison, nullptr); }
+#else
+void poison_shared() {}
+#endif
+
 void run_block(int n) {
+  poison_shared();
   std::vector<int> order(n);
   for (int i = 0; i < n; ++i) order[i] = i;
   for (Fiber& fiber : fibers) start(fiber);

@@ -30,7 +30,15 @@
 #define __global__
 #define __device__
 #define __constant__
-#define __shared__ static  // blocks run one after another, so one copy is enough
+// Blocks run one after another, so one copy of __shared__ is enough. All threads being
+// fibers of one, it can be thread-local: then it lies in one piece, which the shim fills
+// with a pattern before each block, and what a kernel reads too early is no lucky value
+// of the block before. (The sanitizers look closer at plain statics.)
+#ifdef SHIM_POISON
+#define __shared__ static thread_local
+#else
+#define __shared__ static
+#endif
 #define __forceinline__ inline __attribute__((always_inline))
 #define __launch_bounds__(...)
 

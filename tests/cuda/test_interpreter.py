@@ -118,6 +118,12 @@ def test_a_small_kernel():
         ("st.global.u32 [%rd4+2], %r1;", 99, "misaligned 4-byte access"),
         ("st.global.u32 [%rd3], %r1;", 64, "outside every buffer"),
         ("setp.lt.u32 %p1, %r1, 32; @%p1 bar.sync 0;", 64, "bar.sync not reached"),
+        (
+            "setp.lt.u32 %p1, %r1, 9; @%p1 bar.sync 0;"
+            "shfl.sync.idx.b32 %r2, %r1, 0, 31, -1;",
+            64,
+            "some lanes of its warp do not reach",
+        ),
         ("ex2.approx.f32 %r1, %r1;", 64, "no such instruction"),
     ],
 )

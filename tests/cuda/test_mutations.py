@@ -57,8 +57,9 @@ def test_a_mistake_is_found(row, mutation, check):
     missing = missing_for_device() if check == "ptx" else missing_for_cpu()
     if missing:
         pytest.skip(missing)
+    chosen = list(executors(row, mutation, check))
     with pytest.raises((AssertionError, LaunchError, PtxError), match=REPORTS[check]):
-        run(row, executors(row, mutation, check))
+        run(row, chosen)
 
 
 @pytest.mark.parametrize("row", ROWS)

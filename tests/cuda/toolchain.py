@@ -25,7 +25,7 @@ ARCHITECTURES = ("75", "80", "90", "100")
 # Each way of building the CPU program, and what it makes visible: wrong values; races
 # between the threads of a block; addresses outside a buffer, misaligned or undefined.
 FLAVOURS = {
-    "values": "",
+    "values": "-DSHIM_POISON",
     "races": "-g1 -fsanitize=thread",
     "addresses": "-g1 -fsanitize=address,undefined -fno-sanitize-recover=all",
 }

@@ -115,8 +115,57 @@ DEQUANTIZE_NESTED = Kernel(
         "bits": "int32",
     },
 )
+# What a step computes from its settings, in the dtype of the weight.
+SETTINGS = {
+    "decay": "float32",
+    "new_m": "float32",
+    "beta2": "float32",
+    "new_v": "float32",
+    "minus_step": "float32",
+    "correction": "float32",
+    "eps": "float32",
+}
+ADAMW = Kernel(
+    "adamw",
+    "adamw",
+    {
+        "W": POINTER,
+        "grad": POINTER,
+        "m": POINTER,
+        "v": POINTER,
+        "W_out": POINTER,
+        "m_out": POINTER,
+        "v_out": POINTER,
+        "bad": POINTER,
+        "n": "int64",
+        **SETTINGS,
+    },
+    dtypes=("float32", "float16"),
+)
+ADAMW_8BIT = Kernel(
+    "adamw",
+    "adamw_8bit",
+    {
+        "W": POINTER,
+        "grad": POINTER,
+        "m_codes": POINTER,
+        "v_codes": POINTER,
+        "m_absmax": POINTER,
+        "v_absmax": POINTER,
+        "maps": POINTER,
+        "W_out": POINTER,
+        "m_codes_out": POINTER,
+        "v_codes_out": POINTER,
+        "m_absmax_out": POINTER,
+        "v_absmax_out": POINTER,
+        "bad": POINTER,
+        "n": "int64",
+        **SETTINGS,
+    },
+    dtypes=(),
+)
 
-KERNELS = (QUANTIZE, DEQUANTIZE, NEST, DEQUANTIZE_NESTED)
+KERNELS = (QUANTIZE, DEQUANTIZE, NEST, DEQUANTIZE_NESTED, ADAMW, ADAMW_8BIT)
 
 
 def source(row: str) -> str:

@@ -1,0 +1,213 @@
+"""AdamW on a GPU: kernels/adamw.cu, a step in one pass, under the reference's names."""
+
+from dataclasses import dataclass
+from functools import lru_cache
+from math import sqrt
+from typing import Any
+
+import numpy as np
+
+from minipeft.cupy.blockwise import Blockwise
+from minipeft.cupy.codebook import dynamic_map, midpoints_of_map
+from minipeft.cupy.executor import Array, Executor, Facts, check, current, numpy_dtype
+from minipeft.cupy.kernels import ADAMW, ADAMW_8BIT
+from minipeft.errors import InputError
+
+BLOCKSIZE = 256
+MIN_8BIT_SIZE = 4096  # smaller tensors (biases, norms) keep float32: little to save
+TILES = 8 * 1024  # values that a CUDA block of the 8-bit kernel takes
+
+
+@dataclass(frozen=True)
+class AdamW:
+    """The settings; the defaults are those of `torch.optim.AdamW`."""
+
+    lr: float = 1e-3
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-8
+    weight_decay: float = 1e-2
+
+    def __post_init__(self) -> None:
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise InputError(f"betas are {self.betas}; choose both in [0, 1).")
+        for name in ("lr", "eps", "weight_decay"):
+            if not (value := getattr(self, name)) >= 0:
+                raise InputError(f"{name} is {value}; choose 0 or more.")
+
+
+@dataclass(frozen=True)
+class State:
+    """What the optimizer knows of one tensor: steps taken, two moments."""
+
+    t: int
+    m: Array | Blockwise
+    v: Array | Blockwise
+
+
+def init(W: Any, bits: int = 32) -> State:
+    """Start with no steps taken and both moments zero.
+
+    Args:
+        W: the parameter; only its shape, dtype and device matter.
+        bits: 32 (the dtype of W), or 8 for tensors of at least 4,096 values.
+
+    Raises:
+        InputError: if `bits` is neither, or W has a dtype that no kernel updates.
+
+    Source: 8-bit optimizers (arXiv:2110.02861), section 2.
+    """
+    if bits not in (8, 32):
+        raise InputError(f"bits is {bits}; choose 8 or 32.")
+    gpu = current()
+    facts = _check_weight(gpu.facts(gpu.adopt(W)))
+    if bits == 32 or facts.size < MIN_8BIT_SIZE:
+        like = (facts.shape, facts.dtype, 0, facts.device)
+        return State(0, gpu.full(*like), gpu.full(*like))
+    _check_8bit(facts)
+    return State(0, _zeros(gpu, facts, signed=True), _zeros(gpu, facts, signed=False))
+
+
+def step(W: Any, grad: Any, state: State, config: AdamW) -> tuple[Array, State]:
+    r"""Return the next weight and the next state; the old ones stay as they are.
+
+    $m = m + (1 - \beta_1)(g - m)$, $v = \beta_2 v + (1 - \beta_2) g^2$,
+    $W = (1 - \eta\lambda) W - \frac{\eta}{1 - \beta_1^t}
+    \frac{m}{\sqrt{v} / \sqrt{1 - \beta_2^t} + \epsilon}$. Every operation is rounded
+    to the dtype of W.
+
+    Args:
+        W: the parameter, float32 or float16 and C-contiguous; float32 if the moments
+            have eight bits.
+        grad: its gradient, of the same shape and dtype.
+        state: from `init` or the last step.
+        config: the settings; they may change from step to step.
+
+    Raises:
+        InputError: if the gradient does not fit W, or is not finite.
+
+    Source: AdamW (arXiv:1711.05101), algorithm 2; 8-bit states: arXiv:2110.02861.
+    """
+    gpu = current()
+    W, grad = gpu.adopt(W), gpu.adopt(grad)
+    facts = _check_weight(gpu.facts(W))
+    slope = check("the gradient", gpu.facts(grad), [facts.dtype], facts.device)
+    if slope.shape != facts.shape:
+        raise InputError(f"the gradient has shape {slope.shape}; W has {facts.shape}.")
+    bad = gpu.upload(np.array([facts.size], np.uint64), facts.device)
+    settings = _settings(config, state.t + 1, facts.dtype)
+    run = _step_8bit if isinstance(state.m, Blockwise) else _step_32bit
+    W_out, m, v = run(gpu, facts, [W, grad, state.m, state.v], bad, settings)
+    _check_finite(gpu, grad, int(gpu.download(bad)[0]), facts.size)
+    return W_out, State(state.t + 1, m, v)
+
+
+def _step_32bit(
+    gpu: Executor, facts: Facts, inputs: list[Any], bad: Array, settings: list[float]
+) -> list[Array]:
+    for name, moment in zip("mv", inputs[2:], strict=True):
+        found = check(name, gpu.facts(moment), [facts.dtype], facts.device)
+        _check_shape(name, found.shape, facts.shape)
+    outputs = [gpu.empty(facts.shape, facts.dtype, facts.device) for _ in range(3)]
+    values = ADAMW.threads * 16 // numpy_dtype(facts.dtype).itemsize
+    args = [*inputs, *outputs, bad, facts.size, *settings]
+    gpu.launch(ADAMW, facts.dtype, -(-facts.size // values), args)
+    return outputs
+
+
+def _step_8bit(
+    gpu: Executor, facts: Facts, inputs: list[Any], bad: Array, settings: list[float]
+) -> list[Any]:
+    W, grad, *moments = inputs
+    _check_8bit(facts)
+    parts, outputs = [], []
+    for name, kind in (("packed", "uint8"), ("absmax", "float32")):
+        for moment in moments:
+            part = getattr(moment, name)
+            found = check(name, gpu.facts(part), [kind], facts.device)
+            units = facts.size if kind == "uint8" else -(-facts.size // BLOCKSIZE)
+            _check_shape(name, found.shape, (units,))
+            parts.append(part)
+            outputs.append(gpu.empty((units,), kind, facts.device))
+    W_out = gpu.empty(facts.shape, "float32", facts.device)
+    maps = _maps(gpu, facts.device)
+    args = [W, grad, *parts, maps, W_out, *outputs, bad, facts.size, *settings]
+    gpu.launch(ADAMW_8BIT, "float32", -(-facts.size // TILES), args)
+    m_codes, v_codes, m_absmax, v_absmax = outputs
+    sizes = (BLOCKSIZE, facts.shape)
+    m = Blockwise(m_codes, m_absmax, moments[0].codebook, *sizes)
+    v = Blockwise(v_codes, v_absmax, moments[1].codebook, *sizes)
+    return [W_out, m, v]
+
+
+def _settings(config: AdamW, t: int, dtype: str) -> list[float]:
+    """Give what the kernel multiplies by: in float64, then rounded to W's dtype."""
+    beta1, beta2 = config.betas
+    values = (
+        1 - config.lr * config.weight_decay,
+        1 - beta1,
+        beta2,
+        1 - beta2,
+        -(config.lr / (1 - beta1**t)),
+        sqrt(1 - beta2**t),
+        config.eps,
+    )
+    return [float(np.float32(numpy_dtype(dtype).type(value))) for value in values]
+
+
+def _zeros(gpu: Executor, facts: Facts, signed: bool) -> Blockwise:
+    codebook = dynamic_map(signed)
+    zero = int(np.flatnonzero(codebook == 0)[0])
+    return Blockwise(
+        gpu.full((facts.size,), "uint8", zero, facts.device),
+        gpu.full((-(-facts.size // BLOCKSIZE),), "float32", 0, facts.device),
+        gpu.upload(codebook, facts.device),
+        BLOCKSIZE,
+        facts.shape,
+    )
+
+
+@lru_cache(maxsize=8)
+def _maps(gpu: Executor, device: int) -> Array:  # one upload a device, not a step
+    parts = [
+        f(signed) for signed in (True, False) for f in (dynamic_map, midpoints_of_map)
+    ]
+    return gpu.upload(np.concatenate(parts), device)
+
+
+def _check_weight(facts: Facts) -> Facts:
+    if facts.dtype == "bfloat16":
+        raise InputError(
+            "W is bfloat16, where beta2 = 0.999 rounds to 1 and most steps to nothing; "
+            "update a float32 copy."
+        )
+    return check("W", facts, ADAMW.dtypes)
+
+
+def _check_8bit(facts: Facts) -> None:
+    if facts.dtype != "float32":
+        raise InputError(
+            f"W is {facts.dtype}; states of 8 bits update float32 weights: keep a "
+            "float32 copy, or choose bits=32."
+        )
+
+
+def _check_shape(name: str, found: tuple[int, ...], expected: tuple[int, ...]) -> None:
+    if found != expected:
+        raise InputError(
+            f"{name} of the state has shape {found}, W needs {expected}; pass what "
+            "`init` or the last step returned for this W."
+        )
+
+
+def _check_finite(gpu: Executor, grad: Array, first_bad: int, n: int) -> None:
+    if first_bad == n:
+        return
+    value = gpu.download(grad.reshape(-1)[first_bad : first_bad + 1])[0]
+    if np.isfinite(np.float32(value)):
+        raise InputError(
+            f"the gradient holds {value} at index {first_bad}, whose square no moment "
+            "can hold; skip this step."
+        )
+    raise InputError(
+        f"the gradient holds {value} at index {first_bad}; skip this step."
+    )

@@ -1,0 +1,99 @@
+"""What every check does with the AdamW kernels: some steps, all bits compared."""
+
+from collections.abc import Collection
+
+import numpy as np
+
+from minipeft.cupy import adamw as gpu
+from minipeft.cupy.kernels import ADAMW
+from minipeft.reference import adamw as reference
+from tests.cuda.blockwise_cases import gaussian
+from tests.cuda.executors import DTYPES
+from tests.cuda.mutation import Mutation
+from tests.tolerance import assert_bits
+
+CONFIG = {"lr": 0.01, "betas": (0.9, 0.99), "eps": 1e-6, "weight_decay": 0.1}
+
+
+def agree(n: int, dtype: str, bits: int, steps: int = 3) -> None:
+    """Take steps with the launchers and with the reference: the same bytes."""
+    W = expected_W = gaussian(n, dtype)
+    state, expected = gpu.init(W, bits), reference.init(W, bits)
+    for t in range(steps):
+        grad = slope(n, dtype, t)
+        W, state = gpu.step(W, grad, state, gpu.AdamW(**CONFIG))
+        expected_W, expected = reference.step(
+            expected_W, grad, expected, reference.AdamW(**CONFIG)
+        )
+        assert state.t == expected.t
+        assert_bits(W, expected_W)
+        for moment in ("m", "v"):
+            same(getattr(state, moment), getattr(expected, moment))
+
+
+def same(moment, expected) -> None:
+    if isinstance(moment, np.ndarray):
+        assert_bits(moment, expected)
+    else:
+        assert_bits(moment.packed, expected.packed)
+        assert_bits(moment.absmax, expected.absmax)
+
+
+def slope(n: int, dtype: str, t: int) -> np.ndarray:
+    """Gradients of uneven size, with zeros and a block of zeros among them."""
+    rng = np.random.default_rng([n, t])
+    size = np.float32(10) ** rng.integers(-4, 2, n).astype(np.float32)
+    grad = rng.standard_normal(n, np.float32) * size
+    grad[::7] = 0
+    grad[256:512] = 0
+    return grad.astype(DTYPES[dtype])
+
+
+def small(dtypes: Collection[str] = tuple(DTYPES)) -> None:
+    """Run a few launches that reach every branch; for checks that are slow."""
+    for dtype in set(ADAMW.dtypes).intersection(dtypes):
+        agree(2049, dtype, 32, steps=2)
+    # Eight CUDA blocks of two tiles each, the last of 77 values.
+    agree(9 * 1024 + 77, "float32", 8, steps=2)
+
+
+SYNC = "  __syncthreads();\n"
+MUTATIONS = (
+    Mutation("no barrier after the tables", SYNC, "", 1, ("values", "races")),
+    Mutation("no barrier after the maxima", "  " + SYNC, "", 1, ("values", "races")),
+    Mutation(
+        "no barrier before the next tile",
+        "    __syncthreads();  // before the next tile writes `part`\n",
+        "",
+        1,
+        ("races",),
+    ),
+    Mutation(
+        "a vector store one too far",
+        "if (first + COUNT <= n) {\n    Vector<T> part;",
+        "if (first < n) {\n    Vector<T> part;",
+        1,
+        ("addresses", "ptx"),
+    ),
+    Mutation(
+        "a neighbour's absmax",
+        "inside ? m_absmax[block] : 0.0f",
+        "inside ? m_absmax[block / 2] : 0.0f",
+        1,
+        ("values", "ptx"),
+    ),
+    Mutation(
+        "half a block's maximum",
+        "fmaxf(part[1][warp], part[1][warp ^ 1])",
+        "part[1][warp]",
+        1,
+        ("values", "ptx"),
+    ),
+    Mutation(
+        "v from the new gradient only",
+        "__fmul_rn(beta2, v)",
+        "__fmul_rn(beta2, square)",
+        1,
+        ("values", "ptx"),
+    ),
+)
