@@ -23,7 +23,7 @@ from minipeft.torch.inject import activate, adapted, inject, merge, unload, unme
 from minipeft.torch.lora import LoRAConfig
 from minipeft.torch.pissa import PiSSAConfig
 
-chapter = start("11_pissa", steps=50, model="tiny")
+chapter = start("11_pissa", steps=32, model="tiny")
 
 # %% [markdown]
 # ## The problem

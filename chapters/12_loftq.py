@@ -25,7 +25,7 @@ from minipeft.torch.loftq import LoftQConfig
 from minipeft.torch.lora import LoRAConfig
 from minipeft.torch.qlora import QuantizedLinear
 
-chapter = start("12_loftq", steps=40, model="tiny")
+chapter = start("12_loftq", steps=30, model="tiny")
 NF3 = normal_float(3)
 BOOKS = {"NF4": NF4, "NF3": NF3, "NF2": NF2}
 COLORS = dict(zip(BOOKS, plots.PALETTE, strict=False))

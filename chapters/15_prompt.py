@@ -19,7 +19,7 @@ from minipeft.torch.inject import trainable_parameters
 from minipeft.torch.prefix import PrefixConfig, PrefixModel
 from minipeft.torch.prompt import PromptConfig, PromptModel
 
-chapter = start("15_prompt", steps=40, model="tiny")
+chapter = start("15_prompt", steps=30, model="tiny")
 
 # %% [markdown]
 # ## The problem
