@@ -324,7 +324,7 @@ ax.text(
     weight="bold",
 )
 ax.axvspan(0.003, 0.03, color=plots.FAINT, alpha=0.5, linewidth=0)
-ax.text(0.0095, 0.78, "where fine-tuning\nusually is", ha="center", color=plots.INK)
+ax.text(0.0095, 0.78, "up to 3 %\nof the weight", ha="center", color=plots.INK)
 ax.set(xscale="log", ylim=(0, 1.14))
 chapter.show(
     figure,
