@@ -1,5 +1,7 @@
 """The torch column's LoRA against the reference: bits on integers, derived bounds."""
 
+from dataclasses import replace
+
 import ml_dtypes
 import numpy as np
 import pytest
@@ -165,10 +167,12 @@ def test_gradients_are_central_differences_in_float64(t, seed):
 )
 @given(t=integer_layers)
 def test_a_base_of_16_bits_is_merged_with_one_rounding(dtype, kind, t):
-    layer = on_torch(t, dense(t).to(dtype))
+    W = (t.W / 3).astype(kind).astype(np.float32)  # with every bit that it can have
+    layer = on_torch(replace(t, W=W))
+    layer.base.to(dtype)
     merged = layer.merged()
     assert merged.dtype == dtype
-    rounded = reference.merge(t.W, adapter(t)).astype(kind)
+    rounded = reference.merge(W, adapter(t)).astype(kind)
     assert_sums(numpy(merged.float()), rounded.astype(np.float32))
 
 
