@@ -89,6 +89,15 @@ def test_the_plain_layer_does_what_the_merged_one_did(kind, dtype):
     assert not isinstance(plain, LoRALinear)
 
 
+@each_layer
+def test_everything_lives_where_the_layer_lives(kind):
+    base = LAYERS[kind]().to("meta")  # which mixes with no other device
+    layer, x = start(base), inputs(base).to("meta")
+    assert layer(x).is_meta
+    assert layer.delta().is_meta
+    assert layer.merge()(x).is_meta
+
+
 def test_merging_twice_is_merging_once():
     layer = train(start(nn.Linear(12, 7)))
     once = layer.merge().weight.clone()

@@ -1,0 +1,44 @@
+"""The torch column on a CUDA device: the bytes and bits that it has on the CPU."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+
+from minipeft.torch import blockwise
+from minipeft.torch.codebook import FP4, NF3, NF4, dynamic_map
+from minipeft.torch.lora import LoRA, LoRALinear
+from tests.strategies import anything_finite, blocksizes, integer_layers, weights
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
+]
+codebooks = st.sampled_from([NF4, FP4, NF3, dynamic_map()])
+
+
+@given(weights() | anything_finite((70,)), codebooks, blocksizes)
+def test_codecs_give_the_same_bytes(W, codebook, blocksize):
+    W = torch.from_numpy(W)
+    here = blockwise.quantize(W, codebook, blocksize)
+    there = blockwise.quantize(W.cuda(), codebook, blocksize)
+    assert torch.equal(there.packed.cpu(), here.packed)
+    assert torch.equal(there.absmax.cpu(), here.absmax)
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        values = blockwise.dequantize(there, dtype)
+        assert torch.equal(values.cpu(), blockwise.dequantize(here, dtype))
+
+
+@given(integer_layers)
+def test_adapted_layers_give_the_same_sums(t):
+    base = nn.Linear(t.W.shape[1], t.W.shape[0], bias=False)
+    base.weight = nn.Parameter(torch.from_numpy(t.W))
+    A, B = (torch.from_numpy(np.array(M)) for M in (t.A, t.B))
+    layer, x = LoRALinear(base, LoRA(A, B, t.scaling)), torch.from_numpy(t.x)
+    here, merged = layer(x), layer.merged()
+    layer.cuda()
+    assert torch.equal(layer(x.cuda()).cpu(), here)
+    assert torch.equal(layer.merge()(x.cuda()).cpu(), here)
+    assert torch.equal(layer.unmerge().merged().cpu(), merged)
