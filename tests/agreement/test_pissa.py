@@ -25,6 +25,11 @@ def tensor(array):
     return torch.from_numpy(array.copy())
 
 
+def assert_same(actual, expected):
+    """The same bits; but which zero a sum of zeros is, depends on its order."""
+    assert_bits(actual + np.float32(0), expected + np.float32(0))
+
+
 def given_layer(t, data):
     """A PiSSA layer of integers: trained from one adapter to another."""
     rng = np.random.default_rng(data.draw(seeds))
@@ -45,8 +50,8 @@ def test_the_layer_is_lora_on_the_residual_bit_for_bit(t, data):
     layer, trained, initial = given_layer(t, data)
     residual = reference.residual(t.W, initial)
     expected = reference_lora.forward(t.x, residual, trained, t.bias)
-    assert_bits(layer(tensor(t.x)).detach().numpy(), expected)
-    assert_bits(
+    assert_same(layer(tensor(t.x)).detach().numpy(), expected)
+    assert_same(
         layer.merged().detach().numpy(), reference_lora.merge(residual, trained)
     )
 
@@ -60,8 +65,7 @@ def test_gradients_agree_bit_for_bit(t, data):
     grads = reference_lora.backward(t.grad_y, t.x, residual, trained)
     adapter = layer.adapters["default"]
     for ours, expected in zip((x, adapter.A, adapter.B), grads, strict=True):
-        # Plus zero: which zero a sum of zeros is, depends on its order.
-        assert_bits(ours.grad.numpy() + np.float32(0), expected + np.float32(0))
+        assert_same(ours.grad.numpy(), expected)
 
 
 @given(integer_layers, st.data())
@@ -73,7 +77,7 @@ def test_the_conversion_agrees_bit_for_bit(t, data):
     assert_bits(ours.A.detach().numpy(), expected.A)
     assert_bits(ours.B.detach().numpy(), expected.B)
     plain = lora.LoRALinear(layer.base, ours)(tensor(t.x)).detach()
-    assert_bits(plain.numpy(), layer(tensor(t.x)).detach().numpy())
+    assert_same(plain.numpy(), layer(tensor(t.x)).detach().numpy())
 
 
 @given(problems())
@@ -206,6 +210,24 @@ def test_dropout_leaves_the_base_alone():
     layer.train()
     assert torch.equal(layer(x), layer.eval()(x))
     assert not torch.equal(layer(x), base(x))
+
+
+def test_embeddings_and_turned_layers_are_split_too():
+    from transformers.pytorch_utils import Conv1D
+
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Embedding(20, 16), Conv1D(24, 16), nn.Linear(24, 10))
+    original, x = copy.deepcopy(model), torch.randint(0, 20, (3, 5))
+    surgery.inject(model, PiSSAConfig(4, 8), ["0", "1", "2"])
+    assert torch.equal(model(x), original(x))
+    assert torch.equal(copy.deepcopy(model)(x), original(x))
+    surgery.add(model, PiSSAConfig(2, 8), "other")
+    surgery.activate(model, {"default": 0.5, "other": 2.0})
+    assert torch.equal(model(x), original(x))
+    for layer in surgery.adapted(model).values():
+        initial, W = layer.adapters["default"].initial, layer.W.detach()
+        rest = (W - lora.delta(initial)).norm()
+        assert rest < W.norm()
 
 
 def test_what_is_out_of_range_is_refused_with_the_name_of_the_layer():

@@ -43,7 +43,7 @@ def slack(W):
 def test_more_steps_never_make_it_worse(W, r, codebook):
     errors = [
         loftq.error(W, *loftq.init(W, r, 2 * r, codebook, 16, steps))
-        for steps in range(1, 6)
+        for steps in (1, 2, 4)
     ]
     assert all(after <= before for before, after in pairwise(errors))
 
@@ -140,7 +140,7 @@ def test_the_plan_stays_within_its_bits(seed, mean_bits):
 @given(seeds)
 def test_more_bits_never_take_bits_from_a_layer(seed):
     weights = layers(seed)
-    plans = [loftq.plan(weights, b) for b in (2, 2.5, 3, 3.5, 4)]
+    plans = [loftq.plan(weights, b) for b in (2, 3, 4)]
     for fewer, more in pairwise(plans):
         assert all(fewer[name] <= more[name] for name in weights)
     assert set(plans[0].values()) == {2}
