@@ -72,8 +72,7 @@ def group(chapters: list[Chapter], file: Path) -> dict[str, list[Chapter]]:
     last = list(known)[-1]
     parts: dict[str, list[Chapter]] = {}
     for chapter in chapters:
-        word = chapter.name.split("_", 1)[1]
-        part = chapter.part or part_of.get(word, last)
+        part = part_of.get(chapter.name.split("_", 1)[1], last)
         parts.setdefault(part, []).append(chapter)
     return parts
 

@@ -33,7 +33,7 @@ class LoRALinear:
         return x
 '''
 CUDA = """
-// Not this one; a brace in a comment: {
+// Not this one: __global__ void ghost(int x) { a brace in a comment
 __device__ int helper(int x) { return x; }
 
 // Adds s to each weight.
@@ -41,6 +41,7 @@ template <class T>
 __global__ void __launch_bounds__(256)
 merge(T* W, T s) {
   if (W) { W[0] += s; }  // }
+  const char* brace = "}";
 }
 """
 BIBLIOGRAPHY = """

@@ -10,7 +10,6 @@ def test_cells_tags_and_lines(small):
     path = small.chapter(
         """
         # limit: 120 s
-        # part: Four bits
         # %% [markdown]
         # # NF4: sixteen numbers
         #
@@ -23,7 +22,7 @@ def test_cells_tags_and_lines(small):
     )
     chapter = read(path)
     assert chapter.title == "NF4: sixteen numbers"
-    assert (chapter.number, chapter.limit, chapter.part) == (1, 120, "Four bits")
+    assert (chapter.number, chapter.limit) == (1, 120)
     assert chapter.prose[0].source == "# NF4: sixteen numbers\n\nProse."
     (code,) = chapter.code
     assert code.source == "x = 1"

@@ -33,7 +33,7 @@ def test_columns_become_tabs(small):
     assert kernel.lstrip().startswith(
         "// Adds s to each weight.\n    template <class T>"
     )
-    assert kernel.rstrip().endswith("}")
+    assert kernel.rstrip().endswith('= "}";\n    }')
     assert "helper" not in kernel
 
 
@@ -57,6 +57,7 @@ def test_two_sources_of_one_column_need_no_tabs(small):
         ("minipeft.reference.vera.merge", "no module of that name"),
         ("numpy.linalg.svd", "no module of that name"),
         ("minipeft.cupy.kernels.lora:nothing", "lora.cu has no function 'nothing'"),
+        ("minipeft.cupy.kernels.lora:ghost", "lora.cu has no function 'ghost'"),
         ("minipeft.cupy.kernels.vera:merge", "there is no vera.cu"),
     ],
 )

@@ -12,7 +12,6 @@ from . import BookError
 MARK = re.compile(r"^# %%(?P<options>.*)$")
 TAGS = re.compile(r"tags=(\[[^\]]*\])")
 LIMIT = re.compile(r"^# *limit: *(\d+) *s *$", re.M)
-PART = re.compile(r"^# *part: *(.+?) *$", re.M)
 VALUE = re.compile(r"\{=(.+?)=\}")
 FENCE = re.compile(r"^(?P<indent> *)(?P<ticks>`{3,}|~{3,})(?P<info>.*)$")
 USUAL_LIMIT, LONGEST_LIMIT = 60, 180
@@ -67,12 +66,6 @@ class Chapter:
                 f"a chapter may ask for {LONGEST_LIMIT} s at most"
             )
         return seconds
-
-    @property
-    def part(self) -> str | None:
-        """The part of the book that the front comment asks for, if it does."""
-        found = PART.search(self.front)
-        return found[1] if found else None
 
     @property
     def prose(self) -> list[Cell]:
