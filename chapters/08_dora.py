@@ -201,7 +201,7 @@ for name, config, lr in [
 # %% tags=["fold"]
 figure, ax = plots.axes(
     "Do rows that turn also change their length?",
-    "correlation of the change of length with the change of direction, over the rows of a layer",
+    "correlation of the two changes, over the rows of a layer",
     size=(6.4, 2.6),
 )
 for place, (color, values) in enumerate(
@@ -215,7 +215,7 @@ ax.set_ylim(2.6, -0.6)
 chapter.show(
     figure,
     "length_direction",
-    alt="One point for each layer: for full fine-tuning and DoRA the correlations lie around a small positive mean, for LoRA clearly higher.",
+    alt="One point for each layer: for full fine-tuning the correlations lie around zero, for DoRA a little above it, for LoRA clearly higher.",
 )
 assert np.mean(within["LoRA"]) > np.mean(within["DoRA"])
 assert np.mean(within["LoRA"]) > np.mean(within["full fine-tuning"])

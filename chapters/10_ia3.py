@@ -136,7 +136,8 @@ for place, (part, color) in enumerate(zip(TARGETS, plots.PALETTE, strict=False))
     ax.plot([], [], "o", color=color, label=part.removesuffix("_proj"))
 ax.axhline(1, color=plots.INK, linewidth=0.8)
 ax.set_xticks(range(len(base.model.model.layers)))
-ax.legend()
+ax.legend(ncols=3, frameon=False, labelcolor=plots.INK)
+ax.margins(y=0.15)
 chapter.show(
     figure,
     "vectors",

@@ -1,0 +1,247 @@
+# part: Low rank, refined
+# %% [markdown]
+# # rsLoRA: what the rank may not change
+#
+# LoRA divides its update by the rank: $s = \alpha / r$. The intention is that one can change $r$ and keep the learning rate. rsLoRA [@kalajdzievski2023] says that this is the wrong power: with
+# $\alpha/r$ the update fades as $r$ grows, so large ranks never use what they have; it should be $\alpha/\sqrt r$. One square root, and a good
+# exercise in asking what a scaling is *for*.
+
+# %%
+import copy
+
+import numpy as np
+import torch
+
+from minipeft.lab import data, models, plots, text, train
+from minipeft.lab.chapter import start
+from minipeft.reference import lora
+from minipeft.torch.inject import inject
+from minipeft.torch.lora import LoRAConfig
+
+chapter = start("07_rslora", steps=25, model="tiny")
+
+# %% [markdown]
+# ## The problem
+#
+# Let $y = x W^T + s\,(x A^T) B^T$, with $A$ random and $B = 0$, and let $G$ be the gradient of the loss with respect to $y$. The first gradient step with rate $\eta$ gives
+#
+# $$ B_1 = -\eta\, s\, G^T (x A^T), \qquad \text{so the adapter now adds} \qquad s\,(x A^T) B_1^T = -\eta\, s^2\; x\,(A^T\! A)\,x^T G . $$
+#
+# The entries of $A$ do not depend on $r$, so $A^T A$, a sum of $r$ random terms, grows like $r$. Therefore
+#
+# | | $s = \alpha/r$ | $s = \alpha/\sqrt r$ |
+# |---|---|---|
+# | what the adapter adds, $\propto s^2 r$ | $r^{-1}$ | $r^{0}$ |
+# | gradient of $B$, $\propto s\,\lVert x A^T\rVert \propto s \sqrt r$ | $r^{-1/2}$ | $r^{0}$ |
+#
+# Kalajdzievski proves it for the whole course of training: outputs and gradients keep their size for every rank if and only if $s \propto 1/\sqrt r$ [@kalajdzievski2023, theorem 3.2].
+#
+# ## The formula, and the code
+#
+# @source minipeft.reference.lora.scaling
+# @source minipeft.torch.lora.scaling
+#
+# That is all. Everything else is LoRA.
+#
+# ## The proof
+#
+# The exponents are proved above; the arithmetic is checked where the root is exact. Everything else about rsLoRA, merging and gradients, was proved for LoRA at any scaling.
+
+# %%
+for r in (4, 16, 64, 256):
+    plain, stable = lora.scaling(16, r), lora.scaling(16, r, rank_stabilized=True)
+    print(f"r = {r:3d}: alpha/r = {plain:7.4f}, alpha/sqrt(r) = {stable:.4f}")
+    assert stable / plain == r**0.5
+
+# %% [markdown]
+# ## The experiment
+#
+# One layer with 768 inputs and 512 outputs is to imitate another whose weight differs by a random matrix. We take ten gradient steps with the reference's own
+# `backward`, for ranks from 4 to 512, and note two sizes: how far the adapter has moved the output against its first gradient, and the norm of the first gradient of $B$. On double logarithmic
+# axes a power law is a line, and its slope is the exponent.
+
+# %%
+RANKS = [4, 8, 16, 32, 64, 128, 256, 512]
+rng = np.random.default_rng(0)
+x = rng.standard_normal((32, 768)).astype(np.float32)
+W = (rng.standard_normal((512, 768)) / 768**0.5).astype(np.float32)
+change = (rng.standard_normal((512, 768)) / 768**0.5).astype(np.float32)
+target = x @ (W + 0.3 * change).T
+
+
+def descend(grads, state, lr):
+    """A step of gradient descent."""
+    return [-lr * g for g in grads]
+
+
+def adam(grads, state, lr):
+    """A step of Adam."""
+    state["t"] = state.get("t", 0) + 1
+    steps = []
+    for i, g in enumerate(grads):
+        m, v = state.get(i, (0 * g, 0 * g))
+        m, v = 0.9 * m + 0.1 * g, 0.999 * v + 0.001 * g * g
+        state[i] = m, v
+        m_hat, v_hat = m / (1 - 0.9 ** state["t"]), v / (1 - 0.999 ** state["t"])
+        steps.append(-lr * m_hat / (np.sqrt(v_hat) + 1e-12))
+    return steps
+
+
+def measure(r, rank_stabilized, rule, lr, steps=10):
+    """How far the output moves against its first gradient, and B's gradient there."""
+    adapter = lora.init(np.random.default_rng(r), 768, 512, r, 4.0, rank_stabilized)
+    wanted = (target - x @ W.T) / len(x)
+    first, state = lora.backward(-wanted, x, W, adapter).B, {}
+    for _ in range(steps):
+        grad_y = (lora.forward(x, W, adapter) - target) / len(x)
+        grads = lora.backward(grad_y, x, W, adapter)
+        step_A, step_B = rule((grads.A, grads.B), state, lr)
+        adapter = lora.LoRA(adapter.A + step_A, adapter.B + step_B, adapter.scaling)
+    added = lora.forward(x, 0 * W, adapter)
+    moved = float((added * wanted).sum() / np.linalg.norm(wanted))
+    return moved, float(np.linalg.norm(first))
+
+
+def slope(values):
+    """The exponent: a line fitted on logarithmic axes."""
+    return float(np.polyfit(np.log(RANKS), np.log(values), 1)[0])
+
+
+found, slopes = {}, {}
+for rule, lr in ((descend, 1e-3), (adam, 1e-4)):
+    for name, stable in (("alpha/r", False), ("alpha/sqrt(r)", True)):
+        measured = [measure(r, stable, rule, lr) for r in RANKS]
+        key = (rule.__name__, name)
+        found[key] = list(zip(*measured, strict=True))
+        slopes[key] = [slope(values) for values in found[key]]
+        print(
+            f"{rule.__name__:8s} {name:14s} output ~ r^{slopes[key][0]:+.2f}, gradient of B ~ r^{slopes[key][1]:+.2f}"
+        )
+plain, stable = slopes["descend", "alpha/r"], slopes["descend", "alpha/sqrt(r)"]
+assert abs(plain[0] + 1) < 0.1
+assert abs(plain[1] + 0.5) < 0.1
+assert max(map(abs, stable)) < 0.1
+
+# %% tags=["fold"]
+figure, ax = plots.axes("Ten steps of gradient descent", "rank", "relative to rank 4")
+for style, (_, name) in zip(
+    ("-", "--"), [("", "alpha/r"), ("", "alpha/sqrt(r)")], strict=True
+):
+    for color, values, what, k in zip(
+        plots.PALETTE,
+        found["descend", name],
+        ("output", "gradient of B"),
+        (0, 1),
+        strict=False,
+    ):
+        label = f"{what}, {name}: slope {slopes['descend', name][k]:+.2f}"
+        relative = np.array(values) / values[0]
+        ax.plot(
+            RANKS, relative, style, marker="o", markersize=4, color=color, label=label
+        )
+ax.set(xscale="log", yscale="log")
+ax.set_xticks(RANKS, [str(r) for r in RANKS])
+ax.minorticks_off()
+ax.legend(fontsize=8, frameon=False, labelcolor=plots.INK)
+chapter.show(
+    figure,
+    "slopes",
+    alt="On logarithmic axes, with alpha/r the output falls with the rank at slope minus one and the gradient at minus one half; with alpha over the root of r both lines are flat.",
+)
+
+# %% [markdown]
+# The fitted exponents are {=f"{plain[0]:+.2f}"=} and {=f"{plain[1]:+.2f}"=} for $\alpha/r$, where the table says −1 and −1/2, and
+# {=f"{stable[0]:+.2f}"=} and {=f"{stable[1]:+.2f}"=} for $\alpha/\sqrt r$, where it says 0. At $r = 512$ the
+# adapter with $\alpha/r$ has added {=f"{found['descend', 'alpha/r'][0][0] / found['descend', 'alpha/r'][0][-1]:.0f}"=} times less to the output than at $r = 4$.
+#
+# ### And with Adam?
+#
+# Nobody fine-tunes with plain gradient descent, and Adam changes the sum. It divides every gradient by its own size, so $s$ drops out of the step: every entry of $B$ moves by about $\eta$, whatever
+# the scaling. What the adapter adds is then $s$ times a sum of $r$ terms that all push the same way, $s\,r\,\eta$: flat for $\alpha/r$, and growing like $\sqrt r$ for
+# rsLoRA. That is what we measure: the slopes of the output are {=f"{slopes['adam', 'alpha/r'][0]:+.2f}"=} for $\alpha/r$ and
+# {=f"{slopes['adam', 'alpha/sqrt(r)'][0]:+.2f}"=} for $\alpha/\sqrt r$.
+
+# %%
+adam_plain, adam_stable = slopes["adam", "alpha/r"], slopes["adam", "alpha/sqrt(r)"]
+assert abs(adam_plain[0]) < 0.15
+assert abs(adam_stable[0] - 0.5) < 0.15
+
+# %% [markdown]
+# So at the start of a run with Adam, $\alpha/r$ is the scaling under which the learning rate does not depend on the rank, and this is what practitioners report
+# [@schulman2025]. The theorem and the observation do not contradict each other. They ask about different things: the one about the size of gradients, which Adam does not
+# feel, the other about the size of steps.
+#
+# ### On a model
+#
+# `tiny` learns the *Devil's Dictionary* at rank 8 and 64 with one learning rate. The numerators are chosen so that both scalings agree at rank 8.
+
+# %%
+base = models.load(chapter.model, chapter.device)
+pairs = [(entry.prompt, entry.answer) for entry in data.devils_dictionary("train")]
+batches = text.examples(base.tokenizer, pairs, (8, 96), seed=0)
+judged = [
+    (entry.prompt, entry.answer) for entry in data.devils_dictionary("validation")
+]
+held_out = text.example_batches(base.tokenizer, judged[:50], (25, 96))
+LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+results, times = {}, 8**0.5
+for name, config, lr in [
+    ("r = 8", LoRAConfig(r=8, alpha=8), 2e-3),
+    ("r = 64, alpha/r", LoRAConfig(r=64, alpha=8), 2e-3),
+    ("r = 64, alpha/r, faster", LoRAConfig(r=64, alpha=8), 2e-3 * times),
+    ("r = 64, alpha/sqrt(r)", LoRAConfig(64, times, rank_stabilized=True), 2e-3),
+]:
+    generator = torch.Generator().manual_seed(0)
+    model = inject(copy.deepcopy(base.model), config, LINEARS, generator=generator)
+    settings = train.TrainConfig(chapter.steps, lr=lr, warmup=3)
+    history = train.train(model, batches, settings, held_out)
+    results[name] = history.validation[-1][1]
+    print(f"{name:23s} held-out loss {results[name]:.3f}")
+
+# %% [markdown]
+# With $\alpha/r$, rank 64 ends at {=f"{results['r = 64, alpha/r']:.3f}"=}, and rank 8 at {=f"{results['r = 8']:.3f}"=}. With $\alpha/\sqrt r$, whose scaling is
+# {=f"{times:.1f}"=} times as large, rank 64 ends at {=f"{results['r = 64, alpha/sqrt(r)']:.3f}"=}; with $\alpha/r$ and a learning rate as many times as large, at
+# {=f"{results['r = 64, alpha/r, faster']:.3f}"=}. One seed and a short run: enough to see that the scaling acts
+# much like a learning rate, not enough to say which rank is best.
+#
+# ## What goes wrong in practice
+#
+# - **The setting is lost on the way.** An adapter trained with $\alpha/\sqrt r$ and loaded with $\alpha/r$ is $\sqrt r$ times too weak. It still runs, and it still helps a little, so nobody
+#   notices. It happened in vLLM ([6909](https://github.com/vllm-project/vllm/pull/6909)) and elsewhere; llama.cpp's converter writes $\alpha$ and not the rule. [The golden
+#   vectors](../verify.md) have a flag for it, with ranks whose root is exact.
+# - **Two corrections at once.** Whoever doubles the learning rate for a larger rank *and* turns rsLoRA on has corrected twice.
+# - **$\alpha$ taken from a LoRA recipe.** $\alpha = 2r$ is a scaling of 2 with LoRA and of $2\sqrt r$ with rsLoRA.
+#
+# ## Exercises
+#
+# 1. At which rank do the two scalings agree, for one $\alpha$?
+
+# %% tags=["solution"]
+assert lora.scaling(7.0, 1) == lora.scaling(7.0, 1, rank_stabilized=True)
+print("only at r = 1")
+
+# %% [markdown]
+# 2. An adapter of rank 64 was trained with rsLoRA at $\alpha = 16$. A loader knows only $\alpha/r$. Which $\alpha$ must it be told?
+
+# %% tags=["solution"]
+wanted = lora.scaling(16, 64, rank_stabilized=True)
+told = wanted * 64
+print(f"alpha = {told:g}")
+assert lora.scaling(told, 64) == wanted
+
+# %% [markdown]
+# 3. Where does the $r$ in $A^T A$ come from? Measure the slope of $x A^T A x^T$ over the rank, for one row $x$.
+
+# %% tags=["solution"]
+sizes = []
+for r in RANKS:
+    A = lora.init(np.random.default_rng(r), 768, 512, r, 1.0).A
+    sizes.append(np.linalg.norm(x[:1] @ A.T @ A @ x[:1].T))
+print(f"slope {slope(sizes):+.2f}")
+assert abs(slope(sizes) - 1) < 0.1
+
+# %% [markdown]
+# ## References
+#
+# rsLoRA is by Kalajdzievski [@kalajdzievski2023]; LoRA's own scaling is in section 4.1 of its paper [@hu2021]. That with Adam the best learning rate hardly depends on the rank under
+# $\alpha/r$ is reported by Schulman [@schulman2025].
