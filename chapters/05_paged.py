@@ -225,9 +225,9 @@ ax.step(
     linestyle=":",
     label="without paging",
 )
-ax.axhline(CAPACITY / 1e9, color=plots.PALETTE[2], linewidth=2)
-ax.text(0, CAPACITY / 1e9 + 0.15, "the card", color=plots.PALETTE[2], weight="bold")
-ax.plot(first, unpaged[first] / 1e9, "X", color=plots.PALETTE[2], markersize=10)
+ax.axhline(CAPACITY / 1e9, color=plots.PALETTE[1], linewidth=2)
+ax.text(0, CAPACITY / 1e9 + 0.15, "the card", color=plots.PALETTE[1], weight="bold")
+ax.plot(first, unpaged[first] / 1e9, "X", color=plots.PALETTE[1], markersize=10)
 ax.set(xlim=(0, chapter.steps - 1), ylim=(0, unpaged.max() / 1e9 * 1.3))
 ax.legend(loc="upper center", ncols=2)
 chapter.show(
@@ -268,7 +268,7 @@ figure, ax = plots.axes(
 ax.step([*per_step], [*per_step.values()], where="mid", color=plots.PALETTE[0])
 ax.plot([*fewest], [*fewest.values()], "--", color=plots.PALETTE[1])
 ax.text(8, PAGES + 0.6, "least recently used", color=plots.PALETTE[0], weight="bold")
-ax.text(6.3, 6.2, "keep what you have", color=plots.PALETTE[1], weight="bold")
+ax.text(1.5, 5.2, "keep what you have", color=plots.PALETTE[1], weight="bold")
 ax.set(ylim=(-0.8, PAGES + 2.2))
 chapter.show(
     figure,

@@ -35,7 +35,7 @@ from minipeft.torch.inject import (
 from minipeft.torch.lora import LoRAConfig
 from minipeft.torch.qlora import quantize_linears
 
-chapter = start("06_qlora", steps=30, model="tiny")
+chapter = start("06_qlora", steps=24, model="tiny")
 
 # %% [markdown]
 # ## The problem
