@@ -59,14 +59,15 @@ for what, size in {
 # @source minipeft.reference.adamw.init
 # @source minipeft.torch.adamw.init
 #
-# ??? note "Decoding, encoding, and what a file holds"
-#     @source minipeft.reference.adamw.decode
+# Decoding, encoding, and what a file holds:
 #
-#     @source minipeft.reference.adamw.encode
+# @source minipeft.reference.adamw.decode
 #
-#     @source minipeft.reference.adamw.to_arrays
+# @source minipeft.reference.adamw.encode
 #
-#     @source minipeft.reference.adamw.from_arrays
+# @source minipeft.reference.adamw.to_arrays
+#
+# @source minipeft.reference.adamw.from_arrays
 #
 # In torch it is an optimizer like any other, with groups, schedules and `state_dict`.
 #

@@ -98,14 +98,15 @@ for tokens in (256, 512, 1024, 2048):
 #
 # @source minipeft.torch.paged.PageTable
 #
-# ??? note "Cutting, joining, counting"
-#     @source minipeft.reference.paged.init
+# Cutting, joining, counting:
 #
-#     @source minipeft.reference.paged.gather
+# @source minipeft.reference.paged.init
 #
-#     @source minipeft.reference.paged.nbytes
+# @source minipeft.reference.paged.gather
 #
-#     @source minipeft.reference.paged.Traffic
+# @source minipeft.reference.paged.nbytes
+#
+# @source minipeft.reference.paged.Traffic
 #
 # A small example: three pages, room for two. Watch the order.
 

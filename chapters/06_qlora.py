@@ -96,8 +96,9 @@ chapter.show(
 #
 # @source minipeft.torch.qlora.quantize_linears
 #
-# ??? note "Both kinds of scales"
-#     @source minipeft.reference.qlora.dequantize
+# Both kinds of scales:
+#
+# @source minipeft.reference.qlora.dequantize
 #
 # ## The proof
 #

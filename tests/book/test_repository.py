@@ -25,7 +25,9 @@ NOT_YET_SHOWN: set[str] = set()
 WIDER = {
     "minipeft/reference/lora.py:init": "the signature that every column shares",
     "minipeft/reference/loftq.py:init": "the signature that every column shares",
+    "minipeft/torch/adamw.py:__init__": "what torch's own optimizer takes",
     "minipeft/torch/loftq.py:init": "the signature that every column shares",
+    "minipeft/torch/paged.py:__init__": "what torch's own optimizer takes",
     "minipeft/torch/prefix.py:generate": "hands on what transformers' own takes",
     "minipeft/torch/prompt.py:generate": "hands on what transformers' own takes",
 }
