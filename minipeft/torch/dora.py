@@ -124,19 +124,21 @@ class _Rescale(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any,
         z: Tensor,
         magnitude: Tensor,
         norm: Tensor,
         bias: Tensor | None,
         dtype: torch.dtype,
     ) -> Tensor:
+        return _rescaled(z, over_norm(magnitude, norm), bias).to(dtype)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        z, magnitude, norm, bias, _ = inputs
         g = over_norm(magnitude, norm)
-        y = _rescaled(z, g, bias).to(dtype)
         small = torch.nonzero(g.abs() < _Rescale.SMALL)[:, 0]
         kept = z[..., small] if bias is None else z[..., small] - bias[small]
-        ctx.save_for_backward(y, magnitude, norm, g, bias, small, kept)
-        return y
+        ctx.save_for_backward(output, magnitude, norm, g, bias, small, kept)
 
     @staticmethod
     @once_differentiable
