@@ -278,7 +278,7 @@ for n, seconds in cost.items():
 # - **The mask.** The prefix must be visible to every query. A causal mask built over prefix *and* text as if both were text hides virtual tokens from one another, which is harmless, but aligned at the wrong end it hides
 #   the prefix or shows the future. Here the mask is the text's own, and ones stand before it.
 # - **Positions.** With rotary embeddings the cached keys are already turned. The text begins at position $n$, and whoever begins it at 0 has changed the distance to every virtual token.
-# - **Gradient checkpointing switches the cache off**, and with it the prefix, in a library that says so only in a log. Prefix and checkpointing exclude each other.
+# - **Gradient checkpointing switches the cache off**, and with it the prefix, in a library that says so only in a log: the run goes on and trains nothing. Here it is an error.
 # - **A random start is an attack** on the model, as the figure shows. Real words are better, and so are smaller numbers.
 # - **The network was saved, or not dropped.** What is worth keeping are its outputs: peft folds it in when it saves, so a loaded prefix cannot be trained on through the network.
 #

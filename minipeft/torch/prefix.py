@@ -145,7 +145,16 @@ class PrefixModel(nn.Module):
         attention_mask: Integer[Tensor, "batch tokens"] | None = None,
         labels: Integer[Tensor, "batch tokens"] | None = None,
     ) -> Any:
-        """Run the model after its prefix; logits and loss are those of the text."""
+        """Run the model after its prefix; logits and loss are those of the text.
+
+        Raises:
+            InputError: while training with gradient checkpointing.
+        """
+        if self.training and _checkpoints(self.model):
+            raise InputError(
+                "gradient checkpointing switches off the cache that holds the prefix; "
+                "train without it."
+            )
         return self.model(
             input_ids=input_ids,
             attention_mask=self._seen(input_ids, attention_mask),
@@ -215,6 +224,11 @@ def _sizes(model: Any) -> tuple[int, int, int]:
         )
     d = getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads
     return c.num_hidden_layers, heads, d
+
+
+def _checkpoints(model: nn.Module) -> bool:
+    # The attribute, and not a method: their names change from version to version.
+    return any(getattr(m, "gradient_checkpointing", False) for m in model.modules())
 
 
 def _check_count(num_virtual_tokens: int) -> None:

@@ -142,6 +142,17 @@ def test_generation_goes_on_from_the_prefix():
     assert ours.tolist() == hard[:, 5:].tolist()
 
 
+def test_checkpointing_is_refused_rather_than_training_without_a_prefix():
+    model = llama()
+    adapted = PrefixModel(model, PrefixConfig(num_virtual_tokens=3)).train()
+    model.activation_checkpointing_enable()
+    with pytest.raises(InputError, match="switches off the cache"):
+        adapted(TEXT, labels=TEXT)
+    model.activation_checkpointing_disable()
+    adapted(TEXT, labels=TEXT).loss.backward()
+    assert adapted.P.grad.any()
+
+
 def test_the_same_input_is_refused():
     with pytest.raises(InputError, match="num_virtual_tokens is 0"):
         PrefixConfig(num_virtual_tokens=0)
