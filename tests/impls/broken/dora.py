@@ -23,7 +23,8 @@ def takes_one_norm_for_each_input(W, A, B, magnitude, alpha):
 
 @bug("dora_forward", "NormOfSum")
 def divides_by_the_norm_of_the_weight_alone(x, W, A, B, magnitude, alpha, bias=None):
-    y = x @ _sum(W, A, B, alpha).T * (magnitude / np.linalg.norm(W, axis=1))
+    with np.errstate(divide="ignore", invalid="ignore"):
+        y = x @ _sum(W, A, B, alpha).T * (magnitude / np.linalg.norm(W, axis=1))
     return y if bias is None else y + bias
 
 
@@ -36,7 +37,7 @@ def broadcasts_the_magnitude_over_columns(W, A, B, magnitude, alpha):
 
 
 @bug("dora_forward", "Bias")
-def scales_the_bias(x, W, A, B, magnitude, alpha, bias=None):
+def scales_the_bias_in_dora(x, W, A, B, magnitude, alpha, bias=None):
     y = right.dora_forward(x, W, A, B, magnitude, alpha)
     norm = np.linalg.norm(_sum(W, A, B, alpha), axis=1)
     return y if bias is None else y + bias * magnitude / norm
@@ -45,21 +46,22 @@ def scales_the_bias(x, W, A, B, magnitude, alpha, bias=None):
 @bug("dora_merge", "Scaling")
 def forgets_the_scaling_in_the_norm(W, A, B, magnitude, alpha):
     norm = np.linalg.norm(W + B @ A, axis=1)
-    return (magnitude / norm)[:, None] * _sum(W, A, B, alpha)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return (magnitude / norm)[:, None] * _sum(W, A, B, alpha)
 
 
 @bug("dora_merge", "ZeroRow")
 def divides_zero_by_zero(W, A, B, magnitude, alpha):
     V = _sum(W, A, B, alpha)
     norm = np.linalg.norm(V, axis=1)
-    with np.errstate(invalid="ignore"):
+    with np.errstate(divide="ignore", invalid="ignore"):
         return np.asarray((magnitude / norm)[:, None] * V, F32)
 
 
 @bug("dora_backward", "ZeroMagnitude")
 def divides_by_the_magnitude(grad_y, x, W, A, B, magnitude, alpha):
     grads = right.dora_backward(grad_y, x, W, A, B, magnitude, alpha)
-    with np.errstate(invalid="ignore"):
+    with np.errstate(divide="ignore", invalid="ignore"):
         return (*grads[:3], np.asarray(grads[3] * magnitude / magnitude, F32))
 
 
@@ -91,7 +93,7 @@ def differentiates_the_norm(grad_y, x, W, A, B, magnitude, alpha):
 
 
 @bug("dora_backward", "LeadingAxes")
-def sums_the_first_axis_only(grad_y, x, W, A, B, magnitude, alpha):
+def sums_the_first_axis_only_in_dora(grad_y, x, W, A, B, magnitude, alpha):
     grads = right.dora_backward(grad_y, x, W, A, B, magnitude, alpha)
     if x.ndim < 3:
         return grads
@@ -101,13 +103,13 @@ def sums_the_first_axis_only(grad_y, x, W, A, B, magnitude, alpha):
 
 
 @bug("dora_forward", "RankOne")
-def squeezes_rank_one(x, W, A, B, magnitude, alpha, bias=None):
+def squeezes_rank_one_in_dora(x, W, A, B, magnitude, alpha, bias=None):
     rest = (magnitude, alpha, bias)
     return right.dora_forward(x, W, A.squeeze(), B.squeeze(), *rest)
 
 
 @bug("dora_forward", "Rounding")
-def ten_bits_inside(x, W, A, B, magnitude, alpha, bias=None):
+def ten_bits_inside_in_dora(x, W, A, B, magnitude, alpha, bias=None):
     x, W, A, B = (v.astype(np.float16).astype(F32) for v in (x, W, A, B))
     return right.dora_forward(x, W, A, B, magnitude, alpha, bias)
 
