@@ -78,20 +78,27 @@ def dequantize(q: Blockwise, dtype: Any = np.float32) -> Array:
         InputError: if the parts of `q` do not fit each other, or `dtype` is another.
     """
     gpu = current()
-    log2 = log2_blocksize(q.blocksize)
     n = int(np.prod(q.shape, dtype=np.int64))
-    codebook = check("codebook", gpu.facts(q.codebook), ["float32"])
-    device, bits = codebook.device, code_bits(codebook.size)
+    device = gpu.facts(q.codebook).device
+    bits = check_parts(gpu, q, device)
+    name = output_dtype(dtype)
+    out = gpu.empty(q.shape, name, device)
+    log2 = log2_blocksize(q.blocksize)
+    args = [q.packed, q.absmax, q.codebook, out, n, log2, bits]
+    gpu.launch(DEQUANTIZE, name, -(-n // DEQUANTIZE_TILE), args)
+    return out
+
+
+def check_parts(gpu: Executor, q: Blockwise, device: int) -> int:
+    """Return the bits of a code; refuse parts that a kernel would misread."""
+    n = int(np.prod(q.shape, dtype=np.int64))
+    codebook = check("codebook", gpu.facts(q.codebook), ["float32"], device)
+    bits = code_bits(codebook.size)
     packed = check("packed", gpu.facts(q.packed), ["uint8"], device)
     absmax = check("absmax", gpu.facts(q.absmax), ["float32"], device)
     check_size("packed", packed, -(-n * bits // 8), q)
     check_size("absmax", absmax, -(-n // q.blocksize), q)
-    name = output_dtype(dtype)
-    out = gpu.empty(q.shape, name, device)
-    grid = -(-n // DEQUANTIZE_TILE)
-    args = [q.packed, q.absmax, q.codebook, out, n, log2, bits]
-    gpu.launch(DEQUANTIZE, name, grid, args)
-    return out
+    return bits
 
 
 def output_dtype(dtype: Any) -> str:

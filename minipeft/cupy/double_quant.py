@@ -80,23 +80,36 @@ def dequantize(q: Nested, dtype: Any = np.float32) -> Array:
     """
     gpu = current()
     n = int(np.prod(q.shape, dtype=np.int64))
+    device = gpu.facts(q.codebook).device
+    bits = check_parts(gpu, q, device)
+    name = blockwise.output_dtype(dtype)
+    out = gpu.empty(q.shape, name, device)
+    log2 = log2_blocksize(q.blocksize)
+    args = [q.packed, *scales(gpu, q, device), q.codebook, out, n, log2, bits]
+    gpu.launch(DEQUANTIZE_NESTED, name, -(-n // DEQUANTIZE_TILE), args)
+    return out
+
+
+def check_parts(gpu: Executor, q: Nested, device: int) -> int:
+    """Return the bits of a code; refuse parts that a kernel would misread."""
+    n = int(np.prod(q.shape, dtype=np.int64))
     blocks = -(-n // q.blocksize)
-    codebook = check("codebook", gpu.facts(q.codebook), ["float32"])
-    device, bits = codebook.device, code_bits(codebook.size)
-    for name, dtypes, expected in (
+    codebook = check("codebook", gpu.facts(q.codebook), ["float32"], device)
+    bits = code_bits(codebook.size)
+    for name, dtype, expected in (
         ("packed", "uint8", -(-n * bits // 8)),
         ("absmax_codes", "uint8", blocks),
         ("nested_absmax", "float32", -(-blocks // q.nested_blocksize)),
     ):
-        facts = check(name, gpu.facts(getattr(q, name)), [dtypes], device)
+        facts = check(name, gpu.facts(getattr(q, name)), [dtype], device)
         check_size(name, facts, expected, q)
-    name = blockwise.output_dtype(dtype)
-    out = gpu.empty(q.shape, name, device)
-    parts = [q.packed, q.absmax_codes, q.nested_absmax, _map(gpu, device), q.codebook]
-    logs = [log2_blocksize(q.blocksize), log2_blocksize(q.nested_blocksize)]
-    args = [*parts, out, n, q.offset, *logs, bits]
-    gpu.launch(DEQUANTIZE_NESTED, name, -(-n // DEQUANTIZE_TILE), args)
-    return out
+    return bits
+
+
+def scales(gpu: Executor, q: Nested, device: int) -> list[Any]:
+    """List the arguments by which a kernel decodes the scales."""
+    log2 = log2_blocksize(q.nested_blocksize)
+    return [q.absmax_codes, q.nested_absmax, _map(gpu, device), q.offset, log2]
 
 
 @lru_cache(maxsize=8)

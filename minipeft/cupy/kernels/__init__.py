@@ -50,9 +50,15 @@ class Kernel:
         ]
 
     def pack(self, arguments: Sequence[Any]) -> list[Any]:
-        """Give every scalar the width that the kernel reads; leave arrays alone."""
+        """Give every scalar the width that the kernel reads; None is a null pointer."""
         pairs = zip(self.arguments.values(), arguments, strict=True)
-        return [a if kind == POINTER else np.dtype(kind).type(a) for kind, a in pairs]
+        return [_packed(kind, argument) for kind, argument in pairs]
+
+
+def _packed(kind: str, argument: Any) -> Any:
+    if kind == POINTER:
+        return np.uint64(0) if argument is None else argument
+    return np.dtype(kind).type(argument)
 
 
 QUANTIZE = Kernel(
@@ -98,20 +104,24 @@ NEST = Kernel(
     },
     dtypes=(),
 )
+# What decodes the scale of a block.
+SCALES = {
+    "absmax_codes": POINTER,
+    "nested_absmax": POINTER,
+    "map": POINTER,
+    "offset": "float32",
+    "log2_nested_blocksize": "int32",
+}
 DEQUANTIZE_NESTED = Kernel(
     "double_quant",
     "dequantize_nested",
     {
         "packed": POINTER,
-        "absmax_codes": POINTER,
-        "nested_absmax": POINTER,
-        "map": POINTER,
+        **SCALES,
         "codebook": POINTER,
         "out": POINTER,
         "n": "int64",
-        "offset": "float32",
         "log2_blocksize": "int32",
-        "log2_nested_blocksize": "int32",
         "bits": "int32",
     },
 )
@@ -164,8 +174,83 @@ ADAMW_8BIT = Kernel(
     },
     dtypes=(),
 )
+SHRINK = Kernel(
+    "lora_batched",
+    "shrink",
+    {
+        "x": POINTER,
+        "A": POINTER,
+        "indices": POINTER,
+        "h": POINTER,
+        "tokens": "int64",
+        "in_features": "int32",
+        "r": "int32",
+    },
+)
+EXPAND = Kernel(
+    "lora_batched",
+    "expand",
+    {
+        "h": POINTER,
+        "B": POINTER,
+        "scaling": POINTER,
+        "indices": POINTER,
+        "y": POINTER,
+        "out": POINTER,
+        "tokens": "int64",
+        "out_features": "int32",
+        "r": "int32",
+    },
+)
+PRODUCT = {
+    "codebook": POINTER,
+    "x": POINTER,
+    "bias": POINTER,
+    "h": POINTER,
+    "B": POINTER,
+    "y": POINTER,
+    "tokens": "int32",
+    "in_features": "int32",
+    "out_features": "int32",
+    "r": "int32",
+    "scaling": POINTER,
+    "log2_blocksize": "int32",
+}
+PRODUCT_4BIT = Kernel(
+    "qlora", "product", {"packed": POINTER, "absmax": POINTER, **PRODUCT}
+)
+PRODUCT_NESTED = Kernel(
+    "qlora",
+    "product_nested",
+    {
+        "packed": POINTER,
+        **SCALES,
+        **PRODUCT,
+    },
+)
+ROW_NORM = Kernel(
+    "dora",
+    "row_norm",
+    {
+        "W": POINTER,
+        "A": POINTER,
+        "B": POINTER,
+        "norm": POINTER,
+        "in_features": "int32",
+        "out_features": "int32",
+        "r": "int32",
+        "scaling": "float32",
+    },
+)
 
-KERNELS = (QUANTIZE, DEQUANTIZE, NEST, DEQUANTIZE_NESTED, ADAMW, ADAMW_8BIT)
+KERNELS = (
+    *(QUANTIZE, DEQUANTIZE),
+    *(NEST, DEQUANTIZE_NESTED),
+    *(ADAMW, ADAMW_8BIT),
+    *(SHRINK, EXPAND),
+    *(PRODUCT_4BIT, PRODUCT_NESTED),
+    *(ROW_NORM,),
+)
 
 
 def source(row: str) -> str:

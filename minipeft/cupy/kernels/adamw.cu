@@ -24,10 +24,6 @@
 
 constexpr int THREADS = 256;
 
-template <class T> __device__ __forceinline__ float round_to(float x) {
-  return to_float(from_float<T>(x));
-}
-
 // The settings of a step, already in the dtype of W.
 struct Step {
   float decay, new_m, beta2, new_v, minus_step, correction, eps;

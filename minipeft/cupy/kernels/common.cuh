@@ -33,6 +33,14 @@ __device__ __forceinline__ float warp_max(float m) {
   return m;
 }
 
+// The sum over a warp, in each of its lanes, added as a balanced tree.
+__device__ __forceinline__ float warp_sum(float x) {
+#pragma unroll
+  for (int distance = WARP / 2; distance > 0; distance >>= 1)
+    x = __fadd_rn(x, __shfl_xor_sync(ALL_LANES, x, distance));
+  return x;
+}
+
 // 16 bytes: the widest load and store that a thread has. The address must be a multiple
 // of 16; the launchers see to it.
 template <class T> struct alignas(16) Vector {
@@ -50,11 +58,17 @@ template <class T> __device__ __forceinline__ void store_vector(T* to, Vector<T>
   *reinterpret_cast<uint4*>(to) = *reinterpret_cast<const uint4*>(&from);
 }
 
-// `COUNT` consecutive values as float32; what lies at `n` or beyond reads as zero.
+template <class T> __device__ __forceinline__ float round_to(float x) {
+  return to_float(from_float<T>(x));
+}
+
+// `COUNT` consecutive values as float32; what lies at `n` or beyond reads as zero. `whole`
+// says that `from` is aligned, so that 16 bytes can be read at a time.
 template <int COUNT, class T>
-__device__ __forceinline__ void load_padded(const T* from, i64 first, i64 n, float* to) {
+__device__ __forceinline__ void load_padded(const T* from, i64 first, i64 n, float* to,
+                                            bool whole = true) {
   constexpr int SIZE = Vector<T>::size;
-  if (first + COUNT <= n) {
+  if (whole && first + COUNT <= n) {
 #pragma unroll
     for (int v = 0; v < COUNT; v += SIZE) {
       const Vector<T> part = load_vector(from + first + v);

@@ -1,0 +1,95 @@
+"""QLoRA's forward for decoding: kernels/qlora.cu, a 4-bit base times a few rows."""
+
+from typing import Any
+
+from minipeft.cupy import blockwise, double_quant, lora_batched
+from minipeft.cupy.blockwise import Blockwise
+from minipeft.cupy.double_quant import Nested
+from minipeft.cupy.executor import Array, Executor, Facts, check, current
+from minipeft.cupy.kernels import CTYPES, PRODUCT_4BIT, PRODUCT_NESTED
+from minipeft.cupy.lora_batched import Adapters
+from minipeft.errors import InputError
+
+ROWS = 4  # of x that share one decoding, as in qlora.cu
+WARPS = 8  # outputs of a CUDA block
+GROUP = 8  # codes that a lane decodes at once, within one block
+
+
+def forward(
+    x: Any,
+    q: Blockwise | Nested,
+    lora: Adapters | None = None,
+    bias: Any = None,
+) -> Array:
+    r"""Apply the adapted layer: $y = x \hat W^T + b + s (x A^T) B^T$.
+
+    $\hat W$ is decoded within the kernel, rounded to the dtype of x; all terms are
+    summed in float32 and rounded once. Made for a few rows; a large batch is faster
+    with `dequantize` and a matrix product.
+
+    Args:
+        x: (tokens, in_features), float32, float16 or bfloat16, C-contiguous.
+        q: the base, of 16 codes; blocks of at least 8, rows of a multiple of 8 values.
+        lora: one adapter of the dtype of x, from `lora_batched.stack([lora])`.
+        bias: of the base, of the dtype of x.
+
+    Raises:
+        InputError: if shapes, dtypes or devices do not fit, or the base is not as said.
+
+    Source: QLoRA (arXiv:2305.14314), equations 5 and 6.
+    """
+    gpu = current()
+    x = gpu.adopt(x)
+    facts = check("x", gpu.facts(x), CTYPES)
+    tokens = facts.shape[0]
+    out_features, in_features = _check_base(gpu, q, facts)
+    h, B, r, scaling = _lora(gpu, x, facts, lora, out_features)
+    if bias is not None:
+        bias = gpu.adopt(bias)
+        found = check("bias", gpu.facts(bias), [facts.dtype], facts.device)
+        if found.shape != (out_features,):
+            raise InputError(
+                f"bias has shape {found.shape}; q has {out_features} rows."
+            )
+    y = gpu.empty((tokens, out_features), facts.dtype, facts.device)
+    sizes = [tokens, in_features, out_features, r, scaling]
+    log2 = blockwise.log2_blocksize(q.blocksize)
+    args = [q.codebook, x, bias, h, B, y, *sizes, log2]
+    grid = -(-out_features // WARPS) * -(-tokens // ROWS)
+    if isinstance(q, Nested):
+        scales = double_quant.scales(gpu, q, facts.device)
+        gpu.launch(PRODUCT_NESTED, facts.dtype, grid, [q.packed, *scales, *args])
+    else:
+        gpu.launch(PRODUCT_4BIT, facts.dtype, grid, [q.packed, q.absmax, *args])
+    return y
+
+
+def _check_base(gpu: Executor, q: Blockwise | Nested, x: Facts) -> tuple[int, int]:
+    (double_quant if isinstance(q, Nested) else blockwise).check_parts(gpu, q, x.device)
+    codes = gpu.facts(q.codebook).size
+    if len(q.shape) != 2 or codes != 16 or q.blocksize < GROUP or q.shape[1] % GROUP:
+        raise InputError(
+            f"the base has shape {list(q.shape)}, {codes} codes and blocksize "
+            f"{q.blocksize}; this kernel takes rows of a multiple of 8 values, 16 "
+            "codes and blocks of 8 or more: dequantize any other, and multiply."
+        )
+    if len(x.shape) != 2 or x.shape[1] != q.shape[1]:
+        raise InputError(f"x has shape {x.shape}; give (tokens, {q.shape[1]}).")
+    out_features, in_features = q.shape
+    return out_features, in_features
+
+
+def _lora(
+    gpu: Executor, x: Array, facts: Facts, lora: Adapters | None, out_features: int
+) -> tuple[Array, Array, int, Array]:
+    if lora is None:
+        return None, None, 0, None
+    n, rows, r = lora_batched.check_adapters(gpu, lora, facts)
+    if n != 1 or rows != out_features:
+        raise InputError(
+            f"got {n} adapters of {rows} rows for {out_features} outputs; give one "
+            "that fits, and use `lora_batched.forward` for several."
+        )
+    first = gpu.full((facts.shape[0],), "int32", 0, facts.device)
+    h = lora_batched.shrink(gpu, x, facts, lora.A, first)
+    return h, lora.B, r, lora.scaling

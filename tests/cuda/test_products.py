@@ -1,0 +1,113 @@
+"""The kernels that sum products, run on this CPU through their launchers."""
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from minipeft.cupy import blockwise, dora, lora_batched, qlora
+from minipeft.cupy.executor import use
+from minipeft.errors import InputError
+from tests.cuda.blockwise_cases import gaussian
+from tests.cuda.executors import DTYPES, CpuExecutor
+from tests.cuda.product_cases import (
+    Sizes,
+    dora_agrees,
+    gaussians,
+    integers,
+    lora_batched_agrees,
+    qlora_agrees,
+)
+from tests.cuda.toolchain import needs_cpu_build
+
+pytestmark = needs_cpu_build
+DTYPE = pytest.mark.parametrize("dtype", DTYPES)
+DRAW = pytest.mark.parametrize("draw", [integers, gaussians])
+
+
+@DTYPE
+@DRAW
+@pytest.mark.parametrize(
+    "s",
+    [
+        Sizes(1, 1, 1, 1),
+        Sizes(7, 63, 65, 8),
+        Sizes(4, 512, 300, 64),
+        Sizes(9, 65, 7, 3),
+    ],
+)
+def test_lora_batched(s, draw, dtype):
+    with use(CpuExecutor()):
+        lora_batched_agrees(s, dtype, draw, seed=s.d)
+
+
+@DTYPE
+@pytest.mark.parametrize("draw", [integers, gaussians])
+@pytest.mark.parametrize(
+    "s", [Sizes(1, 8, 1, 1), Sizes(4, 64, 65, 8), Sizes(9, 1032, 24, 16)]
+)
+def test_qlora(s, draw, dtype):
+    with use(CpuExecutor()):
+        qlora_agrees(s, dtype, draw, seed=s.d)
+        if draw is gaussians:
+            qlora_agrees(s, dtype, draw, nested=True, seed=s.d)
+
+
+@DTYPE
+@DRAW
+@pytest.mark.parametrize(
+    "s", [Sizes(0, 1, 1, 1), Sizes(0, 64, 65, 8), Sizes(0, 1031, 24, 16)]
+)
+def test_dora_row_norm(s, draw, dtype):
+    with use(CpuExecutor()):
+        dora_agrees(s, dtype, draw, seed=s.d)
+
+
+def adapter(k=64, d=32, r=4):
+    rng = np.random.default_rng(0)
+    return SimpleNamespace(A=gaussians(rng, r, k), B=gaussians(rng, d, r), scaling=2.0)
+
+
+def test_adapters_that_do_not_fit_are_refused():
+    x, y = np.zeros((3, 64), np.float32), np.zeros((3, 32), np.float32)
+    with use(CpuExecutor()):
+        adapters = lora_batched.stack([adapter(), adapter(r=2)])
+        with pytest.raises(InputError, match=r"row 1 asks for adapter 2; choose -1"):
+            lora_batched.forward(x, y, adapters, [0, 2, 1])
+        with pytest.raises(InputError, match=r"indices has shape \(2,\); x has 3 rows"):
+            lora_batched.forward(x, y, adapters, [0, 1])
+        with pytest.raises(InputError, match=r"y has shape \(2, 32\)"):
+            lora_batched.forward(x, y[:2], adapters, [0, 1, 0])
+        with pytest.raises(InputError, match="A is float32; give one of"):
+            lora_batched.forward(x.astype(np.float16), y, adapters, [0, 1, 0])
+        with pytest.raises(InputError, match=r"do not fit; stack the adapters"):
+            lora_batched.forward(x[:, :32].copy(), y, adapters, [0, 1, 0])
+        with pytest.raises(
+            InputError, match="the rank is 300; the kernels take 1 to 256"
+        ):
+            lora_batched.forward(x, y, lora_batched.stack([adapter(r=300)]), [0, 0, 0])
+        with pytest.raises(InputError, match="got adapters for 2"):
+            lora_batched.stack([adapter(), adapter(k=32)])
+        with pytest.raises(InputError, match="got adapters for 0"):
+            lora_batched.stack([])
+
+
+def test_a_base_that_does_not_fit_is_refused():
+    x = np.zeros((3, 64), np.float32)
+    with use(CpuExecutor()):
+        q = blockwise.quantize(gaussian(32 * 64).reshape(32, 64))
+        with pytest.raises(
+            InputError, match=r"x has shape \(3, 32\); give \(tokens, 64\)"
+        ):
+            qlora.forward(x[:, :32].copy(), q)
+        with pytest.raises(InputError, match="rows of a multiple of 8 values"):
+            qlora.forward(x, blockwise.quantize(gaussian(630).reshape(10, 63)))
+        with pytest.raises(InputError, match=r"bias has shape \(64,\); q has 32 rows"):
+            qlora.forward(x, q, bias=x[0])
+        with pytest.raises(InputError, match="got 2 adapters of 32 rows"):
+            qlora.forward(x, q, lora_batched.stack([adapter(), adapter()]))
+
+
+def test_norms_of_what_does_not_fit_are_refused():
+    with use(CpuExecutor()), pytest.raises(InputError, match="do not fit; give"):
+        dora.row_norm(*(np.zeros(s, np.float32) for s in [(4, 6), (2, 6), (5, 2)]), 1.0)
