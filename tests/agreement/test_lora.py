@@ -167,8 +167,10 @@ def test_gradients_are_central_differences_in_float64(t, seed):
 )
 @given(t=integer_layers)
 def test_a_base_of_16_bits_is_merged_with_one_rounding(dtype, kind, t):
-    W = (t.W / 3).astype(kind).astype(np.float32)  # with every bit that it can have
-    layer = on_torch(replace(t, W=W))
+    # Every bit that W can have, and more than 16 bits hold in the update.
+    W, A = (t.W / 3).astype(kind).astype(np.float32), 37 * t.A
+    t = replace(t, W=W, A=A)
+    layer = on_torch(t)
     layer.base.to(dtype)
     merged = layer.merged()
     assert merged.dtype == dtype

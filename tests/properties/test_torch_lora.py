@@ -124,6 +124,13 @@ def test_a_token_that_training_never_meets_keeps_its_embedding():
     assert changed.nonzero()[:, 0].tolist() == [2, 5]
 
 
+def test_padding_is_not_trained():
+    layer = start(nn.Embedding(12, 7, padding_idx=3))
+    layer(torch.tensor([2, 3])).sum().backward()
+    met = layer.adapters["default"].A.grad.any(dim=0)
+    assert met.nonzero()[:, 0].tolist() == [2]
+
+
 # --- what is saved, loaded, copied ---------------------------------------------------
 
 
