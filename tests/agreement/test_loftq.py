@@ -54,7 +54,7 @@ def test_more_steps_never_make_it_worse_and_one_is_no_worse_than_none(W, r, valu
     t = tensor(W)
     errors = [
         loftq.error(t, *loftq.init(t, r, 2 * r, tensor(values), 16, steps))
-        for steps in (1, 2, 5)
+        for steps in (1, 3)
     ]
     assert all(after <= before for before, after in pairwise(errors))
     assert errors[0] <= plain_error(W, values) + slack(W)

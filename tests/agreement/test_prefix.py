@@ -121,6 +121,17 @@ def test_only_the_prefix_is_trained(hidden):
     assert sum(p.numel() for p in trained) == (network if hidden else direct)
 
 
+def test_the_network_fills_every_head_of_every_layer():
+    adapted = PrefixModel(llama(), PrefixConfig(num_virtual_tokens=3, hidden=16))
+    layers, heads, d = adapted.sizes
+    expanded, P = prefix.expand(adapted.network), adapted.prefix()
+    for part in range(layers * heads):
+        own = slice(part * d, (part + 1) * d)
+        K, V = P[part // heads, :, part % heads]
+        assert torch.equal(K, expanded.K[:, own])
+        assert torch.equal(V, expanded.V[:, own])
+
+
 def test_the_network_is_dropped_without_a_trace():
     adapted = PrefixModel(llama(), PrefixConfig(num_virtual_tokens=3, hidden=16))
     with torch.no_grad():
