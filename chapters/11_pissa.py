@@ -100,8 +100,9 @@ chapter.show(
 # @source minipeft.reference.pissa.principal_randomized
 # @source minipeft.torch.pissa.principal_randomized
 #
-# ??? note "The check of the numbers"
-#     @source minipeft.reference.pissa.checked_scaling
+# A split needs a rank that the matrix has, a positive scaling, and finite weights:
+#
+# @source minipeft.reference.pissa.checked_scaling
 
 # %% [markdown]
 # ## Giving the base back

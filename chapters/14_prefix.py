@@ -90,8 +90,9 @@ chapter = start("14_prefix", steps=40, model="tiny")
 #
 # @source minipeft.reference.prefix.expand_backward
 #
-# ??? note "The start without a network"
-#     @source minipeft.reference.prefix.init
+# Without the network, the start is random numbers, or better, as below, real words.
+#
+# @source minipeft.reference.prefix.init
 #
 # ## The proof
 #

@@ -52,8 +52,9 @@ chapter = start("15_prompt", steps=30, model="tiny")
 #
 # @source minipeft.torch.prompt.PromptModel
 #
-# ??? note "The random start"
-#     @source minipeft.reference.prompt.init_random
+# The random start is there to compare with.
+#
+# @source minipeft.reference.prompt.init_random
 #
 # ## The proof
 #
