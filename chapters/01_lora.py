@@ -100,8 +100,10 @@ chapter.show(
 #
 # @source minipeft.reference.lora.merge
 #
-# ??? note "The check of the rank"
+# ??? note "The two checks"
 #     @source minipeft.reference.lora.check_rank
+#
+#     @source minipeft.reference.lora.check_fits
 #
 # ## The proof
 #

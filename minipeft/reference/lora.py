@@ -89,6 +89,7 @@ def forward(
 
     Source: LoRA (arXiv:2106.09685), equation 3.
     """
+    check_fits(W, lora)
     return linear.forward(x, W, bias) + lora.scaling * ((x @ lora.A.T) @ lora.B.T)
 
 
@@ -103,6 +104,7 @@ def backward(
     With $G = \partial L/\partial y$ and $h = x A^T$, they are $G W + s\,(G B) A$,
     $s\,(G B)^T x$ and $s\,G^T h$.
     """
+    check_fits(W, lora)
     up = linear.backward(lora.scaling * grad_y, x @ lora.A.T, lora.B)
     down = linear.backward(up.x, x, lora.A)
     return LoRAGradients(grad_y @ W + down.x, down.W, up.W)
@@ -112,6 +114,7 @@ def merge(
     W: Shaped[np.ndarray, "out_features in_features"], lora: LoRA
 ) -> Shaped[np.ndarray, "out_features in_features"]:
     r"""Return the weight of the plain layer that does the same: $W' = W + s B A$."""
+    check_fits(W, lora)
     return W + delta(lora)
 
 
@@ -121,4 +124,14 @@ def check_rank(r: int, in_features: int, out_features: int) -> None:
         raise InputError(
             f"r is {r}; choose 1 to {min(in_features, out_features)} for a weight of "
             f"shape ({out_features}, {in_features})."
+        )
+
+
+def check_fits(W: Shaped[np.ndarray, "out_features in_features"], lora: LoRA) -> None:
+    """Refuse matrices of another layer: one row of B would broadcast in silence."""
+    r = len(lora.A)
+    if lora.A.shape != (r, W.shape[1]) or lora.B.shape != (W.shape[0], r):
+        raise InputError(
+            f"A has shape {lora.A.shape} and B {lora.B.shape}; for a weight of shape "
+            f"{W.shape} they must be (r, {W.shape[1]}) and ({W.shape[0]}, r)."
         )

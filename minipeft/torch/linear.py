@@ -146,9 +146,10 @@ class Adapted(nn.Module, Generic[Adapter]):
         self.active: dict[str, float] = {}
         self.register_buffer("merged_weight", None, persistent=False)
         self.register_load_state_dict_post_hook(_merge_again)  # type: ignore[no-untyped-call]
+        self.base = base
         self.add(name, adapter)
         self.activate({name: 1.0})
-        self.base = base.requires_grad_(False)
+        base.requires_grad_(False)
 
     @property
     def W(self) -> Float[Tensor, "out_features in_features"]:

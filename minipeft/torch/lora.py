@@ -11,7 +11,7 @@ from torch.nn.functional import linear
 
 from minipeft.errors import InputError
 from minipeft.shapes import Float, Shaped
-from minipeft.torch.linear import Adapted, Lookup, layout, naming
+from minipeft.torch.linear import Adapted, Form, Lookup, layout, naming
 
 
 class LoRA(nn.Module):
@@ -98,6 +98,11 @@ class LoRALinear(Adapted[LoRA]):
     Source: LoRA (arXiv:2106.09685), equation 3.
     """
 
+    def add(self, name: str, adapter: LoRA) -> None:
+        """Hold another adapter, inactive at first; refuse one of another layer."""
+        check_fits(self.layout.form(self.base), adapter)
+        super().add(name, adapter)
+
     def forward(self, x: Shaped[Tensor, "..."]) -> Float[Tensor, "... out_features"]:
         """Apply the adapted layer; two thin products cost O((in + out) r) a row."""
         if self.merged_weight is not None:
@@ -170,6 +175,16 @@ def check_rank(r: int, in_features: int, out_features: int) -> None:
         raise InputError(
             f"r is {r}; choose 1 to {min(in_features, out_features)} for a weight of "
             f"shape ({out_features}, {in_features})."
+        )
+
+
+def check_fits(form: Form, lora: LoRA) -> None:
+    """Refuse matrices of another layer: one row of B would broadcast in silence."""
+    r, shape = len(lora.A), (form.out_features, form.in_features)
+    if lora.A.shape != (r, shape[1]) or lora.B.shape != (shape[0], r):
+        raise InputError(
+            f"A has shape {tuple(lora.A.shape)} and B {tuple(lora.B.shape)}; for a "
+            f"weight of shape {shape} they must be (r, {shape[1]}) and ({shape[0]}, r)."
         )
 
 

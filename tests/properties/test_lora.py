@@ -141,6 +141,16 @@ def test_a_rank_out_of_range_is_refused(r):
         lora.init(np.random.default_rng(0), 3, 5, r, alpha=8)
 
 
+@pytest.mark.parametrize(("A", "B"), [((2, 3), (1, 2)), ((2, 1), (5, 2))])
+def test_matrices_of_another_layer_are_refused(A, B):
+    W = np.ones((5, 3), np.float32)
+    foreign = lora.LoRA(np.ones(A, np.float32), np.ones(B, np.float32), 2.0)
+    with pytest.raises(InputError, match=r"must be \(r, 3\) and \(5, r\)"):
+        lora.merge(W, foreign)
+    with pytest.raises(InputError, match=r"must be \(r, 3\) and \(5, r\)"):
+        lora.forward(W[:2], W, foreign)
+
+
 def _inverse(Q):
     """Inverse of a unit lower triangular matrix, by forward substitution."""
     n = len(Q)

@@ -329,6 +329,7 @@ def _invalid(operation: str) -> Iterator[Spec]:
     yield _broken(operation, "B is transposed", "B", (r, out_features))
     yield _broken(operation, "A is one column short", "A", (r, in_features - 1))
     yield _broken(operation, "B is one row short", "B", (out_features - 1, r))
+    yield _broken(operation, "B has one row", "B", (1, r))
     spec = _spec(operation, "r is 0", "InvalidRank", (6, 5, 0), 8)
     yield replace(spec, result="invalid")
     yield _too_large(operation)
