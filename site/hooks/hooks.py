@@ -29,7 +29,7 @@ def on_pre_build(config: Any) -> None:
     ]
 
 
-def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
+def on_page_markdown(markdown: str, page: Any, config: Any, files: Any) -> str:
     """Expand hand-written pages, and give terms their hover text."""
     book, where = built[0], page.file.src_uri
     if where.startswith("api/"):
@@ -43,7 +43,7 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
     return f"{markdown}\n\n{hover}\n"
 
 
-def on_page_content(html: str, **_: Any) -> str:
+def on_page_content(html: str, page: Any, config: Any, files: Any) -> str:
     """Keep the hover text of each term only where it first stands."""
     return shelf.first_only(html)
 

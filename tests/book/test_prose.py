@@ -50,6 +50,19 @@ def test_two_sources_of_one_column_need_no_tabs(small):
     assert "[`minipeft.reference.lora.LIMIT`][minipeft.reference.lora]" in small.page()
 
 
+def test_a_source_in_a_box_stays_in_it(small):
+    small.chapter(
+        """
+        # %% [markdown]
+        # ??? note "Around it"
+        #     @source minipeft.reference.lora.merge
+        """
+    )
+    small.build()
+    assert "\n    [`minipeft.reference.lora.merge`][" in small.page()
+    assert "\n    ```python\n    def merge(W, s):\n" in small.page()
+
+
 @pytest.mark.parametrize(
     ("name", "complaint"),
     [

@@ -77,13 +77,14 @@ def _directives(text: str, page: Page) -> str:
     """Replace directive lines; consecutive `@source` lines go together."""
     done: list[str] = []
     sources: list[str] = []
+    margin = ""  # of the box in which they stand
     for line in [*text.split("\n"), ""]:
-        found = DIRECTIVE.match(line)
-        if found:
+        if found := DIRECTIVE.match(line):
+            margin = found["indent"]
             sources.append(found["name"])
             continue
         if sources:
-            done += ["", _sources(sources, page), ""]
+            done += ["", indent(_sources(sources, page), margin), ""]
             sources = []
         done.append(_block(line, page) if line.startswith("@") else line)
     return "\n".join(done[:-1])
@@ -125,6 +126,6 @@ def show(source: Source) -> str:
     return f"{label}\n\n```{source.language}\n{source.text}\n```"
 
 
-def indent(text: str) -> str:
-    """Push a block four spaces in, blank lines excepted."""
-    return "\n".join("    " + line if line.strip() else "" for line in text.split("\n"))
+def indent(text: str, margin: str = "    ") -> str:
+    """Push a block to the right, blank lines excepted."""
+    return "\n".join(margin + line if line.strip() else "" for line in text.split("\n"))

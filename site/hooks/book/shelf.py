@@ -58,12 +58,12 @@ class Term:
 
 def works(path: Path) -> dict[str, Work]:
     """Read the bibliography, by key."""
-    return {key: _make(Work, path, key, key=key, **entry) for key, entry in load(path)}
+    return {key: _make(Work, path, {"key": key, **entry}) for key, entry in load(path)}
 
 
 def terms(path: Path) -> list[Term]:
     """Read the glossary, in alphabetical order."""
-    found = [_make(Term, path, term, term=term, **entry) for term, entry in load(path)]
+    found = [_make(Term, path, {"term": term, **entry}) for term, entry in load(path)]
     return sorted(found, key=lambda term: term.term.lower())
 
 
@@ -73,10 +73,11 @@ def load(path: Path) -> list[tuple[str, Any]]:
     return list(content.items())
 
 
-def _make(kind: Any, path: Path, name: str, **entry: Any) -> Any:
+def _make(kind: Any, path: Path, entry: dict[str, Any]) -> Any:
     try:
         return kind(**entry)
     except TypeError as error:
+        name = next(iter(entry.values()))
         raise BookError(f"{path.name}, {name!r}: {error}") from None
 
 

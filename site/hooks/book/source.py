@@ -13,7 +13,7 @@ from pathlib import Path
 from . import BookError
 
 COLUMNS = {"reference": "NumPy", "torch": "torch", "cupy": "CuPy"}
-DIRECTIVE = re.compile(r"^@source +(?P<name>[\w.]+(?::\w+)?) *$")
+DIRECTIVE = re.compile(r"^(?P<indent> *)@source +(?P<name>[\w.]+(?::\w+)?) *$")
 Definition = ast.FunctionDef | ast.ClassDef | ast.Assign | ast.AnnAssign
 
 
