@@ -70,6 +70,11 @@ def _add_verify(
         metavar="SECONDS",
         help="how long a case may take (default: 10 for a program, 120 for a module)",
     )
+    _add_choices(parser)
+    parser.set_defaults(run=_verify)
+
+
+def _add_choices(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--only",
         action="append",
@@ -82,7 +87,6 @@ def _add_verify(
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write a report")
     parser.add_argument("--junit", type=Path, metavar="FILE", help="write JUnit XML")
-    parser.set_defaults(run=_verify)
 
 
 def _add_models(

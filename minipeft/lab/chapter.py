@@ -84,6 +84,18 @@ def start(
         arguments: The command line; None: the process's own.
     """
     sys.excepthook = _calm
+    options = _parser(name, steps, model).parse_args(arguments)
+    if options.steps < 1:
+        raise InputError(f"--steps is {options.steps}; give at least 1")
+    if options.model in WHEELS:
+        fetch(options.model)  # nothing to do if it is here
+    check_name(options.model)
+    options.device = pick_device(options.device)
+    reproducible(SEED)
+    return Chapter(name=name, **vars(options))
+
+
+def _parser(name: str, steps: int, model: str) -> argparse.ArgumentParser:
     parser = _Parser(prog=name, description=f"Chapter {name} of the minipeft book.")
     parser.add_argument(
         "--model",
@@ -116,15 +128,7 @@ def start(
         action="store_true",
         help="the long setting: more seeds and sizes, writes chapters/results",
     )
-    options = parser.parse_args(arguments)
-    if options.steps < 1:
-        raise InputError(f"--steps is {options.steps}; give at least 1")
-    if options.model in WHEELS:
-        fetch(options.model)  # nothing to do if it is here
-    check_name(options.model)
-    options.device = pick_device(options.device)
-    reproducible(SEED)
-    return Chapter(name=name, **vars(options))
+    return parser
 
 
 def reproducible(seed: int) -> None:
