@@ -1,6 +1,6 @@
 """AdamW on a GPU: kernels/adamw.cu, a step in one pass, under the reference's names."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from math import sqrt
 from typing import Any
@@ -89,57 +89,87 @@ def step(W: Any, grad: Any, state: State, config: AdamW) -> tuple[Array, State]:
     """
     gpu = current()
     W, grad = gpu.adopt(W), gpu.adopt(grad)
-    facts = _check_weight(gpu.facts(W))
-    slope = check("the gradient", gpu.facts(grad), [facts.dtype], facts.device)
-    if slope.shape != facts.shape:
-        raise InputError(f"the gradient has shape {slope.shape}; W has {facts.shape}.")
+    facts = check_gradient(gpu, W, grad)
     bad = gpu.upload(np.array([facts.size], np.uint64), facts.device)
-    settings = _settings(config, state.t + 1, facts.dtype)
-    run = _step_8bit if isinstance(state.m, Blockwise) else _step_32bit
-    W_out, m, v = run(gpu, facts, [W, grad, state.m, state.v], bad, settings)
-    _check_finite(gpu, grad, int(gpu.download(bad)[0]), facts.size)
-    return W_out, State(state.t + 1, m, v)
+    settings = settings_of(config, state.t + 1, facts.dtype)
+    inputs = parts(gpu, state, facts)
+    outputs = [gpu.empty(f.shape, f.dtype, f.device) for f in map(gpu.facts, inputs)]
+    W_out = gpu.empty(facts.shape, facts.dtype, facts.device)
+    launch(gpu, facts, [W, grad, *inputs], [W_out, *outputs], bad, settings)
+    check_finite(gpu, grad, int(gpu.download(bad)[0]), facts.size)
+    return W_out, rebuild(state, outputs)
 
 
-def _step_32bit(
-    gpu: Executor, facts: Facts, inputs: list[Any], bad: Array, settings: list[float]
-) -> list[Array]:
-    for name, moment in zip("mv", inputs[2:], strict=True):
-        found = check(name, gpu.facts(moment), [facts.dtype], facts.device)
-        _check_shape(name, found.shape, facts.shape)
-    outputs = [gpu.empty(facts.shape, facts.dtype, facts.device) for _ in range(3)]
-    values = ADAMW.threads * 16 // numpy_dtype(facts.dtype).itemsize
-    args = [*inputs, *outputs, bad, facts.size, *settings]
-    gpu.launch(ADAMW, facts.dtype, -(-facts.size // values), args)
-    return outputs
+def parts(gpu: Executor, state: State, W: Facts) -> list[Array]:
+    """List the arrays of a state as the kernels take them, checked against W.
+
+    m and v; or the codes of both, then the scales of both.
+    """
+    if not isinstance(state.m, Blockwise):
+        arrays = [("m", state.m), ("v", state.v)]
+        return [_part(gpu, n, a, (W.dtype, W.shape), W.device) for n, a in arrays]
+    _check_8bit(W)
+    moments = [("m", state.m), ("v", state.v)]
+    codes, scales = (W.size,), (-(-W.size // BLOCKSIZE),)
+    return [
+        _part(gpu, f"{name}.{part}", getattr(moment, part), expected, W.device)
+        for part, expected in (
+            ("packed", ("uint8", codes)),
+            ("absmax", ("float32", scales)),
+        )
+        for name, moment in moments
+    ]
 
 
-def _step_8bit(
-    gpu: Executor, facts: Facts, inputs: list[Any], bad: Array, settings: list[float]
-) -> list[Any]:
-    W, grad, *moments = inputs
-    _check_8bit(facts)
-    parts, outputs = [], []
-    for name, kind in (("packed", "uint8"), ("absmax", "float32")):
-        for moment in moments:
-            part = getattr(moment, name)
-            found = check(name, gpu.facts(part), [kind], facts.device)
-            units = facts.size if kind == "uint8" else -(-facts.size // BLOCKSIZE)
-            _check_shape(name, found.shape, (units,))
-            parts.append(part)
-            outputs.append(gpu.empty((units,), kind, facts.device))
-    W_out = gpu.empty(facts.shape, "float32", facts.device)
-    maps = _maps(gpu, facts.device)
-    args = [W, grad, *parts, maps, W_out, *outputs, bad, facts.size, *settings]
-    gpu.launch(ADAMW_8BIT, "float32", -(-facts.size // TILES), args)
-    m_codes, v_codes, m_absmax, v_absmax = outputs
-    sizes = (BLOCKSIZE, facts.shape)
-    m = Blockwise(m_codes, m_absmax, moments[0].codebook, *sizes)
-    v = Blockwise(v_codes, v_absmax, moments[1].codebook, *sizes)
-    return [W_out, m, v]
+def launch(
+    gpu: Executor,
+    W: Facts,
+    inputs: list[Array],
+    outputs: list[Array],
+    bad: Array,
+    settings: list[float],
+) -> None:
+    """Launch a step: W, gradient, state in; W, state out, in place where the same."""
+    if len(outputs) == 3:
+        values = ADAMW.threads * 16 // numpy_dtype(W.dtype).itemsize
+        args = [*inputs, *outputs, bad, W.size, *settings]
+        gpu.launch(ADAMW, W.dtype, -(-W.size // values), args)
+    else:
+        args = [*inputs, _maps(gpu, W.device), *outputs, bad, W.size, *settings]
+        gpu.launch(ADAMW_8BIT, W.dtype, -(-W.size // TILES), args)
 
 
-def _settings(config: AdamW, t: int, dtype: str) -> list[float]:
+def rebuild(state: State, arrays: list[Array]) -> State:
+    """Return the state after a step, with other arrays than `state` has."""
+    if not isinstance(state.m, Blockwise) or not isinstance(state.v, Blockwise):
+        return State(state.t + 1, *arrays)
+    m_codes, v_codes, m_absmax, v_absmax = arrays
+    m = replace(state.m, packed=m_codes, absmax=m_absmax)
+    v = replace(state.v, packed=v_codes, absmax=v_absmax)
+    return State(state.t + 1, m, v)
+
+
+def _part(
+    gpu: Executor,
+    name: str,
+    array: Array,
+    expected: tuple[str, tuple[int, ...]],
+    device: int,
+) -> Array:
+    dtype, shape = expected
+    # Scales are loaded one by one.
+    found = check(
+        name, gpu.facts(array), [dtype], device, 4 if "absmax" in name else 16
+    )
+    if found.shape != shape:
+        raise InputError(
+            f"{name} of the state has shape {found.shape}, W needs {shape}; pass what "
+            "`init` or the last step returned for this W."
+        )
+    return array
+
+
+def settings_of(config: AdamW, t: int, dtype: str) -> list[float]:
     """Give what the kernel multiplies by: in float64, then rounded to W's dtype."""
     beta1, beta2 = config.betas
     values = (
@@ -174,6 +204,15 @@ def _maps(gpu: Executor, device: int) -> Array:  # one upload a device, not a st
     return gpu.upload(np.concatenate(parts), device)
 
 
+def check_gradient(gpu: Executor, W: Array, grad: Array) -> Facts:
+    """Return the facts of W; refuse a gradient of another shape, dtype or device."""
+    facts = _check_weight(gpu.facts(W))
+    slope = check("the gradient", gpu.facts(grad), [facts.dtype], facts.device)
+    if slope.shape != facts.shape:
+        raise InputError(f"the gradient has shape {slope.shape}; W has {facts.shape}.")
+    return facts
+
+
 def _check_weight(facts: Facts) -> Facts:
     if facts.dtype == "bfloat16":
         raise InputError(
@@ -191,15 +230,8 @@ def _check_8bit(facts: Facts) -> None:
         )
 
 
-def _check_shape(name: str, found: tuple[int, ...], expected: tuple[int, ...]) -> None:
-    if found != expected:
-        raise InputError(
-            f"{name} of the state has shape {found}, W needs {expected}; pass what "
-            "`init` or the last step returned for this W."
-        )
-
-
-def _check_finite(gpu: Executor, grad: Array, first_bad: int, n: int) -> None:
+def check_finite(gpu: Executor, grad: Array, first_bad: int, n: int) -> None:
+    """Refuse a gradient by naming the first value that spoils the step, if any does."""
     if first_bad == n:
         return
     value = gpu.download(grad.reshape(-1)[first_bad : first_bad + 1])[0]

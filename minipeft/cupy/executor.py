@@ -16,6 +16,9 @@ import numpy as np
 from minipeft.cupy.kernels import Kernel, expressions, source
 from minipeft.errors import InputError
 
+# The device number by which CUDA means the host.
+HOST = -1
+
 # Whatever the executor computes on: `cupy.ndarray` on a device.
 Array = Any
 
@@ -62,6 +65,12 @@ class Executor(Protocol):
 
     def download(self, array: Array) -> np.ndarray:
         """Copy to NumPy; waits for the kernels before it."""
+
+    def managed(self, array: Array) -> Array:
+        """Copy into memory that the device and the host both reach, paged on demand."""
+
+    def move(self, array: Array, device: int) -> None:
+        """Start moving managed memory to a device, or to the host: `HOST`."""
 
     def launch(
         self, kernel: Kernel, dtype: str, grid: int, args: Sequence[Any]
@@ -120,6 +129,31 @@ class CupyExecutor:
         """Copy to NumPy on the current stream, and wait for it."""
         return self._cupy.asnumpy(array)
 
+    def managed(self, array: Array) -> Array:
+        """Copy into managed memory whose home is the host."""
+        cupy = self._cupy
+        with array.device:
+            memory = cupy.cuda.malloc_managed(array.nbytes)
+            copy = cupy.ndarray(array.shape, array.dtype, memory)
+            copy[...] = array
+            runtime = cupy.cuda.runtime
+            # What is not on the device goes home to the host, not to another device;
+            # the device may reach it there instead of faulting it in.
+            for advice, place in (
+                (runtime.cudaMemAdviseSetPreferredLocation, HOST),
+                (runtime.cudaMemAdviseSetAccessedBy, array.device.id),
+            ):
+                if array.nbytes:
+                    runtime.memAdvise(copy.data.ptr, copy.nbytes, advice, place)
+        return copy
+
+    def move(self, array: Array, device: int) -> None:
+        """Prefetch on the current stream, in turn with its kernels."""
+        if array.nbytes:
+            stream = self._cupy.cuda.get_current_stream().ptr
+            runtime = self._cupy.cuda.runtime
+            runtime.memPrefetchAsync(array.data.ptr, array.nbytes, device, stream)
+
     def launch(
         self, kernel: Kernel, dtype: str, grid: int, args: Sequence[Any]
     ) -> None:
@@ -177,13 +211,17 @@ def missing() -> str | None:
 
 
 def check(
-    name: str, facts: Facts, dtypes: Collection[str], device: int | None = None
+    name: str,
+    facts: Facts,
+    dtypes: Collection[str],
+    device: int | None = None,
+    alignment: int = 16,
 ) -> Facts:
     """Refuse an array that a kernel would misread; return its facts otherwise.
 
     Raises:
         InputError: at another dtype or device, gaps between the values, or an address
-            that 16-byte loads cannot start at.
+            that is no multiple of `alignment` (16 where a kernel loads 16 bytes).
     """
     if facts.dtype not in dtypes:
         raise InputError(f"{name} is {facts.dtype}; give one of {list(dtypes)}.")
@@ -197,10 +235,10 @@ def check(
             f"{name} is on device {facts.device}, other parts on device {device}; "
             "move them to one device."
         )
-    if facts.address % 16:
+    if facts.address % alignment:
         raise InputError(
-            f"{name} starts {facts.address % 16} bytes past a multiple of 16, where "
-            "16-byte loads cannot start; pass a copy."
+            f"{name} starts {facts.address % alignment} bytes past a multiple of "
+            f"{alignment}, where a kernel cannot load it; pass a copy."
         )
     return facts
 

@@ -29,6 +29,10 @@ DTYPES = {
 }
 
 
+# Before the number of a buffer: the argument is that buffer once more.
+SAME_AS = -(2**62)
+
+
 class LaunchError(Exception):
     """A launch that ended in something else than values: a race, a wild address, …"""
 
@@ -59,6 +63,12 @@ class NumpyExecutor:
 
     def download(self, array: np.ndarray) -> np.ndarray:
         return np.array(array)
+
+    def managed(self, array: np.ndarray) -> np.ndarray:
+        return np.array(array)
+
+    def move(self, array: np.ndarray, device: int) -> None:
+        """There is one memory here; the counts of pages are what tests look at."""
 
     def launch(
         self, kernel: Kernel, dtype: str, grid: int, args: Sequence[Any]
@@ -128,10 +138,17 @@ class CpuExecutor(NumpyExecutor):
         name = f"{variant}:{kernel.expression(dtype)}".encode()
         header = [len(name), grid, kernel.threads, self.seed, len(args)]
         message = [np.array(header, np.int64).tobytes(), name]
-        for packed, given in zip(kernel.pack(args), args, strict=True):
-            size = packed.nbytes if isinstance(given, np.ndarray) else -packed.nbytes
-            message += [np.int64(size).tobytes(), packed.tobytes()]
-        buffers = [a for a in args if isinstance(a, np.ndarray)]
+        buffers: list[np.ndarray] = []
+        for argument in kernel.pack(args):
+            if not isinstance(argument, np.ndarray):
+                message += [np.int64(-argument.nbytes).tobytes(), argument.tobytes()]
+                continue
+            known = ptx.position(argument, buffers)
+            if known is None:
+                buffers.append(argument)
+                message += [np.int64(argument.nbytes).tobytes(), argument.tobytes()]
+            else:  # an output in place of an input
+                message.append(np.int64(SAME_AS + known).tobytes())
         if path not in self._running:
             self._running[path] = Program(path)
         program = self._running[path]

@@ -339,6 +339,14 @@ class Wave:
         self.write(i.operands[0], results[i.modifiers[1]], lanes)
 
 
+def position(array: np.ndarray, arrays: list[np.ndarray]) -> int | None:
+    """Find an array in a list: the same memory, not the same values."""
+    for i, other in enumerate(arrays):
+        if array.ctypes.data == other.ctypes.data and array.nbytes == other.nbytes:
+            return i
+    return None
+
+
 def launch(
     entry: Entry, grid: int, threads: int, arguments: list[np.ndarray | np.generic]
 ) -> None:
@@ -350,11 +358,16 @@ def launch(
     memory = Memory()
     symbols = dict(entry.shared)
     symbols |= {name: memory.add(name, data) for name, data in entry.constants.items()}
-    written = []
+    arrays: list[np.ndarray] = []
+    first_buffer = len(memory.buffers)
     for name, value in zip(entry.parameters, arguments, strict=True):
         if isinstance(value, np.ndarray):
-            symbols[name] = memory.add(name, value.tobytes())
-            written.append((value, len(memory.buffers) - 1))
+            known = position(value, arrays)
+            if known is None:
+                arrays.append(value)
+                symbols[name] = memory.add(name, value.tobytes())
+            else:  # an output in place of an input
+                symbols[name] = memory.bases[first_buffer + known]
         else:
             symbols[name] = int.from_bytes(value.tobytes(), "little")
     wave = max(1, LANES // threads)
@@ -362,5 +375,5 @@ def launch(
         for first in range(0, grid, wave):
             blocks = np.arange(first, min(first + wave, grid))
             Wave(entry, blocks, grid, threads, memory, symbols).run()
-    for array, number in written:
-        array.reshape(-1).view(np.uint8)[...] = memory.buffers[number]
+    for array, buffer in zip(arrays, memory.buffers[first_buffer:], strict=True):
+        array.reshape(-1).view(np.uint8)[...] = buffer

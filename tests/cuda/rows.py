@@ -6,7 +6,13 @@ A new row adds one line here, beside its .cu file and its entries in the table.
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
 
-from tests.cuda import adamw_cases, blockwise_cases, double_quant_cases, product_cases
+from tests.cuda import (
+    adamw_cases,
+    blockwise_cases,
+    double_quant_cases,
+    paged_cases,
+    product_cases,
+)
 from tests.cuda.mutation import Mutation
 
 
@@ -27,6 +33,7 @@ ROWS = {
     "blockwise": Row(blockwise_cases.small, blockwise_cases.MUTATIONS),
     "double_quant": Row(double_quant_cases.small, double_quant_cases.MUTATIONS),
     "adamw": Row(adamw_cases.small, adamw_cases.MUTATIONS),
+    "paged": Row(paged_cases.small, paged_cases.MUTATIONS),
     "lora_batched": Row(
         product_cases.lora_batched_small, product_cases.LORA_BATCHED_MUTATIONS
     ),

@@ -174,6 +174,12 @@ ADAMW_8BIT = Kernel(
     },
     dtypes=(),
 )
+FIRST_BAD = Kernel(
+    "paged",
+    "first_bad",
+    {"x": POINTER, "bad": POINTER, "n": "int64", "limit": "float32"},
+    dtypes=("float32", "float16"),
+)
 SHRINK = Kernel(
     "lora_batched",
     "shrink",
@@ -249,7 +255,7 @@ KERNELS = (
     *(ADAMW, ADAMW_8BIT),
     *(SHRINK, EXPAND),
     *(PRODUCT_4BIT, PRODUCT_NESTED),
-    *(ROW_NORM,),
+    *(ROW_NORM, FIRST_BAD),
 )
 
 

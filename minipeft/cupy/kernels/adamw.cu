@@ -55,12 +55,12 @@ __device__ __forceinline__ void store(T* to, i64 first, i64 n, const float* from
   }
 }
 
+// An output may be its own input: a thread reads before it writes, and only what it writes.
 // bad: holds n at the start; at the end, the first index whose gradient is not finite.
 template <class T>
 __global__ void __launch_bounds__(THREADS, 4)
-adamw(const T* __restrict__ W, const T* __restrict__ grad, const T* __restrict__ m_in,
-      const T* __restrict__ v_in, T* __restrict__ W_out, T* __restrict__ m_out,
-      T* __restrict__ v_out, u64* __restrict__ bad, i64 n, float decay, float new_m,
+adamw(const T* W, const T* __restrict__ grad, const T* m_in, const T* v_in, T* W_out,
+      T* m_out, T* v_out, u64* __restrict__ bad, i64 n, float decay, float new_m,
       float beta2, float new_v, float minus_step, float correction, float eps) {
   constexpr int SIZE = Vector<T>::size;
   const Step step{decay, new_m, beta2, new_v, minus_step, correction, eps};
@@ -125,14 +125,13 @@ __device__ __forceinline__ float largest(const float* of) {
   return warp_max(m);
 }
 
-// bad: as above; also where a moment is not finite, which no scale could hold.
+// As above; a block's scales are read by all its threads before a barrier and written after.
+// bad: also where a moment is not finite, which no scale could hold.
 __global__ void __launch_bounds__(THREADS)
-adamw_8bit(const float* __restrict__ W, const float* __restrict__ grad,
-           const byte* __restrict__ m_codes, const byte* __restrict__ v_codes,
-           const float* __restrict__ m_absmax, const float* __restrict__ v_absmax,
-           const float* __restrict__ maps, float* __restrict__ W_out,
-           byte* __restrict__ m_codes_out, byte* __restrict__ v_codes_out,
-           float* __restrict__ m_absmax_out, float* __restrict__ v_absmax_out,
+adamw_8bit(const float* W, const float* __restrict__ grad, const byte* m_codes,
+           const byte* v_codes, const float* m_absmax, const float* v_absmax,
+           const float* __restrict__ maps, float* W_out, byte* m_codes_out,
+           byte* v_codes_out, float* m_absmax_out, float* v_absmax_out,
            u64* __restrict__ bad, i64 n, float decay, float new_m, float beta2, float new_v,
            float minus_step, float correction, float eps) {
   alignas(16) __shared__ Maps map;

@@ -1,0 +1,101 @@
+"""What every check does with paged states: the reference's bytes and its traffic."""
+
+import re
+from collections.abc import Collection
+from dataclasses import asdict
+
+import numpy as np
+import pytest
+
+from minipeft.cupy import adamw as gpu_adamw
+from minipeft.cupy import paged as gpu
+from minipeft.cupy.kernels import FIRST_BAD
+from minipeft.errors import InputError
+from minipeft.reference import adamw, paged
+from tests.cuda.adamw_cases import CONFIG, same, slope
+from tests.cuda.blockwise_cases import gaussian
+from tests.cuda.executors import DTYPES
+from tests.cuda.mutation import Mutation
+from tests.tolerance import assert_bits
+
+
+def agree(
+    sizes: Collection[int], dtype: str, bits: int, page_size: int, budget: int
+) -> None:
+    """Step some tensors in turn, move pages about, and compare all there is."""
+    W = [gaussian(n, dtype) for n in sizes]
+    expected_W = list(W)
+    p = gpu.init([gpu_adamw.init(w, bits) for w in W], page_size, budget)
+    expected = paged.init([adamw.init(w, bits) for w in W], page_size, budget)
+    last = expected.pages[-1].stop - 1
+    for t in range(2):
+        p = gpu.prefetch(gpu.touch(p, last), 0)
+        expected = paged.prefetch(paged.touch(expected, last), 0)
+        for i, n in enumerate(sizes):
+            grad = slope(n, dtype, t)
+            W[i], p = gpu.step(p, i, W[i], grad, gpu_adamw.AdamW(**CONFIG))
+            expected_W[i], expected = paged.step(
+                expected, i, expected_W[i], grad, adamw.AdamW(**CONFIG)
+            )
+            compare(p, expected, i)
+            assert_bits(W[i], expected_W[i])
+        p, expected = gpu.evict(p, last), paged.evict(expected, last)
+    p, expected = gpu.resize(p, 1), paged.resize(expected, 1)
+    compare(p, expected, 0)
+
+
+def compare(p: gpu.Paged, expected: paged.Paged, tensor: int) -> None:
+    assert asdict(p.traffic) == asdict(expected.traffic)
+    assert list(p.device) == list(expected.device)
+    got, state = gpu.gather(p, tensor), paged.gather(expected, tensor)
+    assert got.t == state.t
+    same(got.m, state.m)
+    same(got.v, state.v)
+
+
+def bad_gradient_is_named(n: int, dtype: str) -> None:
+    """The first bad value of the gradient is found wherever it is."""
+    W = gaussian(n, dtype)
+    p = gpu.init([gpu_adamw.init(W)], 256, 2)
+    for at in (0, 13, n - 1):
+        grad = slope(n, dtype, 0)
+        grad[at + 24 :: 24] = np.inf  # others behind it, in the block and beyond
+        grad[at] = np.nan
+        with pytest.raises(InputError) as refused:
+            gpu.step(p, 0, W, grad, gpu_adamw.AdamW())
+        named = int(re.search(r"at index (\d+)", str(refused.value))[1])
+        assert_bits(np.array([named]), np.array([at]))
+    assert p.traffic == gpu.Traffic()
+
+
+def small(dtypes: Collection[str] = tuple(DTYPES)) -> None:
+    """Run a few launches that reach every branch; for checks that are slow."""
+    for dtype in set(FIRST_BAD.dtypes).intersection(dtypes):
+        agree([700, 257], dtype, 32, 256, 2)
+        bad_gradient_is_named(2049, dtype)
+    agree([4096 + 77], "float32", 8, 2048, 2)
+
+
+MUTATIONS = (
+    Mutation(
+        "a group reads one too far",
+        "value[GROUP];\n  load_padded<GROUP>(x, first, n, value);",
+        "value[GROUP];\n  load_padded<GROUP>(x, first, n + 8, value);",
+        1,
+        ("addresses", "ptx"),
+    ),
+    Mutation(
+        "only the first of a group is looked at",
+        "atomicMin(bad, u64(first + i))",
+        "atomicMin(bad, u64(first))",
+        1,
+        ("values", "ptx"),
+    ),
+    Mutation(
+        "a store in place of the atomic",
+        "atomicMin(bad, u64(first + i))",
+        "*bad = u64(first + i)",
+        1,
+        ("values", "races"),
+    ),
+)
