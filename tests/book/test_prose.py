@@ -127,6 +127,12 @@ def test_unknown_citation_and_directive_fail(small, prose, complaint):
         small.build()
 
 
+def test_formulas_below_each_other_are_two(small):
+    small.chapter("# %% [markdown]\n# $$ a = b $$\n# $$ c = d $$\n")
+    small.build()
+    assert "$$ a = b $$\n\n$$ c = d $$" in small.page()
+
+
 def test_quoted_numbers_come_from_the_end_of_the_chapter(small):
     small.chapter(
         """

@@ -47,7 +47,11 @@ def expand(text: str, page: Page) -> str:
 
 
 def _open(text: str, page: Page) -> str:
-    """Expand text that is not fenced: numbers, then citations, then directives."""
+    """Expand text that is not fenced: numbers, then citations, then directives.
+
+    Two formulas on lines of their own, one below the other, are two paragraphs.
+    """
+    text = re.sub(r"^(\$\$.*\$\$)\n(?=\$\$)", r"\1\n\n", text, flags=re.M)
     text = VALUE.sub(lambda m: _value(m[1], page), text)
     text = outside_spans(lambda t: CITATION.sub(lambda m: _cite(m[1], page), t), text)
     return _directives(text, page)
