@@ -1,0 +1,72 @@
+"""The committed results of long runs: complete, and how they were made."""
+
+import ast
+import itertools
+import json
+import math
+from pathlib import Path
+
+import pytest
+
+CHAPTERS = Path(__file__).parents[2] / "chapters"
+FILES = sorted((CHAPTERS / "results").glob("*.json"))
+SIDE_BY_SIDE = CHAPTERS / "results" / "17_side_by_side.json"
+
+
+@pytest.fixture(scope="module")
+def result():
+    return json.loads(SIDE_BY_SIDE.read_text())
+
+
+def entrants():
+    """The names in the chapter's table of methods, without running the chapter."""
+    tree = ast.parse((CHAPTERS / "17_side_by_side.py").read_text())
+    tables = [
+        node.value
+        for node in ast.walk(tree)
+        if isinstance(node, ast.AnnAssign) and ast.unparse(node.target) == "METHODS"
+    ]
+    return [ast.literal_eval(key) for key in tables[0].keys]
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_results_say_how_they_were_made(path):
+    result = json.loads(path.read_text())
+    assert result["command"] == f"python chapters/{path.stem}.py --full"
+    assert "chapter.full" in (CHAPTERS / f"{path.stem}.py").read_text()
+    assert {"minipeft", "python", "torch"} <= result["versions"].keys()
+    assert result["seconds"] > 0
+    assert len(set(result["seeds"])) == len(result["seeds"]) > 0
+
+
+def test_every_method_of_the_chapter_has_a_result(result):
+    assert list(result["methods"]) == entrants()
+    assert list(result["step_seconds"]) == entrants()
+    assert len(entrants()) == 12
+
+
+@pytest.mark.parametrize("name", entrants())
+def test_every_method_ran_with_every_seed(result, name):
+    method = result["methods"][name]
+    assert len(result["seeds"]) == len(method["runs"]) == 3
+    for losses in (method["before"], *method["runs"]):
+        assert losses.keys() == {"tuning", "validation", "novel"}
+        assert all(math.isfinite(loss) for loss in losses.values())
+    for kind in ("trained", "file_bytes", "memory_bytes", "seconds"):
+        assert method[kind] > 0
+    assert result["step_seconds"][name] > 0
+
+
+@pytest.mark.parametrize("name", entrants())
+def test_the_chosen_rate_has_worse_neighbours_on_both_sides(result, name):
+    method = result["methods"][name]
+    rates, runs = zip(*method["tried"], strict=True)
+    losses = [run["tuning"] for run in runs]
+    assert list(rates) == sorted(rates)
+    best = rates.index(method["rate"])
+    assert 0 < best < len(rates) - 1
+    assert losses[best] == min(losses)
+    # The sweep was run with the first seed: that run is one of the three.
+    assert runs[best] == method["runs"][0]
+    ratios = [high / low for low, high in itertools.pairwise(rates)]
+    assert all(3 < ratio < 3.4 for ratio in ratios)
