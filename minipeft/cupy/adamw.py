@@ -95,7 +95,7 @@ def step(W: Any, grad: Any, state: State, config: AdamW) -> tuple[Array, State]:
     inputs = parts(gpu, state, facts)
     outputs = [gpu.empty(f.shape, f.dtype, f.device) for f in map(gpu.facts, inputs)]
     W_out = gpu.empty(facts.shape, facts.dtype, facts.device)
-    launch(gpu, facts, [W, grad, *inputs], [W_out, *outputs], bad, settings)
+    launch(gpu, facts, [W, grad, *inputs], [W_out, *outputs, bad], settings)
     check_finite(gpu, grad, int(gpu.download(bad)[0]), facts.size)
     return W_out, rebuild(state, outputs)
 
@@ -126,16 +126,23 @@ def launch(
     W: Facts,
     inputs: list[Array],
     outputs: list[Array],
-    bad: Array,
     settings: list[float],
 ) -> None:
-    """Launch a step: W, gradient, state in; W, state out, in place where the same."""
-    if len(outputs) == 3:
+    """Launch a step, in place where an output is its own input.
+
+    Args:
+        gpu: where.
+        W: the facts of the weight, or of a page of it.
+        inputs: W, gradient, and the arrays of the state from `parts`.
+        outputs: W, the arrays of the state, and the index of the first bad value.
+        settings: from `settings_of`.
+    """
+    if len(inputs) == 4:
         values = ADAMW.threads * 16 // numpy_dtype(W.dtype).itemsize
-        args = [*inputs, *outputs, bad, W.size, *settings]
+        args = [*inputs, *outputs, W.size, *settings]
         gpu.launch(ADAMW, W.dtype, -(-W.size // values), args)
     else:
-        args = [*inputs, _maps(gpu, W.device), *outputs, bad, W.size, *settings]
+        args = [*inputs, _maps(gpu, W.device), *outputs, W.size, *settings]
         gpu.launch(ADAMW_8BIT, W.dtype, -(-W.size // TILES), args)
 
 

@@ -102,7 +102,7 @@ def step(
         old, slope, out = (array[part] for array in flat)
         cut = replace(facts, shape=(gpu.facts(old).size,))
         arrays = _slices(p, page)
-        adamw.launch(gpu, cut, [old, slope, *arrays], [out, *arrays], bad, settings)
+        adamw.launch(gpu, cut, [old, slope, *arrays], [out, *arrays, bad], settings)
         p = replace(p, device={**p.device, page: True})
     after = replace(state, t=state.t + 1)
     return new, replace(p, states=(*p.states[:tensor], after, *p.states[tensor + 1 :]))

@@ -17,6 +17,7 @@ from typing import Any, ClassVar
 import ml_dtypes
 import numpy as np
 
+from minipeft.cupy import executor
 from minipeft.cupy.executor import Facts
 from minipeft.cupy.kernels import Kernel, source
 from tests.cuda import ptx, ptx_parser
@@ -105,6 +106,24 @@ class Program:
         return complaints.decode(errors="replace")
 
 
+def encode(arguments: list[Any]) -> tuple[list[bytes], list[np.ndarray]]:
+    """Write arguments as runner.cpp reads them; list the buffers that come back."""
+    message: list[bytes] = []
+    buffers: list[np.ndarray] = []
+    for argument in arguments:
+        known = None
+        if not isinstance(argument, np.ndarray):
+            length = -argument.nbytes
+        elif (known := ptx.position(argument, buffers)) is None:
+            length = argument.nbytes
+            buffers.append(argument)
+        else:  # an output in place of an input
+            length = SAME_AS + known
+        message.append(np.int64(length).tobytes())
+        message.append(b"" if known is not None else argument.tobytes())
+    return message, buffers
+
+
 class CpuExecutor(NumpyExecutor):
     """Runs what g++ made of the kernels.
 
@@ -137,18 +156,8 @@ class CpuExecutor(NumpyExecutor):
         path, variant = self._program(kernel.row)
         name = f"{variant}:{kernel.expression(dtype)}".encode()
         header = [len(name), grid, kernel.threads, self.seed, len(args)]
-        message = [np.array(header, np.int64).tobytes(), name]
-        buffers: list[np.ndarray] = []
-        for argument in kernel.pack(args):
-            if not isinstance(argument, np.ndarray):
-                message += [np.int64(-argument.nbytes).tobytes(), argument.tobytes()]
-                continue
-            known = ptx.position(argument, buffers)
-            if known is None:
-                buffers.append(argument)
-                message += [np.int64(argument.nbytes).tobytes(), argument.tobytes()]
-            else:  # an output in place of an input
-                message.append(np.int64(SAME_AS + known).tobytes())
+        arguments, buffers = encode(kernel.pack(args))
+        message = [np.array(header, np.int64).tobytes(), name, *arguments]
         if path not in self._running:
             self._running[path] = Program(path)
         program = self._running[path]
@@ -162,6 +171,30 @@ class CpuExecutor(NumpyExecutor):
             part = np.frombuffer(answer, np.uint8, buffer.nbytes, start)
             buffer.reshape(-1).view(np.uint8)[...] = part
             start += buffer.nbytes
+
+
+class DeviceExecutor(NumpyExecutor):
+    """Runs the kernels on a GPU, with NumPy arrays outside: for the same cases."""
+
+    def launch(
+        self, kernel: Kernel, dtype: str, grid: int, args: Sequence[Any]
+    ) -> None:
+        gpu = executor.CupyExecutor()
+        buffers: list[np.ndarray] = []
+        on_device: list[Any] = []
+        arguments = []
+        for argument in args:
+            if isinstance(argument, np.ndarray):
+                known = ptx.position(argument, buffers)
+                if known is None:
+                    known = len(buffers)
+                    buffers.append(argument)
+                    on_device.append(gpu.upload(argument, 0))
+                argument = on_device[known]
+            arguments.append(argument)
+        gpu.launch(kernel, dtype, grid, arguments)
+        for buffer, result in zip(buffers, on_device, strict=True):
+            buffer[...] = gpu.download(result)
 
 
 class PtxExecutor(NumpyExecutor):

@@ -62,19 +62,22 @@ def check_range(offsets: np.ndarray, size: int, limit: int, what: str) -> None:
 # Execution ----------------------------------------------------------------------------
 
 
+@dataclass(frozen=True)
+class World:
+    """What all waves of a launch share: memory, and the values of names in the code."""
+
+    memory: Memory
+    symbols: dict[str, int]
+
+
 class Wave:
     """The state of some CUDA blocks of one launch."""
 
     def __init__(
-        self,
-        entry: Entry,
-        blocks: np.ndarray,
-        grid: int,
-        threads: int,
-        memory: Memory,
-        symbols: dict[str, int],
+        self, entry: Entry, blocks: np.ndarray, launched: tuple[int, int], world: World
     ) -> None:
-        self.entry, self.memory, self.symbols = entry, memory, symbols
+        grid, threads = launched
+        self.entry, self.memory, self.symbols = entry, world.memory, world.symbols
         self.threads, self.n = threads, blocks.size * threads
         lane = np.arange(self.n)
         self.block = lane // threads
@@ -374,6 +377,6 @@ def launch(
     with np.errstate(all="ignore"):
         for first in range(0, grid, wave):
             blocks = np.arange(first, min(first + wave, grid))
-            Wave(entry, blocks, grid, threads, memory, symbols).run()
+            Wave(entry, blocks, (grid, threads), World(memory, symbols)).run()
     for array, buffer in zip(arrays, memory.buffers[first_buffer:], strict=True):
         array.reshape(-1).view(np.uint8)[...] = buffer

@@ -5,11 +5,13 @@ import pytest
 
 from minipeft.cupy import blockwise as gpu
 from minipeft.cupy import executor
+from minipeft.cupy.kernels import CTYPES
 from minipeft.errors import InputError
 from minipeft.reference import blockwise as reference
 from minipeft.reference.codebook import NF4
 from tests.cuda.blockwise_cases import CODEBOOKS, awkward, gaussian
-from tests.cuda.executors import DTYPES
+from tests.cuda.executors import DTYPES, DeviceExecutor
+from tests.cuda.rows import ROWS
 from tests.tolerance import assert_bits
 
 if executor.missing():
@@ -27,6 +29,13 @@ def agree(W, codebook, blocksize):
     for name, dtype in DTYPES.items():
         values = reference.dequantize(expected, dtype)
         assert_bits(cupy.asnumpy(gpu.dequantize(q, name)), values)
+
+
+@pytest.mark.parametrize("row", ROWS)
+def test_every_row(row):
+    """The cases that all checks run, on the device."""
+    with executor.use(DeviceExecutor()):
+        ROWS[row].small(CTYPES)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

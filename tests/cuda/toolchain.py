@@ -13,6 +13,7 @@ from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -200,17 +201,17 @@ def compile_device(row: str, kind: str, architecture: str, text: str) -> Compile
     return Compiled(folder / "image", (folder / "log").read_text(), names)
 
 
+def call(function: Callable[..., Any], *arguments: Any) -> Any:
+    """Call NVRTC; its functions return a status first."""
+    status, *results = function(*arguments)
+    assert status == type(status).NVRTC_SUCCESS, f"{function.__name__}: {status}"
+    return results[0] if results else None
+
+
 def _nvrtc(
     row: str, kind: str, text: str, options: list[str]
 ) -> tuple[bytes, str, dict[str, str]]:
     from cuda.bindings import nvrtc
-
-    def call(function, *arguments):
-        status, *results = function(*arguments)
-        assert status == nvrtc.nvrtcResult.NVRTC_SUCCESS, (
-            f"{function.__name__}: {status}"
-        )
-        return results[0] if results else None
 
     def read(size, content):
         buffer = b" " * call(size, program)
@@ -231,13 +232,10 @@ def _nvrtc(
         image = read(nvrtc.nvrtcGetPTXSize, nvrtc.nvrtcGetPTX)
     else:
         image = read(nvrtc.nvrtcGetCUBINSize, nvrtc.nvrtcGetCUBIN)
-    names = {n: _lowered(call, nvrtc, program, n) for n in expressions}
+    lowered = nvrtc.nvrtcGetLoweredName
+    names = {n: call(lowered, program, n.encode()).decode() for n in expressions}
     call(nvrtc.nvrtcDestroyProgram, program)
     return image, log, names
-
-
-def _lowered(call, nvrtc, program, name: str) -> str:
-    return call(nvrtc.nvrtcGetLoweredName, program, name.encode()).decode()
 
 
 @cache
