@@ -109,19 +109,11 @@ def _parser(name: str, steps: int, model: str) -> argparse.ArgumentParser:
         choices=("auto", "cpu", "cuda"),
         help="auto takes the GPU if there is one (default: %(default)s)",
     )
+    of_a_run = "training steps of a run (default: %(default)s)"
+    parser.add_argument("--steps", type=int, default=steps, metavar="N", help=of_a_run)
+    out = Path("build/chapters") / name
     parser.add_argument(
-        "--steps",
-        type=int,
-        default=steps,
-        metavar="N",
-        help="training steps of each run (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--out",
-        type=Path,
-        default=Path("build/chapters") / name,
-        metavar="FOLDER",
-        help="where figures go (default: %(default)s)",
+        "--out", type=Path, default=out, metavar="FOLDER", help="where figures go"
     )
     parser.add_argument(
         "--full",
