@@ -16,7 +16,6 @@ from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 
-import matplotlib as mpl
 import safetensors.torch
 import torch
 from torch import nn
@@ -360,36 +359,6 @@ COLORS = dict(zip(FAMILIES, plots.PALETTE, strict=False))
 FAMILY = {name: family for family, names in FAMILIES.items() for name in names}
 
 
-def name_points(figure, ax, points):
-    """Write names beside points, pushed apart until none covers another."""
-    figure.draw_without_rendering()  # settles the layout, and with it the pixels
-    pixels = {name: ax.transData.transform(point) for name, point in points.items()}
-    heights = {name: y for name, (_, y) in pixels.items()}
-    for _ in range(300):
-        for low, high in itertools.combinations(sorted(heights, key=heights.get), 2):
-            missing = 13 - abs(heights[high] - heights[low])
-            if abs(pixels[high][0] - pixels[low][0]) < 95 and missing > 0:
-                heights[low] -= missing / 2
-                heights[high] += missing / 2
-    for name, point in points.items():
-        ax.annotate(
-            name,
-            point,
-            xytext=(14, (heights[name] - pixels[name][1]) * 72 / figure.dpi),
-            textcoords="offset points",
-            va="center",
-            fontsize=9,
-            color=plots.INK,
-            arrowprops={"arrowstyle": "-", "color": plots.INK, "linewidth": 0.5},
-        )
-
-
-def legend(figure):
-    """Put the families below the axes."""
-    with mpl.rc_context(plots.STYLE):
-        figure.legend(loc="outside lower center", ncols=5, fontsize=9, columnspacing=1)
-
-
 def whiskers(name, judge):
     """The distances from the mean to the best and to the worst seed."""
     losses = [run[judge] for run in full["methods"][name]["runs"]]
@@ -409,8 +378,8 @@ for family, color in COLORS.items():
 ax.axhline(before["validation"], color=plots.INK, linestyle="--", linewidth=0.8)
 ax.text(1.3e3, before["validation"], "before", va="bottom", color=plots.INK)
 ax.set(xscale="log", xlim=(1.2e3, 9e6))
-legend(figure)
-name_points(figure, ax, points)
+plots.legend_below(figure, columns=4)
+plots.name_points(figure, ax, points)
 chapter.show(
     figure,
     "cost",
@@ -453,8 +422,8 @@ for family, color in COLORS.items():
     ax.plot([], [], "o", color=color, label=family)
 ax.plot(before["validation"], before["novel"], "s", color=plots.INK, label="before")
 ax.set(xlim=(3.6, 4.4), ylim=(3.3, 4.3))  # rates much too large lead out of the picture
-legend(figure)
-name_points(figure, ax, points)
+plots.legend_below(figure, columns=5)
+plots.name_points(figure, ax, points)
 chapter.show(
     figure,
     "forgetting",
@@ -462,8 +431,8 @@ chapter.show(
 )
 
 # %% [markdown]
-# The lines of the larger methods leave the square in one bundle: up to a point, what is forgotten depends on *how far* a model was moved and not on the method that moved it. IA3 stands above the bundle: it
-# pays more for the same learning. Further on the rate decides: every line turns upwards where the rate becomes too large.
+# The lines of the larger methods leave the square in one bundle: up to a point, what is forgotten depends on *how far* a model was moved and not on the method that moved it. IA3 and VeRA stand above the bundle: at
+# their best rates they pay more for the same learning. Further on the rate decides: every line turns upwards where the rate becomes too large.
 #
 # At its chosen rate full fine-tuning forgets the most by far: {=f"{mean('full fine-tuning', 'novel') - before['novel']:.2f}"=} nats, and LoRA {=f"{mean('LoRA', 'novel') - before['novel']:.2f}"=}. But its sweep was almost undecided: at the rate half a decade below
 # ({=f"{gentle_rate:g}"=}) the tuning loss is {=f"{gentle['tuning']:.5f}"=} instead of {=f"{sweeps['full fine-tuning'][rates['full fine-tuning']]['tuning']:.5f}"=}, and the novel has lost {=f"{gentle['novel'] - before['novel']:.2f}"=}. "LoRA learns less and forgets less" [@biderman2024] is true of the

@@ -6,6 +6,7 @@ copy of a figure is the same file with these two strings replaced; the data's co
 """
 
 import io
+import itertools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -38,6 +39,8 @@ HEAT = LinearSegmentedColormap.from_list(
 )
 SIZE = (6.4, 3.6)
 """Width and height in inches: the width of the book's column."""
+NAME_SIZE = (95, 15)
+"""Width and height in pixels that a name beside a point may need."""
 
 STYLE: dict[Any, Any] = {
     "figure.facecolor": "none",
@@ -182,6 +185,58 @@ def heat_map(
         ax.set_xticks(range(len(columns)), columns)
         figure.colorbar(image, ax=ax, label=scale).outline.set_visible(False)
     return figure
+
+
+def legend_below(figure: Figure, columns: int) -> None:
+    """Put the figure's legend below its axes."""
+    with mpl.rc_context(STYLE):
+        figure.legend(
+            loc="outside lower center", ncols=columns, fontsize=9, columnspacing=1
+        )
+
+
+def name_points(
+    figure: Figure, ax: Axes, points: Mapping[str, tuple[float, float]]
+) -> None:
+    """Write each point's name to its right, pushed up or down until none is covered.
+
+    Call it last: it settles the layout.
+    """
+    figure.draw_without_rendering()  # only now does a point have a place in pixels
+    pixels = {n: _pixels(ax, point) for n, point in points.items()}
+    heights = _apart(pixels, NAME_SIZE)
+    for name, point in points.items():
+        ax.annotate(
+            name,
+            point,
+            xytext=(14, (heights[name] - pixels[name][1]) * 72 / figure.dpi),
+            textcoords="offset points",
+            va="center",
+            fontsize=9,
+            color=INK,
+            arrowprops={"arrowstyle": "-", "color": INK, "linewidth": 0.5},
+        )
+
+
+def _pixels(ax: Axes, point: tuple[float, float]) -> tuple[float, float]:
+    x, y = ax.transData.transform(point)
+    return float(x), float(y)
+
+
+def _apart(
+    pixels: Mapping[str, tuple[float, float]], size: tuple[float, float]
+) -> dict[str, float]:
+    """Return a height for each name, so that no two boxes of this size overlap."""
+    heights = {name: y for name, (_, y) in pixels.items()}
+    for _ in range(300):
+        for low, high in itertools.combinations(
+            sorted(heights, key=heights.__getitem__), 2
+        ):
+            missing = size[1] - abs(heights[high] - heights[low])
+            if abs(pixels[high][0] - pixels[low][0]) < size[0] and missing > 0:
+                heights[low] -= missing / 2
+                heights[high] += missing / 2
+    return heights
 
 
 def _colors(names: Mapping[str, object]) -> tuple[str, ...]:

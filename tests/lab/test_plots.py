@@ -1,9 +1,11 @@
 import errno
+import itertools
 import os
 import re
 
 import numpy as np
 import pytest
+from matplotlib.text import Text
 
 from minipeft.errors import InputError
 from minipeft.lab import files, plots
@@ -100,3 +102,15 @@ def test_impossible_figures_are_refused():
         plots.loss_curves({str(i): History([1.0]) for i in range(8)})
     with pytest.raises(InputError, match="needs a matrix; these values are 1-d"):
         plots.heat_map(np.ones(3))
+
+
+def test_names_of_crowded_points_do_not_cover_each_other():
+    figure, ax = plots.axes()
+    points = {f"method {i}": (i % 3, 1 + i / 1000) for i in range(9)}
+    ax.set(xlim=(0, 9), ylim=(0, 2))
+    plots.name_points(figure, ax, points)
+    figure.draw_without_rendering()
+    assert [text.get_text() for text in ax.texts] == list(points)
+    boxes = [Text.get_window_extent(text) for text in ax.texts]  # without the lines
+    for one, other in itertools.combinations(boxes, 2):
+        assert not one.overlaps(other)
