@@ -28,6 +28,17 @@ def test_formulas_become_mathml(tmp_path):
     assert {"ℝ", "∈", "<", "𝑟"} <= characters
 
 
+@pytest.mark.parametrize("tex", ["\\lVert w \\rVert", "\\left| w \\right|"])
+def test_fences_hug_what_they_enclose(tex):
+    (answer,) = maths.render([(tex, False)]).values()
+    assert maths.element(answer["mathml"]).count('lspace="0" rspace="0">') == 2
+
+
+def test_a_relation_keeps_its_distance():
+    (answer,) = maths.render([("p(a \\mid b)", False)]).values()
+    assert "lspace" not in maths.element(answer["mathml"])
+
+
 def test_a_long_formula_in_a_line_of_text_can_break(tmp_path):
     path = page(tmp_path, "y = xW^\\top + s(xA^\\top)B^\\top + b", "y = x")
     maths.typeset(tmp_path)

@@ -19,6 +19,7 @@ from . import BookError
 
 FORMULA = re.compile(r'<(span|div) class="arithmatex">(.*?)</\1>', re.S)
 VARIANT = re.compile(r'<(mi|mn|mo|mtext) mathvariant="([\w-]+)">([^<]*)</\1>')
+FENCE = re.compile(r'<mo (fence="true"(?=>)|stretchy="false"(?=>[∥∣]))')
 NAMES = {
     "double-struck": "DOUBLE-STRUCK",
     "script": "SCRIPT",
@@ -98,7 +99,7 @@ def element(markup: str) -> str:
     """Keep the `<math>` element, and spell its alphabets as browsers need them."""
     math = markup[markup.index("<math") : markup.rindex("</math>") + len("</math>")]
     # A fence hugs what it encloses, also one that browsers take for a relation (∥).
-    math = math.replace('<mo fence="true">', '<mo fence="true" lspace="0" rspace="0">')
+    math = FENCE.sub(r'\g<0> lspace="0" rspace="0"', math)
     return VARIANT.sub(_spell, math)
 
 
