@@ -4,7 +4,7 @@ import json
 
 import nbformat
 import pytest
-from book import BookError, figures, shelf
+from book import BookError, figures, notebook, shelf
 
 
 def test_hide_fold_and_solution(small):
@@ -151,6 +151,13 @@ print("done")
     stream, figure = book["cells"][-1]["outputs"]
     assert stream["text"] == ["done\n"]
     assert figure["data"]["text/plain"] == ["It falls."]
+
+
+@pytest.mark.parametrize("end", [")", ",\n)"])
+def test_a_notebook_does_not_read_the_command_line_of_jupyter(end):
+    cell = f'import os\n\nchapter = start("01_lora", steps=50{end}'
+    ours = notebook.START.sub(notebook._without_arguments, cell)
+    assert ours == 'import os\n\nchapter = start("01_lora", steps=50, arguments=[])'
 
 
 def test_generated_files_of_a_removed_chapter_go(small, lab):

@@ -23,8 +23,6 @@ NOT_YET_SHOWN: set[str] = set()
 
 # What is larger than the budget, and why. A line that is no longer needed is an error.
 WIDER = {
-    "minipeft/cli.py:_add_verify": "one option after the other",
-    "minipeft/lab/chapter.py:start": "one option after the other",
     "minipeft/reference/lora.py:init": "the signature that every column shares",
     "minipeft/reference/loftq.py:init": "the signature that every column shares",
     "minipeft/torch/adamw.py:__init__": "what torch's own optimizer takes",

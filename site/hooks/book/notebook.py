@@ -18,6 +18,7 @@ BOX = re.compile(
 )
 SYMBOL = re.compile(r"\[([^\]]+)\]\[([\w.]*)\]")
 LINK = re.compile(r"\]\((?P<up>\.\./)?(?P<page>[\w/]+)\.md(?P<anchor>#[\w.-]+)?\)")
+START = re.compile(r"^(chapter = start\([^)]*)\)", re.M)
 ATTRIBUTES = re.compile(r"\{ ?[.#:][^}]*\}$", re.M)
 
 
@@ -61,10 +62,15 @@ def _code(cell: Cell, output: dict[str, Any], result: Result) -> dict[str, Any]:
             "text/plain": [figure["alt"]],
         }
         shown.append({"output_type": "display_data", "metadata": {}, "data": data})
-    return _cell(cell, "code", cell.source) | {
+    return _cell(cell, "code", START.sub(_without_arguments, cell.source)) | {
         "execution_count": None,
         "outputs": shown,
     }
+
+
+def _without_arguments(match: re.Match[str]) -> str:
+    """A notebook's command line is Jupyter's, and no business of the chapter."""
+    return f"{match[1].rstrip().rstrip(',')}, arguments=[])"
 
 
 def clean(text: str, page: Page) -> str:
