@@ -1,4 +1,3 @@
-# part: Foundations
 # %% [markdown]
 # # Why not train everything?
 #

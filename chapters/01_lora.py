@@ -1,4 +1,3 @@
-# part: Foundations
 # %% [markdown]
 # # LoRA: train a thin product
 #

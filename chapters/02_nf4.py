@@ -1,4 +1,3 @@
-# part: Four bits
 # %% [markdown]
 # # NF4: sixteen numbers for a bell curve
 #

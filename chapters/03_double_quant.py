@@ -1,4 +1,3 @@
-# part: Four bits
 # %% [markdown]
 # # Double quantization: the scales cost too
 #

@@ -1,4 +1,3 @@
-# part: Four bits
 # %% [markdown]
 # # QLoRA: four bits at rest, sixteen at work
 #

@@ -1,4 +1,3 @@
-# part: Low rank, refined
 # %% [markdown]
 # # rsLoRA: what the rank may not change
 #

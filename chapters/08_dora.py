@@ -1,4 +1,3 @@
-# part: Low rank, refined
 # %% [markdown]
 # # DoRA: length and direction apart
 #

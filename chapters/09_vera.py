@@ -1,4 +1,3 @@
-# part: Low rank, refined
 # %% [markdown]
 # # VeRA: train two vectors
 #

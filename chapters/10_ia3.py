@@ -1,4 +1,3 @@
-# part: Activations
 # %% [markdown]
 # # IA3: train one vector
 #

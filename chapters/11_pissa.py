@@ -1,4 +1,3 @@
-# part: Low rank, refined
 # %% [markdown]
 # # PiSSA: train what matters most
 #

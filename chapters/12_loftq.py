@@ -1,4 +1,3 @@
-# part: Four bits
 # %% [markdown]
 # # LoftQ: quantize with the adapter in mind
 #

@@ -1,4 +1,3 @@
-# part: Activations
 # %% [markdown]
 # # Bottleneck adapters: what cannot be merged
 #

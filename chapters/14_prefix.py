@@ -1,4 +1,3 @@
-# part: Activations
 # %% [markdown]
 # # Prefix tuning: keys and values that nobody wrote
 #

@@ -1,4 +1,3 @@
-# part: Activations
 # %% [markdown]
 # # Prompt tuning: words that are not in the vocabulary
 #

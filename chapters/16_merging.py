@@ -1,4 +1,3 @@
-# part: Everything together
 # %% [markdown]
 # # Merging: when is it the same?
 #

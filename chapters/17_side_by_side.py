@@ -1,4 +1,3 @@
-# part: Everything together
 # %% [markdown]
 # # All methods side by side
 #
