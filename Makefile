@@ -20,7 +20,7 @@ export NO_MKDOCS_2_WARNING := 1
 
 .DEFAULT_GOAL := help
 .PHONY: help setup chapter book serve test check fmt fmt-check lint types imports \
-	golden golden-check results bench test-gpu ci-deps clean
+	map golden golden-check results bench test-gpu ci-deps clean
 
 help:  ## print this table
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' Makefile
@@ -70,6 +70,9 @@ types: $(SETUP)  ## mypy --strict
 imports: $(SETUP)  ## the arrows between modules
 	@$(BIN)/lint-imports
 
+map: $(SETUP)  ## draw the map in the README
+	@$(BIN)/python site/hooks/book/methods.py --write
+
 golden: $(SETUP)  ## write the golden vectors
 	@$(BIN)/python -m minipeft.golden.generate
 
@@ -80,6 +83,10 @@ golden-check: $(SETUP)  ## write them elsewhere and compare
 results: $(SETUP)  ## recompute chapters/results: seeds, sweeps, sizes (takes long)
 	@for script in $$(grep -l 'chapter\.full' chapters/[0-9]*.py); do \
 	  echo "$$script --full" && $(BIN)/python $$script --full || exit; done
+	@$(BIN)/python chapters/01_lora.py --out build/results
+	@cp build/results/loss.svg chapters/results/01_lora_loss.svg
+	@sed 's/#24292f/#e6edf3/g; s/#d0d7de/#444c56/g' build/results/loss.svg \
+	  > chapters/results/01_lora_loss_dark.svg
 
 bench: $(WITH_PEERS)  ## time against peft and bitsandbytes, in pairs, as ratios
 	@$(BIN)/python -m minipeft.lab.bench
