@@ -6,7 +6,8 @@
 // seed shuffles, as do the blocks of a grid. It is stricter than hardware: it stops where
 // CUDA leaves the result undefined (a barrier that some threads do not reach, a shuffle
 // that reads a lane which is not there).
-#pragma once
+#ifndef SHIM_HPP
+#define SHIM_HPP
 #include <cuda_runtime_api.h>
 
 #include <cuda_bf16.h>
@@ -143,3 +144,5 @@ template <class T> T atomicMin(T* to, T value) {
   }
   return old;
 }
+
+#endif
