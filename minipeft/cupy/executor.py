@@ -179,11 +179,15 @@ def _module(row: str) -> Any:
 
 def numpy_dtype(name: str) -> np.dtype[Any]:
     """Give the NumPy dtype of a name from `kernels.CTYPES`, or of NumPy's own."""
-    if name == "bfloat16":
-        import ml_dtypes  # CuPy depends on it
-
-        return np.dtype(ml_dtypes.bfloat16)
-    return np.dtype(name)
+    if name != "bfloat16":
+        return np.dtype(name)
+    try:
+        import ml_dtypes
+    except ImportError:
+        raise InputError(
+            "NumPy and CuPy have no bfloat16 of their own: `pip install ml-dtypes`."
+        ) from None
+    return np.dtype(ml_dtypes.bfloat16)
 
 
 def missing() -> str | None:

@@ -25,6 +25,12 @@ def test_importing_needs_no_cupy():
     assert "pip install minipeft[cupy]" in said
 
 
+def test_no_bfloat16_is_one_sentence(monkeypatch):
+    monkeypatch.setitem(sys.modules, "ml_dtypes", None)
+    with pytest.raises(InputError, match="`pip install ml-dtypes`"):
+        executor.numpy_dtype("bfloat16")
+
+
 def test_no_device_is_one_sentence(monkeypatch):
     cupy = pytest.importorskip("cupy")
     monkeypatch.setattr(cupy.cuda, "is_available", lambda: False)
