@@ -91,6 +91,7 @@ def dequantize(q: Blockwise, dtype: Any = np.float32) -> Array:
 
 def check_parts(gpu: Executor, q: Blockwise, device: int) -> int:
     """Return the bits of a code; refuse parts that a kernel would misread."""
+    log2_blocksize(q.blocksize)
     n = int(np.prod(q.shape, dtype=np.int64))
     codebook = check("codebook", gpu.facts(q.codebook), ["float32"], device)
     bits = code_bits(codebook.size)

@@ -92,6 +92,8 @@ def dequantize(q: Nested, dtype: Any = np.float32) -> Array:
 
 def check_parts(gpu: Executor, q: Nested, device: int) -> int:
     """Return the bits of a code; refuse parts that a kernel would misread."""
+    for blocksize in (q.blocksize, q.nested_blocksize):
+        log2_blocksize(blocksize)
     n = int(np.prod(q.shape, dtype=np.int64))
     blocks = -(-n // q.blocksize)
     codebook = check("codebook", gpu.facts(q.codebook), ["float32"], device)

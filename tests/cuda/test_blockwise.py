@@ -101,5 +101,7 @@ def test_parts_that_do_not_fit_are_refused():
             gpu.dequantize(gpu.Blockwise(q.packed, q.absmax, q.codebook, 64, (102,)))
         with pytest.raises(InputError, match="absmax has 2 values"):
             gpu.dequantize(gpu.Blockwise(q.packed, q.absmax, q.codebook, 32, (100,)))
+        with pytest.raises(InputError, match="blocksize is 0"):
+            gpu.dequantize(gpu.Blockwise(q.packed, q.absmax, q.codebook, 0, (100,)))
         with pytest.raises(InputError, match="cannot dequantize to float64"):
             gpu.dequantize(q, np.float64)

@@ -42,6 +42,8 @@ def test_parts_that_do_not_fit_are_refused():
         wrong = gpu.Nested(**{**vars(q), "absmax_codes": q.absmax_codes[:-1]})
         with pytest.raises(InputError, match="absmax_codes has 15 values where shape"):
             gpu.dequantize(wrong)
+        with pytest.raises(InputError, match="blocksize is 0"):
+            gpu.dequantize(gpu.Nested(**{**vars(q), "nested_blocksize": 0}))
         with pytest.raises(InputError, match="blocksize is 100"):
             gpu.quantize(uneven(1000, "float32"), nested_blocksize=100)
 
