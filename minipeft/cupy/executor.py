@@ -4,16 +4,21 @@ A launcher asks `current()` for arrays, facts about them, and launches. It never
 CuPy itself, so the launcher that a GPU runs is the one that the tests run on a CPU.
 """
 
+import atexit
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import cache
+from pathlib import Path
+from shutil import rmtree
+from tempfile import mkdtemp
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
-from minipeft.cupy.kernels import Kernel, expressions, source
+from minipeft.cupy.compiler import compile_row, headers
+from minipeft.cupy.kernels import Kernel
 from minipeft.errors import InputError
 
 # The device number by which CUDA means the host.
@@ -162,19 +167,26 @@ class CupyExecutor:
             return
         device = next(a.device for a in args if isinstance(a, self._cupy.ndarray))
         with device:
-            function = _module(kernel.row).get_function(kernel.expression(dtype))
+            module, names = _module(kernel.row, device.compute_capability)
+            function = module.get_function(names[kernel.expression(dtype)])
             function((grid,), (kernel.threads,), tuple(kernel.pack(args)))
 
 
 @cache
-def _module(row: str) -> Any:
+def _module(row: str, architecture: str) -> tuple[Any, dict[str, str]]:
     import cupy
 
-    return cupy.RawModule(
-        code=source(row),
-        options=("-std=c++17",),
-        name_expressions=expressions(row),
-    )
+    code, names = compile_row(row, architecture)
+    path = _folder() / f"{row}-{architecture}.cubin"
+    path.write_bytes(code)
+    return cupy.RawModule(path=str(path)), names
+
+
+@cache
+def _folder() -> Path:  # CuPy loads machine code from files, once for each device
+    folder = mkdtemp(prefix="minipeft-")
+    atexit.register(rmtree, folder, ignore_errors=True)
+    return Path(folder)
 
 
 def numpy_dtype(name: str) -> np.dtype[Any]:
@@ -211,6 +223,10 @@ def missing() -> str | None:
             "NVRTC, the CUDA compiler library, is not found: "
             "`pip install nvidia-cuda-nvrtc`."
         )
+    try:
+        headers()
+    except InputError as error:
+        return str(error)
     return None
 
 

@@ -6,7 +6,7 @@ import sys
 import numpy as np
 import pytest
 
-from minipeft.cupy import blockwise, executor
+from minipeft.cupy import blockwise, compiler, executor
 from minipeft.errors import InputError
 
 
@@ -23,6 +23,19 @@ def test_importing_needs_no_cupy():
     said = subprocess.check_output([sys.executable, "-c", program], text=True)
     assert said.count("\n") == 1
     assert "pip install minipeft[cupy]" in said
+
+
+def test_no_headers_is_one_sentence(monkeypatch):
+    pathfinder = pytest.importorskip("cuda.pathfinder")
+    monkeypatch.setattr(pathfinder, "find_nvidia_header_directory", lambda _: None)
+    with pytest.raises(InputError, match="`pip install nvidia-cuda-runtime`"):
+        compiler.headers()
+
+
+def test_a_gpu_that_the_compiler_does_not_know_is_named():
+    pytest.importorskip("cupy")
+    with pytest.raises(InputError, match="does not know the architecture sm_999"):
+        compiler.compile_row("blockwise", "999")
 
 
 def test_no_bfloat16_is_one_sentence(monkeypatch):

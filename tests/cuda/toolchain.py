@@ -194,10 +194,8 @@ class Compiled:
 def compile_device(row: str, kind: str, architecture: str, text: str) -> Compiled:
     """Compile a row's source; `kind` is "ptx" or "cubin"."""
     target = {"ptx": "compute", "cubin": "sm"}[kind]
-    options = [f"--gpu-architecture={target}_{architecture}", "-std=c++17"]
+    options = [f"--gpu-architecture={target}_{architecture}", *kernels.OPTIONS]
     options += [f"-I{cuda_folder() / 'include'}"]
-    if kind == "cubin":
-        options += ["--ptxas-options=-warn-spills", "--ptxas-options=-warn-lmem-usage"]
     parts = [text, *kernels.expressions(row), *options, nvrtc_version()]
 
     def make(folder: Path) -> None:

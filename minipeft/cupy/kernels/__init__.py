@@ -17,6 +17,14 @@ FOLDER = Path(__file__).parent
 # The C++ name of each dtype that a template is instantiated for.
 CTYPES = {"float32": "float", "float16": "__half", "bfloat16": "__nv_bfloat16"}
 
+# How NVRTC is called, here and in the proofs. No fast math: IEEE arithmetic, subnormals
+# included, is its default.
+OPTIONS = (
+    "-std=c++17",
+    "--ptxas-options=-warn-spills",
+    "--ptxas-options=-warn-lmem-usage",
+)
+
 POINTER = "pointer"
 
 
