@@ -225,7 +225,9 @@ def _nvrtc(
     from cuda.bindings import nvrtc
 
     def read(size, content):
-        buffer = b" " * call(size, program)
+        # NVRTC writes into it, and a bytes object of length one is shared by all of
+        # Python: zeros, for the one byte of an empty log is a zero.
+        buffer = bytes(call(size, program))
         call(content, program, buffer)
         return buffer
 
