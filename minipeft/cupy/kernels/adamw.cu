@@ -98,7 +98,8 @@ __device__ __forceinline__ void decode(const byte* codes, i64 first, i64 n, floa
   if (first + GROUP <= n)
     word = *reinterpret_cast<const unsigned*>(codes + first);
   else
-    for (int i = 0; i < GROUP && first + i < n; ++i) word |= unsigned(codes[first + i]) << 8 * i;
+    for (int i = 0; i < GROUP && first + i < n; ++i)
+      word |= unsigned(codes[first + i]) << 8 * i;
 #pragma unroll
   for (int i = 0; i < GROUP; ++i) {
     const float value = __fmul_rn(map[word >> 8 * i & 255], scale);

@@ -70,7 +70,8 @@ __device__ __forceinline__ void product_of(const byte* __restrict__ packed, Scal
       update = __fmaf_rn(to_float(B[i64(o) * r + k]), h[i64(token + t) * r + k], update);
     const float total = warp_sum(__fmaf_rn(factor, update, sum[t]));
     const float offset = bias ? to_float(bias[o]) : 0.0f;
-    if (lane == 0) y[i64(token + t) * out_features + o] = from_float<T>(__fadd_rn(total, offset));
+    if (lane == 0)
+      y[i64(token + t) * out_features + o] = from_float<T>(__fadd_rn(total, offset));
   }
 }
 

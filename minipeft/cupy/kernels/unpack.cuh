@@ -44,7 +44,8 @@ __device__ __forceinline__ void unpack(const byte* __restrict__ packed,
 #pragma unroll
     for (int i = 0; i < SIZE; ++i) {
       const int at = first + i;
-      if ((i == 0 || (at & in_block) == 0) && at < left) scale = scale_of(block + (at >> shift));
+      if ((i == 0 || (at & in_block) == 0) && at < left)
+        scale = scale_of(block + (at >> shift));
       const unsigned code = word >> bits * (7 - at % 8) & ((1u << bits) - 1);
       y.at[i] = from_float<T>(__fmul_rn(value[code], scale));
     }
