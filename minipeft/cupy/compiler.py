@@ -43,6 +43,29 @@ def compile_row(row: str, architecture: str) -> tuple[bytes, dict[str, str]]:
         nvrtc.destroyProgram(program)
 
 
+def missing() -> str | None:
+    """Say in one sentence why nothing can be compiled here; None where it can."""
+    try:
+        from cupy.cuda import nvrtc
+    except ImportError:
+        return (
+            "CuPy is not installed: `pip install minipeft[cupy]`, or use "
+            "minipeft.torch, which needs no CuPy."
+        )
+    try:
+        nvrtc.getVersion()
+    except Exception:  # each way of not finding it has its own type
+        return (
+            "NVRTC, the CUDA compiler library, is not found: "
+            "`pip install nvidia-cuda-nvrtc`."
+        )
+    try:
+        headers()
+    except InputError as error:
+        return str(error)
+    return None
+
+
 def headers() -> str:
     """Return the folder of cuda_fp16.h and its like.
 

@@ -17,7 +17,7 @@ from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
-from minipeft.cupy.compiler import compile_row, headers
+from minipeft.cupy import compiler
 from minipeft.cupy.kernels import Kernel
 from minipeft.errors import InputError
 
@@ -176,7 +176,7 @@ class CupyExecutor:
 def _module(row: str, architecture: str) -> tuple[Any, dict[str, str]]:
     import cupy
 
-    code, names = compile_row(row, architecture)
+    code, names = compiler.compile_row(row, architecture)
     path = _folder() / f"{row}-{architecture}.cubin"
     path.write_bytes(code)
     return cupy.RawModule(path=str(path)), names
@@ -207,27 +207,13 @@ def missing() -> str | None:
     try:
         import cupy
     except ImportError:
-        return (
-            "CuPy is not installed: `pip install minipeft[cupy]`, or use "
-            "minipeft.torch, which needs no CuPy."
-        )
+        return compiler.missing()
     if not cupy.cuda.is_available():
         return (
             "CuPy finds no CUDA device: install or update the NVIDIA driver, or use "
             "minipeft.torch, which runs on a CPU too."
         )
-    try:
-        cupy.cuda.nvrtc.getVersion()
-    except Exception:  # each way of not finding it has its own type
-        return (
-            "NVRTC, the CUDA compiler library, is not found: "
-            "`pip install nvidia-cuda-nvrtc`."
-        )
-    try:
-        headers()
-    except InputError as error:
-        return str(error)
-    return None
+    return compiler.missing()
 
 
 def check(

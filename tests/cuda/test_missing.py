@@ -25,6 +25,14 @@ def test_importing_needs_no_cupy():
     assert "pip install minipeft[cupy]" in said
 
 
+def test_compiling_needs_no_gpu(monkeypatch):
+    cupy = pytest.importorskip("cupy")
+    monkeypatch.setattr(cupy.cuda, "is_available", lambda: False)
+    assert compiler.missing() is None
+    monkeypatch.setitem(sys.modules, "cupy.cuda", None)
+    assert "pip install minipeft[cupy]" in compiler.missing()
+
+
 def test_no_headers_is_one_sentence(monkeypatch):
     pathfinder = pytest.importorskip("cuda.pathfinder")
     monkeypatch.setattr(pathfinder, "find_nvidia_header_directory", lambda _: None)
