@@ -81,6 +81,21 @@ def test_an_unknown_source_fails(small, name, complaint):
     assert complaint in str(e.value)
 
 
+def test_a_function_of_a_cuda_header(small):
+    small.write(
+        "minipeft/cupy/kernels/dot.cuh",
+        "// Products.\n\n// Doubles.\n__device__ float twice(float x) {\n"
+        "  return 2 * x;\n}\n",
+    )
+    small.chapter("# %% [markdown]\n# @source minipeft.cupy.kernels.dot:twice\n")
+    small.build()
+    assert "```cuda\n// Doubles.\n__device__ float twice(float x) {" in small.page()
+    anchor = "minipeft.cupy.kernels.dot.twice"
+    assert f"][{anchor}]" in small.page()
+    reference = (small.layout.docs / "api/cupy/kernels_dot.md").read_text()
+    assert f"{{ #{anchor} }}" in reference
+
+
 def test_kernels_of_the_real_files(root):
     for path in (root / "minipeft" / "cupy" / "kernels").glob("*.cu"):
         found = source.kernels(path.read_text())

@@ -37,7 +37,7 @@ class Module:
     @property
     def is_kernel(self) -> bool:
         """Whether this is CUDA source."""
-        return self.path.suffix == ".cu"
+        return self.path.suffix in (".cu", ".cuh")
 
     @property
     def page(self) -> str:
@@ -62,6 +62,7 @@ def modules(layout: Layout) -> list[Module]:
         paths = [p for p in folder.glob("*.py") if not p.stem.startswith("_")]
         paths.sort(key=lambda p: (reading_order(p.stem), p.stem))
         paths += sorted(folder.glob("kernels/*.cu"))
+        paths += sorted(folder.glob("kernels/*.cuh"))
         found += [Module(column, path) for path in paths]
     return found
 

@@ -1,7 +1,8 @@
 """Show the source of a symbol, found by its name; nothing is imported for it.
 
 `@source minipeft.reference.lora.merge` is a function, class, method or constant;
-`@source minipeft.cupy.kernels.blockwise:dequantize` is a kernel in a `.cu` file.
+`@source minipeft.cupy.kernels.blockwise:dequantize` is a kernel in a `.cu` file, or a
+function of a header, `.cuh`.
 """
 
 import ast
@@ -90,6 +91,8 @@ def _defined(node: ast.stmt) -> list[str]:
 def _kernel(name: str, package: Path) -> Source:
     module, kernel = name.split(":")
     path = package.joinpath(*module.split(".")[1:]).with_suffix(".cu")
+    if not path.is_file() and path.with_suffix(".cuh").is_file():
+        path = path.with_suffix(".cuh")
     if not path.is_file():
         raise BookError(f"@source {name}: there is no {path.name} in {package.name}/")
     found = kernels(path.read_text("utf-8"))
