@@ -10,8 +10,8 @@ import peft
 import torch
 from torch import Tensor, nn
 
-from minipeft.lab.bench import Pair, check
 from minipeft.lab.memory_peak import peak_bytes
+from minipeft.lab.timing import Pair, check
 from minipeft.torch import blockwise, loftq, pissa
 from minipeft.torch.dora import DoRAConfig
 from minipeft.torch.inject import adapted, inject

@@ -1,10 +1,14 @@
 """The largest number of bytes that live at one time while something runs on the CPU."""
 
+import os
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch.profiler import ProfilerActivity, profile
+
+# The profiler writes two lines of its own for every use, below this level.
+os.environ.setdefault("KINETO_LOG_LEVEL", "6")
 
 
 def peak_bytes(run: Callable[[], Any]) -> int:

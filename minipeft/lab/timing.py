@@ -1,0 +1,97 @@
+"""Two ways to do one thing, timed in turns, so that a slow minute slows both."""
+
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from minipeft.errors import InputError
+
+Turn = Callable[[], object]
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Two ways to do one thing: ours, theirs, and the ratio we set out to reach."""
+
+    name: str
+    against: str
+    ours: Turn
+    theirs: Turn
+    target: float
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Row:
+    """What was measured: milliseconds, and the ratio ours / theirs."""
+
+    name: str
+    against: str
+    ours: float
+    theirs: float
+    ratio: float
+    smallest: float
+    largest: float
+    target: float
+    note: str
+
+    @property
+    def reached(self) -> bool:
+        """Whether the ratio is at most the target."""
+        return self.ratio <= self.target
+
+
+def measure(pair: Pair, rounds: int) -> Row:
+    """Time a pair's turns, alternating and exchanging who goes first."""
+    seconds: dict[Turn, list[float]] = {pair.ours: [], pair.theirs: []}
+    for turn in seconds:
+        turn()
+    for i in range(rounds):
+        order = [*seconds] if i % 2 else [*reversed(seconds)]
+        for turn in order:
+            began = time.perf_counter()
+            turn()
+            seconds[turn].append(time.perf_counter() - began)
+    ours, theirs = seconds.values()
+    ratios = [a / b for a, b in zip(ours, theirs, strict=True)]
+    return Row(
+        name=pair.name,
+        against=pair.against,
+        ours=1e3 * statistics.median(ours),
+        theirs=1e3 * statistics.median(theirs),
+        ratio=statistics.median(ratios),
+        smallest=min(ratios),
+        largest=max(ratios),
+        target=pair.target,
+        note=pair.note,
+    )
+
+
+def check(what: str, distance: float, bound: float) -> None:
+    """Refuse to time two things that do not compute the same.
+
+    Raises:
+        InputError: the relative distance is above its bound.
+    """
+    if not distance <= bound:
+        raise InputError(
+            f"{what}: the two results differ by {distance:.2e} of their size, allowed "
+            f"are {bound:.2e}; timing them would compare different things"
+        )
+
+
+def table(rows: list[Row]) -> str:
+    """Lay the rows out as Markdown."""
+    lines = [
+        "| what | against | ours, ms | theirs, ms | ratio | min to max | target | |",
+        "|:--|:--|--:|--:|--:|:-:|--:|:--|",
+    ]
+    for row in rows:
+        verdict = "reached" if row.reached else "**not reached**"
+        lines.append(
+            f"| {row.name} | {row.against} | {row.ours:.1f} | {row.theirs:.1f} "
+            f"| {row.ratio:.2f} | {row.smallest:.2f} to {row.largest:.2f} "
+            f"| {row.target:g} | {verdict}{f'; {row.note}' if row.note else ''} |"
+        )
+    return "\n".join(lines)

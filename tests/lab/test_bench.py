@@ -1,0 +1,122 @@
+"""The clock that compares: fair turns, ratios of neighbours, nothing that differs."""
+
+import json
+import math
+import subprocess
+import sys
+from importlib.util import find_spec
+from types import SimpleNamespace
+
+import pytest
+
+from minipeft.errors import InputError
+from minipeft.lab import bench, timing
+from minipeft.lab.timing import Pair, check, measure, table
+
+
+class Clock:
+    """Time that passes only when a turn says so."""
+
+    def __init__(self):
+        self.now, self.turns = 0.0, []
+
+    def turn(self, name, durations):
+        """Return a turn that takes what is next in `durations`."""
+        durations = iter(durations)
+
+        def run():
+            self.turns.append(name)
+            self.now += next(durations)
+
+        return run
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    clock = Clock()
+    monkeypatch.setattr(timing.time, "perf_counter", lambda: clock.now)
+    return clock
+
+
+def pair(clock, ours, theirs, target=1.0):
+    mine, yours = clock.turn("ours", ours), clock.turn("theirs", theirs)
+    return Pair("step", "peer", mine, yours, target, "a note")
+
+
+def test_turns_alternate_and_the_first_is_not_counted(clock):
+    measured = pair(clock, [99, 1, 1, 1], [99, 2, 2, 2])
+    assert measure(measured, 3).ratio == 0.5
+    assert clock.turns[:2] == ["ours", "theirs"]
+    pairs = [tuple(clock.turns[i : i + 2]) for i in (2, 4, 6)]
+    assert set(pairs) == {("ours", "theirs"), ("theirs", "ours")}
+    assert pairs[0] != pairs[1] != pairs[2]
+
+
+def test_a_slow_minute_does_not_tilt_the_ratio(clock):
+    """Neighbours are compared: the median of ratios, not the ratio of medians."""
+    row = measure(pair(clock, [0, 1, 10, 1, 1], [0, 2, 20, 2, 2]), 4)
+    assert (row.ratio, row.smallest, row.largest) == (0.5, 0.5, 0.5)
+    assert (row.ours, row.theirs) == (1000, 2000)
+    row = measure(pair(clock, [0, 1, 4, 9], [0, 4, 1, 3]), 3)
+    assert (row.ratio, row.smallest, row.largest) == (3, 0.25, 4)
+
+
+@pytest.mark.parametrize(("target", "verdict"), [(0.5, "reached"), (0.49, "not")])
+def test_the_table_says_what_was_not_reached(clock, target, verdict):
+    row = measure(pair(clock, [0, 1], [0, 2], target), 1)
+    last = table([row]).splitlines()[-1]
+    assert last.startswith("| step | peer | 1000.0 | 2000.0 | 0.50 | 0.50 to 0.50 |")
+    assert ("**not reached**" in last) == (verdict == "not")
+    assert last.endswith("reached; a note |" if verdict == "reached" else "; a note |")
+
+
+@pytest.mark.parametrize("distance", [0.2, math.nan, math.inf])
+def test_things_that_differ_are_not_timed(distance):
+    check("equal", 0.1, 0.1)
+    with pytest.raises(InputError, match="timing them would compare different things"):
+        check("different", distance, 0.1)
+
+
+@pytest.mark.parametrize(
+    ("line", "sentence"),
+    [
+        (["--rounds", "0"], "--rounds is 0"),
+        (["--threads", "-1"], "--threads is -1"),
+    ],
+)
+def test_bad_input_is_one_sentence_and_exit_code_2(line, sentence, capsys):
+    assert bench.main(line) == 2
+    said = capsys.readouterr().err
+    assert sentence in said
+    assert said.count("\n") == 1
+
+
+def test_a_missing_peer_is_named(monkeypatch, capsys):
+    monkeypatch.delitem(sys.modules, "minipeft.lab.bench_pairs", raising=False)
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+    monkeypatch.setitem(sys.modules, "bitsandbytes.functional", None)
+    assert bench.main([]) == 2
+    assert "minipeft[peers]" in capsys.readouterr().err
+
+
+def test_a_pair_from_its_check_to_the_file(tmp_path):
+    """By itself, in a process: peers warn while they are imported."""
+    for peer in ("bitsandbytes", "peft"):
+        if not find_spec(peer):
+            pytest.skip(f"needs {peer}")
+    out = tmp_path / "bench.json"
+    line = [sys.executable, "-m", "minipeft.lab.bench", "--only", "pissa"]
+    line += ["--rounds", "1", "--out", str(out)]
+    ran = subprocess.run(line, capture_output=True, text=True, check=False)
+    assert (ran.returncode, ran.stdout.count("| PiSSA start |")) == (0, 1)
+    facts = json.loads(out.read_text())
+    assert [row["against"] for row in facts["rows"]] == ["peft, niter 4"]
+    assert "error above the best" in facts["rows"][0]["note"]
+
+
+def test_an_unknown_pair_names_the_choices(monkeypatch, capsys):
+    pairs = SimpleNamespace(PAIRS={"lora": None, "dora": None})
+    monkeypatch.setitem(sys.modules, "minipeft.lab.bench_pairs", pairs)
+    assert bench.main(["--only", "lorra"]) == 2
+    said = capsys.readouterr().err
+    assert "no pair's name contains 'lorra'; choose of ['lora', 'dora']" in said
