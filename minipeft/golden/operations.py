@@ -46,10 +46,46 @@ _DEQUANTIZE = Operation(
 _ADAMW = ("t", "lr", "beta1", "beta2", "eps", "weight_decay")
 
 OPERATIONS: dict[str, Operation] = {
+    "codebook_table": Operation(
+        row="codebook",
+        tensors=(),
+        parameters=("name",),
+        outputs=("codebook",),
+        schema="codebook_table.json",
+    ),
+    "codebook_normal_float": Operation(
+        row="codebook",
+        tensors=(),
+        parameters=("bits", "offset"),
+        outputs=("codebook",),
+        schema="codebook_normal_float.json",
+    ),
+    "codebook_dynamic_map": Operation(
+        row="codebook",
+        tensors=(),
+        parameters=("signed",),
+        outputs=("codebook",),
+        schema="codebook_dynamic_map.json",
+    ),
     "nf4_quantize": _QUANTIZE,
     "nf4_dequantize": _DEQUANTIZE,
     "fp4_quantize": _QUANTIZE,
     "fp4_dequantize": _DEQUANTIZE,
+    "linear_forward": Operation(
+        row="linear",
+        tensors=("x", "W", "bias"),
+        parameters=(),
+        outputs=("y",),
+        schema="linear_forward.json",
+        optional=("bias",),
+    ),
+    "linear_backward": Operation(
+        row="linear",
+        tensors=("grad_y", "x", "W"),
+        parameters=(),
+        outputs=("grad_x", "grad_W", "grad_bias"),
+        schema="linear_backward.json",
+    ),
     "lora_forward": Operation(
         row="lora",
         tensors=("x", "W", "A", "B", "bias"),

@@ -4,6 +4,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from minipeft.errors import InputError
 from minipeft.shapes import Shaped
 
 
@@ -34,6 +35,14 @@ def backward(
 
     $G = \partial L/\partial y$ is the gradient of the output. Every position of
     the leading axes adds its share to the gradients of W and bias.
+
+    Raises:
+        InputError: if x is not of this layer; no product below would notice.
     """
+    if x.shape[-1] != W.shape[1]:
+        raise InputError(
+            f"x has {x.shape[-1]} features; W has shape {W.shape}, so give it the "
+            f"{W.shape[1]} that the forward pass had."
+        )
     rows, G = x.reshape(-1, x.shape[-1]), grad_y.reshape(-1, grad_y.shape[-1])
     return LinearGradients(grad_y @ W, G.T @ rows, G.sum(axis=0))

@@ -63,7 +63,7 @@ def test_schema_is_closed_everywhere(path):
 @pytest.mark.parametrize("spoil", ["extra", "hex", "kind", "input", "output"])
 def test_schema_refuses_a_spoilt_file(path, spoil, registry):
     file = content(path)
-    valid = next(test for test in cases_in(file) if test["result"] == "valid")
+    valid = next(test for test in cases_in(file) if "outputs" in test)
     if spoil == "extra":
         valid["weight"] = 1
     if spoil == "hex":
@@ -133,13 +133,13 @@ def test_no_adapter_is_tested_at_a_scaling_of_0_or_1():
 
 def test_exact_outputs_are_exact():
     """What is compared as bytes must not depend on the order of summation."""
-    for file in load_all(["lora"]):
+    for file in load_all(["linear", "lora"]):
         for case in file.cases:
             if "bitwise" in case.compare.values() and case.result == "valid":
                 for tensor in case.outputs.values():
                     values = tensor.numbers()
                     assert np.array_equal(values * 8, np.round(values * 8))
-                    assert np.abs(values).max() < 2**20
+                    assert np.abs(values).max(initial=0) < 2**20
 
 
 def test_regeneration_is_identical(tmp_path: Path):

@@ -1,0 +1,215 @@
+"""Cases of linear_forward and linear_backward.
+
+Whole numbers make every partial sum exact, in any order, so that those outputs are
+compared as bytes. Normal values come with a bound.
+"""
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+import numpy as np
+
+from minipeft.golden.cases import File, Named, Spec, any_zero, gaussian, integers
+from minipeft.golden.tensors import Array
+from minipeft.golden.vectors import Note
+
+Sizes = tuple[int, int]  # in_features, out_features
+SMALL: Sizes = (6, 5)
+
+NOTES = {
+    "Basic": Note(
+        "BASIC",
+        "y = x W^T + bias, W as (out_features, in_features).",
+        "Nothing that is built on this layer agrees with anybody's.",
+        (),
+    ),
+    "SquareTrap": Note(
+        "CONVENTION",
+        "W is square: no shape error can help.",
+        "W is stored as its transpose, or a gradient is, without a word.",
+        (),
+    ),
+    "Bias": Note(
+        "CONVENTION",
+        "The bias is added once to every position; its gradient is their sum.",
+        "A bias lost, or added before the product; a gradient that is a mean.",
+        (),
+    ),
+    "LeadingAxes": Note(
+        "EDGE_CASE",
+        "x has no, one or more axes before in_features; gradients sum over them all.",
+        "Only the first axis is summed, or a vector is taken for a matrix.",
+        (),
+    ),
+    "OneByOne": Note(
+        "EDGE_CASE",
+        "One input, one output, or both.",
+        "An axis of length 1 is squeezed away.",
+        (),
+    ),
+    "EmptyBatch": Note(
+        "EDGE_CASE",
+        "No positions at all: no output, and gradients of zero for W and bias.",
+        "The mean of nothing is NaN; an expert without tokens meets such a batch.",
+        (),
+    ),
+    "NegativeZero": Note(
+        "EDGE_CASE",
+        "-0.0 is the value 0.0, on either side; a zero of the result has no sign.",
+        "A small number that stands in for zero, with its sign.",
+        (),
+    ),
+    "Cancellation": Note(
+        "NUMERICS",
+        "Large terms cancel, and small ones between them remain; all sums are exact.",
+        "Sums that are accumulated in half precision lose the small ones.",
+        (),
+    ),
+    "Normal": Note(
+        "NUMERICS",
+        "Normal values: any order of summation stays within the bound.",
+        "TF32 or half precision inside, though the tensors are float32.",
+        (),
+    ),
+    "ShapeMismatch": Note(
+        "EDGE_CASE",
+        "x, W, bias or the gradient of y do not fit each other.",
+        "Broadcasting, or cutting to the shorter, turns the mistake into numbers.",
+        (),
+    ),
+}
+
+
+def files() -> Iterator[File]:
+    """Yield the two files of the row."""
+    headers = {
+        "forward": ("y = x W^T + bias.",),
+        "backward": (
+            "With G the gradient of y: grad_x = G W, grad_W = G^T x, and grad_bias =",
+            "sum of G; the last two sum over all leading axes.",
+        ),
+    }
+    for verb, header in headers.items():
+        operation = f"linear_{verb}"
+        yield File(
+            operation=operation,
+            header=header,
+            source=f"minipeft.reference.linear.{verb}",
+            notes=NOTES,
+            specs=[*_exact(operation), *_normal(operation), *_invalid(operation)],
+        )
+
+
+def _exact(operation: str) -> Iterator[Spec]:
+    for comment, flags, sizes, rows in [
+        ("6 in, 5 out", "Basic Bias", SMALL, (3,)),
+        ("wide: 9 in, 2 out", "Basic Bias", (9, 2), (3,)),
+        ("tall: 2 in, 9 out", "Basic Bias", (2, 9), (3,)),
+        ("square", "SquareTrap Bias", (4, 4), (3,)),
+        ("x is square as well", "SquareTrap Bias", (4, 4), (4,)),
+        ("x is a vector", "LeadingAxes", SMALL, ()),
+        ("x has one row", "LeadingAxes", SMALL, (1,)),
+        ("two leading axes", "LeadingAxes", SMALL, (2, 2)),
+        ("three leading axes", "LeadingAxes", SMALL, (2, 1, 2)),
+        ("one input", "OneByOne", (1, 5), (2,)),
+        ("one output", "OneByOne", (6, 1), (2,)),
+        ("one input, one output", "OneByOne", (1, 1), (2,)),
+        ("no rows", "EmptyBatch", SMALL, (0,)),
+        ("no rows, two leading axes", "EmptyBatch", SMALL, (2, 0)),
+    ]:
+        yield from _with_and_without_bias(
+            operation, _spec(operation, comment, flags, sizes, rows)
+        )
+    spec = _spec(operation, "-0.0 in x and W", "NegativeZero", SMALL, (3,))
+    inputs = {name: _signed_zeros(array) for name, array in spec.inputs.items()}
+    yield any_zero(operation, replace(spec, inputs=inputs))
+    spec = _spec(operation, "large terms cancel", "Cancellation", SMALL, (5,))
+    yield replace(spec, inputs=_cancelling(spec.inputs))
+
+
+def _with_and_without_bias(operation: str, spec: Spec) -> Iterator[Spec]:
+    if operation == "linear_backward":
+        yield spec
+        return
+    flags = tuple(flag for flag in spec.flags if flag != "Bias")
+    yield replace(spec, flags=flags)
+    bias = integers(f"{spec.comment} bias", (len(spec.inputs["W"]),), 16)
+    inputs = {**spec.inputs, "bias": bias}
+    comment, flags = f"{spec.comment}, with bias", (*flags, "Bias")
+    yield replace(spec, comment=comment, flags=flags, inputs=inputs)
+
+
+def _signed_zeros(array: Array) -> Array:
+    """Put -0.0 where there was -1, and 0.0 where there was 1."""
+    return np.where(np.abs(array) == 1, array * np.float32(0), array)
+
+
+def _cancelling(inputs: Named) -> dict[str, Array]:
+    """Let large terms first meet small ones: columns of x, or rows backward."""
+    large = np.float32(2**10)
+    changed = {name: array.copy() for name, array in inputs.items()}
+    if "grad_y" in inputs:
+        G, x = changed["grad_y"], changed["x"]
+        G[:2] *= large
+        G[3:], x[3:] = -G[:2], x[:2]
+    else:
+        x, W = changed["x"], changed["W"]
+        x[:, :2] *= large
+        x[:, 4:], W[:, 4:] = x[:, :2], -W[:, :2]
+    return changed
+
+
+def _normal(operation: str) -> Iterator[Spec]:
+    """Compared with a bound: the sum, the bias, and the output in the vector."""
+    for sizes, rows in (((15, 8), 4), ((7, 18), 3)):
+        shapes = _shapes(operation, sizes, (rows,))
+        if operation == "linear_forward":
+            shapes["bias"] = (sizes[1],)
+            lengths = {"y": sizes[0]}
+        else:
+            lengths = {"grad_x": sizes[1], "grad_W": rows, "grad_bias": rows}
+        seed = f"{operation} normal {sizes}"
+        yield Spec(
+            comment="normal values, {} in, {} out".format(*sizes),
+            flags=("Normal",),
+            inputs={name: gaussian(f"{seed} {name}", s) for name, s in shapes.items()},
+            parameters={},
+            roundings={name: length + 2 for name, length in lengths.items()},
+        )
+
+
+def _invalid(operation: str) -> Iterator[Spec]:
+    in_features, out_features = SMALL
+    yield _broken(operation, "x is one column short", "x", (3, in_features - 1))
+    yield _broken(operation, "x has one column", "x", (3, 1))
+    yield _broken(operation, "W is transposed", "W", (in_features, out_features))
+    if operation == "linear_forward":
+        yield _broken(operation, "bias is one short", "bias", (out_features - 1,))
+        return
+    yield _broken(operation, "grad_y is one short", "grad_y", (3, out_features - 1))
+    yield _broken(operation, "grad_y has other rows", "grad_y", (2, out_features))
+
+
+def _broken(operation: str, comment: str, name: str, shape: tuple[int, ...]) -> Spec:
+    spec = _spec(operation, comment, "ShapeMismatch", SMALL, (3,))
+    inputs = {**spec.inputs, name: integers(comment, shape)}
+    return replace(spec, inputs=inputs, result="invalid")
+
+
+def _spec(
+    operation: str, comment: str, flags: str, sizes: Sizes, rows: tuple[int, ...]
+) -> Spec:
+    seed, inputs = f"{operation} {comment}", dict[str, Array]()
+    for name, shape in _shapes(operation, sizes, rows).items():
+        inputs[name] = integers(f"{seed} {name}", shape)
+    return Spec(comment, tuple(flags.split()), inputs, {})
+
+
+def _shapes(
+    operation: str, sizes: Sizes, rows: tuple[int, ...]
+) -> dict[str, tuple[int, ...]]:
+    in_features, out_features = sizes
+    x: dict[str, tuple[int, ...]] = {"x": (*rows, in_features)}
+    weight = {"W": (out_features, in_features)}
+    grad_y = {"grad_y": (*rows, out_features)} if operation == "linear_backward" else {}
+    return grad_y | x | weight
