@@ -43,5 +43,25 @@ def test_torchao(tmp_path):
     assert not {"NibbleOrder", "ZeroBlock"} & found
 
 
-def test_peft(tmp_path):
-    assert flags_of_failures("peft", "lora", tmp_path) == set()
+@pytest.mark.parametrize("row", ["lora", "ia3"])
+def test_peft(row, tmp_path):
+    assert flags_of_failures("peft", row, tmp_path) == set()
+
+
+def test_peft_divides_by_the_norm_of_a_zero_row_in_dora(tmp_path):
+    # And a vector comes back as a matrix of one row.
+    found = flags_of_failures("peft", "dora", tmp_path)
+    assert found == {"ZeroRow", "LeadingAxes"}
+
+
+def test_peft_takes_any_seed_in_vera(tmp_path):
+    assert flags_of_failures("peft", "vera", tmp_path) == {"OutOfRange"}
+
+
+def test_bitsandbytes_has_the_published_codebooks(tmp_path):
+    # Its constructor of NF4 divides infinity by infinity instead of refusing.
+    assert flags_of_failures("bitsandbytes", "codebook", tmp_path) == {"OutOfRange"}
+
+
+def test_torchao_has_nf4_in_four_decimals(tmp_path):
+    assert "Literal" in flags_of_failures("torchao", "codebook", tmp_path)
