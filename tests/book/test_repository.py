@@ -47,6 +47,26 @@ def test_the_first_code_cell_starts_the_chapter(script):
     assert script.limit <= chapter.LONGEST_LIMIT
 
 
+SHAPE = ["problem", "formula|mechanism", "code", "proof", "experiment"]
+END = ["What goes wrong in practice", "Exercises", "References"]
+# No method, so nothing to derive or to prove: these only end as the others do.
+ESSAYS = ("00_", "17_", "18_", "19_")
+
+
+@pytest.mark.parametrize("script", CHAPTERS, ids=lambda c: c.name)
+def test_chapters_have_one_shape(script):
+    text = (LAYOUT.chapters / f"{script.name}.py").read_text("utf-8")
+    headings = re.findall(r"^# ## (.+)", text, re.M)
+    assert headings[-3:] == END
+    if not script.name.startswith(ESSAYS):
+        first = [
+            next((i for i, h in enumerate(headings) if re.search(part, h)), None)
+            for part in SHAPE
+        ]
+        assert None not in first, (SHAPE, headings)
+        assert first == sorted(first), headings
+
+
 def test_every_chapter_is_in_the_navigation_in_the_order_of_the_files():
     nav = book_nav(group(CHAPTERS, PARTS))
     pages = [
