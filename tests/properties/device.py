@@ -1,0 +1,136 @@
+"""A device that is not there: torch believes in it, and every value is on the CPU.
+
+What a GPU refuses, it refuses: an operation on tensors of two devices. So code that
+leaves a table on the CPU, or makes a tensor without saying where, fails here as it
+would there. Unlike torch's own `FakeTensorMode` it has values (a quantizer looks at
+them), it can be sliced in a build without CUDA, it runs backward, and it notices a CPU
+table that is indexed from the device.
+"""
+
+from contextlib import contextmanager
+from types import SimpleNamespace
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_flatten, tree_map
+from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
+
+NAME = "pretended"
+MOVES = ("aten::_to_copy", "aten::copy_")  # from one device to another, on purpose
+
+
+class MixedDevicesError(Exception):
+    """An operation met tensors of two devices."""
+
+
+class There(Tensor):
+    """A tensor on the device; `here` holds its values."""
+
+    @staticmethod
+    def __new__(cls, here):
+        return Tensor._make_wrapper_subclass(
+            cls,
+            here.shape,
+            strides=here.stride(),
+            storage_offset=here.storage_offset(),
+            dtype=here.dtype,
+            device=f"{NAME}:0",
+        )
+
+    def __init__(self, here):
+        self.here = here
+
+    @classmethod
+    def __torch_dispatch__(cls, operation, types, args=(), kwargs=None):
+        return execute(operation, args, kwargs or {})
+
+    @property
+    def data(self):
+        return self.detach()
+
+    @data.setter
+    def data(self, tensor):  # as `Module.to` does with its parameters
+        Tensor.data.__set__(self, tensor)
+        self.here = tensor.here
+
+    def tolist(self):  # torch's own is for plain tensors only
+        return self.cpu().tolist()
+
+    def __format__(self, how):  # likewise
+        return format(self.cpu(), how)
+
+
+def execute(operation, args, kwargs):
+    """Run one operation on the CPU, and say that its result is on the device."""
+    tensors = [a for a in tree_flatten((args, kwargs))[0] if isinstance(a, Tensor)]
+    there = [t for t in tensors if isinstance(t, There)]
+    strangers = [t for t in tensors if not isinstance(t, There) and t.dim()]
+    if there and strangers and operation._schema.name not in MOVES:
+        shapes = [tuple(t.shape) for t in strangers]
+        raise MixedDevicesError(
+            f"{operation} on {NAME} tensors and CPU tensors {shapes}"
+        )
+    wanted = kwargs.get("device")
+    made_there = bool(there) if wanted is None else torch.device(wanted).type == NAME
+    if wanted is not None and made_there:
+        kwargs = {**kwargs, "device": "cpu"}
+    out = operation(*tree_map(_values, args), **tree_map(_values, kwargs))
+    if made_there:
+        owners = {id(t.here): t for t in there}  # what was written to is returned
+        out = tree_map(lambda v: _claimed(v, owners), out)
+    return out
+
+
+def _values(argument):
+    return argument.here if isinstance(argument, There) else argument
+
+
+def _claimed(value, owners):
+    if not isinstance(value, Tensor):
+        return value
+    return owners[id(value)] if id(value) in owners else There(value)
+
+
+class _Operations(TorchDispatchMode):
+    """So that factories, which take no tensor, are seen too."""
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        return execute(operation, args, kwargs or {})
+
+
+class _Literals(TorchFunctionMode):
+    """`torch.tensor` goes past every mode below; it is built here, and moved."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        kwargs = dict(kwargs or {})
+        if function is Tensor.new_tensor:
+            like, *args = args
+            kwargs = {"dtype": like.dtype, "device": like.device, **kwargs}
+            function = torch.tensor
+        if function is torch.tensor and "device" in kwargs:
+            device = kwargs.pop("device")
+            return torch.tensor(*args, **kwargs).to(device)
+        return function(*args, **kwargs)
+
+
+def register():
+    """Make the device known to torch, before anything runs backward in this process."""
+    module = SimpleNamespace(
+        is_initialized=lambda: True,
+        is_available=lambda: True,
+        device_count=lambda: 1,
+        current_device=lambda: 0,
+        _is_in_bad_fork=lambda: False,
+        manual_seed_all=lambda seed: None,
+        get_amp_supported_dtype=lambda: [torch.float16, torch.bfloat16],
+    )
+    _setup_privateuseone_for_python_backend(NAME, module)
+
+
+@contextmanager
+def pretending():
+    """Have the device for a while."""
+    with _Operations(), _Literals():
+        yield torch.device(f"{NAME}:0")

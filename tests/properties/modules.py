@@ -1,0 +1,218 @@
+"""Every module of the torch column that computes something: small, trained, exact.
+
+Weights and inputs are small integers, so that every order of summation gives the same
+bits; where a network bends (tanh, softmax), both sides run the same kernels.
+"""
+
+import importlib
+import inspect
+import pkgutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+import minipeft.torch
+from minipeft.torch.blockwise import Blockwise, pack
+from minipeft.torch.bottleneck import Bottleneck, BottleneckConfig, Parallel, Serial
+from minipeft.torch.dora import DoRAConfig, DoRALinear
+from minipeft.torch.ia3 import IA3Config, IA3Linear
+from minipeft.torch.loftq import LoftQConfig, LoftQLinear
+from minipeft.torch.lora import LoRAConfig, LoRALinear
+from minipeft.torch.pissa import PiSSAConfig, PiSSALinear
+from minipeft.torch.prefix import PrefixConfig, PrefixModel, Reparametrization
+from minipeft.torch.prompt import PromptConfig, PromptModel
+from minipeft.torch.qlora import QuantizedLinear
+from minipeft.torch.vera import VeRAConfig, VeRALinear
+from tests.agreement.llama import TEXT, llama
+
+IN, OUT = 12, 7
+
+
+@dataclass(frozen=True)
+class Example:
+    """A module, and what it is called with; a floating-point input wants a gradient.
+
+    exact: every order of its sums gives the same bits, those of the gradients included.
+    """
+
+    module: nn.Module
+    inputs: dict[str, Any]
+    exact: bool = True
+
+
+def rows():
+    """Return the names of the files of the column."""
+    return [found.name for found in pkgutil.iter_modules(minipeft.torch.__path__)]
+
+
+def members():
+    """Yield every public function and class with the name by which it is imported."""
+    for row in rows():
+        module = importlib.import_module(f"minipeft.torch.{row}")
+        for name, member in vars(module).items():
+            own = getattr(member, "__module__", None) == module.__name__
+            if own and not name.startswith("_"):
+                yield f"{row}.{name}", member
+
+
+def computing():
+    """Return the names of all modules that have a forward of their own, but the base.
+
+    Adapters such as `LoRA` only hold what is trained; `Adapted` has no forward.
+    """
+    return {
+        name
+        for name, member in members()
+        if inspect.isclass(member)
+        and issubclass(member, nn.Module)
+        and member.forward is not nn.Module.forward
+    }
+
+
+def integers(*shape):
+    return torch.randint(-3, 4, shape).float()
+
+
+def whole(module):
+    """Give every parameter and every real buffer whole numbers, in place."""
+    with torch.no_grad():
+        for tensor in [*module.parameters(), *module.buffers()]:
+            if tensor.is_floating_point():
+                tensor.copy_(integers(*tensor.shape))
+    return module
+
+
+def wrapped(kind, config, device, features=OUT):
+    """Wrap a linear layer that lies on the device, and leave it as training would."""
+    base = whole(nn.Linear(IN, features)).to(device)
+    layer, x = kind(base, config.adapters({"": base})[""]), integers(5, IN).to(device)
+    layer(x)  # VeRA draws its pair again where it was moved
+    whole(layer.adapters)
+    return Example(layer, {"x": x})
+
+
+def lora(device):
+    return wrapped(LoRALinear, LoRAConfig(3, 6.0), device)
+
+
+def dora(device):
+    """Rows of V = W + s B A with one entry, a power of two: so is every norm."""
+    example = wrapped(DoRALinear, DoRAConfig(3, 6.0), device)
+    layer = example.module
+    (adapter,) = layer.adapters.values()
+    V = torch.zeros(OUT, IN)
+    V[range(OUT), torch.arange(OUT) * 5 % IN] = 2.0 ** torch.arange(OUT).sub(2)
+    with torch.no_grad():
+        layer.base.weight.copy_(V.to(device) - 2.0 * (adapter.B @ adapter.A))
+        adapter.magnitude.copy_(2.0 ** torch.arange(OUT).flip(0).sub(3))
+    return example
+
+
+def vera(device):
+    return wrapped(VeRALinear, VeRAConfig(5), device)
+
+
+def ia3(device):
+    return wrapped(IA3Linear, IA3Config(), device)
+
+
+def pissa(device):
+    return wrapped(PiSSALinear, PiSSAConfig(3, 6.0), device)
+
+
+def loftq(device):
+    return wrapped(LoftQLinear, LoftQConfig(3, 6.0, EIGHTHS, 8), device)
+
+
+def serial(device):
+    return wrapped(Serial, BottleneckConfig(4, 0.5), device)
+
+
+def quantized(device):
+    codes = torch.randint(0, 16, (OUT * IN,), dtype=torch.uint8)
+    absmax = torch.full((-(-OUT * IN // 8),), 8.0)
+    q = Blockwise(pack(codes, 4), absmax, EIGHTHS, 8, (OUT, IN))
+    layer = QuantizedLinear(q, integers(OUT)).to(device)
+    return Example(layer, {"x": integers(5, IN).to(device)})
+
+
+def bottleneck(device):
+    adapter = whole(Bottleneck(integers(4, IN), integers(IN, 4), 0.5))
+    return Example(adapter.to(device), {"x": integers(5, IN).to(device)})
+
+
+def parallel(device):
+    inner = bottleneck(device)
+    base = whole(nn.Linear(IN, IN)).to(device)
+    return Example(Parallel(base, inner.module), inner.inputs)
+
+
+def reparametrization(device):
+    return Example(Reparametrization(4, 6, 5, 8).to(device), {})
+
+
+def prefix(device):
+    return causal(PrefixModel, PrefixConfig(3), device)
+
+
+def prefix_with_a_network(device):
+    return causal(PrefixModel, PrefixConfig(3, hidden=5), device)
+
+
+def prefix_from_text(device):
+    return causal(PrefixModel, PrefixConfig(3, tokens=(4, 9, 2)), device)
+
+
+def prompt(device):
+    return causal(PromptModel, PromptConfig(3), device)
+
+
+def prompt_from_text(device):
+    return causal(PromptModel, PromptConfig(3, tokens=(4, 9, 2)), device)
+
+
+def causal(kind, config, device):
+    """Put what is trained before a small Llama that lies on the device."""
+    model, ids = llama().to(device), TEXT.to(device)
+    model.set_attn_implementation("eager")  # others depend on the device
+    torch.manual_seed(1)
+    return Example(kind(model, config), {"input_ids": ids, "labels": ids}, exact=False)
+
+
+# Over 8, they are whole numbers; with scales that are small whole numbers, exact.
+EIGHTHS = (torch.arange(16) - 8) / 8
+
+EXAMPLES: dict[str, tuple[Callable[[Any], Example], ...]] = {
+    "lora.LoRALinear": (lora,),
+    "dora.DoRALinear": (dora,),
+    "vera.VeRALinear": (vera,),
+    "ia3.IA3Linear": (ia3,),
+    "pissa.PiSSALinear": (pissa,),
+    "loftq.LoftQLinear": (loftq,),
+    "bottleneck.Bottleneck": (bottleneck,),
+    "bottleneck.Serial": (serial,),
+    "bottleneck.Parallel": (parallel,),
+    "qlora.QuantizedLinear": (quantized,),
+    "prefix.Reparametrization": (reparametrization,),
+    "prefix.PrefixModel": (prefix, prefix_with_a_network, prefix_from_text),
+    "prompt.PromptModel": (prompt, prompt_from_text),
+}
+
+
+def run(example, call=None):
+    """Call the module; return its output, and all gradients of a loss, as tensors."""
+    module = example.module
+    module.zero_grad()
+    inputs = {
+        name: value.detach().requires_grad_(value.is_floating_point())
+        for name, value in example.inputs.items()
+    }
+    out = (module if call is None else call)(**inputs)
+    loss = getattr(out, "loss", None)
+    y = out if loss is None else out.logits
+    (y.square().sum() if loss is None else loss).backward()
+    wanted = [*inputs.values(), *module.parameters()]
+    return [y.detach(), *(t.grad for t in wanted if t.grad is not None)]

@@ -1,0 +1,368 @@
+"""What must stay on its device: a program that test_torch_devices runs.
+
+It runs by itself because the device is registered for the whole process, and because
+the checks on shapes, which every test wears, know nothing of it.
+
+Each recipe runs twice, on the CPU and on the device. There, no operation may meet
+tensors of two devices, all that comes back must lie on the device, and the values are
+those of the CPU.
+"""
+
+import inspect
+import json
+import sys
+import traceback
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._pytree import tree_leaves
+
+from minipeft.errors import InputError
+from minipeft.torch import (
+    adamw,
+    attention,
+    blockwise,
+    bottleneck,
+    codebook,
+    dora,
+    double_quant,
+    ia3,
+    inject,
+    loftq,
+    lora,
+    paged,
+    pissa,
+    prefix,
+    prompt,
+    qlora,
+    vera,
+)
+from tests.agreement.llama import llama
+from tests.properties import device, modules
+
+
+def codecs(there):
+    W = torch.randn(9, 13).to(there)
+    out = []
+    for values in (codebook.NF4, codebook.FP4, codebook.NF3, codebook.dynamic_map()):
+        q = blockwise.quantize(W, values, 32)
+        out += [vars(q), blockwise.dequantize(q, torch.bfloat16)]
+    q = double_quant.quantize(W, codebook.NF4, 4, 8)
+    assert double_quant.bits_per_parameter(q) > 4
+    return out, vars(q), double_quant.dequantize(q), vars(double_quant.unnest(q))
+
+
+def bad_weights_are_named(there):
+    W = torch.ones(9, 13).to(there)
+    W[1, 2] = torch.nan
+    return refused(lambda: blockwise.quantize(W), "nan at flat index 15")
+
+
+def refused(call, sentence):
+    with pytest.raises(InputError, match=sentence):
+        call()
+    return []
+
+
+def optimizer(kind, there, **settings):
+    p = nn.Parameter(torch.randn(70, 60).to(there))
+    bias = nn.Parameter(torch.randn(60).to(there))
+    ours = kind([p, bias], **settings)
+    for _ in range(2):
+        p.grad, bias.grad = torch.randn(70, 60).to(there), torch.ones(60).to(there)
+        ours.step()
+    again = kind([p, bias], **settings)
+    again.load_state_dict(ours.state_dict())
+    again.step(lambda: float((p.sum() + bias.sum()).detach()))
+    p.grad[5, 6] = torch.inf
+    refused(again.step, "the gradient holds inf at index 306")
+    return p, bias, again
+
+
+def adamw_with_states_of_32_bits(there):
+    p, bias, ours = optimizer(adamw.AdamW, there)
+    return p, bias, list(ours.state.values())
+
+
+def adamw_with_states_of_8_bits(there):
+    p, bias, ours = optimizer(adamw.AdamW, there, bits=8)
+    return p, bias, list(ours.state.values())
+
+
+def paged_adamw(there):
+    """The states live on the host; what is in use is on the device."""
+    paging = paged.Paging(page_size=512, budget=3)
+    p, bias, ours = optimizer(paged.PagedAdamW, there, bits=8, paging=paging)
+    copies = [page.copy for page in ours.table.resident]
+    assert all(t.device.type == "cpu" for page in copies for t in [*host(ours)])
+    ours.table.resize(1)
+    ours.table.evict(next(iter(ours.table.resident)))
+    return p, bias, [values for copy in copies for values in tensors(copy)]
+
+
+def host(ours):
+    pages = [page for pages in ours.pages.values() for page in pages]
+    return [tensor for page in pages for tensor in page.host.values()]
+
+
+def one_head(there):
+    Q, K, V = (torch.randn(2, 5, 4).to(there) for _ in range(3))
+    return attention.Head(Q, K, V, attention.causal(5, 5).to(there))
+
+
+def attended(there):
+    head = one_head(there)
+    with sdpa_kernel(SDPBackend.MATH):
+        return attention.weights(head), attention.forward(head)
+
+
+def attended_with_a_prefix(there):
+    head, network = one_head(there), prefix.Reparametrization(3, 6, 5, 8).to(there)
+    virtual = prefix.expand(network)
+    with sdpa_kernel(SDPBackend.MATH):
+        y = prefix.forward(head, virtual)
+    return vars(virtual), y, prefix.gate(head, virtual)
+
+
+def a_prompt_before_a_text(there):
+    E, ids = torch.randn(9, 4).to(there), torch.tensor([3, 1]).to(there)
+    started = prompt.init(E, ids)
+    refused(lambda: prompt.init(E, ids + 8), "token 11 is not in the vocabulary")
+    return vars(started), prompt.forward(E[None, :3], started)
+
+
+def generated(there):
+    out = []
+    for build in (modules.prefix, modules.prompt):
+        example = build(there)
+        model, ids = example.module.eval(), example.inputs["input_ids"]
+        assert model.device == ids.device
+        out.append(model.generate(ids, max_new_tokens=2, do_sample=False))
+    model = modules.prefix_with_a_network(there).module
+    model.drop_network()
+    return out, model.P
+
+
+def splits_of_a_weight(there):
+    W = torch.randn(9, 6).to(there)
+    exact, fast = pissa.init(W, 2, 4.0), pissa.init_randomized(W, 2, 4.0)
+    trained = pissa.to_lora(fast[1], fast[1])
+    q, found = loftq.init(W, 2, 4.0, codebook.NF2, 8)
+    error = torch.tensor(loftq.error(W, q, found)).to(there)
+    assert loftq.plan({"a": W, "b": W[:3]}, 2.5, 8) == {"a": 2, "b": 4}
+    refused(lambda: pissa.init(W / 0, 2, 4.0), "repair it before taking an SVD")
+    return exact, fast, trained, vars(q), found, error
+
+
+def functions_of_the_adapters(there):
+    W = torch.randn(9, 6).to(there)
+    new = dora.init(torch.Generator().manual_seed(0), W, 2, 4.0)
+    pair = vera.Projections(0, 3, 6, 9).to(there)
+    return (
+        *(new, lora.delta(new), dora.merge(W, new), dora.row_norm(W, new)),
+        *(dora.squared_row_norm(W, new), vera.delta(vera.init(pair, 9), 6)),
+    )
+
+
+class Small(nn.Module):
+    """One layer of each kind that can be adapted."""
+
+    def __init__(self):
+        super().__init__()
+        from transformers.pytorch_utils import Conv1D
+
+        self.embed, self.conv = nn.Embedding(9, 6), Conv1D(8, 6)
+        self.up, self.down = nn.Linear(8, 6), nn.Linear(6, 8, bias=False)
+
+    def forward(self, ids):
+        return self.down(self.up(self.conv(self.embed(ids))))
+
+
+def adapted(config, targets, more=True):
+    """Take a method through all that a model can do with it.
+
+    more: there can be a second adapter; and merging, as far as there is a weight.
+    """
+
+    def recipe(there):
+        model, ids = Small().to(there), torch.arange(9).to(there)
+        inject.inject(model, config, targets)(ids)  # VeRA draws where it was moved
+        modules.whole(nn.ModuleList(a.adapters for a in inject.adapted(model).values()))
+        out = [model.train()(ids)]
+        out[0].square().sum().backward()
+        out += [p.grad for p in inject.trainable_parameters(model)]
+        if more:
+            out += two_adapters(model, config, ids)
+        if config.wrapper is bottleneck.Serial:
+            refused(lambda: inject.merge(model), "there is nothing to merge")
+        else:
+            out += [inject.merge(model)(ids), *map(effective, layers(model))]
+        return out, inject.unload(model)(ids), *model.state_dict().values()
+
+    recipe.__name__ = f"injected_{type(config).__name__}_in_{'_'.join(targets)}"
+    return recipe
+
+
+def two_adapters(model, config, ids):
+    state = inject.adapter_state_dict(model)
+    inject.add(model, config, "other")
+    inject.load_adapter_state_dict(model, state, "other")
+    inject.activate(model, {"default": 0.5, "other": 2.0})
+    out = [model.eval()(ids), *map(effective, layers(model))]
+    inject.remove(inject.activate(inject.unmerge(model), "other"), "default")
+    return [*out, model(ids)]
+
+
+def effective(layer):
+    """What code that does not call the layer reads of it; there may be no weight."""
+    has_none = isinstance(layer, bottleneck.Serial)
+    return [layer.bias] if has_none else [layer.bias, layer.weight]
+
+
+def layers(model):
+    return inject.adapted(model).values()
+
+
+def tables_of_the_host_are_refused(there):
+    x, at, table = torch.ones(3).to(there), torch.arange(3).to(there), torch.ones(3, 2)
+    for mixture in (
+        lambda: table[at],
+        lambda: nn.functional.embedding(at, table),
+        lambda: table.index_select(0, at),
+        lambda: x + torch.ones(3),
+        lambda: torch.cat([x, torch.ones(3)]),
+        lambda: torch.bucketize(x, torch.ones(3)),
+        lambda: x.requires_grad_().detach() @ table,
+    ):
+        if there.type == device.NAME:
+            with pytest.raises(device.MixedDevicesError):
+                mixture()
+    return x + torch.tensor(1.0), table.to(there)[at], table.to(there).T * x
+
+
+def four_bits(there):
+    model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 4)).to(there)
+    x, out = torch.randn(3, 8).to(there), []
+    qlora.quantize_linears(model, codebook=codebook.FP4, blocksize=4)
+    inject.inject(model.bfloat16(), lora.LoRAConfig(2, 4.0), ["*"])
+    for target in qlora.TARGETS:
+        merged = qlora.merge(model[0], target)
+        out += [merged.weight, merged(x.to(merged.weight.dtype)), str(merged)]
+    moved = qlora.QuantizedLinear.from_linear(nn.Linear(6, 8)).to(there)
+    return out, model(x.bfloat16()), moved.weight, dict(moved.named_buffers())
+
+
+def beside_a_sublayer(there):
+    model = nn.Sequential(nn.Sequential(nn.Linear(6, 6)), nn.ReLU()).to(there)
+    config = bottleneck.BottleneckConfig(3)
+    bottleneck.place_beside(model, config, ["0.0"], 6)
+    return model(torch.randn(2, 6).to(there)), *model.parameters()
+
+
+def example(build):
+    def recipe(there):
+        made = build(there)
+        outputs = modules.run(made)
+        tensors_of_the_module = [*made.module.parameters(), *made.module.buffers()]
+        exact = outputs if made.exact else outputs[:1]
+        return exact, tensors_of_the_module, [t.sum() * 0 for t in outputs]
+
+    recipe.__name__ = build.__name__
+    return recipe
+
+
+LINEAR, ALL = ["up", "down"], ["embed", "conv", "up", "down"]
+RECIPES: list[Callable[[Any], Any]] = [
+    tables_of_the_host_are_refused,
+    *(codecs, bad_weights_are_named, splits_of_a_weight, functions_of_the_adapters),
+    *(adamw_with_states_of_32_bits, adamw_with_states_of_8_bits, paged_adamw),
+    *(attended, attended_with_a_prefix, a_prompt_before_a_text, generated),
+    *(four_bits, beside_a_sublayer),
+    adapted(lora.LoRAConfig(2, 4.0, dropout=0.0), ALL),
+    adapted(dora.DoRAConfig(2, 4.0), ALL),
+    adapted(vera.VeRAConfig(3), ALL),
+    adapted(ia3.IA3Config(["down"]), ALL),
+    adapted(pissa.PiSSAConfig(2, 4.0), ALL),
+    adapted(pissa.PiSSAConfig(2, 4.0, sketch=None), ["up"]),
+    adapted(loftq.LoftQConfig(2, 4.0, blocksize=8), LINEAR, more=False),
+    adapted(bottleneck.BottleneckConfig(3), ALL),
+    *(example(build) for builds in modules.EXAMPLES.values() for build in builds),
+]
+
+
+def tensors(tree):
+    """List the tensors in what a recipe returns, those of modules included."""
+    found = []
+    for leaf in tree_leaves(tree):
+        if isinstance(leaf, nn.Module):
+            found += [*leaf.parameters(), *leaf.buffers()]
+        elif isinstance(leaf, Tensor):
+            found.append(leaf.detach())
+    return found
+
+
+def check(recipe):
+    torch.manual_seed(0)
+    expected = tensors(recipe(torch.device("cpu")))
+    torch.manual_seed(0)
+    with device.pretending() as there:
+        found = tensors(recipe(there))
+        strays = [t.shape for t in found if t.device != there]
+        assert not strays, f"on the CPU are tensors of shapes {strays}"
+        for ours, theirs in zip(found, expected, strict=True):
+            assert torch.equal(ours.cpu(), theirs), (ours.shape, ours.cpu(), theirs)
+
+
+class Called:
+    """Notes what runs: the name of every function of the column, as it is written."""
+
+    def __init__(self):
+        self.names = set()
+
+    def __call__(self, frame, event, argument):
+        module = frame.f_globals.get("__name__", "")
+        if event == "call" and module.startswith("minipeft.torch."):
+            row = module.removeprefix("minipeft.torch.")
+            self.names.add(f"{row}.{frame.f_code.co_qualname}")
+
+
+def public():
+    """Name every public function, and every public method of a public class."""
+    for name, member in modules.members():
+        if inspect.isclass(member):
+            row, _, own = name.partition(".")
+            for attribute, method in vars(member).items():
+                if not attribute.startswith("_") and is_code(method):
+                    yield f"{row}.{own}.{attribute}"
+        elif is_code(member):
+            yield name
+
+
+def is_code(member):
+    return inspect.isroutine(member) or isinstance(member, property)
+
+
+def main():
+    torch.set_num_threads(1)
+    device.register()
+    llama()  # what it imports is not to be profiled
+    called = Called()
+    for recipe in RECIPES:
+        sys.setprofile(called)
+        try:
+            check(recipe)
+        except Exception:
+            sys.setprofile(None)
+            traceback.print_exc(file=sys.stdout)
+        else:
+            sys.setprofile(None)
+            print(f"passed {recipe.__name__}", flush=True)
+    print(json.dumps(sorted(set(public()) - called.names)))
+
+
+if __name__ == "__main__":
+    main()
