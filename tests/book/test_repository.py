@@ -115,6 +115,24 @@ def test_the_map_in_the_readme_is_the_one_that_the_files_draw():
     assert methods.between(readme) == methods.table(ROOT), remedy
 
 
+def holes(drawn: str) -> list[str]:
+    rows = [line for line in drawn.splitlines() if line.startswith("| `")]
+    return [row for row in rows if "" in map(str.strip, row.strip("|").split("|"))]
+
+
+def test_the_map_has_no_hole():
+    drawn = methods.table(ROOT)
+    assert holes(drawn) == []
+    assert holes(drawn.replace("[✓](tests/agreement/test_lora.py)", ""))  # it can
+
+
+def test_a_dash_in_the_map_stands_where_there_is_no_file():
+    drawn = methods.table(ROOT)
+    dashed = {row for row in methods.NO_LAYOUT if not methods.cells(ROOT, row)["cupy"]}
+    assert dashed == methods.NO_LAYOUT
+    assert drawn.count(f"| {methods.DASH} |") == len(dashed)
+
+
 def test_the_map_ticks_exactly_what_exists(tmp_path):
     (tmp_path / "minipeft/reference").mkdir(parents=True)
     (tmp_path / "minipeft/golden/v1").mkdir(parents=True)

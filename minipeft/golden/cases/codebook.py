@@ -90,39 +90,32 @@ NOTES = {
 }
 
 
+HEADERS = {
+    "table": ("The values of a named data type, in the order of their codes.",),
+    "normal_float": (
+        "q_i = Q(p_i) / Q(offset), Q the inverse normal distribution; p goes from",
+        "offset to 1/2 in 2^(bits-1) even steps on the positive side, in one step",
+        "less on the negative side; and 0.",
+    ),
+    "dynamic_map": (
+        "10^(i-6) times the midpoints of even steps from 0.1 to 1, i = 0 to 6: 2^i",
+        "steps and both signs, or 2^(i+1) steps; 0; 1. Ascending.",
+    ),
+}
+
+
 def files() -> Iterator[File]:
     """Yield the three files of the row."""
-    yield File(
-        operation="codebook_table",
-        header=("The values of a named data type, in the order of their codes.",),
-        source="minipeft.reference.codebook",
-        notes=NOTES,
-        specs=[*_tables()],
-    )
-    yield File(
-        operation="codebook_normal_float",
-        header=(
-            "q_i = Q(p_i) / Q(offset), Q the inverse normal distribution; p goes from",
-            "offset to 1/2 in 2^(bits-1) even steps on the positive side, in one step",
-            "less on the negative side; and 0.",
-        ),
-        source="minipeft.reference.codebook.normal_float",
-        notes=NOTES,
-        specs=[*_quantiles()],
-    )
-    yield File(
-        operation="codebook_dynamic_map",
-        header=(
-            "10^(i-6) times the midpoints of even steps from 0.1 to 1, i = 0 to 6: 2^i",
-            "steps and both signs, or 2^(i+1) steps; 0; 1. Ascending.",
-        ),
-        source="minipeft.reference.codebook.dynamic_map",
-        notes=NOTES,
-        specs=[
-            Spec("both signs", ("Signed", "SingleSteps"), {}, {"signed": True}),
-            Spec("one sign", ("Unsigned", "SingleSteps"), {}, {"signed": False}),
-        ],
-    )
+    cases = {"table": _tables, "normal_float": _quantiles, "dynamic_map": _maps}
+    for name, header in HEADERS.items():
+        module = "minipeft.reference.codebook"
+        yield File(
+            operation=f"codebook_{name}",
+            header=header,
+            source=module if name == "table" else f"{module}.{name}",
+            notes=NOTES,
+            specs=[*cases[name]()],
+        )
 
 
 def _tables() -> Iterator[Spec]:
@@ -151,6 +144,11 @@ def _quantiles() -> Iterator[Spec]:
         comment = f"{bits} bits, offset {offset}"
         parameters = {"bits": bits, "offset": offset}
         yield Spec(comment, ("OutOfRange",), {}, parameters, result="invalid")
+
+
+def _maps() -> Iterator[Spec]:
+    yield Spec("both signs", ("Signed", "SingleSteps"), {}, {"signed": True})
+    yield Spec("one sign", ("Unsigned", "SingleSteps"), {}, {"signed": False})
 
 
 def _normal_float(comment: str, flags: str, bits: int, offset: float) -> Spec:

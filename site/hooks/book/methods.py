@@ -14,6 +14,11 @@ ROWS = ["codebook", "blockwise", "double_quant", "adamw", "paged", "linear", "lo
 ROWS += ["dora", "vera", "ia3", "pissa", "loftq", "qlora"]
 ROWS += ["attention", "bottleneck", "prefix", "prompt"]
 COLUMNS = ("reference", "torch", "cupy", "laws", "agreement", "vectors", "chapter")
+# A column of kernels is written only where memory layout is the point.
+NO_LAYOUT = {"linear", "vera", "ia3", "pissa", "loftq"}
+NO_LAYOUT |= {"attention", "bottleneck", "prefix", "prompt"}
+DASH = "–"
+NOTE = f"{DASH} means: no memory layout of its own; `torch` runs it on a GPU."
 BEGIN, END = "<!-- map -->", "<!-- /map -->"
 TICK = "✓"
 
@@ -30,7 +35,7 @@ def cells(root: Path, row: str) -> dict[str, list[Path]]:
     places = {
         "reference": [package / "reference" / f"{row}.py"],
         "torch": [package / "torch" / f"{row}.py"],
-        "cupy": [package / "cupy" / f"{row}.py"],
+        "cupy": sorted((package / "cupy").glob(f"{row}*.py"))[:1],
         "laws": [tests / "properties" / f"test_{row}.py"],
         "agreement": [tests / "agreement" / f"test_{row}.py"],
         "vectors": _vectors(root, row),
@@ -40,16 +45,20 @@ def cells(root: Path, row: str) -> dict[str, list[Path]]:
 
 
 def table(root: Path, link: Callable[[str, Path], str] | None = None) -> str:
-    """Draw the map; `link(column, file)` says where a tick leads."""
+    """Draw the map; `link(column, file)` says where a tick leads.
+
+    What should be there and is not leaves its cell empty: a hole.
+    """
     link = link or (lambda _, path: path.relative_to(root).as_posix())
     lines = [f"| method | {' | '.join(COLUMNS)} |", "|:--|" + ":-:|" * len(COLUMNS)]
     for row in rows(root):
         marks = []
         for column, paths in cells(root, row).items():
             mark = _mark(column, paths)
-            marks.append(f"[{mark}]({link(column, paths[0])})" if paths else "")
+            missing = DASH if column == "cupy" and row in NO_LAYOUT else ""
+            marks.append(f"[{mark}]({link(column, paths[0])})" if paths else missing)
         lines.append(f"| `{row}` | {' | '.join(marks)} |")
-    return "\n".join(lines)
+    return "\n".join([*lines, "", NOTE])
 
 
 def between(text: str) -> str:
