@@ -8,8 +8,10 @@ from hypothesis import strategies as st
 from torch import nn
 
 from minipeft.torch import blockwise
+from minipeft.torch.adamw import AdamW
 from minipeft.torch.codebook import FP4, NF3, NF4, dynamic_map
 from minipeft.torch.lora import LoRA, LoRALinear
+from tests.properties import modules
 from tests.strategies import anything_finite, blocksizes, integer_layers, weights
 
 pytestmark = [
@@ -42,3 +44,34 @@ def test_adapted_layers_give_the_same_sums(t):
     assert torch.equal(layer(x.cuda()).cpu(), here)
     assert torch.equal(layer.merge()(x.cuda()).cpu(), here)
     assert torch.equal(layer.unmerge().merged().cpu(), merged)
+
+
+BUILDS = [build for builds in modules.EXAMPLES.values() for build in builds]
+
+
+@pytest.mark.parametrize("build", BUILDS, ids=lambda build: build.__name__)
+def test_every_module_runs_there_and_exact_sums_have_the_same_bits(build):
+    torch.manual_seed(0)
+    here = modules.run(build("cpu"))
+    torch.manual_seed(0)
+    example = build("cuda")
+    there = modules.run(example)
+    for ours, theirs in zip(there, here, strict=True):
+        assert ours.is_cuda
+        assert ours.shape == theirs.shape
+        assert not example.exact or torch.equal(ours.cpu(), theirs)
+
+
+@pytest.mark.parametrize("bits", [8, 32])
+def test_steps_of_adamw_give_the_same_bits(bits):
+    W, grads = torch.randn(70, 60), torch.randn(5, 70, 60)
+    results = []
+    for device in ("cpu", "cuda"):
+        p = nn.Parameter(W.to(device, copy=True))
+        optimizer = AdamW([p], bits=bits)
+        for grad in grads:
+            p.grad = grad.to(device)
+            optimizer.step()
+        results.append([p.detach(), *list(optimizer.state[p].values())[1:]])
+    for here, there in zip(*results, strict=True):
+        assert torch.equal(there.cpu(), here)

@@ -14,6 +14,7 @@ from torch import nn
 from minipeft.torch import blockwise, codebook
 from minipeft.torch.lora import LoRAConfig, LoRALinear
 from minipeft.torch.qlora import QuantizedLinear
+from tests.properties import modules
 
 
 def traced(function):
@@ -143,6 +144,32 @@ def lora_on_four_bits():
         assert torch.equal(ours, theirs)
 
 
+def example(build):
+    """Every module: its output and all gradients, the same bits as without a graph.
+
+    The graph runs the kernels that would run without it, so sums need not be exact.
+    """
+
+    def check():
+        made = build("cpu")
+        eager = modules.run(made)
+        for ours, theirs in zip(
+            modules.run(made, traced(made.module)), eager, strict=True
+        ):
+            assert torch.equal(ours, theirs)
+
+    check.__name__ = f"module_{build.__name__}"
+    return check
+
+
+# What starts from a text is afterwards the module that starts at random.
+EXAMPLES = [
+    example(build)
+    for builds in modules.EXAMPLES.values()
+    for build in builds
+    if not build.__name__.endswith("from_text")
+]
+
 CHECKS: list[Callable[[], None]] = [
     quantize_nf4,
     quantize_fp4_from_bfloat16,
@@ -154,6 +181,7 @@ CHECKS: list[Callable[[], None]] = [
     lora_merged_and_switched,
     lora_on_an_embedding_with_dropout,
     lora_on_four_bits,
+    *EXAMPLES,
 ]
 
 

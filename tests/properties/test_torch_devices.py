@@ -24,7 +24,7 @@ NOT_ON_A_DEVICE = {
 }
 
 # Functions with a branch for CUDA alone: a pretended device takes the other. A GPU runs
-# them in tests/agreement/test_torch_on_cuda.py.
+# them in tests/agreement, test_paged.py and test_torch_on_cuda.py.
 FOR_CUDA_ALONE = {
     "adamw._root": "there, torch's float32 root is rounded correctly",
     "paged.Page.__init__": "a field for the event of an arrival on a stream",
