@@ -1,7 +1,7 @@
 """The `minipeft` command.
 
-Exit code 0: everything passed; 1: a vector failed; 2: the input was wrong, or the
-implementation could not run, and one sentence on stderr says why.
+Exit code 0: everything passed; 1: a vector or a kernel failed; 2: the input was wrong,
+or the implementation could not run, and one sentence on stderr says why.
 """
 
 import argparse
@@ -40,6 +40,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     _add_verify(commands)
     _add_models(commands)
+    _add_gpu_report(commands)
     return parser
 
 
@@ -101,6 +102,26 @@ def _add_models(
     fetch.set_defaults(run=_fetch_model)
 
 
+def _add_gpu_report(
+    commands: "argparse._SubParsersAction[argparse.ArgumentParser]",
+) -> None:
+    parser = commands.add_parser(
+        "gpu-report",
+        help="check and time every kernel on this machine's GPU",
+        description="Check every kernel against the reference, time it, and compare it "
+        "with what the GPU can do. Exit code 0: all are right; 1: a kernel is wrong; "
+        "2: there is no GPU.",
+    )
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=Path(),
+        metavar="FOLDER",
+        help="where gpu-report.md and gpu-report.json go (default: here)",
+    )
+    parser.set_defaults(run=_gpu_report)
+
+
 def _verify(options: argparse.Namespace) -> int:
     if options.list:
         print("\n".join(op.signature(name) for name, op in OPERATIONS.items()))
@@ -158,6 +179,14 @@ def _fetch_model(options: argparse.Namespace) -> int:
 
     print(models.fetch(options.name))
     return 0
+
+
+def _gpu_report(options: argparse.Namespace) -> int:
+    from minipeft.cupy.executor import current
+    from minipeft.lab.gpu import device, report
+
+    current()  # says what is missing
+    return report.run(options.out, device.CupyDevice())
 
 
 if __name__ == "__main__":

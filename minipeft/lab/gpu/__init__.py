@@ -1,0 +1,8 @@
+"""`minipeft gpu-report`: what the kernels do on a real GPU.
+
+launches   the launches of a kernel, noted while a launcher makes them
+trials     every kernel with inputs whose result is known to the byte
+device     where calls are timed: CuPy's events on a GPU
+peers      bitsandbytes' kernels on the same tensors
+report     checks, times, compares with the roofline, writes Markdown and JSON
+"""

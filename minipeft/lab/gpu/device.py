@@ -1,0 +1,136 @@
+"""Where calls are timed: CuPy's events on a GPU, or what a test puts in their place."""
+
+from collections.abc import Callable
+from statistics import median
+from typing import Any, Protocol, runtime_checkable
+
+import numpy as np
+
+from minipeft.cupy.executor import numpy_dtype
+from minipeft.errors import InputError
+
+Call = Callable[[], object]
+
+WARM_UPS, ROUNDS = 5, 50
+# Overwritten before every measured call: more than L2 holds, and enough for the host to
+# have launched the call before the device has finished writing.
+FLUSH = 512 * 2**20
+METHOD = (
+    f"Median of {ROUNDS} calls after {WARM_UPS}, each between two CUDA events. Before "
+    "each, a buffer of at least 512 MB and four times L2 is overwritten, so that no "
+    "input lies in L2."
+)
+
+
+@runtime_checkable
+class Device(Protocol):
+    """What the report asks of a device."""
+
+    place: str
+
+    def facts(self) -> dict[str, str]:
+        """Describe the device and the software that drives it."""
+
+    def elapsed(self, call: Call) -> float:
+        """Return the seconds that the device takes for a call, its caches cold."""
+
+    def copying(self, size: int) -> Call:
+        """Return a copy of `size` bytes from one place of the memory to another."""
+
+    def multiplying(self, dtype: str, n: int) -> Call:
+        """Return a product of two (n, n) matrices; the dtype may be `tf32`.
+
+        Raises:
+            InputError: if it cannot be had here, in half a sentence.
+        """
+
+
+def measure(device: Device, call: Call) -> float:
+    """Return the median seconds of a call, after some that warm the device up."""
+    for _ in range(WARM_UPS):
+        call()
+    return median(device.elapsed(call) for _ in range(ROUNDS))
+
+
+class CupyDevice:
+    """The first CUDA device, on its default stream, which torch uses too."""
+
+    place = "cuda"
+
+    def __init__(self) -> None:
+        import cupy
+
+        self._cupy = cupy
+        self._properties = cupy.cuda.runtime.getDeviceProperties(0)
+        size = max(FLUSH, 4 * self._properties["l2CacheSize"])
+        self._flush = cupy.empty(size, "uint8")
+
+    def facts(self) -> dict[str, str]:
+        """Ask the runtime, the driver and the packages."""
+        p, cuda = self._properties, self._cupy.cuda
+        return {
+            "name": p["name"].decode(),
+            "compute capability": f"{p['major']}.{p['minor']}",
+            "multiprocessors": str(p["multiProcessorCount"]),
+            "memory": f"{p['totalGlobalMem'] / 1e9:.1f} GB",
+            "L2": f"{p['l2CacheSize'] / 1e6:.1f} MB",
+            "driver": f"for CUDA {_version(cuda.runtime.driverGetVersion())}",
+            "CUDA runtime": _version(cuda.runtime.runtimeGetVersion()),
+            "CuPy": self._cupy.__version__,
+            "NVRTC": ".".join(map(str, cuda.nvrtc.getVersion())),
+        }
+
+    def elapsed(self, call: Call) -> float:
+        """Overwrite L2, then time the call between two events."""
+        cuda = self._cupy.cuda
+        start, stop = cuda.Event(), cuda.Event()
+        self._flush.fill(0)
+        start.record()
+        call()
+        stop.record()
+        stop.synchronize()
+        return float(cuda.get_elapsed_time(start, stop)) / 1e3
+
+    def copying(self, size: int) -> Call:
+        """Let the driver copy."""
+        source, target = (self._cupy.zeros(size, "uint8") for _ in range(2))
+        return lambda: target.data.copy_from_device_async(source.data, size)
+
+    def multiplying(self, dtype: str, n: int) -> Call:
+        """Call cuBLAS, through torch where it has CUDA: CuPy's wheel brings none."""
+        try:
+            call = _torch_product(dtype, n) or self._cupy_product(dtype, n)
+            call()
+        except Exception as error:  # each way of not having it has its own type
+            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            raise InputError(reason) from error
+        return call
+
+    def _cupy_product(self, dtype: str, n: int) -> Call:
+        if dtype == "tf32":
+            raise InputError("needs torch with CUDA")
+        drawn = np.random.default_rng(0).standard_normal((n, n), np.float32)
+        a = self._cupy.asarray(drawn.astype(numpy_dtype(dtype)))
+        return lambda: self._cupy.matmul(a, a)
+
+
+def _torch_product(dtype: str, n: int) -> Call | None:
+    try:
+        import torch
+    except ImportError:
+        return None
+    if not torch.cuda.is_available():
+        return None
+    kind: Any = torch.float32 if dtype == "tf32" else getattr(torch, dtype)
+    a = torch.randn(n, n, device="cuda", dtype=kind)
+
+    def call() -> None:
+        precision = "high" if dtype == "tf32" else "highest"
+        torch.set_float32_matmul_precision(precision)
+        torch.mm(a, a)
+
+    return call
+
+
+def _version(number: int) -> str:
+    return f"{number // 1000}.{number % 1000 // 10}"

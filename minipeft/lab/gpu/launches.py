@@ -1,0 +1,124 @@
+"""Note the launches that a launcher makes, so that they can be repeated and timed.
+
+A launcher checks, allocates and waits; its kernel is one call in the middle. What is
+timed is that call, with the arguments that the launcher gave it.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from minipeft.cupy.executor import Array, Executor, Facts
+from minipeft.cupy.kernels import POINTER, Kernel
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One launch of a kernel, its arguments under the names of the table."""
+
+    kernel: Kernel
+    dtype: str
+    arguments: Mapping[str, Any]
+    again: Callable[[], None]
+
+    @property
+    def bytes_moved(self) -> int:
+        """Count every array once: what any kernel for this must move."""
+        kinds = self.kernel.arguments
+        arrays = [a for name, a in self.arguments.items() if kinds[name] == POINTER]
+        return sum(array.nbytes for array in arrays if array is not None)
+
+    @property
+    def operations(self) -> float:
+        """Count as the head of the kernel's file does."""
+        return OPERATIONS[self.kernel.template](self.arguments)
+
+
+def _product(a: Mapping[str, Any]) -> float:
+    # Of a weight: shift, mask and product once, then a product and a sum for each row.
+    weights = a["in_features"] * a["out_features"]
+    update = 2 * a["tokens"] * a["out_features"] * a["r"]
+    return weights * (3 + 2 * a["tokens"]) + update
+
+
+# A fused multiply-add is two operations.
+OPERATIONS: dict[str, Callable[[Mapping[str, Any]], float]] = {
+    "quantize": lambda a: 6 * a["n"],
+    "dequantize": lambda a: a["n"],
+    "nest": lambda a: 12 * a["n"],
+    "dequantize_nested": lambda a: 1.25 * a["n"],
+    "adamw": lambda a: 14 * a["n"],
+    "adamw_8bit": lambda a: 30 * a["n"],
+    "first_bad": lambda a: a["n"],
+    "shrink": lambda a: 2 * a["tokens"] * a["r"] * a["in_features"],
+    "expand": lambda a: 2 * a["tokens"] * a["r"] * a["out_features"],
+    "product": _product,
+    "product_nested": _product,
+    "row_norm": lambda a: (2 * a["r"] + 3) * a["in_features"] * a["out_features"],
+}
+
+
+class Recorder:
+    """An executor that passes everything on, and notes the launches."""
+
+    def __init__(self, gpu: Executor) -> None:
+        self._gpu = gpu
+        self._noted: list[Launch] = []
+
+    def __hash__(self) -> int:
+        """Be a key, as every executor."""
+        return id(self)
+
+    def take(self, kernel: Kernel) -> Launch:
+        """Return the last launch of a kernel, and forget all of them."""
+        found = [launch for launch in self._noted if launch.kernel is kernel]
+        self._noted.clear()
+        return found[-1]
+
+    def launch(
+        self, kernel: Kernel, dtype: str, grid: int, args: Sequence[Any]
+    ) -> None:
+        """Launch, and note it."""
+
+        def again() -> None:
+            self._gpu.launch(kernel, dtype, grid, args)
+
+        named = dict(zip(kernel.arguments, args, strict=True))
+        self._noted.append(Launch(kernel, dtype, named, again))
+        again()
+
+    def adopt(self, array: Any) -> Array:
+        """Pass on."""
+        return self._gpu.adopt(array)
+
+    def facts(self, array: Array) -> Facts:
+        """Pass on."""
+        return self._gpu.facts(array)
+
+    def empty(self, shape: tuple[int, ...], dtype: str, device: int) -> Array:
+        """Pass on."""
+        return self._gpu.empty(shape, dtype, device)
+
+    def full(
+        self, shape: tuple[int, ...], dtype: str, value: int, device: int
+    ) -> Array:
+        """Pass on."""
+        return self._gpu.full(shape, dtype, value, device)
+
+    def upload(self, host: np.ndarray, device: int) -> Array:
+        """Pass on."""
+        return self._gpu.upload(host, device)
+
+    def download(self, array: Array) -> np.ndarray:
+        """Pass on."""
+        return self._gpu.download(array)
+
+    def managed(self, array: Array) -> Array:
+        """Pass on."""
+        return self._gpu.managed(array)
+
+    def move(self, array: Array, device: int) -> None:
+        """Pass on."""
+        self._gpu.move(array, device)

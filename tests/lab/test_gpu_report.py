@@ -1,0 +1,386 @@
+"""`minipeft gpu-report`, all of it, with a CPU for the device and a clock that is told.
+
+Only CuPy's own calls are left out; those are held to their order by a stand-in.
+"""
+
+import json
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from minipeft import cli
+from minipeft.cupy.executor import missing, use
+from minipeft.errors import InputError
+from minipeft.lab.gpu import device, peers, report, trials
+from minipeft.lab.gpu.report import Ceilings, Report, Row
+from minipeft.lab.gpu.trials import TABLE, Sizes
+from tests.cuda.executors import CpuExecutor
+from tests.cuda.toolchain import needs_cpu_build
+
+SIZES = Sizes(out_features=32, in_features=256, r=4, adapters=3)
+FILES = {"gpu-report.md", "gpu-report.json"}
+INSTANCES = {
+    (f"{kernel.row}.{kernel.template} {note}".strip(), dtype)
+    for kernel, note, _ in TABLE
+    for dtype in kernel.dtypes or ("float32",)
+}
+COUNTERPARTS = {
+    "blockwise.quantize NF4",
+    "blockwise.quantize FP4",
+    "blockwise.dequantize NF4",
+    "blockwise.dequantize FP4",
+    "qlora.product",
+    "adamw.adamw_8bit",
+}
+TICK = 2e-6
+
+
+class FakeDevice:
+    """Every call takes two microseconds; a copy takes one millisecond."""
+
+    place = "cpu"
+
+    def facts(self):
+        return {"name": "A CPU", "memory": "1 GB"}
+
+    def elapsed(self, call):
+        return 1e-3 if call == self.copy else TICK
+
+    def copy(self):
+        pass
+
+    def copying(self, size):
+        assert size == report.COPIED
+        return self.copy
+
+    def multiplying(self, dtype, n):
+        if dtype == "tf32":
+            raise InputError("needs torch with CUDA")
+        return lambda: None
+
+
+@pytest.fixture(autouse=True)
+def _short(monkeypatch):
+    monkeypatch.setattr(device, "ROUNDS", 3)
+    monkeypatch.setattr(device, "WARM_UPS", 1)
+    monkeypatch.setattr(device, "CupyDevice", FakeDevice)
+    monkeypatch.setattr(report, "Sizes", lambda: SIZES)
+
+
+def made(folder, executor):
+    """Run the command on a stand-in for the GPU; return its code and what it wrote."""
+    with use(executor):
+        code = cli.main(["gpu-report", "--out", str(folder)])
+    return code, json.loads((folder / "gpu-report.json").read_text())
+
+
+def only(monkeypatch, *templates):
+    """Leave only some kernels in the table."""
+    table = [row for row in TABLE if row[0].template in templates]
+    monkeypatch.setattr(trials, "TABLE", table)
+
+
+@needs_cpu_build
+def test_the_whole_report(tmp_path, capsys):
+    code, found = made(tmp_path / "new", CpuExecutor())
+    said = capsys.readouterr()
+    assert code == 0
+    assert {path.name for path in (tmp_path / "new").iterdir()} == FILES
+    assert said.out == (tmp_path / "new" / "gpu-report.md").read_text()
+    assert {(k["kernel"], k["dtype"]) for k in found["kernels"]} == INSTANCES
+    progress = [line for line in said.err.splitlines() if line.endswith(" 2.0 µs")]
+    assert len(progress) == len(INSTANCES)
+    assert found["bandwidth"] == 2 * report.COPIED / 1e-3
+    assert found["products"]["float16"] == 2 * report.MATRIX**3 / TICK
+    assert found["products"]["tf32"] == "needs torch with CUDA"
+    assert {k["seconds"] for k in found["kernels"]} == {TICK}
+    assert "WRONG" not in said.out
+    beside = {k["kernel"] for k in found["kernels"] if k["peer"] is not None}
+    assert beside == COUNTERPARTS
+
+
+class Spoiled(CpuExecutor):
+    """A device on which a kernel writes one wrong bit, and another does not run."""
+
+    def launch(self, kernel, dtype, grid, args):
+        if kernel.template == "row_norm":
+            raise RuntimeError("an illegal memory access\nand more")
+        super().launch(kernel, dtype, grid, args)
+        if (kernel.template, dtype) == ("expand", "float16"):
+            out = args[list(kernel.arguments).index("out")]
+            out.reshape(-1).view(np.uint8)[5] ^= 1
+
+
+@needs_cpu_build
+def test_a_wrong_kernel_is_named_and_not_timed(tmp_path, capsys, monkeypatch):
+    only(monkeypatch, "shrink", "expand", "row_norm")
+    code, found = made(tmp_path, Spoiled())
+    said = capsys.readouterr()
+    assert code == 1
+    wrong = {(k["kernel"], k["dtype"]): k["wrong"] for k in found["kernels"]}
+    sentences = {name: text for name, text in wrong.items() if text}
+    assert sentences == {
+        ("lora_batched.expand", "float16"): "1 of 96 values of out differ, first at 2",
+        **{
+            ("dora.row_norm", dtype): "does not run: an illegal memory access"
+            for dtype in ("float32", "float16", "bfloat16")
+        },
+    }
+    for (kernel, dtype), sentence in sentences.items():
+        assert f"- {kernel} {dtype}: {sentence}" in said.out.splitlines()
+        assert f"| {kernel} | {dtype} | **WRONG** |" in said.out
+        assert f"{kernel} {dtype}: WRONG" in said.err.splitlines()
+    for k in found["kernels"]:
+        assert k["seconds"] == (0 if k["wrong"] else TICK)
+
+
+@needs_cpu_build
+def test_too_little_memory_is_one_sentence(tmp_path, capsys):
+    class Full(CpuExecutor):
+        def empty(self, shape, dtype, device):
+            raise MemoryError("out of memory allocating 512 bytes")
+
+    with use(Full()):
+        assert cli.main(["gpu-report", "--out", str(tmp_path)]) == 2
+    said = capsys.readouterr()
+    assert "minipeft: the device has too little free memory (out of mem" in said.err
+    assert said.out == ""
+    assert not list(tmp_path.iterdir())
+
+
+@needs_cpu_build
+def test_a_folder_that_cannot_be_written_is_one_sentence(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(report, "examine_all", lambda *_: [])
+    (tmp_path / "file").write_text("")
+    with use(CpuExecutor()):
+        assert cli.main(["gpu-report", "--out", str(tmp_path / "file" / "x")]) == 2
+    assert "minipeft: cannot write" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(missing() is None, reason="there is a GPU")
+def test_without_a_gpu_one_line_and_no_file(tmp_path):
+    command = [sys.executable, "-m", "minipeft.cli", "gpu-report", "--out", "there"]
+    done = subprocess.run(
+        command, capture_output=True, text=True, check=False, cwd=tmp_path
+    )
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert done.stderr == f"minipeft: {missing()}\n"
+    assert not list(tmp_path.iterdir())
+
+
+# bitsandbytes beside ours: its CPU functions have the names of its kernels.
+
+
+@needs_cpu_build
+def test_bitsandbytes_is_timed_on_the_same_tensors(tmp_path, monkeypatch):
+    pytest.importorskip("bitsandbytes")
+    only(monkeypatch, "quantize", "dequantize", "product", "adamw_8bit")
+    _, found = made(tmp_path, CpuExecutor())
+    peers_ = [k for k in found["kernels"] if k["kernel"] in COUNTERPARTS]
+    assert {k["kernel"] for k in peers_} == COUNTERPARTS
+    assert [k["peer"] for k in peers_] == [TICK] * len(peers_)
+    for k in peers_:
+        if k["kernel"].startswith("blockwise"):
+            assert k["agreement"] == 1
+        if k["kernel"] == "adamw.adamw_8bit":
+            assert 0.9 < k["agreement"] < 1  # it rounds in other places
+        if k["kernel"] == "qlora.product":
+            assert k["agreement"] is None  # it multiplies by its own codes
+
+
+@needs_cpu_build
+def test_a_peer_that_fails_spoils_nothing(tmp_path, capsys, monkeypatch):
+    only(monkeypatch, "quantize")
+    monkeypatch.setattr(peers, "missing", lambda _: None)
+
+    def fail(_):
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(peers, "PEERS", dict.fromkeys(peers.PEERS, fail))
+    code, _ = made(tmp_path, CpuExecutor())
+    assert code == 0
+    out = capsys.readouterr().out
+    assert "bitsandbytes was not measured: failed: ZeroDivisionError." in out
+    assert "| not measured |" in out
+
+
+@needs_cpu_build
+def test_without_bitsandbytes_the_report_says_why(tmp_path, capsys, monkeypatch):
+    only(monkeypatch, "quantize")
+    monkeypatch.setattr(peers, "missing", lambda place: f"not on this {place}")
+    code, _ = made(tmp_path, CpuExecutor())
+    assert code == 0
+    sentence = "bitsandbytes was not measured: not on this cpu."
+    assert capsys.readouterr().out.count(sentence) == 1
+
+
+def test_why_bitsandbytes_is_missing(monkeypatch):
+    torch = pytest.importorskip("torch")
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+    assert peers.missing("cuda") == "bitsandbytes is not installed"
+    monkeypatch.setitem(sys.modules, "bitsandbytes", SimpleNamespace())
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert peers.missing("cuda") == "this torch has no CUDA"
+    assert peers.missing("cpu") is None
+
+
+# The pure parts
+
+
+def test_the_roofline_is_the_longer_of_the_two_times():
+    ceilings = Ceilings(1e9, {"float32": 1e12})
+    assert ceilings.bound(1e6, 1e6) == (1e-3, "memory")
+    assert ceilings.bound(1e6, 4e9) == (4e-3, "arithmetic")
+
+
+def test_without_a_rate_only_memory_bounds():
+    ceilings = Ceilings(1e9, {"float32": "no cuBLAS"})
+    assert ceilings.bound(1e6, 1e15) == (1e-3, "memory")
+
+
+def test_the_median_after_the_warm_up():
+    times, calls = iter([9.0, 1.0, 2.0]), []
+    clock = FakeDevice()
+    clock.elapsed = lambda call: next(times)
+    assert report.measure(clock, lambda: calls.append(1)) == 2
+    assert len(calls) == device.WARM_UPS
+
+
+ROWS = (
+    Row("a.b", "float32", None, 4e-6, 8_000_000, 1e6, 1e-6, "memory", 8e-6, 0.5),
+    Row("a.c", "float16", None, 4e-6, 8_000_000, 1e6, 3e-6, "memory", "no torch"),
+    Row("a.d", "float16", None, 4e-6, 8_000_000, 1e6, 3e-6, "arithmetic"),
+    Row("a.e", "bfloat16", "all differ"),
+)
+
+
+def test_the_numbers_of_the_table():
+    text = report.markdown(Report({"name": "X"}, Ceilings(1e12, {}), ROWS))
+    assert "| a.b | float32 | 4.0 | 8.00 | 2000 | 1.0 | 25% | memory " in text
+    assert "| memory | 8.0 | 0.50 | 50.0000% |" in text
+    assert "| memory | not measured |  |  |" in text
+    assert "| 75% | arithmetic |  |  |  |" in text
+    assert "- a.e bfloat16: all differ" in text
+    lines = [line for line in text.splitlines() if line.startswith("| a.")]
+    header = next(line for line in text.splitlines() if line.startswith("| kernel"))
+    assert {line.count("|") for line in lines} == {header.count("|")}
+
+
+def test_the_json_holds_all_of_it():
+    facts = {"name": "X"}
+    made = Report(facts, Ceilings(1e12, {"tf32": "no", "float32": 1e13}), ROWS)
+    found = json.loads(report.as_json(made))
+    assert found["device"] == facts
+    assert found["products"] == {"tf32": "no", "float32": 1e13}
+    assert [Row(**row) for row in found["kernels"]] == list(ROWS)
+
+
+# CuPy's part
+
+
+class FakeCupy:
+    """CuPy's names that `CupyDevice` uses, noting the calls."""
+
+    def __init__(self):
+        self.calls = calls = []
+
+        class Event:
+            def record(self):
+                calls.append("record")
+
+            def synchronize(self):
+                calls.append("wait")
+
+        properties = {
+            "name": b"X",
+            "major": 9,
+            "minor": 0,
+            "multiProcessorCount": 132,
+            "totalGlobalMem": 80 * 10**9,
+            "l2CacheSize": 200 * 2**20,
+        }
+        self.__version__ = "14"
+        self.cuda = SimpleNamespace(
+            Event=Event,
+            get_elapsed_time=lambda start, stop: 2.5,
+            nvrtc=SimpleNamespace(getVersion=lambda: (13, 0)),
+            runtime=SimpleNamespace(
+                getDeviceProperties=lambda _: properties,
+                driverGetVersion=lambda: 13020,
+                runtimeGetVersion=lambda: 12090,
+            ),
+        )
+        self.float32 = np.float32
+
+    def empty(self, size, dtype):
+        self.flushed = size
+        return SimpleNamespace(fill=lambda value: self.calls.append("flush"))
+
+    zeros = empty
+
+    def asarray(self, array):
+        return array
+
+    def matmul(self, a, b):
+        self.calls.append(f"{a.dtype} product")
+
+
+@pytest.fixture
+def cupy(monkeypatch):
+    monkeypatch.undo()  # the real CupyDevice
+    fake = FakeCupy()
+    monkeypatch.setitem(sys.modules, "cupy", fake)
+    monkeypatch.setitem(sys.modules, "torch", None)
+    return fake
+
+
+def test_a_call_is_timed_between_two_events_with_a_cold_cache(cupy):
+    gpu = device.CupyDevice()
+    assert gpu.elapsed(lambda: cupy.calls.append("call")) == 2.5e-3
+    assert cupy.calls == ["flush", "record", "call", "record", "wait"]
+    assert cupy.flushed == 4 * 200 * 2**20
+
+
+def test_the_facts_name_device_and_software(cupy):
+    assert device.CupyDevice().facts() == {
+        "name": "X",
+        "compute capability": "9.0",
+        "multiprocessors": "132",
+        "memory": "80.0 GB",
+        "L2": "209.7 MB",
+        "driver": "for CUDA 13.2",
+        "CUDA runtime": "12.9",
+        "CuPy": "14",
+        "NVRTC": "13.0",
+    }
+
+
+def test_a_product_without_torch_is_cupys_or_a_reason(cupy, monkeypatch):
+    gpu = device.CupyDevice()
+    gpu.multiplying("float16", 4)()
+    assert cupy.calls == ["float16 product"] * 2  # once to see that it works
+    with pytest.raises(InputError, match=r"^needs torch with CUDA$"):
+        gpu.multiplying("tf32", 4)
+
+    def absent(*_):
+        raise RuntimeError("libcublas.so.13 not found\nmore")
+
+    monkeypatch.setattr(cupy, "matmul", absent)
+    with pytest.raises(InputError, match=r"^libcublas.so.13 not found$"):
+        gpu.multiplying("float32", 4)
+
+
+def test_what_is_asked_of_cupy_is_there():
+    """Its names, at least: they can be looked up without a GPU."""
+    cupy = pytest.importorskip("cupy")
+    cuda = cupy.cuda
+    assert {"record", "synchronize"} <= set(dir(cuda.Event))
+    assert callable(cuda.get_elapsed_time)
+    assert callable(cuda.MemoryPointer.copy_from_device_async)
+    asked = ("getDeviceProperties", "driverGetVersion", "runtimeGetVersion")
+    assert all(callable(getattr(cuda.runtime, name)) for name in asked)
+    assert device._version(cuda.runtime.runtimeGetVersion()).count(".") == 1
