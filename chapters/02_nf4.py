@@ -158,9 +158,11 @@ assert round(entropy, 2) == 3.88
 #
 #     @source minipeft.reference.blockwise.unpack
 #
-#     @source minipeft.reference.blockwise.code_bits
+#     @source minipeft.reference.codebook.code_bits
 #
 #     @source minipeft.reference.blockwise.check_blocksize
+#
+#     @source minipeft.reference.blockwise.check_parts
 #
 #     @source minipeft.reference.blockwise.check_finite
 

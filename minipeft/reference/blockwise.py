@@ -6,7 +6,7 @@ import numpy as np
 from numpy.typing import DTypeLike
 
 from minipeft.errors import InputError
-from minipeft.reference.codebook import NF4
+from minipeft.reference.codebook import NF4, code_bits
 from minipeft.shapes import Float, Inexact, UInt8
 
 
@@ -47,7 +47,8 @@ def quantize(
     blocks.reshape(-1)[: flat.size] = flat
     absmax = np.abs(blocks).max(axis=1)
     codes = nearest(_scaled(blocks, absmax), codebook).reshape(-1)
-    packed = pack(codes[: flat.size], code_bits(codebook), fill=_zero(codebook))
+    (zero,) = nearest(np.zeros(1, np.float32), codebook)
+    packed = pack(codes[: flat.size], code_bits(codebook), fill=int(zero))
     return Blockwise(packed, absmax, codebook, blocksize, W.shape)
 
 
@@ -56,13 +57,14 @@ def dequantize(
 ) -> Inexact[np.ndarray, "..."]:
     r"""Give every code its value back: $\hat W_i = c_{q_i} \cdot a$.
 
-    The product is rounded to float32, and once more to `dtype`.
-
     Args:
         q: what `quantize` returned.
-        dtype: of the result; bfloat16 through `ml_dtypes.bfloat16`.
+        dtype: what the float32 product is rounded to; `ml_dtypes.bfloat16` is one.
+
+    Raises:
+        InputError: if there are codes or scales too few or too many.
     """
-    size = int(np.prod(q.shape))
+    size = check_parts(q)
     codes = unpack(q.packed, code_bits(q.codebook), size)
     absmax = np.repeat(q.absmax.astype(np.float32), q.blocksize)[:size]
     with np.errstate(over="ignore"):  # float16 ends at 65504; above it stands inf
@@ -107,22 +109,26 @@ def unpack(
     return np.packbits(bit_rows, axis=1, bitorder="big")[:, 0] >> np.uint8(8 - bits)
 
 
-def code_bits(codebook: Float[np.ndarray, " codes"]) -> int:
-    """Return the width of a code; refuse a codebook whose length is no power of two."""
-    bits = codebook.size.bit_length() - 1
-    if codebook.size != 2**bits or not 1 <= bits <= 8:
-        raise InputError(
-            f"the codebook has {codebook.size} values; give 2, 4, 8, 16 … 256 of them."
-        )
-    return bits
-
-
 def check_blocksize(blocksize: int) -> None:
     """Refuse a block size that is not a positive power of two."""
     if blocksize < 1 or blocksize & (blocksize - 1):
         raise InputError(
             f"blocksize is {blocksize}; choose a positive power of two, such as 64."
         )
+
+
+def check_parts(q: Blockwise) -> int:
+    """Return the number of weights; refuse codes or scales that are not theirs."""
+    check_blocksize(q.blocksize)
+    n, bits = int(np.prod(q.shape)), code_bits(q.codebook)
+    needed = {"packed": -(-n * bits // 8), "absmax": -(-n // q.blocksize)}
+    for name, wanted in needed.items():
+        if (size := getattr(q, name).size) != wanted:
+            raise InputError(
+                f"{name} has {size} values where shape {list(q.shape)} and blocksize "
+                f"{q.blocksize} need {wanted}; pass the parts of one quantized tensor."
+            )
+    return n
 
 
 def check_finite(flat: Float[np.ndarray, " n"]) -> None:
@@ -139,11 +145,6 @@ def _scaled(
     blocks: Float[np.ndarray, "blocks blocksize"], absmax: Float[np.ndarray, " blocks"]
 ) -> Float[np.ndarray, "blocks blocksize"]:
     # The reciprocal of a subnormal overflows; lifting both by 2**64 first is exact.
-    tiny = absmax < np.finfo(np.float32).tiny
-    lift = np.where(tiny, np.float32(2**64), np.float32(1))
+    lift = np.where(absmax < 2.0**-126, np.float32(2**64), np.float32(1))
     inverse = np.float32(1) / np.where(absmax == 0, np.float32(1), absmax * lift)
     return (blocks * lift[:, None]) * inverse[:, None]
-
-
-def _zero(codebook: Float[np.ndarray, " codes"]) -> int:
-    return int(nearest(np.zeros(1, np.float32), codebook)[0])

@@ -97,6 +97,16 @@ def dynamic_map(signed: bool = True) -> Codebook:
     return np.sort(np.array(values, dtype=np.float32))
 
 
+def code_bits(codebook: Float[np.ndarray, " codes"]) -> int:
+    """Return the width of a code; refuse a codebook whose length is no power of two."""
+    bits = codebook.size.bit_length() - 1
+    if codebook.size != 2**bits or not 1 <= bits <= 8:
+        raise InputError(
+            f"the codebook has {codebook.size} values; give 2, 4, 8, 16 … 256 of them."
+        )
+    return bits
+
+
 def _quantile(p: float) -> float:
     return NormalDist().inv_cdf(p)
 

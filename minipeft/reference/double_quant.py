@@ -6,6 +6,7 @@ from math import fsum, prod
 import numpy as np
 from numpy.typing import DTypeLike
 
+from minipeft.errors import InputError
 from minipeft.reference import blockwise
 from minipeft.reference.blockwise import Blockwise
 from minipeft.reference.codebook import NF4, dynamic_map
@@ -82,15 +83,22 @@ def unnest(q: Nested) -> Blockwise:
     """Return the same codes with the decoded scales in float32.
 
     A scale far below the mean can come back as zero or a little below it.
+
+    Raises:
+        InputError: if there are codes or nested scales too few or too many.
     """
+    blockwise.check_blocksize(q.blocksize)
     scales = Blockwise(
         q.absmax_codes,
         q.nested_absmax,
         dynamic_map(),
         q.nested_blocksize,
-        q.absmax_codes.shape,
+        (-(-prod(q.shape) // q.blocksize),),
     )
-    absmax = blockwise.dequantize(scales) + q.offset
+    try:
+        absmax = blockwise.dequantize(scales) + q.offset
+    except InputError as error:
+        raise InputError(f"the scales: {error}") from None
     return Blockwise(q.packed, absmax, q.codebook, q.blocksize, q.shape)
 
 

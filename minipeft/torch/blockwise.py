@@ -13,7 +13,7 @@ from torch.nn.functional import embedding, pad
 
 from minipeft.errors import InputError
 from minipeft.shapes import Float, Inexact, UInt8
-from minipeft.torch.codebook import NF4
+from minipeft.torch.codebook import NF4, code_bits
 
 
 @dataclass(frozen=True)
@@ -69,16 +69,16 @@ def dequantize(
     Args:
         q: what `quantize` returned.
         dtype: of the result.
+
+    Raises:
+        InputError: if there are codes or scales too few or too many.
     """
-    check_blocksize(q.blocksize)
-    n, bits = prod(q.shape), code_bits(q.codebook)
-    decoded = _decode(q.packed, q.codebook, n).view(n)  # a missing byte is an error
+    n, bits = check_parts(q), code_bits(q.codebook)
+    decoded = _decode(q.packed, q.codebook, n)
     # By block and byte: a compiler then meets the values of a byte in one inner loop.
     width = min(8 // bits, q.blocksize)
     blocks = _fill(decoded, q.blocksize).view(-1, q.blocksize // width, width)
-    blocks = blocks * q.absmax.float().view(
-        len(blocks), 1, 1
-    )  # one scale each, or none
+    blocks = blocks * q.absmax.float().view(-1, 1, 1)
     return blocks.to(dtype).view(-1)[:n].view(q.shape)
 
 
@@ -130,22 +130,26 @@ def unpack(packed: UInt8[Tensor, " bytes"], bits: int, n: int) -> UInt8[Tensor, 
     return torch.stack(columns, dim=1).view(-1)[:n] & (2**bits - 1)
 
 
-def code_bits(codebook: Float[Tensor, " codes"]) -> int:
-    """Return the width of a code; refuse a codebook whose length is no power of two."""
-    bits = len(codebook).bit_length() - 1
-    if len(codebook) != 2**bits or not 1 <= bits <= 8:
-        raise InputError(
-            f"the codebook has {len(codebook)} values; give 2, 4, 8, 16 … 256 of them."
-        )
-    return bits
-
-
 def check_blocksize(blocksize: int) -> None:
     """Refuse a block size that is not a positive power of two."""
     if blocksize < 1 or blocksize & (blocksize - 1):
         raise InputError(
             f"blocksize is {blocksize}; choose a positive power of two, such as 64."
         )
+
+
+def check_parts(q: Blockwise) -> int:
+    """Return the number of weights; refuse codes or scales that are not theirs."""
+    check_blocksize(q.blocksize)
+    n, bits = prod(q.shape), code_bits(q.codebook)
+    needed = {"packed": -(-n * bits // 8), "absmax": -(-n // q.blocksize)}
+    for name, wanted in needed.items():
+        if (size := len(getattr(q, name))) != wanted:
+            raise InputError(
+                f"{name} has {size} values where shape {list(q.shape)} and blocksize "
+                f"{q.blocksize} need {wanted}; pass the parts of one quantized tensor."
+            )
+    return n
 
 
 def check_finite(flat: Float[Tensor, " n"], absmax: Float[Tensor, " blocks"]) -> None:

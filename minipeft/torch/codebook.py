@@ -99,6 +99,16 @@ def dynamic_map(signed: bool = True) -> Codebook:
     return torch.cat(values).sort().values
 
 
+def code_bits(codebook: Float[Tensor, " codes"]) -> int:
+    """Return the width of a code; refuse a codebook whose length is no power of two."""
+    bits = len(codebook).bit_length() - 1
+    if len(codebook) != 2**bits or not 1 <= bits <= 8:
+        raise InputError(
+            f"the codebook has {len(codebook)} values; give 2, 4, 8, 16 … 256 of them."
+        )
+    return bits
+
+
 def _quantiles(offset: float, points: int) -> Float[Tensor, " points"]:
     p = torch.linspace(offset, 0.5, points, dtype=torch.float64, device="cpu")
     return torch.special.ndtri(p[:-1])

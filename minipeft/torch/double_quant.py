@@ -6,6 +6,7 @@ from math import fsum, prod
 import torch
 from torch import Tensor
 
+from minipeft.errors import InputError
 from minipeft.shapes import Float, Inexact, UInt8
 from minipeft.torch import blockwise
 from minipeft.torch.blockwise import Blockwise
@@ -82,15 +83,22 @@ def unnest(q: Nested) -> Blockwise:
     """Return the same codes with the decoded scales in float32.
 
     A scale far below the mean can come back as zero or a little below it.
+
+    Raises:
+        InputError: if there are codes or nested scales too few or too many.
     """
+    blockwise.check_blocksize(q.blocksize)
     scales = Blockwise(
         q.absmax_codes,
         q.nested_absmax,
         dynamic_map().to(q.packed.device),
         q.nested_blocksize,
-        tuple(q.absmax_codes.shape),
+        (-(-prod(q.shape) // q.blocksize),),
     )
-    absmax = blockwise.dequantize(scales) + q.offset
+    try:
+        absmax = blockwise.dequantize(scales) + q.offset
+    except InputError as error:
+        raise InputError(f"the scales: {error}") from None
     return Blockwise(q.packed, absmax, q.codebook, q.blocksize, q.shape)
 
 

@@ -1,5 +1,7 @@
 """Both columns quantize to the same bytes, and give the same bytes back."""
 
+from dataclasses import replace
+
 import ml_dtypes
 import numpy as np
 import pytest
@@ -134,6 +136,23 @@ def test_a_bad_block_size_is_refused_in_the_same_words(blocksize):
 def test_a_bad_codebook_is_refused_in_the_same_words():
     ours, theirs = refusals(np.ones(4, np.float32), codebook.NF4[1:], 64)
     assert ours == theirs
+
+
+@pytest.mark.parametrize("change", [-1, 1])
+@pytest.mark.parametrize("part", ["packed", "absmax"])
+def test_a_part_of_another_size_is_refused_in_the_same_words(part, change):
+    W = np.ones((3, 7), np.float32)
+    theirs = reference.quantize(W, codebook.NF4, 4)
+    ours = blockwise.quantize(torch.from_numpy(W), blocksize=4)
+    right = getattr(theirs, part)
+    wrong = np.resize(right, right.size + change)
+    theirs = replace(theirs, **{part: wrong})
+    ours = replace(ours, **{part: torch.from_numpy(wrong)})
+    with pytest.raises(InputError) as said:
+        reference.dequantize(theirs)
+    with pytest.raises(InputError) as repeated:
+        blockwise.dequantize(ours)
+    assert str(repeated.value) == str(said.value)
 
 
 def test_the_weight_keeps_its_gradient_and_its_values():

@@ -156,6 +156,26 @@ def test_a_codebook_of_the_wrong_length_is_refused():
         blockwise.quantize(np.ones(4, np.float32), NF4[1:])
 
 
+@pytest.mark.parametrize("name", ["NF4", "NF3", "NF2"])
+@pytest.mark.parametrize("change", [-1, 1])
+@pytest.mark.parametrize("part", ["packed", "absmax"])
+def test_a_part_of_another_size_is_refused(part, change, name):
+    q = blockwise.quantize(np.ones((3, 7), np.float32), CODEBOOKS[name], 4)
+    right = getattr(q, part)
+    wrong = dataclasses.replace(q, **{part: np.resize(right, right.size + change)})
+    said = rf"{part} has {right.size + change} values where shape \[3, 7\] and "
+    said += f"blocksize 4 need {right.size}; pass the parts of one quantized tensor"
+    with pytest.raises(InputError, match=said):
+        blockwise.dequantize(wrong)
+    blockwise.dequantize(q)
+
+
+def test_dequantize_refuses_a_block_size_that_quantize_refuses():
+    q = blockwise.quantize(np.ones(8, np.float32), NF4, 8)
+    with pytest.raises(InputError, match="blocksize is 0"):
+        blockwise.dequantize(dataclasses.replace(q, blocksize=0))
+
+
 def test_a_quantized_tensor_cannot_be_changed_by_name():
     q = blockwise.quantize(np.ones(4, np.float32))
     with pytest.raises(dataclasses.FrozenInstanceError):

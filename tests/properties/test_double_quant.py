@@ -1,5 +1,6 @@
 """Laws of double quantization."""
 
+from dataclasses import replace
 from fractions import Fraction
 
 import numpy as np
@@ -148,6 +149,17 @@ def test_the_tensor_given_is_left_alone(W):
 def test_a_block_size_that_is_no_power_of_two_is_refused(sizes):
     with pytest.raises(InputError, match="positive power of two"):
         double_quant.quantize(np.ones(4, np.float32), NF4, *sizes)
+
+
+@pytest.mark.parametrize("change", [-1, 1])
+@pytest.mark.parametrize("part", ["packed", "absmax_codes", "nested_absmax"])
+def test_a_part_of_another_size_is_refused(part, change):
+    q = double_quant.quantize(np.ones((5, 8), np.float32), NF4, 8, 2)
+    right = getattr(q, part)
+    wrong = replace(q, **{part: np.resize(right, right.size + change)})
+    with pytest.raises(InputError, match=f"need {right.size}; pass the parts of one"):
+        double_quant.dequantize(wrong)
+    double_quant.dequantize(q)
 
 
 def plain(W, blocksize):

@@ -1,6 +1,7 @@
 """Cases of double_quant_quantize and double_quant_dequantize: bytes, always."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -58,6 +59,12 @@ NOTES = {
         "EDGE_CASE",
         "The result is rounded once more, to 16 bits.",
         "The scales are rounded to 16 bits before the product.",
+        (),
+    ),
+    "SizeMismatch": Note(
+        "EDGE_CASE",
+        "More or fewer bytes, codes of scales, or nested scales than the shape needs.",
+        "Memory beyond them is read, or parts of two tensors are mixed.",
         (),
     ),
     "Invalid": Note(
@@ -127,6 +134,13 @@ def _dequantize() -> Iterator[Spec]:
     for dtype in ("bfloat16", "float16"):
         W = gaussian("dq basic", (4, 64), 0.02)
         yield _decode(f"to {dtype}", "Dtype", W, (64, 256), dtype)
+    W = gaussian("dq basic", (4, 64), 0.02)
+    for name in ("packed", "absmax_codes", "nested_absmax"):
+        for comment, change in ((f"{name} is one short", -1), (f"{name} is longer", 1)):
+            spec = _decode(comment, "SizeMismatch", W, (64, 256), "float32")
+            part = np.resize(spec.inputs[name], len(spec.inputs[name]) + change)
+            inputs = {**spec.inputs, name: part}
+            yield replace(spec, inputs=inputs, result="invalid")
 
 
 def _decode(

@@ -30,7 +30,10 @@ def nf4() -> File:
         ),
         source="minipeft.reference.blockwise.dequantize",
         notes=notes.BASIC | notes.DEQUANTIZE,
-        specs=[_latitude("nf4_dequantize", spec) for spec in _common(NF4)],
+        specs=[
+            *(_latitude("nf4_dequantize", spec) for spec in _common(NF4)),
+            *_too_many(),
+        ],
     )
 
 
@@ -168,6 +171,14 @@ def _invalid() -> Iterator[Spec]:
     for blocksize in (0, -64):
         comment = f"a block size of {blocksize}"
         yield _refuse(comment, "InvalidBlocksize", codes[:64], [1], blocksize)
+
+
+def _too_many() -> Iterator[Spec]:
+    codes = _codes("too many", 64)
+    yield _refuse("one block, two scales", "SizeMismatch", codes, [1, 2], 64)
+    spec = _refuse("one byte too many", "SizeMismatch", codes, [1], 64)
+    packed = np.append(spec.inputs["packed"], np.uint8(0x77))
+    yield replace(spec, inputs={**spec.inputs, "packed": packed})
 
 
 def _random(

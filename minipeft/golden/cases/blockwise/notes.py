@@ -208,8 +208,8 @@ DEQUANTIZE = {
     ),
     "SizeMismatch": _note(
         "EDGE_CASE",
-        "There are fewer scales than blocks.",
-        "Memory beyond the scales is read.",
+        "More or fewer scales, or bytes, than the shape needs.",
+        "Memory beyond them is read, or parts of two tensors are mixed.",
     ),
     "FP4TwoZeros": _note(
         "CONVENTION",
