@@ -17,12 +17,11 @@ from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
-from minipeft.cupy import compiler
+from minipeft.cupy import compiler, managed
 from minipeft.cupy.kernels import Kernel
 from minipeft.errors import InputError
 
-# The device number by which CUDA means the host.
-HOST = -1
+HOST = managed.HOST
 
 # Whatever the executor computes on: `cupy.ndarray` on a device.
 Array = Any
@@ -141,23 +140,12 @@ class CupyExecutor:
             memory = cupy.cuda.malloc_managed(array.nbytes)
             copy = cupy.ndarray(array.shape, array.dtype, memory)
             copy[...] = array
-            runtime = cupy.cuda.runtime
-            # What is not on the device goes home to the host, not to another device;
-            # the device may reach it there instead of faulting it in.
-            for advice, place in (
-                (runtime.cudaMemAdviseSetPreferredLocation, HOST),
-                (runtime.cudaMemAdviseSetAccessedBy, array.device.id),
-            ):
-                if array.nbytes:
-                    runtime.memAdvise(copy.data.ptr, copy.nbytes, advice, place)
+        managed.settle(copy)
         return copy
 
     def move(self, array: Array, device: int) -> None:
         """Prefetch on the current stream, in turn with its kernels."""
-        if array.nbytes:
-            stream = self._cupy.cuda.get_current_stream().ptr
-            runtime = self._cupy.cuda.runtime
-            runtime.memPrefetchAsync(array.data.ptr, array.nbytes, device, stream)
+        managed.prefetch(array, device, self._cupy.cuda.get_current_stream().ptr)
 
     def launch(
         self, kernel: Kernel, dtype: str, grid: int, args: Sequence[Any]

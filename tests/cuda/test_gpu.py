@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
+from minipeft.cupy import adamw, executor, paged
 from minipeft.cupy import blockwise as gpu
-from minipeft.cupy import executor
 from minipeft.cupy.kernels import CTYPES
 from minipeft.errors import InputError
 from minipeft.reference import blockwise as reference
@@ -71,3 +71,75 @@ def test_a_torch_tensor_is_read_where_it_lies(dtype):
     back = torch.from_dlpack(gpu.dequantize(q, dtype))
     assert back.device == W.device
     assert back.dtype == W.dtype
+
+
+PAGE = 2**19  # values: 2 MB in float32, whole pages of any device
+
+
+def hint(array, name):
+    """Ask CUDA about a range of managed memory."""
+    import cupy
+    from cuda.bindings import runtime
+
+    cupy.cuda.Device().synchronize()
+    attribute = runtime.cudaMemRangeAttribute[f"cudaMemRangeAttribute{name}"]
+    given = runtime.cudaMemRangeGetAttribute(4, attribute, array.data.ptr, array.nbytes)
+    assert given[0] == runtime.cudaError_t.cudaSuccess
+    return given[1]
+
+
+@pytest.fixture
+def pages():
+    """Four pages of an optimizer's states on the device's side of managed memory."""
+    import cupy
+
+    pytest.importorskip("cuda.bindings")
+    if not cupy.cuda.Device().attributes["ConcurrentManagedAccess"]:
+        pytest.skip("this driver pages on its own and takes no hints")
+    W = cupy.asarray(gaussian(4 * PAGE))
+    return W, paged.init([adamw.init(W)], PAGE, 2)
+
+
+def test_states_are_at_home_on_the_host_and_reachable(pages):
+    _, p = pages
+    for moment in (paged.gather(p, 0).m, paged.gather(p, 0).v):
+        assert hint(moment, "PreferredLocation") == executor.HOST
+        assert hint(moment, "LastPrefetchLocation") == executor.HOST
+        assert hint(moment, "AccessedBy") in (0, [0])
+
+
+def test_pages_lie_where_they_were_sent(pages):
+    _, p = pages
+
+    def places():
+        state = paged.gather(p, 0)
+        cuts = [slice(i * PAGE, (i + 1) * PAGE) for i in range(4)]
+        found = [
+            {hint(moment[cut], "LastPrefetchLocation") for moment in (state.m, state.v)}
+            for cut in cuts
+        ]
+        return [place for (place,) in found]
+
+    host = executor.HOST
+    p = paged.prefetch(p, 1)
+    assert places() == [host, 0, host, host]
+    p = paged.touch(paged.touch(p, 2), 3)  # more than the budget: page 1 leaves
+    assert places() == [host, host, 0, 0]
+    p = paged.evict(p, 2)
+    assert places() == [host, host, host, 0]
+
+
+def test_a_paged_step_is_the_unpaged_one(pages):
+    import cupy
+
+    W, p = pages
+    config, state = adamw.AdamW(), adamw.init(W)
+    paged_W = W
+    for seed in range(3):
+        rng = np.random.default_rng(seed)
+        grad = cupy.asarray(rng.standard_normal(W.size, np.float32))
+        paged_W, p = paged.step(p, 0, paged_W, grad, config)
+        W, state = adamw.step(W, grad, state, config)
+    after = paged.gather(p, 0)
+    for got, expected in ((paged_W, W), (after.m, state.m), (after.v, state.v)):
+        assert_bits(cupy.asnumpy(got), cupy.asnumpy(expected))

@@ -1,0 +1,83 @@
+"""What CUDA is told about managed memory, with its functions replaced by notes."""
+
+import sys
+from types import SimpleNamespace
+
+import pytest
+
+from minipeft.cupy import managed
+from minipeft.errors import InputError
+
+runtime = pytest.importorskip("cuda.bindings.runtime")
+PLACE = runtime.cudaMemLocationType
+ADVICE = runtime.cudaMemoryAdvise
+OK = runtime.cudaError_t.cudaSuccess
+
+
+def array(nbytes=4096, concurrent=1):
+    device = SimpleNamespace(id=3, attributes={"ConcurrentManagedAccess": concurrent})
+    return SimpleNamespace(
+        device=device, nbytes=nbytes, data=SimpleNamespace(ptr=0x7000)
+    )
+
+
+@pytest.fixture
+def told(monkeypatch):
+    calls = []
+
+    def advise(address, size, hint, place):
+        calls.append((address, size, hint, place.type, place.id))
+        return (OK,)
+
+    def prefetch(address, size, place, flags, stream):
+        calls.append((address, size, place.type, place.id, flags, stream))
+        return (OK,)
+
+    monkeypatch.setattr(runtime, "cudaMemAdvise", advise)
+    monkeypatch.setattr(runtime, "cudaMemPrefetchAsync", prefetch)
+    return calls
+
+
+def test_home_is_the_host_and_the_device_reaches_it(told):
+    """A host that is called device -1 is refused by the driver."""
+    managed.settle(array())
+    preferred, reached = (
+        ADVICE.cudaMemAdviseSetPreferredLocation,
+        ADVICE.cudaMemAdviseSetAccessedBy,
+    )
+    assert told == [
+        (0x7000, 4096, preferred, PLACE.cudaMemLocationTypeHost, 0),
+        (0x7000, 4096, reached, PLACE.cudaMemLocationTypeDevice, 3),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("device", "place"),
+    [
+        (2, (PLACE.cudaMemLocationTypeDevice, 2)),
+        (managed.HOST, (PLACE.cudaMemLocationTypeHost, 0)),
+    ],
+)
+def test_an_array_moves_on_its_stream(told, device, place):
+    managed.prefetch(array(), device, 77)
+    assert told == [(0x7000, 4096, *place, 0, 77)]
+
+
+@pytest.mark.parametrize("untold", [array(nbytes=0), array(concurrent=0)])
+def test_nothing_is_said_of_nothing_nor_where_hints_are_refused(told, untold):
+    managed.settle(untold)
+    managed.prefetch(untold, 0, 0)
+    assert told == []
+
+
+def test_what_cuda_refuses_is_said(monkeypatch):
+    error = runtime.cudaError_t.cudaErrorInvalidDevice
+    monkeypatch.setattr(runtime, "cudaMemPrefetchAsync", lambda *_: (error,))
+    with pytest.raises(RuntimeError, match=r"^CUDA: invalid device ordinal$"):
+        managed.prefetch(array(), 9, 0)
+
+
+def test_without_the_bindings_one_sentence(monkeypatch):
+    monkeypatch.setitem(sys.modules, "cuda.bindings", None)
+    with pytest.raises(InputError, match="`pip install cuda-bindings`"):
+        managed.settle(array())
