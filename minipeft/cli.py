@@ -5,6 +5,7 @@ or the implementation could not run, and one sentence on stderr says why.
 """
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 from contextlib import closing
@@ -13,6 +14,7 @@ from pathlib import Path
 from minipeft import __version__
 from minipeft.errors import InputError
 from minipeft.golden import report
+from minipeft.golden.drivers import need
 from minipeft.golden.implementations import BUILT_IN, Implementation
 from minipeft.golden.operations import OPERATIONS
 from minipeft.golden.processes import Program
@@ -71,6 +73,12 @@ def _add_verify(
         metavar="SECONDS",
         help="how long a case may take (default: 10 for a program, 120 for a module)",
     )
+    parser.add_argument(
+        "--device",
+        choices=("cpu", "cuda"),
+        default="cpu",
+        help="where torch and the libraries on it compute (default: cpu)",
+    )
     _add_choices(parser)
     parser.set_defaults(run=_verify)
 
@@ -127,6 +135,7 @@ def _verify(options: argparse.Namespace) -> int:
         print("\n".join(op.signature(name) for name, op in OPERATIONS.items()))
         return 0
     files = list(load_all(options.only))
+    _place(options.device)
     subject = _subject(options.implementation, options.program, options.timeout)
     with closing(subject):
         outcomes = list(verify(subject, files))
@@ -141,6 +150,17 @@ def _verify(options: argparse.Namespace) -> int:
             f"{subject.name} answered no case; name its functions as the operations."
         )
     return 1 if "fail" in statuses else 0
+
+
+def _place(device: str) -> None:
+    if device == "cpu":
+        return
+    need("torch", "'minipeft[torch]'")
+    import torch
+
+    if not torch.cuda.is_available():
+        raise InputError("torch sees no CUDA device here; leave out --device.")
+    os.environ["MINIPEFT_DEVICE"] = device  # the drivers' bridge reads it
 
 
 def _subject(

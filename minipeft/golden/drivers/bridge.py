@@ -1,21 +1,26 @@
-"""NumPy arrays to torch tensors and back, without a copy and with every bit."""
+"""NumPy arrays to torch tensors and back, with every bit; on the CPU without a copy."""
+
+import os
 
 import numpy as np
 import torch
 
 from minipeft.golden.tensors import Array, numpy_dtype
 
+# Where the drivers compute. `minipeft verify --device` sets it, for its workers too.
+DEVICE = os.environ.get("MINIPEFT_DEVICE", "cpu")
+
 
 def to_torch(array: Array) -> torch.Tensor:
-    """Return a tensor on the same memory; bfloat16 crosses as its bits."""
+    """Return a tensor on `DEVICE`; bfloat16 crosses as its bits."""
     if array.dtype.name == "bfloat16":
-        return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
-    return torch.from_numpy(array)
+        return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16).to(DEVICE)
+    return torch.from_numpy(array).to(DEVICE)
 
 
 def to_numpy(tensor: torch.Tensor) -> Array:
-    """Return an array on the same memory."""
-    tensor = tensor.detach().contiguous()
+    """Return an array, wherever the tensor is."""
+    tensor = tensor.detach().cpu().contiguous()
     if tensor.dtype is torch.bfloat16:
         return tensor.view(torch.int16).numpy().view(numpy_dtype("bfloat16"))
     return tensor.numpy()

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from minipeft.golden.drivers.bridge import to_numpy, to_torch, torch_dtype
+from minipeft.golden.drivers.bridge import DEVICE, to_numpy, to_torch, torch_dtype
 from minipeft.golden.tensors import Array
 from minipeft.torch import blockwise
 from minipeft.torch.blockwise import Blockwise
@@ -27,7 +27,7 @@ def nf4_dequantize(
     dtype: np.dtype[np.generic],
 ) -> Array:
     """Return the weight."""
-    q = Blockwise(to_torch(packed), to_torch(absmax), NF4, blocksize, shape)
+    q = Blockwise(to_torch(packed), to_torch(absmax), NF4.to(DEVICE), blocksize, shape)
     return to_numpy(blockwise.dequantize(q, torch_dtype(dtype)))
 
 
@@ -39,7 +39,7 @@ def fp4_dequantize(
     dtype: np.dtype[np.generic],
 ) -> Array:
     """Return the weight."""
-    q = Blockwise(to_torch(packed), to_torch(absmax), FP4, blocksize, shape)
+    q = Blockwise(to_torch(packed), to_torch(absmax), FP4.to(DEVICE), blocksize, shape)
     return to_numpy(blockwise.dequantize(q, torch_dtype(dtype)))
 
 

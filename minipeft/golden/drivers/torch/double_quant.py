@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from minipeft.golden.drivers.bridge import to_numpy, to_torch, torch_dtype
+from minipeft.golden.drivers.bridge import DEVICE, to_numpy, to_torch, torch_dtype
 from minipeft.golden.tensors import Array
 from minipeft.torch import double_quant
 from minipeft.torch.codebook import NF4
@@ -34,7 +34,7 @@ def double_quant_dequantize(
         to_torch(absmax_codes),
         to_torch(nested_absmax),
         to_torch(np.asarray(offset)),
-        NF4,
+        NF4.to(DEVICE),
         blocksize,
         nested_blocksize,
         shape,

@@ -2,7 +2,7 @@
 
 import torch
 
-from minipeft.golden.drivers.bridge import to_numpy, to_torch
+from minipeft.golden.drivers.bridge import DEVICE, to_numpy, to_torch
 from minipeft.golden.tensors import Array
 from minipeft.torch import prefix
 from minipeft.torch.attention import Head
@@ -23,7 +23,7 @@ def prefix_expand(
     P: Array, W_down: Array, b_down: Array, W_up: Array, b_up: Array
 ) -> tuple[Array, Array]:
     """Return the keys and values that the network stands for."""
-    network = Reparametrization(*P.shape, *W_up.T.shape)
+    network = Reparametrization(*P.shape, *W_up.T.shape).to(DEVICE)
     network.P.copy_(to_torch(P))
     for layer, W, b in ((network.down, W_down, b_down), (network.up, W_up, b_up)):
         layer.weight.copy_(to_torch(W))

@@ -22,7 +22,7 @@ def prompt_backward(grad_y: Array, P: Array) -> tuple[Array, Array]:
     """Return the gradients of the text and of the prompt."""
     leaf = to_torch(P).requires_grad_()
     *batch, tokens, d = grad_y.shape
-    X = torch.zeros(*batch, tokens - len(P), d, requires_grad=True)
+    X = leaf.new_zeros(*batch, tokens - len(P), d).requires_grad_()
     y = prompt.forward(X, Prompt(leaf))
     grad_X, grad_P = torch.autograd.grad(y, (X, leaf), to_torch(grad_y))
     return to_numpy(grad_X), to_numpy(grad_P)

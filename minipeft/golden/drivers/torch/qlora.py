@@ -2,7 +2,7 @@
 
 import torch
 
-from minipeft.golden.drivers.bridge import to_numpy, to_torch
+from minipeft.golden.drivers.bridge import DEVICE, to_numpy, to_torch
 from minipeft.golden.tensors import Array
 from minipeft.torch import lora, qlora
 from minipeft.torch.blockwise import Blockwise
@@ -66,6 +66,6 @@ def _layer(
     (alpha, blocksize), r = numbers, A.shape[0]
     lora.check_rank(r, A.shape[1], B.shape[0])
     shape = (B.shape[0], A.shape[1])
-    q = Blockwise(to_torch(packed), to_torch(absmax), NF4, blocksize, shape)
+    q = Blockwise(to_torch(packed), to_torch(absmax), NF4.to(DEVICE), blocksize, shape)
     base = QuantizedLinear(q, None if bias is None else to_torch(bias))
     return LoRALinear(base, LoRA(to_torch(A), to_torch(B), lora.scaling(alpha, r)))

@@ -1,0 +1,86 @@
+"""`minipeft verify --device`: the torch drivers compute there, and nowhere else."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+torch = pytest.importorskip("torch")
+
+# torch's own stand-in for a device: tensors without values. A driver that computes
+# there ends where values are asked for; one that mixes devices is told so by torch.
+PROGRAM = """
+import json
+from minipeft.golden.implementations import functions
+from minipeft.golden.vectors import load_all
+
+said, column = {}, functions("torch")
+for file in load_all([]):
+    for case in file.cases:
+        if case.operation not in said and case.result == "valid":
+            try:
+                column.run(case)
+                said[case.operation] = ""
+            except Exception as error:
+                said[case.operation] = str(error)
+print(json.dumps(said))
+"""
+VALUES_ASKED_FOR = (
+    "Cannot copy out of meta tensor",
+    "Tensor.item() cannot be called on meta tensors",
+    "The register_meta function for torch.nonzero()",
+)
+# Made on the CPU by definition, and the page table, which counts and computes nothing.
+ON_THE_CPU = {
+    "codebook_table",
+    "codebook_normal_float",
+    "codebook_dynamic_map",
+    "vera_projections",
+    "paged_trace",
+}
+
+
+def test_nothing_of_a_driver_stays_on_the_cpu():
+    text = subprocess.check_output(
+        [sys.executable, "-c", PROGRAM],
+        env={**os.environ, "MINIPEFT_DEVICE": "meta"},
+        text=True,
+    )
+    said = json.loads(text)
+    wrong = {
+        operation: sentence
+        for operation, sentence in said.items()
+        if operation not in ON_THE_CPU
+        and not any(end in sentence for end in VALUES_ASKED_FOR)
+    }
+    assert len(said) > 30
+    assert wrong == {}
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_cuda_one_sentence_says_so():
+    command = [sys.executable, "-m", "minipeft.cli"]
+    done = subprocess.run(
+        [*command, "verify", "torch", "--device", "cuda"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert done.stderr == (
+        "minipeft: torch sees no CUDA device here; leave out --device.\n"
+    )
+
+
+@pytest.mark.gpu
+def test_the_torch_column_passes_on_a_gpu():
+    if not torch.cuda.is_available():
+        pytest.skip("torch sees no CUDA device")
+    command = [sys.executable, "-m", "minipeft.cli", "verify", "torch"]
+    done = subprocess.run(
+        [*command, "--device", "cuda"], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
