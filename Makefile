@@ -91,8 +91,8 @@ results: $(SETUP)  ## recompute chapters/results: seeds, sweeps, sizes (takes lo
 bench: $(WITH_PEERS)  ## time against peft and bitsandbytes, in pairs, as ratios
 	@$(BIN)/python -m minipeft.lab.bench
 
-test-gpu: $(SETUP)  ## the tests that need a CUDA device
-	@$(BIN)/pytest -q -m gpu tests
+test-gpu: $(SETUP)  ## all that needs a CUDA device: tests, vectors, compute-sanitizer
+	@$(BIN)/python -m tests.cuda.on_gpu
 
 ci-deps:  ## Debian packages that the full test run uses
 	@if command -v apt-get >/dev/null && [ "$$(id -u)" = 0 ]; then \

@@ -1,4 +1,4 @@
-"""The torch column, on the CPU."""
+"""The torch column, on the device of the bridge."""
 
 from minipeft.golden.drivers import need
 
