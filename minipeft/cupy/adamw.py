@@ -10,7 +10,7 @@ import numpy as np
 from minipeft.cupy.blockwise import Blockwise
 from minipeft.cupy.codebook import dynamic_map, midpoints_of_map
 from minipeft.cupy.executor import Array, Executor, Facts, check, current, numpy_dtype
-from minipeft.cupy.kernels import ADAMW, ADAMW_8BIT
+from minipeft.cupy.kernels import ADAMW, ADAMW_8BIT, CTYPES
 from minipeft.errors import InputError
 
 BLOCKSIZE = 256
@@ -49,7 +49,7 @@ def init(W: Any, bits: int = 32) -> State:
 
     Args:
         W: the parameter; only its shape, dtype and device matter.
-        bits: 32 (the dtype of W), or 8 for tensors of at least 4,096 values.
+        bits: 32 (float32, whatever W has), or 8 for tensors of at least 4,096 values.
 
     Raises:
         InputError: if `bits` is neither, or W has a dtype that no kernel updates.
@@ -59,11 +59,10 @@ def init(W: Any, bits: int = 32) -> State:
     if bits not in (8, 32):
         raise InputError(f"bits is {bits}; choose 8 or 32.")
     gpu = current()
-    facts = _check_weight(gpu.facts(gpu.adopt(W)))
+    facts = check("W", gpu.facts(gpu.adopt(W)), CTYPES)
     if bits == 32 or facts.size < MIN_8BIT_SIZE:
-        like = (facts.shape, facts.dtype, 0, facts.device)
+        like = (facts.shape, "float32", 0, facts.device)
         return State(0, gpu.full(*like), gpu.full(*like))
-    _check_8bit(facts)
     return State(0, _zeros(gpu, facts, signed=True), _zeros(gpu, facts, signed=False))
 
 
@@ -73,11 +72,10 @@ def step(W: Any, grad: Any, state: State, config: AdamW) -> tuple[Array, State]:
     $m = m + (1 - \beta_1)(g - m)$, $v = \beta_2 v + (1 - \beta_2) g^2$,
     $W = (1 - \eta\lambda) W - \frac{\eta}{1 - \beta_1^t}
     \frac{m}{\sqrt{v} / \sqrt{1 - \beta_2^t} + \epsilon}$. Every operation is rounded
-    to the dtype of W.
+    to float32, the next weight once more to the dtype of W.
 
     Args:
-        W: the parameter, float32 or float16 and C-contiguous; float32 if the moments
-            have eight bits.
+        W: the parameter, float32, float16 or bfloat16 and C-contiguous.
         grad: its gradient, of the same shape and dtype.
         state: from `init` or the last step.
         config: the settings; they may change from step to step.
@@ -91,7 +89,7 @@ def step(W: Any, grad: Any, state: State, config: AdamW) -> tuple[Array, State]:
     W, grad = gpu.adopt(W), gpu.adopt(grad)
     facts = check_gradient(gpu, W, grad)
     bad = gpu.upload(np.array([facts.size], np.uint64), facts.device)
-    settings = settings_of(config, state.t + 1, facts.dtype)
+    settings = settings_of(config, state.t + 1)
     inputs = parts(gpu, state, facts)
     outputs = [gpu.empty(f.shape, f.dtype, f.device) for f in map(gpu.facts, inputs)]
     W_out = gpu.empty(facts.shape, facts.dtype, facts.device)
@@ -107,8 +105,7 @@ def parts(gpu: Executor, state: State, W: Facts) -> list[Array]:
     """
     if not isinstance(state.m, Blockwise):
         arrays = [("m", state.m), ("v", state.v)]
-        return [_part(gpu, n, a, (W.dtype, W.shape), W.device) for n, a in arrays]
-    _check_8bit(W)
+        return [_part(gpu, n, a, ("float32", W.shape), W.device) for n, a in arrays]
     moments = [("m", state.m), ("v", state.v)]
     codes, scales = (W.size,), (-(-W.size // BLOCKSIZE),)
     return [
@@ -176,10 +173,10 @@ def _part(
     return array
 
 
-def settings_of(config: AdamW, t: int, dtype: str) -> list[float]:
-    """Give what the kernel multiplies by: in float64, then rounded to W's dtype."""
+def settings_of(config: AdamW, t: int) -> list[float]:
+    """Give what the kernel multiplies by, in float64; it is rounded to float32 once."""
     beta1, beta2 = config.betas
-    values = (
+    return [
         1 - config.lr * config.weight_decay,
         1 - beta1,
         beta2,
@@ -187,8 +184,7 @@ def settings_of(config: AdamW, t: int, dtype: str) -> list[float]:
         -(config.lr / (1 - beta1**t)),
         sqrt(1 - beta2**t),
         config.eps,
-    )
-    return [float(np.float32(numpy_dtype(dtype).type(value))) for value in values]
+    ]
 
 
 def _zeros(gpu: Executor, facts: Facts, signed: bool) -> Blockwise:
@@ -213,28 +209,11 @@ def _maps(gpu: Executor, device: int) -> Array:  # one upload a device, not a st
 
 def check_gradient(gpu: Executor, W: Array, grad: Array) -> Facts:
     """Return the facts of W; refuse a gradient of another shape, dtype or device."""
-    facts = _check_weight(gpu.facts(W))
+    facts = check("W", gpu.facts(W), CTYPES)
     slope = check("the gradient", gpu.facts(grad), [facts.dtype], facts.device)
     if slope.shape != facts.shape:
         raise InputError(f"the gradient has shape {slope.shape}; W has {facts.shape}.")
     return facts
-
-
-def _check_weight(facts: Facts) -> Facts:
-    if facts.dtype == "bfloat16":
-        raise InputError(
-            "W is bfloat16, where beta2 = 0.999 rounds to 1 and most steps to nothing; "
-            "update a float32 copy."
-        )
-    return check("W", facts, ADAMW.dtypes)
-
-
-def _check_8bit(facts: Facts) -> None:
-    if facts.dtype != "float32":
-        raise InputError(
-            f"W is {facts.dtype}; states of 8 bits update float32 weights: keep a "
-            "float32 copy, or choose bits=32."
-        )
 
 
 def check_finite(gpu: Executor, grad: Array, first_bad: int, n: int) -> None:

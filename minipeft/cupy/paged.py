@@ -93,7 +93,7 @@ def step(
     state = p.states[tensor]
     adamw.parts(gpu, state, facts)
     bad = _check_finite(gpu, grad, facts, isinstance(state.m, Blockwise))
-    settings = adamw.settings_of(config, state.t + 1, facts.dtype)
+    settings = adamw.settings_of(config, state.t + 1)
     new = gpu.empty(facts.shape, facts.dtype, facts.device)
     flat = [array.reshape(-1) for array in (W, grad, new)]
     for page in p.pages[tensor]:

@@ -51,7 +51,8 @@ def init(W: Inexact[np.ndarray, "..."], bits: int = 32) -> State:
 
     Args:
         W: the parameter; only its shape and dtype matter.
-        bits: 32 (the dtype of W), or 8 for tensors of at least 4,096 values.
+        bits: 32 (float32, whatever 16 bits W may have), or 8 for tensors of at least
+            4,096 values.
 
     Raises:
         InputError: if `bits` is neither.
@@ -60,7 +61,7 @@ def init(W: Inexact[np.ndarray, "..."], bits: int = 32) -> State:
     """
     if bits not in (8, 32):
         raise InputError(f"bits is {bits}; choose 8 or 32.")
-    zero = np.zeros_like(W)
+    zero = np.zeros(W.shape, wide(W))
     if bits == 32 or W.size < MIN_8BIT_SIZE:
         return State(0, zero, zero)
     m, v = (blockwise.quantize(zero, dynamic_map(s), BLOCKSIZE) for s in (True, False))
@@ -78,8 +79,8 @@ def step(
     $m = m + (1 - \beta_1)(g - m)$, $v = \beta_2 v + (1 - \beta_2) g^2$,
     $W = (1 - \eta\lambda) W - \frac{\eta}{1 - \beta_1^t}
     \frac{m}{\sqrt{v} / \sqrt{1 - \beta_2^t} + \epsilon}$. Every operation is rounded
-    to the dtype of W. Moments of eight bits are decoded before, encoded after; the
-    weight sees the moments before they are encoded.
+    to float32, the next weight once more to the dtype of W. Moments of eight bits are
+    decoded before, encoded after; the weight sees the moments before they are encoded.
 
     Args:
         W: the parameter.
@@ -95,12 +96,21 @@ def step(
     _check(grad, W.shape)
     t, (beta1, beta2) = state.t + 1, config.betas
     m, v = decode(state.m), decode(state.v)
+    W_old, grad = W.astype(wide(W)), grad.astype(wide(W))
     m = m + (1 - beta1) * (grad - m)
     v = beta2 * v + (1 - beta2) * grad * grad
     step_size = config.lr / (1 - beta1**t)
     root = np.sqrt(v) / sqrt(1 - beta2**t) + config.eps
-    W = W * (1 - config.lr * config.weight_decay) + -step_size * m / root
-    return W, State(t, encode(m, state.m), encode(v, state.v))
+    W_new = W_old * (1 - config.lr * config.weight_decay) + -step_size * m / root
+    return W_new.astype(W.dtype), State(t, encode(m, state.m), encode(v, state.v))
+
+
+def wide(W: Inexact[np.ndarray, "..."]) -> np.dtype[np.generic]:
+    """Return the dtype of states and of arithmetic: float32, or that of W if wider.
+
+    In bfloat16 beta2 = 0.999 would be 1, and most steps smaller than half a last bit.
+    """
+    return np.promote_types(W.dtype, np.float32)
 
 
 def decode(moment: Moment) -> Inexact[np.ndarray, "..."]:

@@ -28,7 +28,8 @@ def init(W: Inexact[Tensor, "..."], bits: int = 32) -> State:
 
     Args:
         W: the parameter; only its shape, dtype and device matter.
-        bits: 32 (the dtype of W), or 8 for tensors of at least 4,096 values.
+        bits: 32 (float32, whatever 16 bits W may have), or 8 for tensors of at least
+            4,096 values.
 
     Raises:
         InputError: if `bits` is neither.
@@ -39,8 +40,7 @@ def init(W: Inexact[Tensor, "..."], bits: int = 32) -> State:
         raise InputError(f"bits is {bits}; choose 8 or 32.")
     state: State = {"step": 0}
     for name in ("m", "v"):
-        zero = torch.zeros_like(W, memory_format=torch.contiguous_format)
-        state[name] = zero.detach()
+        state[name] = torch.zeros(W.shape, dtype=wide(W), device=W.device)
         if bits == 8 and W.numel() >= MIN_8BIT_SIZE:
             _encode(state, name, state.pop(name))
     return state
@@ -57,8 +57,8 @@ def update(
     $m = m + (1 - \beta_1)(g - m)$, $v = \beta_2 v + (1 - \beta_2) g^2$,
     $W = (1 - \eta\lambda) W - \frac{\eta}{1 - \beta_1^t}
     \frac{m}{\sqrt{v} / \sqrt{1 - \beta_2^t} + \epsilon}$. Every operation is rounded
-    to the dtype of W. Moments of eight bits are decoded before, encoded after; the
-    weight sees the moments before they are encoded.
+    to float32, the next weight once more to the dtype of W. Moments of eight bits are
+    decoded before, encoded after; the weight sees the moments before they are encoded.
 
     Args:
         W: the parameter.
@@ -70,17 +70,27 @@ def update(
     """
     t, (beta1, beta2), lr = state["step"] + 1, group["betas"], group["lr"]
     m, v = decode(state, "m", W.shape), decode(state, "v", W.shape)
+    W_old, grad = W.to(wide(W)), grad.to(wide(W))
     m = m + (1 - beta1) * (grad - m)
     v = beta2 * v + (1 - beta2) * grad * grad
     step_size = lr / (1 - beta1**t)
     root = _root(v) / v.new_full((), sqrt(1 - beta2**t)) + group["eps"]
-    W.copy_(W * (1 - lr * group["weight_decay"]) + -step_size * m / root)
+    W.copy_(W_old * (1 - lr * group["weight_decay"]) + -step_size * m / root)
     state["step"] = t
     for name, values in (("m", m), ("v", v)):
         if name in state:
             state[name] = values
         else:
             _encode(state, name, values)
+
+
+def wide(W: Inexact[Tensor, "..."]) -> torch.dtype:
+    """Return the dtype of states and of arithmetic: float32, or that of W if wider.
+
+    So does bitsandbytes. torch's own AdamW keeps to the dtype of W, and in bfloat16
+    beta2 = 0.999 is 1, and most steps are smaller than half a last bit.
+    """
+    return torch.promote_types(W.dtype, torch.float32)
 
 
 def decode(state: State, name: str, shape: tuple[int, ...]) -> Inexact[Tensor, "..."]:

@@ -14,9 +14,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from minipeft.errors import InputError
+from minipeft.golden.drivers.bridge import to_numpy, to_torch
 from minipeft.reference import adamw as reference
 from minipeft.torch import adamw
-from tests.properties.test_adamw import SETTINGS, bits, run, tensors
+from tests.properties.test_adamw import SETTINGS, bits, half_dtypes, run, tensors
 from tests.strategies import seeds
 from tests.tolerance import assert_bits, assert_within, gamma
 
@@ -54,6 +55,20 @@ def test_weights_and_states_agree_in_every_bit(seed, config, b, k):
     descend(p, ours, grads)
     expected, state = run(W, grads, config, reference.init(W, b))
     assert_bits(p.detach().numpy(), expected)
+    assert_state(ours.state[p], as_torch(state))
+
+
+@given(seeds, SETTINGS, bits, half_dtypes, st.integers(1, 3))
+def test_weights_of_16_bits_agree_too(seed, config, b, dtype, k):
+    W, grads = tensors(seed, k)
+    W, grads = W.astype(dtype), [g.astype(dtype) for g in grads]
+    p = torch.nn.Parameter(to_torch(W).clone())
+    ours = adamw.AdamW([p], **vars(config), bits=b)
+    for grad in grads:
+        p.grad = to_torch(grad)
+        ours.step()
+    expected, state = run(W, grads, config, reference.init(W, b))
+    assert_bits(to_numpy(p), expected)
     assert_state(ours.state[p], as_torch(state))
 
 

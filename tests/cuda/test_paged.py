@@ -8,7 +8,7 @@ from minipeft.cupy.executor import use
 from minipeft.errors import InputError
 from tests.cuda.adamw_cases import slope
 from tests.cuda.blockwise_cases import gaussian
-from tests.cuda.executors import CpuExecutor
+from tests.cuda.executors import DTYPES, CpuExecutor
 from tests.cuda.paged_cases import agree, bad_gradient_is_named
 from tests.cuda.toolchain import needs_cpu_build
 
@@ -17,14 +17,15 @@ pytestmark = needs_cpu_build
 
 @pytest.mark.parametrize("budget", [1, 2, 5, 100])
 @pytest.mark.parametrize(
-    ("dtype", "bits"), [("float32", 8), ("float32", 32), ("float16", 32)]
+    ("dtype", "bits"),
+    [("float32", 8), ("bfloat16", 8), ("float32", 32), ("float16", 32)],
 )
 def test_the_bytes_and_the_traffic_of_the_reference(budget, dtype, bits):
     with use(CpuExecutor(seed=budget)):
         agree([5000, 1, 4096, 65], dtype, bits, 1024, budget)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "float16"])
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("n", [63, 64, 65, 5000])
 def test_a_gradient_that_is_not_finite_touches_no_page(n, dtype):
     with use(CpuExecutor()):

@@ -2,6 +2,7 @@
 
 import io
 
+import ml_dtypes
 import numpy as np
 import pytest
 from hypothesis import given
@@ -21,6 +22,7 @@ SETTINGS = st.builds(
     weight_decay=st.sampled_from([0.0, 0.01, 0.3]),
 )
 bits = st.sampled_from([8, 32])
+half_dtypes = st.sampled_from([np.float16, ml_dtypes.bfloat16])
 
 
 def tensors(seed, k, size=MIN_8BIT_SIZE + 100):
@@ -160,6 +162,29 @@ def test_nothing_given_is_changed(seed, config, b):
     assert_bits(grads[0], before[1])
     for name, array in adamw.to_arrays(state).items():
         assert_bits(array, copies[name])
+
+
+@given(seeds, SETTINGS, bits, half_dtypes, st.integers(1, 4))
+def test_a_weight_of_16_bits_is_rounded_once_a_step(seed, config, b, dtype, k):
+    W, grads = tensors(seed, k)
+    W, grads = W.astype(dtype), [g.astype(dtype) for g in grads]
+    state = expected_state = adamw.init(W, b)
+    for grad in grads:
+        exact = W.astype(np.float32), grad.astype(np.float32)
+        W, state = adamw.step(W, grad, state, config)
+        expected, expected_state = adamw.step(*exact, expected_state, config)
+        assert_bits(W, expected.astype(dtype))
+        assert_same(state, expected_state)
+
+
+def test_in_bfloat16_the_second_moment_is_not_lost():
+    # Where the state has the dtype of the weight, as in torch's own AdamW, 1 - 0.999 of
+    # a square is less than half a last bit of v: v stays where its first steps left it.
+    W = np.zeros(4, ml_dtypes.bfloat16)
+    state = adamw.init(W)
+    for _ in range(100):
+        W, state = adamw.step(W, np.ones_like(W), state, AdamW())
+    assert_within(state.v, np.full(4, 1 - 0.999**100), gamma(500))
 
 
 @pytest.mark.parametrize("size", [1, 255, MIN_8BIT_SIZE - 1])

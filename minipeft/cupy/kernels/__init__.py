@@ -133,7 +133,7 @@ DEQUANTIZE_NESTED = Kernel(
         "bits": "int32",
     },
 )
-# What a step computes from its settings, in the dtype of the weight.
+# What a step computes from its settings.
 SETTINGS = {
     "decay": "float32",
     "new_m": "float32",
@@ -158,7 +158,6 @@ ADAMW = Kernel(
         "n": "int64",
         **SETTINGS,
     },
-    dtypes=("float32", "float16"),
 )
 ADAMW_8BIT = Kernel(
     "adamw",
@@ -180,13 +179,11 @@ ADAMW_8BIT = Kernel(
         "n": "int64",
         **SETTINGS,
     },
-    dtypes=(),
 )
 FIRST_BAD = Kernel(
     "paged",
     "first_bad",
     {"x": POINTER, "bad": POINTER, "n": "int64", "limit": "float32"},
-    dtypes=("float32", "float16"),
 )
 SHRINK = Kernel(
     "lora_batched",

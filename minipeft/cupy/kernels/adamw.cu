@@ -1,53 +1,54 @@
-// AdamW: one step of a tensor, its moments in its own dtype or in eight bits.
+// AdamW: one step of a tensor, its moments in float32 or in eight bits.
 //
 //   m = m + (1 - b1) (g - m)                       v = b2 v + (1 - b2) g g
 //   W = (1 - lr wd) W - lr / (1 - b1^t) m / (sqrt(v) / sqrt(1 - b2^t) + eps)
 //
-// Every operation is rounded to the dtype of W, as the reference does it. In eight bits a
-// moment is a code of the dynamic map times the absmax of its block of 256: decoded,
+// Every operation is rounded to float32, the next W once more to its own dtype. In eight
+// bits a moment is a code of the dynamic map times the absmax of its block of 256: decoded,
 // updated and encoded again within the kernel, so that it never lies in memory as float32.
 //
 // Bytes moved a value (s = bytes of the dtype of W):
-//   adamw       W, g, m, v read and W, m, v written: 7 s, 28 in float32
-//   adamw_8bit  W, g read and W written: 12; codes 2 read, 2 written; scales 16/256: 16.06
+//   adamw       W, g read and W written: 3 s; m, v read and written: 16. 28 in float32
+//   adamw_8bit  W, g read and W written: 3 s; codes 2 read, 2 written; scales 16/256:
+//               16.06 in float32, 10.06 in 16 bits
 // Operations a value: 14, with a division and a square root; in eight bits 16 comparisons
 // more.
 //
-// Roofline: at most 2 operations a byte, so memory bounds both. A billion parameters in
+// Roofline: at most 3 operations a byte, so memory bounds both. A billion parameters in
 // float32 at 1.5 TB/s: 18.7 ms a step, and 10.7 ms with states of eight bits.
 //
 // Launch: 256 threads.
-//   adamw       a thread takes 16 bytes of each tensor
+//   adamw       a thread takes 16 bytes of W
 //   adamw_8bit  a thread takes 4 values, two warps a block of 256, a CUDA block 8 times 1024
 //               values, so that the 4 KB of tables are loaded once for many
 #include "scale.cuh"
 
 constexpr int THREADS = 256;
 
-// The settings of a step, already in the dtype of W.
+// The settings of a step.
 struct Step {
   float decay, new_m, beta2, new_v, minus_step, correction, eps;
 
-  template <class T>
   __device__ __forceinline__ void update(float& w, float g, float& m, float& v) const {
-    const float change = round_to<T>(__fmul_rn(new_m, round_to<T>(__fsub_rn(g, m))));
-    m = round_to<T>(__fadd_rn(m, change));
-    const float square = round_to<T>(__fmul_rn(round_to<T>(__fmul_rn(new_v, g)), g));
-    v = round_to<T>(__fadd_rn(round_to<T>(__fmul_rn(beta2, v)), square));
-    const float root = round_to<T>(__fdiv_rn(round_to<T>(__fsqrt_rn(v)), correction));
-    const float below = round_to<T>(__fadd_rn(root, eps));
-    const float move = round_to<T>(__fdiv_rn(round_to<T>(__fmul_rn(minus_step, m)), below));
-    w = round_to<T>(__fadd_rn(round_to<T>(__fmul_rn(w, decay)), move));
+    m = __fadd_rn(m, __fmul_rn(new_m, __fsub_rn(g, m)));
+    const float square = __fmul_rn(__fmul_rn(new_v, g), g);
+    v = __fadd_rn(__fmul_rn(beta2, v), square);
+    const float root = __fadd_rn(__fdiv_rn(__fsqrt_rn(v), correction), eps);
+    w = __fadd_rn(__fmul_rn(w, decay), __fdiv_rn(__fmul_rn(minus_step, m), root));
   }
 };
 
 template <int COUNT, class T>
 __device__ __forceinline__ void store(T* to, i64 first, i64 n, const float* from) {
+  constexpr int SIZE = vector_size<T, COUNT>;
   if (first + COUNT <= n) {
-    Vector<T> part;
 #pragma unroll
-    for (int i = 0; i < COUNT; ++i) part.at[i] = from_float<T>(from[i]);
-    store_vector(to + first, part);
+    for (int v = 0; v < COUNT; v += SIZE) {
+      Vector<T, SIZE> part;
+#pragma unroll
+      for (int i = 0; i < SIZE; ++i) part.at[i] = from_float<T>(from[v + i]);
+      store_vector(to + first + v, part);
+    }
   } else {
 #pragma unroll
     for (int i = 0; i < COUNT; ++i)
@@ -59,9 +60,10 @@ __device__ __forceinline__ void store(T* to, i64 first, i64 n, const float* from
 // bad: holds n at the start; at the end, the first index whose gradient is not finite.
 template <class T>
 __global__ void __launch_bounds__(THREADS, 4)
-adamw(const T* W, const T* __restrict__ grad, const T* m_in, const T* v_in, T* W_out,
-      T* m_out, T* v_out, u64* __restrict__ bad, i64 n, float decay, float new_m,
-      float beta2, float new_v, float minus_step, float correction, float eps) {
+adamw(const T* W, const T* __restrict__ grad, const float* m_in, const float* v_in,
+      T* W_out, float* m_out, float* v_out, u64* __restrict__ bad, i64 n, float decay,
+      float new_m, float beta2, float new_v, float minus_step, float correction,
+      float eps) {
   constexpr int SIZE = Vector<T>::size;
   const Step step{decay, new_m, beta2, new_v, minus_step, correction, eps};
   const i64 first = (i64(blockIdx.x) * THREADS + threadIdx.x) * SIZE;
@@ -74,7 +76,7 @@ adamw(const T* W, const T* __restrict__ grad, const T* m_in, const T* v_in, T* W
 #pragma unroll
   for (int i = 0; i < SIZE; ++i) {
     if (!is_finite(g[i])) atomicMin(bad, u64(first + i));
-    step.update<T>(w[i], g[i], m[i], v[i]);
+    step.update(w[i], g[i], m[i], v[i]);
   }
   store<SIZE>(W_out, first, n, w);
   store<SIZE>(m_out, first, n, m);
@@ -84,7 +86,7 @@ adamw(const T* W, const T* __restrict__ grad, const T* m_in, const T* v_in, T* W
 // Eight bits ----------------------------------------------------------------------------
 
 constexpr int BLOCK = 256;  // values that share a scale
-constexpr int GROUP = 4;    // neighbours of one thread: 16 bytes of W, 4 of codes
+constexpr int GROUP = 4;    // neighbours of one thread: 4 bytes of codes
 constexpr int TILE = THREADS * GROUP;
 
 // The values and the boundaries of both dynamic maps.
@@ -128,13 +130,14 @@ __device__ __forceinline__ float largest(const float* of) {
 
 // As above; a block's scales are read by all its threads before a barrier and written after.
 // bad: also where a moment is not finite, which no scale could hold.
+template <class T>
 __global__ void __launch_bounds__(THREADS)
-adamw_8bit(const float* W, const float* __restrict__ grad, const byte* m_codes,
+adamw_8bit(const T* W, const T* __restrict__ grad, const byte* m_codes,
            const byte* v_codes, const float* m_absmax, const float* v_absmax,
-           const float* __restrict__ maps, float* W_out, byte* m_codes_out,
-           byte* v_codes_out, float* m_absmax_out, float* v_absmax_out,
-           u64* __restrict__ bad, i64 n, float decay, float new_m, float beta2, float new_v,
-           float minus_step, float correction, float eps) {
+           const float* __restrict__ maps, T* W_out, byte* m_codes_out, byte* v_codes_out,
+           float* m_absmax_out, float* v_absmax_out, u64* __restrict__ bad, i64 n,
+           float decay, float new_m, float beta2, float new_v, float minus_step,
+           float correction, float eps) {
   alignas(16) __shared__ Maps map;
   __shared__ float part[2][THREADS / WARP];
   const Step step{decay, new_m, beta2, new_v, minus_step, correction, eps};
@@ -153,7 +156,7 @@ adamw_8bit(const float* W, const float* __restrict__ grad, const byte* m_codes,
     decode(v_codes, first, n, inside ? v_absmax[block] : 0.0f, map.v, v);
 #pragma unroll
     for (int i = 0; i < GROUP; ++i) {
-      step.update<float>(w[i], g[i], m[i], v[i]);
+      step.update(w[i], g[i], m[i], v[i]);
       if (!(is_finite(g[i]) && is_finite(m[i]) && is_finite(v[i])))
         atomicMin(bad, u64(first + i));
     }

@@ -41,37 +41,56 @@ __device__ __forceinline__ float warp_sum(float x) {
   return x;
 }
 
-// 16 bytes: the widest load and store that a thread has. The address must be a multiple
-// of 16; the launchers see to it.
-template <class T> struct alignas(16) Vector {
-  static constexpr int size = 16 / sizeof(T);
-  T at[size];
+// 16 bytes, the widest load and store that a thread has, or 8 of them. The address must
+// be a multiple of that; the launchers see to it.
+template <class T, int SIZE = 16 / sizeof(T)> struct alignas(SIZE * sizeof(T)) Vector {
+  static constexpr int size = SIZE;
+  T at[SIZE];
 };
 
-template <class T> __device__ __forceinline__ Vector<T> load_vector(const T* from) {
-  Vector<T> to;
-  *reinterpret_cast<uint4*>(&to) = *reinterpret_cast<const uint4*>(from);
+template <int BYTES> struct Word;
+template <> struct Word<8> { typedef uint2 type; };
+template <> struct Word<16> { typedef uint4 type; };
+
+template <class V> __device__ __forceinline__ void copy_vector(V* to, const V* from) {
+  typedef typename Word<sizeof(V)>::type Whole;
+  *reinterpret_cast<Whole*>(to) = *reinterpret_cast<const Whole*>(from);
+}
+
+template <int SIZE, class T>
+__device__ __forceinline__ Vector<T, SIZE> load_vector(const T* from) {
+  Vector<T, SIZE> to;
+  copy_vector(&to, reinterpret_cast<const Vector<T, SIZE>*>(from));
   return to;
 }
 
-template <class T> __device__ __forceinline__ void store_vector(T* to, Vector<T> from) {
-  *reinterpret_cast<uint4*>(to) = *reinterpret_cast<const uint4*>(&from);
+template <class T> __device__ __forceinline__ Vector<T> load_vector(const T* from) {
+  return load_vector<Vector<T>::size>(from);
+}
+
+template <class T, int SIZE>
+__device__ __forceinline__ void store_vector(T* to, Vector<T, SIZE> from) {
+  copy_vector(reinterpret_cast<Vector<T, SIZE>*>(to), &from);
 }
 
 template <class T> __device__ __forceinline__ float round_to(float x) {
   return to_float(from_float<T>(x));
 }
 
+// The values of a vector, where a thread takes no more than COUNT.
+template <class T, int COUNT>
+constexpr int vector_size = COUNT < Vector<T>::size ? COUNT : Vector<T>::size;
+
 // `COUNT` consecutive values as float32; what lies at `n` or beyond reads as zero. `whole`
-// says that `from` is aligned, so that 16 bytes can be read at a time.
+// says that `from` is aligned, so that a vector can be read at a time.
 template <int COUNT, class T>
 __device__ __forceinline__ void load_padded(const T* from, i64 first, i64 n, float* to,
                                             bool whole = true) {
-  constexpr int SIZE = Vector<T>::size;
+  constexpr int SIZE = vector_size<T, COUNT>;
   if (whole && first + COUNT <= n) {
 #pragma unroll
     for (int v = 0; v < COUNT; v += SIZE) {
-      const Vector<T> part = load_vector(from + first + v);
+      const Vector<T, SIZE> part = load_vector<SIZE>(from + first + v);
 #pragma unroll
       for (int i = 0; i < SIZE; ++i) to[v + i] = to_float(part.at[i]);
     }
