@@ -67,6 +67,12 @@ def _add_verify(
         dest="program",
         help="a program: one JSON case on stdin, one JSON answer on stdout",
     )
+    _add_conditions(parser)
+    _add_choices(parser)
+    parser.set_defaults(run=_verify)
+
+
+def _add_conditions(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--timeout",
         type=float,
@@ -79,8 +85,6 @@ def _add_verify(
         default="cpu",
         help="where torch and the libraries on it compute (default: cpu)",
     )
-    _add_choices(parser)
-    parser.set_defaults(run=_verify)
 
 
 def _add_choices(parser: argparse.ArgumentParser) -> None:
