@@ -7,14 +7,13 @@ is spilled registers; 128-bit loads and stores are those that move 16 bytes a th
 """
 
 import json
-import re
-import subprocess
 from functools import cache
 from pathlib import Path
 
 from minipeft.cupy import kernels
+from minipeft.lab.gpu import machine_code
 from tests.cuda.rows import ROWS
-from tests.cuda.toolchain import ARCHITECTURES, TOOLS, compile_device
+from tests.cuda.toolchain import ARCHITECTURES, compile_device
 
 FILE = Path(__file__).with_name("budget.json")
 COLUMNS = ("registers", "shared", "local", "load128", "store128")
@@ -27,31 +26,17 @@ Usage = dict[str, int]
 def measure(row: str, architecture: str) -> dict[str, Usage]:
     """Read the machine code of a row's instances."""
     compiled = compile_device(row, "cubin", architecture, kernels.source(row))
-    resources = _listing("--dump-resource-usage", compiled.image)
-    code = _sections(_listing("-sass", compiled.image))
-    usage = {}
-    for expression, name in compiled.names.items():
-        line = re.search(rf"Function {name}:\s+(REG:.*)", resources)[1]
-        counts = dict(re.findall(r"(\w+)(?:\[\d+\])?:(\d+)", line))
-        usage[f"{row} {expression} sm_{architecture}"] = {
-            "registers": int(counts["REG"]),
-            "shared": int(counts["SHARED"]),
-            "local": int(counts["LOCAL"]) + int(counts["STACK"]),
-            "load128": len(re.findall(r"\bLDG\.\S*\b128\b", code[name])),
-            "store128": len(re.findall(r"\bSTG\.\S*\b128\b", code[name])),
+    found = machine_code.read(compiled.image.read_bytes(), compiled.names)
+    return {
+        f"{row} {expression} sm_{architecture}": {
+            "registers": code.registers,
+            "shared": code.shared,
+            "local": code.local,
+            "load128": code.count("LDG", 128),
+            "store128": code.count("STG", 128),
         }
-    return usage
-
-
-def _listing(option: str, image: Path) -> str:
-    path = {"PATH": f"{TOOLS}:/usr/bin:/bin"}  # cuobjdump calls nvdisasm
-    command = [TOOLS / "cuobjdump", option, image]
-    return subprocess.check_output(command, text=True, env=path)
-
-
-def _sections(sass: str) -> dict[str, str]:
-    parts = re.split(r"Function : (\S+)", sass)
-    return dict(zip(parts[1::2], parts[2::2], strict=True))
+        for expression, code in found.items()
+    }
 
 
 def worse(measured: Usage, allowed: Usage) -> list[str]:
