@@ -187,7 +187,9 @@ def test_bitsandbytes_is_timed_on_the_same_tensors(tmp_path, monkeypatch):
         if k["kernel"].startswith("blockwise"):
             assert k["agreement"] == 1
         if k["kernel"] == "adamw.adamw_8bit":
-            assert 0.9 < k["agreement"] < 1  # it rounds in other places
+            assert k["agreement"] > 0.99
+            # It rounds in other places, which 16 bits cannot show.
+            assert (k["agreement"] < 1) == (k["dtype"] == "float32")
         if k["kernel"] == "qlora.product":
             assert k["agreement"] is None  # it multiplies by its own codes
 
