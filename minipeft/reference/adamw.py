@@ -12,8 +12,8 @@ from minipeft.reference.blockwise import Blockwise
 from minipeft.reference.codebook import dynamic_map
 from minipeft.shapes import Inexact
 
-Moment = Inexact[np.ndarray, "..."] | Blockwise
-
+Weight = Inexact[np.ndarray, "..."]
+Moment = Weight | Blockwise
 BLOCKSIZE = 256
 MIN_8BIT_SIZE = 4096  # smaller tensors (biases, norms) keep float32: little to save
 
@@ -44,15 +44,14 @@ class State:
     v: Moment
 
 
-def init(W: Inexact[np.ndarray, "..."], bits: int = 32) -> State:
+def init(W: Weight, bits: int = 32) -> State:
     """Start with no steps taken and both moments zero.
 
     In eight bits, m is coded by the signed dynamic map and v by the unsigned one.
 
     Args:
         W: the parameter; only its shape and dtype matter.
-        bits: 32 (float32, whatever 16 bits W may have), or 8 for tensors of at least
-            4,096 values.
+        bits: 32, or 8 for tensors of at least 4,096 values.
 
     Raises:
         InputError: if `bits` is neither.
@@ -68,19 +67,13 @@ def init(W: Inexact[np.ndarray, "..."], bits: int = 32) -> State:
     return State(0, m, v)
 
 
-def step(
-    W: Inexact[np.ndarray, "..."],
-    grad: Inexact[np.ndarray, "..."],
-    state: State,
-    config: AdamW,
-) -> tuple[Inexact[np.ndarray, "..."], State]:
+def step(W: Weight, grad: Weight, state: State, config: AdamW) -> tuple[Weight, State]:
     r"""Return the next weight and the next state.
 
     $m = m + (1 - \beta_1)(g - m)$, $v = \beta_2 v + (1 - \beta_2) g^2$,
     $W = (1 - \eta\lambda) W - \frac{\eta}{1 - \beta_1^t}
-    \frac{m}{\sqrt{v} / \sqrt{1 - \beta_2^t} + \epsilon}$. Every operation is rounded
-    to float32, the next weight once more to the dtype of W. Moments of eight bits are
-    decoded before, encoded after; the weight sees the moments before they are encoded.
+    \frac{m}{\sqrt{v} / \sqrt{1 - \beta_2^t} + \epsilon}$, each operation rounded to
+    float32, the next W once more to its dtype; W sees moments before they are encoded.
 
     Args:
         W: the parameter.
@@ -105,20 +98,17 @@ def step(
     return W_new.astype(W.dtype), State(t, encode(m, state.m), encode(v, state.v))
 
 
-def wide(W: Inexact[np.ndarray, "..."]) -> np.dtype[np.generic]:
-    """Return the dtype of states and of arithmetic: float32, or that of W if wider.
-
-    In bfloat16 beta2 = 0.999 would be 1, and most steps smaller than half a last bit.
-    """
+def wide(W: Weight) -> np.dtype[np.generic]:
+    """Return the dtype of states and arithmetic; in bfloat16, beta2 = 0.999 is 1."""
     return np.promote_types(W.dtype, np.float32)
 
 
-def decode(moment: Moment) -> Inexact[np.ndarray, "..."]:
+def decode(moment: Moment) -> Weight:
     """Return the values of a moment, whatever its bits."""
     return blockwise.dequantize(moment) if isinstance(moment, Blockwise) else moment
 
 
-def encode(values: Inexact[np.ndarray, "..."], like: Moment) -> Moment:
+def encode(values: Weight, like: Moment) -> Moment:
     """Store the values of a moment as `like` is stored."""
     if isinstance(like, Blockwise):
         return blockwise.quantize(values, like.codebook, like.blocksize)
@@ -150,7 +140,7 @@ def from_arrays(arrays: Mapping[str, np.ndarray]) -> State:
     return State(int(arrays["t"]), moment("m"), moment("v"))
 
 
-def _check(grad: Inexact[np.ndarray, "..."], shape: tuple[int, ...]) -> None:
+def _check(grad: Weight, shape: tuple[int, ...]) -> None:
     if grad.shape != shape:
         raise InputError(f"the gradient has shape {grad.shape}; W has {shape}.")
     bad = np.flatnonzero(~np.isfinite(grad))
