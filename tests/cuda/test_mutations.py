@@ -1,19 +1,17 @@
 """The checks can fail: each mistake planted in a kernel is found by those named."""
 
-from functools import cache
+import json
+from pathlib import Path
 
 import pytest
 
-from minipeft.cupy import kernels
-from minipeft.cupy.executor import use
-from tests.cuda.executors import CpuExecutor, LaunchError, PtxExecutor
+from tests.cuda import trials
 from tests.cuda.mutation import CHECKS
-from tests.cuda.ptx_parser import PtxError
 from tests.cuda.rows import ROWS
-from tests.cuda.toolchain import compile_cpu, missing_for_cpu, missing_for_device
+from tests.cuda.toolchain import missing_for_cpu, missing_for_device
 
-DTYPE = "float32"
-SEEDS = range(3)
+ROOT = Path(__file__).parents[2]
+TABLE = ROOT / "chapters" / "results" / "19_kernels_without_a_gpu.json"
 PLANTED = [
     pytest.param(row, mutation, check, id=f"{row}: {mutation.name}: {check}")
     for row, parts in ROWS.items()
@@ -21,48 +19,31 @@ PLANTED = [
     for check in mutation.caught_by
 ]
 
-# The words by which each check reports what it is there for.
-REPORTS = {
-    "values": r"differ, first at|off by|shim: ",
-    "races": "ThreadSanitizer: data race",
-    "addresses": r"AddressSanitizer: [\w-]+-overflow|runtime error: ",
-    "ptx": "differ, first at|off by|out of bounds|misaligned|outside every buffer",
-}
-
-
-@cache
-def program(row: str, check: str):
-    """Build the mutants that a check must see, all in one program."""
-    text = kernels.source(row)
-    seen = [m for m in ROWS[row].mutations if check in m.caught_by]
-    return compile_cpu(row, check, {m.name: m.apply(text) for m in seen}, [DTYPE])
-
-
-def executors(row, mutation, check):
-    if check == "ptx":
-        yield PtxExecutor(mutants={row: mutation.apply(kernels.source(row))})
-        return
-    for seed in SEEDS:
-        yield CpuExecutor(check, seed, {row: (program(row, check), mutation.name)})
-
-
-def run(row, chosen):
-    for executor in chosen:
-        with use(executor):
-            ROWS[row].small([DTYPE])
-
 
 @pytest.mark.parametrize(("row", "mutation", "check"), PLANTED)
 def test_a_mistake_is_found(row, mutation, check):
     missing = missing_for_device() if check == "ptx" else missing_for_cpu()
     if missing:
         pytest.skip(missing)
-    chosen = list(executors(row, mutation, check))
-    with pytest.raises((AssertionError, LaunchError, PtxError), match=REPORTS[check]):
-        run(row, chosen)
+    together = tuple(m for m in ROWS[row].mutations if check in m.caught_by)
+    chosen = list(trials.executors(row, mutation, check, together))
+    with pytest.raises(trials.FAILURES, match=trials.REPORTS[check]):
+        trials.run(row, chosen)
 
 
 @pytest.mark.parametrize("row", ROWS)
 def test_every_check_is_put_to_the_test(row):
     used = {check for mutation in ROWS[row].mutations for check in mutation.caught_by}
     assert used == set(CHECKS)
+
+
+def test_the_table_in_the_book_is_of_these_mistakes():
+    """If not: python chapters/19_kernels_without_a_gpu.py --full."""
+    published = json.loads(TABLE.read_text())["trials"]
+    ours = [
+        (row, mutation.name, list(mutation.caught_by))
+        for row, parts in ROWS.items()
+        for mutation in parts.mutations
+    ]
+    assert [(t["row"], t["mistake"], t["must"]) for t in published] == ours
+    assert all(set(t["must"]) <= set(t["seen"]) <= set(CHECKS) for t in published)
