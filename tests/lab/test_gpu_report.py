@@ -319,8 +319,15 @@ class FakeCupy:
         self.float32 = np.float32
 
     def empty(self, size, dtype):
-        self.flushed = size
-        return SimpleNamespace(fill=lambda value: self.calls.append("flush"))
+        def memset_async(value, size):
+            self.flushed = size
+            self.calls.append("flush")
+
+        def copy_from_device_async(source, size):
+            self.calls.append(("copy", source, size))
+
+        functions = {f.__name__: f for f in (memset_async, copy_from_device_async)}
+        return SimpleNamespace(data=SimpleNamespace(**functions))
 
     zeros = empty
 
@@ -361,6 +368,25 @@ def test_the_facts_name_device_and_software(cupy):
     }
 
 
+def test_a_copy_goes_from_one_array_to_another(cupy):
+    device.CupyDevice().copying(4096)()
+    ((what, source, size),) = cupy.calls
+    assert (what, size) == ("copy", 4096)
+    assert source.copy_from_device_async
+
+
+def test_only_tf32_rounds_the_factors_of_a_float32_product(monkeypatch):
+    torch = pytest.importorskip("torch")
+    randn = torch.randn
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch, "randn", lambda *n, device, dtype: randn(*n).to(dtype))
+    for dtype, precision in (("tf32", "high"), ("float32", "highest")):
+        device._torch_product(dtype, 4)()
+        assert torch.get_float32_matmul_precision() == precision
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert device._torch_product("float32", 4) is None
+
+
 def test_a_product_without_torch_is_cupys_or_a_reason(cupy, monkeypatch):
     gpu = device.CupyDevice()
     gpu.multiplying("float16", 4)()
@@ -383,6 +409,7 @@ def test_what_is_asked_of_cupy_is_there():
     assert {"record", "synchronize"} <= set(dir(cuda.Event))
     assert callable(cuda.get_elapsed_time)
     assert callable(cuda.MemoryPointer.copy_from_device_async)
+    assert callable(cuda.MemoryPointer.memset_async)
     asked = ("getDeviceProperties", "driverGetVersion", "runtimeGetVersion")
     assert all(callable(getattr(cuda.runtime, name)) for name in asked)
     assert device._version(cuda.runtime.runtimeGetVersion()).count(".") == 1

@@ -93,7 +93,7 @@ def _dequantize(kind: str) -> Callable[[Tensors], Peer]:
 def _product(t: Tensors) -> Peer:
     from bitsandbytes import matmul_4bit
 
-    x, packed = t["x"], t["packed"].reshape(-1, 1)
+    x, packed = t["x"], t["packed"].reshape(-1, 1).t()  # as `Linear4bit` passes it
     like = t["x"].new_empty(t["out_features"], t["in_features"])
     state = _state(t, "nf4", like)
     return Peer(lambda: matmul_4bit(x, packed, state), "")  # with its own codes
