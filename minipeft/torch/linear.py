@@ -51,6 +51,8 @@ class Layout:
         self, layer: Any, x: Tensor, A: Shaped[Tensor, "r in_features"], p: float
     ) -> Shaped[Tensor, "... r"]:
         """Return $x A^T$ in the dtype of A, each entry of x dropped with chance p."""
+        if x.dtype.itemsize < A.dtype.itemsize and not p and _eager(x):
+            return cast(Tensor, _Widened.apply(x, A))  # type: ignore[no-untyped-call]
         x = x.to(A.dtype)
         return linear(dropout(x, p) if p else x, A)
 
@@ -86,6 +88,37 @@ class Lookup(Transposed):
         """Look up the columns of A; to drop the one entry of x is to drop the token."""
         h = embedding(x, A.T, layer.padding_idx)
         return h * dropout(torch.ones_like(h[..., :1]), p) if p else h
+
+
+class _Widened(torch.autograd.Function):
+    """$x A^T$ in the dtype of A, with x remembered as it came.
+
+    Autograd would keep the x that it multiplied: over a base of 16 bits a copy of twice
+    the size, and another one for each layer that reads the same x.
+    """
+
+    @staticmethod
+    def forward(x: Tensor, A: Tensor) -> Tensor:
+        return linear(x.to(A.dtype), A)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def backward(ctx: Any, grad_h: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        x, A = ctx.saved_tensors
+        grad_x = (grad_h @ A).to(x.dtype) if ctx.needs_input_grad[0] else None
+        if not ctx.needs_input_grad[1]:
+            return grad_x, None
+        rows, G = x[None].flatten(0, -2), grad_h[None].flatten(0, -2)
+        return grad_x, G.T @ rows.to(A.dtype)
+
+
+def _eager(x: Tensor) -> bool:
+    # A compiler decides for itself what to keep, autocast what to compute in.
+    compiling = torch.compiler.is_compiling()
+    return not compiling and not torch.is_autocast_enabled(x.device.type)
 
 
 @singledispatch

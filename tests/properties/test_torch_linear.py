@@ -1,0 +1,111 @@
+"""Over a base of 16 bits an adapter computes in 32, and remembers no more than x."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from torch import nn
+from torch.nn.functional import linear
+
+from minipeft.torch.linear import Layout
+from minipeft.torch.lora import LoRA, LoRALinear
+from tests.strategies import gaussian_layers
+
+HALF = [torch.bfloat16, torch.float16]
+each_half = pytest.mark.parametrize("dtype", HALF)
+
+
+def plain(x, A):
+    return linear(x.to(A.dtype), A)
+
+
+def ours(x, A):
+    return Layout().project(None, x, A, 0.0)
+
+
+def gradients(project, x, A, grad_h):
+    x, A = x.clone().requires_grad_(), A.clone().requires_grad_()
+    h = project(x, A)
+    return h.detach(), *torch.autograd.grad(h, (x, A), grad_h)
+
+
+@each_half
+@given(t=gaussian_layers)
+def test_no_bit_differs_from_autograd_s_own(dtype, t):
+    x, A = torch.from_numpy(t.x).to(dtype), torch.from_numpy(t.A)
+    grad_h = torch.from_numpy(np.asarray(t.x @ t.A.T))
+    for mine, right in zip(
+        gradients(ours, x, A, grad_h), gradients(plain, x, A, grad_h), strict=True
+    ):
+        assert mine.dtype == right.dtype
+        assert torch.equal(mine, right)
+
+
+@each_half
+@pytest.mark.parametrize("shape", [(64, 96), (3, 40, 96), (0, 96), (2, 0, 96)])
+def test_no_bit_differs_at_sizes_of_many_sums(dtype, shape):
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(shape, generator=generator).to(dtype)
+    A = torch.randn(8, 96, generator=generator)
+    grad_h = torch.randn(*shape[:-1], 8, generator=generator)
+    for mine, right in zip(
+        gradients(ours, x, A, grad_h), gradients(plain, x, A, grad_h), strict=True
+    ):
+        assert torch.equal(mine, right)
+
+
+def three_layers(dtype):
+    """Queries, keys and values: three adapters that read the same x."""
+    layers = []
+    for seed in range(3):
+        torch.manual_seed(seed)
+        base = nn.Linear(48, 32, dtype=dtype)
+        layers.append(LoRALinear(base, LoRA(torch.randn(4, 48), torch.randn(32, 4), 2)))
+    return layers
+
+
+@each_half
+def test_layers_that_share_an_input_remember_it_once_and_in_16_bits(dtype):
+    layers, kept = three_layers(dtype), []
+    x = torch.randn(7, 48).to(dtype).requires_grad_()
+    with torch.autograd.graph.saved_tensors_hooks(kept.append, lambda t: t):
+        for layer in layers:
+            layer(x)
+    copies = [t for t in kept if t is not None and t.numel() == x.numel()]
+    assert copies
+    assert {t.data_ptr() for t in copies} == {x.data_ptr()}
+
+
+@each_half
+def test_what_is_frozen_gets_no_gradient(dtype):
+    x = torch.randn(5, 48).to(dtype)
+    A = torch.randn(4, 48, requires_grad=True)
+    ours(x, A).sum().backward()
+    assert A.grad is not None
+    assert x.grad is None
+    leaf, frozen = x.requires_grad_(), torch.randn(4, 48)
+    ours(leaf, frozen).sum().backward()
+    assert leaf.grad.dtype == dtype
+    assert frozen.grad is None
+
+
+def test_gradients_of_gradients_are_those_of_autograd():
+    x, A = torch.randn(5, 6).bfloat16(), torch.randn(3, 6)
+
+    def penalty(project):
+        leaf, weight = x.clone().requires_grad_(), A.clone().requires_grad_()
+        h = project(leaf, weight).square().sum()
+        (first,) = torch.autograd.grad(h, leaf, create_graph=True)
+        return torch.autograd.grad(first.float().square().sum(), weight)[0]
+
+    assert torch.equal(penalty(ours), penalty(plain))
+
+
+def test_autocast_computes_in_its_own_precision():
+    x = torch.randn(5, 6).bfloat16()
+    A = torch.randn(3, 6, requires_grad=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        h = ours(x, A)
+    assert h.dtype == torch.bfloat16
+    h.sum().backward()
+    assert A.grad.dtype == torch.float32
