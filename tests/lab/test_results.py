@@ -18,6 +18,20 @@ def result():
     return json.loads(SIDE_BY_SIDE.read_text())
 
 
+def assigned(name):
+    """What the chapter assigns to a name, without running the chapter."""
+    tree = ast.parse((CHAPTERS / "17_side_by_side.py").read_text())
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Assign):
+            (target,) = node.targets
+            names = target.elts if isinstance(target, ast.Tuple) else [target]
+            if name in map(ast.unparse, names):
+                value = ast.literal_eval(node.value)
+                place = [ast.unparse(n) for n in names].index(name)
+                return value[place] if isinstance(target, ast.Tuple) else value
+    raise AssertionError(f"the chapter assigns nothing to {name}")
+
+
 def entrants():
     """The names in the chapter's table of methods, without running the chapter."""
     tree = ast.parse((CHAPTERS / "17_side_by_side.py").read_text())
@@ -45,6 +59,22 @@ def test_every_method_of_the_chapter_has_a_result(result):
     assert len(entrants()) == 12
 
 
+def test_the_result_is_of_the_setting_that_the_chapter_describes(result):
+    assert result["model"] == "tiny"
+    assert result["steps"] == assigned("STEPS")
+    assert result["seeds"] == list(assigned("SEEDS"))
+    assert result["batch"] == list(assigned("SIZE"))
+
+
+@pytest.mark.parametrize("name", entrants())
+def test_every_seed_learned_and_none_is_a_copy_of_another(result, name):
+    method = result["methods"][name]
+    for kind in ("tuning", "validation"):
+        losses = [run[kind] for run in method["runs"]]
+        assert len(set(losses)) == len(losses)
+        assert max(losses) < method["before"][kind]
+
+
 @pytest.mark.parametrize("name", entrants())
 def test_every_method_ran_with_every_seed(result, name):
     method = result["methods"][name]
@@ -70,3 +100,10 @@ def test_the_chosen_rate_has_worse_neighbours_on_both_sides(result, name):
     assert runs[best] == method["runs"][0]
     ratios = [high / low for low, high in itertools.pairwise(rates)]
     assert all(3 < ratio < 3.4 for ratio in ratios)
+
+
+def test_the_share_that_the_readme_tells_is_the_one_that_was_counted(result):
+    said = "with a twelfth of the parameters"
+    assert said in (CHAPTERS.parent / "README.md").read_text()
+    full, thin = (result["methods"][n]["trained"] for n in ("full fine-tuning", "LoRA"))
+    assert round(full / thin) == 12
