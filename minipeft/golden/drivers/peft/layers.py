@@ -16,7 +16,7 @@ def adapted(W: Array, bias: Array | None, config: PeftConfig) -> Any:
     """Return peft's model around the layer of this weight and bias."""
     out_features, in_features = W.shape
     base = nn.Linear(in_features, out_features, bias=bias is not None)
-    base = base.to(to_torch(W).dtype)
+    base = base.to(to_torch(W))  # its dtype and its device
     state = {"weight": to_torch(W)}
     base.load_state_dict(state if bias is None else state | {"bias": to_torch(bias)})
     return get_peft_model(nn.Sequential(base), config)
