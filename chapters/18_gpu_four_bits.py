@@ -283,7 +283,7 @@ chapter.show(
 # - **Neighbours take neighbouring 16 bytes**: everything fetched is wanted, and one instruction moves 512 bytes. 16 bytes are the most that a lane can load at once.
 # - **A byte each** wastes nothing either, but needs sixteen instructions and sixteen addresses for the same bytes.
 # - **Each lane its own row, or its own block**, is how one would write it for a CPU. Half of what is fetched is wanted, or a thirty-second part. The rest may be wanted by the next load of the same lane and still lie in a cache; or it may not.
-# - **Each scale in front of its codes** is the layout of many files: in GGUF's `Q4_1`, four bytes of scales, then 16 of codes, for every 32 weights. It is pleasant for a CPU. Here a block begins at every 20th byte, so no lane can load 16 bytes at an aligned
+# - **Each scale in front of its codes** is the layout of many files: in GGUF's `Q4_1`, four bytes for scale and offset, then 16 of codes, for every 32 weights. It is pleasant for a CPU. Here a block begins at every 20th byte, so no lane can load 16 bytes at an aligned
 #   address, and a load of four finds {=f"{shares['each scale in front of its codes'].mean():.0%}"=} of its sectors useful.
 #
 # Writing has the same law and a trap of its own. A lane that loaded 16 bytes holds 32 codes, which become 64 bytes of float16: four stores. If each lane stores its own, then in each of the four the lanes are 64 bytes apart.
@@ -552,7 +552,7 @@ else:
 # - **Indices of 32 bits.** A tensor of $2^{30}$ weights is a large embedding. Beyond it, bitsandbytes' quantization computed its indices in `int` and they overflowed ([1784](https://github.com/bitsandbytes-foundation/bitsandbytes/pull/1784)). The sizes in our launches are 64 bits wide.
 # - **Fast maths.** `--use_fast_math` replaces division by an approximation and flushes small numbers to zero. bitsandbytes is built with it, so near a boundary its codes may differ. CuPy adds `-ftz=true` to everything that it compiles from source; our launcher
 #   compiles by itself for that reason.
-# - **Fused is not the same number.** A fused product adds in another order than dequantizing and multiplying; [differences of 6e-4](https://github.com/MakazhanAlpamys/Soup/issues/776) in float16 were reported as a defect. They are rounding, and have a bound.
+# - **Fused is not the same number.** A fused product adds in another order than dequantizing and multiplying; [differences of 6e-4](https://github.com/MakazhanAlpamys/Soup/issues/776) in float16 were reported. They are rounding, and have a bound.
 # - **Timings that are too good.** A launch returns before the kernel has run, so a stopwatch on the host times the launch. And a layer of 4096 × 4096 in 4 bits, {=IN_FOUR / 1e6:.1f=} MB, stays in the cache of an A100, which is larger: time it in a loop, and it "reads" faster than the memory can.
 #
 # ## Exercises

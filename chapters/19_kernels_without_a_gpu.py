@@ -132,11 +132,15 @@ if not NO_NVRTC:
 # $$ K_\pi(x) = R(x) \qquad \text{for all orders } \pi, $$
 #
 # with the same bits on both sides. A GPU tries one order, much the same each time. A CPU can try as many as one likes. All that is needed is a few lines around the *same source*: every CUDA thread becomes a *fiber*, a function that can be left in the middle and resumed. At a barrier
-# a fiber leaves; when all have come, all go on, in an order drawn anew. The heart of it:
+# a fiber leaves; when all have come, all go on, in an order drawn anew. The heart of it, in C++:
+
+# %%
+print(fibers.MODEL.strip())
+
+# %% [markdown]
+# That is a small model, for this page. The tests have a larger one of the same kind, with warps, shuffles and half precision.
 #
-# @source minipeft.lab.fibers.MODEL
-#
-# (That is a small model, for this page. The tests have a larger one of the same kind, with warps, shuffles and half precision.) Now the mistakes, each an edit of the source: three barriers taken out, one put where not all threads come, and some that have nothing to do with threads.
+# Now the mistakes, each an edit of the source: three barriers taken out, one put where not all threads come, and some that have nothing to do with threads.
 
 # %%
 SYNC = "  __syncthreads();\n"
@@ -330,7 +334,9 @@ def tests(which, *files):
         r"^tests/cuda/(\S+?\.py::.+?) (PASSED|FAILED|ERROR|SKIPPED)", re.M
     )
     for name, outcome in line.findall(ran.stdout):
-        print(f"{outcome.lower():8s} {name}")
+        test, _, case = name.partition("::")[2].partition("[")
+        case = re.split(r"-\d+-", case.strip("]"))[-1]  # not the program, its sentence
+        print(f"{outcome.lower():8s} {test}{case and ': '}{case}")
     assert ran.returncode == 0, ran.stdout[-2000:]
 
 

@@ -10,7 +10,7 @@
 // for up to 4 rows of x; x comes from L1 or L2. Flops: 2 a weight and row, and the decoding:
 // a shift, a mask, a product.
 //
-// Roofline: 4 operations a byte for one row, so memory bounds it, and the 0.5625 bytes a
+// Roofline: 9 operations a byte for one row, so memory bounds it, and the 0.5625 bytes a
 // weight (B = 64) are 3.6 times fewer than in float16. A 4096 x 4096 layer: 9.4 MB, 6.3
 // microseconds at 1.5 TB/s. From about 16 rows on, dequantizing once and a matrix product
 // on tensor cores are faster; this kernel is for decoding.
