@@ -51,6 +51,15 @@ def test_nothing_else_is_skipped(row):
     assert skipped == {k: v for k, v in SKIPPED.items() if k.startswith(row)}
 
 
+def test_the_codebooks_are_those_of_the_vectors():
+    with use(CpuExecutor()):
+        found = list(verify(functions("cupy"), load_all(["codebook"])))
+    said = {(o.case.operation, o.status) for o in found}
+    assert ("codebook_dynamic_map", "skip") not in said
+    assert not [o.detail for o in found if o.status == "fail"]
+    assert [o.status for o in found].count("pass") == 4  # NF4, FP4, two maps
+
+
 @needs_cpu_build
 @pytest.mark.parametrize("row", MISTAKES)
 def test_a_mistake_in_a_kernel_is_found(row):
