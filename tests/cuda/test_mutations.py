@@ -1,6 +1,7 @@
 """The checks can fail: each mistake planted in a kernel is found by those named."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -8,7 +9,12 @@ import pytest
 from tests.cuda import trials
 from tests.cuda.mutation import CHECKS
 from tests.cuda.rows import ROWS
-from tests.cuda.toolchain import missing_for_cpu, missing_for_device
+from tests.cuda.toolchain import (
+    missing_for_cpu,
+    missing_for_device,
+    needs_cpu_build,
+    needs_nvrtc,
+)
 
 ROOT = Path(__file__).parents[2]
 TABLE = ROOT / "chapters" / "results" / "19_kernels_without_a_gpu.json"
@@ -35,6 +41,23 @@ def test_a_mistake_is_found(row, mutation, check):
 def test_every_check_is_put_to_the_test(row):
     used = {check for mutation in ROWS[row].mutations for check in mutation.caught_by}
     assert used == set(CHECKS)
+
+
+@needs_nvrtc
+@needs_cpu_build
+def test_the_table_says_what_a_check_sees_and_to_what_it_is_blind(monkeypatch, capsys):
+    blind = trials.ROWS["adamw"].mutations[2]
+    assert blind.caught_by == ("races",)
+    rows = {"adamw": replace(ROWS["adamw"], mutations=(blind,)), "paged": ROWS["paged"]}
+    monkeypatch.setattr(trials, "ROWS", rows)
+    monkeypatch.setattr(trials, "CHECKS", ("ptx",))
+    assert trials.main([]) == 0
+    table = json.loads(capsys.readouterr().out)
+    seen = {t["mistake"]: t["seen"] for t in table["trials"]}
+    assert seen == {
+        blind.name: [],
+        **{m.name: ["ptx"] for m in ROWS["paged"].mutations},
+    }
 
 
 def test_the_table_in_the_book_is_of_these_mistakes():
