@@ -76,7 +76,7 @@ print(f"{W.size} weights, {packed.size} bytes, {absmax.size} scales")
 # %% [markdown]
 # ## The first check: compile it for what you do not have
 #
-# NVRTC compiles for any GPU on any machine. What can be learnt from that: that the source is CUDA at all, for the oldest generation in use and for the newest; and what it will use there. **Registers** decide how many threads fit, and too few of them
+# NVRTC compiles for any GPU on any machine. What can be learnt from that: that the source is CUDA at all, for an old generation and for a new one; and what it will use there. **Registers** decide how many threads fit, and too few of them
 # means **spilling**: values wait in memory instead. The [last chapter](18_gpu_four_bits.md) reads such numbers; here they are a test. A file holds them for each kernel, and whoever makes one worse must say so.
 
 
@@ -227,7 +227,7 @@ if not NO_GXX:
 
 # %% [markdown]
 # The pictures differ as the mistakes do. **Between the maxima**, the reduction compares halves that are not ready, and nearly everything is divided by a wrong scale. **Before packing**, it is a coin's toss which thread of a pair runs first, and every second byte is wrong. **Before the maxima** most bytes are *right*: what is read too early is what the block before left in
-# shared memory, and that is seldom larger than the true maximum. Such a kernel passes a careless test. (The real tests fill shared memory with a pattern before each block, so that nothing left over looks plausible.) On a GPU the threads of a warp mostly advance together, and all three might show once in a thousand blocks, or on the next generation only.
+# shared memory, and that is seldom larger than the true maximum. Such a kernel passes a careless test. (The real tests fill shared memory with a pattern before each block, so that nothing left over looks plausible.) On a GPU the threads of a warp mostly advance together, and all three may show rarely, or only on the next generation.
 #
 # ## The third check: sanitizers
 #
