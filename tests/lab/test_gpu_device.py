@@ -1,4 +1,4 @@
-"""The clock of `minipeft gpu-report`: what is asked of CuPy and torch, in what order."""
+"""The clock of `minipeft gpu-report`: what is asked of CuPy and torch, and when."""
 
 import sys
 from types import SimpleNamespace
