@@ -12,7 +12,7 @@ import time
 import numpy as np
 import torch
 
-from minipeft.lab import data, models, plots, text, train
+from minipeft.lab import models, plots, text, train, tuning
 from minipeft.lab.chapter import start
 from minipeft.reference import attention, prefix
 from minipeft.reference.attention import Head
@@ -140,52 +140,31 @@ assert gates[1] > 0.99
 # %%
 base = models.load(chapter.model, chapter.device)
 tokenizer = base.tokenizer
-pairs = {
-    split: [(entry.prompt, entry.answer) for entry in data.devils_dictionary(split)]
-    for split in ("train", "validation")
-}
-batches = text.examples(tokenizer, pairs["train"], (6, 64), seed=0)
-held_out = text.example_batches(tokenizer, pairs["validation"], (25, 64))
+task = tuning.dictionary(tokenizer)
 N = 10
-words = text.encode(tokenizer, ["".join(pairs["train"][7])])[:N].tolist()
+words = text.encode(tokenizer, ["".join(task.pairs[7])])[:N].tolist()
 untouched = {k: v.clone() for k, v in base.model.state_dict().items()}
 WAYS = {
     "random": (PrefixConfig(N), 0.15),
     "from words": (PrefixConfig(tokens=words), 0.15),
     "network": (PrefixConfig(N, hidden=64), 1e-2),
 }
-without = train.loss(base.model, held_out)
-hard = train.loss(PrefixModel(base.model, PrefixConfig(tokens=words)), held_out)
+without = train.loss(base.model, task.held_out)
+hard = train.loss(PrefixModel(base.model, PrefixConfig(tokens=words)), task.held_out)
 print(f"no prefix {without:.3f}, ten words as a prefix, untrained {hard:.3f}")
-histories, tuned, first, count = {}, {}, {}, {}
+tuned = {}
 for name, (config, lr) in WAYS.items():
     torch.manual_seed(0)
-    model = tuned[name] = PrefixModel(base.model, config)
-    first[name] = train.loss(model, held_out)
-    count[name] = sum(p.numel() for p in trainable_parameters(model))
-    setting = train.TrainConfig(
-        chapter.steps,
-        lr=lr,
-        warmup=chapter.steps // 10,
-        validate_every=max(1, chapter.steps // 5),
-    )
-    histories[name] = train.train(model, batches, setting, held_out)
-last = {name: h.validation[-1][1] for name, h in histories.items()}
-for name in WAYS:
+    model = PrefixModel(base.model, config)
+    run = tuned[name] = tuning.tune(model, task, chapter.steps, lr)
     print(
-        f"{name:11s} {count[name]:7,} trained, {first[name]:.3f} before, {last[name]:.3f} after"
+        f"{name:11s} {run.trained:7,} trained, {run.before:.3f} before, {run.after:.3f} after"
     )
-assert all(last[name] < first[name] for name in WAYS)
+assert all(run.after < run.before for run in tuned.values())
 assert all(torch.equal(base.model.state_dict()[k], v) for k, v in untouched.items())
 
 # %% tags=["fold"]
-figure, ax = plots.axes(x="step", y="validation loss (nats per token)", size=(6.4, 3.3))
-for color, (name, history) in zip(plots.PALETTE, histories.items(), strict=False):
-    steps, values = zip((0, first[name]), *history.validation, strict=True)
-    ax.plot(steps, values, "o-", color=color, label=name, markersize=4)
-ax.axhline(without, color=plots.INK, linestyle="--", linewidth=1)
-ax.text(chapter.steps, without, "no prefix", ha="right", va="bottom", color=plots.INK)
-ax.legend()
+figure = tuning.curves(tuned, without, "no prefix")
 chapter.show(
     figure,
     "starts",
@@ -193,15 +172,16 @@ chapter.show(
 )
 
 # %% [markdown]
-# From random keys the model first loses {=f"{first['random'] - without:.2f}"=} nats: ten loud strangers talk into every head. From real words it starts at
-# {=f"{first['from words']:.3f}"=}, near the {=f"{without:.3f}"=} of no prefix, and ends at {=f"{last['from words']:.3f}"=} against {=f"{last['random']:.3f}"=} from random numbers and
-# {=f"{last['network']:.3f}"=} through the network. The network trains {=f"{count['network'] / count['random']:.1f}"=} times as many numbers to make the same prefix. Then it goes:
+# From random keys the model first loses {=f"{tuned['random'].before - without:.2f}"=} nats: ten loud strangers talk into every head. From real words it starts at
+# {=f"{tuned['from words'].before:.3f}"=}, near the {=f"{without:.3f}"=} of no prefix, and ends at {=f"{tuned['from words'].after:.3f}"=} against {=f"{tuned['random'].after:.3f}"=} from random numbers and
+# {=f"{tuned['network'].after:.3f}"=} through the network. The network trains {=f"{tuned['network'].trained / tuned['random'].trained:.1f}"=} times as many numbers to make the same prefix. Then it goes:
 
 # %%
-model = tuned["network"]
-before = model(held_out[0]["input_ids"]).logits.detach()
+model = tuned["network"].model
+ids = task.held_out[0]["input_ids"]
+before = model(ids).logits.detach()
 model.drop_network()
-assert torch.equal(model(held_out[0]["input_ids"]).logits.detach(), before)
+assert torch.equal(model(ids).logits.detach(), before)
 print(
     f"network dropped: {sum(p.numel() for p in trainable_parameters(model)):,} numbers are left, and no logit has changed"
 )
@@ -210,8 +190,8 @@ print(
 # Where does the attention go? In each layer, the share $\lambda$ that the queries of a held-out text give to the prefix, head by head.
 
 # %%
-model = tuned["from words"]
-one = held_out[0]["input_ids"][:8]
+model = tuned["from words"].model
+one = ids[:8]
 eager = copy.deepcopy(base.model)
 eager.set_attn_implementation("eager")
 watched = PrefixModel(eager, PrefixConfig(N))
@@ -247,13 +227,13 @@ chapter.show(
 # %%
 c = base.model.config
 d_kv = c.num_key_value_heads * c.head_dim
-assert count["random"] == 2 * N * c.num_hidden_layers * d_kv
-print(f"2 x {N} x {c.num_hidden_layers} x {d_kv} = {count['random']:,} numbers")
+assert tuned["random"].trained == 2 * N * c.num_hidden_layers * d_kv
+print(f"2 x {N} x {c.num_hidden_layers} x {d_kv} = {tuned['random'].trained:,} numbers")
 print(
     f"Llama 3.2 3B, 50 tokens: {2 * 50 * 28 * 1024:,} numbers, {2 * 50 * 28 * 1024 * 2 / 1e6:.1f} MB a request in 16 bits"
 )
 assert 2 * 50 * 28 * 1024 == 2_867_200  # the count that peft's own benchmark reports
-ids = held_out[0]["input_ids"][:16]
+ids = task.held_out[0]["input_ids"][:16]
 cost = {}
 for n in (0, 10, 50, 100):
     model = PrefixModel(base.model, PrefixConfig(n)) if n else base.model

@@ -11,10 +11,9 @@ import time
 import numpy as np
 import torch
 
-from minipeft.lab import data, models, plots, text, train
+from minipeft.lab import models, plots, text, train, tuning
 from minipeft.lab.chapter import start
 from minipeft.reference import prompt
-from minipeft.torch.inject import trainable_parameters
 from minipeft.torch.prefix import PrefixConfig, PrefixModel
 from minipeft.torch.prompt import PromptConfig, PromptModel
 
@@ -82,52 +81,32 @@ assert (grads.P == 2).all()
 # %%
 base = models.load(chapter.model, chapter.device)
 tokenizer = base.tokenizer
-pairs = {
-    split: [(entry.prompt, entry.answer) for entry in data.devils_dictionary(split)]
-    for split in ("train", "validation")
-}
-batches = text.examples(tokenizer, pairs["train"], (6, 64), seed=0)
-held_out = text.example_batches(tokenizer, pairs["validation"], (25, 64))
+task = tuning.dictionary(tokenizer)
 N = 10
 table = base.model.get_input_embeddings().weight.detach()
 width = table.shape[1]
-bierce = text.encode(tokenizer, ["".join(pairs["train"][7])])[:N].tolist()
+bierce = text.encode(tokenizer, ["".join(task.pairs[7])])[:N].tolist()
 drawn = torch.randint(3, len(table), (N,), generator=torch.Generator().manual_seed(0))
 STARTS = {
     "words of Bierce": PromptConfig(tokens=bierce),
     "any tokens": PromptConfig(tokens=drawn.tolist()),
     "random numbers": PromptConfig(N),
 }
-without = train.loss(base.model, held_out)
+without = train.loss(base.model, task.held_out)
 print(
     f"no prompt: {without:.3f}; entries of the table have a deviation of {table.std():.2f}"
 )
-histories, tuned, first = {}, {}, {}
+tuned = {}
 for name, config in STARTS.items():
-    model = tuned[name] = PromptModel(base.model, config)
-    first[name] = train.loss(model, held_out)
-    setting = train.TrainConfig(
-        chapter.steps,
-        lr=5e-2,
-        warmup=chapter.steps // 10,
-        validate_every=max(1, chapter.steps // 5),
-    )
-    histories[name] = train.train(model, batches, setting, held_out)
-last = {name: h.validation[-1][1] for name, h in histories.items()}
-for name in STARTS:
-    print(f"{name:16s} {first[name]:.3f} before, {last[name]:.3f} after")
-assert all(last[name] < first[name] for name in STARTS)
-trained = sum(p.numel() for p in trainable_parameters(tuned["words of Bierce"]))
-assert trained == N * width
+    model = PromptModel(base.model, config)
+    run = tuned[name] = tuning.tune(model, task, chapter.steps, lr=5e-2)
+    print(f"{name:16s} {run.before:.3f} before, {run.after:.3f} after")
+assert all(run.after < run.before for run in tuned.values())
+assert all(run.trained == N * width for run in tuned.values())
+ends = [run.after for run in tuned.values()]
 
 # %% tags=["fold"]
-figure, ax = plots.axes(x="step", y="validation loss (nats per token)", size=(6.4, 3.3))
-for color, (name, history) in zip(plots.PALETTE, histories.items(), strict=False):
-    steps, values = zip((0, first[name]), *history.validation, strict=True)
-    ax.plot(steps, values, "o-", color=color, label=name, markersize=4)
-ax.axhline(without, color=plots.INK, linestyle="--", linewidth=1)
-ax.text(chapter.steps, without, "no prompt", ha="right", va="bottom", color=plots.INK)
-ax.legend()
+figure = tuning.curves(tuned, without, "no prompt")
 chapter.show(
     figure,
     "starts",
@@ -135,9 +114,9 @@ chapter.show(
 )
 
 # %% [markdown]
-# Without a prompt the model has {=f"{without:.3f}"=} nats. With ten words of Bierce in front, untrained, {=f"{first['words of Bierce']:.3f}"=}; after {=chapter.steps=} steps {=f"{last['words of Bierce']:.3f}"=}, with {=f"{trained:,}"=} trained
-# numbers. From any tokens: {=f"{last['any tokens']:.3f}"=}. From random numbers: {=f"{last['random numbers']:.3f}"=}, having begun at {=f"{first['random numbers']:.3f}"=}.
-# On this model the start hardly matters: the three ends are within {=f"{max(last.values()) - min(last.values()):.3f}"=} nats. The paper sees a clear difference for its small models, and none for its largest.
+# Without a prompt the model has {=f"{without:.3f}"=} nats. With ten words of Bierce in front, untrained, {=f"{tuned['words of Bierce'].before:.3f}"=}; after {=chapter.steps=} steps {=f"{tuned['words of Bierce'].after:.3f}"=}, with {=f"{N * width:,}"=} trained
+# numbers. From any tokens: {=f"{tuned['any tokens'].after:.3f}"=}. From random numbers: {=f"{tuned['random numbers'].after:.3f}"=}, having begun at {=f"{tuned['random numbers'].before:.3f}"=}.
+# On this model the start hardly matters: the three ends are within {=f"{max(ends) - min(ends):.3f}"=} nats. The paper sees a clear difference for its small models, and none for its largest.
 #
 # What has the prompt become? For each vector, the token whose embedding has the largest cosine with it:
 
@@ -152,10 +131,10 @@ def nearest(P):
 
 
 for name in ("words of Bierce", "random numbers"):
-    tokens, cosine = nearest(tuned[name].P)
+    tokens, cosine = nearest(tuned[name].model.P)
     print(f"{name}:", " | ".join(tokens))
     print("   cosines", " ".join(f"{c:.2f}" for c in cosine))
-moved = (tuned["words of Bierce"].P.detach() - table[bierce]).norm(dim=1) / table[
+moved = (tuned["words of Bierce"].model.P.detach() - table[bierce]).norm(dim=1) / table[
     bierce
 ].norm(dim=1)
 print(
@@ -173,23 +152,17 @@ assert moved.min() > 0
 
 # %%
 LENGTHS = (1, 5, 20)
-long = text.encode(tokenizer, ["".join(pair) for pair in pairs["train"][7:12]])
+long = text.encode(tokenizer, ["".join(pair) for pair in task.pairs[7:12]]).tolist()
 results = {"prompt": {}, "prefix": {}}
 numbers = {"prompt": {}, "prefix": {}}
 for n in LENGTHS:
     made = {
-        "prompt": PromptModel(base.model, PromptConfig(tokens=long[:n].tolist())),
-        "prefix": PrefixModel(base.model, PrefixConfig(tokens=long[:n].tolist())),
+        "prompt": (PromptModel(base.model, PromptConfig(tokens=long[:n])), 5e-2),
+        "prefix": (PrefixModel(base.model, PrefixConfig(tokens=long[:n])), 0.15),
     }
-    for kind, model in made.items():
-        setting = train.TrainConfig(
-            max(1, chapter.steps // 2),
-            lr=5e-2 if kind == "prompt" else 0.15,
-            warmup=chapter.steps // 20,
-        )
-        history = train.train(model, batches, setting, held_out)
-        results[kind][n] = history.validation[-1][1]
-        numbers[kind][n] = sum(p.numel() for p in trainable_parameters(model))
+    for kind, (model, lr) in made.items():
+        run = tuning.tune(model, task, max(1, chapter.steps // 2), lr)
+        results[kind][n], numbers[kind][n] = run.after, run.trained
 for kind in results:
     for n in LENGTHS:
         print(
@@ -231,7 +204,7 @@ chapter.show(
 # texts are short and prompts long, and the context has $n$ places fewer.
 
 # %%
-ids = held_out[0]["input_ids"][:16]
+ids = task.held_out[0]["input_ids"][:16]
 cost = {}
 for n in (0, 10, 50, 100):
     model = PromptModel(base.model, PromptConfig(n)) if n else base.model
@@ -271,14 +244,16 @@ assert 200 * 3072 == 614_400
 # 2. Is a trained prompt worth more than its nearest words? Put the words in its place.
 
 # %% tags=["solution"]
-model = tuned["words of Bierce"]
+model = tuned["words of Bierce"].model
 unit = torch.nn.functional.normalize
 ids = (unit(model.P.detach(), dim=1) @ unit(table, dim=1).T).argmax(dim=1)
 as_words = train.loss(
-    PromptModel(base.model, PromptConfig(tokens=ids.tolist())), held_out
+    PromptModel(base.model, PromptConfig(tokens=ids.tolist())), task.held_out
 )
-print(f"trained {last['words of Bierce']:.3f}, as its nearest words {as_words:.3f}")
-assert as_words > last["words of Bierce"]
+print(
+    f"trained {tuned['words of Bierce'].after:.3f}, as its nearest words {as_words:.3f}"
+)
+assert as_words > tuned["words of Bierce"].after
 
 # %% [markdown]
 # 3. Does the order matter? Reverse the trained prompt.
@@ -286,9 +261,9 @@ assert as_words > last["words of Bierce"]
 # %% tags=["solution"]
 with torch.no_grad():
     model.P.copy_(model.P.flip(0))
-reversed_loss = train.loss(model, held_out)
-print(f"in order {last['words of Bierce']:.3f}, reversed {reversed_loss:.3f}")
-assert reversed_loss != last["words of Bierce"]
+reversed_loss = train.loss(model, task.held_out)
+print(f"in order {tuned['words of Bierce'].after:.3f}, reversed {reversed_loss:.3f}")
+assert reversed_loss != tuned["words of Bierce"].after
 
 # %% [markdown]
 # ## References

@@ -1,0 +1,99 @@
+"""A model tuned on The Devil's Dictionary from several starts, and a picture of it."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from matplotlib.figure import Figure
+from torch import nn
+
+from minipeft.lab import data, plots, text
+from minipeft.lab.checkpoint import trainable
+from minipeft.lab.train import Batch, Batches, History, TrainConfig, loss, train
+
+CHECKS = 5
+"""How often in a run the validation loss is taken, the last step included."""
+
+
+@dataclass(frozen=True)
+class Task:
+    """What to learn: the pairs of the training split, and both splits in batches."""
+
+    pairs: list[tuple[str, str]]
+    batches: Batches
+    held_out: list[Batch]
+
+
+@dataclass(frozen=True)
+class Run:
+    """A tuned model, how many numbers were trained, and what the loss did (nats)."""
+
+    model: nn.Module
+    trained: int
+    before: float
+    history: History
+
+    @property
+    def after(self) -> float:
+        """The validation loss at the end."""
+        return self.history.validation[-1][1]
+
+
+def dictionary(tokenizer: Any, size: tuple[int, int] = (6, 64)) -> Task:
+    """Return the task for a tokenizer.
+
+    Args:
+        tokenizer: of the model that will learn.
+        size: examples in a batch, tokens in an example at most.
+    """
+    pairs = {
+        split: [(entry.prompt, entry.answer) for entry in data.devils_dictionary(split)]
+        for split in ("train", "validation")
+    }
+    return Task(
+        pairs["train"],
+        text.examples(tokenizer, pairs["train"], size, seed=0),
+        text.example_batches(tokenizer, pairs["validation"], (25, size[1])),
+    )
+
+
+def tune(model: nn.Module, task: Task, steps: int, lr: float) -> Run:
+    """Train what requires gradients: a tenth of the steps warms up, a cosine follows.
+
+    Args:
+        model: as `train.train` takes it; it is changed.
+        task: what to learn.
+        steps: of training.
+        lr: the largest learning rate.
+
+    Raises:
+        InputError: as `train.train` does.
+    """
+    before = loss(model, task.held_out)
+    config = TrainConfig(
+        steps, lr, warmup=steps // 10, validate_every=max(1, steps // CHECKS)
+    )
+    history = train(model, task.batches, config, task.held_out)
+    count = sum(parameter.numel() for parameter in trainable(model).values())
+    return Run(model, count, before, history)
+
+
+def curves(runs: Mapping[str, Run], without: float, label: str) -> Figure:
+    """Draw the validation loss of each run from its first step.
+
+    Args:
+        runs: by name, in the order of the legend.
+        without: the loss of the base, a dashed line.
+        label: what to call that line.
+    """
+    figure, ax = plots.axes(
+        x="step", y="validation loss (nats per token)", size=(6.4, 3.3)
+    )
+    for color, (name, run) in zip(plots.PALETTE, runs.items(), strict=False):
+        steps, values = zip((0, run.before), *run.history.validation, strict=True)
+        ax.plot(steps, values, "o-", color=color, label=name, markersize=4)
+    ax.axhline(without, color=plots.INK, linestyle="--", linewidth=1)
+    last = max(run.history.validation[-1][0] for run in runs.values())
+    ax.text(last, without, label, ha="right", va="bottom", color=plots.INK)
+    ax.legend()
+    return figure
