@@ -146,6 +146,12 @@ ways = {
 for name, way in ways.items():
     print(f"{name:22s} {way.total / 1e9:6.1f} GB")
 assert ways["QLoRA: LoRA on 4 bits"].total < 24e9 < ways["LoRA on 16 bits"].total
+thin = memory.lora_parameters(llama, adapter) / llama.parameters
+print(f"LoRA of rank {adapter.r} trains {thin:.1%} of the parameters")
+long = memory.training_memory(
+    llama, (4, 4096), adapter, memory.Precision(nested, **half)
+)
+assert long.total > 24e9  # what fits at 512 tokens fails at 4,096
 
 # %% tags=["fold"]
 figure = plots.memory_bars(ways)
@@ -178,11 +184,12 @@ chapter.show(
 # %%
 print(f"65e9 parameters x 12 bytes = {65e9 * 12 / 1e9:.0f} GB")
 assert 65e9 * (2 + 2 + 8) == 780e9
+assert round(24 * 2**30 / 1e9) == 26
 
 # %% [markdown]
 # ## What goes wrong in practice
 #
-# - **"LoRA trains 0.5 % of the parameters, so it needs 0.5 % of the memory."** It needs 0.5 % of *two of the four rows*.
+# - **"LoRA trains {=100 * thin:.1f=} % of the parameters, so it needs {=100 * thin:.1f=} % of the memory."** It needs {=100 * thin:.1f=} % of *two of the four rows*.
 # - **Activations forgotten.** They grow with the batch and the sequence, the other rows do not. A run that fits at 512 tokens fails at
 #   4,096, and no adapter changes that.
 # - **Counting gigabytes in two units.** 26 GB and 24 GiB are the same. This book counts in powers of ten.

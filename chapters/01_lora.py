@@ -217,8 +217,8 @@ assert count["LoRA, r = 8"] < count["full fine-tuning"] / 8
 assert histories["LoRA on random weights"].validation[-1][1] > start_loss
 
 # %% [markdown]
-# LoRA trains {=f"{100 * count['LoRA, r = 8'] / count['full fine-tuning']:.1f}"=} % of the parameters (on a model this small; at 7 billion the same rank is
-# well under 1 %) and reaches {=f"{100 * share:.0f}"=} % of the gain of full fine-tuning. On random weights it learns which tokens are common and little more. So a
+# LoRA trains {=f"{100 * count['LoRA, r = 8'] / count['full fine-tuning']:.1f}"=} % of the parameters (on a model this small: the
+# share falls as the width grows) and reaches {=f"{100 * share:.0f}"=} % of the gain of full fine-tuning. On random weights it learns which tokens are common and little more. So a
 # low-rank update is not a small model that learns the task: it *steers* what the frozen weights already know.
 #
 # And the definitions? The prompts are words that no run was trained on.
@@ -261,7 +261,7 @@ print("unmerged: every weight and every logit as before, bit for bit")
 # %% [markdown]
 # ## What goes wrong in practice
 #
-# - **The scaling.** `scale = alpha` instead of `alpha / r` is {=8=} times too much at rank 8
+# - **The scaling.** `scale = alpha` instead of `alpha / r` is $r$ times too much
 #   ([mlx-vlm 841](https://github.com/Blaizzy/mlx-vlm/issues/841)). Libraries whose default is `alpha = r` have a scaling of exactly 1, and a merge
 #   that forgets it passes their tests ([peft 2489](https://github.com/huggingface/peft/pull/2489)). No test of this project uses 0 or 1.
 # - **Which is A?** Three conventions are in use: $A$ as (r, in), as (in, r), and with the roles exchanged. Only a layer that is not square tells them apart, so

@@ -108,7 +108,7 @@ assert found > 0
 # %% [markdown]
 # *Any scaling gives the same error*, because the adapter makes up for it. And what if it does not? Write $R = W - Q = \sum_i \sigma_i u_i v_i^T$. An adapter that
 # ignores $s$ contributes $s$ times the largest terms, so that $\sigma_i$ becomes $(1 - s)\,\sigma_i$. Of what one step could win in the squared norm, the share
-# $1 - (1 - s)^2$ is left: 44 % for $s = 1/4$, nothing at all for $s = 2$, and beyond it a loss.
+# $1 - (1 - s)^2$ is left: {=100 * (1 - (1 - 1 / 4) ** 2):.0f=} % for $s = 1/4$, nothing at all for $s = 2$, and beyond it a loss.
 
 # %%
 plain = lost(W, NF4) * np.linalg.norm(W)

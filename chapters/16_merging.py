@@ -260,6 +260,7 @@ with torch.no_grad():
 # %%
 q = blockwise.quantize(W)
 W_hat = blockwise.dequantize(q)
+grid = np.linalg.norm(W_hat - W) / np.linalg.norm(W)
 A, B = rng.standard_normal((R, W.shape[1])), rng.standard_normal((W.shape[0], R))
 direction = (B @ A).astype(np.float32)
 direction /= np.linalg.norm(direction)
@@ -332,7 +333,7 @@ chapter.show(
 )
 
 # %% [markdown]
-# An update of one percent of the weight keeps {=f"{100 * cosines[1]:.0f}"=} % of its direction; one of ten percent, {=f"{100 * cosines[3]:.0f}"=} %. NF4's own rounding errs by about nine percent, and what is smaller than the grid drowns in it. So: merge into sixteen bits, or keep
+# An update of one percent of the weight keeps {=f"{100 * cosines[1]:.0f}"=} % of its direction; one of ten percent, {=f"{100 * cosines[3]:.0f}"=} %. NF4's own rounding errs by {=100 * grid:.0f=} %, and what is smaller than the grid drowns in it. So: merge into sixteen bits, or keep
 # the adapter beside the four.
 #
 # Merging into the original looks attractive, since it would even undo the quantization. Its output differs from the trained one by the error of NF4, whatever the update: that is what
