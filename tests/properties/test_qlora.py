@@ -9,7 +9,7 @@ from ml_dtypes import bfloat16
 from minipeft.errors import InputError
 from minipeft.reference import blockwise, double_quant, linear, lora, qlora
 from minipeft.reference.blockwise import Blockwise
-from minipeft.reference.codebook import NF4
+from minipeft.reference.codebook import FP4, NF2, NF4
 from minipeft.reference.double_quant import Nested
 from tests.strategies import gaussian_layers, integer_layers, integers, seeds
 from tests.tolerance import assert_bits, assert_within, gamma
@@ -99,6 +99,21 @@ def test_sixteen_bits_in_sixteen_bits_out(t, double, dtype):
     assert gradients.A.dtype == gradients.B.dtype == np.float32
 
 
+@given(gaussian_layers, nested, st.sampled_from([np.float16, bfloat16]))
+def test_in_sixteen_bits_weight_and_bias_are_rounded_to_them(t, double, dtype):
+    q = quantized(t.W, double)
+    W, x, grad_y = qlora.dequantize(q, dtype), t.x.astype(dtype), t.grad_y.astype(dtype)
+    bias = None if t.bias is None else t.bias.astype(dtype)
+    with np.errstate(over="ignore", invalid="ignore"):  # float16 ends at 65504
+        y = qlora.forward(x, q, adapter(t), t.bias)
+        assert_bits(y, lora.forward(x, W, adapter(t), bias).astype(dtype))
+        gradients = qlora.backward(grad_y, x, q, adapter(t))
+        expected = lora.backward(grad_y, x, W, adapter(t))
+    assert_bits(gradients.x, expected.x.astype(dtype))
+    assert_bits(gradients.A, expected.A)
+    assert_bits(gradients.B, expected.B)
+
+
 @given(seeds, nested, st.sampled_from([np.float16, bfloat16]))
 def test_sixteen_bits_cost_what_their_roundings_allow(seed, double, dtype):
     rng = np.random.default_rng(seed)
@@ -127,6 +142,20 @@ def test_requantized_is_the_dequantized_merge_in_four_bits(t, double):
     assert type(again) is type(q) is (Nested if double else Blockwise)
     assert_bits(again.packed, expected.packed)
     assert_bits(qlora.dequantize(again), qlora.dequantize(expected))
+
+
+@given(gaussian_layers, st.sampled_from([FP4, NF2]), st.sampled_from([2, 8]))
+def test_requantizing_keeps_the_format(t, codebook, blocksize):
+    plain = blockwise.quantize(t.W, codebook, blocksize)
+    double = double_quant.quantize(t.W, codebook, blocksize, 4)
+    for q in (plain, double):
+        again = qlora.merge(q, adapter(t), into="requantized")
+        assert_bits(again.codebook, codebook)
+        assert (again.blocksize, again.shape) == (blocksize, t.W.shape)
+    assert again.nested_blocksize == 4
+    expected = double_quant.quantize(qlora.merge(q, adapter(t)), codebook, blocksize, 4)
+    assert_bits(again.packed, expected.packed)
+    assert_bits(again.nested_absmax, expected.nested_absmax)
 
 
 @given(seeds, st.sampled_from([16, 64]), st.integers(1, 3))
