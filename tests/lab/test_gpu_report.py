@@ -172,6 +172,18 @@ def test_without_a_gpu_one_line_and_no_file(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def test_numpy_and_cupy_are_all_it_needs():
+    program = (
+        "import sys\n"
+        "for name in ('torch', 'bitsandbytes', 'transformers', 'matplotlib'):\n"
+        "    sys.modules[name] = None\n"
+        "from minipeft.lab.gpu import device, peers, report\n"
+        "print(peers.missing('cuda'))\n"
+    )
+    said = subprocess.check_output([sys.executable, "-c", program], text=True)
+    assert said == "bitsandbytes is not installed\n"
+
+
 # bitsandbytes beside ours: its CPU functions have the names of its kernels.
 
 

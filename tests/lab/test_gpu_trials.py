@@ -213,5 +213,5 @@ def test_the_recorder_forgets_what_it_handed_out():
     with use(recorder):
         trial.run()
     recorder.take(trial.kernel)
-    with pytest.raises(IndexError):
+    with pytest.raises(ValueError, match="not enough values"):
         recorder.take(trial.kernel)

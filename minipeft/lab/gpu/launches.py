@@ -72,10 +72,11 @@ class Recorder:
         return id(self)
 
     def take(self, kernel: Kernel) -> Launch:
-        """Return the last launch of a kernel, and forget all of them."""
+        """Return the one launch of a kernel, and forget all that was noted."""
         found = [launch for launch in self._noted if launch.kernel is kernel]
         self._noted.clear()
-        return found[-1]
+        (launch,) = found
+        return launch
 
     def launch(
         self, kernel: Kernel, dtype: str, grid: int, args: Sequence[Any]

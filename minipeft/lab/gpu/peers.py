@@ -7,7 +7,6 @@ from typing import Any
 import numpy as np
 
 from minipeft.cupy.executor import current
-from minipeft.golden.drivers.bridge import to_numpy, to_torch
 from minipeft.lab.gpu.launches import Launch
 from minipeft.lab.gpu.trials import SETTINGS, STEPS, Trial
 
@@ -29,6 +28,8 @@ class Peer:
         """Return the share of values that are the same as ours."""
         if not self.result:
             return None
+        from minipeft.golden.drivers.bridge import to_numpy  # needs torch
+
         theirs = to_numpy(self.call().cpu()).reshape(-1)
         ours = current().download(launch.arguments[self.result]).reshape(-1)
         return float(np.mean(ours == theirs))
@@ -60,6 +61,8 @@ class Tensors:
 
     def __getitem__(self, name: str) -> Any:
         """Return an argument by its name in the table of kernels."""
+        from minipeft.golden.drivers.bridge import to_torch
+
         value = self.arguments[name]
         if not hasattr(value, "dtype") or not getattr(value, "shape", ()):
             return value
