@@ -56,7 +56,7 @@ chapter = start("17_side_by_side", steps=10, model="tiny")
 # - **two judges** after training: definitions of words that no run has seen, and *Persuasion*, a novel that the base has not seen either, in the manner that it should
 #   *not* lose.
 #
-# The rules cost about an hour of a busy CPU, so they have two settings. The results of the long one (`--full`) are committed, and this page shows them. Each build repeats a
+# The rules cost more time than a build has, so they have two settings. The results of the long one (`--full`) are committed, and this page shows them. Each build repeats a
 # short one, and asserts what the text claims for both.
 #
 # ## Who takes part
