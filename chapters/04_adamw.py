@@ -59,6 +59,11 @@ for what, size in {
 # @source minipeft.reference.adamw.init
 # @source minipeft.torch.adamw.init
 #
+# A weight may have 16 bits. The states and the arithmetic keep 32, and only the new weight is rounded back.
+#
+# @source minipeft.reference.adamw.wide
+# @source minipeft.torch.adamw.wide
+#
 # Decoding, encoding, and what a file holds:
 #
 # @source minipeft.reference.adamw.decode
