@@ -4,6 +4,7 @@ Not through `cupy.cuda.runtime`: built for CUDA 13, its `memAdvise` and
 `memPrefetchAsync` call every place a device, and the host is none.
 """
 
+from functools import cache
 from typing import Any
 
 from minipeft.errors import InputError
@@ -48,9 +49,18 @@ def prefetch(array: Any, device: int, stream: int) -> None:
 
 
 def _takes_hints(array: Any) -> bool:
-    # Windows and WSL page on their own and refuse to be told; nothing is empty to CUDA.
-    concurrent = array.device.attributes["ConcurrentManagedAccess"]
-    return bool(array.nbytes and concurrent)
+    # An empty range is an error to CUDA.
+    return bool(array.nbytes) and concurrent(array.device.id)
+
+
+@cache
+def concurrent(device: int) -> bool:
+    """Say whether a device takes hints: under Windows and WSL the driver refuses."""
+    cuda = _runtime()
+    attribute = cuda.cudaDeviceAttr.cudaDevAttrConcurrentManagedAccess
+    error, value = cuda.cudaDeviceGetAttribute(attribute, device)
+    _check((error,))
+    return bool(value)
 
 
 def _place(device: int) -> Any:

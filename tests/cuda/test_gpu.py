@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from minipeft.cupy import adamw, executor, paged
+from minipeft.cupy import adamw, executor, managed, paged
 from minipeft.cupy import blockwise as gpu
 from minipeft.cupy.kernels import CTYPES
 from minipeft.errors import InputError
@@ -94,7 +94,7 @@ def pages():
     import cupy
 
     pytest.importorskip("cuda.bindings")
-    if not cupy.cuda.Device().attributes["ConcurrentManagedAccess"]:
+    if not managed.concurrent(0):
         pytest.skip("this driver pages on its own and takes no hints")
     W = cupy.asarray(gaussian(4 * PAGE))
     return W, paged.init([adamw.init(W)], PAGE, 2)

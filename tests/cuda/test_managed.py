@@ -14,11 +14,34 @@ ADVICE = runtime.cudaMemoryAdvise
 OK = runtime.cudaError_t.cudaSuccess
 
 
-def array(nbytes=4096, concurrent=1):
-    device = SimpleNamespace(id=3, attributes={"ConcurrentManagedAccess": concurrent})
+def array(nbytes=4096, device=3):
     return SimpleNamespace(
-        device=device, nbytes=nbytes, data=SimpleNamespace(ptr=0x7000)
+        device=SimpleNamespace(id=device),
+        nbytes=nbytes,
+        data=SimpleNamespace(ptr=0x7000),
     )
+
+
+@pytest.fixture(autouse=True)
+def _devices(monkeypatch):
+    """All devices but number 9 take hints."""
+    concurrent = runtime.cudaDeviceAttr.cudaDevAttrConcurrentManagedAccess
+
+    def attribute(which, device):
+        assert which == concurrent
+        return OK, int(device != 9)
+
+    monkeypatch.setattr(runtime, "cudaDeviceGetAttribute", attribute)
+    managed.concurrent.cache_clear()
+    yield
+    managed.concurrent.cache_clear()
+
+
+def test_what_a_device_is_asked_is_asked_once(monkeypatch):
+    assert managed.concurrent(3)
+    assert not managed.concurrent(9)
+    monkeypatch.delattr(runtime, "cudaDeviceGetAttribute")
+    assert managed.concurrent(3)
 
 
 @pytest.fixture
@@ -63,7 +86,7 @@ def test_an_array_moves_on_its_stream(told, device, place):
     assert told == [(0x7000, 4096, *place, 0, 77)]
 
 
-@pytest.mark.parametrize("untold", [array(nbytes=0), array(concurrent=0)])
+@pytest.mark.parametrize("untold", [array(nbytes=0), array(device=9)])
 def test_nothing_is_said_of_nothing_nor_where_hints_are_refused(told, untold):
     managed.settle(untold)
     managed.prefetch(untold, 0, 0)
