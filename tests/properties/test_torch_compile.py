@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from tests.properties import compiled
+from tests.properties import compiled, modules
 
 NEEDS_COMPILER = pytest.mark.skipif(
     not (shutil.which("g++") or shutil.which("c++")),
@@ -26,3 +26,10 @@ def report():
 def test_compiled(report, check):
     passed = f"passed {check}\n" in report.stdout
     assert passed, report.stdout + report.stderr
+
+
+def test_every_module_that_computes_is_among_them():
+    names = {check.__name__ for check in compiled.CHECKS}
+    assert set(modules.EXAMPLES) == modules.computing()
+    for module, builds in modules.EXAMPLES.items():
+        assert names & {f"module_{build.__name__}" for build in builds}, module
