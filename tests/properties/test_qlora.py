@@ -109,7 +109,7 @@ def test_in_sixteen_bits_weight_and_bias_are_rounded_to_them(t, double, dtype):
         assert_bits(y, lora.forward(x, W, adapter(t), bias).astype(dtype))
         gradients = qlora.backward(grad_y, x, q, adapter(t))
         expected = lora.backward(grad_y, x, W, adapter(t))
-    assert_bits(gradients.x, expected.x.astype(dtype))
+        assert_bits(gradients.x, expected.x.astype(dtype))
     assert_bits(gradients.A, expected.A)
     assert_bits(gradients.B, expected.B)
 
