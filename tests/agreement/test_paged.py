@@ -127,6 +127,56 @@ def test_with_room_for_two_only_the_first_page_is_waited_for():
     assert traffic.write_backs == traffic.evictions == 8
 
 
+def stepped(budget):
+    """Four pages, after one step."""
+    p = torch.nn.Parameter(torch.ones(1024))
+    ours = PagedAdamW([p], paging=Paging(256, budget))
+    p.grad = torch.arange(1024.0)
+    ours.step()
+    return ours, ours.pages[p]
+
+
+def test_what_was_written_back_and_only_read_since_is_not_written_back_again():
+    ours, pages = stepped(budget=1)
+    ours.state_dict()
+    before = ours.table.traffic
+    assert before.write_backs == 4
+    for page in (*pages, *pages):
+        ours.table.touch(page)
+    assert ours.table.traffic.faults == before.faults + 8
+    assert ours.table.traffic.write_backs == 4
+
+
+def test_a_page_on_the_device_is_a_copy_until_it_is_written_back():
+    ours, pages = stepped(budget=4)
+    for page in pages:
+        home, copy = page.host["m"], page.copy["m"]
+        assert home.data_ptr() != copy.data_ptr()
+        assert not torch.equal(home, copy)
+        ours.table.write_back(page)
+        assert torch.equal(home, copy)
+
+
+def test_a_page_that_has_left_holds_no_memory_on_the_device():
+    ours, pages = stepped(budget=4)
+    ours.table.evict(pages[2])
+    assert [page.copy is None for page in pages] == [False, False, True, False]
+    before = ours.table.traffic
+    ours.table.evict(pages[2])  # it is not there: nothing happens
+    assert ours.table.traffic == before
+
+
+def test_saved_states_are_copies():
+    ours, _ = stepped(budget=2)
+    saved = ours.state_dict()
+    kept = saved["state"][0]["m"].clone()
+    other = PagedAdamW([torch.nn.Parameter(torch.ones(1024))], paging=Paging(256, 2))
+    other.load_state_dict(saved)
+    descend(other, np.random.default_rng(0))
+    other.state_dict()
+    assert torch.equal(saved["state"][0]["m"], kept)
+
+
 @pytest.mark.parametrize("device", [CUDA])
 def test_states_are_pinned_and_pages_are_on_the_device(device):
     p = torch.nn.Parameter(torch.ones(1024, device=device))
