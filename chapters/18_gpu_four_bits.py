@@ -13,12 +13,12 @@ import numpy as np
 from matplotlib.patches import Rectangle
 
 from minipeft.cupy import executor, kernels
-from minipeft.lab import plots
+from minipeft.lab import machine_code, plots
 from minipeft.lab.chapter import start
-from minipeft.lab.gpu import machine_code, report
+from minipeft.lab.gpu import report
 from minipeft.lab.gpu.device import CupyDevice
 from minipeft.lab.gpu.launches import OPERATIONS
-from minipeft.lab.gpu.machine_code import MachineCode
+from minipeft.lab.machine_code import MachineCode
 from minipeft.lab.memory import Architecture, quantized_bits
 from minipeft.reference import blockwise, double_quant
 
@@ -340,7 +340,7 @@ else:
 #
 # The other question is how many threads fit. A multiprocessor of an A100 holds 64 warps, and divides 65,536 registers and 164 KB of shared memory among them [@nvidia2020]. What a kernel uses decides how many warps are there to take over while others wait for memory: its **occupancy**.
 #
-# @source minipeft.lab.gpu.machine_code.MachineCode.occupancy
+# @source minipeft.lab.machine_code.MachineCode.occupancy
 
 
 # %%

@@ -181,7 +181,7 @@ def test_chapters_are_grouped_in_file_order(small):
         "Foundations",
         "Fewer bits",
         "Adapting weights",
-        "Everything together",
+        "On a GPU",
     ]
     assert names == [
         ["00_why.md", "01_lora.md"],
@@ -197,6 +197,8 @@ def test_reference_pages_follow_the_files(small):
     api = small.layout.docs / "api"
     page = (api / "reference" / "lora.md").read_text()
     assert "::: minipeft.reference.lora" in page
+    # Constants and private names have no anchor of their own: their module's is shown.
+    assert page.startswith("# lora { #minipeft.reference.lora }\n")
     assert "The same row in [torch](../torch/lora.md), [CUDA](" in page
     assert "Shown in [A title](../../book/01_lora.md)." in page
     kernels = (api / "cupy" / "kernels_lora.md").read_text()

@@ -11,7 +11,7 @@ from functools import cache
 from pathlib import Path
 
 from minipeft.cupy import kernels
-from minipeft.lab.gpu import machine_code
+from minipeft.lab import machine_code
 from tests.cuda.rows import ROWS
 from tests.cuda.toolchain import ARCHITECTURES, compile_device
 

@@ -4,8 +4,8 @@ import pytest
 
 from minipeft.cupy import compiler
 from minipeft.errors import InputError
-from minipeft.lab.gpu import machine_code
-from minipeft.lab.gpu.machine_code import MachineCode
+from minipeft.lab import machine_code
+from minipeft.lab.machine_code import MachineCode
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,4 @@ trials     every kernel with inputs whose result is known to the byte
 device     where calls are timed: CuPy's events on a GPU
 peers      bitsandbytes' kernels on the same tensors
 report     checks, times, compares with the roofline, writes Markdown and JSON
-
-machine_code needs no GPU: what the compiler made of the kernels.
 """

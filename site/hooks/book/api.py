@@ -79,7 +79,7 @@ def publish(layout: Layout, seen_in: dict[str, list[str]]) -> list[Path]:
     for module in every:
         where = _elsewhere(module, every, seen_in.get(_dotted(module), []))
         body = _kernels(module) if module.is_kernel else _module(module)
-        text = f"# {module.name}\n\n{where}{body}"
+        text = f"# {module.name} {{ #{_dotted(module)} }}\n\n{where}{body}"
         pages.append(write(layout.docs / "api" / module.page, text))
     return pages
 
