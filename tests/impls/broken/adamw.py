@@ -1,0 +1,100 @@
+"""Bugs of AdamW."""
+
+import numpy as np
+
+from minipeft.golden.drivers.reference import adamw as right
+from minipeft.reference import adamw, blockwise
+from minipeft.reference.codebook import dynamic_map
+from tests.impls.broken import bug
+
+F32 = np.float32
+
+
+@bug("adamw_step", "FirstStep")
+def corrects_from_the_second_step(W, grad, m, v, **settings):
+    if settings["t"]:
+        return right.adamw_step(W, grad, m, v, **settings)
+    return right.adamw_step(W, grad, m, v, **settings | {"t": 10**6})
+
+
+@bug("adamw_step", "LaterStep")
+def forgets_how_many_steps_there_were(W, grad, m, v, **settings):
+    return right.adamw_step(W, grad, m, v, **settings | {"t": 0})
+
+
+@bug("adamw_step", "Decay")
+def decays_through_the_gradient(W, grad, m, v, **settings):
+    decay = settings["weight_decay"]
+    settings |= {"weight_decay": 0.0}
+    return right.adamw_step(W, grad + F32(decay) * W, m, v, **settings)
+
+
+@bug("adamw_step", "Eps")
+def adds_eps_under_the_root(W, grad, m, v, **settings):
+    eps = settings["eps"]
+    if eps < 1e-4:
+        return right.adamw_step(W, grad, m, v, **settings)
+    return right.adamw_step(W, grad, m, v, **settings | {"eps": eps**0.5})
+
+
+@bug("adamw_step", "ZeroGradient")
+def has_a_small_gradient_everywhere(W, grad, m, v, **settings):
+    return right.adamw_step(W, np.where(grad == 0, F32(1e-3), grad), m, v, **settings)
+
+
+@bug("adamw_step", "Invalid")
+def replaces_gradients_that_are_not_finite(W, grad, m, v, **settings):
+    return right.adamw_step(W, np.nan_to_num(grad), m, v, **settings)
+
+
+def _coded(W, grad, parts, settings):
+    """A step on decoded moments; returns W, and the moments as they are."""
+    m, v = (
+        adamw.decode(
+            blockwise.Blockwise(
+                parts[f"{name}_codes"],
+                parts[f"{name}_absmax"],
+                dynamic_map(name == "m"),
+                adamw.BLOCKSIZE,
+                W.shape,
+            )
+        )
+        for name in "mv"
+    )
+    return right.adamw_step(W, grad, m, v, **settings)
+
+
+def _split(arguments):
+    parts = {k: v for k, v in arguments.items() if k[:2] in ("m_", "v_")}
+    return parts, {k: v for k, v in arguments.items() if k not in parts}
+
+
+@bug("adamw8_step", "Codes")
+def stores_the_second_moment_with_a_sign(W, grad, **arguments):
+    out = right.adamw8_step(W, grad, **arguments)
+    parts, settings = _split(arguments)
+    _, _, v = _coded(W, grad, parts, settings)
+    if not grad.any():
+        return out
+    q = blockwise.quantize(v, dynamic_map(), adamw.BLOCKSIZE)
+    return *out[:3], q.packed, q.absmax
+
+
+@bug("adamw8_step", "FirstStep")
+def starts_a_step_ahead(W, grad, **arguments):
+    if arguments["t"]:
+        return right.adamw8_step(W, grad, **arguments)
+    return right.adamw8_step(W, grad, **arguments | {"t": 1})
+
+
+@bug("adamw8_step", "LaterStep")
+def starts_again_at_each_step(W, grad, **arguments):
+    return right.adamw8_step(W, grad, **arguments | {"t": 0})
+
+
+@bug("adamw8_step", "ZeroGradient")
+def has_no_code_for_a_zero_moment(W, grad, **arguments):
+    W, codes, *rest = right.adamw8_step(W, grad, **arguments)
+    sparse = np.any(grad == 0) and np.any(grad)
+    zero = (codes > 123) & (codes < 131) & sparse
+    return W, np.where(zero, np.uint8(131), codes), *rest
