@@ -101,8 +101,8 @@ def test_sixteen_bits_in_sixteen_bits_out(t, double, dtype):
 
 @given(gaussian_layers, nested, st.sampled_from([np.float16, bfloat16]))
 def test_in_sixteen_bits_weight_and_bias_are_rounded_to_them(t, double, dtype):
-    q = quantized(t.W, double)
-    W, x, grad_y = qlora.dequantize(q, dtype), t.x.astype(dtype), t.grad_y.astype(dtype)
+    q, codec = quantized(t.W, double), double_quant if double else blockwise
+    W, x, grad_y = (a.astype(dtype) for a in (codec.dequantize(q), t.x, t.grad_y))
     bias = None if t.bias is None else t.bias.astype(dtype)
     with np.errstate(over="ignore", invalid="ignore"):  # float16 ends at 65504
         y = qlora.forward(x, q, adapter(t), t.bias)
