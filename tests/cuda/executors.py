@@ -21,7 +21,7 @@ from minipeft.cupy import executor
 from minipeft.cupy.executor import Facts
 from minipeft.cupy.kernels import Kernel, source
 from tests.cuda import ptx, ptx_parser
-from tests.cuda.toolchain import compile_cpu, compile_device
+from tests.cuda.toolchain import ARCHITECTURES, compile_cpu, compile_device
 
 DTYPES = {
     "float32": np.dtype(np.float32),
@@ -201,13 +201,13 @@ class PtxExecutor(NumpyExecutor):
     """Interprets the PTX that NVRTC made of the kernels.
 
     Args:
-        architecture: of the GPU that NVRTC compiles for.
+        architecture: of the GPU that NVRTC compiles for, as in "75".
         mutants: for some rows, another source.
     """
 
     def __init__(
         self,
-        architecture: str = "80",
+        architecture: str = ARCHITECTURES[0],
         mutants: Mapping[str, str] = MappingProxyType({}),
     ) -> None:
         self.architecture = architecture
@@ -216,8 +216,11 @@ class PtxExecutor(NumpyExecutor):
     def launch(
         self, kernel: Kernel, dtype: str, grid: int, args: Sequence[Any]
     ) -> None:
-        text = self.mutants.get(kernel.row) or source(kernel.row)
-        compiled = compile_device(kernel.row, "ptx", self.architecture, text)
+        where = (kernel.row, "ptx", self.architecture)
+        if kernel.row in self.mutants:  # compiled for this launch, and what is like it
+            compiled = compile_device(*where, self.mutants[kernel.row], [dtype])
+        else:
+            compiled = compile_device(*where, source(kernel.row))
         entry = _entries(compiled.image)[compiled.names[kernel.expression(dtype)]]
         ptx.launch(entry, grid, kernel.threads, kernel.pack(args))
 

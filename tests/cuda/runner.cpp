@@ -14,7 +14,7 @@
 #include <cstdio>
 #include <cstdlib>
 
-#include "shim.hpp"
+#include "model.hpp"
 
 constexpr int64_t kSameAs = -(int64_t(1) << 62);
 

@@ -7,7 +7,7 @@
 // file is compiled without that sanitizer, so that it sees the kernel's accesses and not
 // the scheduler's. Blocks are ordered one after another, because they share one copy of
 // __shared__ memory; a race between blocks shows as wrong values only.
-#include "shim.hpp"
+#include "model.hpp"
 
 #include <link.h>
 #include <ucontext.h>

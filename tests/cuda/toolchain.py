@@ -4,9 +4,9 @@ What a compiler made is kept under build/cuda, named by a hash of everything it 
 from, so a second run compiles nothing.
 """
 
+import fcntl
 import hashlib
 import importlib.util
-import os
 import shutil
 import subprocess
 from collections.abc import Callable, Collection
@@ -21,6 +21,7 @@ from minipeft.cupy import kernels
 
 HERE = Path(__file__).parent
 BUILD = HERE.parents[1] / "build" / "cuda"
+MODEL = HERE / "model.hpp"
 ARCHITECTURES = ("75", "80", "90", "100")
 
 # Each way of building the CPU program, and what it makes visible: wrong values; races
@@ -93,13 +94,20 @@ def cached(name: str, parts: list[str], make: Callable[[Path], None]) -> Path:
     path = BUILD / f"{name}-{digest}"
     if not path.exists():
         BUILD.mkdir(parents=True, exist_ok=True)
-        unfinished = path.with_name(f"{path.name}.{os.getpid()}")
-        make(unfinished)
-        try:
-            unfinished.replace(path)
-        except OSError:  # another worker was faster, and a folder is not replaced
-            shutil.rmtree(unfinished)
+        with (BUILD / f"{path.name}.lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)  # what a worker makes, another waits for
+            if not path.exists():
+                unfinished = path.with_name(f"{path.name}.unfinished")
+                remove(unfinished)  # of a run that was cut short
+                make(unfinished)
+                unfinished.replace(path)
     return path
+
+
+def remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    path.unlink(missing_ok=True)
 
 
 # For this CPU -------------------------------------------------------------------------
@@ -146,7 +154,14 @@ def precompile(flavour: str) -> Path:
     """Compile NVIDIA's headers once for all programs: they are half of each."""
     header = HERE / "shim.hpp"
     flags = FLAVOURS[flavour].split()
-    parts = [header.read_text(), *flags, GXX_FLAGS, gxx_version(), str(cuda_folder())]
+    parts = [
+        header.read_text(),
+        MODEL.read_text(),
+        *flags,
+        GXX_FLAGS,
+        gxx_version(),
+        str(cuda_folder()),
+    ]
 
     def make(folder: Path) -> None:
         folder.mkdir()
@@ -159,7 +174,7 @@ def precompile(flavour: str) -> Path:
 def compile_runner(flavour: str) -> Path:
     """Build what all rows share: the execution model, and the program around it."""
     sources = [HERE / "shim.cpp", HERE / "runner.cpp"]
-    parts = [(HERE / "shim.hpp").read_text(), *(s.read_text() for s in sources)]
+    parts = [MODEL.read_text(), *(s.read_text() for s in sources)]
     # ThreadSanitizer is to see the kernels and not the scheduler.
     flags = "-DSHIM_RACES" if flavour == "races" else FLAVOURS[flavour]
     command = ["-r", "-nostdlib", *flags.split(), *sources]
@@ -191,17 +206,23 @@ class Compiled:
     names: dict[str, str]
 
 
-def compile_device(row: str, kind: str, architecture: str, text: str) -> Compiled:
+def compile_device(
+    row: str,
+    kind: str,
+    architecture: str,
+    text: str,
+    dtypes: Collection[str] = tuple(kernels.CTYPES),
+) -> Compiled:
     """Compile a row's source; `kind` is "ptx" or "cubin"."""
+    expressions = [k.expression(d) for k, d in kernels.instances(row) if d in dtypes]
     target = {"ptx": "compute", "cubin": "sm"}[kind]
     options = [f"--gpu-architecture={target}_{architecture}", *kernels.OPTIONS]
     options += [f"-I{cuda_folder() / 'include'}"]
-    parts = [text, *kernels.expressions(row), *options, nvrtc_version()]
+    parts = [text, *expressions, *options, nvrtc_version()]
 
     def make(folder: Path) -> None:
-        shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir()
-        image, log, names = _nvrtc(row, kind, text, options)
+        image, log, names = _nvrtc(f"{row}.cu", kind, text, (expressions, options))
         (folder / "image").write_bytes(image.rstrip(b"\0") if kind == "ptx" else image)
         (folder / "log").write_text(log)
         (folder / "names").write_text("".join(f"{k}\t{v}\n" for k, v in names.items()))
@@ -220,7 +241,7 @@ def call(function: Callable[..., Any], *arguments: Any) -> Any:
 
 
 def _nvrtc(
-    row: str, kind: str, text: str, options: list[str]
+    file: str, kind: str, text: str, arguments: tuple[list[str], list[str]]
 ) -> tuple[bytes, str, dict[str, str]]:
     from cuda.bindings import nvrtc
 
@@ -231,16 +252,15 @@ def _nvrtc(
         call(content, program, buffer)
         return buffer
 
-    file = f"{row}.cu".encode()
-    program = call(nvrtc.nvrtcCreateProgram, text.encode(), file, 0, [], [])
-    expressions = kernels.expressions(row)
+    expressions, options = arguments
+    program = call(nvrtc.nvrtcCreateProgram, text.encode(), file.encode(), 0, [], [])
     for name in expressions:
         call(nvrtc.nvrtcAddNameExpression, program, name.encode())
     encoded = [option.encode() for option in options]
     (status,) = nvrtc.nvrtcCompileProgram(program, len(encoded), encoded)
     log = read(nvrtc.nvrtcGetProgramLogSize, nvrtc.nvrtcGetProgramLog)
     log = log.rstrip(b"\0 \n").decode()
-    assert status == nvrtc.nvrtcResult.NVRTC_SUCCESS, f"NVRTC refuses {row}.cu:\n{log}"
+    assert status == nvrtc.nvrtcResult.NVRTC_SUCCESS, f"NVRTC refuses {file}:\n{log}"
     if kind == "ptx":
         image = read(nvrtc.nvrtcGetPTXSize, nvrtc.nvrtcGetPTX)
     else:

@@ -14,6 +14,9 @@ from collections.abc import Iterable, Iterator
 from functools import cache
 from pathlib import Path
 
+import pytest
+from _pytest.mark import ParameterSet
+
 from minipeft.cupy import kernels
 from minipeft.cupy.executor import Executor, use
 from tests.cuda.executors import CpuExecutor, LaunchError, PtxExecutor
@@ -59,6 +62,24 @@ def run(row: str, chosen: Iterable[Executor]) -> None:
     for executor in chosen:
         with use(executor):
             ROWS[row].small([DTYPE])
+
+
+def planted(check: str) -> list[ParameterSet]:
+    """List the mistakes that this check must see: row and mutation."""
+    return [
+        pytest.param(row, mutation, id=f"{row}: {mutation.name}")
+        for row, parts in ROWS.items()
+        for mutation in parts.mutations
+        if check in mutation.caught_by
+    ]
+
+
+def must_see(row: str, mutation: Mutation, check: str) -> None:
+    """Fail if the check does not see the mistake, or says it in other words."""
+    together = tuple(m for m in ROWS[row].mutations if check in m.caught_by)
+    chosen = list(executors(row, mutation, check, together))  # that it can be built
+    with pytest.raises(FAILURES, match=REPORTS[check]):
+        run(row, chosen)
 
 
 def reported(row: str, mutation: Mutation, check: str) -> bool:

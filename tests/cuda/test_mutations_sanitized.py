@@ -1,0 +1,18 @@
+"""Mistakes planted in the kernels are found by the sanitizers; see test_mutations."""
+
+import pytest
+
+from tests.cuda import trials
+from tests.cuda.toolchain import needs_cpu_build
+
+pytestmark = needs_cpu_build
+
+
+@pytest.mark.parametrize(("row", "mutation"), trials.planted("races"))
+def test_races_are_seen(row, mutation):
+    trials.must_see(row, mutation, "races")
+
+
+@pytest.mark.parametrize(("row", "mutation"), trials.planted("addresses"))
+def test_wrong_addresses_are_seen(row, mutation):
+    trials.must_see(row, mutation, "addresses")
