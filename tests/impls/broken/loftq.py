@@ -1,0 +1,47 @@
+"""Bugs of LoftQ."""
+
+import numpy as np
+
+from minipeft.golden.drivers.reference import loftq as right
+from minipeft.reference import blockwise
+from minipeft.reference.codebook import NF4
+from tests.impls.broken import bug
+
+F32 = np.float32
+
+
+@bug("loftq_init", "Basic")
+def approximates_the_weight_itself(W, r, alpha, blocksize, steps):
+    packed, absmax, delta = right.loftq_init(W, r, alpha, blocksize, steps)
+    if not delta.any():
+        return packed, absmax, delta
+    U, S, V = np.linalg.svd(W.astype(np.float64), full_matrices=False)
+    return packed, absmax, ((U[:, :r] * S[:r]) @ V[:r]).astype(F32)
+
+
+@bug("loftq_init", "Scaling")
+def forgets_the_scaling_in_loftq(W, r, alpha, blocksize, steps):
+    packed, absmax, delta = right.loftq_init(W, r, alpha, blocksize, steps)
+    return packed, absmax, delta * F32(alpha / r)
+
+
+@bug("loftq_init", "FullRank")
+def refuses_full_rank_in_loftq(W, r, alpha, blocksize, steps):
+    if r == min(W.shape):
+        raise ValueError("r must be smaller than W")
+    return right.loftq_init(W, r, alpha, blocksize, steps)
+
+
+@bug("loftq_init", "Representable")
+def always_leaves_an_update(W, r, alpha, blocksize, steps):
+    packed, absmax, delta = right.loftq_init(W, r, alpha, blocksize, steps)
+    q = blockwise.quantize(W, NF4, blocksize)
+    exact = np.array_equal(blockwise.dequantize(q), W)
+    return packed, absmax, (delta + F32(1e-2) if exact else delta)
+
+
+@bug("loftq_init", "Invalid")
+def puts_every_number_in_range(W, r, alpha, blocksize, steps):
+    r, steps = min(max(r, 1), *W.shape), max(steps, 1)
+    alpha = alpha if alpha > 0 else 1
+    return right.loftq_init(np.nan_to_num(W), r, alpha, blocksize, steps)
