@@ -7,6 +7,7 @@ from pkgutil import iter_modules
 import pytest
 
 from minipeft.golden.implementations import Functions
+from minipeft.golden.operations import OPERATIONS
 from minipeft.golden.runner import verify
 from minipeft.golden.vectors import load_all
 from tests.impls import broken
@@ -40,6 +41,10 @@ def test_every_bug_is_found_and_named(name):
 @pytest.mark.parametrize("name", BUGS)
 def test_no_bug_fails_everything(name):
     assert len(failures(name)) < len(file_of(BUGS[name].operation).cases)
+
+
+def test_every_row_has_bugs():
+    assert set(ROWS) == {operation.row for operation in OPERATIONS.values()}
 
 
 @pytest.mark.parametrize("row", ROWS)
