@@ -280,7 +280,7 @@ chapter.show(
 )
 
 # %% [markdown]
-# - **Neighbours take neighbouring 16 bytes**: everything fetched is wanted, and one instruction moves 512 bytes. 16 bytes are the most that a lane can load at once.
+# - **Neighbours take neighbouring 16 bytes**: everything fetched is wanted, and one instruction moves 512 bytes. 16 bytes are the most that a lane of these devices can load at once.
 # - **A byte each** wastes nothing either, but needs sixteen instructions and sixteen addresses for the same bytes.
 # - **Each lane its own row, or its own block**, is how one would write it for a CPU. Half of what is fetched is wanted, or a thirty-second part. The rest may be wanted by the next load of the same lane and still lie in a cache; or it may not.
 # - **Each scale in front of its codes** is the layout of many files: in GGUF's `Q4_1`, four bytes for scale and offset, then 16 of codes, for every 32 weights. It is pleasant for a CPU. Here a block begins at every 20th byte, so no lane can load 16 bytes at an aligned
