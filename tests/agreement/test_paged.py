@@ -150,11 +150,13 @@ def test_what_was_written_back_and_only_read_since_is_not_written_back_again():
 def test_a_page_on_the_device_is_a_copy_until_it_is_written_back():
     ours, pages = stepped(budget=4)
     for page in pages:
-        home, copy = page.host["m"], page.copy["m"]
-        assert home.data_ptr() != copy.data_ptr()
-        assert not torch.equal(home, copy)
+        assert not torch.equal(page.host["m"], page.copy["m"])
         ours.table.write_back(page)
-        assert torch.equal(home, copy)
+        assert torch.equal(page.host["m"], page.copy["m"])
+        ours.table.evict(page)
+        brought = ours.table.touch(page)  # and nothing has stepped since
+        assert torch.equal(page.host["m"], brought["m"])
+        assert page.host["m"].data_ptr() != brought["m"].data_ptr()
 
 
 def test_a_page_that_has_left_holds_no_memory_on_the_device():
