@@ -79,6 +79,11 @@ def _cases(operation: str) -> Iterator[Spec]:
         spec = _whole(operation, "with bias", "Exact Bias", (5, 6))
         yield replace(spec, inputs={**spec.inputs, "bias": integers("bias", (5,))})
     yield _normal(operation, "12 in, 7 out", "Normal Rows", (7, 12))
+    # Here no block crosses rows, as kernels for decoding ask for.
+    yield _normal(operation, "24 in, 5 out", "Normal", (5, 24))
+    if operation == "qlora_forward":
+        spec = _whole(operation, "24 in, 5 out, with bias", "Exact Bias", (5, 24))
+        yield replace(spec, inputs={**spec.inputs, "bias": integers("bias", (5,))})
 
 
 def _whole(operation: str, comment: str, flags: str, shape: tuple[int, int]) -> Spec:
