@@ -1,5 +1,7 @@
 """Published figures, parameter counts, and what autograd really keeps."""
 
+import math
+
 import pytest
 import torch
 import transformers
@@ -15,6 +17,8 @@ from minipeft.lab.memory import (
     Architecture,
     Precision,
 )
+from minipeft.torch.inject import inject
+from minipeft.torch.lora import LoRAConfig
 
 LLAMA_3_2_3B = Architecture(28, 3072, 8192, 24, 8, 128256, 128)
 LLAMA_7B = Architecture(32, 4096, 11008, 32, 32, 32000, 128, tied=False)
@@ -153,6 +157,20 @@ def test_activations_of_adapters_to_the_byte(tiny, targets):
     assert trained == memory.lora_parameters(sizes, adapter)
     ids = torch.randint(0, 1024, (2, 16))
     expected = memory.activation_memory(sizes, (2, 16), adapter)
+    assert kept_by_autograd(model, ids) == expected
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_our_own_lora_keeps_what_is_counted_to_the_byte(tiny, dtype):
+    adapter, tokens = Adapter(5), (2, 16)
+    model = transformers.LlamaForCausalLM(tiny.model.config).to(dtype)
+    inject(model, LoRAConfig(adapter.r, alpha=8), adapter.targets)
+    sizes = Architecture.of(tiny.model)
+    expected = memory.activation_memory(sizes, tokens, adapter, dtype.itemsize)
+    # A and B are float32 over any base, and so is what lies between them.
+    between = math.prod(tokens) * sizes.layers * adapter.r * len(adapter.targets)
+    expected += between * (4 - dtype.itemsize)
+    ids = torch.randint(0, 1024, tokens)
     assert kept_by_autograd(model, ids) == expected
 
 
