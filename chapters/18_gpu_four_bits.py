@@ -7,6 +7,7 @@
 # %%
 import re
 from itertools import groupby
+from textwrap import fill
 from typing import NamedTuple
 
 import numpy as np
@@ -331,7 +332,8 @@ else:
     seen = [found[0] for i in code.instructions if (found := memory.search(i))]
     runs = [(name, len(list(same))) for name, same in groupby(seen)]
     print(f"{len(code.instructions)} instructions, of which touch memory or wait:")
-    print(" ".join(name if n == 1 else f"{name}(x{n})" for name, n in runs))
+    said = " ".join(name if n == 1 else f"{name}(x{n})" for name, n in runs)
+    print(fill(said, 84, break_on_hyphens=False))
     assert code.count("LDG", 128) >= 1 <= code.count("STG", 128)
 
 # %% [markdown]

@@ -38,9 +38,9 @@ void __syncthreads();
 typedef void (*Kernel)(const float*, unsigned char*, float*, int);
 """
 
+# Every thread is a fiber: a function with a stack of its own, which can be left in the
+# middle and resumed. At a barrier a fiber leaves; when all have come, all go on.
 MODEL = r"""
-// Every thread is a fiber: a function with a stack of its own, which can be left in the
-// middle and resumed. At a barrier a fiber leaves; when all have come, all go on.
 void __syncthreads() {
   Fiber& f = fibers[threadIdx.x];
   char* here = &barrier[f.turn++ % 2];
