@@ -161,7 +161,7 @@ for n in LENGTHS:
         "prefix": (PrefixModel(base.model, PrefixConfig(tokens=long[:n])), 0.15),
     }
     for kind, (model, lr) in made.items():
-        run = tuning.tune(model, task, max(1, chapter.steps // 2), lr)
+        run = tuning.tune(model, task, max(1, chapter.steps // 2), lr, checks=1)
         results[kind][n], numbers[kind][n] = run.after, run.trained
 for kind in results:
     for n in LENGTHS:

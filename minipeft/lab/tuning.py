@@ -11,9 +11,6 @@ from minipeft.lab import data, plots, text
 from minipeft.lab.checkpoint import trainable
 from minipeft.lab.train import Batch, Batches, History, TrainConfig, loss, train
 
-CHECKS = 5
-"""How often in a run the validation loss is taken, the last step included."""
-
 
 @dataclass(frozen=True)
 class Task:
@@ -57,7 +54,7 @@ def dictionary(tokenizer: Any, size: tuple[int, int] = (6, 64)) -> Task:
     )
 
 
-def tune(model: nn.Module, task: Task, steps: int, lr: float) -> Run:
+def tune(model: nn.Module, task: Task, steps: int, lr: float, checks: int = 5) -> Run:
     """Train what requires gradients: a tenth of the steps warms up, a cosine follows.
 
     Args:
@@ -65,13 +62,14 @@ def tune(model: nn.Module, task: Task, steps: int, lr: float) -> Run:
         task: what to learn.
         steps: of training.
         lr: the largest learning rate.
+        checks: how often the validation loss is taken, the last step included.
 
     Raises:
         InputError: as `train.train` does.
     """
     before = loss(model, task.held_out)
     config = TrainConfig(
-        steps, lr, warmup=steps // 10, validate_every=max(1, steps // CHECKS)
+        steps, lr, warmup=steps // 10, validate_every=max(1, steps // checks)
     )
     history = train(model, task.batches, config, task.held_out)
     count = sum(parameter.numel() for parameter in trainable(model).values())

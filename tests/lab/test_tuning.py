@@ -48,6 +48,11 @@ def test_a_short_run_is_checked_at_every_step(toy, task):
     assert [step for step, _ in run.history.validation] == [1, 2, 3]
 
 
+def test_one_check_is_that_of_the_last_step(toy, task):
+    run = tuning.tune(toy, task, 4, lr=1e-3, checks=1)
+    assert [step for step, _ in run.history.validation] == [4]
+
+
 def test_only_what_requires_gradients_is_trained_and_counted(toy, task):
     toy.requires_grad_(False)
     norm = toy.model.norm.weight.requires_grad_()
