@@ -66,9 +66,9 @@ def execute(operation, args, kwargs):
     """Run one operation on the CPU, and say that its result is on the device."""
     tensors = [a for a in tree_flatten((args, kwargs))[0] if isinstance(a, Tensor)]
     there = [t for t in tensors if isinstance(t, There)]
-    strangers = [t for t in tensors if not isinstance(t, There) and t.dim()]
-    if there and strangers and operation._schema.name not in MOVES:
-        shapes = [tuple(t.shape) for t in strangers]
+    here = [t for t in tensors if not isinstance(t, There)]
+    shapes = [tuple(t.shape) for t in here if t.dim()]  # a scalar may lie anywhere
+    if there and shapes and operation._schema.name not in MOVES:
         raise MixedDevicesError(
             f"{operation} on {NAME} tensors and CPU tensors {shapes}"
         )
@@ -78,7 +78,8 @@ def execute(operation, args, kwargs):
         kwargs = {**kwargs, "device": "cpu"}
     out = operation(*tree_map(_values, args), **tree_map(_values, kwargs))
     if made_there:
-        owners = {id(t.here): t for t in there}  # what was written to is returned
+        # What was written to is returned as it came.
+        owners = {id(t.here): t for t in there} | {id(t): t for t in here}
         out = tree_map(lambda v: _claimed(v, owners), out)
     return out
 

@@ -98,7 +98,7 @@ def paged_adamw(there):
     paging = paged.Paging(page_size=512, budget=3)
     p, bias, ours = optimizer(paged.PagedAdamW, there, bits=8, paging=paging)
     copies = [page.copy for page in ours.table.resident]
-    assert all(t.device.type == "cpu" for page in copies for t in [*host(ours)])
+    assert all(t.device.type == "cpu" for t in host(ours))
     ours.table.resize(1)
     ours.table.evict(next(iter(ours.table.resident)))
     return p, bias, [values for copy in copies for values in tensors(copy)]
@@ -241,6 +241,8 @@ def tables_of_the_host_are_refused(there):
         if there.type == device.NAME:
             with pytest.raises(device.MixedDevicesError):
                 mixture()
+    home = torch.zeros(3)
+    assert home.copy_(x) is home  # a copy home stays at home
     return x + torch.tensor(1.0), table.to(there)[at], table.to(there).T * x
 
 
