@@ -177,11 +177,13 @@ def test_a_weight_of_16_bits_is_rounded_once_a_step(seed, config, b, dtype, k):
         assert_same(state, expected_state)
 
 
-def test_in_bfloat16_the_second_moment_is_not_lost():
-    # Where the state has the dtype of the weight, as in torch's own AdamW, 1 - 0.999 of
-    # a square is less than half a last bit of v: v stays where its first steps left it.
-    W = np.zeros(4, ml_dtypes.bfloat16)
+@pytest.mark.parametrize("dtype", [np.float16, ml_dtypes.bfloat16])
+def test_over_weights_of_16_bits_the_second_moment_keeps_its_digits(dtype):
+    # Where the state has the dtype of the weight, as in torch's own AdamW, a thousandth
+    # of a square is hardly more than a last bit of v, and soon less.
+    W = np.zeros(4, dtype)
     state = adamw.init(W)
+    assert state.m.dtype == state.v.dtype == np.float32
     for _ in range(100):
         W, state = adamw.step(W, np.ones_like(W), state, AdamW())
     assert_within(state.v, np.full(4, 1 - 0.999**100), gamma(500))
