@@ -287,7 +287,7 @@ if chapter.full:
 # Each loss is the mean over the seeds, and ± is half the distance between the best and the worst of them.
 
 # %%
-full = json.loads((RESULTS if RESULTS.exists() else COMMITTED).read_text())
+full = chapter.read_full(RESULTS if RESULTS.exists() else COMMITTED)
 assert list(full["methods"]) == list(METHODS)
 
 

@@ -432,7 +432,7 @@ if chapter.full:
     } | json.loads(ran.stdout)
     write_atomic(COMMITTED, (json.dumps(result, indent=1) + "\n").encode())
 
-full = json.loads(COMMITTED.read_text())
+full = chapter.read_full(COMMITTED)
 trials = full["trials"]
 CHECKS = ("values", "races", "addresses", "ptx")
 head = ["kernel file", "mistake", *CHECKS]

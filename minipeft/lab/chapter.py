@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import torch
 from matplotlib.figure import Figure
@@ -63,6 +63,26 @@ class Chapter:
         print(path, file=sys.stderr)
         figure.clear()
         return path
+
+    def read_full(self, path: Path) -> dict[str, Any]:
+        """Return what a run with `--full` has written.
+
+        Raises:
+            InputError: The file is not there, or damaged.
+        """
+        try:
+            result: dict[str, Any] = json.loads(path.read_text("utf-8"))
+        except FileNotFoundError:
+            raise InputError(
+                f"{path} is not here; run the chapter where it lies in a checkout, or "
+                "make the file with --full"
+            ) from None
+        except ValueError as error:
+            raise InputError(
+                f"{path} is damaged ({error}); take it from the repository again, or "
+                "make it anew with --full"
+            ) from None
+        return result
 
 
 class _Parser(argparse.ArgumentParser):

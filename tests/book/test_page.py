@@ -1,6 +1,7 @@
 """A chapter as a page and as a notebook."""
 
 import json
+from pathlib import Path
 
 import nbformat
 import pytest
@@ -156,8 +157,16 @@ print("done")
 @pytest.mark.parametrize("end", [")", ",\n)"])
 def test_a_notebook_does_not_read_the_command_line_of_jupyter(end):
     cell = f'import os\n\nchapter = start("01_lora", steps=50{end}'
-    ours = notebook.START.sub(notebook._without_arguments, cell)
+    ours = notebook.in_jupyter(cell, "01_lora")
     assert ours == 'import os\n\nchapter = start("01_lora", steps=50, arguments=[])'
+
+
+def test_a_notebook_has_no_file_but_lies_beside_its_chapter(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    cell = 'COMMITTED = Path(__file__).with_name("results")'
+    names = {"Path": Path}
+    exec(notebook.in_jupyter(cell, "01_lora"), names)
+    assert names["COMMITTED"] == tmp_path / "results"
 
 
 def test_generated_files_of_a_removed_chapter_go(small, lab):

@@ -63,6 +63,20 @@ def test_show_writes_figure_and_text_and_remembers(tmp_path, capsys):
         chapter.show(figure, "line", " ")
 
 
+def test_a_long_run_is_read_or_missed_in_one_sentence(tmp_path):
+    chapter = start("17_side_by_side", steps=1, arguments=[])
+    path = tmp_path / "17_side_by_side.json"
+    with pytest.raises(
+        InputError, match=r"17_side_by_side\.json is not here; .*--full"
+    ):
+        chapter.read_full(path)
+    path.write_text('{"seconds": 3')
+    with pytest.raises(InputError, match=r"is damaged \(.*\); .*--full"):
+        chapter.read_full(path)
+    path.write_text('{"seconds": 3}')
+    assert chapter.read_full(path) == {"seconds": 3}
+
+
 def test_help_names_every_option(capsys):
     with pytest.raises(SystemExit) as caught:
         start("01_lora", steps=30, arguments=["--help"])

@@ -19,6 +19,7 @@ COLUMNS = {
     "golden": ("Golden vectors", "Cases that check any other implementation."),
     "interop": ("Interop", "Files and formats of other libraries."),
     "lab": ("Lab", "Models, data, training, memory and plots for the chapters."),
+    "lab/gpu": ("GPU report", "What every kernel does on a real GPU."),
 }
 
 
@@ -96,7 +97,8 @@ def nav(layout: Layout) -> list[Any]:
 
 def _dotted(module: Module) -> str:
     middle = ".kernels" if module.is_kernel else ""
-    return f"minipeft.{module.column}{middle}.{module.path.stem}"
+    column = module.column.replace("/", ".")
+    return f"minipeft.{column}{middle}.{module.path.stem}"
 
 
 def _index(every: list[Module]) -> str:
@@ -118,9 +120,11 @@ def _index(every: list[Module]) -> str:
 
 def _elsewhere(module: Module, every: list[Module], chapters: list[str]) -> str:
     """Point at the same row in the other columns, and at the chapters that show it."""
-    row = [m for m in every if m.path.stem == module.path.stem and m != module]
+    stem, up = module.path.stem, "../" * module.page.count("/")
+    row = [m for m in every if m.path.stem == stem in ROWS and m != module]
     links = [
-        f"[{'CUDA' if m.is_kernel else COLUMNS[m.column][0]}](../{m.page})" for m in row
+        f"[{'CUDA' if m.is_kernel else COLUMNS[m.column][0]}]({up}{m.page})"
+        for m in row
     ]
     sentences = [f"The same row in {', '.join(links)}."] if links else []
     sentences += [f"Shown in {', '.join(chapters)}."] if chapters else []

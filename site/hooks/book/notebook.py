@@ -30,7 +30,7 @@ def write(chapter: Chapter, result: Result, page: Page) -> str:
         if cell.kind == "markdown":
             cells.append(_cell(cell, "markdown", clean(cell.source, page)))
         else:
-            cells.append(_code(cell, next(outputs), result))
+            cells.append(_code(cell, next(outputs), result, chapter.name))
     kernel = {"name": "python3", "display_name": "Python 3", "language": "python"}
     book = {
         "cells": cells,
@@ -50,7 +50,9 @@ def _cell(cell: Cell, kind: str, source: str) -> dict[str, Any]:
     }
 
 
-def _code(cell: Cell, output: dict[str, Any], result: Result) -> dict[str, Any]:
+def _code(
+    cell: Cell, output: dict[str, Any], result: Result, name: str
+) -> dict[str, Any]:
     shown: list[dict[str, Any]] = []
     if output["stdout"]:
         text = output["stdout"].splitlines(keepends=True)
@@ -62,10 +64,14 @@ def _code(cell: Cell, output: dict[str, Any], result: Result) -> dict[str, Any]:
             "text/plain": [figure["alt"]],
         }
         shown.append({"output_type": "display_data", "metadata": {}, "data": data})
-    return _cell(cell, "code", START.sub(_without_arguments, cell.source)) | {
-        "execution_count": None,
-        "outputs": shown,
-    }
+    source = in_jupyter(cell.source, name)
+    return _cell(cell, "code", source) | {"execution_count": None, "outputs": shown}
+
+
+def in_jupyter(source: str, name: str) -> str:
+    """Mend what a notebook lacks: a command line of its own, and a file."""
+    source = START.sub(_without_arguments, source)
+    return source.replace("Path(__file__)", f'Path("{name}.ipynb").resolve()')
 
 
 def _without_arguments(match: re.Match[str]) -> str:
