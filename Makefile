@@ -40,7 +40,7 @@ chapter: $(SETUP)  ## run one chapter: make chapter N=01 [ARGS="--steps 50"]
 	@$(BIN)/python chapters/$(N)_*.py $(ARGS)
 
 book: $(SETUP)  ## run every chapter and build the book
-	@$(BIN)/mkdocs build --strict --quiet
+	@$(BIN)/mkdocs build --strict
 	@echo "The book is built. Open it here: file://$(CURDIR)/build/site/index.html"
 
 serve: $(SETUP)  ## show the book while you write

@@ -12,7 +12,7 @@ built: list[Book] = []
 
 
 def say(line: str) -> None:
-    """Print a line of progress: chapters take minutes, so also with `--quiet`."""
+    """Print a line of progress: chapters take minutes."""
     print(f"book: {line}", flush=True)
 
 
