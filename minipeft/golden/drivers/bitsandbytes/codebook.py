@@ -19,7 +19,10 @@ def codebook_normal_float(bits: int, offset: float) -> Array:
     """Return the quantiles; it pads its own table with zeros to 256 values."""
     if bits != 4:
         raise Unsupported("bitsandbytes constructs 4 bits only")
-    padded = to_numpy(functional.create_normal_map(offset))
+    try:
+        padded = to_numpy(functional.create_normal_map(offset))
+    except ImportError:
+        raise Unsupported("bitsandbytes needs scipy to construct NF4") from None
     negative, positive = padded[padded < 0], padded[padded > 0]
     return np.concatenate([negative, padded[padded == 0][:1], positive])
 
