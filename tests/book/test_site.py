@@ -12,14 +12,8 @@ from urllib.parse import unquote, urldefrag, urlsplit
 
 import pytest
 
-from tests.conftest import IN_CI
-
 SITE = Path(__file__).parents[2] / "build" / "site"
 PAGES = sorted(path.relative_to(SITE).as_posix() for path in SITE.rglob("*.html"))
-# Reference pages have one template: continuous integration looks at all of them, a
-# developer's run at the first of each folder.
-FIRST = {page.rpartition("/")[0]: page for page in reversed(PAGES)}
-SOME = [p for p in PAGES if not p.startswith("api/") or p in FIRST.values()]
 PREFIX = "/minipeft/"  # where site_url says that the pages live
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 # Both widths and both lights; where text alone is on a page, they do not mix.
@@ -151,7 +145,7 @@ def _external(url: str, home: str, complaints: list[str]) -> None:
 
 @needs_site
 @needs_browser
-@pytest.mark.parametrize("name", PAGES if IN_CI else SOME)
+@pytest.mark.parametrize("name", PAGES)
 def test_a_page_in_both_widths_and_both_lights(visit, address, name):
     """From the disk, where a page starts faster; the error page needs a server."""
     late = pytest.importorskip("playwright.sync_api").TimeoutError
