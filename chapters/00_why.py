@@ -116,16 +116,9 @@ print(
 # what one common GPU has.
 
 # %%
-llama = memory.Architecture(
-    layers=32,
-    width=4096,
-    feedforward=11008,
-    heads=32,
-    key_value_heads=32,
-    vocabulary=32000,
-    head=128,
-    tied=False,
-)
+llama = memory.LLAMA_7B
+for name, size in vars(llama).items():
+    print(f"{name:15s} {size!s:>6s}")
 tokens = (4, 512)
 half = {"gradients": 2.0, "activations": 2}
 adapter = memory.Adapter(r=16)

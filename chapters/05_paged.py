@@ -14,8 +14,8 @@ import torch
 from minipeft.lab import plots
 from minipeft.lab.chapter import start
 from minipeft.lab.memory import (
+    LLAMA_7B,
     Adapter,
-    Architecture,
     activation_memory,
     lora_parameters,
     quantized_bits,
@@ -32,27 +32,17 @@ chapter = start("05_paged", steps=40, model="tiny")
 # Take QLoRA on a model of 7 billion parameters. The base is small and constant, the state of the adapters too. The activations are not:
 
 # %%
-LLAMA = Architecture(
-    layers=32,
-    width=4096,
-    feedforward=11008,
-    heads=32,
-    key_value_heads=32,
-    vocabulary=32000,
-    head=128,
-    tied=False,
-)
 ADAPTER = Adapter(r=64)
-trained = lora_parameters(LLAMA, ADAPTER)
-rest = LLAMA.parameters - LLAMA.linear_parameters
-BASE = LLAMA.linear_parameters * quantized_bits(4, 64, 256) / 8 + 2 * rest
+trained = lora_parameters(LLAMA_7B, ADAPTER)
+rest = LLAMA_7B.parameters - LLAMA_7B.linear_parameters
+BASE = LLAMA_7B.linear_parameters * quantized_bits(4, 64, 256) / 8 + 2 * rest
 STATE = 8 * trained
 FIXED = BASE + (4 + 4) * trained  # adapters and their gradients, in float32
 
 
 def activations(tokens):
     """Bytes that one sequence keeps for the backward pass, at 16 bits."""
-    return activation_memory(LLAMA, (1, tokens), ADAPTER, 2)
+    return activation_memory(LLAMA_7B, (1, tokens), ADAPTER, 2)
 
 
 print(

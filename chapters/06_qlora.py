@@ -15,8 +15,8 @@ import torch
 from minipeft.lab import data, models, plots, text, train
 from minipeft.lab.chapter import start
 from minipeft.lab.memory import (
+    LLAMA_7B,
     Adapter,
-    Architecture,
     Precision,
     quantized_bits,
     training_memory,
@@ -42,24 +42,16 @@ chapter = start("06_qlora", steps=24, model="tiny")
 # LoRA made gradients and optimizer state small. The frozen base is what is left:
 
 # %%
-LLAMA = Architecture(
-    layers=32,
-    width=4096,
-    feedforward=11008,
-    heads=32,
-    key_value_heads=32,
-    vocabulary=32000,
-    head=128,
-    tied=False,
-)
 TOKENS = (1, 512)
 half, adapter = {"gradients": 4, "activations": 2}, Adapter(r=64)
 MEMORY = {
-    "everything, 16 bits": training_memory(LLAMA, TOKENS, None, Precision(2, 2, 8, 2)),
-    "LoRA, 16 bits": training_memory(LLAMA, TOKENS, adapter, Precision(2, **half)),
-    "LoRA, NF4": training_memory(LLAMA, TOKENS, adapter, Precision(4.5 / 8, **half)),
+    "everything, 16 bits": training_memory(
+        LLAMA_7B, TOKENS, None, Precision(2, 2, 8, 2)
+    ),
+    "LoRA, 16 bits": training_memory(LLAMA_7B, TOKENS, adapter, Precision(2, **half)),
+    "LoRA, NF4": training_memory(LLAMA_7B, TOKENS, adapter, Precision(4.5 / 8, **half)),
     "QLoRA": training_memory(
-        LLAMA, TOKENS, adapter, Precision(quantized_bits(4, 64, 256) / 8, **half)
+        LLAMA_7B, TOKENS, adapter, Precision(quantized_bits(4, 64, 256) / 8, **half)
     ),
 }
 for name, memory in MEMORY.items():

@@ -20,7 +20,7 @@ from minipeft.lab.gpu import report
 from minipeft.lab.gpu.device import CupyDevice
 from minipeft.lab.gpu.launches import OPERATIONS
 from minipeft.lab.machine_code import MachineCode
-from minipeft.lab.memory import Architecture, quantized_bits
+from minipeft.lab.memory import LLAMA_7B, quantized_bits
 from minipeft.reference import blockwise, double_quant
 
 chapter = start("18_gpu_four_bits", steps=1)
@@ -512,8 +512,7 @@ chapter.show(
 
 # %%
 # Layers, width, feed-forward, heads of queries and of keys, vocabulary, a head's width.
-LLAMA = Architecture(32, 4096, 11008, 32, 32, 32000, 128, tied=False)
-rest = 2 * LLAMA.vocabulary * LLAMA.width  # the output layer, in 16 bits
+rest = 2 * LLAMA_7B.vocabulary * LLAMA_7B.width  # the output layer, in 16 bits
 FORMATS = {
     "float16": 16,
     "NF4": quantized_bits(4, 64),
@@ -523,7 +522,7 @@ print("7 billion parameters, tokens a second for one user, at most:")
 print("device     " + "   ".join(f"{name:>7s}" for name in FORMATS))
 for name, device in DEVICES.items():
     rates = [
-        device.bandwidth / (LLAMA.linear_parameters * bits / 8 + rest)
+        device.bandwidth / (LLAMA_7B.linear_parameters * bits / 8 + rest)
         for bits in FORMATS.values()
     ]
     print(f"{name:9s}  " + "   ".join(f"{rate:7.0f}" for rate in rates))

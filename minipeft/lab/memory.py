@@ -72,6 +72,19 @@ class Architecture:
         return self.linear_parameters + embeddings + norms
 
 
+LLAMA_7B = Architecture(
+    layers=32,
+    width=4096,
+    feedforward=11008,
+    heads=32,
+    key_value_heads=32,
+    vocabulary=32000,
+    head=128,
+    tied=False,
+)
+"""Llama 2 of 7 billion parameters (arXiv:2307.09288), which most counts are of."""
+
+
 @dataclass(frozen=True)
 class Precision:
     """Bytes a number takes, by what the number is for.

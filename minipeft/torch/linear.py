@@ -5,6 +5,7 @@ store W in several ways; a `Layout` says how one of them reads in the reference'
 so that a method is written once for all of them.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import singledispatch
@@ -154,7 +155,7 @@ def _(layer: nn.Embedding) -> Layout:
     return Lookup()
 
 
-class Adapted(nn.Module, Generic[Adapter]):
+class Adapted(nn.Module, ABC, Generic[Adapter]):
     """A frozen layer with named adapters, of which any weighted sum is active.
 
     The base is never written to. Merging puts $W'$ beside it and computes with that, so
@@ -204,9 +205,9 @@ class Adapted(nn.Module, Generic[Adapter]):
         """The bias of the base; adapters leave it alone."""
         return cast(Tensor | None, getattr(self.base, "bias", None))
 
+    @abstractmethod
     def merged(self) -> Float[Tensor, "out_features in_features"]:
         """Return $W'$, the weight of the plain layer that does the same."""
-        raise NotImplementedError
 
     def merge(self) -> "Adapted[Adapter]":
         """Compute with $W'$ from now on; merging again starts from the base again."""

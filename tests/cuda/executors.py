@@ -71,11 +71,6 @@ class NumpyExecutor:
     def move(self, array: np.ndarray, device: int) -> None:
         """There is one memory here; the counts of pages are what tests look at."""
 
-    def launch(
-        self, kernel: Kernel, dtype: str, grid: int, args: Sequence[Any]
-    ) -> None:
-        raise NotImplementedError
-
 
 class Program:
     """A runner (runner.cpp) that stays alive from launch to launch."""

@@ -13,6 +13,7 @@ from minipeft.lab.memory import (
     ATTENTION,
     FEEDFORWARD,
     LINEARS,
+    LLAMA_7B,
     Adapter,
     Architecture,
     Precision,
@@ -21,7 +22,6 @@ from minipeft.torch.inject import inject
 from minipeft.torch.lora import LoRAConfig
 
 LLAMA_3_2_3B = Architecture(28, 3072, 8192, 24, 8, 128256, 128)
-LLAMA_7B = Architecture(32, 4096, 11008, 32, 32, 32000, 128, tied=False)
 LLAMA_65B = Architecture(80, 8192, 22016, 64, 64, 32000, 128, tied=False)
 
 
