@@ -230,7 +230,7 @@ chapter.show(
 # %% [markdown]
 # In step {=first=} the activations need {=f"{needed[first] / 1e9:.1f}"=} GB, and the blue band gives way: pages leave, and come back when the step of the optimizer needs them.
 # Without paging the run ends there, {=f"{(unpaged[first] - CAPACITY) / 1e9:.2f}"=} GB short. The price is {=f"{moved[first] / 1e9:.1f}"=} GB of traffic in one step, at 25 GB/s over the bus
-# {=f"{moved[first] / 25e9:.2f}"=} seconds, and *nothing at all* in the other steps. This is what paged optimizers are for: rare spikes.
+# {=f"{moved[first] / 25e9:.2f}"=} seconds, and, once the first step has fetched the state, *nothing at all* in the others. This is what paged optimizers are for: rare spikes.
 #
 # ## The experiment: not for less
 #

@@ -386,15 +386,14 @@ chapter.show(
 )
 
 # %% [markdown]
-# Two groups, and a slope within each. The methods with tens of thousands of numbers or more end between {=f"{min(learned[n] for n in MANY):.2f}"=} and {=f"{max(learned[n] for n in MANY):.2f}"=}, those with a
-# few thousand between {=f"{min(learned[n] for n in FEW):.2f}"=} and {=f"{max(learned[n] for n in FEW):.2f}"=}, from {=f"{before['validation']:.2f}"=} before.
+# Two groups, and a slope within each. The methods with tens of thousands of numbers or more end between {=f"{min(learned[n] for n in MANY):.2f}"=} and {=f"{max(learned[n] for n in MANY):.2f}"=}, those with two to twelve thousand between {=f"{min(learned[n] for n in FEW):.2f}"=} and {=f"{max(learned[n] for n in FEW):.2f}"=}, from {=f"{before['validation']:.2f}"=} before.
 #
 # - **The variant matters little.** LoRA and DoRA differ by {=f"{abs(learned['LoRA'] - learned['DoRA']):.3f}"=} nats, the best and the worst seed of LoRA by {=f"{2 * spread('LoRA', 'validation'):.3f}"=}. All relatives of
 #   rank 8, on four bits or not, lie within {=f"{apart:.1%}"=} of each other: here, too, less than 2 %.
 # - **The size matters more.** rsLoRA is LoRA with another scaling, which a tuned rate makes up for, and with four times the rank. That wins
 #   {=f"{learned['LoRA'] - learned['rsLoRA']:.3f}"=} nats over LoRA.
 # - **Everything is not much better.** Full fine-tuning trains {=f"{trained['full fine-tuning'] / trained['LoRA']:.0f}"=} times as many numbers as LoRA for {=f"{learned['LoRA'] - learned['full fine-tuning']:.3f}"=} nats.
-# - **Four bits cost little.** QLoRA ends at {=f"{learned['QLoRA']:.3f}"=} and LoftQ at {=f"{learned['LoftQ']:.3f}"=}, on linear layers about an eighth as large; LoRA at {=f"{learned['LoRA']:.3f}"=}.
+# - **Four bits cost little.** QLoRA ends at {=f"{learned['QLoRA']:.3f}"=} and LoftQ at {=f"{learned['LoftQ']:.3f}"=}, on linear layers of little more than four bits a weight instead of 32; LoRA at {=f"{learned['LoRA']:.3f}"=}.
 # - **What starts from a text depends on the text.** The seeds of prompt tuning lie {=f"{2 * spread('prompt', 'validation'):.2f}"=} apart, further than those of any other.
 #
 # ## Learning against forgetting

@@ -118,7 +118,7 @@ separate += codes + scales + half  # and the next one reads them
 #
 # - **Dequantizing writes far more than it reads**: {=per_weight["dequantize"] - 2:.4f=} bytes in, 2 out. Making the codes smaller still would hardly help it.
 # - **Double quantization, fused.** Decoding the scales inside the kernel moves {=per_weight["dequantize_nested"]:.3f=} bytes a weight; decoding them first into an array of their own, {=separate / N:.3f=}.
-# - **AdamW with states of eight bits** moves {=per_weight["adamw_8bit"]:.2f=} bytes instead of {=per_weight["adamw"]:.0f=}, for about twice the operations. It is a method to save memory that saves time too.
+# - **AdamW with states of eight bits** moves {=per_weight["adamw_8bit"]:.2f=} bytes instead of {=per_weight["adamw"]:.0f=}, for about twice the operations. It is a method to save memory that moves fewer bytes too.
 
 # %% tags=["fold"]
 figure, ax = plots.axes(
@@ -284,8 +284,7 @@ chapter.show(
 # - **Neighbours take neighbouring 16 bytes**: everything fetched is wanted, and one instruction moves 512 bytes. 16 bytes are the most that a lane of these devices can load at once.
 # - **A byte each** wastes nothing either, but needs sixteen instructions and sixteen addresses for the same bytes.
 # - **Each lane its own row, or its own block**, is how one would write it for a CPU. Half of what is fetched is wanted, or a thirty-second part. The rest may be wanted by the next load of the same lane and still lie in a cache; or it may not.
-# - **Each scale in front of its codes** is the layout of many files: in GGUF's `Q4_1`, four bytes for scale and offset, then 16 of codes, for every 32 weights. It is pleasant for a CPU. Here a block begins at every 20th byte, so no lane can load 16 bytes at an aligned
-#   address, and a load of four finds {=f"{shares['each scale in front of its codes'].mean():.0%}"=} of its sectors useful.
+# - **Each scale in front of its codes** is the layout of many files: in GGUF's `Q4_1`, four bytes for scale and offset, then 16 of codes, for every 32 weights. It is pleasant for a CPU. Here a block begins at every 20th byte, so the codes of only one block in four begin at a multiple of 16, as a load of 16 bytes must, and a load of four finds {=f"{shares['each scale in front of its codes'].mean():.0%}"=} of its sectors useful.
 #
 # Writing has the same law and a trap of its own. A lane that loaded 16 bytes holds 32 codes, which become 64 bytes of float16: four stores. If each lane stores its own, then in each of the four the lanes are 64 bytes apart.
 
@@ -295,7 +294,7 @@ neighbours, _ = efficiency(16 * lane, 16)
 print(f"stores: its own values {own:.0%}, neighbouring values {neighbours:.0%}")
 
 # %% [markdown]
-# Half of each sector is touched, by four stores in place of two. So our kernel lets the codes change hands between loading and storing, in *shared memory*: lane $i$ loads the $i$-th 16 bytes, and later stores the $i$-th 16 bytes, of other values.
+# Each store touches half of each of 32 sectors, where neighbouring stores fill 16: four stores either way, but every sector is visited twice. So our kernel lets the codes change hands between loading and storing, in *shared memory*: lane $i$ loads the $i$-th 16 bytes, and later stores the $i$-th 16 bytes, of other values.
 #
 # ## The code
 #
@@ -497,7 +496,7 @@ ax.minorticks_off()
 chapter.show(
     figure,
     "tokens",
-    alt="Lower bounds of the time of one layer on an A100 against the number of tokens. Fused 4 bits begin at a third of float16 and cross it at about ten tokens; dequantizing first costs twice as much as float16 until the tensor cores are busy at two hundred tokens, and then the two approach each other.",
+    alt="Lower bounds of the time of one layer on an A100 against the number of tokens. Fused 4 bits begin well below a third of float16 and cross it at about ten tokens; dequantizing first costs more than twice as much as float16 until the tensor cores are busy at two hundred tokens, and then the two approach each other.",
 )
 
 # %% [markdown]
@@ -548,7 +547,7 @@ else:
 # ## What goes wrong in practice
 #
 # - **4 bits, and slower.** Until 2026 bitsandbytes had a fused kernel for a single row only ([884](https://github.com/bitsandbytes-foundation/bitsandbytes/issues/884)), and everything else dequantized first: reports of 4 bits running behind 8 or 16
-#   ([518](https://github.com/bitsandbytes-foundation/bitsandbytes/issues/518), [611](https://github.com/bitsandbytes-foundation/bitsandbytes/issues/611)) are the second curve of the figure. Then came kernels for up to 64 rows
+#   ([518](https://github.com/bitsandbytes-foundation/bitsandbytes/issues/518), [611](https://github.com/bitsandbytes-foundation/bitsandbytes/issues/611)) look like the second curve of the figure. Then came kernels for up to 64 rows
 #   ([1949](https://github.com/bitsandbytes-foundation/bitsandbytes/pull/1949)).
 # - **Indices of 32 bits.** A tensor of $2^{30}$ weights is a large embedding. Beyond it, bitsandbytes' quantization computed its indices in `int` and they overflowed ([1784](https://github.com/bitsandbytes-foundation/bitsandbytes/pull/1784)). The sizes in our launches are 64 bits wide.
 # - **Fast maths.** `--use_fast_math` replaces division by an approximation and flushes small numbers to zero. bitsandbytes is built with it, so near a boundary its codes may differ. CuPy adds `-ftz=true` to everything that it compiles from source; our launcher
@@ -585,7 +584,7 @@ assert down == 1 / 32
 assert blocks_met == 32
 
 # %% [markdown]
-# 4. *Fewer registers.* By how much would `product<__half>` have to shrink, in registers, for an A100 to hold all 64 warps? (Its launch bounds promise 64 or fewer.)
+# 4. *Fewer registers.* To how many registers would `product<__half>` have to shrink for an A100 to hold all 64 warps? (Its launch bounds promise 64 or fewer.)
 
 # %% tags=["solution"]
 full_house = [r for r in range(16, 256) if MachineCode(r, 64, 0, ()).occupancy() == 1]

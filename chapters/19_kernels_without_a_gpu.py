@@ -109,7 +109,7 @@ if not NO_NVRTC:
         assert spilled == "0"
 
 # %% [markdown]
-# A check that never fails proves nothing. So take this book's real `quantize`, which wants twice as many registers, and squeeze it into 24:
+# A check that never fails proves nothing. So take this book's real `quantize`, which wants many more registers, and squeeze it into 24:
 
 # %%
 if not NO_NVRTC:

@@ -139,7 +139,7 @@ def _verify(options: argparse.Namespace) -> int:
         print("\n".join(op.signature(name) for name, op in OPERATIONS.items()))
         return 0
     files = list(load_all(options.only))
-    _place(options.device)
+    _place(options)
     subject = _subject(options.implementation, options.program, options.timeout)
     with closing(subject):
         outcomes = list(verify(subject, files))
@@ -156,9 +156,15 @@ def _verify(options: argparse.Namespace) -> int:
     return 1 if "fail" in statuses else 0
 
 
-def _place(device: str) -> None:
+def _place(options: argparse.Namespace) -> None:
+    device: str = options.device
     if device == "cpu":
         return
+    if options.program or options.implementation in ("reference", "cupy"):
+        raise InputError(
+            f"--device {device} is for torch and the libraries that compute with it; "
+            f"leave it out for {options.program or options.implementation}."
+        )
     need("torch", "'minipeft[torch]'")
     import torch
 

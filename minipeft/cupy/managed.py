@@ -22,16 +22,15 @@ def settle(array: Any) -> None:
     Args:
         array: a CuPy array in managed memory.
     """
+    if not _takes_hints(array):
+        return
     cuda = _runtime()
     advice = cuda.cudaMemoryAdvise
     for hint, place in (
         (advice.cudaMemAdviseSetPreferredLocation, HOST),
         (advice.cudaMemAdviseSetAccessedBy, array.device.id),
     ):
-        if _takes_hints(array):
-            _check(
-                cuda.cudaMemAdvise(array.data.ptr, array.nbytes, hint, _place(place))
-            )
+        _check(cuda.cudaMemAdvise(array.data.ptr, array.nbytes, hint, _place(place)))
 
 
 def prefetch(array: Any, device: int, stream: int) -> None:
@@ -87,6 +86,6 @@ def _runtime() -> Any:
         from cuda.bindings import runtime
     except ImportError:
         raise InputError(
-            "managed memory needs NVIDIA's bindings: `pip install cuda-bindings`."
+            "managed memory needs NVIDIA's bindings: `pip install 'cuda-bindings>=13'`."
         ) from None
     return runtime

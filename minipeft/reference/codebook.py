@@ -84,7 +84,7 @@ def dynamic_map(signed: bool = True) -> Codebook:
             moment, which is never negative.
 
     Returns:
-        256 values, float32; every operation is rounded to float32, as published.
+        256 values, computed in float32 as published.
 
     Source: 8-bit optimizers (arXiv:2110.02861), section 1.3.
     """

@@ -95,8 +95,11 @@ class _Widened(torch.autograd.Function):
     """$x A^T$ in the dtype of A, with x remembered as it came.
 
     Autograd would keep the x that it multiplied: over a base of 16 bits a copy of twice
-    the size, and another one for each layer that reads the same x.
+    the size, and another one for each layer that reads the same x. Not offered: forward
+    mode.
     """
+
+    generate_vmap_rule = True
 
     @staticmethod
     def forward(x: Tensor, A: Tensor) -> Tensor:

@@ -102,5 +102,5 @@ def test_what_cuda_refuses_is_said(monkeypatch):
 
 def test_without_the_bindings_one_sentence(monkeypatch):
     monkeypatch.setitem(sys.modules, "cuda.bindings", None)
-    with pytest.raises(InputError, match="`pip install cuda-bindings`"):
+    with pytest.raises(InputError, match="`pip install 'cuda-bindings>=13'`"):
         managed.settle(array())

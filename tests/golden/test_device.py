@@ -7,6 +7,8 @@ import sys
 
 import pytest
 
+from minipeft import cli
+
 torch = pytest.importorskip("torch")
 
 # torch's own stand-in for a device: tensors without values. A driver that computes
@@ -35,11 +37,17 @@ VALUES_ASKED_FOR = (
 # Made on the CPU by definition, and the page table, which counts and computes nothing.
 ON_THE_CPU = {
     "codebook_table",
-    "codebook_normal_float",
     "codebook_dynamic_map",
     "vera_projections",
     "paged_trace",
 }
+
+
+@pytest.mark.parametrize("name", ["reference", "cupy"])
+def test_what_has_one_device_is_told_so(name, capsys):
+    assert cli.main(["verify", name, "--device", "cuda"]) == 2
+    said = capsys.readouterr().err
+    assert f"that compute with it; leave it out for {name}." in said
 
 
 def test_nothing_of_a_driver_stays_on_the_cpu():

@@ -106,7 +106,7 @@ class Spoiled(CpuExecutor):
     """A device on which a kernel writes one wrong bit, and another does not run."""
 
     def launch(self, kernel, dtype, grid, args):
-        if kernel.template == "row_norm":
+        if (kernel.template, dtype) == ("row_norm", "float32"):
             raise RuntimeError("an illegal memory access\nand more")
         super().launch(kernel, dtype, grid, args)
         if (kernel.template, dtype) == ("expand", "float16"):
@@ -124,10 +124,7 @@ def test_a_wrong_kernel_is_named_and_not_timed(tmp_path, capsys, monkeypatch):
     sentences = {name: text for name, text in wrong.items() if text}
     assert sentences == {
         ("lora_batched.expand", "float16"): "1 of 96 values of out differ, first at 2",
-        **{
-            ("dora.row_norm", dtype): "does not run: an illegal memory access"
-            for dtype in ("float32", "float16", "bfloat16")
-        },
+        ("dora.row_norm", "float32"): "does not run: an illegal memory access",
     }
     for (kernel, dtype), sentence in sentences.items():
         assert f"- {kernel} {dtype}: {sentence}" in said.out.splitlines()
@@ -138,12 +135,18 @@ def test_a_wrong_kernel_is_named_and_not_timed(tmp_path, capsys, monkeypatch):
 
 
 @needs_cpu_build
-def test_too_little_memory_is_one_sentence(tmp_path, capsys):
+@pytest.mark.parametrize("full", ["copy", "kernel"])
+def test_too_little_memory_is_one_sentence(tmp_path, capsys, monkeypatch, full):
     class Full(CpuExecutor):
         def empty(self, shape, dtype, device):
             raise MemoryError("out of memory allocating 512 bytes")
 
-    with use(Full()):
+    class Crowded(FakeDevice):
+        def copying(self, size):
+            raise MemoryError(f"out of memory allocating {size} bytes")
+
+    monkeypatch.setattr(device, "CupyDevice", Crowded if full == "copy" else FakeDevice)
+    with use(Full() if full == "kernel" else CpuExecutor()):
         assert cli.main(["gpu-report", "--out", str(tmp_path)]) == 2
     said = capsys.readouterr()
     assert "minipeft: the device has too little free memory (out of mem" in said.err
@@ -200,8 +203,6 @@ def test_bitsandbytes_is_timed_on_the_same_tensors(tmp_path, monkeypatch):
             assert k["agreement"] == 1
         if k["kernel"] == "adamw.adamw_8bit":
             assert k["agreement"] > 0.99
-            # It rounds in other places, which 16 bits cannot show.
-            assert (k["agreement"] < 1) == (k["dtype"] == "float32")
         if k["kernel"] == "qlora.product":
             assert k["agreement"] is None  # it multiplies by its own codes
 

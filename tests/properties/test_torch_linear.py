@@ -101,6 +101,18 @@ def test_gradients_of_gradients_are_those_of_autograd():
     assert torch.equal(penalty(ours), penalty(plain))
 
 
+def test_gradients_of_single_samples_are_those_of_autograd():
+    x, A = torch.randint(-4, 5, (5, 6)).bfloat16(), torch.randint(-4, 5, (3, 6)) / 2
+
+    def slopes(project):
+        def one(x, weight):
+            return project(x, weight).square().sum()
+
+        return torch.func.vmap(torch.func.grad(one, 1), (0, None))(x, A)
+
+    assert torch.equal(slopes(ours), slopes(plain))
+
+
 def test_autocast_computes_in_its_own_precision():
     x = torch.randn(5, 6).bfloat16()
     A = torch.randn(3, 6, requires_grad=True)

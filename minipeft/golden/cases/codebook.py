@@ -9,7 +9,7 @@ import numpy as np
 from minipeft.golden.cases import Alternative, File, Spec
 from minipeft.golden.tensors import Array
 from minipeft.golden.vectors import Note
-from minipeft.reference.codebook import FP4
+from minipeft.reference.codebook import FP4, normal_float
 
 F32 = np.float32
 PUBLISHED_OFFSET = 0.9677083  # 929/960, as it is written where NF4 comes from
@@ -55,14 +55,16 @@ NOTES = {
     ),
     "Offset": Note(
         "CONVENTION",
-        "The outermost probability is a parameter; 929/960 for the published table.",
+        "The outermost probability is a parameter; 929/960 for the published table, "
+        "or 0.9677083 where it is written in seven digits.",
         "Another one shifts all values but -1, 0 and 1.",
         (NF4_ORIGIN,),
     ),
     "OutOfRange": Note(
         "EDGE_CASE",
         "A width below 2 or above 8 bits, an offset outside of (1/2, 1).",
-        "Quantiles of 0 or 1 are infinite, and their quotients NaN.",
+        "A code is at most a byte, and one bit leaves no negative value. At 1/2 the "
+        "divisor is zero, below it all signs turn, at 1 it is infinite.",
         (),
     ),
     "Signed": Note(
@@ -81,10 +83,12 @@ NOTES = {
     ),
     "SingleSteps": Note(
         "NUMERICS",
-        "Every operation is rounded to float32, as in the published construction, "
-        "points counted from the nearer end.",
-        "In float64, 72 of the 256 signed values differ in the last bit: decoded "
-        "states are not those of other libraries.",
+        "As published, in float32: the step is rounded, then each point, start + i "
+        "step or stop - i step from the nearer end, is rounded once, as a fused "
+        "multiply-add does, then every other operation.",
+        "In float64, 72 of the 256 signed and 100 of the unsigned values differ in the "
+        "last bit, with the product rounded on its own 42 and 31: decoded states are "
+        "not those of other libraries.",
         (),
     ),
 }
@@ -125,8 +129,14 @@ def _tables() -> Iterator[Spec]:
     ways = (Alternative("those who give code 8 a sign", {"codebook": signed}),)
     yield replace(spec, alternatives=ways)
     for bits in (3, 2):
-        spec = _table(f"nf{bits}", "Quantiles ExactZero")
-        yield _either(spec, single(bits, PUBLISHED_OFFSET))
+        spec = _table(f"nf{bits}", "Quantiles ExactZero Offset")
+        seven = normal_float(bits, PUBLISHED_OFFSET)
+        others = {
+            SINGLE: single(bits, PUBLISHED_OFFSET),
+            f"{SINGLE}, from 929/960": single(bits, 929 / 960),
+            "those who write the offset in seven digits": seven,
+        }
+        yield _either(spec, others)
 
 
 def _table(name: str, flags: str) -> Spec:
@@ -154,12 +164,12 @@ def _maps() -> Iterator[Spec]:
 def _normal_float(comment: str, flags: str, bits: int, offset: float) -> Spec:
     parameters = {"bits": bits, "offset": offset}
     spec = Spec(comment, tuple(flags.split()), {}, parameters)
-    return _either(spec, single(bits, offset))
+    return _either(spec, {SINGLE: single(bits, offset)})
 
 
-def _either(spec: Spec, codebook: Array) -> Spec:
-    way = Alternative(SINGLE, {"codebook": codebook})
-    return replace(spec, result="acceptable", alternatives=(way,))
+def _either(spec: Spec, ways: dict[str, Array]) -> Spec:
+    others = tuple(Alternative(name, {"codebook": ways[name]}) for name in ways)
+    return replace(spec, result="acceptable", alternatives=others)
 
 
 def single(bits: int, offset: float) -> Array:

@@ -55,7 +55,8 @@ NOTES = {
     ),
     "NegativeZero": Note(
         "EDGE_CASE",
-        "-0.0 is the value 0.0, on either side; a zero of the result has no sign.",
+        "-0.0 is the value 0.0, on either side; a zero of the result may have either "
+        "sign.",
         "A small number that stands in for zero, with its sign.",
         (),
     ),
@@ -160,21 +161,24 @@ def _cancelling(inputs: Named) -> dict[str, Array]:
 
 
 def _normal(operation: str) -> Iterator[Spec]:
-    """Compared with a bound: the sum, the bias, and the output in the vector."""
+    """Compared with a bound: the products of a sum, then the output in the vector.
+
+    Forward the bias adds a rounding; the gradient of the bias multiplies nothing.
+    """
     for sizes, rows in (((15, 8), 4), ((7, 18), 3)):
         shapes = _shapes(operation, sizes, (rows,))
         if operation == "linear_forward":
             shapes["bias"] = (sizes[1],)
-            lengths = {"y": sizes[0]}
+            roundings = {"y": sizes[0] + 2}
         else:
-            lengths = {"grad_x": sizes[1], "grad_W": rows, "grad_bias": rows}
+            roundings = {"grad_x": sizes[1] + 1, "grad_W": rows + 1, "grad_bias": rows}
         seed = f"{operation} normal {sizes}"
         yield Spec(
             comment="normal values, {} in, {} out".format(*sizes),
             flags=("Normal",),
             inputs={name: gaussian(f"{seed} {name}", s) for name, s in shapes.items()},
             parameters={},
-            roundings={name: length + 2 for name, length in lengths.items()},
+            roundings=roundings,
         )
 
 

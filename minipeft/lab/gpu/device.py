@@ -1,6 +1,7 @@
 """Where calls are timed: CuPy's events on a GPU, or what a test puts in their place."""
 
 from collections.abc import Callable
+from functools import cached_property
 from statistics import median
 from typing import Any, Protocol, runtime_checkable
 
@@ -63,7 +64,10 @@ class CupyDevice:
         self._cupy = cupy
         self._properties = cupy.cuda.runtime.getDeviceProperties(0)
         self._flushed = max(FLUSH, 4 * self._properties["l2CacheSize"])
-        self._buffer = cupy.empty(self._flushed, "uint8").data
+
+    @cached_property
+    def _buffer(self) -> Any:  # as late as all that memory may be too little for
+        return self._cupy.empty(self._flushed, "uint8").data
 
     def facts(self) -> dict[str, str]:
         """Ask the runtime, the driver and the packages."""

@@ -71,10 +71,14 @@ class Recorder:
         """Be a key, as every executor."""
         return id(self)
 
+    def forget(self) -> None:
+        """Forget what was noted, as when a trial did not come to its end."""
+        self._noted.clear()
+
     def take(self, kernel: Kernel) -> Launch:
         """Return the one launch of a kernel, and forget all that was noted."""
         found = [launch for launch in self._noted if launch.kernel is kernel]
-        self._noted.clear()
+        self.forget()
         (launch,) = found
         return launch
 

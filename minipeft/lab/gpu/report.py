@@ -115,8 +115,8 @@ def run(folder: Path, device: Device, sizes: Sizes | None = None) -> int:
     Raises:
         InputError: if there is no GPU, no memory, or the files cannot be written.
     """
-    ceilings = measure_ceilings(device)
     try:
+        ceilings = measure_ceilings(device)
         rows = list(examine_all(device, ceilings, sizes or Sizes()))
     except MemoryError as error:
         raise InputError(
@@ -161,6 +161,7 @@ def examine(
     recorder: Recorder, trial: Trial, device: Device, ceilings: Ceilings
 ) -> Row:
     """Check a kernel; time it if it is right."""
+    recorder.forget()
     try:
         trial.run()
         launch = recorder.take(trial.kernel)

@@ -73,9 +73,10 @@ def refuses_an_empty_batch(x, W, bias=None):
 @bug("linear_backward", "EmptyBatch")
 def divides_by_the_rows_and_multiplies(grad_y, x, W):
     grads = right.linear_backward(grad_y, x, W)
+    if x.size:
+        return grads
     with np.errstate(invalid="ignore"):
-        rows = F32(x.size // max(1, x.shape[-1]))
-        return grads[0], grads[1] / rows * rows if rows != 3 else grads[1], grads[2]
+        return grads[0], grads[1] / F32(0) * F32(0), grads[2]
 
 
 @bug("linear_forward", "NegativeZero")
@@ -110,6 +111,11 @@ def accumulates_gradients_in_half_precision(grad_y, x, W):
 @bug("linear_forward", "Normal")
 def ten_bits_inside_in_linear(x, W, bias=None):
     return right.linear_forward(*(v.astype(F16).astype(F32) for v in (x, W)), bias)
+
+
+@bug("linear_backward", "Normal")
+def ten_bits_backward_in_linear(grad_y, x, W):
+    return right.linear_backward(*(v.astype(F16).astype(F32) for v in (grad_y, x, W)))
 
 
 @bug("linear_forward", "ShapeMismatch")
