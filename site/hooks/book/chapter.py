@@ -1,16 +1,17 @@
 """A chapter is a percent script: `# %% [markdown]` prose, `# %%` code."""
 
-import ast
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
+import jupytext
+from nbformat import NotebookNode
+
 from . import BookError
 
-MARK = re.compile(r"^# %%(?P<options>.*)$")
-TAGS = re.compile(r"tags=(\[[^\]]*\])")
+MARK = "# %%"
 LIMIT = re.compile(r"^# *limit: *(\d+) *s *$", re.M)
 VALUE = re.compile(r"\{=(.+?)=\}")
 FENCE = re.compile(r"^(?P<indent> *)(?P<ticks>`{3,}|~{3,})(?P<info>.*)$")
@@ -95,15 +96,14 @@ class Chapter:
 
 def read(path: Path) -> Chapter:
     """Read one script; what it says wrongly about itself is an error here."""
-    front: list[str] = []
-    raw: list[tuple[str, int, list[str]]] = []
-    for line, text in enumerate(path.read_text("utf-8").splitlines(), 1):
-        if mark := MARK.match(text):
-            raw.append((mark["options"], line + 1, []))
-        else:
-            (raw[-1][2] if raw else front).append(text)
-    cells = tuple(_cell(path, n, *parts) for n, parts in enumerate(raw, 1))
-    return Chapter(path, "\n".join(front), cells)
+    text = path.read_text("utf-8")
+    # jupytext reads the cells but does not say where they stand.
+    lines = enumerate(text.splitlines(), 1)
+    marks = [number for number, line in lines if line.startswith(MARK)]
+    found = jupytext.reads(text, fmt="py:percent").cells
+    front = found.pop(0).source if len(found) > len(marks) else ""
+    numbered = enumerate(zip(marks, found, strict=True), 1)
+    return Chapter(path, front, tuple(_cell(path, n, *cell) for n, cell in numbered))
 
 
 def read_all(folder: Path) -> list[Chapter]:
@@ -131,29 +131,29 @@ def pieces(text: str) -> Iterator[tuple[bool, str]]:
         yield closing is not None, "\n".join(run)
 
 
-def _cell(path: Path, number: int, options: str, line: int, lines: list[str]) -> Cell:
-    """Make one cell of the lines below its mark."""
-    kind = "markdown" if "[markdown]" in options else "code"
-    if kind == "markdown":
-        lines = [_uncomment(path, line + i, text) for i, text in enumerate(lines)]
-    while lines and not lines[0].strip():
-        lines, line = lines[1:], line + 1
-    found = TAGS.search(options)
-    tags = tuple(ast.literal_eval(found[1])) if found else ()
+def _cell(path: Path, number: int, mark: int, found: NotebookNode) -> Cell:
+    """Make one cell of what jupytext read below the mark on this line."""
+    source = found.source.lstrip("\n")
+    line = mark + 1 + len(found.source) - len(source)
+    tags = tuple(found.metadata.get("tags", ()))
     if unknown := set(tags) - KNOWN_TAGS:
         raise BookError(
             f"{path.name}, cell {number}: unknown tag {min(unknown)!r}; "
             f"the tags are {', '.join(sorted(KNOWN_TAGS))}"
         )
-    return Cell(number, kind, "\n".join(lines).rstrip(), line, tags)
+    if found.cell_type == "markdown":
+        _check_prose(path, line, len(source.splitlines()))
+    return Cell(number, found.cell_type, source.rstrip(), line, tags)
 
 
-def _uncomment(path: Path, line: int, text: str) -> str:
-    if text.startswith("# "):
-        return text[2:]
-    if text.startswith("#") or not text.strip():
-        return text[1:]
-    raise BookError(f"{path.name}, line {line}: code in a prose cell: {text.strip()!r}")
+def _check_prose(path: Path, first: int, count: int) -> None:
+    # jupytext takes a line without its "#" for prose too: code that never runs.
+    lines = path.read_text("utf-8").splitlines()
+    for number, line in enumerate(lines[first - 1 : first - 1 + count], first):
+        if line.strip() and not line.startswith("#"):
+            raise BookError(
+                f"{path.name}, line {number}: code in a prose cell: {line.strip()!r}"
+            )
 
 
 def _solutions(cell: Cell) -> list[tuple[str, int]]:

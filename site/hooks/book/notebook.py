@@ -1,8 +1,14 @@
-"""The same chapter as a notebook whose prose reads well in Jupyter."""
+"""The same chapter as a notebook whose prose reads well in Jupyter.
 
-import json
+nbclient could run it, but the book runs chapters itself (`cells.py`): solutions and
+quoted values are part of a chapter's run, and a notebook has no place for them.
+"""
+
 import re
 from typing import Any
+
+import nbformat
+from nbformat import NotebookNode, v4
 
 from . import shelf
 from .chapter import VALUE, Cell, Chapter, pieces
@@ -25,47 +31,39 @@ ATTRIBUTES = re.compile(r"\{ ?[.#:][^}]*\}$", re.M)
 def write(chapter: Chapter, result: Result, page: Page) -> str:
     """Return the notebook, outputs included, as JSON."""
     outputs = iter(result.cells)
-    cells = []
-    for cell in chapter.cells:
-        if cell.kind == "markdown":
-            cells.append(_cell(cell, "markdown", clean(cell.source, page)))
-        else:
-            cells.append(_code(cell, next(outputs), result, chapter.name))
+    cells = [
+        _prose(cell, page)
+        if cell.kind == "markdown"
+        else _code(cell, next(outputs), result, chapter.name)
+        for cell in chapter.cells
+    ]
     kernel = {"name": "python3", "display_name": "Python 3", "language": "python"}
-    book = {
-        "cells": cells,
-        "metadata": {"kernelspec": kernel, "language_info": {"name": "python"}},
-        "nbformat": 4,
-        "nbformat_minor": 5,
-    }
-    return json.dumps(book, indent=1, ensure_ascii=False) + "\n"
+    metadata = {"kernelspec": kernel, "language_info": {"name": "python"}}
+    return nbformat.writes(v4.new_notebook(cells=cells, metadata=metadata)) + "\n"
 
 
-def _cell(cell: Cell, kind: str, source: str) -> dict[str, Any]:
-    return {
-        "cell_type": kind,
-        "id": f"cell-{cell.number}",
-        "metadata": {"tags": list(cell.tags)} if cell.tags else {},
-        "source": source.splitlines(keepends=True),
-    }
+def _prose(cell: Cell, page: Page) -> NotebookNode:
+    return v4.new_markdown_cell(clean(cell.source, page), **_about(cell))
 
 
 def _code(
     cell: Cell, output: dict[str, Any], result: Result, name: str
-) -> dict[str, Any]:
-    shown: list[dict[str, Any]] = []
+) -> NotebookNode:
+    shown = []
     if output["stdout"]:
-        text = output["stdout"].splitlines(keepends=True)
-        shown.append({"output_type": "stream", "name": "stdout", "text": text})
+        shown.append(v4.new_output("stream", text=output["stdout"]))
     for figure in output["figures"]:
         svg = (result.folder / figure["file"]).read_text("utf-8")
-        data = {
-            "image/svg+xml": svg.splitlines(keepends=True),
-            "text/plain": [figure["alt"]],
-        }
-        shown.append({"output_type": "display_data", "metadata": {}, "data": data})
+        data = {"image/svg+xml": svg, "text/plain": figure["alt"]}
+        shown.append(v4.new_output("display_data", data))
     source = in_jupyter(cell.source, name)
-    return _cell(cell, "code", source) | {"execution_count": None, "outputs": shown}
+    return v4.new_code_cell(source, outputs=shown, **_about(cell))
+
+
+def _about(cell: Cell) -> dict[str, Any]:
+    # The number instead of nbformat's random id: the same chapter, the same bytes.
+    tags = {"tags": list(cell.tags)} if cell.tags else {}
+    return {"id": f"cell-{cell.number}", "metadata": tags}
 
 
 def in_jupyter(source: str, name: str) -> str:

@@ -1,4 +1,4 @@
-"""How the files under `data/` were made: `python -m minipeft.lab.prepare`.
+"""How the files under `minipeft/lab/data/` were made: `python tools/prepare_data.py`.
 
 Takes the folders into which `dpkg-deb -x` unpacked the Debian packages
 `r-cran-janeaustenr` and `dict-devil`. Run once by hand; the results are committed.
@@ -14,6 +14,7 @@ import struct
 import zlib
 from pathlib import Path
 
+from minipeft.lab.data import DATA
 from minipeft.lab.files import write_atomic
 
 NAMES = {
@@ -110,7 +111,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("janeaustenr", type=Path, help="unpacked r-cran-janeaustenr")
     parser.add_argument("devil", type=Path, help="unpacked dict-devil")
-    parser.add_argument("--out", type=Path, default=Path(__file__).with_name("data"))
+    parser.add_argument("--out", type=Path, default=DATA)
     options = parser.parse_args()
     files = {
         f"{name}.txt.xz": compress(text)
