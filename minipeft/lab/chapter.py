@@ -24,8 +24,8 @@ from minipeft.lab import plots
 from minipeft.lab.files import write_atomic
 from minipeft.lab.models import NAMES, WHEELS, check_name, fetch, pick_device
 
-FIGURES: list[tuple[Path, str]] = []
-"""(SVG, alternative text) of every figure this process has shown, in order."""
+FIGURES: list[tuple[Path, str, str]] = []
+"""(SVG, alternative text, caption) of each figure this process has shown, in order."""
 
 SEED = 0
 
@@ -41,13 +41,14 @@ class Chapter:
     out: Path
     full: bool
 
-    def show(self, figure: Figure, name: str, alt: str) -> Path:
+    def show(self, figure: Figure, name: str, alt: str, caption: str = "") -> Path:
         """Write `<out>/<name>.svg` and its alternative text, and return the path.
 
         Args:
             figure: Any matplotlib figure; it is closed.
             name: The file's name without `.svg`.
-            alt: One sentence for those who cannot see the figure.
+            alt: What the figure draws, for those who cannot see it.
+            caption: The point that the figure makes, with its numbers; printed below.
 
         Raises:
             InputError: The text is empty, the folder cannot be written.
@@ -59,7 +60,7 @@ class Chapter:
         write_atomic(
             path.with_suffix(".json"), (json.dumps({"alt": alt}) + "\n").encode()
         )
-        FIGURES.append((path, alt))
+        FIGURES.append((path, alt, caption))
         print(path, file=sys.stderr)
         figure.clear()
         return path

@@ -64,10 +64,10 @@ lab = types.ModuleType("minipeft.lab.chapter")
 lab.FIGURES = []
 sys.modules["minipeft.lab.chapter"] = lab
 OUT = pathlib.Path(sys.argv[sys.argv.index("--out") + 1])
-def show(name, alt):
+def show(name, alt, caption=""):
     path = OUT / f"{name}.svg"
     path.write_text('<svg width="72pt" height="36pt"><g fill="#24292f"/></svg>')
-    lab.FIGURES.append((path, alt))
+    lab.FIGURES.append((path, alt, caption))
 """
 
 

@@ -91,6 +91,14 @@ def test_figures_have_two_copies_a_number_and_their_text(small, lab):
     assert page.index("shown") < page.index("<figure>")
 
 
+def test_a_caption_states_the_point_and_the_alternative_text_describes(small, lab):
+    small.chapter(f"{lab}\n# %%\nshow('loss', 'Two lines.', 'LoRA gains 76 %.')\n")
+    small.build()
+    page = small.page()
+    assert 'alt="Two lines."' in page
+    assert "<figcaption><b>Figure 1.1</b> LoRA gains 76 %.</figcaption>" in page
+
+
 @pytest.mark.parametrize("alt", ["", "   "])
 def test_a_figure_without_alternative_text_fails(small, lab, alt):
     small.chapter(f"{lab}\n# %%\nshow('loss', {alt!r})\n")

@@ -49,13 +49,13 @@ def test_show_writes_figure_and_text_and_remembers(tmp_path, capsys):
     chapter = start("01_lora", steps=1, arguments=["--out", str(tmp_path)])
     figure, ax = plots.axes("Title")
     ax.plot([1, 2])
-    path = chapter.show(figure, "line", "A line that rises.")
+    path = chapter.show(figure, "line", "A line that rises.", "It rises by 1.")
     assert path == tmp_path / "line.svg"
     assert path.read_bytes().startswith(b"<?xml")
     assert json.loads((tmp_path / "line.json").read_text()) == {
         "alt": "A line that rises."
     }
-    assert chapters.FIGURES[-1] == (path, "A line that rises.")
+    assert chapters.FIGURES[-1] == (path, "A line that rises.", "It rises by 1.")
     out, err = capsys.readouterr()
     assert (out, err) == ("", f"{path}\n")
     assert not figure.axes

@@ -2,6 +2,7 @@ import pytest
 import torch
 
 from minipeft.errors import InputError
+from minipeft.lab import task
 from minipeft.lab.data import devils_dictionary
 from minipeft.lab.text import (
     Sampling,
@@ -107,3 +108,14 @@ def test_generation_is_decided_by_its_seed(tiny):
     assert not first.startswith("It was")
     assert len(tiny.tokenizer.encode(greedy, add_special_tokens=False)) <= 5
     assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_no_chapter_is_judged_on_what_it_trains_on(tiny):
+    tokenizer = tiny.tokenizer
+    train, held_out = (task.pairs(split) for split in ("train", "validation"))
+    assert not {prompt for prompt, _ in train} & {prompt for prompt, _ in held_out}
+    batches = task.held_out(tokenizer)
+    assert sum(len(batch["input_ids"]) for batch in batches) == len(held_out)
+    assert task.training(tokenizer, rows=3)(0)["input_ids"].shape[0] == 3
+    longest = max(batch["input_ids"].shape[1] for batch in batches)
+    assert longest == task.LENGTH
