@@ -21,6 +21,7 @@ from matplotlib.figure import Figure
 
 from minipeft.errors import InputError
 from minipeft.lab import plots
+from minipeft.lab.claims import Claims
 from minipeft.lab.files import write_atomic
 from minipeft.lab.models import NAMES, WHEELS, check_name, fetch, pick_device
 
@@ -31,8 +32,8 @@ SEED = 0
 
 
 @dataclass(frozen=True)
-class Chapter:
-    """What a chapter was asked to do."""
+class Chapter(Claims):
+    """What a chapter was asked to do, and what it states."""
 
     name: str
     model: str
@@ -113,7 +114,8 @@ def start(
     check_name(options.model)
     options.device = pick_device(options.device)
     reproducible(SEED)
-    return Chapter(name=name, **vars(options))
+    usual = (options.model, options.steps) == (model, steps)
+    return Chapter(name=name, usual=usual, **vars(options))
 
 
 def _parser(name: str, steps: int, model: str) -> argparse.ArgumentParser:

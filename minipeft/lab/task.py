@@ -11,6 +11,8 @@ from minipeft.lab.train import Batch, Batches
 
 LENGTH = 64
 """Tokens that an example may have: longer definitions are cut."""
+BEFORE = "tiny before training, loss on the held-out definitions"
+"""The label of the loss that every chapter on this task begins with."""
 
 
 def pairs(split: data.Split) -> list[tuple[str, str]]:

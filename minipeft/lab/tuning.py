@@ -7,7 +7,7 @@ from typing import Any
 from matplotlib.figure import Figure
 from torch import nn
 
-from minipeft.lab import data, plots, text
+from minipeft.lab import plots, task
 from minipeft.lab.checkpoint import trainable
 from minipeft.lab.train import Batch, Batches, History, TrainConfig, loss, train
 
@@ -36,30 +36,26 @@ class Run:
         return self.history.validation[-1][1]
 
 
-def dictionary(tokenizer: Any, size: tuple[int, int] = (6, 64)) -> Task:
+def dictionary(tokenizer: Any, rows: int = 6) -> Task:
     """Return the task for a tokenizer.
 
     Args:
         tokenizer: of the model that will learn.
-        size: examples in a batch, tokens in an example at most.
+        rows: definitions in a batch.
     """
-    pairs = {
-        split: [(entry.prompt, entry.answer) for entry in data.devils_dictionary(split)]
-        for split in ("train", "validation")
-    }
     return Task(
-        pairs["train"],
-        text.examples(tokenizer, pairs["train"], size, seed=0),
-        text.example_batches(tokenizer, pairs["validation"], (25, size[1])),
+        task.pairs("train"),
+        task.training(tokenizer, rows),
+        task.held_out(tokenizer),
     )
 
 
-def tune(model: nn.Module, task: Task, steps: int, lr: float, checks: int = 5) -> Run:
+def tune(model: nn.Module, learn: Task, steps: int, lr: float, checks: int = 5) -> Run:
     """Train what requires gradients: a tenth of the steps warms up, a cosine follows.
 
     Args:
         model: as `train.train` takes it; it is changed.
-        task: what to learn.
+        learn: the task.
         steps: of training.
         lr: the largest learning rate.
         checks: how often the validation loss is taken, the last step included.
@@ -67,11 +63,11 @@ def tune(model: nn.Module, task: Task, steps: int, lr: float, checks: int = 5) -
     Raises:
         InputError: as `train.train` does.
     """
-    before = loss(model, task.held_out)
+    before = loss(model, learn.held_out)
     config = TrainConfig(
         steps, lr, warmup=steps // 10, validate_every=max(1, steps // checks)
     )
-    history = train(model, task.batches, config, task.held_out)
+    history = train(model, learn.batches, config, learn.held_out)
     count = sum(parameter.numel() for parameter in trainable(model).values())
     return Run(model, count, before, history)
 

@@ -20,6 +20,7 @@ from book import (
     methods,
     notebook,
     page,
+    quantities,
     shelf,
     source,
     vectors,
@@ -50,6 +51,7 @@ def generate(layout: Layout, say: Callable[[str], None] = print) -> Book:
     chapters = read_all(layout.chapters)
     parts = group(chapters, Path(__file__).with_name("parts.yml"))
     results = run_all(layout, chapters, say)
+    quantities.check(results)
     written: list[Path] = []
     cited_in: dict[str, list[str]] = {}
     for part, members in parts.items():

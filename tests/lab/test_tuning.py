@@ -21,15 +21,15 @@ def task():
 
 
 def test_the_dictionary_is_batched_for_a_tokenizer(tiny):
-    task = tuning.dictionary(tiny.tokenizer, (3, 40))
+    task = tuning.dictionary(tiny.tokenizer, rows=3)
     entries = data.devils_dictionary("train")
     assert task.pairs == [(entry.prompt, entry.answer) for entry in entries]
     first = task.batches(0)
     assert first["input_ids"].shape[0] == 3
-    assert first["input_ids"].shape[1] <= 40
+    assert first["input_ids"].shape[1] <= 64
     judged = sum(len(part["input_ids"]) for part in task.held_out)
     assert judged == len(data.devils_dictionary("validation"))
-    again = tuning.dictionary(tiny.tokenizer, (3, 40)).batches(0)
+    again = tuning.dictionary(tiny.tokenizer, rows=3).batches(0)
     assert torch.equal(again["input_ids"], first["input_ids"])
 
 

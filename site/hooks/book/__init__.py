@@ -2,6 +2,7 @@
 
 chapter       a percent script, read into cells
 run, cells    each chapter in a clean interpreter, cached
+quantities    one label, one value in the whole book
 prose         directives, quoted numbers and citations inside Markdown
 source        the source of a symbol, found by name
 page          one chapter as a Markdown page, with its figures

@@ -69,6 +69,12 @@ def new_figures(seen: int, out: Path) -> list[dict[str, str]]:
     return figures
 
 
+def quantities() -> list[list[str]]:
+    """Return what was printed below a label: the label, the value with its unit."""
+    module = sys.modules.get("minipeft.lab.claims")
+    return [list(pair) for pair in getattr(module, "QUANTITIES", [])]
+
+
 def quote(expression: str, namespace: dict[str, Any]) -> str:
     """Format `expression[:format]` as an f-string would."""
     return str(eval(f"f'''{{{expression}}}'''", namespace))
@@ -102,6 +108,7 @@ def run(job: dict[str, Any], namespace: dict[str, Any]) -> dict[str, Any]:
         for expression in job["values"]:
             at = f"the quoted value {{={expression}=}}"
             report["values"][expression] = quote(expression, namespace)
+        report["quantities"] = quantities()
     except BaseException as error:
         report["failure"] = {"at": at, "text": explain(error, path)}
     return report

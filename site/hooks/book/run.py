@@ -60,6 +60,12 @@ class Result:
         found: dict[str, str] = self.report["values"]
         return found
 
+    @property
+    def quantities(self) -> list[list[str]]:
+        """Each label with its value, in the order in which they were printed."""
+        found: list[list[str]] = self.report["quantities"]
+        return found
+
 
 def run_all(
     layout: Layout, chapters: list[Chapter], say: Callable[[str], None] = print

@@ -1,0 +1,138 @@
+"""Read from a source what it states: asserts on losses, sweeps, words for numbers."""
+
+import ast
+import re
+from collections.abc import Iterator
+
+# What gives a number that depends on the model and on the steps.
+TRAINED = frozenset({"train.train", "train.loss", "tuning.tune"})
+ORDER = (ast.Lt, ast.LtE, ast.Gt, ast.GtE)
+MODULES = {"plots", "train", "tuning", "text", "np", "torch", "chapter"}
+RATES = {"lr", "rate"}
+SENTENCE = re.compile(r"(?<=[.!?])[*\")]*\s+(?=[A-Z*`\"(\[{$])")
+# Words that stand for a number, and so need one in their sentence.
+VAGUE = re.compile(
+    r"\b(stays? close|nearly|almost|far (above|below|more|less)|hardly|close(ly)? to"
+    r"|near (zero|one)|clearly (above|below)|level with|next to nothing)\b"
+)
+NUMBER = re.compile(
+    r"\d|\{=|\b(zero|half|third|quarter|twice|\w*hundredth|\w*thousandth)\b"
+    r"|\b(two|three|four|five|six|seven|eight|nine|ten|twelve|hundred|thousand)"
+    r" (%|percent|times|nats|hundred|thousand|million|billion)"
+)
+NO_NUMBER = re.compile(r"`[^`]*`|\$[^$]*\$|\[[^]]*\]\([^)]*\)")  # code, formula, link
+
+
+class Asserts(ast.NodeVisitor):
+    """Find asserts that order what training gave, following names from line to line.
+
+    A name is of training while the last value bound to it used one that is.
+    """
+
+    def __init__(self, source: str) -> None:
+        self.names = set(TRAINED)
+        self.found: dict[str, None] = {}
+        self.visit(ast.parse(source))
+
+    def visit_Assert(self, node: ast.Assert) -> None:
+        """Note an assert with `<` or `>` on something from training."""
+        orders = [n for n in ast.walk(node.test) if isinstance(n, ORDER)]
+        if orders and self.uses(node.test):
+            self.found[ast.unparse(node)] = None
+
+    def visit_Assign(self, node: ast.Assign) -> None:
+        """A name takes over what it is bound to."""
+        for target in node.targets:
+            self.bind(target, self.uses(node.value))
+
+    def visit_AugAssign(self, node: ast.AugAssign) -> None:
+        """`a += x` keeps what a was."""
+        if self.uses(node.value):
+            self.bind(node.target, True)
+
+    def visit_Call(self, node: ast.Call) -> None:
+        """`a.append(x)` makes a depend on x as well."""
+        if isinstance(node.func, ast.Attribute) and any(map(self.uses, node.args)):
+            self.names |= set(targets(node.func.value)) - MODULES
+
+    def visit_FunctionDef(self, node: ast.FunctionDef) -> None:
+        """A function is of training if its body is."""
+        self.bind(ast.Name(node.name), any(map(self.uses, node.body)))
+        self.generic_visit(node)
+
+    def visit_For(self, node: ast.For) -> None:
+        """What the end of one turn binds, the next turn uses."""
+        self.bind(node.target, self.uses(node.iter))
+        for statement in node.body * 2:
+            self.visit(statement)
+
+    def bind(self, target: ast.expr, trained: bool) -> None:
+        """Note that a name has a new value; part of a container only adds to it."""
+        if trained:
+            self.names |= set(targets(target))
+        elif isinstance(target, ast.Name):
+            self.names.discard(target.id)
+
+    def uses(self, node: ast.AST) -> bool:
+        """Whether a value comes from training."""
+        shadows = {
+            name
+            for part in ast.walk(node)
+            if isinstance(part, ast.comprehension) and not self.uses(part.iter)
+            for name in targets(part.target)
+        }
+        return any(
+            ast.unparse(part) in self.names - shadows
+            for part in ast.walk(node)
+            if isinstance(part, ast.Name | ast.Attribute)
+        )
+
+
+def targets(node: ast.AST) -> Iterator[str]:
+    """Yield the names that an assignment to this target changes."""
+    if isinstance(node, ast.Subscript | ast.Starred | ast.Attribute):
+        yield from targets(node.value)
+    elif isinstance(node, ast.Tuple | ast.List):
+        for part in node.elts:
+            yield from targets(part)
+    elif isinstance(node, ast.Name):
+        yield node.id
+
+
+def sweeps(source: str) -> list[str]:
+    """Return the loops over learning rates."""
+    return [
+        f"for {ast.unparse(node.target)}"
+        for node in ast.walk(ast.parse(source))
+        if isinstance(node, ast.For | ast.comprehension)
+        and set(targets(node.target)) & RATES
+    ]
+
+
+def calls(source: str, method: str) -> list[ast.Call]:
+    """Return the calls of a method of `chapter`."""
+    return [
+        node
+        for node in ast.walk(ast.parse(source))
+        if isinstance(node, ast.Call) and ast.unparse(node.func) == f"chapter.{method}"
+    ]
+
+
+def words(node: ast.expr | None) -> str:
+    """Return a text as the source writes it; what is filled in counts as a number."""
+    if isinstance(node, ast.JoinedStr):
+        return "".join(map(words, node.values))
+    if isinstance(node, ast.Constant):
+        return str(node.value)
+    return "{=" if isinstance(node, ast.FormattedValue) else ""
+
+
+def vague(text: str) -> list[str]:
+    """Return the sentences that use a word for a number and no number."""
+    found = []
+    for block in re.split(r"\n\s*\n|\n(?=- |\d+\. |\|)", text):
+        for sentence in SENTENCE.split(" ".join(block.split())):
+            bare = NO_NUMBER.sub(lambda m: "{=" if "{=" in m[0] else "", sentence)
+            if VAGUE.search(bare) and not NUMBER.search(bare):
+                found.append(sentence)
+    return found

@@ -1,0 +1,156 @@
+"""How chapters state things: claims with a control, swept rates, words with numbers."""
+
+from pathlib import Path
+
+import pytest
+from book import Layout, chapter
+
+from tests.book.statements import Asserts, calls, sweeps, vague, words
+
+ROOT = Path(__file__).parents[2]
+CHAPTERS = chapter.read_all(Layout(ROOT).chapters)
+by_name = pytest.mark.parametrize("script", CHAPTERS, ids=lambda c: c.name)
+
+# Chapters that still break a rule: mend one and take it off. A line that is no longer
+# needed is an error.
+TO_MEND: dict[str, set[str]] = {
+    "asserts": {
+        "01_lora",
+        "06_qlora",
+        "08_dora",
+        "10_ia3",
+        "11_pissa",
+        "12_loftq",
+        "13_bottleneck",
+        "14_prefix",
+        "15_prompt",
+        "17_side_by_side",
+    },
+    "sweeps": {
+        "08_dora",
+        "09_vera",
+        "10_ia3",
+        "11_pissa",
+        "14_prefix",
+        "15_prompt",
+        "17_side_by_side",
+    },
+    "words": {
+        "01_lora",
+        "02_nf4",
+        "05_paged",
+        "11_pissa",
+        "12_loftq",
+        "14_prefix",
+        "16_merging",
+        "17_side_by_side",
+        "18_gpu_four_bits",
+        "19_kernels_without_a_gpu",
+    },
+    "captions": {script.name for script in CHAPTERS},
+}
+
+
+def code(script):
+    return "\n".join(c.source for c in (*script.code, *script.solutions))
+
+
+def prose(script):
+    return "\n\n".join(
+        part
+        for cell in script.prose
+        for fenced, part in chapter.pieces(cell.source)
+        if not fenced
+    )
+
+
+def texts(script):
+    """Return the alternative text and the caption of each figure."""
+    return [
+        [words({k.arg: k.value for k in call.keywords}.get(w)) for w in WORDS]
+        for call in calls(code(script), "show")
+    ]
+
+
+WORDS = ("alt", "caption")
+
+
+# Loops over rates that look for no best one.
+NO_SWEEP = {
+    "07_rslora": "it compares scalings at rates that it derives",
+    "18_gpu_four_bits": "its rates are operations a second",
+}
+
+
+def judge(rule, script, faults):
+    if script.name in TO_MEND[rule]:
+        assert faults, f"{script.name} is mended: take it off the list of {rule}"
+    else:
+        assert faults == []
+
+
+@by_name
+def test_what_depends_on_training_is_claimed_and_not_asserted(script):
+    judge("asserts", script, [*Asserts(code(script)).found])
+
+
+@by_name
+def test_a_best_rate_is_found_inside_its_sweep(script):
+    loops = sweeps(code(script))
+    done = calls(code(script), "best") or script.name in NO_SWEEP
+    judge("sweeps", script, [] if done else loops)
+
+
+@by_name
+def test_a_word_that_stands_for_a_number_has_one_in_its_sentence(script):
+    text = "\n\n".join([prose(script), *map("\n\n".join, texts(script))])
+    judge("words", script, vague(text))
+
+
+@by_name
+def test_every_figure_has_a_caption_besides_its_alternative_text(script):
+    bare = [alt[:60] for alt, caption in texts(script) if not caption.strip()]
+    judge("captions", script, bare)
+
+
+TRAINING = """
+before = train.loss(model, held_out)
+losses = {}
+for name in names:
+    losses[name] = train.train(model, batches, config).validation[-1][1]
+def gain(name): return before - losses[name]
+"""
+
+
+@pytest.mark.parametrize(
+    ("line", "found"),
+    [
+        ("assert gain('LoRA') > 0", True),
+        ("assert all(loss < 4 for loss in losses.values())", True),
+        ("assert torch.equal(model(ids), untouched)", False),
+        ("assert all(before < 4 for before in widths)", False),
+        ("before = 3\nassert before < 4", False),
+    ],
+)
+def test_an_assert_on_a_loss_is_found_however_it_came_about(line, found):
+    assert bool(Asserts(TRAINING + line).found) == found
+
+
+def test_a_loop_over_rates_is_a_sweep():
+    assert sweeps("for name, lr in settings:\n    pass") == ["for (name, lr)"]
+    assert sweeps("best = [run(rate) for rate in RATES]") == ["for rate"]
+    assert sweeps("for name in names:\n    pass") == []
+
+
+@pytest.mark.parametrize(
+    ("text", "count"),
+    [
+        ("The two stay close. The gap is 0.01.", 1),
+        ("The two stay close, {=gap=} nats apart.", 0),
+        ("It is nearly $W_1$, see [chapter 6](06_qlora.md).", 1),
+        ("The bars fill almost half of the box.", 0),
+        ("- almost\n- 2 of 3", 1),
+    ],
+)
+def test_a_word_without_its_number_is_found(text, count):
+    assert len(vague(text)) == count
