@@ -1,8 +1,8 @@
 # %% [markdown]
 # # IA3: train one vector
 #
-# The smallest adapter of this book multiplies activations by a vector. IA3, "infused adapter by inhibiting and amplifying inner activations" [@liu2022], learns how loud each key, each value and
-# each feed-forward feature should be, and nothing else.
+# IA3, "infused adapter by inhibiting and amplifying inner activations" [@liu2022], multiplies activations by trained vectors: one factor for each feature of the keys, of the values and
+# of the feed-forward layer. No method of this book that merges into a weight trains fewer numbers.
 
 # %%
 import copy
@@ -10,18 +10,19 @@ import copy
 import numpy as np
 import torch
 
-from minipeft.lab import data, models, plots, text, train
+from minipeft.lab import models, plots, task, tuning
 from minipeft.lab.chapter import start
 from minipeft.reference import ia3, linear
 from minipeft.torch.ia3 import IA3Config, IA3Linear
-from minipeft.torch.inject import adapted, inject, merge, trainable_parameters, unmerge
+from minipeft.torch.inject import adapted, inject, merge, unmerge
+from minipeft.torch.lora import LoRAConfig
 
 chapter = start("10_ia3", steps=40, model="tiny")
 
 # %% [markdown]
 # ## The problem
 #
-# Even a rank of 1 trains a row and a column for each weight. Is there something smaller that still reaches every layer, and still disappears when it is merged?
+# Even a rank of 1 trains a row and a column for each weight. Is there something smaller that still changes every block, and can still be merged into the weights?
 #
 # ## The formula
 #
@@ -34,8 +35,8 @@ chapter = start("10_ia3", steps=40, model="tiny")
 #
 # $$ W' = \Lambda_l W \quad\text{(keys, values)}, \qquad W' = W \Lambda_l \quad\text{(feed-forward)}. $$
 #
-# The side matters. Behind $W_1$ and *before* $\gamma$ the vector could not be merged into $W_2$, and $l_\mathrm{ff}$ cannot be merged into $W_1$, because $\gamma$ stands between:
-# $\gamma(l\,x) \ne l\,\gamma(x)$. Merging works where the method is linear in the layer, and only there.
+# The side matters. A vector between $W_1$ and $\gamma$ could not be merged into $W_2$, and $l_\mathrm{ff}$ cannot be merged into $W_1$, because $\gamma$ stands between them and
+# $\gamma(l\,x) \ne l\,\gamma(x)$. The vector merges into the linear layer that it touches with nothing in between.
 
 # %%
 x = torch.linspace(-2, 2, 5)
@@ -90,77 +91,101 @@ for feedforward in (False, True):
 # %% [markdown]
 # ## The experiment
 #
-# `tiny` learns the *Devil's Dictionary* with nothing but these vectors, at three learning rates.
+# `tiny` learns the *Devil's Dictionary* with these vectors alone. The control is LoRA of rank 1 on the same three layers of each block: the smallest LoRA there is. Each tries five or more learning rates, two to a
+# decade, until the best one has a worse one on both sides.
 
 # %%
 base = models.load(chapter.model, chapter.device)
-pairs = [(entry.prompt, entry.answer) for entry in data.devils_dictionary("train")]
-batches = text.examples(base.tokenizer, pairs, (8, 96), seed=0)
-judged = [
-    (entry.prompt, entry.answer) for entry in data.devils_dictionary("validation")
-]
-held_out = text.example_batches(base.tokenizer, judged[:50], (25, 96))
+lesson = tuning.dictionary(base.tokenizer)
 TARGETS = ["k_proj", "v_proj", "down_proj"]
-before = train.loss(base.model, held_out)
-histories = {}
-for lr in (3e-3, 1e-2, 3e-2):
-    model = inject(
-        copy.deepcopy(base.model), IA3Config(feedforward=["down_proj"]), TARGETS
-    )
-    settings = train.TrainConfig(
-        chapter.steps, lr=lr, warmup=5, validate_every=max(1, chapter.steps // 5)
-    )
-    histories[f"learning rate {lr:g}"] = train.train(model, batches, settings, held_out)
-final = {name: history.validation[-1][1] for name, history in histories.items()}
-trained = sum(p.numel() for p in trainable_parameters(model))
+METHODS = {
+    "IA3": (IA3Config(feedforward=["down_proj"]), (1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1)),
+    "LoRA, r = 1": (LoRAConfig(r=1, alpha=2), (1e-3, 3e-3, 1e-2, 3e-2, 1e-1)),
+}
 everything = sum(p.numel() for p in base.model.parameters())
-print(f"{trained:,} of {everything:,} parameters; loss before: {before:.3f}")
-for name, value in final.items():
-    print(f"  {name}: {value:.3f}")
-best = min(final, key=final.get)
-assert min(final.values()) < before
+sweeps, best, chosen = {}, {}, {}
+for name, (config, rates) in METHODS.items():
+    runs = {}
+    for lr in rates:
+        torch.manual_seed(0)
+        model = inject(copy.deepcopy(base.model), config, TARGETS)
+        runs[lr] = tuning.tune(model, lesson, chapter.steps, lr, checks=1)
+    sweeps[name] = {lr: run.after for lr, run in runs.items()}
+    losses = ", ".join(f"{lr:g}: {loss:.3f}" for lr, loss in sweeps[name].items())
+    print(f"{name}, loss at each rate: {losses}")
+    best[name] = chapter.best(name, sweeps[name])
+    chosen[name] = runs[best[name]]
+before = chosen["IA3"].before
+chapter.quantity(task.BEFORE, before, "nats per token")
+for name, run in chosen.items():
+    print(f"{name}: {run.trained:,} of {everything:,} parameters, loss {run.after:.3f}")
+ia3_gain, lora_gain = (before - run.after for run in chosen.values())
+chapter.claim("IA3 lowers the loss", ia3_gain > 0, control="the base before training")
+chapter.claim(
+    "the best rate of IA3 is larger",
+    best["IA3"] > best["LoRA, r = 1"],
+    control="LoRA, r = 1",
+)
+
+# %% tags=["fold"]
+figure, ax = plots.axes(
+    x="learning rate", y="loss on held-out definitions", size=(6.4, 3.3)
+)
+for color, (name, losses) in zip(plots.PALETTE, sweeps.items(), strict=False):
+    ax.plot([*losses], [*losses.values()], "o-", color=color, label=name)
+    ax.plot(best[name], losses[best[name]], "o", color=color, markersize=10)
+ax.axhline(before, color=plots.INK, linestyle="--", linewidth=1)
+ax.text(1e-3, before, "before training", va="bottom", color=plots.INK)
+ax.set(xscale="log", ylim=(None, before + 0.03))
+ax.set_xticks([1e-3, 1e-2, 1e-1], ["0.001", "0.01", "0.1"])
+ax.minorticks_off()
+ax.legend()
+chapter.show(
+    figure,
+    "rates",
+    alt="Loss on held-out definitions against the learning rate for IA3 and for LoRA of rank 1. Both curves fall, reach a lowest point, which is marked, and rise again; that of IA3 lies further right and higher.",
+    caption=f"IA3 is best at {best['IA3']:g}, LoRA of rank 1 at {best['LoRA, r = 1']:g}. At its best rate IA3 gains {ia3_gain:.2f} nats with {chosen['IA3'].trained:,} numbers, LoRA {lora_gain:.2f} with {chosen['LoRA, r = 1'].trained:,}.",
+)
 
 # %% [markdown]
-# What did it learn? The vectors of the last run, sorted by block:
+# {=f"{chosen['IA3'].trained:,}"=} numbers, {=f"{100 * chosen['IA3'].trained / everything:.2f}"=} % of the model, bring the held-out loss from {=f"{before:.3f}"=} to
+# {=f"{chosen['IA3'].after:.3f}"=}. LoRA of rank 1 trains {=f"{chosen['LoRA, r = 1'].trained / chosen['IA3'].trained:.1f}"=} times as many and reaches {=f"{chosen['LoRA, r = 1'].after:.3f}"=}. Its best rate is {=f"{best['LoRA, r = 1']:g}"=}, that of IA3 {=f"{best['IA3']:g}"=}:
+# Adam moves each number by about one learning rate a step, and a factor that starts at 1 must move by a good part of 1 to change anything. (One seed and {=chapter.steps=} steps; [chapter 17](17_side_by_side.md) compares over three seeds.)
+#
+# What have the vectors become? Here is the run at the best rate, block by block:
 
 # %%
-figure, ax = plots.axes("Where the vectors moved", "block", "values of l")
+model = chosen["IA3"].model
+figure, ax = plots.axes(x="block", y="values of l", size=(6.4, 3.6))
+spread, moved = {}, {}
 for place, (part, color) in enumerate(zip(TARGETS, plots.PALETTE, strict=False)):
-    for name, layer in adapted(model).items():
-        if name.endswith(part):
-            block = int(name.split(".")[2])
-            values = layer.adapters["default"].l.detach().cpu().numpy()
-            shift = 0.25 * (place - 1) + 0.02 * rng.standard_normal(len(values))
-            ax.plot(block + shift, values, ".", color=color, alpha=0.4, markersize=4)
+    layers = {n: layer for n, layer in adapted(model).items() if n.endswith(part)}
+    vectors = [layer.adapters["default"].l.detach().cpu() for layer in layers.values()]
+    for name, vector in zip(layers, vectors, strict=True):
+        block = int(name.split(".")[2])
+        shift = 0.25 * (place - 1) + 0.02 * rng.standard_normal(len(vector))
+        ax.plot(
+            block + shift, vector.numpy(), ".", color=color, alpha=0.4, markersize=4
+        )
     ax.plot([], [], "o", color=color, label=part.removesuffix("_proj"))
+    spread[part] = float(torch.cat(vectors).std())
+    moved[part] = float((torch.cat(vectors) - 1).abs().max())
+    print(
+        f"{part:9s} standard deviation {spread[part]:.3f}, largest distance from 1: {moved[part]:.2f}"
+    )
 ax.axhline(1, color=plots.INK, linewidth=0.8)
 ax.set_xticks(range(len(base.model.model.layers)))
-ax.legend(ncols=3, frameon=False, labelcolor=plots.INK)
+ax.legend(ncols=3, loc="upper left")
 ax.margins(y=0.15)
+widest = max(spread, key=spread.get)
 chapter.show(
     figure,
     "vectors",
-    alt="Values of the trained vectors by block, for keys, values and the feed-forward layer; all began at 1 and now spread around it.",
+    alt="Values of the trained vectors by block, in three columns of dots a block: keys, values and the feed-forward layer. All began at 1 and are scattered around it now.",
+    caption=f"After {chapter.steps} steps the factors have left 1 by up to {max(moved.values()):.2f}. Those of {widest.removesuffix('_proj')} spread most, with a standard deviation of {spread[widest]:.2f}.",
 )
-spread = {
-    part: float(
-        torch.cat(
-            [
-                a.adapters["default"].l.detach()
-                for n, a in adapted(model).items()
-                if n.endswith(part)
-            ]
-        ).std()
-    )
-    for part in TARGETS
-}
-print({part: round(value, 3) for part, value in spread.items()})
 
 # %% [markdown]
-# {=f"{trained:,}"=} numbers, {=f"{100 * trained / everything:.2f}"=} % of the model, bring the held-out loss from {=f"{before:.3f}"=} to
-# {=f"{min(final.values()):.3f}"=}. The best of the three runs is that with {=best=}: a factor
-# that starts at 1 must move by a fair part of 1 to matter, so IA3 wants larger steps than LoRA.
-#
 # ## What goes wrong in practice
 #
 # - **Unmerging by division.** What was multiplied by 0 is gone, and no division brings it back. peft divides by $l + 10^{-8}$: a row with $l = 0$ comes back as zeros, and one with
@@ -181,7 +206,7 @@ layer.unmerge()
 assert torch.equal(layer.base.weight, original)
 
 # %% [markdown]
-# - **The wrong side.** On a square weight, scaling the rows where the columns were meant raises no error. No weight in the tests is square but where that is the question.
+# - **The wrong side.** On a square weight, scaling the rows where the columns were meant raises no error. So the tests use weights that are not square, except where a square one is what is tested.
 # - **The bias forgotten.** Keys with a bias (GPT-2, BERT, Qwen) need $l \odot b$ in the merged layer. Merging the weight alone is right only for models without biases.
 # - **The feed-forward list.** A library must be told which targets are scaled at the input. Left out of that list, `down_proj` trains a vector of another length at another
 #   place, and the run looks normal. Here a name in the list that matches no target is an error.
@@ -189,7 +214,7 @@ assert torch.equal(layer.base.weight, original)
 # The whole model merges and comes back, bit for bit:
 
 # %%
-tokens = held_out[0]["input_ids"]
+tokens = lesson.held_out[0]["input_ids"].to(base.model.device)
 with torch.no_grad():
     separate = model(tokens).logits
     joined = merge(model)(tokens).logits
@@ -245,4 +270,4 @@ assert not np.allclose(scores, swapped)
 # %% [markdown]
 # ## References
 #
-# IA3 is by Liu and others [@liu2022]. Bottleneck adapters, which also act on activations but bend them, have [their own chapter](13_bottleneck.md).
+# IA3 is by Liu and others [@liu2022]. Bottleneck adapters also act on activations, but with a nonlinearity; they have [their own chapter](13_bottleneck.md).

@@ -114,6 +114,7 @@ def start(
     check_name(options.model)
     options.device = pick_device(options.device)
     reproducible(SEED)
+    plots.use()
     usual = (options.model, options.steps) == (model, steps)
     return Chapter(name=name, usual=usual, **vars(options))
 

@@ -71,6 +71,11 @@ STYLE: dict[Any, Any] = {
 }
 
 
+def use() -> None:
+    """Draw everything from here on in the book's style, legends and texts included."""
+    mpl.rcParams.update(STYLE)
+
+
 def axes(
     title: str = "", x: str = "", y: str = "", size: tuple[float, float] = SIZE
 ) -> tuple[Figure, Axes]:

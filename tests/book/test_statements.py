@@ -18,7 +18,6 @@ TO_MEND: dict[str, set[str]] = {
         "01_lora",
         "06_qlora",
         "08_dora",
-        "10_ia3",
         "11_pissa",
         "12_loftq",
         "13_bottleneck",
@@ -29,7 +28,6 @@ TO_MEND: dict[str, set[str]] = {
     "sweeps": {
         "08_dora",
         "09_vera",
-        "10_ia3",
         "11_pissa",
         "14_prefix",
         "15_prompt",
@@ -47,7 +45,10 @@ TO_MEND: dict[str, set[str]] = {
         "18_gpu_four_bits",
         "19_kernels_without_a_gpu",
     },
-    "captions": {script.name for script in CHAPTERS},
+    "captions": {script.name for script in CHAPTERS}
+    - {
+        "10_ia3",
+    },
 }
 
 

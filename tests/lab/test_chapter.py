@@ -1,9 +1,11 @@
 import errno
 import json
+import re
 import subprocess
 import sys
 import textwrap
 
+import matplotlib as mpl
 import pytest
 import torch
 
@@ -17,7 +19,8 @@ from minipeft.lab.train import Interrupted
 @pytest.fixture(autouse=True)
 def _as_before():
     hook, count = sys.excepthook, len(chapters.FIGURES)
-    yield
+    with mpl.rc_context():
+        yield
     sys.excepthook = hook
     del chapters.FIGURES[count:]
 
@@ -43,6 +46,17 @@ def test_the_seed_and_one_thread_are_set():
     start("01_lora", steps=30, arguments=[])
     assert torch.equal(torch.rand(3), first)
     assert torch.get_num_threads() == 1
+
+
+def test_what_a_chapter_adds_to_a_figure_can_be_turned_dark(tmp_path):
+    chapter = start("01_lora", steps=1, arguments=["--out", str(tmp_path)])
+    figure, ax = plots.axes()
+    ax.plot([1, 2], label="a line")
+    ax.legend()
+    ax.text(0, 1, "a word")
+    path = chapter.show(figure, "line", "A line that rises.")
+    known = {*plots.PALETTE, plots.INK, plots.FAINT}
+    assert set(re.findall("#[0-9a-f]{6}", path.read_text())) <= known
 
 
 def test_show_writes_figure_and_text_and_remembers(tmp_path, capsys):
