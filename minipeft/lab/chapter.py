@@ -9,6 +9,7 @@ import argparse
 import errno
 import json
 import random
+import signal
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -160,7 +161,8 @@ def _calm(
     """End with a sentence where there is one, with the traceback where there is not."""
     sys.stdout.flush()
     if issubclass(kind, KeyboardInterrupt):
-        _end(str(error) or "stopped; nothing is half-written", 130)
+        number = getattr(error, "signal", signal.SIGINT)
+        _end(str(error) or "stopped; nothing is half-written", 128 + number)
     if issubclass(kind, InputError):
         _end(str(error), 2)
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):

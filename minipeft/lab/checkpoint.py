@@ -1,36 +1,60 @@
-"""One file that continues a training run: parameters, optimizer, random state, step.
+"""One file that continues a training run: parameters, optimizer, generators, step.
 
 The format is safetensors; its header carries a JSON description under the key
-`minipeft`. One file and one rename: a checkpoint is the old one or the new one,
-never half of each.
+`minipeft`, and under `sha256` a checksum of that description and of every tensor. One
+file and one rename: a checkpoint is the old one or the new one, never half of each.
 """
 
 import hashlib
 import json
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 import safetensors
 import safetensors.torch
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from minipeft.errors import InputError
+from minipeft.lab import generators
 from minipeft.lab.files import write_atomic
+from minipeft.lab.identity import Identity, difference, fingerprint
+
+__all__ = [
+    "Progress",
+    "fingerprint",
+    "load_checkpoint",
+    "save_checkpoint",
+    "trainable",
+]
 
 FORMAT = "minipeft-checkpoint"
-VERSION = 1
+VERSION = 2
+FREE = {"lr", "initial_lr", "betas", "eps", "weight_decay", "momentum", "foreach"}
+"""Options of an optimizer that another run may choose anew: its states fit them all."""
+
+MOMENTS = {"exp_avg", "exp_avg_sq", "m", "v", "momentum_buffer"}
+"""States that have the shape of their parameter."""
+
+Tensors = dict[str, Tensor]
 
 
 @dataclass(frozen=True)
 class Progress:
-    """How far a run has come: all that is neither a parameter nor optimizer state."""
+    """How far a run has come: all that is neither a parameter nor optimizer state.
+
+    `settings` are those of the run that wrote it (batch shape, accumulation, rate):
+    another run may change them, and says so.
+    """
 
     step: int
     losses: list[float] = field(default_factory=list)
     validation: list[tuple[int, float]] = field(default_factory=list)
     seconds: float = 0.0
+    settings: dict[str, str] = field(default_factory=dict)
 
 
 def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -38,62 +62,68 @@ def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
     return {n: p for n, p in model.named_parameters() if p.requires_grad}
 
 
-def fingerprint(model: nn.Module) -> str:
-    """Return the SHA-256 of what training does not change, and of every name and shape.
-
-    Two runs can exchange checkpoints if and only if their fingerprints agree.
-    """
-    digest = hashlib.sha256()
-    for name, parameter in model.named_parameters():
-        kind = "trainable" if parameter.requires_grad else "frozen"
-        digest.update(
-            f"{kind} {name} {parameter.dtype} {[*parameter.shape]}\n".encode()
-        )
-        if not parameter.requires_grad:
-            plain = parameter.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
-            digest.update(plain.numpy().tobytes())
-    return digest.hexdigest()
-
-
 def save_checkpoint(
-    path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, progress: Progress
+    path: Path,
+    model: nn.Module,
+    optimizer: Optimizer,
+    progress: Progress,
+    identity: Identity | None = None,
 ) -> None:
     """Write a checkpoint atomically.
 
+    Args:
+        path: of the file; what is there is replaced.
+        model: its trained parameters and its running statistics are saved.
+        optimizer: its state is saved.
+        progress: is saved too.
+        identity: of the model at the start of the run; None computes it now.
+
     Raises:
-        InputError: The folder cannot be written or the disk is full.
+        InputError: A parameter or a state is not finite; the folder cannot be written
+            or the disk is full. The file is what it was before.
     """
-    tensors = {f"parameter/{n}": p.detach() for n, p in trainable(model).items()}
-    numbers: dict[str, Any] = {}
-    for index, state in optimizer.state_dict()["state"].items():
-        for key, value in state.items():
-            if isinstance(value, torch.Tensor):
-                tensors[f"optimizer/{index}/{key}"] = value
-            else:
-                numbers[f"{index}/{key}"] = value
-    tensors["random"] = torch.get_rng_state()
+    identity = identity or Identity(model)
+    numbers, tensors = _optimizer_state(optimizer)
+    tensors |= {f"parameter/{n}": p.detach() for n, p in trainable(model).items()}
+    tensors |= {f"buffer/{n}": b for n, b in identity.moved(model).items()}
+    for name, tensor in tensors.items():
+        if not bool(tensor.isfinite().all()):
+            raise InputError(
+                f"{name} is not finite, so {path} was not written and holds the last "
+                "good state"
+            )
+    random = generators.states(model)
+    tensors |= {f"random/{name}": state for name, state in random.items()}
     header = {
         "format": FORMAT,
         "version": VERSION,
-        "fingerprint": fingerprint(model),
-        "progress": vars(progress),
-        "optimizer": numbers,
+        "identity": identity.facts,
+        "progress": asdict(progress),
+        "optimizer": _configuration(optimizer, model),
+        "numbers": numbers,
     }
-    plain = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
-    data = safetensors.torch.save(plain, metadata={"minipeft": json.dumps(header)})
-    write_atomic(path, data)
+    # safetensors writes no two tensors that share memory, and no views.
+    plain = {name: tensor.detach().cpu().clone() for name, tensor in tensors.items()}
+    text = json.dumps(header)
+    metadata = {"minipeft": text, "sha256": _checksum(text, plain)}
+    contiguous = {name: tensor.contiguous() for name, tensor in plain.items()}
+    write_atomic(path, safetensors.torch.save(contiguous, metadata=metadata))
 
 
 def load_checkpoint(
-    path: Path, model: nn.Module, optimizer: torch.optim.Optimizer | None = None
+    path: Path,
+    model: nn.Module,
+    optimizer: Optimizer | None = None,
+    identity: Identity | None = None,
 ) -> Progress:
-    """Put a checkpoint into `model` (and `optimizer`, and torch's random state).
+    """Put a checkpoint into `model` (and `optimizer`, and the random generators).
 
     Nothing is changed unless all of it fits.
 
     Raises:
         InputError: The file is absent, damaged, from another program or version, or
-            belongs to another base model or other adapters.
+            belongs to another model, adapter, optimizer or generator, which the
+            sentence names.
     """
     header, tensors = _read(path)
     if header.get("format") != FORMAT or header.get("version") != VERSION:
@@ -101,52 +131,192 @@ def load_checkpoint(
             f"{path} is not a checkpoint of this program ({FORMAT} version {VERSION}); "
             "start again without it"
         )
-    parameters = trainable(model)
-    shapes = {f"parameter/{n}": p.shape for n, p in parameters.items()}
-    stored = {n: t.shape for n, t in tensors.items() if n.startswith("parameter/")}
-    if shapes != stored or header["fingerprint"] != fingerprint(model):
+    try:
+        _check_kinds(header)
+        progress = _progress(header)
+        own = _own(model, identity or Identity(model), header, tensors)
+        if optimizer is not None:
+            state = _fitting_state(optimizer, model, header, tensors)
+            random = _part(tensors, "random/")
+            generators.check(random, model)
+            optimizer.load_state_dict(state)
+            generators.restore(random, model)
+    except InputError as error:
         raise InputError(
-            f"{path} belongs to another base model or other adapters; "
-            "load the model it was trained on, or start again without it"
-        )
+            f"{path} does not fit: {error}; use what it was made with, or start again "
+            "without it"
+        ) from None
+    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+        raise InputError(
+            f"{path} has a malformed field ({type(error).__name__}: {error}); start "
+            "again without it"
+        ) from error
     with torch.no_grad():
-        for name, parameter in parameters.items():
-            parameter.copy_(tensors[f"parameter/{name}"])
-    if optimizer is not None:
-        _restore(optimizer, header["optimizer"], tensors)
-        torch.set_rng_state(tensors["random"])
-    progress = header["progress"]
-    validation = [(int(step), loss) for step, loss in progress.pop("validation")]
-    return Progress(validation=validation, **progress)
+        for name, tensor in own.items():
+            tensor.copy_(tensors[name])
+    return progress
 
 
-def _read(path: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
-    """Return header and tensors of any safetensors file."""
+def _read(path: Path) -> tuple[dict[str, Any], Tensors]:
+    """Return header and tensors of a file whose checksum is right."""
+    damaged = f"{path} is damaged or not a checkpoint; start again without it"
     try:
         with safetensors.safe_open(path, framework="pt") as file:
-            header = json.loads((file.metadata() or {}).get("minipeft", "{}"))
-            return header, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except FileNotFoundError as error:
         raise InputError(f"there is no checkpoint {path}; check the path") from error
     except (safetensors.SafetensorError, ValueError, OSError) as error:
+        raise InputError(damaged) from error
+    text = metadata.get("minipeft", "{}")
+    try:
+        header = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise InputError(damaged) from error
+    if not isinstance(header, dict):
+        raise InputError(damaged)
+    if header.get("version") != VERSION:  # which had another checksum, or none
+        return header, {}
+    if metadata.keys() != {"minipeft", "sha256"}:
+        raise InputError(damaged)
+    if metadata["sha256"] != _checksum(text, tensors):
         raise InputError(
-            f"{path} is damaged or not a checkpoint; start again without it"
-        ) from error
+            f"{path} is damaged: its checksum is another one; start again without it"
+        )
+    return header, tensors
 
 
-def _restore(
-    optimizer: torch.optim.Optimizer,
-    numbers: dict[str, Any],
-    tensors: dict[str, torch.Tensor],
-) -> None:
-    """Rebuild the optimizer's state; its groups stay as the caller configured them."""
-    values: dict[str, Any] = dict(numbers)
-    for name, tensor in tensors.items():
-        if name.startswith("optimizer/"):
-            values[name.removeprefix("optimizer/")] = tensor
+def _checksum(text: str, tensors: Mapping[str, Tensor]) -> str:
+    digest = hashlib.sha256(text.encode())
+    for name in sorted(tensors):
+        tensor = tensors[name].contiguous()
+        digest.update(f"\n{name} {tensor.dtype} {[*tensor.shape]}\n".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _check_kinds(header: dict[str, Any]) -> None:
+    for name in ("identity", "progress", "optimizer", "numbers"):
+        if not isinstance(header.get(name), dict):
+            raise ValueError(f"{name} is {type(header.get(name)).__name__}, not a dict")
+
+
+def _progress(header: dict[str, Any]) -> Progress:
+    found = dict(header["progress"])
+    known = {f.name for f in fields(Progress)}
+    if found.keys() != known:
+        odd = ", ".join(sorted(found.keys() ^ known))
+        raise ValueError(f"progress has other fields than expected: {odd}")
+    validation = [(int(step), float(loss)) for step, loss in found.pop("validation")]
+    losses = [float(loss) for loss in found.pop("losses")]
+    progress = Progress(losses=losses, validation=validation, **found)
+    if not isinstance(progress.step, int) or progress.step < 0:
+        raise ValueError(f"step is {progress.step!r}")
+    return progress
+
+
+def _own(
+    model: nn.Module, identity: Identity, header: dict[str, Any], tensors: Tensors
+) -> Tensors:
+    """Return the parameters and buffers that the file's tensors go to."""
+    if what := difference(header["identity"], identity.facts):
+        raise InputError(what)
+    own: Tensors = {f"parameter/{n}": p for n, p in trainable(model).items()}
+    buffers = {f"buffer/{n}": b for n, b in model.named_buffers()}
+    own |= {name: b for name, b in buffers.items() if name in tensors}
+    stored = {n for n in tensors if n.startswith(("parameter/", "buffer/"))}
+    if odd := stored ^ own.keys():
+        raise InputError(f"{min(odd)} is missing or unexpected")
+    for name, tensor in own.items():
+        _check_like(name, tensors[name], tensor)
+    return own
+
+
+def _check_like(name: str, saved: Tensor, own: Tensor) -> None:
+    if (saved.shape, saved.dtype) != (own.shape, own.dtype):
+        raise InputError(
+            f"{name} is {saved.dtype} {tuple(saved.shape)}, not {own.dtype} "
+            f"{tuple(own.shape)}"
+        )
+
+
+def _optimizer_state(optimizer: Optimizer) -> tuple[dict[str, Any], Tensors]:
+    """Return the numbers and the tensors of an optimizer's state, by name."""
+    numbers: dict[str, Any] = {}
+    tensors: Tensors = {}
+    for index, state in optimizer.state_dict()["state"].items():
+        for key, value in state.items():
+            if isinstance(value, Tensor):
+                tensors[f"optimizer/{index}/{key}"] = value
+            else:
+                numbers[f"{index}/{key}"] = value
+    return numbers, tensors
+
+
+def _configuration(optimizer: Optimizer, model: nn.Module) -> dict[str, Any]:
+    """Return the class, and of each group the names of its parameters and options."""
+    names = {id(p): name for name, p in model.named_parameters()}
+    kind = f"{type(optimizer).__module__}.{type(optimizer).__qualname__}"
+    groups = [
+        {
+            "parameters": [names.get(id(p), "another") for p in group["params"]],
+            "options": {
+                key: repr(value)
+                for key, value in group.items()
+                if key != "params" and key not in FREE
+            },
+        }
+        for group in optimizer.param_groups
+    ]
+    return {"class": kind, "groups": groups}
+
+
+def _fitting_state(
+    optimizer: Optimizer, model: nn.Module, header: dict[str, Any], tensors: Tensors
+) -> dict[str, Any]:
+    """Return what the optimizer can load, once it is known to be the same one."""
+    saved, own = header["optimizer"], _configuration(optimizer, model)
+    if saved["class"] != own["class"]:
+        raise InputError(f"its optimizer was {saved['class']} and is {own['class']}")
+    if len(saved["groups"]) != len(own["groups"]):
+        raise InputError(
+            f"its optimizer had {len(saved['groups'])} parameter groups and has "
+            f"{len(own['groups'])}"
+        )
+    for then, now in zip(saved["groups"], own["groups"], strict=True):
+        if then["parameters"] != now["parameters"]:
+            raise InputError("its optimizer had the parameters in another order")
+        options = ({"its optimizer": group["options"]} for group in (then, now))
+        if what := difference(*options):
+            raise InputError(what)
+    values = dict(header["numbers"]) | _part(tensors, "optimizer/")
     state: dict[int, dict[str, Any]] = {}
     for name, value in values.items():
         index, key = name.split("/", 1)
         state.setdefault(int(index), {})[key] = value
+    _check_states(state, optimizer)
     groups = optimizer.state_dict()["param_groups"]
-    optimizer.load_state_dict({"state": state, "param_groups": groups})
+    return {"state": state, "param_groups": groups}
+
+
+def _check_states(state: dict[int, dict[str, Any]], optimizer: Optimizer) -> None:
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    for index, values in state.items():
+        if not index < len(parameters):
+            raise InputError(
+                f"its optimizer had a parameter {index}, which is not here"
+            )
+        for key in MOMENTS & values.keys():
+            if values[key].shape != parameters[index].shape:
+                raise InputError(
+                    f"the state {key} of parameter {index} has shape "
+                    f"{tuple(values[key].shape)}, not {tuple(parameters[index].shape)}"
+                )
+
+
+def _part(tensors: Tensors, prefix: str) -> Tensors:
+    return {
+        name.removeprefix(prefix): tensor
+        for name, tensor in tensors.items()
+        if name.startswith(prefix)
+    }

@@ -1,9 +1,13 @@
 """Files that are whole or absent: written to a temporary name, then renamed."""
 
 import contextlib
+import hashlib
 import os
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
+
+from filelock import FileLock, Timeout
 
 from minipeft.errors import InputError
 
@@ -11,20 +15,25 @@ from minipeft.errors import InputError
 def write_atomic(path: Path, data: bytes) -> None:
     """Put `data` at `path`; on any failure leave what was there before.
 
+    A symbolic link stays, and the file that it names is written. The new file has the
+    permissions of the old one, or those that the umask gives.
+
     Raises:
         InputError: The folder cannot be written or the disk is full.
     """
     temporary = None
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        target = Path(os.path.realpath(path))
+        target.parent.mkdir(parents=True, exist_ok=True)
         descriptor, temporary = tempfile.mkstemp(
-            dir=path.parent, prefix=f".{path.name}."
+            dir=target.parent, prefix=f".{target.name}."
         )
         with os.fdopen(descriptor, "wb") as file:
             _write(file.fileno(), data)
-            os.fchmod(file.fileno(), 0o644)  # mkstemp's 0600 would hide the result
+            os.fchmod(file.fileno(), _mode(target))
             os.fsync(file.fileno())  # the rename must not outrun the data
-        os.replace(temporary, path)
+        os.replace(temporary, target)
+        _sync_folder(target.parent)
     except OSError as error:
         reason = error.strerror or str(error)
         raise InputError(
@@ -34,6 +43,46 @@ def write_atomic(path: Path, data: bytes) -> None:
         if temporary is not None:
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(temporary)
+
+
+@contextlib.contextmanager
+def claimed(path: Path) -> Iterator[None]:
+    """Keep other processes that ask for the same claim away from a file.
+
+    Raises:
+        InputError: Another process has claimed the file.
+    """
+    # The lock lies elsewhere, so that nothing is left beside the file.
+    key = hashlib.sha256(os.path.realpath(path).encode()).hexdigest()[:16]
+    place = Path(tempfile.gettempdir(), f"minipeft-{key}.lock")
+    lock = FileLock(place, timeout=0)
+    try:
+        lock.acquire()
+    except Timeout:
+        raise InputError(
+            f"another process writes {path}; wait for it, or choose another path"
+        ) from None
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _mode(path: Path) -> int:
+    """Return the permissions that a plain `open` would leave the file with."""
+    with contextlib.suppress(FileNotFoundError):
+        return path.stat().st_mode & 0o777
+    umask = os.umask(0o077)
+    os.umask(umask)
+    return 0o666 & ~umask
+
+
+def _sync_folder(folder: Path) -> None:
+    # The new name must survive a power cut too; some file systems refuse.
+    descriptor = os.open(folder, os.O_RDONLY)
+    with contextlib.suppress(OSError):
+        os.fsync(descriptor)
+    os.close(descriptor)
 
 
 def _write(descriptor: int, data: bytes) -> None:

@@ -4,6 +4,7 @@ import contextlib
 import sys
 import time
 from abc import ABC, abstractmethod
+from collections import deque
 from collections.abc import Iterator
 
 from rich.console import Console
@@ -15,24 +16,25 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+MEAN_OF = 20
+"""How many steps the mean covers."""
 LINES = 10
 """How many lines a run prints where nobody watches."""
 
 
 class Bar(ABC):
-    """Step, smoothed loss, time per step; how they are drawn is the subclass's."""
+    """Step, its loss, the mean of the last losses, time per step."""
 
     def __init__(self, steps: int, done: int) -> None:
         self.steps, self.done, self.first = steps, done, done
         self.began = time.perf_counter()
-        self.loss: float | None = None
+        self.losses: deque[float] = deque(maxlen=MEAN_OF)
         self.validation: float | None = None
 
     def advance(self, loss: float) -> None:
         """One more step is done; its loss."""
         self.done += 1
-        before = loss if self.loss is None else self.loss
-        self.loss = 0.95 * before + 0.05 * loss
+        self.losses.append(loss)
         self.draw()
 
     @abstractmethod
@@ -46,8 +48,11 @@ class Bar(ABC):
 
     @property
     def text(self) -> str:
-        """Loss, validation loss and time per step."""
-        parts = [f"loss {self.loss:.3f}"]
+        """Loss of the step, mean of the last ones, validation loss, time per step."""
+        mean = sum(self.losses) / len(self.losses)
+        parts = [f"loss {self.losses[-1]:.3f}"]
+        if len(self.losses) > 1:
+            parts.append(f"(mean of {len(self.losses)} steps {mean:.3f})")
         if self.validation is not None:
             parts.append(f"validation {self.validation:.3f}")
         parts.append(f"{1000 * self.per_step:.0f} ms/step")

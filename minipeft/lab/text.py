@@ -7,7 +7,8 @@ from typing import Any
 import torch
 
 from minipeft.errors import InputError
-from minipeft.lab.train import IGNORE, Batch, Batches
+from minipeft.lab.diagnosis import IGNORE
+from minipeft.lab.train import Batch, Batches
 
 
 def encode(tokenizer: Any, texts: Sequence[str]) -> torch.Tensor:

@@ -1,7 +1,7 @@
 """The one training loop: pretraining and every chapter use it.
 
-A batch is what the model takes, with `labels`; `batches(step)` is a pure function of
-the step, so a run is determined by its seed and can be continued from any step.
+A batch is what the model takes, with `labels`; `batches(index)` is a pure function of
+its index, so a run is determined by its seed and can be continued from any step.
 """
 
 import contextlib
@@ -10,6 +10,7 @@ import math
 import signal
 import threading
 import time
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,13 +26,13 @@ from minipeft.lab.checkpoint import (
     save_checkpoint,
     trainable,
 )
-from minipeft.lab.files import write_atomic
+from minipeft.lab.diagnosis import bad_gradient, bad_loss, checked_labels, predicted
+from minipeft.lab.files import claimed, write_atomic
+from minipeft.lab.identity import Identity
 from minipeft.lab.progress import Bar, bar
 
 Batch = Mapping[str, torch.Tensor]
 Batches = Callable[[int], Batch]
-IGNORE = -100
-"""The label that the loss leaves out: torch's convention."""
 
 
 def adamw(model: nn.Module, config: "TrainConfig") -> torch.optim.Optimizer:
@@ -51,8 +52,10 @@ def adamw(model: nn.Module, config: "TrainConfig") -> torch.optim.Optimizer:
 class TrainConfig:
     """What a run does: linear warmup to `lr`, then a cosine down to `lr * floor`.
 
-    `optimizer(model, config)` builds the optimizer; the schedule multiplies the
-    learning rate of each of its groups. `validate_every=0`: only after the last step.
+    A step averages the gradient over `accumulate` batches, each label counting once,
+    so that it is the step of one larger batch. `optimizer(model, config)` builds the
+    optimizer; the schedule multiplies the learning rate of each of its groups.
+    `validate_every=0`: only after the last step.
     """
 
     steps: int
@@ -63,13 +66,23 @@ class TrainConfig:
     betas: tuple[float, float] = (0.9, 0.999)
     clip: float = 1.0
     validate_every: int = 0
+    accumulate: int = 1
     optimizer: Callable[[nn.Module, "TrainConfig"], torch.optim.Optimizer] = adamw
 
     def __post_init__(self) -> None:
         if self.steps < 1:
             raise InputError(f"steps is {self.steps}; train for at least one step")
-        if not self.lr > 0:
+        if self.accumulate < 1:
+            raise InputError(f"accumulate is {self.accumulate}; give at least 1")
+        if not 0 < self.lr < math.inf:
             raise InputError(f"the learning rate is {self.lr}; it must be positive")
+        if not self.clip > 0:
+            raise InputError(f"clip is {self.clip}; give a positive norm, or math.inf")
+        if not (0 <= self.floor <= 1 and self.warmup >= 0 and self.weight_decay >= 0):
+            raise InputError(
+                f"floor is {self.floor}, warmup {self.warmup}, weight decay "
+                f"{self.weight_decay}; floor lies in [0, 1], the others at or above 0"
+            )
 
     def factor(self, step: int) -> float:
         """Return the schedule's share of `lr` at a step that counts from 0."""
@@ -116,7 +129,13 @@ class History:
 
 
 class Interrupted(KeyboardInterrupt):
-    """Ctrl-C, after the step in hand was finished; the message says what was kept."""
+    """SIGINT or SIGTERM, after the current step; the message says what was kept."""
+
+    signal: int = signal.SIGINT
+
+
+class ResumeWarning(UserWarning):
+    """A run goes on with other settings than it began with."""
 
 
 def train(
@@ -130,31 +149,34 @@ def train(
 
     Args:
         model: Called with a batch, returns an object with `.loss` (nats).
-        batches: The batch of each step.
+        batches: The batch of each index; a step takes `config.accumulate` of them.
         config: Steps, learning rate and so on.
         validation: Batches whose loss is taken every `config.validate_every` steps.
         checkpoint: Where to keep the last good state; None: nowhere.
 
     Raises:
-        Interrupted: Ctrl-C. The model is as the last complete step left it, and the
-            checkpoint, if any, holds exactly that. A second Ctrl-C stops at once and
-            leaves the checkpoint before it.
-        InputError: The loss is no longer finite; nothing trains; the checkpoint does
-            not fit or cannot be written.
+        Interrupted: Ctrl-C or SIGTERM. The model is as the last complete step left it,
+            and the checkpoint, if any, holds exactly that. A second signal stops at
+            once and leaves the checkpoint before it.
+        InputError: The loss or a gradient is no longer finite; a batch has no label;
+            nothing trains; the checkpoint does not fit, cannot be written, or is
+            another process's.
     """
     if not trainable(model):
         raise InputError("no parameter requires gradients; inject an adapter first")
-    run = _Run(model, config, validation, checkpoint)
-    model.train()
-    try:
-        with ctrl_c() as stopped, bar(config.steps, run.step) as shown:
-            while run.step < config.steps:
-                run.advance(batches(run.step), shown)
-                if stopped.is_set():
-                    raise Interrupted(run.stop())
-    finally:
-        model.eval()
-    run.keep()
+    claim = claimed(checkpoint.path) if checkpoint else contextlib.nullcontext()
+    with claim:
+        run = _Run(model, batches, config, validation, checkpoint)
+        model.train()
+        try:
+            with signals() as caught, bar(config.steps, run.step) as shown:
+                while run.step < config.steps:
+                    run.advance(shown)
+                    if caught:
+                        raise run.stopped(caught[0])
+        finally:
+            model.eval()
+        run.keep()
     return History(run.losses, run.validation, run.seconds)
 
 
@@ -164,24 +186,30 @@ class _Run:
     def __init__(
         self,
         model: nn.Module,
+        batches: Batches,
         config: TrainConfig,
-        batches: Sequence[Batch],
+        validation: Sequence[Batch],
         checkpoint: Checkpoint | None,
     ) -> None:
         self.model, self.config, self.checkpoint = model, config, checkpoint
-        self.validation_batches = batches
+        self.batches, self.validation_batches = batches, validation
         self.optimizer = config.optimizer(model, config)
         self.rates = [group["lr"] for group in self.optimizer.param_groups]
+        self.identity = Identity(model) if checkpoint else None
+        self.settings: dict[str, str] = {}
         start = Progress(0)
+        self.resumed = checkpoint is not None and checkpoint.resume
         if checkpoint is not None and checkpoint.resume:
-            start = load_checkpoint(checkpoint.path, model, self.optimizer)
+            path = checkpoint.path
+            start = load_checkpoint(path, model, self.optimizer, self.identity)
+            self.settings = start.settings
         self.step, self.losses = start.step, list(start.losses)
         self.validation, self.seconds = list(start.validation), start.seconds
 
-    def advance(self, batch: Batch, shown: Bar) -> None:
+    def advance(self, shown: Bar) -> None:
         """Take one step, then validate and save if it is time."""
         began = time.perf_counter()
-        value = self.update(batch)
+        value = self.update()
         self.step += 1
         self.losses.append(value)
         every = self.config.validate_every
@@ -192,23 +220,83 @@ class _Run:
         if self.checkpoint and self.step % self.checkpoint.every == 0:
             self.keep()
 
-    def update(self, batch: Batch) -> float:
-        """Descend along one batch's gradient; return its loss."""
+    def update(self) -> float:
+        """Descend along the gradient of one step's batches; return their loss."""
+        first = self.step * self.config.accumulate
+        batches = [self.batches(first + i) for i in range(self.config.accumulate)]
+        self.note_settings(batches[0])
+        self.set_rates()
+        try:
+            value = self.add_gradients(batches)
+            self.check_gradients()
+            self.optimizer.step()
+        finally:
+            self.optimizer.zero_grad(set_to_none=True)
+        return value
+
+    def add_gradients(self, batches: Sequence[Batch]) -> float:
+        """Add up the batches' gradients, each label counting once; return the loss."""
+        labels = [checked_labels(batch, self.step) for batch in batches]
+        value = 0.0
+        for batch, count in zip(batches, labels, strict=True):
+            loss = self.model(**on_device_of(self.model, batch)).loss
+            if len(batches) > 1:
+                loss = loss * (count / sum(labels))
+            value += float(loss.detach())
+            if not math.isfinite(value):
+                raise InputError(
+                    f"{bad_loss(self.model, value, self.config.lr)} {self.at}"
+                )
+            if not loss.requires_grad:
+                raise InputError(
+                    "the loss does not depend on the trainable parameters; with "
+                    "gradient checkpointing pass use_reentrant=False, or call "
+                    "model.enable_input_require_grads()"
+                )
+            loss.backward()
+        return value
+
+    def check_gradients(self) -> None:
+        """Clip the gradient; refuse one that is not finite before anything moves."""
+        parameters = trainable(self.model).values()
+        norm = float(nn.utils.clip_grad_norm_(parameters, self.config.clip))
+        if not math.isfinite(norm):
+            raise InputError(f"{bad_gradient(self.model, norm)} {self.at}")
+
+    @property
+    def at(self) -> str:
+        """Where the run is, for a sentence about what went wrong."""
+        return f"(step {self.step + 1}; the parameters are those of step {self.step})"
+
+    def set_rates(self) -> None:
+        """Set each group's learning rate to its share of this step."""
         factor = self.config.factor(self.step)
         for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
             group["lr"] = rate * factor
-        loss = self.model(**on_device_of(self.model, batch)).loss
-        value = float(loss.detach())
-        if not math.isfinite(value):
-            raise InputError(
-                f"the loss became {value} at step {self.step + 1}; "
-                f"lower the learning rate (it is {self.config.lr:g})"
-            )
-        loss.backward()
-        nn.utils.clip_grad_norm_(trainable(self.model).values(), self.config.clip)
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        return value
+            if rate and not float(torch.tensor(rate * factor)):
+                raise InputError(
+                    f"the learning rate {rate:g} times the schedule's {factor:g} is 0 "
+                    "in float32, so nothing would train; raise the learning rate"
+                )
+
+    def note_settings(self, batch: Batch) -> None:
+        """Keep what a resumed run may change; warn of what has changed, once."""
+        if self.settings and not self.resumed:
+            return
+        now = {
+            "the batch size": str(len(batch["labels"])),
+            "accumulate": str(self.config.accumulate),
+            "the learning rate": f"{self.config.lr:g}",
+        }
+        changes = [
+            f"{name} was {self.settings[name]} and is {value}"
+            for name, value in now.items()
+            if self.settings.get(name, value) != value
+        ]
+        if changes:
+            text = f"the run goes on with other settings: {', '.join(changes)}"
+            warnings.warn(text, ResumeWarning, stacklevel=2)
+        self.settings, self.resumed = now, False
 
     def validate(self, shown: Bar) -> None:
         """Note the validation loss of this step."""
@@ -220,38 +308,49 @@ class _Run:
     def keep(self) -> None:
         """Save the state, where there is a place for it."""
         if self.checkpoint is not None:
-            fields = (self.step, self.losses, self.validation, self.seconds)
-            save_checkpoint(
-                self.checkpoint.path, self.model, self.optimizer, Progress(*fields)
+            progress = Progress(
+                self.step, self.losses, self.validation, self.seconds, self.settings
             )
+            place, optimizer = self.checkpoint.path, self.optimizer
+            save_checkpoint(place, self.model, optimizer, progress, self.identity)
 
-    def stop(self) -> str:
-        """Save, and say what was kept."""
+    def stopped(self, number: int) -> Interrupted:
+        """Save, and return what says so."""
         self.keep()
         done = f"stopped after step {self.step} of {self.config.steps}"
-        if self.checkpoint is None:
-            return f"{done}; no checkpoint was asked for"
-        return f"{done}; continue from {self.checkpoint.path}"
+        where = (
+            "no checkpoint was asked for"
+            if self.checkpoint is None
+            else f"continue from {self.checkpoint.path}"
+        )
+        interrupted = Interrupted(f"{done}; {where}")
+        interrupted.signal = number
+        return interrupted
 
 
 @contextlib.contextmanager
-def ctrl_c() -> Iterator[threading.Event]:
-    """Turn the first Ctrl-C into a flag, so that the step in hand is finished."""
-    stopped = threading.Event()
+def signals() -> Iterator[list[int]]:
+    """Note the first Ctrl-C or SIGTERM, so that the current step is finished."""
+    caught: list[int] = []
     if threading.current_thread() is not threading.main_thread():
-        yield stopped  # signals reach the main thread only
+        yield caught  # signals reach the main thread only
         return
-    before = signal.getsignal(signal.SIGINT)
+    before = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
+
+    def restore() -> None:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
     def on_signal(number: int, frame: Any) -> None:
-        signal.signal(signal.SIGINT, before)  # the second one interrupts at once
-        stopped.set()
+        restore()  # the second one interrupts at once
+        caught.append(number)
 
-    signal.signal(signal.SIGINT, on_signal)
+    for number in before:
+        signal.signal(number, on_signal)
     try:
-        yield stopped
+        yield caught
     finally:
-        signal.signal(signal.SIGINT, before)
+        restore()
 
 
 def loss(model: nn.Module, batches: Iterable[Batch]) -> float:
@@ -278,9 +377,3 @@ def on_device_of(model: nn.Module, batch: Batch) -> Batch:
     """Return the batch where the model's parameters live."""
     device = next(model.parameters()).device
     return {name: tensor.to(device) for name, tensor in batch.items()}
-
-
-def predicted(labels: torch.Tensor) -> int:
-    """Return how many labels count: a sequence's first token is never predicted."""
-    kept = labels[:, 1:] if labels.ndim == 2 else labels
-    return int((kept != IGNORE).sum())

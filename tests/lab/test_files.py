@@ -54,3 +54,40 @@ def test_an_interrupted_write_leaves_nothing(tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         files.write_atomic(tmp_path / "file.bin", b"new")
     assert not list(tmp_path.iterdir())
+
+
+def test_the_umask_and_the_old_permissions_are_kept(tmp_path):
+    path = tmp_path / "file.bin"
+    before = os.umask(0o027)
+    try:
+        files.write_atomic(path, b"one")
+        assert stat.S_IMODE(path.stat().st_mode) == 0o640
+        path.chmod(0o604)
+        files.write_atomic(path, b"two")
+        assert stat.S_IMODE(path.stat().st_mode) == 0o604
+    finally:
+        os.umask(before)
+
+
+def test_a_symbolic_link_stays_and_its_file_is_written(tmp_path):
+    target, link = tmp_path / "disk" / "file.bin", tmp_path / "link.bin"
+    target.parent.mkdir()
+    target.write_bytes(b"old")
+    link.symlink_to(target)
+    files.write_atomic(link, b"new")
+    assert link.is_symlink()
+    assert target.read_bytes() == b"new"
+
+
+def test_a_file_is_claimed_once(tmp_path):
+    path, link = tmp_path / "file.bin", tmp_path / "link.bin"
+    link.symlink_to(path)
+    with files.claimed(path):
+        with (
+            pytest.raises(InputError, match="another process writes"),
+            files.claimed(link),
+        ):
+            pass
+        assert not list(tmp_path.glob("*.lock"))
+    with files.claimed(path):
+        pass

@@ -4,6 +4,7 @@ import torch
 from minipeft.errors import InputError
 from minipeft.lab import task
 from minipeft.lab.data import devils_dictionary
+from minipeft.lab.diagnosis import IGNORE
 from minipeft.lab.text import (
     Sampling,
     consecutive,
@@ -13,7 +14,6 @@ from minipeft.lab.text import (
     generate,
     windows,
 )
-from minipeft.lab.train import IGNORE
 
 TOKENS = torch.arange(100, 150)
 

@@ -1,0 +1,218 @@
+"""A run that is interrupted anywhere goes on as if it had not been."""
+
+import copy
+import json
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+
+import pytest
+import safetensors
+import safetensors.torch
+import torch
+
+from minipeft.errors import InputError
+from minipeft.lab.text import windows
+from minipeft.lab.train import (
+    Checkpoint,
+    Interrupted,
+    ResumeWarning,
+    TrainConfig,
+    train,
+)
+from minipeft.torch.adamw import AdamW
+from minipeft.torch.paged import PagedAdamW, Paging
+from tests.lab.test_train import (
+    BATCHES,
+    TEXT,
+    VALIDATION,
+    assert_same,
+    freeze_all_but,
+    settings,
+    weights,
+)
+
+
+def torch_adamw(model, config):
+    return torch.optim.AdamW(trainable_of(model), lr=config.lr, weight_decay=0.1)
+
+
+def ours(bits):
+    def build(model, config):
+        return AdamW(trainable_of(model), lr=config.lr, bits=bits)
+
+    return build
+
+
+def paged(model, config):
+    return PagedAdamW(trainable_of(model), lr=config.lr, paging=Paging(budget=2**12))
+
+
+def trainable_of(model):
+    return [p for p in model.parameters() if p.requires_grad]
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "accumulate"),
+    [(torch_adamw, 1), (torch_adamw, 3), (ours(32), 1), (ours(8), 2), (paged, 1)],
+)
+@pytest.mark.parametrize("part", ["", "q_proj"])
+def test_resuming_is_as_if_never_stopped(toy, tmp_path, part, optimizer, accumulate):
+    toy.config.attention_dropout = 0.1
+    for layer in toy.model.layers:
+        layer.self_attn.attention_dropout = 0.1  # so that random state matters
+    freeze_all_but(toy, part)
+    other = copy.deepcopy(toy)
+    config = TrainConfig(
+        9,
+        lr=1e-2,
+        warmup=2,
+        validate_every=3,
+        accumulate=accumulate,
+        optimizer=optimizer,
+    )
+    torch.manual_seed(1)
+    whole = train(toy, BATCHES, config, VALIDATION)
+
+    path = tmp_path / "run.safetensors"
+
+    def until_five(step):
+        if step == 5 * accumulate:
+            raise RuntimeError("power cut")
+        return BATCHES(step)
+
+    torch.manual_seed(1)
+    start = copy.deepcopy(other)
+    with pytest.raises(RuntimeError, match="power cut"):
+        train(other, until_five, config, VALIDATION, Checkpoint(path, every=4))
+    torch.manual_seed(99)
+    resumed = train(
+        start, BATCHES, config, VALIDATION, Checkpoint(path, every=4, resume=True)
+    )
+    assert resumed.losses == whole.losses
+    assert resumed.validation == whole.validation
+    assert_same(weights(start), weights(toy))
+
+
+SCRIPT = """
+    import sys, time, pathlib, torch
+    from minipeft.lab.train import Checkpoint, TrainConfig, train
+    from minipeft.lab.chapter import _calm
+    sys.excepthook = _calm
+    class Out:
+        def __init__(self, loss): self.loss = loss
+    class Model(torch.nn.Module):
+        def __init__(self): super().__init__(); self.inner = torch.nn.Linear(2, 2)
+        def forward(self, x, labels):
+            return Out((self.inner(x) - labels).square().mean())
+    def batches(step):
+        print("step", step, flush=True)
+        time.sleep(0.05)
+        return {"x": torch.ones(3, 2), "labels": torch.zeros(3, 2)}
+    path = pathlib.Path(sys.argv[1])
+    train(Model(), batches, TrainConfig(10_000), (), Checkpoint(path, every=1000))
+"""
+
+
+def test_ctrl_c_keeps_the_last_complete_step(tmp_path):
+    path = tmp_path / "run.safetensors"
+    process = subprocess.Popen(
+        [sys.executable, "-c", textwrap.dedent(SCRIPT), str(path)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    for line in process.stdout:
+        if line == "step 3\n":
+            break
+    time.sleep(0.02)
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=30)
+    assert process.returncode == 130
+    last = err.strip().splitlines()[-1]
+    steps = 4 + out.count("step ")  # the step in hand was finished
+    assert last == f"stopped after step {steps} of 10000; continue from {path}"
+    assert "Traceback" not in err
+    with safetensors.safe_open(path, framework="pt") as file:
+        progress = json.loads(file.metadata()["minipeft"])["progress"]
+    assert progress["step"] == len(progress["losses"]) == steps
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_run_that_goes_on_with_another_batch_size_says_so(toy, tmp_path):
+    path = tmp_path / "run.safetensors"
+    train(toy, BATCHES, settings(toy, steps=2), (), Checkpoint(path))
+    half = windows(TEXT, (2, 12), bos=1, seed=3)
+    with pytest.warns(ResumeWarning, match="the batch size was 4 and is 2"):
+        train(toy, half, settings(toy, steps=3), (), Checkpoint(path, resume=True))
+
+
+def test_a_second_run_on_the_same_checkpoint_is_refused(toy, tmp_path):
+    path = tmp_path / "run.safetensors"
+
+    def second(step):
+        with pytest.raises(InputError, match="another process writes"):
+            train(copy.deepcopy(toy), BATCHES, settings(toy), (), Checkpoint(path))
+        return BATCHES(step)
+
+    train(toy, second, settings(toy, steps=1), (), Checkpoint(path))
+    train(toy, BATCHES, settings(toy, steps=1), (), Checkpoint(path))
+
+
+POINTS = ("batch", "forward", "backward", "step", "validate", "save")
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("point", POINTS)
+def test_a_signal_anywhere_in_a_step_keeps_whole_steps(
+    toy, tmp_path, point, number, monkeypatch
+):
+    path = tmp_path / "run.safetensors"
+    config = settings(toy, steps=20, validate_every=1)
+    expected = copy.deepcopy(toy)
+    train(expected, BATCHES, settings(toy, steps=20, validate_every=1), VALIDATION[:1])
+    seen = []
+
+    def reached(where):
+        seen.append(where)
+        if where == point and seen.count(where) == 3:
+            signal.raise_signal(number)
+
+    spy_on(toy, reached, monkeypatch)
+
+    def batches(step):
+        reached("batch")
+        return BATCHES(step)
+
+    checkpoint = Checkpoint(path, every=1)
+    with pytest.raises(Interrupted, match=r"stopped after step \d of 20") as caught:
+        train(toy, batches, config, VALIDATION[:1], checkpoint)
+    assert caught.value.signal == number
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    monkeypatch.undo()
+    train(toy, BATCHES, config, VALIDATION[:1], Checkpoint(path, every=1, resume=True))
+    assert_same(weights(toy), weights(expected))
+
+
+def spy_on(model, reached, monkeypatch):
+    forward, step = type(model).forward, torch.optim.AdamW.step
+    save = safetensors.torch.save
+
+    def spied_forward(self, *args, **kwargs):
+        reached("forward" if self.training else "validate")
+        return forward(self, *args, **kwargs)
+
+    def spied_step(self, *args, **kwargs):
+        reached("step")
+        return step(self, *args, **kwargs)
+
+    def spied_save(*args, **kwargs):
+        reached("save")
+        return save(*args, **kwargs)
+
+    monkeypatch.setattr(type(model), "forward", spied_forward)
+    monkeypatch.setattr(torch.optim.AdamW, "step", spied_step)
+    monkeypatch.setattr(safetensors.torch, "save", spied_save)
+    model.model.norm.weight.register_hook(lambda grad: reached("backward"))
