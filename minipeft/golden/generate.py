@@ -7,6 +7,7 @@ and comparing shows whether the reference still means what the vectors say.
 import argparse
 import json
 from collections.abc import Iterator
+from dataclasses import asdict
 from importlib import import_module
 from itertools import groupby
 from pathlib import Path
@@ -15,33 +16,55 @@ from typing import Any
 import numpy as np
 
 from minipeft import __version__
-from minipeft.golden.cases import File, Named, Spec, reference, used
+from minipeft.golden import functions, manifest
+from minipeft.golden.cases import Alternative, File, Named, Spec, reference, used
 from minipeft.golden.operations import OPERATIONS
+from minipeft.golden.schemas import schemas
 from minipeft.golden.tensors import Array, Tensor
-from minipeft.golden.vectors import V1
+from minipeft.golden.vectors import V1, Note
+from minipeft.golden.ways import WAYS
 
-LARGEST_FILE = 64 * 1024
+LARGEST_FILE = 128 * 1024
 F32_INFINITY = np.float32(np.inf)
 WIDTH = 100  # what fits on a line stays on a line
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Write every file into a folder, `v1/` unless told otherwise."""
+    """Write every file into a folder, `v1/` unless told otherwise.
+
+    With `v1/`, also what is made from the table of operations (the schemas, the list of
+    functions) and the manifest.
+    """
     parser = argparse.ArgumentParser(prog="python -m minipeft.golden.generate")
     parser.add_argument("--out", type=Path, default=V1, metavar="DIR")
     out: Path = parser.parse_args(arguments).out
-    out.mkdir(parents=True, exist_ok=True)
+    known = manifest.read()
     for file in files():
-        text = render(content(file)) + "\n"
-        if len(text) > LARGEST_FILE:
-            raise SystemExit(
-                f"{file.operation}.json has {len(text)} bytes; 64 KB at most"
-            )
-        path = out / f"{file.operation}.json"
-        part = path.with_suffix(".part")
-        part.write_text(text, encoding="utf-8", newline="\n")
-        part.replace(path)
-        print(f"{path}: {text.count('tcId')} cases, {len(text)} bytes")
+        held = content(file)
+        known[file.operation] = manifest.grown(known, file.operation, held)
+        _write(out / f"{file.operation}.json", render(held) + "\n")
+    if out == V1:
+        for path, text in derived(known).items():
+            _write(path, text)
+
+
+def derived(hashes: manifest.Hashes) -> dict[Path, str]:
+    """Return the text of every other file that is written from the table."""
+    folder = V1.parent
+    made = {folder / "schema" / n: render(s) + "\n" for n, s in schemas().items()}
+    made[functions.README] = functions.listed(functions.README.read_text("utf-8"))
+    ordered = {name: hashes[name] for name in OPERATIONS}
+    return made | {manifest.MANIFEST: render(ordered) + "\n"}
+
+
+def _write(path: Path, text: str) -> None:
+    if len(text) > LARGEST_FILE:
+        raise SystemExit(f"{path.name} has {len(text)} bytes; 128 KB at most")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(path.name + ".part")
+    part.write_text(text, encoding="utf-8", newline="\n")
+    part.replace(path)
+    print(f"{path}: {len(text)} bytes")
 
 
 def files() -> Iterator[File]:
@@ -61,21 +84,17 @@ def content(file: File) -> dict[str, Any]:
         groups.append(group)
     return {
         "method": file.operation,
-        "schema": OPERATIONS[file.operation].schema,
+        "schema": f"{file.operation}.json",
         "license": "CC0-1.0",
         "header": list(file.header),
-        "notes": {
-            flag: {
-                "kind": file.notes[flag].kind,
-                "description": file.notes[flag].description,
-                "effect": file.notes[flag].effect,
-                "links": list(file.notes[flag].links),
-            }
-            for flag in used(file.notes, file.specs)
-        },
+        "notes": {flag: _note(note) for flag, note in used(file).items()},
         "numberOfTests": tests,
         "testGroups": groups,
     }
+
+
+def _note(note: Note) -> dict[str, Any]:
+    return {**asdict(note), "links": list(note.links)}
 
 
 def render(value: Any, indent: str = "") -> str:
@@ -123,17 +142,23 @@ def _test(file: File, spec: Spec, number: int) -> dict[str, Any]:
         "result": spec.result,
         "inputs": _json(spec.inputs),
     }
-    refuses = spec.result == "invalid" or spec.outputs == {}
+    refuses = spec.result in ("invalid", "policy") or spec.outputs == {}
     if not refuses:
         test["outputs"] = _json(_expected(file.operation, spec))
     if spec.roundings:
         test["magnitudes"] = _json(_magnitudes(file.operation, spec))
     if spec.alternatives:
-        test["alternatives"] = [
-            {"by": way.by, **({"outputs": _json(way.outputs)} if way.outputs else {})}
-            for way in spec.alternatives
-        ]
+        test["alternatives"] = [_alternative(way) for way in spec.alternatives]
     return test
+
+
+def _alternative(way: Alternative) -> dict[str, Any]:
+    found: dict[str, Any] = {"name": way.name, "by": WAYS[way.name]}
+    if way.outputs:
+        found["outputs"] = _json(way.outputs)
+    if way.magnitudes:
+        found["magnitudes"] = _json(_map(way.magnitudes, _round_up))
+    return found
 
 
 def _expected(operation: str, spec: Spec) -> Named:

@@ -1,11 +1,16 @@
 """The table of operations: what a function is called, what it takes and returns.
 
 A function receives every argument by name. Tensors arrive as NumPy arrays, `dtype` as a
-NumPy dtype, `shape` as a tuple, the rest as plain numbers. Another row is another entry
-here, a file in `cases/`, a schema, and a file of functions in each driver.
+NumPy dtype, `shape` as a tuple, the rest as plain numbers and words. Another row is
+another entry here, a file in `cases/`, and a file of functions in each driver; schemas
+and lists of functions are written from this table.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+
+from minipeft.golden import arguments as a
+from minipeft.golden.arguments import Argument, exact, integer, number, tensor, word
 
 
 @dataclass(frozen=True)
@@ -13,11 +18,14 @@ class Operation:
     """One function of an implementation, and the file of vectors that checks it."""
 
     row: str  # the file in cases/ and in every driver
-    tensors: tuple[str, ...]
-    parameters: tuple[str, ...]
-    outputs: tuple[str, ...]
-    schema: str
-    optional: tuple[str, ...] = ()  # tensors that a case may leave out
+    tensors: Mapping[str, Argument]
+    parameters: Mapping[str, Argument]
+    outputs: Mapping[str, Argument]
+
+    @property
+    def optional(self) -> tuple[str, ...]:
+        """The tensors that a case may leave out."""
+        return tuple(name for name, t in self.tensors.items() if t.optional)
 
     def signature(self, name: str) -> str:
         """Return the call as one would write it."""
@@ -29,43 +37,37 @@ class Operation:
 
 _QUANTIZE = Operation(
     row="blockwise",
-    tensors=("W",),
-    parameters=("blocksize",),
-    outputs=("packed", "absmax"),
-    schema="blockwise_quantize.json",
+    tensors={"W": a.VALUES},
+    parameters={"blocksize": a.BLOCKSIZE},
+    outputs={"packed": exact(a.PACKED), "absmax": exact(a.ABSMAX)},
 )
-
 _DEQUANTIZE = Operation(
     row="blockwise",
-    tensors=("packed", "absmax"),
-    parameters=("blocksize", "shape", "dtype"),
-    outputs=("W",),
-    schema="blockwise_dequantize.json",
+    tensors={"packed": a.PACKED, "absmax": a.ABSMAX},
+    parameters={"blocksize": a.BLOCKSIZE, "shape": a.SHAPE, "dtype": a.DTYPE},
+    outputs={"W": exact(a.VALUES)},
 )
-
-_ADAMW = ("t", "lr", "beta1", "beta2", "eps", "weight_decay")
-
 OPERATIONS: dict[str, Operation] = {
     "codebook_table": Operation(
         row="codebook",
-        tensors=(),
-        parameters=("name",),
-        outputs=("codebook",),
-        schema="codebook_table.json",
+        tensors={},
+        parameters={"name": word("The data type.", "nf4", "fp4", "nf3", "nf2")},
+        outputs={"codebook": a.CODEBOOK},
     ),
     "codebook_normal_float": Operation(
         row="codebook",
-        tensors=(),
-        parameters=("bits", "offset"),
-        outputs=("codebook",),
-        schema="codebook_normal_float.json",
+        tensors={},
+        parameters={
+            "bits": integer("Width of a code; 2**bits values."),
+            "offset": number("The outermost probability."),
+        },
+        outputs={"codebook": a.CODEBOOK},
     ),
     "codebook_dynamic_map": Operation(
         row="codebook",
-        tensors=(),
-        parameters=("signed",),
-        outputs=("codebook",),
-        schema="codebook_dynamic_map.json",
+        tensors={},
+        parameters={"signed": a.boolean("Whether there are values of both signs.")},
+        outputs={"codebook": a.CODEBOOK},
     ),
     "nf4_quantize": _QUANTIZE,
     "nf4_dequantize": _DEQUANTIZE,
@@ -73,257 +75,289 @@ OPERATIONS: dict[str, Operation] = {
     "fp4_dequantize": _DEQUANTIZE,
     "linear_forward": Operation(
         row="linear",
-        tensors=("x", "W", "bias"),
-        parameters=(),
-        outputs=("y",),
-        schema="linear_forward.json",
-        optional=("bias",),
+        tensors={"x": a.X, "W": a.W, "bias": a.BIAS},
+        parameters={},
+        outputs={"y": a.Y},
     ),
     "linear_backward": Operation(
         row="linear",
-        tensors=("grad_y", "x", "W"),
-        parameters=(),
-        outputs=("grad_x", "grad_W", "grad_bias"),
-        schema="linear_backward.json",
+        tensors={"grad_y": a.GRAD_Y, "x": a.X, "W": a.W},
+        parameters={},
+        outputs={
+            "grad_x": a.GRAD_X,
+            "grad_W": tensor("(out_features, in_features)", "The gradient of W."),
+            "grad_bias": tensor("(out_features,)", "The gradient of a bias."),
+        },
     ),
     "lora_forward": Operation(
         row="lora",
-        tensors=("x", "W", "A", "B", "bias"),
-        parameters=("alpha", "rank_stabilized"),
-        outputs=("y",),
-        schema="lora_forward.json",
-        optional=("bias",),
+        tensors={"x": a.X, **a.LORA, "bias": a.BIAS},
+        parameters=a.LORA_SCALING,
+        outputs={"y": a.Y},
     ),
     "lora_backward": Operation(
         row="lora",
-        tensors=("grad_y", "x", "W", "A", "B"),
-        parameters=("alpha", "rank_stabilized"),
-        outputs=("grad_x", "grad_A", "grad_B"),
-        schema="lora_backward.json",
+        tensors={"grad_y": a.GRAD_Y, "x": a.X, **a.LORA},
+        parameters=a.LORA_SCALING,
+        outputs=a.LORA_GRADIENTS,
     ),
     "lora_merge": Operation(
         row="lora",
-        tensors=("W", "A", "B"),
-        parameters=("alpha", "rank_stabilized"),
-        outputs=("merged",),
-        schema="lora_merge.json",
+        tensors=a.LORA | {"W": a.WEIGHT},
+        parameters=a.LORA_SCALING,
+        outputs={"merged": a.MERGED_WEIGHT},
     ),
     "pissa_init": Operation(
         row="pissa",
-        tensors=("W",),
-        parameters=("r", "alpha"),
-        outputs=("base", "delta"),
-        schema="pissa_init.json",
+        tensors={"W": a.W},
+        parameters={"r": a.R, "alpha": a.ALPHA},
+        outputs={"base": a.BASE, "delta": a.DELTA},
     ),
     "pissa_to_lora": Operation(
         row="pissa",
-        tensors=("A", "B", "A_0", "B_0"),
-        parameters=(),
-        outputs=("A", "B"),
-        schema="pissa_to_lora.json",
+        tensors={
+            "A": a.A,
+            "B": a.B,
+            "A_0": tensor("(r, in_features)", "A before training."),
+            "B_0": tensor("(out_features, r)", "B before training."),
+        },
+        parameters={},
+        outputs={
+            "A": tensor("(2 r, in_features)", "A of plain LoRA on the old weight."),
+            "B": tensor("(out_features, 2 r)", "B of plain LoRA on the old weight."),
+        },
     ),
     "loftq_init": Operation(
         row="loftq",
-        tensors=("W",),
-        parameters=("r", "alpha", "blocksize", "steps"),
-        outputs=("packed", "absmax", "delta"),
-        schema="loftq_init.json",
+        tensors={"W": a.W},
+        parameters={
+            "r": a.R,
+            "alpha": a.ALPHA,
+            "blocksize": a.BLOCKSIZE,
+            "steps": integer("Alternations: quantize, then the best update."),
+        },
+        outputs={
+            "packed": exact(a.PACKED),
+            "absmax": exact(a.ABSMAX),
+            "delta": a.DELTA,
+        },
     ),
     "attention_forward": Operation(
-        row="attention",
-        tensors=("Q", "K", "V", "mask"),
-        parameters=(),
-        outputs=("y",),
-        schema="attention_forward.json",
-        optional=("mask",),
+        row="attention", tensors=a.HEAD, parameters={}, outputs={"y": a.MIXED}
     ),
     "attention_backward": Operation(
         row="attention",
-        tensors=("grad_y", "Q", "K", "V", "mask"),
-        parameters=(),
-        outputs=("grad_Q", "grad_K", "grad_V"),
-        schema="attention_backward.json",
-        optional=("mask",),
+        tensors={
+            "grad_y": tensor("(..., queries, d_v)", "The gradient of y."),
+            **a.HEAD,
+        },
+        parameters={},
+        outputs={
+            "grad_Q": tensor("(..., queries, d)", "The gradient of Q."),
+            "grad_K": tensor("(..., keys, d)", "The gradient of K."),
+            "grad_V": tensor("(..., keys, d_v)", "The gradient of V."),
+        },
     ),
     "prefix_forward": Operation(
         row="prefix",
-        tensors=("Q", "K", "V", "P_K", "P_V", "mask"),
-        parameters=(),
-        outputs=("y",),
-        schema="prefix_forward.json",
-        optional=("mask",),
+        tensors={
+            "Q": a.Q,
+            "K": a.K,
+            "V": a.V,
+            "P_K": tensor("(p, d)", "The keys of the prefix."),
+            "P_V": tensor("(p, d_v)", "The values of the prefix."),
+            "mask": a.MASK,
+        },
+        parameters={},
+        outputs={"y": a.MIXED},
     ),
     "prefix_expand": Operation(
         row="prefix",
-        tensors=("P", "W_down", "b_down", "W_up", "b_up"),
-        parameters=(),
-        outputs=("K", "V"),
-        schema="prefix_expand.json",
+        tensors={
+            "P": tensor("(p, width)", "The embeddings of the virtual tokens."),
+            "W_down": tensor("(hidden, width)", "The weight of the first layer."),
+            "b_down": tensor("(hidden,)", "Its bias."),
+            "W_up": tensor("(2 d, hidden)", "The weight of the second layer."),
+            "b_up": tensor("(2 d,)", "Its bias."),
+        },
+        parameters={},
+        outputs={
+            "K": tensor("(p, d)", "The keys of the prefix."),
+            "V": tensor("(p, d)", "The values of the prefix."),
+        },
     ),
     "prompt_init": Operation(
         row="prompt",
-        tensors=("E", "tokens"),
-        parameters=(),
-        outputs=("P",),
-        schema="prompt_init.json",
+        tensors={
+            "E": tensor("(vocabulary, d)", "The table of embeddings."),
+            "tokens": tensor("(p,)", "The tokens to start from.", "uint8"),
+        },
+        parameters={},
+        outputs={"P": tensor("(p, d)", "The soft prompt.")},
     ),
     "prompt_forward": Operation(
         row="prompt",
-        tensors=("X", "P"),
-        parameters=(),
-        outputs=("y",),
-        schema="prompt_forward.json",
+        tensors={
+            "X": tensor("(..., tokens, d)", "The embedded text."),
+            "P": tensor("(p, d)", "The soft prompt."),
+        },
+        parameters={},
+        outputs={"y": tensor("(..., p + tokens, d)", "Prompt and text.")},
     ),
     "prompt_backward": Operation(
         row="prompt",
-        tensors=("grad_y", "P"),
-        parameters=(),
-        outputs=("grad_X", "grad_P"),
-        schema="prompt_backward.json",
+        tensors={
+            "grad_y": tensor("(..., p + tokens, d)", "The gradient of y."),
+            "P": tensor("(p, d)", "The soft prompt."),
+        },
+        parameters={},
+        outputs={
+            "grad_X": tensor("(..., tokens, d)", "The gradient of the text."),
+            "grad_P": tensor("(p, d)", "The gradient of the prompt."),
+        },
     ),
     "dora_forward": Operation(
         row="dora",
-        tensors=("x", "W", "A", "B", "magnitude", "bias"),
-        parameters=("alpha",),
-        outputs=("y",),
-        schema="dora_forward.json",
-        optional=("bias",),
+        tensors={"x": a.X, **a.DORA, "bias": a.BIAS},
+        parameters={"alpha": a.ALPHA},
+        outputs={"y": a.Y},
     ),
     "dora_backward": Operation(
         row="dora",
-        tensors=("grad_y", "x", "W", "A", "B", "magnitude"),
-        parameters=("alpha",),
-        outputs=("grad_x", "grad_A", "grad_B", "grad_magnitude"),
-        schema="dora_backward.json",
+        tensors={"grad_y": a.GRAD_Y, "x": a.X, **a.DORA},
+        parameters={"alpha": a.ALPHA},
+        outputs={
+            **a.LORA_GRADIENTS,
+            "grad_magnitude": tensor("(out_features,)", "The gradient of magnitude."),
+        },
     ),
     "dora_merge": Operation(
         row="dora",
-        tensors=("W", "A", "B", "magnitude"),
-        parameters=("alpha",),
-        outputs=("merged",),
-        schema="dora_merge.json",
+        tensors=a.DORA,
+        parameters={"alpha": a.ALPHA},
+        outputs={"merged": a.MERGED},
     ),
     "vera_projections": Operation(
         row="vera",
-        tensors=(),
-        parameters=("seed", "r", "in_features", "out_features"),
-        outputs=("A", "B"),
-        schema="vera_projections.json",
+        tensors={},
+        parameters={
+            "seed": integer("0 to 2**32 - 1."),
+            "r": a.R,
+            "in_features": integer("Columns of A."),
+            "out_features": integer("Rows of B."),
+        },
+        outputs={"A": a.A, "B": a.B},
     ),
     "vera_forward": Operation(
         row="vera",
-        tensors=("x", "W", "A", "B", "d", "b", "bias"),
-        parameters=(),
-        outputs=("y",),
-        schema="vera_forward.json",
-        optional=("bias",),
+        tensors={"x": a.X, **a.VERA, "bias": a.BIAS},
+        parameters={},
+        outputs={"y": a.Y},
     ),
     "vera_backward": Operation(
         row="vera",
-        tensors=("grad_y", "x", "W", "A", "B", "d", "b"),
-        parameters=(),
-        outputs=("grad_x", "grad_d", "grad_b"),
-        schema="vera_backward.json",
+        tensors={"grad_y": a.GRAD_Y, "x": a.X, **a.VERA},
+        parameters={},
+        outputs={
+            "grad_x": a.GRAD_X,
+            "grad_d": tensor("(r,)", "The gradient of d."),
+            "grad_b": tensor("(out_features,)", "The gradient of b."),
+        },
     ),
     "vera_merge": Operation(
-        row="vera",
-        tensors=("W", "A", "B", "d", "b"),
-        parameters=(),
-        outputs=("merged",),
-        schema="vera_merge.json",
+        row="vera", tensors=a.VERA, parameters={}, outputs={"merged": a.MERGED}
     ),
     "ia3_forward": Operation(
         row="ia3",
-        tensors=("x", "W", "l", "bias"),
-        parameters=("feedforward",),
-        outputs=("y",),
-        schema="ia3_forward.json",
-        optional=("bias",),
+        tensors={"x": a.X, **a.IA3, "bias": a.BIAS},
+        parameters=a.SIDE_ONLY,
+        outputs={"y": a.Y},
     ),
     "ia3_backward": Operation(
         row="ia3",
-        tensors=("grad_y", "x", "W", "l", "bias"),
-        parameters=("feedforward",),
-        outputs=("grad_x", "grad_l"),
-        schema="ia3_backward.json",
-        optional=("bias",),
+        tensors={"grad_y": a.GRAD_Y, "x": a.X, **a.IA3, "bias": a.BIAS},
+        parameters=a.SIDE_ONLY,
+        outputs={
+            "grad_x": a.GRAD_X,
+            "grad_l": tensor("(features of the side,)", "The gradient of l."),
+        },
     ),
     "ia3_merge": Operation(
-        row="ia3",
-        tensors=("W", "l"),
-        parameters=("feedforward",),
-        outputs=("merged",),
-        schema="ia3_merge.json",
+        row="ia3", tensors=a.IA3, parameters=a.SIDE_ONLY, outputs={"merged": a.MERGED}
     ),
     "bottleneck_forward": Operation(
         row="bottleneck",
-        tensors=("x", "down", "down_bias", "up", "up_bias"),
-        parameters=("scaling",),
-        outputs=("y",),
-        schema="bottleneck_forward.json",
+        tensors=a.BOTTLENECK,
+        parameters={"scaling": a.SCALING},
+        outputs={"y": tensor("(..., features)", "What the adapter adds.")},
     ),
     "bottleneck_backward": Operation(
         row="bottleneck",
-        tensors=("grad_y", "x", "down", "down_bias", "up", "up_bias"),
-        parameters=("scaling",),
-        outputs=("grad_x", "grad_down", "grad_down_bias", "grad_up", "grad_up_bias"),
-        schema="bottleneck_backward.json",
+        tensors={
+            "grad_y": tensor("(..., features)", "The gradient of y."),
+            **a.BOTTLENECK,
+        },
+        parameters={"scaling": a.SCALING},
+        outputs={
+            f"grad_{name}": a.gradient(name, argument)
+            for name, argument in a.BOTTLENECK.items()
+        },
     ),
     "double_quant_quantize": Operation(
         row="double_quant",
-        tensors=("W",),
-        parameters=("blocksize", "nested_blocksize"),
-        outputs=("packed", "absmax_codes", "nested_absmax", "offset"),
-        schema="double_quant_quantize.json",
+        tensors={"W": a.VALUES},
+        parameters=a.NESTED_SIZES,
+        outputs={name: exact(argument) for name, argument in a.NESTED.items()},
     ),
     "double_quant_dequantize": Operation(
         row="double_quant",
-        tensors=("packed", "absmax_codes", "nested_absmax", "offset"),
-        parameters=("blocksize", "nested_blocksize", "shape", "dtype"),
-        outputs=("W",),
-        schema="double_quant_dequantize.json",
+        tensors=a.NESTED,
+        parameters=a.NESTED_SIZES | {"shape": a.SHAPE, "dtype": a.DTYPE},
+        outputs={"W": exact(a.VALUES)},
     ),
     "adamw_step": Operation(
         row="adamw",
-        tensors=("W", "grad", "m", "v"),
-        parameters=_ADAMW,
-        outputs=("W", "m", "v"),
-        schema="adamw_step.json",
+        tensors=a.STEP | a.MOMENTS,
+        parameters=a.ADAMW,
+        outputs={"W": a.STEP["W"], **a.MOMENTS},
     ),
     "adamw8_step": Operation(
         row="adamw",
-        tensors=("W", "grad", "m_codes", "m_absmax", "v_codes", "v_absmax"),
-        parameters=_ADAMW,
-        outputs=("W", "m_codes", "m_absmax", "v_codes", "v_absmax"),
-        schema="adamw8_step.json",
+        tensors=a.STEP | a.CODED,
+        parameters=a.ADAMW,
+        outputs={
+            "W": a.STEP["W"],
+            **{name: exact(argument) for name, argument in a.CODED.items()},
+        },
     ),
     "paged_trace": Operation(
         row="paged",
-        tensors=("touched", "written"),
-        parameters=("pages", "budget"),
-        outputs=("faulted", "left", "written_back", "resident"),
-        schema="paged_trace.json",
+        tensors={
+            "touched": tensor("(touches,)", "The pages, in order.", "uint8"),
+            "written": tensor("(touches,)", "1 where it is changed.", "uint8"),
+        },
+        parameters={
+            "pages": integer("How many pages there are, all on the host."),
+            "budget": integer("How many fit on the device; at least 1."),
+        },
+        outputs={name: exact(argument) for name, argument in a.TRACE.items()},
     ),
     "qlora_forward": Operation(
         row="qlora",
-        tensors=("x", "packed", "absmax", "A", "B", "bias"),
-        parameters=("alpha", "blocksize"),
-        outputs=("y",),
-        schema="qlora_forward.json",
-        optional=("bias",),
+        tensors={"x": a.X, **a.QLORA, "bias": a.BIAS},
+        parameters=a.QLORA_SIZES,
+        outputs={"y": a.Y},
     ),
     "qlora_backward": Operation(
         row="qlora",
-        tensors=("grad_y", "x", "packed", "absmax", "A", "B"),
-        parameters=("alpha", "blocksize"),
-        outputs=("grad_x", "grad_A", "grad_B"),
-        schema="qlora_backward.json",
+        tensors={"grad_y": a.GRAD_Y, "x": a.X, **a.QLORA},
+        parameters=a.QLORA_SIZES,
+        outputs=a.LORA_GRADIENTS,
     ),
     "qlora_requantize": Operation(
         row="qlora",
-        tensors=("packed", "absmax", "A", "B"),
-        parameters=("alpha", "blocksize"),
-        outputs=("packed", "absmax"),
-        schema="qlora_requantize.json",
+        tensors=a.QLORA,
+        parameters=a.QLORA_SIZES,
+        outputs={"packed": exact(a.PACKED), "absmax": exact(a.ABSMAX)},
     ),
 }

@@ -10,7 +10,7 @@ from xml.etree import ElementTree
 from minipeft import __version__
 from minipeft.golden.runner import Outcome
 
-STATUSES = ("pass", "fail", "skip")
+STATUSES = ("pass", "fail", "policy", "skip")
 
 
 def text(name: str, outcomes: Sequence[Outcome]) -> str:
@@ -126,20 +126,22 @@ def _skips(outcomes: Sequence[Outcome]) -> str:
 
 def _table(outcomes: Sequence[Outcome]) -> str:
     width = max((len(file) for file in _files(outcomes)), default=4)
-    lines = [f"{'file':<{width}}  {'pass':>5} {'fail':>5} {'skip':>5}"]
+    lines = [f"{'file':<{width}}  " + " ".join(f"{s:>6}" for s in STATUSES)]
     for file in _files(outcomes):
         count = _count([o for o in outcomes if o.file == file])
         lines.append(
-            f"{file:<{width}}  " + " ".join(f"{count[s]:>5}" for s in STATUSES)
+            f"{file:<{width}}  " + " ".join(f"{count[s]:>6}" for s in STATUSES)
         )
     return "\n".join(lines)
 
 
 def _verdict(name: str, outcomes: Sequence[Outcome]) -> str:
     count = _count(outcomes)
+    policy = count["policy"]
     return (
         f"{name}: {count['pass']} passed, {count['fail']} failed, "
-        f"{count['skip']} skipped of {len(outcomes)} cases."
+        f"{count['skip']} skipped of {len(outcomes)} cases"
+        + (f"; {count['policy']} answered by another policy." if policy else ".")
     )
 
 

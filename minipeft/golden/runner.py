@@ -7,7 +7,7 @@ from minipeft.golden.compare import difference
 from minipeft.golden.errors import Accident, Refused, Unsupported
 from minipeft.golden.implementations import COLUMNS, Implementation, functions
 from minipeft.golden.processes import Worker
-from minipeft.golden.vectors import Case, Note, Tensors, VectorFile
+from minipeft.golden.vectors import Case, Note, Tensors, VectorFile, Way
 
 __all__ = ["Outcome", "implementation", "judge", "verify"]
 
@@ -21,9 +21,10 @@ class Outcome:
     file: str
     case: Case
     notes: dict[str, Note]  # of the case's flags
-    status: str  # pass, fail or skip
+    status: str  # pass, fail, skip, or policy: it answers what minipeft refuses
     detail: str = ""  # why it failed or was skipped
-    way: str = ""  # where the result is `acceptable`: whose way it goes
+    way: str = ""  # where the result is `acceptable`: the name of the way it goes
+    answer: Tensors | None = None  # what it returned
 
 
 def implementation(name: str, timeout: float = 120.0) -> Implementation:
@@ -49,8 +50,12 @@ def judge(implementation: Implementation, file: VectorFile, case: Case) -> Outco
     """Run one case and compare the answer with the vector."""
     notes = {flag: file.notes[flag] for flag in case.flags}
 
+    answer: Tensors | None = None
+
     def outcome(status: str, detail: str = "", way: str = "") -> Outcome:
-        return Outcome(file.name, case, notes, status, detail, way)
+        if case.result == "policy" and status == "fail":
+            status = "policy"
+        return Outcome(file.name, case, notes, status, detail, way, answer)
 
     try:
         answer = implementation.run(case)
@@ -64,9 +69,9 @@ def judge(implementation: Implementation, file: VectorFile, case: Case) -> Outco
 
 
 def _judge_refusal(case: Case, why: str) -> tuple[str, str, str]:
-    if case.result == "invalid":
+    if case.result in ("invalid", "policy"):
         return "pass", "", ""
-    ways = [way.by for way in case.alternatives if way.outputs is None]
+    ways = [way.name for way in case.alternatives if way.outputs is None]
     if case.result == "acceptable" and not case.outputs:
         ways = [OUR_WAY]
     if ways:
@@ -77,6 +82,8 @@ def _judge_refusal(case: Case, why: str) -> tuple[str, str, str]:
 def _judge_answer(case: Case, answer: Tensors) -> tuple[str, str, str]:
     if case.result == "invalid":
         return "fail", "answered, where it must refuse the input", ""
+    if case.result == "policy":
+        return "policy", "answered, where minipeft refuses the input", ""
     detail = "answered, where it should refuse the input"
     if case.outputs:
         found = _disagreement(case, answer, case.outputs)
@@ -84,17 +91,20 @@ def _judge_answer(case: Case, answer: Tensors) -> tuple[str, str, str]:
             return "pass", "", OUR_WAY if case.result == "acceptable" else ""
         detail = found
     for way in case.alternatives:
-        if way.outputs and _disagreement(case, answer, way.outputs) is None:
-            return "pass", "", way.by
+        if way.outputs and _disagreement(case, answer, way.outputs, way) is None:
+            return "pass", "", way.name
     return "fail", detail, ""
 
 
-def _disagreement(case: Case, answer: Tensors, expected: Tensors) -> str | None:
+def _disagreement(
+    case: Case, answer: Tensors, expected: Tensors, way: Way | None = None
+) -> str | None:
+    magnitudes = case.magnitudes | (way.magnitudes if way else {})
     if set(answer) != set(expected):
         return f"returned {sorted(answer)}, expected {sorted(expected)}"
     for name, tensor in expected.items():
-        magnitude = case.magnitudes.get(name)
-        found = difference(case.compare[name], answer[name], tensor, magnitude)
+        rule, magnitude = case.compare[name], magnitudes.get(name)
+        found = difference(rule, answer[name], tensor, magnitude)
         if found:
             return f"{name} {found}"
     return None

@@ -29,8 +29,10 @@ class Note:
 class Way:
     """An answer that another implementation in use gives; no outputs: it refuses."""
 
+    name: str  # what a profile states
     by: str
     outputs: Tensors | None
+    magnitudes: Tensors  # empty: those of the case
 
 
 @dataclass(frozen=True)
@@ -118,7 +120,12 @@ def load_all(only: Iterable[str] = ()) -> Iterator[VectorFile]:
 
 def _case(operation: str, group: Mapping[str, Any], test: Mapping[str, Any]) -> Case:
     ways = (
-        Way(way["by"], _tensors(way["outputs"]) if "outputs" in way else None)
+        Way(
+            way["name"],
+            way["by"],
+            _tensors(way["outputs"]) if "outputs" in way else None,
+            _tensors(way.get("magnitudes", {})),
+        )
         for way in test.get("alternatives", ())
     )
     return Case(

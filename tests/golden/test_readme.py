@@ -60,7 +60,6 @@ def test_the_c_functions_compile_and_decide(tmp_path):
 
 
 def test_the_functions_are_those_of_the_table():
-    signatures = {op.signature(name) for name, op in OPERATIONS.items()}
-    shown = re.findall(r"^    (\w+\(.*?\) -> [\w, ]+?)(?:  .*)?$", README, re.MULTILINE)
-    assert len(shown) > 4
-    assert set(shown) <= signatures
+    signatures = [op.signature(name) for name, op in OPERATIONS.items()]
+    shown = re.findall(r"^    (\w+\(.*?\) -> [\w, ]+)$", README, re.MULTILINE)
+    assert shown == signatures

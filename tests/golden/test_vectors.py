@@ -9,10 +9,12 @@ import pytest
 from jsonschema import Draft202012Validator
 from referencing import Registry, Resource
 
-from minipeft.golden import generate
+from minipeft.errors import InputError
+from minipeft.golden import cases, generate, manifest
 from minipeft.golden.operations import OPERATIONS
 from minipeft.golden.tensors import Tensor
 from minipeft.golden.vectors import V1, load_all
+from minipeft.golden.ways import WAYS
 
 SCHEMAS = V1.parent / "schema"
 FILES = sorted(V1.glob("*.json"))
@@ -78,8 +80,10 @@ def test_schema_refuses_a_spoilt_file(path, spoil, registry):
     assert not Draft202012Validator(schema, registry=registry).is_valid(file)
 
 
-def test_there_is_a_file_for_every_operation_and_no_other():
+def test_there_is_a_file_and_a_schema_for_every_operation_and_no_other():
     assert [p.stem for p in FILES] == sorted(OPERATIONS)
+    names = {path.name for path in SCHEMAS.iterdir()}
+    assert names == {"common.json", *(path.name for path in FILES)}
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda p: p.name)
@@ -106,11 +110,11 @@ def test_comments_tell_the_tests_of_a_file_apart(path):
 
 @pytest.mark.parametrize("path", FILES, ids=lambda p: p.name)
 def test_file_is_small(path):
-    assert path.stat().st_size <= 64 * 1024
+    assert path.stat().st_size <= generate.LARGEST_FILE
 
 
 def test_all_files_together_are_small():
-    assert sum(path.stat().st_size for path in FILES) < 2 * 1024 * 1024
+    assert sum(path.stat().st_size for path in FILES) < 3 * 1024 * 1024
 
 
 def test_magnitudes_stand_exactly_where_a_bound_needs_them():
@@ -147,6 +151,62 @@ def test_regeneration_is_identical(tmp_path: Path):
     assert sorted(p.name for p in tmp_path.iterdir()) == [p.name for p in FILES]
     for path in FILES:
         assert (tmp_path / path.name).read_bytes() == path.read_bytes(), path.name
+
+
+def test_schemas_readme_and_manifest_are_what_the_table_gives():
+    made = generate.derived(manifest.read())
+    for path, text in made.items():
+        assert path.read_text(encoding="utf-8") == text, path
+    assert SCHEMAS / "nf4_quantize.json" in made
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: p.name)
+def test_every_case_is_in_the_manifest_and_none_has_changed(path):
+    known = manifest.read()
+    hashes = manifest.grown(known, path.stem, content(path))
+    assert hashes == known[path.stem]
+
+
+@pytest.mark.parametrize("change", ["parameter", "input", "output", "order", "loss"])
+def test_the_manifest_sees_a_change(change):
+    known, file = manifest.read(), content(V1 / "lora_merge.json")
+    first, second = cases_in(file)[:2]
+    if change == "parameter":
+        file["testGroups"][0]["parameters"]["alpha"] += 1
+    if change == "input":
+        first["inputs"]["B"]["data"] = "f" + first["inputs"]["B"]["data"][1:]
+    if change == "output":
+        first["outputs"]["merged"]["data"] = second["outputs"]["merged"]["data"]
+    if change == "order":
+        file["testGroups"].reverse()
+    if change == "loss":
+        file["testGroups"][-1]["tests"].pop()
+    with pytest.raises(InputError, match="is not what it was"):
+        manifest.grown(known, "lora_merge", file)
+
+
+def test_what_a_flag_says_is_said_once_and_true_in_all_files():
+    said = {}
+    for path in FILES:
+        for flag, note in content(path)["notes"].items():
+            wording = note["kind"], note["description"], note["effect"]
+            assert said.setdefault(flag, wording) == wording, (path.name, flag)
+    assert said.keys() == cases.catalogue().keys()
+    assert len(set(said.values())) == len(said)
+
+
+def test_a_way_has_one_name_and_every_name_is_used():
+    ways = [w for f in load_all() for c in f.cases for w in c.alternatives]
+    assert {way.name for way in ways} <= set(WAYS)
+    assert all(WAYS[way.name] == way.by for way in ways)
+
+
+def test_policies_are_what_their_flags_say():
+    for file in load_all():
+        for case in file.cases:
+            refused = case.result in ("invalid", "policy")
+            choice = refused and bool(cases.POLICIES & set(case.flags))
+            assert (case.result == "policy") == choice, (file.name, case.tcId)
 
 
 def test_tensors_in_the_files_survive_a_round_trip():

@@ -4,8 +4,10 @@ An author writes inputs and says why they matter; the reference computes what mu
 back. Nothing here knows how a file looks: that is `generate`.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+import tomllib
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from statistics import NormalDist
 from typing import Any
 from zlib import crc32
@@ -19,13 +21,19 @@ from minipeft.golden.vectors import Note
 
 Named = Mapping[str, Array]
 
+# Refusals that are a choice: to answer is no error, and is counted on its own.
+POLICIES = frozenset(
+    {"NotFinite", "ZeroRank", "InvalidAlpha", "BlindQuery", "SeedRange"}
+)
+
 
 @dataclass(frozen=True)
 class Alternative:
     """What somebody else answers, with good reason; no outputs: refuses."""
 
-    by: str
+    name: str  # of `golden.ways`
     outputs: Named | None
+    magnitudes: Named | None = None  # None: those of the case
 
 
 @dataclass(frozen=True)
@@ -50,8 +58,8 @@ class File:
     operation: str
     header: tuple[str, ...]
     source: str  # the module that computes the outputs
-    notes: Mapping[str, Note]
     specs: Sequence[Spec]
+    papers: tuple[str, ...] = ()  # where the formula comes from
 
 
 def gaussian(
@@ -72,13 +80,28 @@ def integers(seed: str, shape: tuple[int, ...], largest: int = 4) -> Array:
     return (sign * size.astype(np.int64)).reshape(shape).astype(np.float32)
 
 
-def used(notes: Mapping[str, Note], specs: Sequence[Spec]) -> Iterator[str]:
-    """Name the notes that at least one case refers to, in the order of `notes`."""
-    flags = {flag for spec in specs for flag in spec.flags}
-    missing = flags - set(notes)
-    if missing:
-        raise KeyError(f"no note for {sorted(missing)}")
-    return (flag for flag in notes if flag in flags)
+def catalogue() -> dict[str, Note]:
+    """Return the note of every flag."""
+    text = Path(__file__).with_name("notes.toml").read_text(encoding="utf-8")
+    notes = tomllib.loads(text)
+    return {
+        flag: Note(n["kind"], n["description"], n["effect"], tuple(n.get("links", ())))
+        for flag, n in notes.items()
+    }
+
+
+def used(file: File) -> dict[str, Note]:
+    """Return the notes that at least one case refers to; basic ones name the papers."""
+    notes, flags = catalogue(), {flag for spec in file.specs for flag in spec.flags}
+    if flags - set(notes):
+        raise KeyError(f"no note for {sorted(flags - set(notes))}")
+    return {
+        flag: replace(note, links=tuple(dict.fromkeys((*note.links, *file.papers))))
+        if note.kind == "BASIC"
+        else note
+        for flag, note in notes.items()
+        if flag in flags
+    }
 
 
 def reference(operation: str, inputs: Named, parameters: Mapping[str, Any]) -> Named:

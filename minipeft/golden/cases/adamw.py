@@ -8,55 +8,8 @@ import numpy as np
 
 from minipeft.golden.cases import File, Spec, gaussian, integers, reference
 from minipeft.golden.tensors import Array
-from minipeft.golden.vectors import Note
 from minipeft.reference import adamw
 from minipeft.reference.adamw import AdamW
-
-NOTES = {
-    "FirstStep": Note(
-        "BASIC",
-        "From zero moments, the first step is lr * g / (|g| + eps), and decay.",
-        "Moments are not corrected for their start at zero: the first steps go astray.",
-        ("https://arxiv.org/abs/1711.05101",),
-    ),
-    "LaterStep": Note(
-        "BASIC",
-        "Moments as some steps have left them; t counts the steps before this one.",
-        "The correction uses t, not t + 1.",
-        (),
-    ),
-    "Decay": Note(
-        "CONVENTION",
-        "Weight decay is decoupled: lr * weight_decay * W, apart from the gradient.",
-        "Decay is added to the gradient and divided by its root (Adam, not AdamW).",
-        ("https://arxiv.org/abs/1711.05101",),
-    ),
-    "Eps": Note(
-        "CONVENTION",
-        "eps is added after the root is divided by its correction.",
-        "eps is added under the root, or before the correction.",
-        (),
-    ),
-    "ZeroGradient": Note(
-        "HISTORIC_BUG",
-        "Half of the gradients are 0 and so are their moments: only decay moves them.",
-        "Where zero has no code of its own, weights without gradients drift.",
-        ("https://github.com/bitsandbytes-foundation/bitsandbytes",),
-    ),
-    "Codes": Note(
-        "BASIC",
-        "m in the signed and v in the unsigned dynamic map, blocks of 256; the last "
-        "is short. Every value is exact before it is encoded.",
-        "v is coded with a sign, or the weight sees the moments after encoding.",
-        ("https://arxiv.org/abs/2110.02861",),
-    ),
-    "Invalid": Note(
-        "EDGE_CASE",
-        "A gradient that is not finite, or a setting out of range.",
-        "One NaN stays in the moments for ever.",
-        (),
-    ),
-}
 
 
 def files() -> Iterator[File]:
@@ -70,14 +23,12 @@ def files() -> Iterator[File]:
         operation="adamw_step",
         header=formula,
         source="minipeft.reference.adamw.step",
-        notes=NOTES,
         specs=[*_plain()],
     )
     yield File(
         operation="adamw8_step",
         header=(*formula, "Moments are decoded before and encoded after."),
         source="minipeft.reference.adamw.step",
-        notes=NOTES,
         specs=[*_coded()],
     )
 
@@ -108,11 +59,11 @@ def _plain() -> Iterator[Spec]:
     for bad in (np.nan, np.inf):
         spoiled = grad.copy()
         spoiled[1, 2] = bad
-        spec = _spec(f"{bad}", "Invalid", {**first, "grad": spoiled}, _settings(0))
-        yield replace(spec, result="invalid")
+        spec = _spec(f"{bad}", "NotFinite", {**first, "grad": spoiled}, _settings(0))
+        yield replace(spec, result="policy")
     for name, value in {"lr": -0.1, "beta2": 1.0}.items():
         spec = _spec(
-            f"{name} is {value}", "Invalid", first, _settings(0, **{name: value})
+            f"{name} is {value}", "OutOfRange", first, _settings(0, **{name: value})
         )
         yield replace(spec, result="invalid")
 

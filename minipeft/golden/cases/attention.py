@@ -8,51 +8,10 @@ import numpy as np
 
 from minipeft.golden.cases import File, Named, Spec, gaussian, integers
 from minipeft.golden.tensors import Array
-from minipeft.golden.vectors import Note
 from minipeft.reference import attention
 from minipeft.reference.attention import Head
 
-NOTES = {
-    "Basic": Note(
-        "BASIC",
-        "Shares of a softmax over the keys, scaled by the root of the head's width.",
-        "Softmax over the queries, or a scaling by d instead of its root.",
-        ("https://arxiv.org/abs/1706.03762",),
-    ),
-    "EqualShares": Note(
-        "EDGE_CASE",
-        "Queries of zero: every key gets the same share, here a power of two.",
-        "Any difference is a defect: nothing is rounded.",
-        (),
-    ),
-    "OneKey": Note(
-        "EDGE_CASE",
-        "The mask leaves each query one key: its value comes back bit for bit.",
-        "A masked key that keeps a small share, as with -10000 instead of -inf.",
-        (),
-    ),
-    "Causal": Note(
-        "CONVENTION",
-        "The last query stands at the last key; keys before the text are all seen.",
-        "A mask aligned at the first key hides the cache, or the prefix.",
-        (),
-    ),
-    "LargeLogits": Note(
-        "NUMERICS",
-        "Logits of several hundred: exp overflows unless the largest is taken off.",
-        "inf / inf = NaN.",
-        (),
-    ),
-    "Batch": Note(
-        "EDGE_CASE", "One or two axes before the tokens.", "A wrong axis.", ()
-    ),
-    "BlindQuery": Note(
-        "EDGE_CASE",
-        "A query may look at no key: minipeft refuses.",
-        "0 / 0 = NaN, or the mean of values that should not be seen.",
-        (),
-    ),
-}
+PAPERS = ("https://arxiv.org/abs/1706.03762",)
 
 
 def files() -> Iterator[File]:
@@ -63,14 +22,14 @@ def files() -> Iterator[File]:
             "y = softmax(Q K^T / sqrt(d)) V; the mask is 1 where a query may look.",
         ),
         source="minipeft.reference.attention.forward",
-        notes=NOTES,
+        papers=PAPERS,
         specs=[*_exact(), *(_forward(s) for s in _normal()), *_blind()],
     )
     yield File(
         operation="attention_backward",
         header=("The gradients of Q, K and V for the gradient of y.",),
         source="minipeft.reference.attention.backward",
-        notes=NOTES,
+        papers=PAPERS,
         specs=[_backward(s) for s in _normal()],
     )
 
@@ -144,7 +103,7 @@ def _blind() -> Iterator[Spec]:
     Q, K, V = (gaussian(f"blind {n}", (2, 3)) for n in "QKV")
     mask = np.array([[1, 1], [0, 0]], np.uint8)
     inputs = {"Q": Q, "K": K, "V": V, "mask": mask}
-    yield Spec("query 1 sees nothing", ("BlindQuery",), inputs, {}, result="invalid")
+    yield Spec("query 1 sees nothing", ("BlindQuery",), inputs, {}, result="policy")
 
 
 def double_head(inputs: Named) -> Head:

@@ -7,60 +7,13 @@ import numpy as np
 
 from minipeft.golden.cases import File, Spec, any_zero, gaussian, integers
 from minipeft.golden.tensors import Array
-from minipeft.golden.vectors import Note
+
+PAPERS = (
+    "https://arxiv.org/abs/1902.00751",
+    "https://arxiv.org/abs/2110.04366",
+)
 
 SMALL = (6, 3)  # features, bottleneck
-
-NOTES = {
-    "Basic": Note(
-        "BASIC",
-        "Down to few features, ReLU, up again: what the adapter adds to its place.",
-        "The skip connection is part of the answer, or another nonlinearity is.",
-        ("https://arxiv.org/abs/1902.00751",),
-    ),
-    "Scaling": Note(
-        "CONVENTION",
-        "The scaling multiplies the up projection and its bias alike.",
-        "The bias escapes the scaling, or the nonlinearity sees it.",
-        ("https://arxiv.org/abs/2110.04366",),
-    ),
-    "SquareTrap": Note(
-        "CONVENTION",
-        "As many features inside as outside: no shape error can help.",
-        "Transposed matrices give numbers.",
-        (),
-    ),
-    "Corner": Note(
-        "CONVENTION",
-        "Every unit is exactly at its corner: the slope of ReLU at 0 is 0.",
-        "A gradient passes through units that are off.",
-        (),
-    ),
-    "Start": Note(
-        "EDGE_CASE",
-        "Up is zero, as at the start of training: the adapter adds nothing.",
-        "Noise from the first step on.",
-        (),
-    ),
-    "LeadingAxes": Note(
-        "EDGE_CASE",
-        "x has no, one or more axes before features; gradients sum over them all.",
-        "Only the first axis is summed, or a vector is taken for a matrix.",
-        (),
-    ),
-    "Normal": Note(
-        "NUMERICS",
-        "Normal values: any order of summation stays within the bound.",
-        "TF32 or half precision inside, though the tensors are float32.",
-        (),
-    ),
-    "ShapeMismatch": Note(
-        "EDGE_CASE",
-        "A part does not fit the others.",
-        "Broadcasting turns the mistake into numbers.",
-        (),
-    ),
-}
 
 
 def files() -> Iterator[File]:
@@ -74,7 +27,7 @@ def files() -> Iterator[File]:
             operation=f"bottleneck_{verb}",
             header=header,
             source=f"minipeft.reference.bottleneck.{verb}",
-            notes=NOTES,
+            papers=PAPERS,
             specs=[*_cases(f"bottleneck_{verb}")],
         )
 

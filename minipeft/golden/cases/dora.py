@@ -12,8 +12,9 @@ import numpy as np
 
 from minipeft.golden.cases import File, Named, Spec, any_zero, gaussian, integers
 from minipeft.golden.tensors import Array
-from minipeft.golden.vectors import Note
 from minipeft.reference import dora, lora
+
+PAPERS = ("https://arxiv.org/abs/2402.09353",)
 
 F32 = np.float32
 
@@ -28,104 +29,6 @@ ROWS = {
     9: ((4, 4, 3, 3, 2, 2, 2, 1, 1), (8, 8, 6, 6, 4, 4, 4, 2, 2)),
 }
 
-NOTES = {
-    "Basic": Note(
-        "BASIC",
-        "LoRA turns each row of the weight; a trained magnitude is its length.",
-        "Adapters of any other library give other results here.",
-        ("https://arxiv.org/abs/2402.09353",),
-    ),
-    "NormAxis": Note(
-        "HISTORIC_BUG",
-        "The norm is that of each output row, over in_features.",
-        "With one norm for each input the result is wrong; on a square weight without "
-        "any error.",
-        (
-            "https://github.com/KohakuBlueleaf/LyCORIS/issues/216",
-            "https://github.com/huggingface/peft/issues/2348",
-            "https://github.com/rasbt/dora-from-scratch/issues/3",
-        ),
-    ),
-    "NormOfSum": Note(
-        "HISTORIC_BUG",
-        "The norm is that of W + s B A, and here far from that of W.",
-        "Divided by the norm of W alone, rows do not have the trained length.",
-        ("https://github.com/Comfy-Org/ComfyUI/pull/15458",),
-    ),
-    "SquareTrap": Note(
-        "HISTORIC_BUG",
-        "W is square: a magnitude that is broadcast along the wrong axis fits.",
-        "The result is wrong without a word.",
-        ("https://github.com/Comfy-Org/ComfyUI/pull/13011",),
-    ),
-    "Bias": Note(
-        "HISTORIC_BUG",
-        "The bias is added last and is not scaled.",
-        "A layer that scales what its base returned scales the bias as well.",
-        ("https://github.com/meta-pytorch/torchtune",),
-    ),
-    "Scaling": Note(
-        "CONVENTION",
-        "The update is scaled by alpha/r inside the norm as well as outside.",
-        "A scaling that is lost in one of the two places changes every length.",
-        (),
-    ),
-    "ZeroRow": Note(
-        "EDGE_CASE",
-        "A row of W + s B A is zero. Its direction is zero: the output is the bias, "
-        "and no gradient passes.",
-        "Division by its norm returns NaN.",
-        (),
-    ),
-    "ZeroMagnitude": Note(
-        "EDGE_CASE",
-        "A magnitude is zero: the row's output is the bias, but the magnitude's own "
-        "gradient is not zero.",
-        "A gradient that was divided by the magnitude is NaN.",
-        (),
-    ),
-    "Negative": Note(
-        "EDGE_CASE",
-        "A magnitude may have become negative: the row points the other way.",
-        "An absolute value around the magnitude turns it back.",
-        (),
-    ),
-    "Start": Note(
-        "EDGE_CASE",
-        "B is zero and the magnitude the norm of W, as at the start of training.",
-        "The output is not that of the base.",
-        (),
-    ),
-    "Detached": Note(
-        "CONVENTION",
-        "The norm counts as a constant in the gradient (section 4.3 of the paper).",
-        "Differentiating it removes from the gradient of A and B what lies along the "
-        "row, and costs the memory that the paper saves.",
-        ("https://arxiv.org/abs/2402.09353",),
-    ),
-    "LeadingAxes": Note(
-        "EDGE_CASE",
-        "x has no, one or more axes before in_features; gradients sum over them all.",
-        "Only the first axis is summed, or a vector is taken for a matrix.",
-        (),
-    ),
-    "RankOne": Note(
-        "EDGE_CASE", "r is 1.", "An axis of length 1 is squeezed away.", ()
-    ),
-    "Rounding": Note(
-        "NUMERICS",
-        "Normal values: any order of summation stays within the bound.",
-        "TF32 or half precision inside, though the tensors are float32.",
-        (),
-    ),
-    "ShapeMismatch": Note(
-        "EDGE_CASE",
-        "The magnitude, A or B does not fit W.",
-        "Broadcasting turns the mistake into numbers.",
-        (),
-    ),
-}
-
 
 def files() -> Iterator[File]:
     """Yield the three files of the row."""
@@ -136,7 +39,7 @@ def files() -> Iterator[File]:
             "the Euclidean norm of row i over in_features; a row of length 0 gives 0.",
         ),
         source="minipeft.reference.dora.forward",
-        notes=NOTES,
+        papers=PAPERS,
         specs=[*_cases("dora_forward")],
     )
     yield File(
@@ -146,14 +49,14 @@ def files() -> Iterator[File]:
             "sum of grad_y_i * (V x)_i / |V_i|. The norm is a constant.",
         ),
         source="minipeft.reference.dora.backward",
-        notes=NOTES,
+        papers=PAPERS,
         specs=[*_cases("dora_backward")],
     )
     yield File(
         operation="dora_merge",
         header=("merged_i = m_i V_i / |V_i|; a row of length 0 stays 0.",),
         source="minipeft.reference.dora.merge",
-        notes=NOTES,
+        papers=PAPERS,
         specs=[*_cases("dora_merge")],
     )
 
@@ -270,7 +173,7 @@ def _normal(operation: str, sizes: Sizes, alpha: float) -> Spec:
     roundings = 2 * max(in_features, out_features) + 3 * r + rows + 16
     return Spec(
         comment=f"normal values, {in_features} in, {out_features} out, r {r}",
-        flags=("Rounding", "Detached"),
+        flags=("Normal", "Detached"),
         inputs=inputs,
         parameters={"alpha": alpha},
         roundings=dict.fromkeys(outputs, roundings),

@@ -8,72 +8,10 @@ import numpy as np
 
 from minipeft.golden.cases import File, Spec, gaussian
 from minipeft.golden.tensors import Array
-from minipeft.golden.vectors import Note
 from minipeft.reference import double_quant
 from minipeft.reference.codebook import dynamic_map
 
-NOTES = {
-    "Basic": Note(
-        "BASIC",
-        "The scales minus their mean, in the signed dynamic map, in their own blocks.",
-        "The scales are quantized around zero, and half of the codes idle.",
-        ("https://arxiv.org/abs/2305.14314",),
-    ),
-    "EveryCode": Note(
-        "HISTORIC_BUG",
-        "The scales reach all 256 codes; a scale equal to the mean has code 127, zero.",
-        "A table of 65,536 bins in place of a search never gives codes 124 to 130.",
-        ("https://github.com/bitsandbytes-foundation/bitsandbytes",),
-    ),
-    "Equal": Note(
-        "EDGE_CASE",
-        "All scales are equal: every difference is 0 and so is the nested scale.",
-        "A division by the nested scale gives NaN.",
-        (),
-    ),
-    "ZeroBlock": Note(
-        "EDGE_CASE",
-        "A block of zeros beside others: its scale comes back a little more or less.",
-        "The zeros come back as something else.",
-        (),
-    ),
-    "ShortBlocks": Note(
-        "EDGE_CASE",
-        "Neither weights nor scales fill their last block.",
-        "What lies beyond the end is read.",
-        (),
-    ),
-    "TwoRoundings": Note(
-        "NUMERICS",
-        "code * nested scale is rounded to float32, then the sum with the offset.",
-        "A fused multiply-add gives other scales in the last bit.",
-        (),
-    ),
-    "Mean": Note(
-        "CONVENTION",
-        "The offset is the exact mean, rounded to float64 and then to float32.",
-        "A float32 sum depends on the order, and so do codes at a boundary.",
-        (),
-    ),
-    "Dtype": Note(
-        "EDGE_CASE",
-        "The result is rounded once more, to 16 bits.",
-        "The scales are rounded to 16 bits before the product.",
-        (),
-    ),
-    "SizeMismatch": Note(
-        "EDGE_CASE",
-        "More or fewer bytes, codes of scales, or nested scales than the shape needs.",
-        "Memory beyond them is read, or parts of two tensors are mixed.",
-        (),
-    ),
-    "Invalid": Note(
-        "EDGE_CASE",
-        "A block size that is no power of two, or a value that is not finite.",
-        "One bad value spoils the scales of 256 blocks.",
-        (),
-    ),
-}
+PAPERS = ("https://arxiv.org/abs/2305.14314",)
 
 
 def files() -> Iterator[File]:
@@ -85,7 +23,7 @@ def files() -> Iterator[File]:
             "absmax - offset is quantized blockwise to the signed dynamic map.",
         ),
         source="minipeft.reference.double_quant.quantize",
-        notes=NOTES,
+        papers=PAPERS,
         specs=[*_quantize()],
     )
     yield File(
@@ -94,7 +32,7 @@ def files() -> Iterator[File]:
             "absmax = map[code] * nested_absmax + offset; W = NF4[code] * absmax.",
         ),
         source="minipeft.reference.double_quant.dequantize",
-        notes=NOTES,
+        papers=PAPERS,
         specs=[*_dequantize()],
     )
 
@@ -105,7 +43,7 @@ def _weights() -> Iterator[tuple[str, str, Array, tuple[int, int]]]:
     # 256 scales whose distances from their mean are the values of the map itself.
     scales = 4 + dynamic_map()
     every = np.stack([scales, -scales / 2], axis=1).astype(np.float32)
-    yield "256 scales, all distances", "EveryCode", every, (2, 256)
+    yield "256 scales, all distances", "EveryScaleCode", every, (2, 256)
     equal = gaussian("dq equal", (6, 8), 0.1).clip(-1, 1)
     equal[:, 5] = -1.5
     yield "six equal scales", "Equal", equal, (8, 4)
@@ -113,8 +51,8 @@ def _weights() -> Iterator[tuple[str, str, Array, tuple[int, int]]]:
     zeros[2] = 0
     yield "one block of zeros", "ZeroBlock", zeros, (16, 256)
     yield "nothing but zeros", "ZeroBlock Equal", np.zeros((3, 8), np.float32), (8, 2)
-    yield "35 weights", "ShortBlocks", gaussian("dq short", (5, 7)), (4, 4)
-    yield "one weight", "ShortBlocks", np.array([-0.3], np.float32), (64, 256)
+    yield "35 weights", "ShortBlock", gaussian("dq short", (5, 7)), (4, 4)
+    yield "one weight", "ShortBlock", np.array([-0.3], np.float32), (64, 256)
 
 
 def _quantize() -> Iterator[Spec]:
@@ -122,10 +60,10 @@ def _quantize() -> Iterator[Spec]:
         yield _spec(comment, flags, {"W": W}, _sizes(*sizes))
     bad = gaussian("dq bad", (2, 8))
     for comment, b, b2 in (("blocks of 12", 12, 4), ("nested in 3", 4, 3)):
-        yield _spec(comment, "Invalid", {"W": bad}, _sizes(b, b2), "invalid")
+        yield _spec(comment, "InvalidBlocksize", {"W": bad}, _sizes(b, b2), "invalid")
     bad = bad.copy()
     bad[1, 2] = np.nan
-    yield _spec("one NaN", "Invalid", {"W": bad}, _sizes(4, 4), "invalid")
+    yield _spec("one NaN", "NotFinite", {"W": bad}, _sizes(4, 4), "policy")
 
 
 def _dequantize() -> Iterator[Spec]:
@@ -133,11 +71,11 @@ def _dequantize() -> Iterator[Spec]:
         yield _decode(comment, f"{flags} TwoRoundings", W, sizes, "float32")
     for dtype in ("bfloat16", "float16"):
         W = gaussian("dq basic", (4, 64), 0.02)
-        yield _decode(f"to {dtype}", "Dtype", W, (64, 256), dtype)
+        yield _decode(f"to {dtype}", "RoundOnce", W, (64, 256), dtype)
     W = gaussian("dq basic", (4, 64), 0.02)
     for name in ("packed", "absmax_codes", "nested_absmax"):
         for comment, change in ((f"{name} is one short", -1), (f"{name} is longer", 1)):
-            spec = _decode(comment, "SizeMismatch", W, (64, 256), "float32")
+            spec = _decode(comment, "ShapeMismatch", W, (64, 256), "float32")
             part = np.resize(spec.inputs[name], len(spec.inputs[name]) + change)
             inputs = {**spec.inputs, name: part}
             yield replace(spec, inputs=inputs, result="invalid")

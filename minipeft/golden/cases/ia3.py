@@ -7,66 +7,10 @@ import numpy as np
 
 from minipeft.golden.cases import File, Spec, any_zero, gaussian, integers
 from minipeft.golden.tensors import Array
-from minipeft.golden.vectors import Note
+
+PAPERS = ("https://arxiv.org/abs/2205.05638",)
 
 SIZES = (6, 5)  # in_features, out_features
-
-NOTES = {
-    "Keys": Note(
-        "BASIC",
-        "Keys and values: l scales the output, one number for each row of W.",
-        "Columns are scaled instead; on a square weight without any error.",
-        ("https://arxiv.org/abs/2205.05638",),
-    ),
-    "FeedForward": Note(
-        "BASIC",
-        "Feed-forward: l scales the input, one number for each column of W.",
-        "Rows are scaled instead; on a square weight without any error.",
-        ("https://arxiv.org/abs/2205.05638",),
-    ),
-    "SquareTrap": Note(
-        "CONVENTION",
-        "W is square: l fits either side.",
-        "The wrong side is scaled without a word.",
-        (),
-    ),
-    "Bias": Note(
-        "CONVENTION",
-        "l scales the bias of keys and values, and not that of feed-forward.",
-        "The bias escapes the scaling, or meets one that is not its own.",
-        (),
-    ),
-    "Start": Note(
-        "EDGE_CASE",
-        "l is 1, as at the start of training: the output is that of the base.",
-        "l starts at 0, or is added to 1.",
-        (),
-    ),
-    "Zero": Note(
-        "HISTORIC_BUG",
-        "Some l are 0 and some 1e-8: the product and nothing else.",
-        "A small number added to l, to make division safe later, changes the merge.",
-        ("https://github.com/huggingface/peft",),
-    ),
-    "LeadingAxes": Note(
-        "EDGE_CASE",
-        "x has no, one or more axes before in_features; gradients sum over them all.",
-        "Only the first axis is summed, or a vector is taken for a matrix.",
-        (),
-    ),
-    "Normal": Note(
-        "NUMERICS",
-        "Normal values: any order of summation stays within the bound.",
-        "TF32 or half precision inside, though the tensors are float32.",
-        (),
-    ),
-    "ShapeMismatch": Note(
-        "EDGE_CASE",
-        "l fits the other side of W, or neither.",
-        "Broadcasting turns the mistake into numbers.",
-        (),
-    ),
-}
 
 
 def files() -> Iterator[File]:
@@ -81,21 +25,21 @@ def files() -> Iterator[File]:
             operation=f"ia3_{verb}",
             header=header,
             source=f"minipeft.reference.ia3.{verb}",
-            notes=NOTES,
+            papers=PAPERS,
             specs=[*_cases(f"ia3_{verb}")],
         )
 
 
 def _cases(operation: str) -> Iterator[Spec]:
-    for side, feedforward in (("Keys", False), ("FeedForward", True)):
-        yield _spec(operation, "6 in, 5 out", side, feedforward)
-        yield _spec(operation, "3 in, 7 out", side, feedforward, (3, 7))
-        square = f"{side} SquareTrap"
-        yield _spec(operation, "square", square, feedforward, (4, 4))
-        spec = _spec(operation, "l is 1", f"{side} Start", feedforward)
+    for flag, side in (("Keys", "output"), ("FeedForward", "input")):
+        yield _spec(operation, "6 in, 5 out", flag, side)
+        yield _spec(operation, "3 in, 7 out", flag, side, (3, 7))
+        square = f"{flag} SquareTrap"
+        yield _spec(operation, "square", square, side, (4, 4))
+        spec = _spec(operation, "l is 1", f"{flag} Start", side)
         ones = np.ones_like(spec.inputs["l"])
         yield replace(spec, inputs={**spec.inputs, "l": ones})
-        spec = _spec(operation, "l is 0, or nearly", f"{side} Zero", feedforward)
+        spec = _spec(operation, "l is 0, or nearly", f"{flag} ZeroFactor", side)
         small = spec.inputs["l"].copy()
         small[0], small[1], small[2] = 0, 2.0**-27, -(2.0**-27)
         sparse = {**spec.inputs, "l": small, "W": np.sign(spec.inputs["W"])}
@@ -103,25 +47,26 @@ def _cases(operation: str) -> Iterator[Spec]:
             yield any_zero(operation, replace(spec, inputs=sparse))
         if operation != "ia3_merge":
             for comment, rows in [("x is a vector", ()), ("two leading axes", (2, 2))]:
-                flags = f"{side} LeadingAxes"
-                yield _spec(operation, comment, flags, feedforward, rows=rows)
-            spec = _spec(operation, "with bias", f"{side} Bias", feedforward)
+                flags = f"{flag} LeadingAxes"
+                yield _spec(operation, comment, flags, side, rows=rows)
+            spec = _spec(operation, "with bias", f"{flag} Bias", side)
             bias = integers("ia3 bias", (SIZES[1],))
             yield replace(spec, inputs={**spec.inputs, "bias": bias})
-        yield _normal(operation, side, feedforward)
-        for n in (SIZES[not feedforward] + (1 if feedforward else -1), 1):
-            spec = _spec(operation, f"l has {n} numbers", "ShapeMismatch", feedforward)
+        yield _normal(operation, flag, side)
+        # One less than there are outputs, or one more than inputs; and a single one.
+        for n in (SIZES[side == "output"] + (1 if side == "input" else -1), 1):
+            spec = _spec(operation, f"l has {n} numbers", "ShapeMismatch", side)
             inputs = {**spec.inputs, "l": integers("l", (n,))}
             yield replace(spec, inputs=inputs, result="invalid")
 
 
 def _shapes(
-    operation: str, sizes: tuple[int, int], rows: tuple[int, ...], feedforward: bool
+    operation: str, sizes: tuple[int, int], rows: tuple[int, ...], side: str
 ) -> dict[str, tuple[int, ...]]:
     in_features, out_features = sizes
     weights: dict[str, tuple[int, ...]] = {
         "W": (out_features, in_features),
-        "l": (in_features if feedforward else out_features,),
+        "l": (in_features if side == "input" else out_features,),
     }
     if operation == "ia3_merge":
         return weights
@@ -134,33 +79,33 @@ def _spec(
     operation: str,
     comment: str,
     flags: str,
-    feedforward: bool,
+    side: str,
     sizes: tuple[int, int] = SIZES,
     rows: tuple[int, ...] = (2,),
 ) -> Spec:
-    comment += ", input scaled" if feedforward else ", output scaled"
+    comment += f", {side} scaled"
     seed, inputs = f"{operation} {comment}", dict[str, Array]()
-    for name, shape in _shapes(operation, sizes, rows, feedforward).items():
+    for name, shape in _shapes(operation, sizes, rows, side).items():
         inputs[name] = integers(f"{seed} {name}", shape)
-    parameters = {"feedforward": feedforward}
+    parameters = {"side": side}
     spec = Spec(comment, tuple(flags.split()), inputs, parameters)
     return spec if rows else any_zero(operation, spec)  # a product is the whole sum
 
 
-def _normal(operation: str, side: str, feedforward: bool) -> Spec:
+def _normal(operation: str, flag: str, side: str) -> Spec:
     """Compared with a bound: a sum, the positions, and 4 roundings more."""
     sizes, rows = (15, 8), 4
-    shapes = _shapes(operation, sizes, (rows,), feedforward)
+    shapes = _shapes(operation, sizes, (rows,), side)
     outputs = {
         "ia3_forward": ("y",),
         "ia3_backward": ("grad_x", "grad_l"),
         "ia3_merge": ("merged",),
     }[operation]
-    seed = f"{operation} {side}"
+    seed = f"{operation} {flag}"
     return Spec(
-        comment=f"normal values, {side}",
-        flags=(side, "Normal"),
+        comment=f"normal values, {flag}",
+        flags=(flag, "Normal"),
         inputs={name: gaussian(f"{seed} {name}", s) for name, s in shapes.items()},
-        parameters={"feedforward": feedforward},
+        parameters={"side": side},
         roundings=dict.fromkeys(outputs, sum(sizes) + rows + 4),
     )

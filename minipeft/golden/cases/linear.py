@@ -11,74 +11,9 @@ import numpy as np
 
 from minipeft.golden.cases import File, Named, Spec, any_zero, gaussian, integers
 from minipeft.golden.tensors import Array
-from minipeft.golden.vectors import Note
 
 Sizes = tuple[int, int]  # in_features, out_features
 SMALL: Sizes = (6, 5)
-
-NOTES = {
-    "Basic": Note(
-        "BASIC",
-        "y = x W^T + bias, W as (out_features, in_features).",
-        "Nothing that is built on this layer agrees with anybody's.",
-        (),
-    ),
-    "SquareTrap": Note(
-        "CONVENTION",
-        "W is square: no shape error can help.",
-        "W is stored as its transpose, or a gradient is, without a word.",
-        (),
-    ),
-    "Bias": Note(
-        "CONVENTION",
-        "The bias is added once to every position; its gradient is their sum.",
-        "A bias lost, or added before the product; a gradient that is a mean.",
-        (),
-    ),
-    "LeadingAxes": Note(
-        "EDGE_CASE",
-        "x has no, one or more axes before in_features; gradients sum over them all.",
-        "Only the first axis is summed, or a vector is taken for a matrix.",
-        (),
-    ),
-    "OneByOne": Note(
-        "EDGE_CASE",
-        "One input, one output, or both.",
-        "An axis of length 1 is squeezed away.",
-        (),
-    ),
-    "EmptyBatch": Note(
-        "EDGE_CASE",
-        "No positions at all: no output, and gradients of zero for W and bias.",
-        "The mean of nothing is NaN; an expert without tokens meets such a batch.",
-        (),
-    ),
-    "NegativeZero": Note(
-        "EDGE_CASE",
-        "-0.0 is the value 0.0, on either side; a zero of the result may have either "
-        "sign.",
-        "A small number that stands in for zero, with its sign.",
-        (),
-    ),
-    "Cancellation": Note(
-        "NUMERICS",
-        "Large terms cancel, and small ones between them remain; all sums are exact.",
-        "Sums that are accumulated in half precision lose the small ones.",
-        (),
-    ),
-    "Normal": Note(
-        "NUMERICS",
-        "Normal values: any order of summation stays within the bound.",
-        "TF32 or half precision inside, though the tensors are float32.",
-        (),
-    ),
-    "ShapeMismatch": Note(
-        "EDGE_CASE",
-        "x, W, bias or the gradient of y do not fit each other.",
-        "Broadcasting, or cutting to the shorter, turns the mistake into numbers.",
-        (),
-    ),
-}
 
 
 def files() -> Iterator[File]:
@@ -96,7 +31,6 @@ def files() -> Iterator[File]:
             operation=operation,
             header=header,
             source=f"minipeft.reference.linear.{verb}",
-            notes=NOTES,
             specs=[*_exact(operation), *_normal(operation), *_invalid(operation)],
         )
 

@@ -6,41 +6,11 @@ from typing import Any
 
 import numpy as np
 
-from minipeft.golden.cases import File, Spec, gaussian
+from minipeft.golden.cases import POLICIES, File, Spec, gaussian
 from minipeft.golden.tensors import Array
-from minipeft.golden.vectors import Note
 from minipeft.reference import blockwise
 
-NOTES = {
-    "Basic": Note(
-        "BASIC",
-        "The base is NF4 of W, the update the best of rank r for what that left over.",
-        "The update approximates W instead of W - Q.",
-        ("https://arxiv.org/abs/2310.08659",),
-    ),
-    "Scaling": Note(
-        "HISTORIC_BUG",
-        "The update is delta = scaling * B A, whatever alpha is.",
-        "An initializer that forgets the scaling wins nothing at alpha = 2r and makes "
-        "the error larger beyond.",
-        ("https://github.com/huggingface/peft/issues/1982",),
-    ),
-    "Representable": Note(
-        "EDGE_CASE",
-        "The codes hold W exactly: the update is zero, after any number of steps.",
-        "Later steps move away from a base that was perfect.",
-        (),
-    ),
-    "FullRank": Note(
-        "EDGE_CASE",
-        "r is min(in_features, out_features): base and update sum to W.",
-        "A check that is off by one refuses it.",
-        (),
-    ),
-    "Invalid": Note(
-        "EDGE_CASE", "A number is out of range.", "An adapter of nothing.", ()
-    ),
-}
+PAPERS = ("https://arxiv.org/abs/2310.08659",)
 
 
 def files() -> Iterator[File]:
@@ -52,7 +22,7 @@ def files() -> Iterator[File]:
             "Of more steps the pair with the smallest error |W - Q - delta| is kept.",
         ),
         source="minipeft.reference.loftq.init",
-        notes=NOTES,
+        papers=PAPERS,
         specs=[*_specs()],
     )
 
@@ -69,19 +39,20 @@ def _specs() -> Iterator[Spec]:
     for steps in (1, 5):
         parameters = _parameters(2, 4, 16) | {"steps": steps}
         yield _spec(f"{steps} steps", "Representable", held, parameters)
-    fine = _spec("", "Invalid", tall, _parameters(2, 4, 16))
-    for comment, change in {
-        "steps is 0": {"steps": 0},
-        "r is 0": {"r": 0},
-        "r is 9, and W has 8 columns": {"r": 9},
-        "alpha is -4": {"alpha": -4},
-        "blocksize is 48": {"blocksize": 48},
-    }.items():
+    fine = _spec("", "OutOfRange", tall, _parameters(2, 4, 16))
+    for comment, flag, change in [
+        ("steps is 0", "OutOfRange", {"steps": 0}),
+        ("r is 0", "ZeroRank", {"r": 0}),
+        ("r is 9, and W has 8 columns", "ExcessiveRank", {"r": 9}),
+        ("alpha is -4", "InvalidAlpha", {"alpha": -4}),
+        ("blocksize is 48", "InvalidBlocksize", {"blocksize": 48}),
+    ]:
         yield replace(
             fine,
             comment=comment,
+            flags=(flag,),
             parameters={**fine.parameters, **change},
-            result="invalid",
+            result="policy" if flag in POLICIES else "invalid",
             outputs=None,
             roundings={},
             magnitudes=None,

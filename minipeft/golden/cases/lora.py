@@ -12,121 +12,15 @@ import numpy as np
 from ml_dtypes import bfloat16
 
 from minipeft.golden.cases import Alternative, File, Spec, gaussian, integers
-from minipeft.golden.vectors import Note
 from minipeft.reference import lora
 from minipeft.reference.lora import LoRA
+
+PAPERS = ("https://arxiv.org/abs/2106.09685",)
 
 F32 = np.float32
 
 Sizes = tuple[int, int, int]  # in_features, out_features, r
 SMALL: Sizes = (6, 5, 2)
-
-NOTES = {
-    "Basic": Note(
-        "BASIC",
-        "Two thin matrices beside a frozen weight: scaling * B A.",
-        "Adapters of any other library give other results here.",
-        ("https://arxiv.org/abs/2106.09685",),
-    ),
-    "Scaling": Note(
-        "HISTORIC_BUG",
-        "The update is scaled by alpha/r. Here alpha, r and alpha/r all differ.",
-        "Scaled by alpha alone, the update is r times too large; with the common "
-        "default alpha = r, a missing scaling goes unseen.",
-        (
-            "https://github.com/Blaizzy/mlx-vlm/issues/841",
-            "https://github.com/huggingface/peft/pull/2489",
-        ),
-    ),
-    "RankStabilized": Note(
-        "HISTORIC_BUG",
-        "rsLoRA scales by alpha/sqrt(r).",
-        "A loader that ignores the setting scales the update sqrt(r) times too low.",
-        (
-            "https://github.com/vllm-project/vllm/pull/6909",
-            "https://github.com/vllm-project/vllm/issues/55545",
-            "https://arxiv.org/abs/2312.03732",
-        ),
-    ),
-    "Orientation": Note(
-        "CONVENTION",
-        "A is (r, in_features), B is (out_features, r), W is (out_features, "
-        "in_features), and no two of the three sizes are equal.",
-        "A transposed matrix is a shape error at best.",
-        (),
-    ),
-    "SquareTrap": Note(
-        "CONVENTION",
-        "in_features, out_features and r are equal: no shape error can help.",
-        "With A and B exchanged or transposed the result is wrong without a word.",
-        ("https://github.com/Comfy-Org/ComfyUI/pull/13011",),
-    ),
-    "Bias": Note(
-        "CONVENTION",
-        "The bias is added once and never scaled.",
-        "A scaled, doubled or lost bias: unseen where the scaling is 1 or the bias 0.",
-        ("https://github.com/huggingface/peft/pull/2489",),
-    ),
-    "LeadingAxes": Note(
-        "EDGE_CASE",
-        "x has no, one or more axes before in_features; gradients sum over them all.",
-        "Only the first axis is summed, or a vector is taken for a matrix.",
-        (),
-    ),
-    "RankOne": Note(
-        "EDGE_CASE",
-        "r is 1.",
-        "An axis of length 1 is squeezed away.",
-        (),
-    ),
-    "FullRank": Note(
-        "EDGE_CASE",
-        "r is min(in_features, out_features), the largest that makes sense.",
-        "A check that is off by one refuses it.",
-        (),
-    ),
-    "ZeroB": Note(
-        "EDGE_CASE",
-        "B is zero, as at the start of training: the output is that of the base.",
-        "A and B are initialized the other way round, or both with zeros, which never "
-        "train: the gradient of B must not be zero.",
-        (),
-    ),
-    "Rounding": Note(
-        "NUMERICS",
-        "Normal values: any order of summation stays within the bound.",
-        "TF32 or half precision inside, though the tensors are float32.",
-        (),
-    ),
-    "MergeRounding": Note(
-        "NUMERICS",
-        "W is bfloat16 or float16, the update float32: the sum is rounded once.",
-        "Rounding the update first errs by up to half a step more, and repeated "
-        "merging and unmerging drifts.",
-        (
-            "https://github.com/huggingface/trl/issues/6688",
-            "https://github.com/unslothai/unsloth/issues/3091",
-        ),
-    ),
-    "RankMismatch": Note(
-        "EDGE_CASE",
-        "A and B disagree about r, or do not fit W or x.",
-        "Broadcasting turns the mistake into numbers.",
-        ("https://github.com/huggingface/peft/pull/1746",),
-    ),
-    "InvalidRank": Note(
-        "EDGE_CASE",
-        "r is 0.",
-        "Division by zero, or an adapter that never learns.",
-        (),
-    ),
-    "ExcessiveRank": Note(
-        "CONVENTION",
-        "r is larger than min(in_features, out_features); minipeft refuses.",
-        "Parameters that cannot add rank: most likely a mistake in a configuration.",
-        (),
-    ),
-}
 
 
 def files() -> Iterator[File]:
@@ -138,7 +32,7 @@ def files() -> Iterator[File]:
             "where rank_stabilized is true.",
         ),
         source="minipeft.reference.lora.forward",
-        notes=NOTES,
+        papers=PAPERS,
         specs=[*_forward()],
     )
     yield File(
@@ -148,14 +42,14 @@ def files() -> Iterator[File]:
             "grad_B = s G^T (x A^T). W and bias are frozen.",
         ),
         source="minipeft.reference.lora.backward",
-        notes=NOTES,
+        papers=PAPERS,
         specs=[*_backward()],
     )
     yield File(
         operation="lora_merge",
         header=("merged = W + s B A, in the dtype of W, rounded once.",),
         source="minipeft.reference.lora.merge",
-        notes=NOTES,
+        papers=PAPERS,
         specs=[*_merge()],
     )
 
@@ -178,7 +72,7 @@ def _forward() -> Iterator[Spec]:
     yield from _invalid("lora_forward")
     yield _broken("lora_forward", "x is one column short", "x", (3, SMALL[0] - 1))
     spec = _broken("lora_forward", "bias is one short", "bias", (SMALL[1] - 1,))
-    yield replace(spec, flags=("Bias", "RankMismatch"))
+    yield replace(spec, flags=("Bias", "ShapeMismatch"))
 
 
 def _backward() -> Iterator[Spec]:
@@ -227,7 +121,7 @@ def _exact(operation: str, rows: tuple[int, ...]) -> Iterator[Spec]:
         ("one input, one output", "RankOne SquareTrap", (1, 1, 1), 2, False),
     ]:
         yield _spec(operation, comment, flags, sizes, alpha, rows, stable)
-    spec = _spec(operation, "B is zero", "ZeroB", SMALL, 8, rows)
+    spec = _spec(operation, "B is zero", "Start", SMALL, 8, rows)
     yield replace(spec, inputs={**spec.inputs, "B": np.zeros_like(spec.inputs["B"])})
 
 
@@ -285,7 +179,7 @@ def _normal(operation: str, sizes: Sizes, alpha: float, stable: bool) -> Spec:
     }
     return Spec(
         comment=f"normal values, {in_features} in, {out_features} out, r {r}",
-        flags=("Rounding", "RankStabilized") if stable else ("Rounding", "Scaling"),
+        flags=("Normal", "RankStabilized") if stable else ("Normal", "Scaling"),
         inputs=inputs,
         parameters=_parameters(alpha, stable),
         roundings={output: lengths[output] + others for output in sums[operation]},
@@ -315,9 +209,7 @@ def _half_rounding(dtype: np.dtype[Any]) -> Spec:
         parameters=_parameters(8, False),
         result="acceptable",
         outputs={"merged": once},
-        alternatives=(
-            Alternative("those who round the update first", {"merged": twice}),
-        ),
+        alternatives=(Alternative("update-rounded-first", {"merged": twice}),),
     )
 
 
@@ -330,8 +222,8 @@ def _invalid(operation: str) -> Iterator[Spec]:
     yield _broken(operation, "A is one column short", "A", (r, in_features - 1))
     yield _broken(operation, "B is one row short", "B", (out_features - 1, r))
     yield _broken(operation, "B has one row", "B", (1, r))
-    spec = _spec(operation, "r is 0", "InvalidRank", (6, 5, 0), 8)
-    yield replace(spec, result="invalid")
+    spec = _spec(operation, "r is 0", "ZeroRank", (6, 5, 0), 8)
+    yield replace(spec, result="policy")
     yield _too_large(operation)
 
 
@@ -347,12 +239,12 @@ def _too_large(operation: str) -> Spec:
     else:
         grads = lora.backward(spec.inputs["grad_y"], spec.inputs["x"], W, adapter)
         answer = {"grad_x": grads.x, "grad_A": grads.A, "grad_B": grads.B}
-    anyway = Alternative("those who compute it all the same", answer)
+    anyway = Alternative("computes-any-rank", answer)
     return replace(spec, result="acceptable", outputs={}, alternatives=(anyway,))
 
 
 def _broken(operation: str, comment: str, name: str, shape: tuple[int, ...]) -> Spec:
-    spec = _spec(operation, comment, "RankMismatch", SMALL, 8, (3,))
+    spec = _spec(operation, comment, "ShapeMismatch", SMALL, 8, (3,))
     inputs = {**spec.inputs, name: integers(comment, shape)}
     return replace(spec, inputs=inputs, result="invalid")
 

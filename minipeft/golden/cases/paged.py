@@ -5,46 +5,6 @@ from collections.abc import Iterator
 import numpy as np
 
 from minipeft.golden.cases import File, Spec
-from minipeft.golden.vectors import Note
-
-NOTES = {
-    "Fits": Note(
-        "BASIC",
-        "There is room for every page: each comes once and none leaves.",
-        "Pages are fetched again though they are there.",
-        ("https://arxiv.org/abs/2305.14314",),
-    ),
-    "LeastRecentlyUsed": Note(
-        "CONVENTION",
-        "The page that leaves is the one whose last use is longest ago.",
-        "The page that came first leaves, used since or not.",
-        (),
-    ),
-    "Loop": Note(
-        "EDGE_CASE",
-        "A loop over one page more than fits: every touch is a fault.",
-        "Another rule than least recently used.",
-        (),
-    ),
-    "Dirty": Note(
-        "BASIC",
-        "A page that was written to is written back when it leaves; others are not.",
-        "A step of the optimizer is lost.",
-        (),
-    ),
-    "OnePage": Note(
-        "EDGE_CASE",
-        "The device holds one page: all of it works, one page at a time.",
-        "A page leaves before it is written back.",
-        (),
-    ),
-    "Invalid": Note(
-        "EDGE_CASE",
-        "No room for a single page.",
-        "An endless search for a page to evict.",
-        (),
-    ),
-}
 
 
 def files() -> Iterator[File]:
@@ -59,7 +19,6 @@ def files() -> Iterator[File]:
             "resident: the pages on the device, the least recently used first.",
         ),
         source="minipeft.reference.paged",
-        notes=NOTES,
         specs=[*_specs()],
     )
 
@@ -71,7 +30,7 @@ def _specs() -> Iterator[Spec]:
     yield _spec("two writes", "Dirty", "010231", "010010", 4, 2)
     yield _spec("written once, back once", "Dirty", "0121", "1000", 3, 1)
     yield _spec("one page", "OnePage Dirty", "00110220", "10110001", 3, 1)
-    spec = _spec("a budget of 0", "Invalid", "0", "0", 1, 0)
+    spec = _spec("a budget of 0", "OutOfRange", "0", "0", 1, 0)
     yield Spec(spec.comment, spec.flags, spec.inputs, spec.parameters, "invalid")
 
 

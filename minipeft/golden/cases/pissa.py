@@ -10,58 +10,10 @@ from typing import Any
 
 import numpy as np
 
-from minipeft.golden.cases import File, Spec, integers
+from minipeft.golden.cases import POLICIES, File, Spec, integers
 from minipeft.golden.tensors import Array
-from minipeft.golden.vectors import Note
 
-NOTES = {
-    "Basic": Note(
-        "BASIC",
-        "The r largest singular values become the adapter, the rest the base.",
-        "The smallest are taken, or the base keeps what the adapter has too.",
-        ("https://arxiv.org/abs/2404.02948",),
-    ),
-    "Scaling": Note(
-        "HISTORIC_BUG",
-        "The split is the same at any alpha: delta = scaling * B A.",
-        "An initializer that forgets the scaling gives a base that is wrong by "
-        "(scaling - 1) times the principal part; unseen where alpha = r.",
-        ("https://github.com/huggingface/peft/issues/1982",),
-    ),
-    "FullRank": Note(
-        "EDGE_CASE",
-        "r is min(in_features, out_features): nothing is left for the base.",
-        "A check that is off by one refuses it.",
-        (),
-    ),
-    "LowRank": Note(
-        "EDGE_CASE",
-        "W has rank r or less: the base is zero, and so are some singular values.",
-        "Division by a singular value of zero gives NaN.",
-        (),
-    ),
-    "Conversion": Note(
-        "CONVENTION",
-        "A' = [A; A_0], B' = [B, -B_0]: plain LoRA of rank 2r on the original weight.",
-        "With the other sign, or on the residual, the principal part counts twice.",
-        (
-            "https://github.com/huggingface/peft/pull/1626",
-            "https://arxiv.org/abs/2404.02948",
-        ),
-    ),
-    "InvalidRank": Note(
-        "EDGE_CASE", "r is 0, or larger than any rank of W.", "An empty adapter.", ()
-    ),
-    "InvalidAlpha": Note(
-        "EDGE_CASE",
-        "alpha is zero or negative: the root of S/s does not exist.",
-        "NaN in both factors.",
-        (),
-    ),
-    "NotFinite": Note(
-        "EDGE_CASE", "A value of W is NaN or infinite.", "NaN in every value.", ()
-    ),
-}
+PAPERS = ("https://arxiv.org/abs/2404.02948",)
 
 
 def files() -> Iterator[File]:
@@ -73,14 +25,14 @@ def files() -> Iterator[File]:
             "Signs and order of the singular vectors are free, so delta is compared.",
         ),
         source="minipeft.reference.pissa.init",
-        notes=NOTES,
+        papers=PAPERS,
         specs=[*_init()],
     )
     yield File(
         operation="pissa_to_lora",
         header=("A' = [A; A_0], B' = [B, -B_0]; the scaling stays.",),
         source="minipeft.reference.pissa.to_lora",
-        notes=NOTES,
+        papers=PAPERS,
         specs=[*_to_lora()],
     )
 
@@ -101,8 +53,8 @@ def _init() -> Iterator[Spec]:
         yield _known(comment, flags, _orthogonal(shape, sigma), r, alpha)
     fine = _known("", "Basic", _orthogonal((8, 4), (8, 4, 2, 1)), 2, 4)
     for comment, flags, change in [
-        ("r is 0", "InvalidRank", {"r": 0}),
-        ("r is 5, and W has 4 columns", "InvalidRank", {"r": 5}),
+        ("r is 0", "ZeroRank", {"r": 0}),
+        ("r is 5, and W has 4 columns", "ExcessiveRank", {"r": 5}),
         ("alpha is 0", "InvalidAlpha", {"alpha": 0}),
         ("alpha is -4", "InvalidAlpha", {"alpha": -4}),
     ]:
@@ -118,7 +70,7 @@ def _refused(spec: Spec, flags: str) -> Spec:
     return replace(
         spec,
         flags=(flags,),
-        result="invalid",
+        result="policy" if flags in POLICIES else "invalid",
         outputs=None,
         roundings={},
         magnitudes=None,

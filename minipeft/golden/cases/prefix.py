@@ -7,39 +7,10 @@ import numpy as np
 
 from minipeft.golden.cases import File, Spec, gaussian, integers
 from minipeft.golden.cases.attention import double_head, roundings
-from minipeft.golden.vectors import Note
 from minipeft.reference import attention, prefix
 from minipeft.reference.prefix import Prefix
 
-NOTES = {
-    "Basic": Note(
-        "BASIC",
-        "Trained keys and values before those of the text.",
-        "They are added to the text's keys instead of standing before them.",
-        ("https://arxiv.org/abs/2101.00190",),
-    ),
-    "Causal": Note(
-        "CONVENTION",
-        "Every query sees the whole prefix; the mask of the text is the text's.",
-        "A causal mask over prefix and text hides part of the prefix.",
-        (),
-    ),
-    "Batch": Note(
-        "EDGE_CASE", "One prefix for every text of a batch.", "A wrong axis.", ()
-    ),
-    "EqualShares": Note(
-        "EDGE_CASE",
-        "Queries of zero: prefix and text get equal shares, here powers of two.",
-        "Any difference is a defect: nothing is rounded.",
-        (),
-    ),
-    "Network": Note(
-        "CONVENTION",
-        "tanh between two linear layers with bias; keys first, then values.",
-        "Another activation, or keys and values exchanged.",
-        ("https://arxiv.org/abs/2101.00190",),
-    ),
-}
+PAPERS = ("https://arxiv.org/abs/2101.00190",)
 
 
 def files() -> Iterator[File]:
@@ -50,7 +21,7 @@ def files() -> Iterator[File]:
             "Attention to [P_K; K] and [P_V; V]; a mask is that of the text alone.",
         ),
         source="minipeft.reference.prefix.forward",
-        notes=NOTES,
+        papers=PAPERS,
         specs=[*_exact(), *_normal()],
     )
     yield File(
@@ -59,7 +30,7 @@ def files() -> Iterator[File]:
             "[K, V] = tanh(P W_down^T + b_down) W_up^T + b_up, split in the middle.",
         ),
         source="minipeft.reference.prefix.expand",
-        notes=NOTES,
+        papers=PAPERS,
         specs=[*_networks()],
     )
 

@@ -5,34 +5,9 @@ from collections.abc import Iterator
 import numpy as np
 
 from minipeft.golden.cases import File, Spec, gaussian, integers
-from minipeft.golden.vectors import Note
 
-NOTES = {
-    "Basic": Note(
-        "BASIC",
-        "The soft prompt stands before the embedded text.",
-        "It stands behind the text, or replaces its first tokens.",
-        ("https://arxiv.org/abs/2104.08691",),
-    ),
-    "Batch": Note(
-        "CONVENTION",
-        "One prompt for every text of a batch; its gradient is the sum of theirs.",
-        "The mean instead of the sum: the learning rate depends on the batch size.",
-        (),
-    ),
-    "RealTokens": Note(
-        "BASIC",
-        "The prompt starts as a copy of the embeddings of these tokens.",
-        "A view instead of a copy: training changes the model's own table.",
-        (),
-    ),
-    "Invalid": Note(
-        "EDGE_CASE",
-        "No token at all, or one that the vocabulary does not have.",
-        "A negative index quietly means another word.",
-        (),
-    ),
-}
+PAPERS = ("https://arxiv.org/abs/2104.08691",)
+
 BATCHES = {
     "one text": ("Basic", ()),
     "a batch of one": ("Basic", (1,)),
@@ -47,21 +22,21 @@ def files() -> Iterator[File]:
         operation="prompt_init",
         header=("P = E[tokens]: rows of the embedding table.",),
         source="minipeft.reference.prompt.init",
-        notes=NOTES,
+        papers=PAPERS,
         specs=[*_init()],
     )
     yield File(
         operation="prompt_forward",
         header=("y = [P; X], along the axis of tokens.",),
         source="minipeft.reference.prompt.forward",
-        notes=NOTES,
+        papers=PAPERS,
         specs=[*_forward()],
     )
     yield File(
         operation="prompt_backward",
         header=("grad_X is the text's part of grad_y, grad_P the sum of the rest.",),
         source="minipeft.reference.prompt.backward",
-        notes=NOTES,
+        papers=PAPERS,
         specs=[*_backward()],
     )
 
@@ -73,7 +48,7 @@ def _init() -> Iterator[Spec]:
         yield Spec(comment, ("RealTokens",), inputs, {})
     for comment, tokens in {"token 9 of 9": [1, 9], "none": []}.items():
         inputs = {"E": E, "tokens": np.array(tokens, np.uint8)}
-        yield Spec(comment, ("Invalid",), inputs, {}, result="invalid")
+        yield Spec(comment, ("OutOfRange",), inputs, {}, result="invalid")
 
 
 def _forward() -> Iterator[Spec]:

@@ -7,43 +7,11 @@ import numpy as np
 
 from minipeft.golden.cases import File, Named, Spec, gaussian, integers
 from minipeft.golden.tensors import Array
-from minipeft.golden.vectors import Note
 from minipeft.reference import blockwise, lora
 from minipeft.reference.codebook import NF4
 
-NOTES = {
-    "Exact": Note(
-        "BASIC",
-        "The base stands for whole numbers; every sum is exact in any order.",
-        "The base is decoded in another way, or the scaling is left out.",
-        ("https://arxiv.org/abs/2305.14314",),
-    ),
-    "Normal": Note(
-        "NUMERICS",
-        "Normal values: any order of summation stays within the bound.",
-        "TF32 or half precision inside, though the tensors are float32.",
-        (),
-    ),
-    "Rows": Note(
-        "HISTORIC_BUG",
-        "Rows that are not a multiple of the block: blocks run across them.",
-        "The scale of another block is read.",
-        ("https://github.com/bitsandbytes-foundation/bitsandbytes/pull/1828",),
-    ),
-    "Bias": Note("EDGE_CASE", "The base has a bias.", "It is forgotten.", ()),
-    "Vanishes": Note(
-        "HISTORIC_BUG",
-        "The update is smaller than half a gap: requantizing gives the base again.",
-        "Nothing: this is what merging into four bits means. Keep the adapter apart.",
-        ("https://github.com/huggingface/peft/issues/2321",),
-    ),
-    "Moves": Note(
-        "BASIC",
-        "The update is large: codes and scales follow it.",
-        "The old scales are kept, and large weights are cut off.",
-        ("https://github.com/huggingface/peft/issues/2321",),
-    ),
-}
+PAPERS = ("https://arxiv.org/abs/2305.14314",)
+
 
 OUTPUTS = {
     "qlora_forward": ("y",),
@@ -64,7 +32,7 @@ def files() -> Iterator[File]:
             operation=operation,
             header=(header, "W has shape (rows of B, columns of A)."),
             source=f"minipeft.reference.qlora.{verb}",
-            notes=NOTES,
+            papers=PAPERS,
             specs=[*_cases(operation)],
         )
 
@@ -73,16 +41,16 @@ def _cases(operation: str) -> Iterator[Spec]:
     if operation == "qlora_requantize":
         yield from _requantized()
         return
-    yield _whole(operation, "6 in, 5 out", "Exact Rows", (5, 6))
-    yield _whole(operation, "16 in, 3 out", "Exact", (3, 16))
+    yield _whole(operation, "6 in, 5 out", "Basic MisalignedRows", (5, 6))
+    yield _whole(operation, "16 in, 3 out", "Basic", (3, 16))
     if operation == "qlora_forward":
-        spec = _whole(operation, "with bias", "Exact Bias", (5, 6))
+        spec = _whole(operation, "with bias", "Basic Bias", (5, 6))
         yield replace(spec, inputs={**spec.inputs, "bias": integers("bias", (5,))})
-    yield _normal(operation, "12 in, 7 out", "Normal Rows", (7, 12))
+    yield _normal(operation, "12 in, 7 out", "Normal MisalignedRows", (7, 12))
     # Here no block crosses rows, as kernels for decoding ask for.
     yield _normal(operation, "24 in, 5 out", "Normal", (5, 24))
     if operation == "qlora_forward":
-        spec = _whole(operation, "24 in, 5 out, with bias", "Exact Bias", (5, 24))
+        spec = _whole(operation, "24 in, 5 out, with bias", "Basic Bias", (5, 24))
         yield replace(spec, inputs={**spec.inputs, "bias": integers("bias", (5,))})
 
 

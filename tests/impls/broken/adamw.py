@@ -42,7 +42,13 @@ def has_a_small_gradient_everywhere(W, grad, m, v, **settings):
     return right.adamw_step(W, np.where(grad == 0, F32(1e-3), grad), m, v, **settings)
 
 
-@bug("adamw_step", "Invalid")
+@bug("adamw_step", "OutOfRange")
+def takes_any_setting(W, grad, m, v, **settings):
+    known = settings | {"lr": abs(settings["lr"]), "beta2": min(settings["beta2"], 0.9)}
+    return right.adamw_step(W, grad, m, v, **known)
+
+
+@bug("adamw_step", "NotFinite")
 def replaces_gradients_that_are_not_finite(W, grad, m, v, **settings):
     return right.adamw_step(W, np.nan_to_num(grad), m, v, **settings)
 

@@ -312,7 +312,7 @@ def decodes_the_spare_code(packed, absmax, blocksize, shape, dtype):
     return decode(packed, absmax, blocksize, (2 * packed.size,), dtype)
 
 
-@bug("nf4_dequantize", "SizeMismatch")
+@bug("nf4_dequantize", "ShapeMismatch")
 def reuses_scales(packed, absmax, blocksize, shape, dtype):
     if blocksize > 0 and len(absmax):
         absmax = np.resize(absmax, -(-int(np.prod(shape)) // blocksize))

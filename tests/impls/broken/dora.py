@@ -108,7 +108,7 @@ def squeezes_rank_one_in_dora(x, W, A, B, magnitude, alpha, bias=None):
     return right.dora_forward(x, W, A.squeeze(), B.squeeze(), *rest)
 
 
-@bug("dora_forward", "Rounding")
+@bug("dora_forward", "Normal")
 def ten_bits_inside_in_dora(x, W, A, B, magnitude, alpha, bias=None):
     x, W, A, B = (v.astype(np.float16).astype(F32) for v in (x, W, A, B))
     return right.dora_forward(x, W, A, B, magnitude, alpha, bias)

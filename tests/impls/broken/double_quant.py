@@ -58,14 +58,14 @@ def has_no_code_for_zero(W, blocksize, nested_blocksize):
     return packed, codes, absmax, offset
 
 
-@bug("double_quant_quantize", "EveryCode")
+@bug("double_quant_quantize", "EveryScaleCode")
 def leaves_a_hole_in_the_map(W, blocksize, nested_blocksize):
     packed, codes, *rest = right.double_quant_quantize(W, blocksize, nested_blocksize)
     hole = (codes > 214) & (codes < 219) & (len(codes) == 256)
     return packed, np.where(hole, np.uint8(214), codes), *rest
 
 
-@bug("double_quant_quantize", "ShortBlocks")
+@bug("double_quant_quantize", "ShortBlock")
 def pads_before_it_subtracts(W, blocksize, nested_blocksize):
     parts = right.double_quant_quantize(W, blocksize, nested_blocksize)
     absmax = blockwise.quantize(W, NF4, blocksize).absmax
@@ -85,13 +85,13 @@ def divides_zero_by_zero_in_double_quant(W, blocksize, nested_blocksize):
     return blockwise.pack(codes, 4, fill=7), *rest
 
 
-@bug("double_quant_quantize", "Invalid")
+@bug("double_quant_quantize", "NotFinite")
 def replaces_what_is_not_finite(W, blocksize, nested_blocksize):
     W = np.nan_to_num(W)
     return right.double_quant_quantize(W, blocksize, nested_blocksize)
 
 
-@bug("double_quant_quantize", "Invalid")
+@bug("double_quant_quantize", "InvalidBlocksize")
 def nests_in_any_number(W, blocksize, nested_blocksize):
     power = 2 ** (nested_blocksize.bit_length() - 1)
     return right.double_quant_quantize(W, blocksize, power)
@@ -129,7 +129,7 @@ def adds_the_mean_without_rounding(
     return dequantized(packed, product + offset, blocksize, shape, dtype)
 
 
-@bug("double_quant_dequantize", "Dtype")
+@bug("double_quant_dequantize", "RoundOnce")
 def rounds_the_scales_to_the_output(
     packed,
     absmax_codes,
@@ -144,7 +144,7 @@ def rounds_the_scales_to_the_output(
     return dequantized(packed, absmax.astype(dtype), blocksize, shape, dtype)
 
 
-@bug("double_quant_dequantize", "SizeMismatch")
+@bug("double_quant_dequantize", "ShapeMismatch")
 def reuses_codes_of_scales(
     packed,
     absmax_codes,

@@ -40,8 +40,27 @@ def always_leaves_an_update(W, r, alpha, blocksize, steps):
     return packed, absmax, (delta + F32(1e-2) if exact else delta)
 
 
-@bug("loftq_init", "Invalid")
-def puts_every_number_in_range(W, r, alpha, blocksize, steps):
-    r, steps = min(max(r, 1), *W.shape), max(steps, 1)
-    alpha = alpha if alpha > 0 else 1
-    return right.loftq_init(np.nan_to_num(W), r, alpha, blocksize, steps)
+@bug("loftq_init", "OutOfRange")
+def steps_once_at_least(W, r, alpha, blocksize, steps):
+    return right.loftq_init(W, r, alpha, blocksize, max(steps, 1))
+
+
+@bug("loftq_init", "ZeroRank")
+def keeps_one_rank(W, r, alpha, blocksize, steps):
+    return right.loftq_init(W, max(r, 1), alpha, blocksize, steps)
+
+
+@bug("loftq_init", "ExcessiveRank")
+def cuts_the_rank_in_loftq(W, r, alpha, blocksize, steps):
+    return right.loftq_init(W, min(r, *W.shape), alpha, blocksize, steps)
+
+
+@bug("loftq_init", "InvalidAlpha")
+def takes_any_alpha_in_loftq(W, r, alpha, blocksize, steps):
+    return right.loftq_init(W, r, abs(alpha), blocksize, steps)
+
+
+@bug("loftq_init", "InvalidBlocksize")
+def rounds_the_block_size(W, r, alpha, blocksize, steps):
+    power = 2 ** (blocksize.bit_length() - 1)
+    return right.loftq_init(W, r, alpha, power, steps)

@@ -66,13 +66,13 @@ def refuses_full_rank(W, A, B, alpha, rank_stabilized):
     return right.lora_merge(W, A, B, alpha, rank_stabilized)
 
 
-@bug("lora_backward", "ZeroB")
+@bug("lora_backward", "Start")
 def no_gradient_where_b_is_zero(grad_y, x, W, A, B, alpha, rank_stabilized):
     grads = right.lora_backward(grad_y, x, W, A, B, alpha, rank_stabilized)
     return (*grads[:2], grads[2] if B.any() else np.zeros_like(B))
 
 
-@bug("lora_forward", "Rounding")
+@bug("lora_forward", "Normal")
 def ten_bits_inside(x, W, A, B, alpha, rank_stabilized, bias=None):
     x, W, A, B = (v.astype(np.float16).astype(F32) for v in (x, W, A, B))
     return right.lora_forward(x, W, A, B, alpha, rank_stabilized, bias)
@@ -88,13 +88,13 @@ def truncates_the_merged_weight(W, A, B, alpha, rank_stabilized):
     return (merged.view(np.uint32) & mask).view(F32).astype(W.dtype)
 
 
-@bug("lora_forward", "RankMismatch")
+@bug("lora_forward", "ShapeMismatch")
 def cuts_to_the_smaller_rank(x, W, A, B, alpha, rank_stabilized, bias=None):
     r = min(len(A), B.shape[1])
     return right.lora_forward(x, W, A[:r], B[:, :r], alpha, rank_stabilized, bias)
 
 
-@bug("lora_merge", "InvalidRank")
+@bug("lora_merge", "ZeroRank")
 def takes_rank_zero(W, A, B, alpha, rank_stabilized):
     return W.copy() if not len(A) else right.lora_merge(W, A, B, alpha, rank_stabilized)
 

@@ -59,6 +59,6 @@ def fetches_every_touch(touched, written, pages, budget):
     return np.ones_like(faulted), *rest
 
 
-@bug("paged_trace", "Invalid")
+@bug("paged_trace", "OutOfRange")
 def makes_room_for_one(touched, written, pages, budget):
     return trace(touched, written, pages, max(budget, 1))

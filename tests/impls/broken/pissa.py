@@ -43,7 +43,7 @@ def divides_by_singular_values(W, r, alpha):
     return base, np.full_like(delta, np.nan)
 
 
-@bug("pissa_init", "InvalidRank")
+@bug("pissa_init", "ExcessiveRank")
 def cuts_the_rank_in_pissa(W, r, alpha):
     return right.pissa_init(W, min(max(r, 1), *W.shape), alpha)
 

@@ -12,12 +12,12 @@ def starts_at_the_mean_of_its_tokens(E, tokens):
     return np.broadcast_to(P.mean(axis=0), P.shape).astype(P.dtype)
 
 
-@bug("prompt_init", "Invalid")
+@bug("prompt_init", "OutOfRange")
 def takes_the_last_token_for_an_unknown_one(E, tokens):
     return right.prompt_init(E, np.minimum(tokens, len(E) - 1))
 
 
-@bug("prompt_init", "Invalid")
+@bug("prompt_init", "OutOfRange")
 def takes_no_tokens_at_all(E, tokens):
     return E[:0] if not len(tokens) else right.prompt_init(E, tokens)
 

@@ -18,13 +18,13 @@ def _by_row(absmax, A, B, blocksize):
     return flat[::blocksize][: len(absmax)]
 
 
-@bug("qlora_forward", "Rows")
+@bug("qlora_forward", "MisalignedRows")
 def counts_blocks_by_row(x, packed, absmax, A, B, alpha, blocksize, bias=None):
     absmax = _by_row(absmax, A, B, blocksize)
     return right.qlora_forward(x, packed, absmax, A, B, alpha, blocksize, bias)
 
 
-@bug("qlora_backward", "Rows")
+@bug("qlora_backward", "MisalignedRows")
 def counts_blocks_by_row_backward(grad_y, x, packed, absmax, A, B, alpha, blocksize):
     absmax = _by_row(absmax, A, B, blocksize)
     return right.qlora_backward(grad_y, x, packed, absmax, A, B, alpha, blocksize)
@@ -35,7 +35,7 @@ def forgets_the_bias_of_the_base(x, packed, absmax, A, B, alpha, blocksize, bias
     return right.qlora_forward(x, packed, absmax, A, B, alpha, blocksize)
 
 
-@bug("qlora_backward", "Exact")
+@bug("qlora_backward", "Basic")
 def leaves_the_scaling_out_of_b(grad_y, x, packed, absmax, A, B, alpha, blocksize):
     parts = (packed, absmax, A, B, alpha, blocksize)
     grads = right.qlora_backward(grad_y, x, *parts)

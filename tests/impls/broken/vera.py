@@ -18,7 +18,7 @@ def seeds_one_further(seed, r, in_features, out_features):
     return right.vera_projections(seed + shift, r, in_features, out_features)
 
 
-@bug("vera_projections", "Rounding")
+@bug("vera_projections", "FusedMultiplyAdd")
 def rounds_twice(seed, r, in_features, out_features):
     A, B = right.vera_projections(seed, r, in_features, out_features)
     bound = F32(np.sqrt(6 / in_features))
@@ -27,7 +27,13 @@ def rounds_twice(seed, r, in_features, out_features):
     return (u * (bound + bound) - bound).reshape(A.shape), B
 
 
-@bug("vera_projections", "OutOfRange")
+@bug("vera_projections", "ZeroRank")
+def draws_an_empty_pair(seed, r, in_features, out_features):
+    A, B = right.vera_projections(seed, max(r, 1), in_features, out_features)
+    return A[:r], B[:, :r]
+
+
+@bug("vera_projections", "SeedRange")
 def wraps_the_seed(seed, r, in_features, out_features):
     return right.vera_projections(seed % 2**32, r, in_features, out_features)
 
@@ -53,7 +59,7 @@ def scales_the_bias_in_vera(x, W, A, B, d, b, bias=None):
     return right.vera_forward(x, W, A, B, d, b, scaled)
 
 
-@bug("vera_backward", "ZeroB")
+@bug("vera_backward", "Start")
 def no_gradient_where_b_is_zero_in_vera(grad_y, x, W, A, B, d, b):
     grads = right.vera_backward(grad_y, x, W, A, B, d, b)
     return (*grads[:2], grads[2] if b.any() else np.zeros_like(b))

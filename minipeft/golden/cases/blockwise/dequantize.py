@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 
 from minipeft.golden.cases import Alternative, File, Spec, gaussian, reference
-from minipeft.golden.cases.blockwise import notes, search
-from minipeft.golden.cases.blockwise.peers import CUDA
+from minipeft.golden.cases.blockwise import search
+from minipeft.golden.cases.blockwise.quantize import PAPERS
 from minipeft.golden.tensors import Array
 from minipeft.reference import blockwise
 from minipeft.reference.codebook import FP4, NF4
@@ -29,7 +29,7 @@ def nf4() -> File:
             "then one rounding to the output's dtype, to nearest, ties to even.",
         ),
         source="minipeft.reference.blockwise.dequantize",
-        notes=notes.BASIC | notes.DEQUANTIZE,
+        papers=PAPERS,
         specs=[
             *(_latitude("nf4_dequantize", spec) for spec in _common(NF4)),
             *_too_many(),
@@ -46,7 +46,7 @@ def fp4() -> File:
             "two exponent bits and a mantissa bit, divided by 12.",
         ),
         source="minipeft.reference.blockwise.dequantize",
-        notes=notes.BASIC | notes.DEQUANTIZE,
+        papers=PAPERS,
         specs=[_latitude("fp4_dequantize", spec) for spec in _common(FP4)],
     )
 
@@ -120,7 +120,7 @@ def _ends() -> Iterator[Spec]:
         flags = "PadNibbleIgnored OddLength"
         yield _spec(comment, flags, packed, [0.7], shape=(5,))
     empty = _spec("no values", "Empty", codes[:0], [], shape=(0,))
-    refuses = Alternative("those who refuse an empty tensor", None)
+    refuses = Alternative("refuses-empty", None)
     yield replace(empty, result="acceptable", alternatives=(refuses,))
 
 
@@ -163,9 +163,9 @@ def _block_sizes() -> Iterator[Spec]:
 
 def _invalid() -> Iterator[Spec]:
     codes = _codes("invalid", 128)
-    yield _refuse("two blocks, one scale", "SizeMismatch", codes, [1], 64)
-    yield _refuse("one block, no scale", "SizeMismatch", codes[:64], [], 64)
-    spec = _refuse("one byte short", "SizeMismatch", codes[:64], [1], 64)
+    yield _refuse("two blocks, one scale", "ShapeMismatch", codes, [1], 64)
+    yield _refuse("one block, no scale", "ShapeMismatch", codes[:64], [], 64)
+    spec = _refuse("one byte short", "ShapeMismatch", codes[:64], [1], 64)
     packed = spec.inputs["packed"][:-1]
     yield replace(spec, inputs={**spec.inputs, "packed": packed})
     for blocksize in (0, -64):
@@ -175,8 +175,8 @@ def _invalid() -> Iterator[Spec]:
 
 def _too_many() -> Iterator[Spec]:
     codes = _codes("too many", 64)
-    yield _refuse("one block, two scales", "SizeMismatch", codes, [1, 2], 64)
-    spec = _refuse("one byte too many", "SizeMismatch", codes, [1], 64)
+    yield _refuse("one block, two scales", "ShapeMismatch", codes, [1, 2], 64)
+    spec = _refuse("one byte too many", "ShapeMismatch", codes, [1], 64)
     packed = np.append(spec.inputs["packed"], np.uint8(0x77))
     yield replace(spec, inputs={**spec.inputs, "packed": packed})
 
@@ -218,11 +218,11 @@ def _latitude(operation: str, spec: Spec) -> Spec:
     codes = blockwise.unpack(spec.inputs["packed"], 4, ours.size).reshape(ours.shape)
     ways = []
     if "ZeroScale" in spec.flags:
-        by = "those whose zeros have no sign"
-        ways.append(Alternative(by, {"W": np.where(ours == 0, np.abs(ours), ours)}))
+        unsigned = {"W": np.where(ours == 0, np.abs(ours), ours)}
+        ways.append(Alternative("unsigned-zero", unsigned))
     if operation == "fp4_dequantize" and (codes == 8).any():
-        by = f"those who give code 8 a sign, as {CUDA} does"
-        ways.append(Alternative(by, {"W": np.where(codes == 8, -ours, ours)}))
+        signed = {"W": np.where(codes == 8, -ours, ours)}
+        ways.append(Alternative("fp4-signed-zero", signed))
         spec = replace(spec, flags=(*spec.flags, "FP4TwoZeros"))
     if not ways:
         return spec

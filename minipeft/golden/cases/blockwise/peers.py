@@ -6,8 +6,6 @@ from minipeft.golden.tensors import Array
 from minipeft.reference import blockwise
 from minipeft.reference.codebook import FP4
 
-CUDA = "bitsandbytes' CUDA kernel"
-
 # Thresholds of the kernel between the magnitudes of FP4, ascending, and their codes.
 _FP4_THRESHOLDS = np.array(
     [0.00260417, 0.0859375, 0.20833333, 0.29166667, 0.4166667, 0.583333, 0.8333333],

@@ -7,11 +7,13 @@ from typing import Any
 import numpy as np
 from ml_dtypes import bfloat16
 
-from minipeft.golden.cases import Alternative, File, Spec, gaussian, reference
-from minipeft.golden.cases.blockwise import notes, search
-from minipeft.golden.cases.blockwise.peers import CUDA, cuda_packed
+from minipeft.golden.cases import POLICIES, Alternative, File, Spec, gaussian, reference
+from minipeft.golden.cases.blockwise import search
+from minipeft.golden.cases.blockwise.peers import cuda_packed
 from minipeft.golden.tensors import Array
 from minipeft.reference.codebook import FP4, NF4
+
+PAPERS = ("https://arxiv.org/abs/2305.14314",)
 
 F32 = np.float32
 LARGEST = np.finfo(F32).max
@@ -29,7 +31,7 @@ def nf4() -> File:
             "first one high.",
         ),
         source="minipeft.reference.blockwise.quantize",
-        notes=notes.BASIC | notes.QUANTIZE,
+        papers=PAPERS,
         specs=[_latitude("nf4_quantize", NF4, spec) for spec in _common(NF4)],
     )
 
@@ -44,7 +46,7 @@ def fp4() -> File:
             "bits and a mantissa bit, divided by 12: not in ascending order of codes.",
         ),
         source="minipeft.reference.blockwise.quantize",
-        notes=notes.BASIC | notes.QUANTIZE,
+        papers=PAPERS,
         specs=[_latitude("fp4_quantize", FP4, spec) for spec in specs],
     )
 
@@ -102,7 +104,7 @@ def _ends(codebook: Array) -> Iterator[Spec]:
     yield _spec("two rows of one value", "FlattenRowMajor ShortBlock", W)
     for shape in ((0,), (0, 64)):
         spec = _spec(f"shape {list(shape)}", "Empty", np.zeros(shape, F32))
-        refuses = Alternative("those who refuse an empty tensor", None)
+        refuses = Alternative("refuses-empty", None)
         yield replace(spec, result="acceptable", alternatives=(refuses,))
 
 
@@ -214,13 +216,14 @@ def _latitude(operation: str, codebook: Array, spec: Spec) -> Spec:
     flags = spec.flags
     if codebook is FP4 and "FP4TwoZeros" not in flags:
         flags = (*flags, "FP4Tie")
-    by = CUDA if codebook is FP4 else f"{CUDA} and torchao"
-    theirs = Alternative(by, {"packed": packed, "absmax": ours["absmax"]})
+    name = "fp4-by-magnitude" if codebook is FP4 else "zero-block-code-0"
+    theirs = Alternative(name, {"packed": packed, "absmax": ours["absmax"]})
     return replace(spec, flags=flags, result="acceptable", alternatives=(theirs,))
 
 
 def _refuse(comment: str, flags: str, W: Array, blocksize: int) -> Spec:
-    return replace(_spec(comment, flags, W, blocksize), result="invalid")
+    result = "policy" if POLICIES & set(flags.split()) else "invalid"
+    return replace(_spec(comment, flags, W, blocksize), result=result)
 
 
 def _row(*values: Any) -> Array:

@@ -10,11 +10,11 @@ def ia3_forward(
     x: Array,
     W: Array,
     l: Array,  # noqa: E741
-    feedforward: bool,
+    side: str,
     bias: Array | None = None,
 ) -> Array:
     """Return the output of the rescaled layer."""
-    return ia3.forward(x, W, _ia3(W, l, feedforward), bias)
+    return ia3.forward(x, W, _ia3(W, l, side), bias)
 
 
 def ia3_backward(
@@ -22,21 +22,21 @@ def ia3_backward(
     x: Array,
     W: Array,
     l: Array,  # noqa: E741
-    feedforward: bool,
+    side: str,
     bias: Array | None = None,
 ) -> tuple[Array, Array]:
     """Return the gradients of x and l."""
-    gradients = ia3.backward(grad_y, x, W, _ia3(W, l, feedforward), bias)
+    gradients = ia3.backward(grad_y, x, W, _ia3(W, l, side), bias)
     return gradients.x, gradients.l
 
 
-def ia3_merge(W: Array, l: Array, feedforward: bool) -> Array:  # noqa: E741
+def ia3_merge(W: Array, l: Array, side: str) -> Array:  # noqa: E741
     """Return the merged weight."""
-    return ia3.merge(W, _ia3(W, l, feedforward))
+    return ia3.merge(W, _ia3(W, l, side))
 
 
-def _ia3(W: Array, l: Array, feedforward: bool) -> IA3:  # noqa: E741
-    features = W.shape[1 if feedforward else 0]
+def _ia3(W: Array, l: Array, side: str) -> IA3:  # noqa: E741
+    features = W.shape[1 if side == "input" else 0]
     if l.shape != (features,):
         raise InputError(f"l has shape {l.shape}; this side of W needs ({features},).")
-    return IA3(l, feedforward)
+    return IA3(l, side == "input")

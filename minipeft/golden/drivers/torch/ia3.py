@@ -13,11 +13,11 @@ def ia3_forward(
     x: Array,
     W: Array,
     l: Array,  # noqa: E741
-    feedforward: bool,
+    side: str,
     bias: Array | None = None,
 ) -> Array:
     """Return the output of the rescaled layer."""
-    layer = IA3Linear(frozen(W, bias), _ia3(W, l, feedforward))
+    layer = IA3Linear(frozen(W, bias), _ia3(W, l, side))
     return to_numpy(layer(to_torch(x)))
 
 
@@ -26,23 +26,23 @@ def ia3_backward(
     x: Array,
     W: Array,
     l: Array,  # noqa: E741
-    feedforward: bool,
+    side: str,
     bias: Array | None = None,
 ) -> tuple[Array, ...]:
     """Return the gradients of x and l."""
-    adapter, leaf = _ia3(W, l, feedforward), to_torch(x).requires_grad_()
+    adapter, leaf = _ia3(W, l, side), to_torch(x).requires_grad_()
     y = IA3Linear(frozen(W, bias), adapter)(leaf)
     gradients = torch.autograd.grad(y, (leaf, adapter.l), to_torch(grad_y))
     return tuple(to_numpy(gradient) for gradient in gradients)
 
 
-def ia3_merge(W: Array, l: Array, feedforward: bool) -> Array:  # noqa: E741
+def ia3_merge(W: Array, l: Array, side: str) -> Array:  # noqa: E741
     """Return the weight of the merged layer."""
-    return to_numpy(IA3Linear(frozen(W), _ia3(W, l, feedforward)).merge().weight)
+    return to_numpy(IA3Linear(frozen(W), _ia3(W, l, side)).merge().weight)
 
 
-def _ia3(W: Array, l: Array, feedforward: bool) -> IA3:  # noqa: E741
-    features = W.shape[1 if feedforward else 0]
+def _ia3(W: Array, l: Array, side: str) -> IA3:  # noqa: E741
+    features = W.shape[1 if side == "input" else 0]
     if l.shape != (features,):
         raise InputError(f"l has shape {l.shape}; this side of W needs ({features},).")
-    return IA3(to_torch(l), feedforward)
+    return IA3(to_torch(l), side == "input")

@@ -1,0 +1,55 @@
+"""A hash of every case: what a number of a file asks and answers never changes.
+
+`manifest.json` lists, for each operation, one hash for each case in order: parameters,
+inputs and outputs. A file grows at its end and nowhere else.
+"""
+
+import json
+from collections.abc import Mapping
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+from minipeft.errors import InputError
+
+MANIFEST = Path(__file__).with_name("manifest.json")
+DIGITS = 16  # 64 bits: enough to see a change, and nobody forges a vector
+
+Hashes = dict[str, list[str]]
+
+
+def read() -> Hashes:
+    """Return the hashes of every operation."""
+    found: Hashes = json.loads(MANIFEST.read_text(encoding="utf-8"))
+    return found
+
+
+def grown(known: Hashes, operation: str, content: Mapping[str, Any]) -> list[str]:
+    """Return the hashes of a file's cases.
+
+    Args:
+        known: the manifest before.
+        operation: the name of the file.
+        content: what the file holds now.
+
+    Raises:
+        InputError: if a case that the manifest lists is another now, or gone.
+    """
+    hashes = [
+        _hash(group["parameters"], test)
+        for group in content["testGroups"]
+        for test in group["tests"]
+    ]
+    before = known.get(operation, [])
+    for number, old in enumerate(before, start=1):
+        if number > len(hashes) or hashes[number - 1] != old:
+            raise InputError(
+                f"{operation} tcId {number} is not what it was; v1 never changes: add "
+                "the new case at the end of its file."
+            )
+    return hashes
+
+
+def _hash(parameters: Mapping[str, Any], test: Mapping[str, Any]) -> str:
+    case = [parameters, test["inputs"], test.get("outputs")]
+    return sha256(json.dumps(case, sort_keys=True).encode()).hexdigest()[:DIGITS]
