@@ -139,11 +139,11 @@ assert round(entropy, 2) == 3.88
 #
 # @source minipeft.reference.blockwise.quantize
 # @source minipeft.torch.blockwise.quantize
-# @source minipeft.cupy.kernels.blockwise:quantize
+# @source minipeft.kernels.blockwise:quantize
 #
 # @source minipeft.reference.blockwise.dequantize
 # @source minipeft.torch.blockwise.dequantize
-# @source minipeft.cupy.kernels.blockwise:dequantize
+# @source minipeft.kernels.blockwise:dequantize
 #
 # The rounding itself is a search among fifteen midpoints, and one decision: a value exactly on
 # a midpoint goes to the lower code.

@@ -13,7 +13,8 @@ from typing import NamedTuple
 import numpy as np
 from matplotlib.patches import Rectangle
 
-from minipeft.cupy import executor, kernels
+from minipeft import kernels
+from minipeft.cupy import executor
 from minipeft.lab import machine_code, plots
 from minipeft.lab.chapter import start
 from minipeft.lab.gpu import report
@@ -300,17 +301,17 @@ print(f"stores: its own values {own:.0%}, neighbouring values {neighbours:.0%}")
 #
 # The shape of all unpacking kernels stands in one header.
 #
-# @source minipeft.cupy.kernels.unpack:unpack
+# @source minipeft.kernels.unpack:unpack
 #
 # `dequantize` decodes a scale by reading it. `dequantize_nested` decodes it from eight bits on the way, and that is all the difference.
 #
-# @source minipeft.cupy.kernels.blockwise:dequantize
+# @source minipeft.kernels.blockwise:dequantize
 #
-# @source minipeft.cupy.kernels.double_quant:dequantize_nested
+# @source minipeft.kernels.double_quant:dequantize_nested
 #
 # For generating text, the weight is not written at all: each warp decodes 256 codes of a row in registers, multiplies, and forgets them. Up to four rows of $x$ share one decoding.
 #
-# @source minipeft.cupy.kernels.qlora:product_of
+# @source minipeft.kernels.qlora:product_of
 #
 # The same thing in the reference is two calls, one after the other:
 #

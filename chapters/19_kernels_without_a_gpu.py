@@ -18,8 +18,9 @@ from pathlib import Path
 
 import numpy as np
 
-from minipeft.cupy import compiler, kernels
+from minipeft import kernels
 from minipeft.errors import InputError
+from minipeft.kernels import compiler
 from minipeft.lab import fibers, plots
 from minipeft.lab.chapter import start
 from minipeft.lab.files import write_atomic
@@ -81,25 +82,18 @@ print(f"{W.size} weights, {packed.size} bytes, {absmax.size} scales")
 
 
 # %%
-def compile_for(target, text, names=(), options=(), kind="getCUBIN"):
+def compile_for(target, text, names=(), options=()):
     """Return what NVRTC makes of CUDA C++, what it says, and the names in it."""
-    from cupy.cuda import nvrtc
-
-    program = nvrtc.createProgram(text, "kernel.cu", (), ())
-    for name in names:
-        nvrtc.addNameExpression(program, name)
-    include = f"-I{compiler.headers()}"
-    nvrtc.compileProgram(program, (f"--gpu-architecture={target}", include, *options))
-    lowered = {name: nvrtc.getLoweredName(program, name) for name in names}
-    return getattr(nvrtc, kind)(program), nvrtc.getProgramLog(program), lowered
+    given = (f"--gpu-architecture={target}", f"-I{compiler.headers()}", *options)
+    return compiler.compile_text(text, "kernel.cu", names, given)
 
 
 if not NO_NVRTC:
     for architecture in (75, 80, 90, 100):
         began = time.perf_counter()
-        _, log, _ = compile_for(
+        log = compile_for(
             f"sm_{architecture}", KERNEL, ["quantize"], ["--ptxas-options=-v"]
-        )
+        ).log
         milliseconds = 1e3 * (time.perf_counter() - began)
         used = re.search(r"Used (\d+) registers.*?(\d+) bytes smem", log)
         spilled = re.search(r"(\d+) bytes spill stores", log)[1]
@@ -117,7 +111,7 @@ if not NO_NVRTC:
     crowded = kernels.source("blockwise").replace(bound, "__maxnreg__(24)")
     names = ["quantize<float>"]
     for text in (kernels.source("blockwise"), crowded):
-        _, log, _ = compile_for("sm_80", text, names, kernels.OPTIONS)
+        log = compile_for("sm_80", text, names, kernels.OPTIONS).log
         warnings = re.findall(
             r"(Registers are spilled).*?, (\d+ bytes spill stores)", log
         )
@@ -296,7 +290,7 @@ ROUNDED = UNNEST.replace(
 arithmetic = {}
 if not NO_NVRTC:
     for title, text in {"as written": UNNEST, "each step rounded": ROUNDED}.items():
-        ptx, _, _ = compile_for("compute_80", text, kind="getPTX")
+        ptx = compile_for("compute_80", text).image
         arithmetic[title] = re.findall(r"(?:fma|mul|add)\.rn\.f32", ptx.decode())
         print(f"{title:17s} {' '.join(arithmetic[title])}")
     assert [*arithmetic.values()] == [["fma.rn.f32"], ["mul.rn.f32", "add.rn.f32"]]
@@ -365,10 +359,8 @@ if not NO_NVRTC:
     assert short != row
     instance = kernels.DEQUANTIZE.expression("float16")
     for title, text in {"as it is": row, "with `int n`": short}.items():
-        ptx, _, lowered = compile_for(
-            "compute_80", text, [instance], kernels.OPTIONS, "getPTX"
-        )
-        found = widths(ptx.decode(), lowered[instance])
+        made = compile_for("compute_80", text, [instance], kernels.OPTIONS)
+        found = widths(made.image.decode(), made.names[instance])
         agree = found == kernels.DEQUANTIZE.widths()
         print(
             f"{title:13s} kernel reads {found}, host passes {kernels.DEQUANTIZE.widths()}: {'agree' if agree else 'DIFFER'}"

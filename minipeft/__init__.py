@@ -2,7 +2,8 @@
 
 reference/   NumPy: the definition of every method
 torch/       the same names as modules and autograd, plus `inject`
-cupy/        CUDA kernels, where memory layout is the point
+cupy/        the kernels over CuPy arrays, where memory layout is the point
+kernels/     CUDA sources; how they are compiled, launched and checked
 golden/      vectors that check any other implementation
 lab/         models, data, training, memory, plots
 cli          the `minipeft` command

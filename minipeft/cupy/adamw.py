@@ -2,20 +2,20 @@
 
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from math import sqrt
 from typing import Any
 
 import numpy as np
 
 from minipeft.cupy.blockwise import Blockwise
-from minipeft.cupy.codebook import dynamic_map, midpoints_of_map
-from minipeft.cupy.executor import Array, Executor, Facts, check, current, numpy_dtype
-from minipeft.cupy.kernels import ADAMW, ADAMW_8BIT, CTYPES
+from minipeft.cupy.codebook import dynamic_map
+from minipeft.cupy.executor import Array, Executor, current
 from minipeft.errors import InputError
+from minipeft.kernels import ADAMW, ADAMW_8BIT, CTYPES
+from minipeft.kernels.checks import Facts, check
+from minipeft.kernels.tables import adamw_settings, moment_maps
 
 BLOCKSIZE = 256
 MIN_8BIT_SIZE = 4096  # smaller tensors (biases, norms) keep float32: little to save
-TILES = 8 * 1024  # values that a CUDA block of the 8-bit kernel takes
 
 
 @dataclass(frozen=True)
@@ -89,7 +89,7 @@ def step(W: Any, grad: Any, state: State, config: AdamW) -> tuple[Array, State]:
     W, grad = gpu.adopt(W), gpu.adopt(grad)
     facts = check_gradient(gpu, W, grad)
     bad = gpu.upload(np.array([facts.size], np.uint64), facts.device)
-    settings = settings_of(config, state.t + 1)
+    settings = adamw_settings(vars(config), state.t + 1)
     inputs = parts(gpu, state, facts)
     outputs = [gpu.empty(f.shape, f.dtype, f.device) for f in map(gpu.facts, inputs)]
     W_out = gpu.empty(facts.shape, facts.dtype, facts.device)
@@ -132,15 +132,14 @@ def launch(
         W: the facts of the weight, or of a page of it.
         inputs: W, gradient, and the arrays of the state from `parts`.
         outputs: W, the arrays of the state, and the index of the first bad value.
-        settings: from `settings_of`.
+        settings: from `adamw_settings`.
     """
     if len(inputs) == 4:
-        values = ADAMW.threads * 16 // numpy_dtype(W.dtype).itemsize
         args = [*inputs, *outputs, W.size, *settings]
-        gpu.launch(ADAMW, W.dtype, -(-W.size // values), args)
+        gpu.launch(ADAMW, W.dtype, args)
     else:
         args = [*inputs, _maps(gpu, W.device), *outputs, W.size, *settings]
-        gpu.launch(ADAMW_8BIT, W.dtype, -(-W.size // TILES), args)
+        gpu.launch(ADAMW_8BIT, W.dtype, args)
 
 
 def rebuild(state: State, arrays: list[Array]) -> State:
@@ -173,20 +172,6 @@ def _part(
     return array
 
 
-def settings_of(config: AdamW, t: int) -> list[float]:
-    """Give what the kernel multiplies by, in float64; it is rounded to float32 once."""
-    beta1, beta2 = config.betas
-    return [
-        1 - config.lr * config.weight_decay,
-        1 - beta1,
-        beta2,
-        1 - beta2,
-        -(config.lr / (1 - beta1**t)),
-        sqrt(1 - beta2**t),
-        config.eps,
-    ]
-
-
 def _zeros(gpu: Executor, facts: Facts, signed: bool) -> Blockwise:
     codebook = dynamic_map(signed)
     zero = int(np.flatnonzero(codebook == 0)[0])
@@ -201,10 +186,7 @@ def _zeros(gpu: Executor, facts: Facts, signed: bool) -> Blockwise:
 
 @lru_cache(maxsize=8)
 def _maps(gpu: Executor, device: int) -> Array:  # one upload a device, not a step
-    parts = [
-        f(signed) for signed in (True, False) for f in (dynamic_map, midpoints_of_map)
-    ]
-    return gpu.upload(np.concatenate(parts), device)
+    return gpu.upload(moment_maps(dynamic_map(), dynamic_map(signed=False)), device)
 
 
 def check_gradient(gpu: Executor, W: Array, grad: Array) -> Facts:

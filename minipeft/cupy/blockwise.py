@@ -5,14 +5,12 @@ from typing import Any
 
 import numpy as np
 
-from minipeft.cupy.codebook import NF4, code_bits, sort
-from minipeft.cupy.executor import Array, Executor, Facts, check, current
-from minipeft.cupy.kernels import CTYPES, DEQUANTIZE, QUANTIZE
+from minipeft.cupy.codebook import NF4
+from minipeft.cupy.executor import Array, Executor, current
 from minipeft.errors import InputError
-
-# Values that one CUDA block takes; the constants of the same meaning in blockwise.cu.
-QUANTIZE_TILE = 2048
-DEQUANTIZE_TILE = 8192
+from minipeft.kernels import CTYPES, DEQUANTIZE, QUANTIZE
+from minipeft.kernels.checks import Layout, check, check_codes, log2_blocksize
+from minipeft.kernels.tables import sort
 
 
 @dataclass(frozen=True)
@@ -56,11 +54,10 @@ def quantize(W: Any, codebook: np.ndarray = NF4, blocksize: int = 64) -> Blockwi
         facts.shape,
     )
     bad = gpu.upload(np.array([n], np.uint64), device)
-    grid = -(-n // max(blocksize, QUANTIZE_TILE))
     search = [gpu.upload(table.midpoints, device), table.order]
     sizes = [n, log2, table.bits]
     args = [W, *search, q.packed, q.absmax, bad, *sizes]
-    gpu.launch(QUANTIZE, facts.dtype, grid, args)
+    gpu.launch(QUANTIZE, facts.dtype, args)
     _check_finite(gpu, W, int(gpu.download(bad)[0]), n)
     return q
 
@@ -78,28 +75,21 @@ def dequantize(q: Blockwise, dtype: Any = np.float32) -> Array:
         InputError: if the parts of `q` do not fit each other, or `dtype` is another.
     """
     gpu = current()
-    n = int(np.prod(q.shape, dtype=np.int64))
-    device = gpu.facts(q.codebook).device
-    bits = check_parts(gpu, q, device)
+    layout, bits = check_parts(gpu, q)
+    n, device = layout.size, gpu.facts(q.codebook).device
     name = output_dtype(dtype)
     out = gpu.empty(q.shape, name, device)
     log2 = log2_blocksize(q.blocksize)
     args = [q.packed, q.absmax, q.codebook, out, n, log2, bits]
-    gpu.launch(DEQUANTIZE, name, -(-n // DEQUANTIZE_TILE), args)
+    gpu.launch(DEQUANTIZE, name, args)
     return out
 
 
-def check_parts(gpu: Executor, q: Blockwise, device: int) -> int:
-    """Return the bits of a code; refuse parts that a kernel would misread."""
-    log2_blocksize(q.blocksize)
-    n = int(np.prod(q.shape, dtype=np.int64))
-    codebook = check("codebook", gpu.facts(q.codebook), ["float32"], device)
-    bits = code_bits(codebook.size)
-    packed = check("packed", gpu.facts(q.packed), ["uint8"], device)
-    absmax = check("absmax", gpu.facts(q.absmax), ["float32"], device)
-    check_size("packed", packed, -(-n * bits // 8), q)
-    check_size("absmax", absmax, -(-n // q.blocksize), q)
-    return bits
+def check_parts(gpu: Executor, q: Blockwise) -> tuple[Layout, int]:
+    """Return the layout and the bits of a code; refuse what a kernel would misread."""
+    layout = Layout(q.shape, q.blocksize)
+    packed, absmax, codebook = map(gpu.facts, (q.packed, q.absmax, q.codebook))
+    return layout, check_codes(packed, absmax, codebook, layout)
 
 
 def output_dtype(dtype: Any) -> str:
@@ -108,24 +98,6 @@ def output_dtype(dtype: Any) -> str:
     if name not in CTYPES:
         raise InputError(f"cannot dequantize to {name}; choose one of {list(CTYPES)}.")
     return name
-
-
-def log2_blocksize(blocksize: int) -> int:
-    """Return the logarithm; refuse a block size that is not a positive power of two."""
-    if not 1 <= blocksize <= 2**31 or blocksize & (blocksize - 1):
-        raise InputError(
-            f"blocksize is {blocksize}; choose a positive power of two, such as 64."
-        )
-    return blocksize.bit_length() - 1
-
-
-def check_size(name: str, facts: Facts, expected: int, q: Any) -> None:
-    """Refuse a part of a quantized tensor that has another size than the others say."""
-    if facts.size != expected:
-        raise InputError(
-            f"{name} has {facts.size} values where shape {list(q.shape)} and blocksize "
-            f"{q.blocksize} need {expected}; pass the parts of one quantized tensor."
-        )
 
 
 def _check_finite(gpu: Executor, W: Array, first_bad: int, n: int) -> None:

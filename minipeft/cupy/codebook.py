@@ -1,10 +1,6 @@
-"""The published 4-bit tables, and the form in which the kernels read any codebook."""
-
-from dataclasses import dataclass
+"""The published tables, as in the reference."""
 
 import numpy as np
-
-from minipeft.errors import InputError
 
 NF4 = np.array(
     [
@@ -59,58 +55,3 @@ def _even_steps(steps: int) -> np.ndarray:
     i = np.arange(steps + 1)
     upper = i >= (steps + 1) // 2
     return np.where(upper, high - step * (steps - i), low + step * i).astype(np.float32)
-
-
-def midpoints_of_map(signed: bool) -> np.ndarray:
-    """Return the 255 boundaries of the dynamic map's values, and +inf."""
-    values = dynamic_map(signed)
-    between = (values[:-1] + values[1:]) / np.float32(2)
-    return np.append(between, np.float32(np.inf))
-
-
-@dataclass(frozen=True)
-class Sorted:
-    """A codebook of up to 16 values as `quantize` searches it.
-
-    Args:
-        midpoints: 16 ascending float32; those that the codebook has not are +inf.
-        order: 16 nibbles; nibble p is the code at position p of the sorted values.
-        bits: of a code.
-    """
-
-    midpoints: np.ndarray
-    order: int
-    bits: int
-
-
-def code_bits(size: int) -> int:
-    """Return the width of a code of a codebook of 2, 4, 8 or 16 values.
-
-    Raises:
-        InputError: at another size.
-    """
-    if size not in (2, 4, 8, 16):
-        raise InputError(
-            f"the codebook has {size} values; the kernels take 2, 4, 8 or 16."
-        )
-    return size.bit_length() - 1
-
-
-def sort(codebook: np.ndarray) -> Sorted:
-    """Sort by value; equal values keep their order, as FP4's two zeros need.
-
-    Raises:
-        InputError: if the codebook is not 2, 4, 8 or 16 float32 values.
-    """
-    if codebook.dtype != np.float32 or codebook.ndim != 1:
-        raise InputError(
-            f"the codebook is {codebook.dtype}{list(codebook.shape)}; give float32 in "
-            "one dimension."
-        )
-    bits = code_bits(codebook.size)
-    order = np.argsort(codebook, kind="stable")
-    values = codebook[order]
-    midpoints = np.full(16, np.inf, np.float32)
-    midpoints[: values.size - 1] = (values[:-1] + values[1:]) / np.float32(2)
-    nibbles = sum(int(code) << 4 * position for position, code in enumerate(order))
-    return Sorted(midpoints, nibbles, bits)

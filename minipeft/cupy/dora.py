@@ -2,11 +2,9 @@
 
 from typing import Any
 
-from minipeft.cupy.executor import Array, check, current
-from minipeft.cupy.kernels import CTYPES, ROW_NORM
-from minipeft.errors import InputError
-
-WARPS = 8  # rows that a CUDA block takes
+from minipeft.cupy.executor import Array, current
+from minipeft.kernels import CTYPES, ROW_NORM
+from minipeft.kernels.checks import check, check_low_rank
 
 
 def row_norm(W: Any, A: Any, B: Any, scaling: float) -> Array:
@@ -28,18 +26,8 @@ def row_norm(W: Any, A: Any, B: Any, scaling: float) -> Array:
     gpu = current()
     W, A, B = gpu.adopt(W), gpu.adopt(A), gpu.adopt(B)
     facts = check("W", gpu.facts(W), CTYPES)
-    shapes = [
-        check(name, gpu.facts(part), [facts.dtype], facts.device).shape
-        for name, part in (("W", W), ("A", A), ("B", B))
-    ]
-    out_features, in_features = facts.shape if len(facts.shape) == 2 else (0, 0)
-    r = shapes[1][0]
-    if shapes != [(out_features, in_features), (r, in_features), (out_features, r)]:
-        raise InputError(
-            f"W {shapes[0]}, A {shapes[1]} and B {shapes[2]} do not fit; give "
-            "(out, in), (r, in) and (out, r)."
-        )
+    out_features, in_features, r = check_low_rank(facts, gpu.facts(A), gpu.facts(B))
     norm = gpu.empty((out_features,), "float32", facts.device)
     args = [W, A, B, norm, in_features, out_features, r, scaling]
-    gpu.launch(ROW_NORM, facts.dtype, -(-out_features // WARPS), args)
+    gpu.launch(ROW_NORM, facts.dtype, args)
     return norm

@@ -8,10 +8,11 @@ from typing import Any
 import numpy as np
 
 from minipeft.cupy import blockwise
-from minipeft.cupy.blockwise import DEQUANTIZE_TILE, check_size, log2_blocksize
-from minipeft.cupy.codebook import NF4, code_bits, dynamic_map, midpoints_of_map
-from minipeft.cupy.executor import Array, Executor, check, current
-from minipeft.cupy.kernels import DEQUANTIZE_NESTED, NEST
+from minipeft.cupy.codebook import NF4, dynamic_map
+from minipeft.cupy.executor import Array, Executor, current
+from minipeft.kernels import DEQUANTIZE_NESTED, NEST
+from minipeft.kernels.checks import Layout, check_codes, check_nested, log2_blocksize
+from minipeft.kernels.tables import midpoints
 
 
 @dataclass(frozen=True)
@@ -21,7 +22,7 @@ class Nested:
     packed: Array
     absmax_codes: Array
     nested_absmax: Array
-    offset: np.float32
+    offset: Array
     codebook: Array
     blocksize: int
     nested_blocksize: int
@@ -58,11 +59,11 @@ def quantize(
     codes = gpu.empty((blocks,), "uint8", device)
     nested_blocks = -(-blocks // nested_blocksize)
     nested_absmax = gpu.empty((nested_blocks,), "float32", device)
-    midpoints = gpu.upload(midpoints_of_map(signed=True), device)
-    args = [q.absmax, midpoints, codes, nested_absmax, blocks, offset, log2]
-    gpu.launch(NEST, "float32", nested_blocks, args)
-    sizes = (blocksize, nested_blocksize)
-    return Nested(q.packed, codes, nested_absmax, offset, q.codebook, *sizes, q.shape)
+    boundaries = gpu.upload(midpoints(dynamic_map()), device)
+    args = [q.absmax, boundaries, codes, nested_absmax, blocks, offset, log2]
+    gpu.launch(NEST, "float32", args)
+    sizes, there = (blocksize, nested_blocksize), gpu.upload(np.array(offset), device)
+    return Nested(q.packed, codes, nested_absmax, there, q.codebook, *sizes, q.shape)
 
 
 def dequantize(q: Nested, dtype: Any = np.float32) -> Array:
@@ -79,33 +80,25 @@ def dequantize(q: Nested, dtype: Any = np.float32) -> Array:
         InputError: if the parts of `q` do not fit each other, or `dtype` is another.
     """
     gpu = current()
-    n = int(np.prod(q.shape, dtype=np.int64))
-    device = gpu.facts(q.codebook).device
-    bits = check_parts(gpu, q, device)
+    layout, bits = check_parts(gpu, q)
+    n, device = layout.size, gpu.facts(q.codebook).device
     name = blockwise.output_dtype(dtype)
     out = gpu.empty(q.shape, name, device)
     log2 = log2_blocksize(q.blocksize)
     args = [q.packed, *scales(gpu, q, device), q.codebook, out, n, log2, bits]
-    gpu.launch(DEQUANTIZE_NESTED, name, -(-n // DEQUANTIZE_TILE), args)
+    gpu.launch(DEQUANTIZE_NESTED, name, args)
     return out
 
 
-def check_parts(gpu: Executor, q: Nested, device: int) -> int:
-    """Return the bits of a code; refuse parts that a kernel would misread."""
-    for blocksize in (q.blocksize, q.nested_blocksize):
-        log2_blocksize(blocksize)
-    n = int(np.prod(q.shape, dtype=np.int64))
-    blocks = -(-n // q.blocksize)
-    codebook = check("codebook", gpu.facts(q.codebook), ["float32"], device)
-    bits = code_bits(codebook.size)
-    for name, dtype, expected in (
-        ("packed", "uint8", -(-n * bits // 8)),
-        ("absmax_codes", "uint8", blocks),
-        ("nested_absmax", "float32", -(-blocks // q.nested_blocksize)),
-    ):
-        facts = check(name, gpu.facts(getattr(q, name)), [dtype], device)
-        check_size(name, facts, expected, q)
-    return bits
+def check_parts(gpu: Executor, q: Nested) -> tuple[Layout, int]:
+    """Return the layout and the bits of a code; refuse what a kernel would misread."""
+    layout = Layout(q.shape, q.blocksize, q.nested_blocksize)
+    packed, codes, nested, codebook = map(
+        gpu.facts, (q.packed, q.absmax_codes, q.nested_absmax, q.codebook)
+    )
+    bits = check_codes(packed, codes, codebook, layout)
+    check_nested(nested, gpu.facts(q.offset), layout)
+    return layout, bits
 
 
 def scales(gpu: Executor, q: Nested, device: int) -> list[Any]:

@@ -4,43 +4,23 @@ A launcher asks `current()` for arrays, facts about them, and launches. It never
 CuPy itself, so the launcher that a GPU runs is the one that the tests run on a CPU.
 """
 
-import atexit
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
 from functools import cache
-from pathlib import Path
-from shutil import rmtree
-from tempfile import mkdtemp
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
-from minipeft.cupy import compiler, managed
-from minipeft.cupy.kernels import Kernel
+from minipeft.cupy import managed
 from minipeft.errors import InputError
+from minipeft.kernels import Kernel, compiler, driver
+from minipeft.kernels.checks import Facts
 
 HOST = managed.HOST
 
 # Whatever the executor computes on: `cupy.ndarray` on a device.
 Array = Any
-
-
-@dataclass(frozen=True)
-class Facts:
-    """What a launcher checks before it hands an array to a kernel."""
-
-    dtype: str
-    shape: tuple[int, ...]
-    contiguous: bool
-    device: int
-    address: int
-
-    @property
-    def size(self) -> int:
-        """Count the values."""
-        return int(np.prod(self.shape, dtype=np.int64))
 
 
 @runtime_checkable
@@ -76,10 +56,8 @@ class Executor(Protocol):
     def move(self, array: Array, device: int) -> None:
         """Start moving managed memory to a device, or to the host: `HOST`."""
 
-    def launch(
-        self, kernel: Kernel, dtype: str, grid: int, args: Sequence[Any]
-    ) -> None:
-        """Run `grid` blocks of the kernel's instance for `dtype`."""
+    def launch(self, kernel: Kernel, dtype: str, args: Sequence[Any]) -> None:
+        """Run the kernel's instance for `dtype`."""
 
 
 class CupyExecutor:
@@ -109,6 +87,7 @@ class CupyExecutor:
             array.flags.c_contiguous,
             array.device.id,
             array.data.ptr,
+            array.itemsize,
         )
 
     def empty(self, shape: tuple[int, ...], dtype: str, device: int) -> Array:
@@ -147,34 +126,13 @@ class CupyExecutor:
         """Prefetch on the current stream, in turn with its kernels."""
         managed.prefetch(array, device, self._cupy.cuda.get_current_stream().ptr)
 
-    def launch(
-        self, kernel: Kernel, dtype: str, grid: int, args: Sequence[Any]
-    ) -> None:
-        """Compile the row once a process, then launch."""
-        if grid == 0:  # an empty tensor; CUDA refuses an empty grid
-            return
-        device = next(a.device for a in args if isinstance(a, self._cupy.ndarray))
-        with device:
-            module, names = _module(kernel.row, device.compute_capability)
-            function = module.get_function(names[kernel.expression(dtype)])
-            function((grid,), (kernel.threads,), tuple(kernel.pack(args)))
-
-
-@cache
-def _module(row: str, architecture: str) -> tuple[Any, dict[str, str]]:
-    import cupy
-
-    code, names = compiler.compile_row(row, architecture)
-    path = _folder() / f"{row}-{architecture}.cubin"
-    path.write_bytes(code)
-    return cupy.RawModule(path=str(path)), names
-
-
-@cache
-def _folder() -> Path:  # CuPy loads machine code from files, once for each device
-    folder = mkdtemp(prefix="minipeft-")
-    atexit.register(rmtree, folder, ignore_errors=True)
-    return Path(folder)
+    def launch(self, kernel: Kernel, dtype: str, args: Sequence[Any]) -> None:
+        """Launch on the current stream of the device that holds the arrays."""
+        cupy = self._cupy
+        device = next(a.device for a in args if isinstance(a, cupy.ndarray))
+        facts = [self.facts(a) if isinstance(a, cupy.ndarray) else a for a in args]
+        stream = cupy.cuda.get_current_stream(device.id).ptr
+        driver.launch(kernel, dtype, facts, stream)
 
 
 def numpy_dtype(name: str) -> np.dtype[Any]:
@@ -195,46 +153,16 @@ def missing() -> str | None:
     try:
         import cupy
     except ImportError:
-        return compiler.missing()
+        return (
+            "CuPy is not installed: `pip install minipeft[cupy]`, or use "
+            "minipeft.torch, which needs no CuPy."
+        )
     if not cupy.cuda.is_available():
         return (
             "CuPy finds no CUDA device: install or update the NVIDIA driver, or use "
             "minipeft.torch, which runs on a CPU too."
         )
     return compiler.missing()
-
-
-def check(
-    name: str,
-    facts: Facts,
-    dtypes: Collection[str],
-    device: int | None = None,
-    alignment: int = 16,
-) -> Facts:
-    """Refuse an array that a kernel would misread; return its facts otherwise.
-
-    Raises:
-        InputError: at another dtype or device, gaps between the values, or an address
-            that is no multiple of `alignment` (16 where a kernel loads 16 bytes).
-    """
-    if facts.dtype not in dtypes:
-        raise InputError(f"{name} is {facts.dtype}; give one of {list(dtypes)}.")
-    if not facts.contiguous:
-        raise InputError(
-            f"{name} is not C-contiguous; pass a contiguous copy, as from "
-            "`cupy.ascontiguousarray`."
-        )
-    if device is not None and facts.device != device:
-        raise InputError(
-            f"{name} is on device {facts.device}, other parts on device {device}; "
-            "move them to one device."
-        )
-    if facts.address % alignment:
-        raise InputError(
-            f"{name} starts {facts.address % alignment} bytes past a multiple of "
-            f"{alignment}, where a kernel cannot load it; pass a copy."
-        )
-    return facts
 
 
 _current: ContextVar[Executor | None] = ContextVar("executor", default=None)

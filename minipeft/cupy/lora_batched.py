@@ -6,13 +6,10 @@ from typing import Any
 
 import numpy as np
 
-from minipeft.cupy.executor import Array, Executor, Facts, check, current, numpy_dtype
-from minipeft.cupy.kernels import CTYPES, EXPAND, SHRINK
+from minipeft.cupy.executor import Array, Executor, current, numpy_dtype
 from minipeft.errors import InputError
-
-MAX_RANK = 256  # as in lora_batched.cu
-WARPS = 8  # elements of h that a CUDA block of `shrink` takes
-TILE = 256  # outputs that a CUDA block of `expand` takes
+from minipeft.kernels import CTYPES, EXPAND, SHRINK, checks
+from minipeft.kernels.checks import Facts, check
 
 
 @dataclass(frozen=True)
@@ -85,7 +82,7 @@ def forward(
     h = shrink(gpu, x, facts, adapters.A, chosen)
     out = gpu.empty(base.shape, facts.dtype, facts.device)
     args = [h, adapters.B, adapters.scaling, chosen, y, out, tokens, out_features, r]
-    gpu.launch(EXPAND, facts.dtype, tokens * -(-out_features // TILE), args)
+    gpu.launch(EXPAND, facts.dtype, args)
     return out
 
 
@@ -95,25 +92,14 @@ def shrink(gpu: Executor, x: Array, facts: Facts, A: Array, chosen: Array) -> Ar
     r = gpu.facts(A).shape[1]
     h = gpu.empty((tokens, r), "float32", facts.device)
     args = [x, A, chosen, h, tokens, in_features, r]
-    gpu.launch(SHRINK, facts.dtype, tokens * -(-r // WARPS), args)
+    gpu.launch(SHRINK, facts.dtype, args)
     return h
 
 
 def check_adapters(gpu: Executor, adapters: Adapters, x: Facts) -> tuple[int, int, int]:
     """Return the number of adapters, out_features and rank; refuse a misfit to x."""
-    A = check("A", gpu.facts(adapters.A), [x.dtype], x.device)
-    B = check("B", gpu.facts(adapters.B), [x.dtype], x.device)
-    scaling = check("scaling", gpu.facts(adapters.scaling), ["float32"], x.device)
-    n, r, in_features = A.shape
-    stacked = B.shape[::2] == (n, r) and scaling.shape == (n,)
-    if not stacked or len(x.shape) != 2 or x.shape[1] != in_features:
-        raise InputError(
-            f"x {x.shape}, A {A.shape}, B {B.shape} and scaling {scaling.shape} do not "
-            "fit; stack the adapters of this layer."
-        )
-    if not 1 <= r <= MAX_RANK:
-        raise InputError(f"the rank is {r}; the kernels take 1 to {MAX_RANK}.")
-    return n, B.shape[1], r
+    parts = (adapters.A, adapters.B, adapters.scaling)
+    return checks.check_adapters(x, *map(gpu.facts, parts))
 
 
 def _check_indices(

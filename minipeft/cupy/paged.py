@@ -14,11 +14,11 @@ import numpy as np
 from minipeft.cupy import adamw
 from minipeft.cupy.adamw import AdamW, State
 from minipeft.cupy.blockwise import Blockwise
-from minipeft.cupy.executor import HOST, Array, Executor, Facts, current
-from minipeft.cupy.kernels import FIRST_BAD
+from minipeft.cupy.executor import HOST, Array, Executor, current
 from minipeft.errors import InputError
-
-TILE = 2048  # values that a CUDA block of `first_bad` takes
+from minipeft.kernels import FIRST_BAD
+from minipeft.kernels.checks import Facts
+from minipeft.kernels.tables import adamw_settings
 
 
 @dataclass(frozen=True)
@@ -93,7 +93,7 @@ def step(
     state = p.states[tensor]
     adamw.parts(gpu, state, facts)
     bad = _check_finite(gpu, grad, facts, isinstance(state.m, Blockwise))
-    settings = adamw.settings_of(config, state.t + 1)
+    settings = adamw_settings(vars(config), state.t + 1)
     new = gpu.empty(facts.shape, facts.dtype, facts.device)
     flat = [array.reshape(-1) for array in (W, grad, new)]
     for page in p.pages[tensor]:
@@ -197,7 +197,6 @@ def _check_finite(gpu: Executor, grad: Array, facts: Facts, eight_bits: bool) ->
     largest = np.finfo(np.float32).max
     limit = np.sqrt(largest) if eight_bits else largest
     bad = gpu.upload(np.array([facts.size], np.uint64), facts.device)
-    grid = -(-facts.size // TILE)
-    gpu.launch(FIRST_BAD, facts.dtype, grid, [grad, bad, facts.size, limit])
+    gpu.launch(FIRST_BAD, facts.dtype, [grad, bad, facts.size, limit])
     adamw.check_finite(gpu, grad, int(gpu.download(bad)[0]), facts.size)
     return bad

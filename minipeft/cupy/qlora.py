@@ -5,14 +5,11 @@ from typing import Any
 from minipeft.cupy import blockwise, double_quant, lora_batched
 from minipeft.cupy.blockwise import Blockwise
 from minipeft.cupy.double_quant import Nested
-from minipeft.cupy.executor import Array, Executor, Facts, check, current
-from minipeft.cupy.kernels import CTYPES, PRODUCT_4BIT, PRODUCT_NESTED
+from minipeft.cupy.executor import Array, Executor, current
 from minipeft.cupy.lora_batched import Adapters
 from minipeft.errors import InputError
-
-ROWS = 4  # of x that share one decoding, as in qlora.cu
-WARPS = 8  # outputs of a CUDA block
-GROUP = 8  # codes that a lane decodes at once, within one block
+from minipeft.kernels import CTYPES, PRODUCT_4BIT, PRODUCT_NESTED
+from minipeft.kernels.checks import Facts, check, check_product, log2_blocksize
 
 
 def forward(
@@ -53,29 +50,24 @@ def forward(
             )
     y = gpu.empty((tokens, out_features), facts.dtype, facts.device)
     sizes = [tokens, in_features, out_features, r, scaling]
-    log2 = blockwise.log2_blocksize(q.blocksize)
+    log2 = log2_blocksize(q.blocksize)
     args = [q.codebook, x, bias, h, B, y, *sizes, log2]
-    grid = -(-out_features // WARPS) * -(-tokens // ROWS)
     if isinstance(q, Nested):
         scales = double_quant.scales(gpu, q, facts.device)
-        gpu.launch(PRODUCT_NESTED, facts.dtype, grid, [q.packed, *scales, *args])
+        gpu.launch(PRODUCT_NESTED, facts.dtype, [q.packed, *scales, *args])
     else:
-        gpu.launch(PRODUCT_4BIT, facts.dtype, grid, [q.packed, q.absmax, *args])
+        gpu.launch(PRODUCT_4BIT, facts.dtype, [q.packed, q.absmax, *args])
     return y
 
 
 def _check_base(gpu: Executor, q: Blockwise | Nested, x: Facts) -> tuple[int, int]:
-    (double_quant if isinstance(q, Nested) else blockwise).check_parts(gpu, q, x.device)
-    codes = gpu.facts(q.codebook).size
-    if len(q.shape) != 2 or codes != 16 or q.blocksize < GROUP or q.shape[1] % GROUP:
-        raise InputError(
-            f"the base has shape {list(q.shape)}, {codes} codes and blocksize "
-            f"{q.blocksize}; this kernel takes rows of a multiple of 8 values, 16 "
-            "codes and blocks of 8 or more: dequantize any other, and multiply."
-        )
-    if len(x.shape) != 2 or x.shape[1] != q.shape[1]:
-        raise InputError(f"x has shape {x.shape}; give (tokens, {q.shape[1]}).")
-    out_features, in_features = q.shape
+    if isinstance(q, Nested):
+        layout, bits = double_quant.check_parts(gpu, q)
+    else:
+        layout, bits = blockwise.check_parts(gpu, q)
+    check("codebook", gpu.facts(q.codebook), ["float32"], x.device)
+    check_product(x, layout, 1 << bits)
+    out_features, in_features = layout.shape
     return out_features, in_features
 
 

@@ -8,8 +8,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from minipeft.cupy import compiler
 from minipeft.errors import InputError
+from minipeft.kernels import compiler
 
 WARP = 32
 
@@ -68,7 +68,7 @@ def disassemble(row: str, architecture: str = "80") -> dict[str, MachineCode]:
     """Compile a row, and read what came out, by the C++ names of its instances.
 
     Args:
-        row: the file in `minipeft/cupy/kernels` without its ending.
+        row: the file in `minipeft/kernels` without its ending.
         architecture: of the device, as in "80".
 
     Raises:
@@ -76,7 +76,8 @@ def disassemble(row: str, architecture: str = "80") -> dict[str, MachineCode]:
     """
     if reason := missing():
         raise InputError(reason)
-    return read(*compiler.compile_row(row, architecture))
+    compiled = compiler.compile_row(row, architecture)
+    return read(compiled.image, compiled.names)
 
 
 def read(code: bytes, names: Mapping[str, str]) -> dict[str, MachineCode]:

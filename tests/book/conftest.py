@@ -83,7 +83,7 @@ class SmallBook:
             "minipeft/__init__.py": '"""Small."""',
             "minipeft/reference/lora.py": REFERENCE,
             "minipeft/torch/lora.py": TORCH,
-            "minipeft/cupy/kernels/lora.cu": CUDA,
+            "minipeft/kernels/lora.cu": CUDA,
             "site/bibliography.yml": BIBLIOGRAPHY,
             "site/glossary.yml": GLOSSARY,
         }

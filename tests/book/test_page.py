@@ -218,8 +218,8 @@ def test_reference_pages_follow_the_files(small):
     assert page.startswith("# lora { #minipeft.reference.lora }\n")
     assert "The same row in [torch](../torch/lora.md), [CUDA](" in page
     assert "Shown in [A title](../../book/01_lora.md)." in page
-    kernels = (api / "cupy" / "kernels_lora.md").read_text()
-    assert "## `merge` { #minipeft.cupy.kernels.lora.merge }" in kernels
+    kernels = (api / "kernels" / "lora.md").read_text()
+    assert "## `merge` { #minipeft.kernels.lora.merge }" in kernels
     small.write("minipeft/reference/vera.py", '"""New."""')
     assert {
         "NumPy": [{"lora": "api/reference/lora.md"}, {"vera": "api/reference/vera.md"}]

@@ -21,7 +21,7 @@ def test_columns_become_tabs(small):
         # %% [markdown]
         # @source minipeft.reference.lora.merge
         # @source minipeft.torch.lora.LoRALinear.forward
-        # @source minipeft.cupy.kernels.lora:merge
+        # @source minipeft.kernels.lora:merge
         """
     )
     small.build()
@@ -69,9 +69,9 @@ def test_a_source_in_a_box_stays_in_it(small):
         ("minipeft.reference.lora.merged", "lora.py defines no 'merged'"),
         ("minipeft.reference.vera.merge", "no module of that name"),
         ("numpy.linalg.svd", "no module of that name"),
-        ("minipeft.cupy.kernels.lora:nothing", "lora.cu has no function 'nothing'"),
-        ("minipeft.cupy.kernels.lora:ghost", "lora.cu has no function 'ghost'"),
-        ("minipeft.cupy.kernels.vera:merge", "there is no vera.cu"),
+        ("minipeft.kernels.lora:nothing", "lora.cu has no function 'nothing'"),
+        ("minipeft.kernels.lora:ghost", "lora.cu has no function 'ghost'"),
+        ("minipeft.kernels.vera:merge", "there is no vera.cu"),
     ],
 )
 def test_an_unknown_source_fails(small, name, complaint):
@@ -83,21 +83,21 @@ def test_an_unknown_source_fails(small, name, complaint):
 
 def test_a_function_of_a_cuda_header(small):
     small.write(
-        "minipeft/cupy/kernels/dot.cuh",
+        "minipeft/kernels/dot.cuh",
         "// Products.\n\n// Doubles.\n__device__ float twice(float x) {\n"
         "  return 2 * x;\n}\n",
     )
-    small.chapter("# %% [markdown]\n# @source minipeft.cupy.kernels.dot:twice\n")
+    small.chapter("# %% [markdown]\n# @source minipeft.kernels.dot:twice\n")
     small.build()
     assert "```cuda\n// Doubles.\n__device__ float twice(float x) {" in small.page()
-    anchor = "minipeft.cupy.kernels.dot.twice"
+    anchor = "minipeft.kernels.dot.twice"
     assert f"][{anchor}]" in small.page()
-    reference = (small.layout.docs / "api/cupy/kernels_dot.md").read_text()
+    reference = (small.layout.docs / "api/kernels/dot.md").read_text()
     assert f"{{ #{anchor} }}" in reference
 
 
 def test_kernels_of_the_real_files(root):
-    for path in (root / "minipeft" / "cupy" / "kernels").glob("*.cu"):
+    for path in (root / "minipeft" / "kernels").glob("*.cu"):
         found = source.kernels(path.read_text())
         assert len(found) >= path.read_text().count("\n__global__ ")
         for name, text in found.items():

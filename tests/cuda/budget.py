@@ -10,7 +10,7 @@ import json
 from functools import cache
 from pathlib import Path
 
-from minipeft.cupy import kernels
+from minipeft import kernels
 from minipeft.lab import machine_code
 from tests.cuda.rows import ROWS
 from tests.cuda.toolchain import ARCHITECTURES, compile_device

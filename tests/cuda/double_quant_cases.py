@@ -68,8 +68,8 @@ MUTATIONS = (
     ),
     Mutation(
         "product and sum fused",
-        "__fadd_rn(__fmul_rn(map[absmax_codes[block]], nested), offset)",
-        "__fmaf_rn(map[absmax_codes[block]], nested, offset)",
+        "__fadd_rn(__fmul_rn(map[absmax_codes[block]], nested), *offset)",
+        "__fmaf_rn(map[absmax_codes[block]], nested, *offset)",
         1,
         ("values", "ptx"),
     ),

@@ -1,11 +1,13 @@
-"""CPU executors: the launchers of minipeft.cupy run on them unchanged.
+"""What runs kernels in the place of a GPU: `minipeft.kernels.driver.use` takes it.
 
-Arrays are NumPy arrays. What is new from `empty` is filled with a pattern, so that a
-value which a kernel forgets to write is not a lucky zero.
+A launcher gets addresses. `NumpyExecutor` lets the CuPy column run on top of one
+unchanged, with NumPy arrays: what is new from `empty` is filled with a pattern, so that
+a value which a kernel forgets to write is not a lucky zero.
 """
 
 import atexit
 import contextlib
+import ctypes
 import os
 import subprocess
 from collections.abc import Mapping, Sequence
@@ -18,8 +20,8 @@ import ml_dtypes
 import numpy as np
 
 from minipeft.cupy import executor
-from minipeft.cupy.executor import Facts
-from minipeft.cupy.kernels import Kernel, source
+from minipeft.kernels import Kernel, driver, source
+from minipeft.kernels.checks import Facts
 from tests.cuda import ptx, ptx_parser
 from tests.cuda.toolchain import ARCHITECTURES, compile_cpu, compile_device
 
@@ -38,8 +40,24 @@ class LaunchError(Exception):
     """A launch that ended in something else than values: a race, a wild address, …"""
 
 
+def memory(facts: Facts) -> np.ndarray:
+    """Return the bytes of an array that lies in host memory."""
+    if not facts.nbytes:
+        return np.zeros(0, np.uint8)
+    kind = ctypes.c_uint8 * facts.nbytes
+    return np.ctypeslib.as_array(kind.from_address(facts.address))
+
+
+def opened(args: Sequence[Any]) -> list[Any]:
+    """Put the bytes in the place of the facts."""
+    return [memory(a) if isinstance(a, Facts) else a for a in args]
+
+
 class NumpyExecutor:
-    """All of an executor but the launch."""
+    """The CuPy column's executor, on NumPy arrays."""
+
+    def __init__(self, launcher: driver.Launcher) -> None:
+        self.launcher = launcher
 
     def adopt(self, array: Any) -> np.ndarray:
         return np.asarray(array)
@@ -47,7 +65,9 @@ class NumpyExecutor:
     def facts(self, array: np.ndarray) -> Facts:
         contiguous = array.flags.c_contiguous
         address = array.__array_interface__["data"][0]
-        return Facts(array.dtype.name, array.shape, contiguous, 0, address)
+        return Facts(
+            array.dtype.name, array.shape, contiguous, 0, address, array.itemsize
+        )
 
     def empty(self, shape: tuple[int, ...], dtype: str, device: int) -> np.ndarray:
         array = np.empty(shape, DTYPES.get(dtype, dtype))
@@ -70,6 +90,10 @@ class NumpyExecutor:
 
     def move(self, array: np.ndarray, device: int) -> None:
         """There is one memory here; the counts of pages are what tests look at."""
+
+    def launch(self, kernel: Kernel, dtype: str, args: Sequence[Any]) -> None:
+        facts = [self.facts(a) if isinstance(a, np.ndarray) else a for a in args]
+        self.launcher.launch(kernel, dtype, facts, 0)
 
 
 class Program:
@@ -119,7 +143,7 @@ def encode(arguments: list[Any]) -> tuple[list[bytes], list[np.ndarray]]:
     return message, buffers
 
 
-class CpuExecutor(NumpyExecutor):
+class CpuLauncher:
     """Runs what g++ made of the kernels.
 
     Args:
@@ -146,12 +170,13 @@ class CpuExecutor(NumpyExecutor):
         return compile_cpu(row, self.flavour, {"source": source(row)}), "source"
 
     def launch(
-        self, kernel: Kernel, dtype: str, grid: int, args: Sequence[Any]
+        self, kernel: Kernel, dtype: str, args: Sequence[Any], stream: int
     ) -> None:
         path, variant = self._program(kernel.row)
         name = f"{variant}:{kernel.expression(dtype)}".encode()
+        grid = kernel.grid(args, dtype)
         header = [len(name), grid, kernel.threads, self.seed, len(args)]
-        arguments, buffers = encode(kernel.pack(args))
+        arguments, buffers = encode(kernel.pack(opened(args)))
         message = [np.array(header, np.int64).tobytes(), name, *arguments]
         if path not in self._running:
             self._running[path] = Program(path)
@@ -163,22 +188,28 @@ class CpuExecutor(NumpyExecutor):
             raise
         start = 0
         for buffer in buffers:
-            part = np.frombuffer(answer, np.uint8, buffer.nbytes, start)
-            buffer.reshape(-1).view(np.uint8)[...] = part
+            buffer[...] = np.frombuffer(answer, np.uint8, buffer.nbytes, start)
             start += buffer.nbytes
 
 
-class DeviceExecutor(NumpyExecutor):
-    """Runs the kernels on a GPU, with NumPy arrays outside: for the same cases."""
+class CpuExecutor(NumpyExecutor):
+    """The CuPy column on `CpuLauncher`, whose arguments it takes."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(CpuLauncher(*args, **kwargs))
+
+
+class DeviceLauncher:
+    """Runs the kernels on a GPU, with host memory outside: for the same cases."""
 
     def launch(
-        self, kernel: Kernel, dtype: str, grid: int, args: Sequence[Any]
+        self, kernel: Kernel, dtype: str, args: Sequence[Any], stream: int
     ) -> None:
         gpu = executor.CupyExecutor()
         buffers: list[np.ndarray] = []
         on_device: list[Any] = []
         arguments = []
-        for argument in args:
+        for argument in opened(args):
             if isinstance(argument, np.ndarray):
                 known = ptx.position(argument, buffers)
                 if known is None:
@@ -187,12 +218,19 @@ class DeviceExecutor(NumpyExecutor):
                     on_device.append(gpu.upload(argument, 0))
                 argument = on_device[known]
             arguments.append(argument)
-        gpu.launch(kernel, dtype, grid, arguments)
+        gpu.launch(kernel, dtype, arguments)
         for buffer, result in zip(buffers, on_device, strict=True):
             buffer[...] = gpu.download(result)
 
 
-class PtxExecutor(NumpyExecutor):
+class DeviceExecutor(NumpyExecutor):
+    """The CuPy column on `DeviceLauncher`."""
+
+    def __init__(self) -> None:
+        super().__init__(DeviceLauncher())
+
+
+class PtxLauncher:
     """Interprets the PTX that NVRTC made of the kernels.
 
     Args:
@@ -209,7 +247,7 @@ class PtxExecutor(NumpyExecutor):
         self.mutants = mutants
 
     def launch(
-        self, kernel: Kernel, dtype: str, grid: int, args: Sequence[Any]
+        self, kernel: Kernel, dtype: str, args: Sequence[Any], stream: int
     ) -> None:
         where = (kernel.row, "ptx", self.architecture)
         if kernel.row in self.mutants:  # compiled for this launch, and what is like it
@@ -217,7 +255,15 @@ class PtxExecutor(NumpyExecutor):
         else:
             compiled = compile_device(*where, source(kernel.row))
         entry = _entries(compiled.image)[compiled.names[kernel.expression(dtype)]]
-        ptx.launch(entry, grid, kernel.threads, kernel.pack(args))
+        grid = kernel.grid(args, dtype)
+        ptx.launch(entry, grid, kernel.threads, kernel.pack(opened(args)))
+
+
+class PtxExecutor(NumpyExecutor):
+    """The CuPy column on `PtxLauncher`, whose arguments it takes."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(PtxLauncher(*args, **kwargs))
 
 
 @cache

@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 from minipeft.cupy.executor import missing, use
-from minipeft.cupy.kernels import CTYPES
+from minipeft.kernels import CTYPES
 from tests.cuda.executors import DeviceExecutor
 from tests.cuda.rows import ROWS
 from tests.cuda.toolchain import TOOLS

@@ -102,7 +102,7 @@ def base(rng, s: Sizes, draw, nested: bool):
         return q, Blockwise(packed, absmax, EIGHTHS, 32, W.shape)
     if nested:
         q = double_quant.quantize(W, NF4, 32, 64)
-        return q, Nested(**vars(q))
+        return q, Nested(**{**vars(q), "offset": np.array(q.offset)})
     q = blockwise.quantize(W, NF4, 32)
     return q, Blockwise(**vars(q))
 

@@ -5,7 +5,7 @@ import subprocess
 
 import pytest
 
-from minipeft.cupy import kernels
+from minipeft import kernels
 from tests.cuda import ptx_parser
 from tests.cuda.rows import ROWS
 from tests.cuda.toolchain import (

@@ -9,7 +9,7 @@ ptx        NVRTC's own output, interpreted, for the oldest and the newest genera
 import pytest
 
 from minipeft.cupy.executor import use
-from minipeft.cupy.kernels import CTYPES
+from minipeft.kernels import CTYPES
 from tests.cuda.executors import CpuExecutor, PtxExecutor
 from tests.cuda.rows import ROWS
 from tests.cuda.toolchain import ARCHITECTURES, needs_cpu_build, needs_nvrtc

@@ -5,8 +5,8 @@ import pytest
 
 from minipeft.cupy import adamw, executor, managed, paged
 from minipeft.cupy import blockwise as gpu
-from minipeft.cupy.kernels import CTYPES
 from minipeft.errors import InputError
+from minipeft.kernels import CTYPES
 from minipeft.reference import blockwise as reference
 from minipeft.reference.codebook import NF4
 from tests.cuda.blockwise_cases import CODEBOOKS, awkward, gaussian

@@ -6,8 +6,9 @@ import sys
 import numpy as np
 import pytest
 
-from minipeft.cupy import blockwise, compiler, executor
+from minipeft.cupy import blockwise, executor
 from minipeft.errors import InputError
+from minipeft.kernels import compiler
 
 
 def test_importing_needs_no_cupy():
@@ -26,11 +27,12 @@ def test_importing_needs_no_cupy():
 
 
 def test_compiling_needs_no_gpu(monkeypatch):
-    cupy = pytest.importorskip("cupy")
-    monkeypatch.setattr(cupy.cuda, "is_available", lambda: False)
+    pytest.importorskip("cuda.bindings")
+    monkeypatch.setitem(sys.modules, "cupy", None)
     assert compiler.missing() is None
-    monkeypatch.setitem(sys.modules, "cupy.cuda", None)
-    assert "pip install minipeft[cupy]" in compiler.missing()
+    monkeypatch.setitem(sys.modules, "cuda.bindings", None)
+    with pytest.raises(InputError, match=r"`pip install minipeft.cupy12.` for CUDA 12"):
+        compiler.compile_row("blockwise", "80")
 
 
 def test_no_headers_is_one_sentence(monkeypatch):
@@ -41,7 +43,7 @@ def test_no_headers_is_one_sentence(monkeypatch):
 
 
 def test_a_gpu_that_the_compiler_does_not_know_is_named():
-    pytest.importorskip("cupy")
+    pytest.importorskip("cuda.bindings")
     with pytest.raises(InputError, match="does not know the architecture sm_999"):
         compiler.compile_row("blockwise", "999")
 
@@ -67,7 +69,8 @@ def test_no_compiler_is_one_sentence(monkeypatch):
         raise RuntimeError("libnvrtc.so.13 not found")
 
     monkeypatch.setattr(cupy.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(cupy.cuda.nvrtc, "getVersion", absent)
+    nvrtc = pytest.importorskip("cuda.bindings.nvrtc")
+    monkeypatch.setattr(nvrtc, "nvrtcVersion", absent)
     executor._device.cache_clear()
     with pytest.raises(InputError, match="`pip install nvidia-cuda-nvrtc`"):
         blockwise.quantize(np.zeros(4, np.float32))

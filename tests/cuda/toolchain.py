@@ -13,11 +13,11 @@ from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from minipeft.cupy import kernels
+from minipeft import kernels
+from minipeft.kernels import compiler
 
 HERE = Path(__file__).parent
 BUILD = HERE.parents[1] / "build" / "cuda"
@@ -222,53 +222,16 @@ def compile_device(
 
     def make(folder: Path) -> None:
         folder.mkdir()
-        image, log, names = _nvrtc(f"{row}.cu", kind, text, (expressions, options))
-        (folder / "image").write_bytes(image.rstrip(b"\0") if kind == "ptx" else image)
-        (folder / "log").write_text(log)
-        (folder / "names").write_text("".join(f"{k}\t{v}\n" for k, v in names.items()))
+        made = compiler.compile_text(text, f"{row}.cu", expressions, options)
+        (folder / "image").write_bytes(made.image)
+        (folder / "log").write_text(made.log)
+        names = "".join(f"{k}\t{v}\n" for k, v in made.names.items())
+        (folder / "names").write_text(names)
 
     folder = cached(f"{row}-{kind}{architecture}", parts, make)
     lines = (folder / "names").read_text().splitlines()
     names = dict(line.split("\t") for line in lines)
     return Compiled(folder / "image", (folder / "log").read_text(), names)
-
-
-def call(function: Callable[..., Any], *arguments: Any) -> Any:
-    """Call NVRTC; its functions return a status first."""
-    status, *results = function(*arguments)
-    assert status == type(status).NVRTC_SUCCESS, f"{function.__name__}: {status}"
-    return results[0] if results else None
-
-
-def _nvrtc(
-    file: str, kind: str, text: str, arguments: tuple[list[str], list[str]]
-) -> tuple[bytes, str, dict[str, str]]:
-    from cuda.bindings import nvrtc
-
-    def read(size, content):
-        # NVRTC writes into it, and a bytes object of length one is shared by all of
-        # Python: zeros, for the one byte of an empty log is a zero.
-        buffer = bytes(call(size, program))
-        call(content, program, buffer)
-        return buffer
-
-    expressions, options = arguments
-    program = call(nvrtc.nvrtcCreateProgram, text.encode(), file.encode(), 0, [], [])
-    for name in expressions:
-        call(nvrtc.nvrtcAddNameExpression, program, name.encode())
-    encoded = [option.encode() for option in options]
-    (status,) = nvrtc.nvrtcCompileProgram(program, len(encoded), encoded)
-    log = read(nvrtc.nvrtcGetProgramLogSize, nvrtc.nvrtcGetProgramLog)
-    log = log.rstrip(b"\0 \n").decode()
-    assert status == nvrtc.nvrtcResult.NVRTC_SUCCESS, f"NVRTC refuses {file}:\n{log}"
-    if kind == "ptx":
-        image = read(nvrtc.nvrtcGetPTXSize, nvrtc.nvrtcGetPTX)
-    else:
-        image = read(nvrtc.nvrtcGetCUBINSize, nvrtc.nvrtcGetCUBIN)
-    lowered = nvrtc.nvrtcGetLoweredName
-    names = {n: call(lowered, program, n.encode()).decode() for n in expressions}
-    call(nvrtc.nvrtcDestroyProgram, program)
-    return image, log, names
 
 
 @cache

@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 from _pytest.mark import ParameterSet
 
-from minipeft.cupy import kernels
+from minipeft import kernels
 from minipeft.cupy.executor import Executor, use
 from tests.cuda.executors import CpuExecutor, LaunchError, PtxExecutor
 from tests.cuda.mutation import CHECKS, Mutation

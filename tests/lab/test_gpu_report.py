@@ -105,10 +105,10 @@ def test_the_whole_report(tmp_path, capsys):
 class Spoiled(CpuExecutor):
     """A device on which a kernel writes one wrong bit, and another does not run."""
 
-    def launch(self, kernel, dtype, grid, args):
+    def launch(self, kernel, dtype, args):
         if (kernel.template, dtype) == ("row_norm", "float32"):
             raise RuntimeError("an illegal memory access\nand more")
-        super().launch(kernel, dtype, grid, args)
+        super().launch(kernel, dtype, args)
         if (kernel.template, dtype) == ("expand", "float16"):
             out = args[list(kernel.arguments).index("out")]
             out.reshape(-1).view(np.uint8)[5] ^= 1

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from minipeft.cupy.executor import use
-from minipeft.cupy.kernels import FOLDER, KERNELS, POINTER
+from minipeft.kernels import FOLDER, KERNELS, POINTER
 from minipeft.lab.gpu import trials
 from minipeft.lab.gpu.launches import Launch, Recorder
 from minipeft.lab.gpu.trials import Sizes, Trial
@@ -20,7 +20,7 @@ SIZES = Sizes(out_features=64, in_features=256, r=4, adapters=3)
 N = SIZES.out_features * SIZES.in_features
 NAMES = [f"{kernel.template} {note}".strip() for kernel, note, _ in trials.TABLE]
 # Tables, settings and counters: the same few bytes for tensors of any size.
-SMALL = {"midpoints", "codebook", "map", "maps", "bad", "indices", "scaling"}
+SMALL = {"offset", "midpoints", "codebook", "map", "maps", "bad", "indices", "scaling"}
 
 
 class Watching(CpuExecutor):
@@ -30,11 +30,11 @@ class Watching(CpuExecutor):
         super().__init__()
         self.changed: dict[str, set[str]] = {}
 
-    def launch(self, kernel, dtype, grid, args):
+    def launch(self, kernel, dtype, args):
         arrays = dict(zip(kernel.arguments, args, strict=True))
         arrays = {k: a for k, a in arrays.items() if isinstance(a, np.ndarray)}
         before = {name: array.tobytes() for name, array in arrays.items()}
-        super().launch(kernel, dtype, grid, args)
+        super().launch(kernel, dtype, args)
         self.changed[kernel.template] = {
             name for name, array in arrays.items() if array.tobytes() != before[name]
         }

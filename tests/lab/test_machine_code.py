@@ -2,8 +2,8 @@
 
 import pytest
 
-from minipeft.cupy import compiler
 from minipeft.errors import InputError
+from minipeft.kernels import compiler
 from minipeft.lab import machine_code
 from minipeft.lab.machine_code import MachineCode
 

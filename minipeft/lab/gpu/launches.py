@@ -10,8 +10,9 @@ from typing import Any
 
 import numpy as np
 
-from minipeft.cupy.executor import Array, Executor, Facts
-from minipeft.cupy.kernels import POINTER, Kernel
+from minipeft.cupy.executor import Array, Executor
+from minipeft.kernels import POINTER, Kernel
+from minipeft.kernels.checks import Facts
 
 
 @dataclass(frozen=True)
@@ -82,13 +83,11 @@ class Recorder:
         (launch,) = found
         return launch
 
-    def launch(
-        self, kernel: Kernel, dtype: str, grid: int, args: Sequence[Any]
-    ) -> None:
+    def launch(self, kernel: Kernel, dtype: str, args: Sequence[Any]) -> None:
         """Launch, and note it."""
 
         def again() -> None:
-            self._gpu.launch(kernel, dtype, grid, args)
+            self._gpu.launch(kernel, dtype, args)
 
         named = dict(zip(kernel.arguments, args, strict=True))
         self._noted.append(Launch(kernel, dtype, named, again))

@@ -17,7 +17,8 @@ import numpy as np
 from minipeft.cupy import adamw, blockwise, dora, double_quant, lora_batched, paged
 from minipeft.cupy import qlora as gpu_qlora
 from minipeft.cupy.executor import Array, current, numpy_dtype
-from minipeft.cupy.kernels import (
+from minipeft.errors import InputError
+from minipeft.kernels import (
     ADAMW,
     ADAMW_8BIT,
     DEQUANTIZE,
@@ -32,7 +33,6 @@ from minipeft.cupy.kernels import (
     SHRINK,
     Kernel,
 )
-from minipeft.errors import InputError
 from minipeft.lab.gpu.launches import Launch
 from minipeft.reference import adamw as ref_adamw
 from minipeft.reference import blockwise as ref_blockwise
@@ -133,7 +133,8 @@ def _up(array: np.ndarray) -> Array:
 
 
 def _part(value: Any) -> Any:
-    return _up(value) if isinstance(value, np.ndarray) else value
+    is_array = isinstance(value, np.ndarray | np.generic)
+    return _up(np.asarray(value)) if is_array else value
 
 
 def _parts(kind: Callable[..., Any], q: Any) -> Any:

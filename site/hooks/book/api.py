@@ -15,7 +15,8 @@ COLUMNS = {
         "The definition of every method: pure functions, NumPy only.",
     ),
     "torch": ("torch", "The same names as modules and autograd, and `inject`."),
-    "cupy": ("CuPy", "CUDA kernels, where memory layout is the point."),
+    "cupy": ("CuPy", "The kernels over CuPy arrays, where layout is the point."),
+    "kernels": ("Kernels", "CUDA sources; how they are compiled, launched, checked."),
     "golden": ("Golden vectors", "Cases that check any other implementation."),
     "interop": ("Interop", "Files and formats of other libraries."),
     "lab": ("Lab", "Models, data, training, memory and plots for the chapters."),
@@ -32,8 +33,8 @@ class Module:
 
     @property
     def name(self) -> str:
-        """`lora`, or `kernels/blockwise.cu`."""
-        return f"kernels/{self.path.name}" if self.is_kernel else self.path.stem
+        """`lora`, or `blockwise.cu`."""
+        return self.path.name if self.is_kernel else self.path.stem
 
     @property
     def is_kernel(self) -> bool:
@@ -43,8 +44,7 @@ class Module:
     @property
     def page(self) -> str:
         """The page's path below `api/`."""
-        stem = f"kernels_{self.path.stem}" if self.is_kernel else self.path.stem
-        return f"{self.column}/{stem}.md"
+        return f"{self.column}/{self.path.stem}.md"
 
     @property
     def summary(self) -> str:
@@ -62,8 +62,8 @@ def modules(layout: Layout) -> list[Module]:
         folder = layout.package / column
         paths = [p for p in folder.glob("*.py") if not p.stem.startswith("_")]
         paths.sort(key=lambda p: (reading_order(p.stem), p.stem))
-        paths += sorted(folder.glob("kernels/*.cu"))
-        paths += sorted(folder.glob("kernels/*.cuh"))
+        paths += sorted(folder.glob("*.cu"))
+        paths += sorted(folder.glob("*.cuh"))
         found += [Module(column, path) for path in paths]
     return found
 
@@ -96,9 +96,7 @@ def nav(layout: Layout) -> list[Any]:
 
 
 def _dotted(module: Module) -> str:
-    middle = ".kernels" if module.is_kernel else ""
-    column = module.column.replace("/", ".")
-    return f"minipeft.{column}{middle}.{module.path.stem}"
+    return f"minipeft.{module.column.replace('/', '.')}.{module.path.stem}"
 
 
 def _index(every: list[Module]) -> str:

@@ -1,7 +1,7 @@
 """Show the source of a symbol, found by its name; nothing is imported for it.
 
 `@source minipeft.reference.lora.merge` is a function, class, method or constant;
-`@source minipeft.cupy.kernels.blockwise:dequantize` is a kernel in a `.cu` file, or a
+`@source minipeft.kernels.blockwise:dequantize` is a kernel in a `.cu` file, or a
 function of a header, `.cuh`.
 """
 

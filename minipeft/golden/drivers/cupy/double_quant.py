@@ -19,7 +19,7 @@ def double_quant_quantize(
     there = gpu.upload(W, DEVICE)
     q = double_quant.quantize(there, NF4, blocksize, nested_blocksize)
     parts = (q.packed, q.absmax_codes, q.nested_absmax)
-    return *(gpu.download(part) for part in parts), np.asarray(q.offset)
+    return tuple(map(gpu.download, (*parts, q.offset)))
 
 
 def double_quant_dequantize(
@@ -34,9 +34,8 @@ def double_quant_dequantize(
 ) -> Array:
     """Return the weight."""
     gpu = current()
-    codes, scales, nested, codebook = (
-        gpu.upload(part, DEVICE) for part in (packed, absmax_codes, nested_absmax, NF4)
-    )
-    parts = (codes, scales, nested, np.float32(offset), codebook)
-    q = Nested(*parts, blocksize, nested_blocksize, shape)
+    parts = (packed, absmax_codes, nested_absmax, np.asarray(offset, np.float32), NF4)
+    codes, scales, nested, mean, codebook = (gpu.upload(p, DEVICE) for p in parts)
+    sizes = (blocksize, nested_blocksize, shape)
+    q = Nested(codes, scales, nested, mean, codebook, *sizes)
     return gpu.download(double_quant.dequantize(q, dtype))

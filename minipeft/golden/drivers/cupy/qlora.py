@@ -8,6 +8,7 @@ from minipeft.cupy.codebook import NF4
 from minipeft.cupy.executor import current
 from minipeft.golden.errors import Unsupported
 from minipeft.golden.tensors import Array
+from minipeft.kernels.checks import GROUP
 
 DEVICE = 0
 
@@ -24,10 +25,9 @@ def qlora_forward(
 ) -> Array:
     """Return the output of the adapted layer."""
     shape = (B.shape[0], A.shape[1])
-    if shape[1] % qlora.GROUP:
+    if shape[1] % GROUP:
         raise Unsupported(
-            f"the kernel takes rows of a multiple of {qlora.GROUP} values, not of "
-            f"{shape[1]}"
+            f"the kernel takes rows of a multiple of {GROUP} values, not of {shape[1]}"
         )
     gpu = current()
     x, packed, absmax, codebook = (

@@ -51,10 +51,11 @@ template <class T>
 __global__ void __launch_bounds__(THREADS)
 dequantize_nested(const byte* __restrict__ packed, const byte* __restrict__ absmax_codes,
                   const float* __restrict__ nested_absmax, const float* __restrict__ map,
-                  float offset, int log2_nested_blocksize, const float* __restrict__ codebook,
+                  const float* __restrict__ offset, int log2_nested_blocksize,
+                  const float* __restrict__ codebook,
                   T* __restrict__ out, i64 n, int log2_blocksize, int bits) {
   unpack<THREADS>(packed, codebook, out, n, log2_blocksize, bits, [=](i64 block) {
     const float nested = nested_absmax[block >> log2_nested_blocksize];
-    return __fadd_rn(__fmul_rn(map[absmax_codes[block]], nested), offset);
+    return __fadd_rn(__fmul_rn(map[absmax_codes[block]], nested), *offset);
   });
 }

@@ -1,11 +1,19 @@
-"""The table of kernels: file, template, arguments with their widths, threads.
+"""The floor below both GPU columns: the kernels, how they are compiled and launched.
 
-Everything that calls a kernel reads its arguments from here: the launcher, and the
-proofs that run without a GPU. A new kernel is one .cu file and one entry.
+*.cu, *.cuh  one file a row, and what the files share
+compiler     their machine code, from NVRTC
+driver       their launch, from addresses and the handle of a stream
+checks       what an array must be before its address goes to a kernel
+tables       codebooks and settings as the kernels read them
+
+Nothing here knows torch or CuPy. This module is the table of kernels: file, template,
+arguments with their widths, threads, blocks. Everything that calls a kernel reads its
+arguments from here: the launchers, and the proofs that run without a GPU. A new kernel
+is one .cu file and one entry.
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +34,15 @@ OPTIONS = (
 )
 
 POINTER = "pointer"
+THREADS = 256
+WARPS = THREADS // 32
+SIZES = {"float32": 4, "float16": 2, "bfloat16": 2}
+
+Blocks = Callable[[Mapping[str, Any], str], int]
+
+
+def _tiles(name: str, values: int) -> Blocks:
+    return lambda a, dtype: -(-a[name] // values)
 
 
 @dataclass(frozen=True)
@@ -36,6 +53,7 @@ class Kernel:
         row: the file without its ending.
         template: its name in that file.
         arguments: name to `POINTER`, or to the NumPy dtype of a scalar, in order.
+        blocks: how many a launch has, from its arguments by name and its dtype.
         threads: of a CUDA block; the same as in `__launch_bounds__`.
         dtypes: what the template is instantiated for; none: it is a plain function.
     """
@@ -43,7 +61,8 @@ class Kernel:
     row: str
     template: str
     arguments: dict[str, str]
-    threads: int = 256
+    blocks: Blocks
+    threads: int = THREADS
     dtypes: tuple[str, ...] = tuple(CTYPES)
 
     def expression(self, dtype: str) -> str:
@@ -56,6 +75,11 @@ class Kernel:
             8 if kind == POINTER else np.dtype(kind).itemsize
             for kind in self.arguments.values()
         ]
+
+    def grid(self, arguments: Sequence[Any], dtype: str) -> int:
+        """Count the blocks of a launch."""
+        named = dict(zip(self.arguments, arguments, strict=True))
+        return self.blocks(named, dtype)
 
     def pack(self, arguments: Sequence[Any]) -> list[Any]:
         """Give every scalar the width that the kernel reads; None is a null pointer."""
@@ -83,6 +107,7 @@ QUANTIZE = Kernel(
         "log2_blocksize": "int32",
         "bits": "int32",
     },
+    lambda a, dtype: -(-a["n"] // max(1 << a["log2_blocksize"], 2048)),
 )
 DEQUANTIZE = Kernel(
     "blockwise",
@@ -96,6 +121,7 @@ DEQUANTIZE = Kernel(
         "log2_blocksize": "int32",
         "bits": "int32",
     },
+    _tiles("n", 8192),
 )
 
 NEST = Kernel(
@@ -110,6 +136,7 @@ NEST = Kernel(
         "offset": "float32",
         "log2_blocksize": "int32",
     },
+    lambda a, dtype: -(-a["n"] >> a["log2_blocksize"]),
     dtypes=(),
 )
 # What decodes the scale of a block.
@@ -117,7 +144,7 @@ SCALES = {
     "absmax_codes": POINTER,
     "nested_absmax": POINTER,
     "map": POINTER,
-    "offset": "float32",
+    "offset": POINTER,
     "log2_nested_blocksize": "int32",
 }
 DEQUANTIZE_NESTED = Kernel(
@@ -132,6 +159,7 @@ DEQUANTIZE_NESTED = Kernel(
         "log2_blocksize": "int32",
         "bits": "int32",
     },
+    _tiles("n", 8192),
 )
 # What a step computes from its settings.
 SETTINGS = {
@@ -158,6 +186,7 @@ ADAMW = Kernel(
         "n": "int64",
         **SETTINGS,
     },
+    lambda a, dtype: -(-a["n"] * SIZES[dtype] // (16 * THREADS)),
 )
 ADAMW_8BIT = Kernel(
     "adamw",
@@ -179,11 +208,13 @@ ADAMW_8BIT = Kernel(
         "n": "int64",
         **SETTINGS,
     },
+    _tiles("n", 8 * 1024),
 )
 FIRST_BAD = Kernel(
     "paged",
     "first_bad",
     {"x": POINTER, "bad": POINTER, "n": "int64", "limit": "float32"},
+    _tiles("n", 8 * THREADS),
 )
 SHRINK = Kernel(
     "lora_batched",
@@ -197,6 +228,7 @@ SHRINK = Kernel(
         "in_features": "int32",
         "r": "int32",
     },
+    lambda a, dtype: a["tokens"] * -(-a["r"] // WARPS),
 )
 EXPAND = Kernel(
     "lora_batched",
@@ -212,6 +244,7 @@ EXPAND = Kernel(
         "out_features": "int32",
         "r": "int32",
     },
+    lambda a, dtype: a["tokens"] * -(-a["out_features"] // THREADS),
 )
 PRODUCT = {
     "codebook": POINTER,
@@ -227,8 +260,17 @@ PRODUCT = {
     "scaling": POINTER,
     "log2_blocksize": "int32",
 }
+
+
+def _of_few_rows(a: Mapping[str, Any], dtype: str) -> int:
+    return -(-a["out_features"] // WARPS) * -(-a["tokens"] // 4)
+
+
 PRODUCT_4BIT = Kernel(
-    "qlora", "product", {"packed": POINTER, "absmax": POINTER, **PRODUCT}
+    "qlora",
+    "product",
+    {"packed": POINTER, "absmax": POINTER, **PRODUCT},
+    _of_few_rows,
 )
 PRODUCT_NESTED = Kernel(
     "qlora",
@@ -238,6 +280,7 @@ PRODUCT_NESTED = Kernel(
         **SCALES,
         **PRODUCT,
     },
+    _of_few_rows,
 )
 ROW_NORM = Kernel(
     "dora",
@@ -252,6 +295,7 @@ ROW_NORM = Kernel(
         "r": "int32",
         "scaling": "float32",
     },
+    _tiles("out_features", WARPS),
 )
 
 KERNELS = (

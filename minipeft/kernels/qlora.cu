@@ -90,14 +90,15 @@ template <class T>
 __global__ void __launch_bounds__(THREADS, 4)
 product_nested(const byte* __restrict__ packed, const byte* __restrict__ absmax_codes,
                const float* __restrict__ nested_absmax, const float* __restrict__ map,
-               float offset, int log2_nested_blocksize, const float* __restrict__ codebook,
+               const float* __restrict__ offset, int log2_nested_blocksize,
+               const float* __restrict__ codebook,
                const T* __restrict__ x, const T* __restrict__ bias, const float* __restrict__ h,
                const T* __restrict__ B, T* __restrict__ y, int tokens, int in_features,
                int out_features, int r, const float* __restrict__ scaling,
                int log2_blocksize) {
   const auto scale_of = [=](i64 block) {
     const float nested = nested_absmax[block >> log2_nested_blocksize];
-    return __fadd_rn(__fmul_rn(map[absmax_codes[block]], nested), offset);
+    return __fadd_rn(__fmul_rn(map[absmax_codes[block]], nested), *offset);
   };
   product_of(packed, scale_of, codebook, x, bias, h, B, y, tokens, in_features, out_features,
              r, scaling, log2_blocksize);

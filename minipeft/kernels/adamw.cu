@@ -57,7 +57,8 @@ __device__ __forceinline__ void store(T* to, i64 first, i64 n, const float* from
 }
 
 // An output may be its own input: a thread reads before it writes, and only what it writes.
-// bad: holds n at the start; at the end, the first index whose gradient is not finite.
+// bad: holds n at the start; at the end, the first index whose gradient is not finite. Null
+// where the caller has looked.
 template <class T>
 __global__ void __launch_bounds__(THREADS, 4)
 adamw(const T* W, const T* __restrict__ grad, const float* m_in, const float* v_in,
@@ -75,7 +76,7 @@ adamw(const T* W, const T* __restrict__ grad, const float* m_in, const float* v_
   load_padded<SIZE>(v_in, first, n, v);
 #pragma unroll
   for (int i = 0; i < SIZE; ++i) {
-    if (!is_finite(g[i])) atomicMin(bad, u64(first + i));
+    if (bad && !is_finite(g[i])) atomicMin(bad, u64(first + i));
     step.update(w[i], g[i], m[i], v[i]);
   }
   store<SIZE>(W_out, first, n, w);
@@ -157,7 +158,7 @@ adamw_8bit(const T* W, const T* __restrict__ grad, const byte* m_codes,
 #pragma unroll
     for (int i = 0; i < GROUP; ++i) {
       step.update(w[i], g[i], m[i], v[i]);
-      if (!(is_finite(g[i]) && is_finite(m[i]) && is_finite(v[i])))
+      if (bad && !(is_finite(g[i]) && is_finite(m[i]) && is_finite(v[i])))
         atomicMin(bad, u64(first + i));
     }
     const float m_here = largest(m), v_here = largest(v);

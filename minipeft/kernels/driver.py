@@ -1,0 +1,159 @@
+"""Launch a kernel by NVIDIA's driver: addresses, scalars and the handle of a stream.
+
+Whoever launches keeps the arrays alive until the stream has come past the launch.
+"""
+
+import ctypes
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from functools import cache
+from typing import Any, Protocol, runtime_checkable
+
+import numpy as np
+
+from minipeft.kernels import POINTER, Kernel
+from minipeft.kernels.checks import Facts
+from minipeft.kernels.compiler import compile_row
+
+CTYPES = {
+    POINTER: ctypes.c_void_p,
+    "uint64": ctypes.c_uint64,
+    "int64": ctypes.c_int64,
+    "int32": ctypes.c_int32,
+    "float32": ctypes.c_float,
+}
+
+# An array by its facts; a null pointer; a scalar.
+Argument = Facts | None | int | float | np.generic
+
+
+@runtime_checkable
+class Launcher(Protocol):
+    """What runs kernels: a device, or what a test puts in its place."""
+
+    def launch(
+        self, kernel: Kernel, dtype: str, args: Sequence[Argument], stream: int
+    ) -> None:
+        """Run the kernel's instance for `dtype` in turn with what the stream holds."""
+
+
+class Driver:
+    """The device on which the arrays lie."""
+
+    def launch(
+        self, kernel: Kernel, dtype: str, args: Sequence[Argument], stream: int
+    ) -> None:
+        """Compile the row once a process, then launch; an empty grid is no launch."""
+        grid = kernel.grid(args, dtype)
+        if grid == 0:  # an empty tensor; CUDA refuses it
+            return
+        device = next(a.device for a in args if isinstance(a, Facts))
+        function = _function(kernel.row, kernel.expression(dtype), architecture(device))
+        kinds = tuple(CTYPES[kind] for kind in kernel.arguments.values())
+        values = tuple(map(_value, kernel.pack(args)))
+        shape = (grid, 1, 1, kernel.threads, 1, 1)
+        with _on(device):
+            answer = _cuda().cuLaunchKernel(
+                function, *shape, 0, stream, (values, kinds), 0
+            )
+        call(answer)
+
+
+def launch(kernel: Kernel, dtype: str, args: Sequence[Argument], stream: int) -> None:
+    """Launch on the device of the arrays, or on what a test has put in its place.
+
+    Args:
+        kernel: from the table.
+        dtype: of its instance.
+        args: in the order of the table.
+        stream: its handle; 0 is the default stream of the device.
+    """
+    (_launcher.get() or _driver).launch(kernel, dtype, args, stream)
+
+
+@contextmanager
+def use(launcher: Launcher) -> Iterator[Launcher]:
+    """Launch elsewhere for a while."""
+    token = _launcher.set(launcher)
+    try:
+        yield launcher
+    finally:
+        _launcher.reset(token)
+
+
+@cache
+def architecture(device: int) -> str:
+    """Return that of a device, as in "90"."""
+    cuda = _cuda()
+    call(cuda.cuInit(0))
+    kind = cuda.CUdevice_attribute
+    major, minor = (
+        call(cuda.cuDeviceGetAttribute(which, device))[0]
+        for which in (
+            kind.CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR,
+            kind.CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR,
+        )
+    )
+    return f"{major}{minor}"
+
+
+def call(answer: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Return what a function of the driver answers after its status.
+
+    Raises:
+        RuntimeError: in the driver's words, if the status is an error.
+    """
+    status, *results = answer
+    cuda = _cuda()
+    if status != cuda.CUresult.CUDA_SUCCESS:
+        _, text = cuda.cuGetErrorString(status)
+        raise RuntimeError(f"CUDA: {text.decode()}")
+    return tuple(results)
+
+
+@contextmanager
+def _on(device: int) -> Iterator[None]:
+    # A thread that has not used CUDA yet has no current device, an autograd thread.
+    call(_cuda().cuCtxPushCurrent(_context(device)))
+    try:
+        yield
+    finally:
+        call(_cuda().cuCtxPopCurrent())
+
+
+@cache
+def _context(device: int) -> Any:  # the one that CuPy and torch use, too
+    (context,) = call(_cuda().cuDevicePrimaryCtxRetain(device))
+    return context
+
+
+@cache
+def _library(row: str, architecture: str) -> tuple[Any, dict[str, str]]:
+    # A library belongs to no device: each loads its code from it at the first launch.
+    compiled = compile_row(row, architecture)
+    image = compiled.image
+    (library,) = call(_cuda().cuLibraryLoadData(image, [], [], 0, [], [], 0))
+    return library, compiled.names
+
+
+@cache
+def _function(row: str, expression: str, architecture: str) -> Any:
+    cuda = _cuda()
+    library, names = _library(row, architecture)
+    (kernel,) = call(cuda.cuLibraryGetKernel(library, names[expression].encode()))
+    return cuda.CUfunction(int(kernel))  # the driver takes either for a launch
+
+
+def _value(argument: Any) -> Any:
+    return argument.address if isinstance(argument, Facts) else argument.item()
+
+
+def _cuda() -> Any:
+    from cuda.bindings import driver
+
+    return driver
+
+
+_launcher: ContextVar[Launcher | None] = ContextVar("launcher", default=None)
+_driver = Driver()
