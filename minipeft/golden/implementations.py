@@ -2,24 +2,39 @@
 
 import importlib
 import importlib.util
+import inspect
 import sys
 from collections.abc import Callable, Mapping
+from importlib.machinery import PathFinder
 from pathlib import Path
 from types import ModuleType
 from typing import Any, Protocol, runtime_checkable
 
+import numpy as np
+
 from minipeft.errors import InputError
-from minipeft.golden.errors import Accident, Refused, Unsupported
+from minipeft.golden.errors import Accident, Refused, Unsupported, describe
 from minipeft.golden.operations import OPERATIONS
-from minipeft.golden.tensors import Array, Tensor, numpy_dtype
+from minipeft.golden.tensors import ITEMSIZE, Array, Tensor, numpy_dtype
 from minipeft.golden.vectors import Case, Question, Tensors
 
 COLUMNS = ("reference", "torch", "cupy")
 PEERS = ("bitsandbytes", "peft", "torchao")
 BUILT_IN = (*COLUMNS, *PEERS)
 
+LARGEST = 4 * 2**20  # bytes of one output: hundreds of times those of the vectors
+
 # Nobody refuses on purpose with these: a wrong index is a wrong index.
-ACCIDENTS = (ArithmeticError, LookupError, AttributeError)
+ACCIDENTS = (
+    ArithmeticError,
+    AttributeError,
+    ImportError,
+    LookupError,
+    MemoryError,
+    NameError,
+    RecursionError,
+    SystemExit,
+)
 
 
 @runtime_checkable
@@ -47,9 +62,13 @@ class Functions:
     def find(self, operation: str) -> Callable[..., Any]:
         """Return the function that has the operation's name."""
         function = self._find(operation)
-        if function is None:
+        if not callable(function):
             raise Unsupported(f"{self.name} has no function {operation}")
         return function
+
+    def offers(self, operation: str) -> bool:
+        """Tell whether there is such a function."""
+        return callable(self._find(operation))
 
     def run(self, case: Case) -> Tensors:
         """Call the function, every argument by name."""
@@ -62,7 +81,9 @@ class Functions:
         """Call the function, every argument by name."""
         function = self.find(question.operation)
         arrays = {name: tensor.to_array() for name, tensor in question.inputs.items()}
-        returned = _call(function, arrays, plain_values(question.parameters))
+        arguments = {**arrays, **plain_values(question.parameters)}
+        _check_signature(question.operation, function, arguments)
+        returned = _call(function, arguments)
         outputs = _outputs(question.operation, returned)
         _check_unchanged(arrays, question.inputs)
         return outputs
@@ -100,28 +121,57 @@ def _driver(package: str, operation: str) -> Callable[..., Any] | None:
 
 
 def _stranger(name: str) -> ModuleType:
-    if str(Path.cwd()) not in sys.path:  # a console script does not look here
-        sys.path.insert(0, str(Path.cwd()))
+    here = str(Path.cwd())
+    sys.path.append(here)  # last: a torch.py here is not what others import as torch
     try:
+        _import_from(here, name.partition(".")[0])
         return importlib.import_module(name)
-    except ImportError as error:
+    except (ImportError, ValueError) as error:
         raise InputError(
-            f"cannot import {name!r} ({error}); choose one of {', '.join(BUILT_IN)} "
-            "or name a module of plain functions as package.module."
+            f"cannot import {name!r} ({describe(error)}); choose one of "
+            f"{', '.join(BUILT_IN)} or name a module of plain functions as "
+            "package.module."
         ) from error
 
 
-def _call(
-    function: Callable[..., Any], arrays: Mapping[str, Array], plain: Mapping[str, Any]
-) -> Any:
+def _import_from(folder: str, top: str) -> None:
+    """Prefer the module in the folder to an installed one, but not to Python's own."""
+    if top in sys.modules or top in sys.stdlib_module_names:
+        return
+    spec = PathFinder.find_spec(top, [folder])
+    if spec is not None and spec.loader is not None:
+        module = importlib.util.module_from_spec(spec)
+        sys.modules[top] = module
+        spec.loader.exec_module(module)
+
+
+def _check_signature(
+    operation: str, function: Callable[..., Any], arguments: Mapping[str, Any]
+) -> None:
+    """Tell a function that takes other arguments from one that refuses their values."""
     try:
-        return function(**arrays, **plain)
-    except Unsupported:
+        signature = inspect.signature(function)
+    except (TypeError, ValueError):  # compiled: it does not say what it takes
+        return
+    try:
+        signature.bind(**arguments)
+    except TypeError as error:
+        call = OPERATIONS[operation].signature(operation)
+        raise Accident(f"takes other arguments ({error}); the call is {call}") from None
+
+
+def _call(function: Callable[..., Any], arguments: Mapping[str, Any]) -> Any:
+    try:
+        return function(**arguments)
+    except (Unsupported, Refused, Accident, KeyboardInterrupt):
         raise
-    except ACCIDENTS as error:
-        raise Accident(f"{type(error).__name__}: {error}") from error
-    except Exception as error:  # a stranger may refuse with any exception
-        raise Refused(f"{type(error).__name__}: {error}") from error
+    except NotImplementedError as error:
+        raise Unsupported(describe(error)) from error
+    except BaseException as error:  # a stranger may refuse with any exception
+        names = {kind.__name__ for kind in type(error).__mro__}
+        if isinstance(error, ACCIDENTS) or "OutOfMemoryError" in names:
+            raise Accident(describe(error)) from error
+        raise Refused(describe(error)) from error
 
 
 def _outputs(operation: str, returned: Any) -> Tensors:
@@ -130,7 +180,20 @@ def _outputs(operation: str, returned: Any) -> Tensors:
     if len(values) != len(names):
         signature = OPERATIONS[operation].signature(operation)
         raise Accident(f"returned {len(values)} values; the call is {signature}")
-    return {n: Tensor.from_array(v) for n, v in zip(names, values, strict=True)}
+    return {n: _output(n, v) for n, v in zip(names, values, strict=True)}
+
+
+def _output(name: str, value: Any) -> Tensor:
+    try:
+        array = np.asarray(value)
+    except Exception as error:
+        raise Accident(f"{name} is no array: {describe(error)}") from error
+    if array.dtype.name not in ITEMSIZE:
+        choices = ", ".join(ITEMSIZE)
+        raise Accident(f"{name} has dtype {array.dtype}; the vectors use {choices}")
+    if array.nbytes > LARGEST:
+        raise Accident(f"{name} has shape {array.shape}: {array.nbytes} bytes")
+    return Tensor.from_array(array)
 
 
 def _check_unchanged(arrays: Mapping[str, Array], inputs: Tensors) -> None:

@@ -2,20 +2,37 @@
 
 import json
 import shlex
-import signal
 import subprocess
 import sys
-from contextlib import suppress
-from threading import Timer
+from collections.abc import Mapping, Sequence
+from contextlib import closing, suppress
+from pathlib import Path
 from typing import Any
 
+from minipeft import __version__
 from minipeft.errors import InputError
-from minipeft.golden.errors import Accident, Refused, Unavailable, Unsupported
+from minipeft.golden.child import SOON, Child
+from minipeft.golden.errors import (
+    Accident,
+    NoAnswer,
+    Refused,
+    Unavailable,
+    Unsupported,
+)
 from minipeft.golden.implementations import PEERS
+from minipeft.golden.operations import OPERATIONS
 from minipeft.golden.tensors import Tensor
-from minipeft.golden.vectors import Case, Tensors
+from minipeft.golden.vectors import Case, Question, Tensors
 
+PROTOCOL = 1
 ANSWERS = ("outputs", "refused", "unsupported", "accident")
+STARTS = 3  # how often in a row a process may fail to start again
+
+# `-P`: no module in the working directory stands in for one of Python's.
+_WORKER = (
+    "import sys; sys.path.append({root!r}); "
+    "from minipeft.golden.worker import main; main({name!r})"
+)
 
 
 class Program:
@@ -23,125 +40,174 @@ class Program:
 
     def __init__(self, command: str, timeout: float) -> None:
         self.name = command
-        self._command = shlex.split(command)
+        self._command = split(command)
         self._timeout = timeout
+        self._started = False
 
     def run(self, case: Case) -> Tensors:
         """Start the program, send the case, read the answer."""
-        stdout = self._stdout(case, json.dumps(case.question.to_json()) + "\n")
+        request = json.dumps(case.question.to_json()) + "\n"
         try:
-            return read_answer(stdout)
-        except InputError as error:
-            raise self._broken(case, str(error)) from error
+            child = Child(self._command, subprocess.PIPE)
+        except OSError as error:
+            if self._started:
+                raise NoAnswer(f"cannot be started again: {error}") from None
+            raise Unavailable(_cannot_run(self.name, error)) from None
+        self._started = True
+        with closing(child):
+            stdout = child.finish(request.encode(), self._timeout)
+        return read_answer(read_object(stdout))
 
     def close(self) -> None:
         """Do nothing: every case had its own process."""
 
-    def _stdout(self, case: Case, request: str) -> str:
+
+class Persistent:
+    """A program that answers JSON line by line: start, run, run, ..., stop.
+
+    A crash ends the process and fails the case; the next case starts it again.
+    """
+
+    def __init__(
+        self, name: str, command: Sequence[str], timeout: float, stderr: int | None
+    ) -> None:
+        self.name = name
+        self._command = command
+        self._timeout = timeout
+        self._stderr = stderr
+        self._asked = 0
+        self._failed_starts = 0
+        self._offers: frozenset[str] | None = None  # None: it does not say
         try:
-            done = subprocess.run(
-                self._command,
-                input=request,
-                capture_output=True,
-                text=True,
-                timeout=self._timeout,
-                check=False,
-            )
-        except subprocess.TimeoutExpired:
-            raise self._broken(
-                case, f"no answer within {self._timeout:g} s (--timeout)."
-            ) from None
-        except UnicodeDecodeError:
-            raise self._broken(case, "its output is no UTF-8 text.") from None
-        except (OSError, IndexError) as error:
-            raise InputError(
-                f"cannot run {self.name!r} ({error}); give an executable program."
-            ) from None
-        if done.returncode:
-            last = (done.stderr.strip().splitlines() or ["it wrote no message"])[-1]
-            raise self._broken(case, f"{_ending(done.returncode)}: {last}")
-        return done.stdout
+            self._child = self._start()
+        except NoAnswer as accident:
+            raise Unavailable(f"{name!r} does not start: {accident}.") from None
+        except OSError as error:
+            raise Unavailable(_cannot_run(name, error)) from None
 
-    def _broken(self, case: Case, what: str) -> InputError:
-        return InputError(f"{self.name!r}, {case.operation} tcId {case.tcId}: {what}")
+    def run(self, case: Case) -> Tensors:
+        """Send the case as a line, read the answer as a line."""
+        if self._offers is not None and case.operation not in self._offers:
+            raise Unsupported(f"{self.name} has no function {case.operation}")
+        if not self._child.running():
+            self._restart()
+        return read_answer(self._ask(case.question))
+
+    def close(self) -> None:
+        """Tell it to stop, and end it."""
+        if self._child.running():
+            with suppress(NoAnswer):
+                self._child.ask(_line({"command": "stop"}), SOON)
+        self._child.close()
+
+    def _restart(self) -> None:
+        self._child.close()
+        if self._failed_starts == STARTS:
+            raise NoAnswer(f"did not start again {STARTS} times in a row")
+        try:
+            self._child = self._start()
+        except (NoAnswer, Unavailable, OSError) as error:
+            self._failed_starts += 1
+            raise NoAnswer(f"does not start again: {error}") from None
+        self._failed_starts = 0
+
+    def _start(self) -> Child:
+        child = Child(self._command, self._stderr)
+        try:
+            hello = {
+                "command": "start",
+                "protocol": PROTOCOL,
+                "minipeft": __version__,
+                "operations": list(OPERATIONS),
+            }
+            self._offers = _offers(read_object(child.ask(_line(hello), self._timeout)))
+        except BaseException:
+            child.close()
+            raise
+        return child
+
+    def _ask(self, question: Question) -> dict[str, Any]:
+        self._asked += 1
+        request = {"command": "run", "id": self._asked, **question.to_json()}
+        try:
+            answer = read_object(self._child.ask(_line(request), self._timeout))
+            if answer.pop("id", None) != self._asked:
+                raise NoAnswer(f"the answer's id is not {self._asked}")
+        except NoAnswer:
+            self._child.close()  # who knows what its next line would answer
+            raise
+        return answer
 
 
-class Worker:
-    """Python functions in another interpreter, which a crash ends and a case restarts.
+def program(command: str, timeout: float) -> Persistent:
+    """Start a program that speaks JSON lines."""
+    return Persistent(command, split(command), timeout, subprocess.PIPE)
+
+
+def worker(name: str, timeout: float) -> Persistent:
+    """Start another interpreter for Python functions, which may crash it.
 
     Compiled code of others may run past the end of an array. Here that is one failed
     case, not the end of the run.
     """
-
-    def __init__(self, name: str, timeout: float) -> None:
-        self.name = name
-        self._timeout = timeout
-        self._process = self._start()
-
-    def run(self, case: Case) -> Tensors:
-        """Send the case as a line, read the answer as a line."""
-        if self._process.poll() is not None:
-            self._process = self._start()
-        return read_answer(self._ask(json.dumps(case.question.to_json())))
-
-    def close(self) -> None:
-        """End the process."""
-        self._process.kill()
-        self._process.communicate()
-
-    def _start(self) -> subprocess.Popen[str]:
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", "minipeft.golden.worker", self.name],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL if self.name in PEERS else None,
-            text=True,
-        )
-        greeting = json.loads(self._ask(""))
-        if "unavailable" in greeting:
-            self.close()
-            raise Unavailable(greeting["unavailable"])
-        return self._process
-
-    def _ask(self, line: str) -> str:
-        process = self._process
-        assert process.stdin is not None
-        assert process.stdout is not None
-        timer = Timer(self._timeout, process.kill)
-        timer.start()
-        with suppress(BrokenPipeError):
-            process.stdin.write(line + "\n")
-            process.stdin.flush()
-        answer = process.stdout.readline()
-        late = not timer.is_alive()
-        timer.cancel()
-        if answer:
-            return answer
-        process.communicate()
-        if late:
-            raise Accident(f"no answer within {self._timeout:g} s")
-        raise Accident(f"the process {_ending(process.returncode)}")
+    code = _WORKER.format(root=str(Path(__file__).parents[2]), name=name)
+    stderr = subprocess.DEVNULL if name in PEERS else None
+    return Persistent(name, [sys.executable, "-P", "-c", code], timeout, stderr)
 
 
-def read_answer(text: str) -> Tensors:
+def split(command: str) -> list[str]:
+    """Split a command line as a shell does.
+
+    Raises:
+        InputError: if it is empty or a quotation mark has no partner.
+    """
+    try:
+        words = shlex.split(command)
+    except ValueError as error:
+        raise InputError(f"cannot run {command!r} ({error}); quote it again.") from None
+    if not words or not words[0]:
+        raise InputError(f"cannot run {command!r}; give an executable program.")
+    return words
+
+
+def read_object(text: bytes) -> dict[str, Any]:
+    """Return the JSON object that somebody wrote.
+
+    Raises:
+        NoAnswer: if it is none.
+    """
+    try:
+        found = json.loads(text)
+    except UnicodeDecodeError:
+        raise NoAnswer("its output is no UTF-8 text") from None
+    except RecursionError:
+        raise NoAnswer("its JSON is nested too deeply") from None
+    except ValueError:
+        start = text.strip()[:60].decode("utf-8", "backslashreplace")
+        raise NoAnswer(f"no JSON answer, but {start!r}") from None
+    if not isinstance(found, dict):
+        raise NoAnswer("its answer is no JSON object")
+    return found
+
+
+def read_answer(answer: Mapping[str, Any]) -> Tensors:
     """Return the outputs, or raise what the answer says instead.
 
     Raises:
-        InputError: if it is no answer at all.
+        NoAnswer: also if it is no answer at all.
     """
-    try:
-        answer = json.loads(text)
-    except ValueError:
-        raise InputError(f"no JSON answer, but {text.strip()[:60]!r}.") from None
-    if not isinstance(answer, dict) or len(set(ANSWERS) & set(answer)) != 1:
-        raise InputError(f"the answer must hold one of {', '.join(ANSWERS)}.")
+    if len(set(ANSWERS) & set(answer)) != 1:
+        raise NoAnswer(f"the answer must hold one of {', '.join(ANSWERS)}")
     for key, verdict in _VERDICTS.items():
         if key in answer:
-            raise verdict(str(answer[key]))
-    outputs: Any = answer["outputs"]
+            raise verdict(_words(answer[key]))
+    outputs = answer["outputs"]
     if not isinstance(outputs, dict):
-        raise InputError("outputs must be an object of named tensors.")
-    return {name: Tensor.from_json(value) for name, value in outputs.items()}
+        raise NoAnswer("outputs must be an object of named tensors")
+    try:
+        return {name: Tensor.from_json(value) for name, value in outputs.items()}
+    except (InputError, RecursionError) as error:
+        raise NoAnswer(f"its outputs are no tensors: {error}") from None
 
 
 _VERDICTS: dict[str, type[Exception]] = {
@@ -151,7 +217,26 @@ _VERDICTS: dict[str, type[Exception]] = {
 }
 
 
-def _ending(code: int) -> str:
-    if code < 0:
-        return f"was ended by {signal.Signals(-code).name}"
-    return f"ended with code {code}"
+def _words(reason: object) -> str:
+    return reason if isinstance(reason, str) else "(no sentence that says why)"
+
+
+def _offers(greeting: Mapping[str, Any]) -> frozenset[str] | None:
+    if "unavailable" in greeting:
+        raise Unavailable(_words(greeting["unavailable"]))
+    if "ready" not in greeting:
+        raise NoAnswer("the answer to start must hold ready or unavailable")
+    offers = greeting.get("offers")
+    if offers is None:
+        return None
+    if not isinstance(offers, list) or not all(isinstance(o, str) for o in offers):
+        raise NoAnswer("what it offers is no list of names")
+    return frozenset(offers)
+
+
+def _line(content: Mapping[str, Any]) -> bytes:
+    return (json.dumps(content) + "\n").encode()
+
+
+def _cannot_run(name: str, error: OSError) -> str:
+    return f"cannot run {name!r} ({error}); give an executable program."

@@ -25,20 +25,25 @@ def text(name: str, outcomes: Sequence[Outcome]) -> str:
     return "\n\n".join(part for part in parts if part)
 
 
-def as_json(name: str, outcomes: Sequence[Outcome]) -> str:
-    """Return the same as one JSON object."""
+def as_json(name: str, outcomes: Sequence[Outcome], stopped: str = "") -> str:
+    """Return the same as one JSON object; `stopped`: why the run ended early."""
     report = {
         "implementation": name,
         "minipeft": __version__,
         "totals": _count(outcomes),
+        **({"stopped": stopped} if stopped else {}),
         "cases": [_case(outcome) for outcome in outcomes],
     }
     return json.dumps(report, indent=1, ensure_ascii=False) + "\n"
 
 
-def as_junit(name: str, outcomes: Sequence[Outcome]) -> str:
+def as_junit(name: str, outcomes: Sequence[Outcome], stopped: str = "") -> str:
     """Return the same as JUnit XML: one suite for each file, one test for each case."""
     root = ElementTree.Element("testsuites", name=f"minipeft verify {name}")
+    if stopped:
+        suite = ElementTree.SubElement(root, "testsuite", name="run", errors="1")
+        test = ElementTree.SubElement(suite, "testcase", name=name)
+        ElementTree.SubElement(test, "error", message=stopped)
     for file in _files(outcomes):
         cases = [outcome for outcome in outcomes if outcome.file == file]
         count = _count(cases)

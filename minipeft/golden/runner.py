@@ -1,17 +1,25 @@
 """Run an implementation over the vectors and judge every answer."""
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from minipeft.golden.compare import difference
-from minipeft.golden.errors import Accident, Refused, Unsupported
+from minipeft.golden.errors import (
+    Accident,
+    Late,
+    NoAnswer,
+    Refused,
+    Unsupported,
+    printable,
+)
 from minipeft.golden.implementations import COLUMNS, Implementation, functions
-from minipeft.golden.processes import Worker
+from minipeft.golden.processes import worker
 from minipeft.golden.vectors import Case, Note, Tensors, VectorFile, Way
 
-__all__ = ["Outcome", "implementation", "judge", "verify"]
+__all__ = ["Outcome", "implementation", "judge", "unasked", "verify"]
 
 OUR_WAY = "minipeft"
+PATIENCE = 3  # time-outs after which an operation is given up
 
 
 @dataclass(frozen=True)
@@ -25,6 +33,8 @@ class Outcome:
     detail: str = ""  # why it failed or was skipped
     way: str = ""  # where the result is `acceptable`: the name of the way it goes
     answer: Tensors | None = None  # what it returned
+    answered: bool = True  # no crash, silence, or answer that is none
+    late: bool = False
 
 
 def implementation(name: str, timeout: float = 120.0) -> Implementation:
@@ -34,38 +44,57 @@ def implementation(name: str, timeout: float = 120.0) -> Implementation:
         InputError: if there is no such module.
         Unavailable: if it needs a package or a device that is missing here.
     """
-    return functions(name) if name in COLUMNS else Worker(name, timeout)
+    return functions(name) if name in COLUMNS else worker(name, timeout)
 
 
 def verify(
     implementation: Implementation, files: Iterable[VectorFile]
 ) -> Iterator[Outcome]:
-    """Judge every case of every file, in order."""
+    """Judge every case of every file, in order; three time-outs end an operation."""
     for file in files:
+        late = 0
         for case in file.cases:
-            yield judge(implementation, file, case)
+            if late == PATIENCE:
+                yield unasked(file, case, f"not asked after {PATIENCE} time-outs")
+                continue
+            outcome = judge(implementation, file, case)
+            late += outcome.late
+            yield outcome
 
 
 def judge(implementation: Implementation, file: VectorFile, case: Case) -> Outcome:
     """Run one case and compare the answer with the vector."""
-    notes = {flag: file.notes[flag] for flag in case.flags}
-
     answer: Tensors | None = None
 
     def outcome(status: str, detail: str = "", way: str = "") -> Outcome:
-        if case.result == "policy" and status == "fail":
-            status = "policy"
-        return Outcome(file.name, case, notes, status, detail, way, answer)
+        return replace(_outcome(file, case, status, detail, way), answer=answer)
 
     try:
         answer = implementation.run(case)
     except Unsupported as reason:
         return outcome("skip", str(reason))
+    except NoAnswer as silence:
+        late = isinstance(silence, Late)
+        return replace(outcome("fail", str(silence)), answered=False, late=late)
     except Accident as accident:
         return outcome("fail", str(accident))
     except Refused as refusal:
         return outcome(*_judge_refusal(case, str(refusal)))
     return outcome(*_judge_answer(case, answer))
+
+
+def unasked(file: VectorFile, case: Case, why: str) -> Outcome:
+    """Return what became of a case that was not asked."""
+    return replace(_outcome(file, case, "skip", why, ""), answered=False)
+
+
+def _outcome(
+    file: VectorFile, case: Case, status: str, detail: str, way: str
+) -> Outcome:
+    notes = {flag: file.notes[flag] for flag in case.flags}
+    if case.result == "policy" and status == "fail":
+        status = "policy"
+    return Outcome(file.name, case, notes, status, printable(detail), way)
 
 
 def _judge_refusal(case: Case, why: str) -> tuple[str, str, str]:

@@ -1,54 +1,70 @@
-"""Answer cases line by line: `python -m minipeft.golden.worker IMPL`.
+"""Python functions as a program that speaks JSON lines: `processes.worker` starts it.
 
-The other end of `processes.Worker`. What a library prints goes to stderr, so that
-stdout holds answers alone.
+What a library prints goes to stderr and what it reads is empty, so that stdin holds
+cases and stdout answers alone.
 """
 
 import json
 import os
 import sys
+from collections.abc import Mapping
 from typing import Any, TextIO
 
 from minipeft.errors import InputError
-from minipeft.golden.errors import Accident, Refused, Unsupported
+from minipeft.golden.errors import Accident, Refused, Unsupported, describe
 from minipeft.golden.implementations import Functions, functions
+from minipeft.golden.operations import OPERATIONS
 from minipeft.golden.vectors import Question
 
 
 def main(name: str) -> None:
-    """Greet, then answer until stdin ends."""
+    """Greet, then answer until `stop` or the end of stdin."""
+    requests = os.fdopen(os.dup(sys.stdin.fileno()))
     answers = os.fdopen(os.dup(sys.stdout.fileno()), "w")
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
-    sys.stdin.readline()
+    os.dup2(os.open(os.devnull, os.O_RDONLY), sys.stdin.fileno())
+    process = os.getpid()
+    requests.readline()
+    implementation, greeting = greet(name)
+    _send(answers, greeting)
+    for line in requests:
+        request = json.loads(line)
+        if implementation is None or request["command"] == "stop":
+            break
+        said = answer(implementation, Question.from_json(request))
+        if os.getpid() != process:  # the function has forked, and both return
+            os._exit(0)
+        _send(answers, {"id": request["id"], **said})
+    os._exit(0)  # whatever still waits at exit, threads or hooks, is not ours
+
+
+def greet(name: str) -> tuple[Functions | None, dict[str, Any]]:
+    """Find the implementation, and say what it offers or why it cannot run."""
     try:
         implementation = functions(name)
+        offers = [op for op in OPERATIONS if implementation.offers(op)]
     except InputError as error:
-        return _send(answers, {"unavailable": str(error)})
-    except Exception as error:  # a module may fail in any way while it is imported
-        why = f"cannot import {name!r}: {type(error).__name__}: {error}"
-        return _send(answers, {"unavailable": why})
-    _send(answers, {"ready": name})
-    for line in sys.stdin:
-        _send(answers, answer(implementation, Question.from_json(json.loads(line))))
+        return None, {"unavailable": str(error)}
+    except BaseException as error:  # a module may end in any way while it is imported
+        return None, {"unavailable": f"cannot import {name!r}: {describe(error)}"}
+    return implementation, {"ready": name, "offers": offers}
 
 
 def answer(implementation: Functions, question: Question) -> dict[str, Any]:
     """Return the answer as a program would print it."""
     try:
         outputs = implementation.answer(question)
+        return {"outputs": {name: t.to_json() for name, t in outputs.items()}}
     except Unsupported as reason:
         return {"unsupported": str(reason)}
     except Refused as reason:
         return {"refused": str(reason)}
     except Accident as reason:
         return {"accident": str(reason)}
-    return {"outputs": {name: tensor.to_json() for name, tensor in outputs.items()}}
+    except BaseException as error:
+        return {"accident": describe(error)}
 
 
-def _send(answers: TextIO, content: dict[str, Any]) -> None:
+def _send(answers: TextIO, content: Mapping[str, Any]) -> None:
     answers.write(json.dumps(content) + "\n")
     answers.flush()
-
-
-if __name__ == "__main__":
-    main(sys.argv[1])

@@ -1,0 +1,193 @@
+"""A process behind pipes, kept within a time and a number of bytes.
+
+It runs in a session of its own, so that whatever it starts ends with it. A copy of a
+pipe that a grandchild holds open delays nothing.
+"""
+
+import os
+import selectors
+import signal
+import subprocess
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from time import monotonic
+from typing import IO
+
+from minipeft.golden.errors import Late, NoAnswer, Unavailable
+
+LARGEST = 16 * 2**20  # bytes of one answer; those of the vectors have thousands
+CHUNK = 1 << 16
+TAIL = 4096  # bytes of stderr that are kept; a report quotes the last line
+TICK = 0.05  # seconds between two looks at a process whose pipe stays open
+SOON = 1.0  # seconds for a process to end after its output has
+
+
+class Child:
+    """One process and its pipes."""
+
+    def __init__(self, command: Sequence[str], stderr: int | None) -> None:
+        """Start it.
+
+        Args:
+            command: the program and its arguments.
+            stderr: as in `subprocess.Popen`; where it is PIPE, messages quote it.
+
+        Raises:
+            OSError: if it cannot be started.
+        """
+        if os.name != "posix":
+            raise Unavailable("programs and modules need POSIX pipes; use WSL here.")
+        self._process = subprocess.Popen(
+            command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=stderr,
+            bufsize=0,
+            start_new_session=True,
+        )
+        self._output = bytearray()  # what stdout gave and nobody has taken yet
+        self._tail = bytearray()
+        self._ends_stdin = False
+        self._closed = False
+        self._open = selectors.DefaultSelector()
+        for pipe in (self._process.stdin, self._process.stdout, self._process.stderr):
+            if pipe is not None:
+                os.set_blocking(pipe.fileno(), False)
+        for pipe in (self._process.stdout, self._process.stderr):
+            if pipe is not None:
+                self._open.register(pipe, selectors.EVENT_READ)
+
+    def ask(self, line: bytes, seconds: float) -> bytes:
+        """Send a line and return the next line of its stdout.
+
+        Raises:
+            Late: if none comes in time.
+            NoAnswer: if it ends, or writes too much.
+        """
+        self._exchange(line, seconds, lambda: b"\n" in self._output)
+        if b"\n" not in self._output:
+            raise NoAnswer(self._ending())
+        answer, _, self._output = self._output.partition(b"\n")
+        return bytes(answer)
+
+    def finish(self, request: bytes, seconds: float) -> bytes:
+        """Send all of its stdin and return all of its stdout.
+
+        Raises:
+            Late: if it does not end in time.
+            NoAnswer: if it ends otherwise than with code 0, or writes too much.
+        """
+        self._ends_stdin = True
+        self._exchange(request, seconds, lambda: False)
+        with suppress(subprocess.TimeoutExpired):
+            self._process.wait(seconds)
+        if self.running():
+            raise Late(f"did not end within {seconds:g} s (--timeout)")
+        if self._process.returncode:
+            raise NoAnswer(self._ending())
+        return bytes(self._output)
+
+    def running(self) -> bool:
+        """Tell whether it has not ended yet."""
+        return self._process.poll() is None
+
+    def close(self, grace: float = 0.0) -> None:
+        """End it and whatever it started, after `grace` seconds to end by itself."""
+        if self._closed:
+            return
+        self._closed = True
+        stdin = self._process.stdin
+        if stdin is not None:
+            with suppress(OSError):
+                stdin.close()
+        with suppress(subprocess.TimeoutExpired):
+            self._process.wait(grace)
+        with suppress(ProcessLookupError, PermissionError):
+            os.killpg(self._process.pid, signal.SIGKILL)
+        self._process.wait()
+        self._open.close()
+        for pipe in (self._process.stdout, self._process.stderr):
+            if pipe is not None:
+                pipe.close()
+
+    def _exchange(
+        self, request: bytes, seconds: float, done: Callable[[], bool]
+    ) -> None:
+        """Write and read until `done`, the end of its stdout, or its own end."""
+        self._send(request)
+        deadline = monotonic() + seconds
+        while not done() and self._listens_to(self._process.stdout):
+            ended = not self.running()
+            ready = self._open.select(min(TICK, max(0.0, deadline - monotonic())))
+            if ended and not ready:
+                return  # something that it left behind holds the pipe open
+            for key, _ in ready:
+                self._serve(key)
+            if len(self._output) > LARGEST:
+                self.close()
+                raise NoAnswer(f"wrote more than {LARGEST >> 20} MB as one answer")
+            if monotonic() > deadline:
+                self.close()
+                raise Late(f"no answer within {seconds:g} s (--timeout)")
+
+    def _send(self, request: bytes) -> None:
+        stdin = self._process.stdin
+        if stdin is None or stdin.closed:
+            return
+        if self._listens_to(stdin):  # the last request is not even read
+            self._open.unregister(stdin)
+        self._open.register(stdin, selectors.EVENT_WRITE, memoryview(request))
+
+    def _serve(self, key: selectors.SelectorKey) -> None:
+        pipe = key.fileobj
+        if pipe is self._process.stdin:
+            return self._write(key)
+        chunk = os.read(key.fd, CHUNK)
+        if not chunk:
+            self._open.unregister(pipe)
+        elif pipe is self._process.stdout:
+            self._output += chunk
+        else:
+            self._tail = (self._tail + chunk)[-TAIL:]
+        return None
+
+    def _write(self, key: selectors.SelectorKey) -> None:
+        rest: memoryview = key.data
+        try:
+            rest = rest[os.write(key.fd, rest) :]
+        except BrokenPipeError:  # it has ended, or closed its stdin
+            rest = rest[len(rest) :]
+        if len(rest):
+            self._open.modify(key.fileobj, selectors.EVENT_WRITE, rest)
+            return
+        self._open.unregister(key.fileobj)
+        if self._ends_stdin and self._process.stdin is not None:
+            self._process.stdin.close()
+
+    def _listens_to(self, pipe: IO[bytes] | None) -> bool:
+        return any(key.fileobj is pipe for key in self._open.get_map().values())
+
+    def _ending(self) -> str:
+        """Say how it ended, with the last line that it wrote to stderr."""
+        with suppress(subprocess.TimeoutExpired):
+            self._process.wait(SOON)
+        code = self._process.poll()
+        if self._listens_to(self._process.stderr):
+            assert self._process.stderr is not None
+            with suppress(BlockingIOError):
+                while chunk := os.read(self._process.stderr.fileno(), CHUNK):
+                    self._tail = (self._tail + chunk)[-TAIL:]
+        self.close()
+        if code is None:
+            return "the process closed its output"
+        how = f"ended with code {code}" if code >= 0 else f"was ended by {_name(-code)}"
+        lines = self._tail.decode("utf-8", "backslashreplace").split("\n")
+        said = [line.strip() for line in lines if line.strip()]
+        return f"the process {how}" + (f": {said[-1]}" if said else "")
+
+
+def _name(number: int) -> str:
+    try:
+        return signal.Signals(number).name
+    except ValueError:  # one of the real-time signals
+        return f"signal {number}"

@@ -1,0 +1,238 @@
+"""`minipeft verify`: what it takes, whom it asks, what it writes."""
+
+import argparse
+import os
+import signal
+import sys
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
+from io import TextIOWrapper
+from pathlib import Path
+from threading import current_thread, main_thread
+
+from minipeft.errors import InputError
+from minipeft.golden import processes, report
+from minipeft.golden.drivers import need
+from minipeft.golden.errors import Unavailable, printable
+from minipeft.golden.implementations import BUILT_IN, Implementation
+from minipeft.golden.operations import OPERATIONS
+from minipeft.golden.runner import Outcome, implementation, unasked, verify
+from minipeft.golden.vectors import VectorFile, load_all
+
+LONGEST_TIMEOUT = 24 * 60 * 60.0
+
+
+def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    """Add the subcommand to the `minipeft` command."""
+    parser = commands.add_parser(
+        "verify",
+        help="run the golden vectors on an implementation",
+        description="Run the golden vectors on an implementation. Exit code 0: all "
+        "pass; 1: a vector fails; 2: the implementation cannot run.",
+    )
+    parser.add_argument(
+        "implementation",
+        nargs="?",
+        metavar="IMPL",
+        help=f"{', '.join(BUILT_IN)}, or package.module with plain functions",
+    )
+    parser.add_argument(
+        "--exec",
+        metavar="PROGRAM",
+        dest="program",
+        help="a program: one JSON case on stdin, one JSON answer on stdout",
+    )
+    _add_conditions(parser)
+    _add_choices(parser)
+    parser.set_defaults(run=run)
+
+
+def _add_conditions(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--persistent",
+        action="store_true",
+        help="the program is started once and answers line by line",
+    )
+    parser.add_argument(
+        "--timeout",
+        type=float,
+        metavar="SECONDS",
+        help="how long a case may take (default: 10 for a program, 120 for a module)",
+    )
+    parser.add_argument(
+        "--device",
+        choices=("cpu", "cuda"),
+        default="cpu",
+        help="where torch and the libraries on it compute (default: cpu)",
+    )
+
+
+def _add_choices(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--only",
+        action="append",
+        default=[],
+        metavar="METHOD",
+        help="an operation or a row of methods, such as nf4_quantize or lora",
+    )
+    parser.add_argument(
+        "--list", action="store_true", help="print the functions that are called"
+    )
+    parser.add_argument("--json", metavar="FILE", help="write a report")
+    parser.add_argument("--junit", metavar="FILE", help="write JUnit XML")
+
+
+def run(options: argparse.Namespace) -> int:
+    """Ask, report, and return the exit code."""
+    if options.list:
+        print("\n".join(op.signature(name) for name, op in OPERATIONS.items()))
+        return 0
+    files = list(load_all(options.only))
+    name = _check(options)
+    outcomes: list[Outcome] = []
+    stopped = ""
+    try:
+        with _terminated_like_interrupted(), closing(_subject(options)) as subject:
+            for outcome in verify(subject, files):
+                outcomes.append(outcome)
+    except Unavailable as reason:
+        stopped = printable(str(reason))
+    except KeyboardInterrupt:
+        stopped = f"interrupted after {len(outcomes)} cases."
+    outcomes += _rest(files, outcomes, stopped)
+    once = options.program is not None and not options.persistent
+    stopped = stopped or _nothing(name, outcomes, once)
+    unwritten = _write(options, name, outcomes, stopped)
+    _print(report.text(name, outcomes))
+    if stopped or unwritten:
+        raise InputError(stopped or unwritten)
+    return 1 if any(outcome.status == "fail" for outcome in outcomes) else 0
+
+
+def _check(options: argparse.Namespace) -> str:
+    """Refuse what cannot be meant, before anything runs; return who is asked."""
+    name, program = options.implementation, options.program
+    if (name is None) == (program is None):
+        raise InputError(
+            f"give one implementation: {', '.join(BUILT_IN)}, package.module, or "
+            "--exec PROGRAM."
+        )
+    if options.persistent and program is None:
+        raise InputError("--persistent is for a program; give --exec PROGRAM.")
+    if program is not None:
+        processes.split(program)
+    seconds = options.timeout
+    if seconds is not None and not 0 < seconds <= LONGEST_TIMEOUT:
+        raise InputError(
+            f"--timeout is {seconds:g}; give seconds above 0, up to a day (86400)."
+        )
+    for path in (options.json, options.junit):
+        if path is not None:
+            _check_writable(path)
+    _place(options)
+    return printable(program or name)
+
+
+def _check_writable(path: str) -> None:
+    folder = Path(path).parent
+    if not path or Path(path).is_dir():
+        what = "a folder" if path else "no name"
+        raise InputError(f"cannot write {path!r}: it is {what}; name a file.")
+    if not folder.is_dir():
+        raise InputError(f"cannot write {path}: there is no folder {folder}.")
+
+
+def _place(options: argparse.Namespace) -> None:
+    device: str = options.device
+    if device == "cpu":
+        return
+    if options.program or options.implementation in ("reference", "cupy"):
+        raise InputError(
+            f"--device {device} is for torch and the libraries that compute with it; "
+            f"leave it out for {options.program or options.implementation}."
+        )
+    need("torch", "'minipeft[torch]'")
+    import torch
+
+    if not torch.cuda.is_available():
+        raise InputError("torch sees no CUDA device here; leave out --device.")
+    os.environ["MINIPEFT_DEVICE"] = device  # the drivers' bridge reads it
+
+
+def _subject(options: argparse.Namespace) -> Implementation:
+    if options.program is None:
+        return implementation(options.implementation, options.timeout or 120.0)
+    start = processes.program if options.persistent else processes.Program
+    return start(options.program, options.timeout or 10.0)
+
+
+@contextmanager
+def _terminated_like_interrupted() -> Iterator[None]:
+    """End the run with a report, and no process left behind, on SIGTERM too."""
+    if current_thread() is not main_thread():  # Python sets no handler there
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _rest(
+    files: list[VectorFile], outcomes: list[Outcome], why: str
+) -> Iterator[Outcome]:
+    """Account for the cases that were not asked."""
+    cases = ((file, case) for file in files for case in file.cases)
+    for number, (file, case) in enumerate(cases):
+        if number >= len(outcomes):
+            yield unasked(file, case, f"not asked: {why}")
+
+
+def _nothing(name: str, outcomes: list[Outcome], once: bool) -> str:
+    """Say why this was no run at all, where it was none.
+
+    A program that runs once for each case says in no other way that it cannot run.
+    """
+    asked = [outcome for outcome in outcomes if outcome.status != "skip"]
+    if not asked:
+        return f"{name} answered no case; name its functions as the operations."
+    if once and not any(outcome.answered for outcome in outcomes):
+        return f"{name!r} answered no case: {asked[0].detail}."
+    return ""
+
+
+def _write(
+    options: argparse.Namespace, name: str, outcomes: list[Outcome], stopped: str
+) -> str:
+    """Write each report that is wanted; return what could not be written."""
+    failed = ""
+    for path, render in (
+        (options.json, report.as_json),
+        (options.junit, report.as_junit),
+    ):
+        try:
+            if path is not None:
+                _replace(Path(path), render(name, outcomes, stopped))
+        except OSError as error:
+            failed = f"cannot write {path}: {error.strerror}."
+    return failed
+
+
+def _replace(path: Path, text: str) -> None:
+    if path.exists() and not path.is_file():  # a pipe or a device
+        path.write_text(text, encoding="utf-8")
+        return
+    part = path.with_name(path.name + ".part")
+    part.write_text(text, encoding="utf-8")
+    part.replace(path)
+
+
+def _print(text: str) -> None:
+    """Print to whatever stdout is: any encoding, and a reader that has gone."""
+    if isinstance(sys.stdout, TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:  # `| head`: Python flushes once more when it ends
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -1,0 +1,318 @@
+"""`minipeft verify` outlives whatever it is given: a report, no traceback of ours."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from xml.etree import ElementTree
+
+import pytest
+
+from minipeft.golden import child, runner
+from minipeft.golden.errors import Late, Unsupported
+from minipeft.golden.implementations import Functions
+from minipeft.golden.vectors import load_all
+
+ROOT = Path(__file__).parents[2]
+OPERATION = "codebook_table"
+ONLY = ("--only", OPERATION)
+HEAD = "import os, signal, sys, time\nimport numpy as np\n"
+RIGHT = "from minipeft.golden.drivers.reference.codebook import codebook_table\n"
+NAMES = [case.question.parameters["name"] for case in next(load_all(ONLY[1:])).cases]
+
+
+def start(folder, *arguments):
+    """Start the command in a folder, as a user does."""
+    return subprocess.Popen(
+        [sys.executable, "-m", "minipeft", "verify", *arguments],
+        cwd=folder,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def ask(folder, *arguments):
+    """Return code, stdout, stderr and the report; all reports must hold."""
+    files = folder / "report.json", folder / "report.xml"
+    wanted = ("--json", str(files[0]), "--junit", str(files[1]))
+    process = start(folder, *arguments, *ONLY, *wanted)
+    stdout, stderr = process.communicate(timeout=120)
+    assert "Traceback" not in stdout + stderr.partition("minipeft:")[2]
+    assert process.returncode in (0, 1, 2)
+    suites = ElementTree.parse(files[1]).getroot()
+    assert len(suites.findall(f"testsuite[@name='{OPERATION}.json']/testcase")) == 4
+    report = json.loads(files[0].read_text(encoding="utf-8"))
+    assert len(report["cases"]) == 4
+    return process.returncode, stdout, stderr, report
+
+
+def module(folder, text):
+    (folder / "stranger.py").write_text(HEAD + text)
+    return "stranger"
+
+
+def details(report, status="fail"):
+    return {case["detail"] for case in report["cases"] if case["status"] == status}
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("sys.exit(3)", "cannot import 'stranger': SystemExit: 3"),
+        ("os._exit(4)", "the process ended with code 4"),
+        ("os.kill(os.getpid(), signal.SIGSEGV)", "the process was ended by SIGSEGV"),
+        ("time.sleep(100)", "no answer within 1 s"),
+        ("raise KeyboardInterrupt", "cannot import 'stranger': KeyboardInterrupt"),
+        ("import absent", "cannot import 'stranger' (ModuleNotFoundError"),
+        ("1 +", "cannot import 'stranger': SyntaxError"),
+    ],
+)
+def test_a_module_that_cannot_be_imported_is_exit_code_2(text, said, tmp_path):
+    name = module(tmp_path, text)
+    code, _, stderr, report = ask(tmp_path, name, "--timeout", "1")
+    assert code == 2
+    assert said in stderr
+    assert said in report["stopped"]
+    assert report["totals"]["skip"] == 4
+
+
+@pytest.mark.parametrize(
+    ("body", "said"),
+    [
+        ("return np.arange(16)", "codebook has dtype int64"),
+        ("return np.array([object()])", "codebook has dtype object"),
+        ("return [[1], [2, 3]]", "codebook is no array: ValueError"),
+        ("return None", "codebook has dtype object"),
+        ("return 'text'", "codebook has dtype <U4"),
+        ("return np.zeros((2**21, 3), np.float32)", "codebook has shape"),
+        ("return 1, 2", "returned 2 values; the call is codebook_table(name)"),
+        ("raise MemoryError('full')", "MemoryError: full"),
+        ("import absent", "ModuleNotFoundError"),
+        ("return codebook_table(name)", "RecursionError"),
+        ("sys.exit(5)", "SystemExit: 5"),
+        ("os.close(1)\n    os.close(0)\n    os._exit(7)", "ended with code 7"),
+        (
+            "raise ValueError('\\x1b[31mred')",
+            "refused a valid input: ValueError: \\x1b",
+        ),
+        ("raise ValueError('\\ud800')", "ValueError: \\ud800"),
+        ("raise ValueError('\\x00\\uffff')", "ValueError: \\x00\\uffff"),
+        ("raise ValueError('a' * 10**6)", "ValueError: aaa"),
+        ("raise Mute", "Mute: (its message cannot be shown)"),
+        ("os.kill(os.getpid(), 40)", "the process was ended by signal 40"),
+        ("print('x' * 10**6); return 1.0", "codebook is float64 of shape []"),
+    ],
+)
+def test_an_answer_of_the_wrong_kind_fails_its_case(body, said, tmp_path):
+    mute = "class Mute(Exception):\n    def __str__(self): 1 / 0\n"
+    name = module(tmp_path, f"{mute}def codebook_table(name):\n    {body}\n")
+    code, stdout, stderr, report = ask(tmp_path, name)
+    assert code == 1, stderr
+    assert all(said in detail for detail in details(report))
+    assert len(details(report)) >= 1
+    assert said in stdout
+    assert all(len(detail) < 600 for detail in details(report))
+
+
+def test_a_module_that_crashes_once_fails_one_case(tmp_path):
+    crash = "right = codebook_table\ndef codebook_table(name):\n"
+    crash += f"    if name == {NAMES[0]!r}: os._exit(1)\n    return right(name)\n"
+    code, stdout, _, _ = ask(tmp_path, module(tmp_path, RIGHT + crash))
+    assert code == 1
+    crashes = NAMES.count(NAMES[0])
+    assert f"{4 - crashes} passed, {crashes} failed, 0 skipped" in stdout
+
+
+def test_a_fork_that_keeps_the_pipe_delays_nothing(tmp_path):
+    fork = "if os.fork() == 0: time.sleep(60); os._exit(0)\n"
+    fork += "def codebook_table(name): os._exit(7)\n"
+    begun = time.monotonic()
+    code, _, _, report = ask(tmp_path, module(tmp_path, fork))
+    assert code == 1
+    assert details(report) == {"the process ended with code 7"}
+    assert time.monotonic() - begun < 30
+
+
+def test_a_fork_that_returns_twice_answers_once(tmp_path):
+    fork = "right = codebook_table\ndef codebook_table(name):\n"
+    fork += "    os.fork()\n    return right(name)\n"
+    code, stdout, _, _ = ask(tmp_path, module(tmp_path, RIGHT + fork))
+    assert code == 0, stdout
+
+
+def test_a_module_that_starts_only_once_costs_three_starts(tmp_path):
+    once = "if os.path.exists('started'): os._exit(9)\nopen('started', 'w')\n"
+    once += "def codebook_table(name): os._exit(7)\n"
+    code, _, _, report = ask(tmp_path, module(tmp_path, once))
+    assert code == 1
+    assert details(report) == {
+        "the process ended with code 7",
+        "does not start again: the process ended with code 9",
+    }
+
+
+def test_names_of_the_working_directory_stand_in_for_nothing(tmp_path):
+    for taken in ("json", "torch", "numpy", "inspect", "argparse"):
+        (tmp_path / f"{taken}.py").write_text("raise SystemExit('the wrong one')\n")
+    code, stdout, stderr, _ = ask(tmp_path, module(tmp_path, RIGHT))
+    assert code == 0, stdout + stderr
+    (tmp_path / "hypothesis.py").write_text(RIGHT)  # installed, and here
+    code, stdout, stderr, _ = ask(tmp_path, "hypothesis")
+    assert code == 0, stdout + stderr
+
+
+def program(folder, text):
+    path = folder / "program.sh"
+    path.write_text("#!/bin/sh\n" + text)
+    path.chmod(0o755)
+    return ("--exec", str(path), "--timeout", "1")
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("exit 3", "the process ended with code 3"),
+        ("echo no >&2; exit 1", "the process ended with code 1: no"),
+        ("kill -40 $$", "the process was ended by signal 40"),
+        ("kill -SEGV $$", "the process was ended by SIGSEGV"),
+        ("echo hello", "no JSON answer, but 'hello'"),
+        ("printf '\\377'", "its output is no UTF-8 text"),
+        ("echo '[]'", "its answer is no JSON object"),
+        ("echo '{}'", "the answer must hold one of outputs, refused"),
+        ("echo '{\"outputs\": 1}'", "outputs must be an object"),
+        ('echo \'{"outputs": {"y": 1}}\'', "its outputs are no tensors: 1 is"),
+        ("head -c 200000 /dev/zero | tr '\\0' '['", "its JSON is nested too deeply"),
+        ("exec cat /dev/zero", "wrote more than 16 MB as one answer"),
+        ("cat /dev/zero >&2 & sleep 60", "no answer within 1 s"),
+        ("exec >&-; sleep 60", "did not end within 1 s"),
+    ],
+)
+@pytest.mark.parametrize("how", [(), ("--persistent",)])
+def test_a_program_that_never_answers_is_exit_code_2(text, said, how, tmp_path):
+    code, _, stderr, report = ask(tmp_path, *program(tmp_path, text), *how)
+    assert code == 2
+    assert ("does not start: " if how else said) in stderr
+    assert len(stderr.strip().splitlines()) == 1
+    assert report["stopped"]
+
+
+def test_a_program_that_crashes_in_one_start_fails_one_case(tmp_path):
+    text = "read x\nif [ ! -e crashed ]; then touch crashed; exit 1; fi\n"
+    text += 'echo "{\\"unsupported\\": \\"no\\"}"'
+    code, stdout, _, _ = ask(tmp_path, *program(tmp_path, text))
+    assert code == 1
+    assert "0 passed, 1 failed, 3 skipped of 4 cases" in stdout
+
+
+def test_a_process_left_behind_delays_nothing_and_ends(tmp_path):
+    text = 'read x; echo "{\\"refused\\": \\"no\\"}"; sleep 60 & echo $! > left\n'
+    begun = time.monotonic()
+    code, _, _, report = ask(tmp_path, *program(tmp_path, text))
+    assert code == 1
+    assert details(report) == {"refused a valid input: no"}
+    assert time.monotonic() - begun < 30
+    left = Path("/proc", (tmp_path / "left").read_text().strip(), "stat")
+    assert not left.exists() or left.read_text().split()[2] == "Z"
+
+
+def test_output_without_end_is_not_kept():
+    endless = child.Child([sys.executable, "-c", "while 1: print('x' * 4096)"], None)
+    answer = endless.ask(b"", 5)
+    assert len(answer) == 4096
+    with pytest.raises(Late):  # the pipe is full, and nobody reads it
+        endless._exchange(b"", 0.5, lambda: endless._output.clear() or False)
+    endless.close()
+
+
+def test_three_time_outs_end_an_operation():
+    class Slow:
+        name = "slow"
+        asked = 0
+
+        def run(self, case):
+            self.asked += 1
+            raise Late("no answer within 1 s (--timeout)")
+
+        def close(self):
+            pass
+
+    slow = Slow()
+    files = list(load_all(["lora"]))
+    outcomes = list(runner.verify(slow, files))
+    assert slow.asked == 3 * len(files)
+    assert sum(o.status == "fail" for o in outcomes) == 3 * len(files)
+    skipped = [o for o in outcomes if o.status == "skip"]
+    assert len(skipped) == len(outcomes) - 3 * len(files)
+    assert {o.detail for o in skipped} == {"not asked after 3 time-outs"}
+
+
+def test_head_ends_nothing_early(tmp_path):
+    process = start(tmp_path, "reference", "--json", "report.json")
+    process.stdout.close()
+    with process:
+        assert process.stderr.read() == ""
+    assert process.returncode == 0
+    assert len(json.loads((tmp_path / "report.json").read_text())["cases"]) > 700
+
+
+def test_any_encoding_of_stdout_will_do(tmp_path, monkeypatch):
+    monkeypatch.setenv("PYTHONIOENCODING", "ascii")
+    name = module(tmp_path, "def codebook_table(name): raise ValueError('γₙ')\n")
+    _, stdout, stderr, _ = ask(tmp_path, name)
+    assert "ValueError: \\u03b3" in stdout
+    assert not stderr
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupted_run_reports_what_it_has(number, tmp_path):
+    name = module(
+        tmp_path, "def codebook_table(name):\n    open('in', 'w'); time.sleep(60)\n"
+    )
+    process = start(tmp_path, name, *ONLY, "--json", "report.json")
+    while not (tmp_path / "in").exists():
+        time.sleep(0.05)
+    process.send_signal(number)
+    stdout, stderr = process.communicate(timeout=30)
+    assert process.returncode == 2
+    assert stderr == "minipeft: interrupted after 0 cases.\n"
+    assert "0 passed, 0 failed, 4 skipped of 4 cases" in stdout
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert report["stopped"] == "interrupted after 0 cases."
+
+
+def test_what_cannot_be_written_leaves_the_other_report(tmp_path):
+    process = start(tmp_path, "reference", *ONLY, "--json", "a", "--junit", "/dev/full")
+    stdout, stderr = process.communicate(timeout=60)
+    assert process.returncode == 2
+    assert "cannot write /dev/full: No space left on device" in stderr
+    assert "4 passed" in stdout
+    assert json.loads((tmp_path / "a").read_text())["totals"]["pass"] == 4
+
+
+def judged(function):
+    functions = Functions("stranger", {OPERATION: function}.get)
+    return list(runner.verify(functions, load_all([OPERATION])))
+
+
+def test_other_arguments_are_no_refusal():
+    outcomes = judged(lambda names: None)
+    assert {o.status for o in outcomes} == {"fail"}
+    assert all("takes other arguments" in o.detail for o in outcomes)
+    assert all("the call is codebook_table(name)" in o.detail for o in outcomes)
+
+
+@pytest.mark.parametrize("reason", [NotImplementedError("later"), Unsupported("later")])
+def test_what_is_not_implemented_is_not_offered(reason):
+    def codebook_table(name):
+        raise reason
+
+    assert {o.status for o in judged(codebook_table)} == {"skip"}
+
+
+def test_a_name_that_is_no_function_is_not_offered():
+    assert {o.detail for o in judged(3)} == {"stranger has no function codebook_table"}
