@@ -1,0 +1,263 @@
+"""What the operators do on a GPU: check, allocate, launch on torch's current stream."""
+
+import warnings
+from collections.abc import Sequence
+from functools import cache
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.functional import linear
+
+from minipeft import kernels
+from minipeft.errors import InputError
+from minipeft.kernels import checks, compiler, driver, tables
+from minipeft.kernels.checks import Facts, Layout, check, log2_blocksize
+from minipeft.torch.codebook import dynamic_map
+
+GPUS = {"cuda"}
+"""The types of device on which kernels run."""
+
+BLOCKSIZE = 256
+"""Values of a moment of eight bits that share a scale."""
+
+FEW = 4
+"""Rows of x up to which the product decodes in registers; above, a matrix product."""
+
+
+def available(*tensors: Tensor) -> bool:
+    """Say whether kernels can take these: one GPU, no gaps, aligned, a known dtype."""
+    first = tensors[0]
+    return (
+        first.device.type in GPUS
+        and all(t.device == first.device and _fits(t) for t in tensors)
+        and _compiler_is_here()
+    )
+
+
+def dequantize(
+    weight: Sequence[Tensor], layout: Sequence[int], dtype: torch.dtype
+) -> Tensor:
+    """Launch `dequantize` or, where the scales are codes too, `dequantize_nested`."""
+    sizes, bits = _check_weight(weight, layout)
+    packed, *scales, codebook = weight
+    out = packed.new_empty(sizes.shape, dtype=dtype)
+    kernel = kernels.DEQUANTIZE_NESTED if len(scales) > 1 else kernels.DEQUANTIZE
+    args = [packed, *_scales(scales, sizes), codebook, out]
+    _launch(kernel, dtype, [*args, sizes.size, log2_blocksize(sizes.blocksize), bits])
+    return out
+
+
+def quantize(W: Tensor, codebook: Tensor, blocksize: int) -> tuple[Tensor, Tensor]:
+    """Launch `quantize`, and wait: a value that is not finite is named.
+
+    Raises:
+        InputError: at the first NaN or infinity.
+    """
+    facts = check("W", _facts(W), kernels.CTYPES)
+    table = tables.sort(codebook.cpu().numpy())
+    n, log2 = facts.size, log2_blocksize(blocksize)
+    packed = W.new_empty(-(-n * table.bits // 8), dtype=torch.uint8)
+    absmax = W.new_empty(-(-n // blocksize), dtype=torch.float32)
+    bad = W.new_full((1,), n, dtype=torch.int64)
+    search = [torch.from_numpy(table.midpoints).to(W.device), table.order]
+    args = [W, *search, packed, absmax, bad, n, log2, table.bits]
+    _launch(kernels.QUANTIZE, W.dtype, args)
+    if (first := int(bad)) < n:
+        raise InputError(
+            f"W holds {W.reshape(-1)[first]} at flat index {first}, the first value "
+            "that is not finite; repair the weights before quantizing them."
+        )
+    return packed, absmax
+
+
+def matmul_4bit(
+    x: Tensor, weight: Sequence[Tensor], layout: Sequence[int], bias: Tensor | None
+) -> Tensor:
+    """Launch `product` for a few rows; decode once and call cuBLAS for more."""
+    rows = x.reshape(-1, x.shape[-1])
+    sizes, bits = _check_weight(weight, layout)
+    if len(rows) > FEW or bits != 4 or not _for_few_rows(rows, sizes):
+        return linear(x, dequantize(weight, layout, x.dtype), bias)
+    checks.check_product(_facts(rows), sizes, 1 << bits)
+    out_features, in_features = sizes.shape
+    packed, *scales, codebook = weight
+    y = x.new_empty(len(rows), out_features)
+    kernel = kernels.PRODUCT_NESTED if len(scales) > 1 else kernels.PRODUCT_4BIT
+    numbers = [len(rows), in_features, out_features, 0, None]
+    args = [packed, *_scales(scales, sizes), codebook, rows, bias, None, None, y]
+    log2 = log2_blocksize(sizes.blocksize)
+    _launch(kernel, x.dtype, [*args, *numbers, log2])
+    return y.view(*x.shape[:-1], out_features)
+
+
+def _for_few_rows(rows: Tensor, sizes: Layout) -> bool:
+    whole = sizes.shape[1] % checks.GROUP == 0 and sizes.blocksize >= checks.GROUP
+    return whole and _fits(rows)
+
+
+def adamw_(
+    W: Tensor, grad: Tensor, m: Tensor, v: Tensor, settings: Sequence[float]
+) -> None:
+    """Launch `adamw`, each output in place of its input."""
+    facts = _check_step(W, grad)
+    for name, moment in (("m", m), ("v", v)):
+        _check_moment(name, moment, "float32", facts.size)
+    args = [W, grad, m, v, W, m, v, None, facts.size, *settings]
+    _launch(kernels.ADAMW, W.dtype, args)
+
+
+def adamw_8bit_(
+    W: Tensor,
+    grad: Tensor,
+    codes: Sequence[Tensor],
+    absmax: Sequence[Tensor],
+    settings: Sequence[float],
+) -> None:
+    """Launch `adamw_8bit`, each output in place of its input."""
+    facts = _check_step(W, grad)
+    for name, c, a in zip("mv", codes, absmax, strict=True):
+        _check_moment(f"the codes of {name}", c, "uint8", facts.size)
+        _check_moment(f"absmax of {name}", a, "float32", -(-facts.size // BLOCKSIZE), 4)
+    state = [*codes, *absmax]
+    args = [W, grad, *state, _moment_maps(W.device), W, *state, None, facts.size]
+    _launch(kernels.ADAMW_8BIT, W.dtype, [*args, *settings])
+
+
+def dora_row_norm(W: Tensor, A: Tensor, B: Tensor, scaling: float) -> Tensor:
+    """Launch `row_norm`."""
+    facts = check("W", _facts(W), kernels.CTYPES)
+    rows, columns, r = checks.check_low_rank(facts, _facts(A), _facts(B))
+    norm = W.new_empty(rows, dtype=torch.float32)
+    _launch(kernels.ROW_NORM, W.dtype, [W, A, B, norm, columns, rows, r, scaling])
+    return norm
+
+
+def lora_batched(
+    x: Tensor, y: Tensor, adapters: Sequence[Tensor], indices: Tensor
+) -> Tensor:
+    """Launch `shrink`, then `expand`."""
+    A, B, scaling = adapters
+    facts = check("x", _facts(x), kernels.CTYPES)
+    n, out_features, r = checks.check_adapters(facts, *map(_facts, adapters))
+    tokens, in_features = facts.shape
+    base = check("y", _facts(y), [facts.dtype], facts.device)
+    chosen = check("indices", _facts(indices), ["int32"], facts.device, 4)
+    if base.shape != (tokens, out_features) or chosen.shape != (tokens,):
+        raise InputError(
+            f"y has shape {base.shape} and indices {chosen.shape}; x and B need "
+            f"{(tokens, out_features)} and {(tokens,)}."
+        )
+    check_indices(indices, n)
+    h = x.new_empty(tokens, r, dtype=torch.float32)
+    _launch(kernels.SHRINK, x.dtype, [x, A, indices, h, tokens, in_features, r])
+    out = torch.empty_like(y)
+    args = [h, B, scaling, indices, y, out, tokens, out_features, r]
+    _launch(kernels.EXPAND, x.dtype, args)
+    return out
+
+
+def check_indices(indices: Tensor, n: int) -> None:
+    """Refuse an index of no adapter; on a GPU the device stops, nothing waits."""
+    inside = ((indices >= -1) & (indices < n)).all()
+    torch._assert_async(inside, f"an index is not one of -1 (none) to {n - 1}")
+
+
+def layout_of(weight: Sequence[Tensor], layout: Sequence[int]) -> Layout:
+    """Return the sizes by their names."""
+    if len(weight) == 5:
+        return Layout(tuple(layout[2:]), layout[0], layout[1])
+    return Layout(tuple(layout[1:]), layout[0])
+
+
+def _check_weight(
+    weight: Sequence[Tensor], layout: Sequence[int]
+) -> tuple[Layout, int]:
+    packed, *scales, codebook = map(_facts, weight)
+    sizes = layout_of(weight, layout)
+    bits = checks.check_codes(packed, scales[0], codebook, sizes)
+    if len(scales) > 1:
+        checks.check_nested(scales[1], scales[2], sizes)
+    return sizes, bits
+
+
+def _scales(scales: Sequence[Tensor], sizes: Layout) -> list[Any]:
+    if sizes.nested_blocksize is None:
+        return [scales[0]]
+    codes, nested, offset = scales
+    values = _dynamic_map(codes.device)
+    return [codes, nested, values, offset, log2_blocksize(sizes.nested_blocksize)]
+
+
+def _check_step(W: Tensor, grad: Tensor) -> Facts:
+    facts = check("W", _facts(W), kernels.CTYPES)
+    slope = check("the gradient", _facts(grad), [facts.dtype], facts.device)
+    if slope.shape != facts.shape:
+        raise InputError(f"the gradient has shape {slope.shape}; W has {facts.shape}.")
+    return facts
+
+
+def _check_moment(
+    name: str, moment: Tensor, dtype: str, size: int, alignment: int = 16
+) -> None:
+    if check(name, _facts(moment), [dtype], alignment=alignment).size != size:
+        raise InputError(f"{name} has {moment.numel()} values; W needs {size}.")
+
+
+def _launch(kernel: kernels.Kernel, dtype: torch.dtype, args: Sequence[Any]) -> None:
+    device = next(a.device for a in args if isinstance(a, Tensor))
+    facts = [_facts(a) if isinstance(a, Tensor) else a for a in args]
+    driver.launch(kernel, _name(dtype), facts, _stream(device))
+
+
+def _facts(t: Tensor) -> Facts:
+    device = t.device.index or 0
+    where = (t.is_contiguous(), device, t.data_ptr(), t.element_size())
+    return Facts(_name(t.dtype), tuple(t.shape), *where)
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _fits(t: Tensor) -> bool:
+    start = t.storage_offset() * t.element_size()
+    known = t.dtype in (torch.float32, torch.float16, torch.bfloat16, torch.uint8)
+    return known and t.is_contiguous() and start % 16 == 0
+
+
+def _stream(device: torch.device) -> int:
+    if device.type != "cuda":
+        return 0
+    stream: int = torch.cuda.current_stream(device).cuda_stream
+    return stream
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+@cache
+def _compiler_is_here() -> bool:
+    if reason := compiler.missing():
+        warnings.warn(f"torch's own operations run on the GPU: {reason}", stacklevel=2)
+    return reason is None
+
+
+# One upload a device and stream: on another stream a table might not have arrived.
+def _dynamic_map(device: torch.device) -> Tensor:
+    return _uploaded("dynamic_map", device, _stream(device))
+
+
+def _moment_maps(device: torch.device) -> Tensor:
+    return _uploaded("moment_maps", device, _stream(device))
+
+
+@cache
+def _uploaded(name: str, device: torch.device, stream: int) -> Tensor:
+    return torch.from_numpy(_TABLES[name]()).to(device)
+
+
+def _both_maps() -> np.ndarray:
+    return tables.moment_maps(dynamic_map().numpy(), dynamic_map(False).numpy())
+
+
+_TABLES = {"dynamic_map": lambda: dynamic_map().numpy(), "moment_maps": _both_maps}

@@ -1,0 +1,383 @@
+"""The torch operators: eager against the launch, which runs the kernels on this CPU."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import pytest
+import torch
+from torch import Tensor
+from torch.library import opcheck
+
+from minipeft.errors import InputError
+from minipeft.kernels import driver
+from minipeft.kernels.tables import adamw_settings
+from minipeft.torch import adamw, blockwise, double_quant, launches, operators
+from minipeft.torch.codebook import FP4, NF3, NF4
+from tests.cuda.executors import CpuLauncher
+from tests.cuda.toolchain import needs_cpu_build
+from tests.tolerance import gamma
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+GROUP = {"lr": 0.01, "betas": (0.9, 0.99), "eps": 1e-6, "weight_decay": 0.1}
+SETTINGS = adamw_settings(GROUP, 3)
+
+
+def drawn(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:
+    generator = torch.Generator().manual_seed(seed + sum(shape))
+    return torch.randn(*shape, generator=generator).to(dtype)
+
+
+def whole(*shape: int, dtype: torch.dtype, seed: int = 0) -> Tensor:
+    """Draw small integers: every partial sum is exact, in any order."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(-2, 3, shape, generator=generator).to(dtype)
+
+
+def weight(*shape: int, codebook: Tensor = NF4, nested: bool = False):
+    codec = double_quant if nested else blockwise
+    sizes = (32, 64) if nested else (32,)
+    return operators.parts(codec.quantize(drawn(*shape), codebook, *sizes))
+
+
+def base(rows: int, columns: int):
+    """Code a weight of sixteenths that are small integers over 8, scaled by 8."""
+    generator = torch.Generator().manual_seed(1)
+    packed = torch.randint(0, 256, (rows * columns // 2,), generator=generator)
+    absmax = torch.full((rows * columns // 32,), 8.0)
+    codebook = (torch.arange(16.0) - 8) / 8
+    return [packed.to(torch.uint8), absmax, codebook], [32, rows, columns]
+
+
+def on_kernels(name: str, *args):
+    """Do what the operator does on a GPU."""
+    with driver.use(CpuLauncher()):
+        return operators.LAUNCHES[f"minipeft::{name}"](*args)
+
+
+def same_bits(ours: Tensor, theirs: Tensor) -> None:
+    assert ours.dtype == theirs.dtype
+    assert ours.shape == theirs.shape
+    assert torch.equal(ours.view(torch.uint8), theirs.view(torch.uint8))
+
+
+# The launch does what the eager code does
+
+
+@needs_cpu_build
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("codebook", [NF4, FP4, NF3], ids=["NF4", "FP4", "NF3"])
+@pytest.mark.parametrize("nested", [False, True])
+def test_decoding_gives_the_same_bits(dtype, codebook, nested):
+    parts, layout = weight(65, 40, codebook=codebook, nested=nested)
+    name = "dequantize_nested" if nested else "dequantize"
+    eager = getattr(operators, name)(parts, layout, dtype)
+    same_bits(on_kernels(name, parts, layout, dtype), eager)
+
+
+@needs_cpu_build
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("codebook", [NF4, FP4, NF3], ids=["NF4", "FP4", "NF3"])
+def test_quantizing_gives_the_same_bits(dtype, codebook):
+    W = drawn(33, 21, dtype=dtype)
+    for ours, theirs in zip(
+        on_kernels("quantize", W, codebook, 64),
+        operators.quantize(W, codebook, 64),
+        strict=True,
+    ):
+        same_bits(ours, theirs)
+
+
+@needs_cpu_build
+def test_a_bad_weight_is_named():
+    W = drawn(9, 13)
+    W[1, 2] = torch.nan
+    with pytest.raises(InputError, match=r"nan at flat index 15\b"):
+        on_kernels("quantize", W, NF4, 64)
+
+
+@needs_cpu_build
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("tokens", [1, 3, 4, 5])
+def test_the_product_of_whole_numbers_has_the_same_bits(dtype, tokens):
+    parts, layout = base(19, 64)
+    x, bias = whole(2, tokens, 64, dtype=dtype)[0], whole(19, dtype=dtype)
+    eager = operators.matmul_4bit(x, parts, layout, bias)
+    same_bits(on_kernels("matmul_4bit", x, parts, layout, bias), eager)
+
+
+@needs_cpu_build
+@pytest.mark.parametrize("nested", [False, True])
+def test_the_product_lies_within_its_roundings(nested):
+    parts, layout = weight(24, 64, nested=nested)
+    x = drawn(3, 64)
+    decode = operators.dequantize_nested if nested else operators.dequantize
+    W = decode(parts, layout, torch.float32).double()
+    exact, size = x.double() @ W.T, x.abs().double() @ W.abs().T
+    got = on_kernels("matmul_4bit", x, parts, layout, None).double()
+    assert ((got - exact).abs() <= gamma(64 + 8) * size).all()
+
+
+@needs_cpu_build
+@pytest.mark.parametrize("shape", [(3, 60), (2, 1, 64)])
+def test_what_the_kernel_does_not_take_is_decoded_and_multiplied(shape):
+    parts, layout = weight(8, shape[-1])
+    x = drawn(*shape)
+    same_bits(
+        on_kernels("matmul_4bit", x, parts, layout, None)[..., :0],
+        operators.matmul_4bit(x, parts, layout, None)[..., :0],
+    )
+    assert on_kernels("matmul_4bit", x, parts, layout, None).shape == (*shape[:-1], 8)
+
+
+@needs_cpu_build
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_step_has_the_bits_of_the_optimizer(dtype):
+    """Eager, by the kernel, and by `adamw.update`: one weight, one state."""
+    W, grad = drawn(70, 60, dtype=dtype), drawn(70, 60, dtype=dtype, seed=1)
+    state = adamw.init(W) | {"m": drawn(70, 60), "v": drawn(70, 60).square()}
+    state["step"] = 2
+    results = []
+    for step in (operators.adamw_, lambda *args: on_kernels("adamw_", *args)):
+        args = [W.clone(), grad, state["m"].clone(), state["v"].clone()]
+        step(*args, SETTINGS)
+        results.append([args[0], args[2], args[3]])
+    adamw.update(W, grad, state, GROUP)
+    for ours, eager, theirs in zip(*results, [W, state["m"], state["v"]], strict=True):
+        same_bits(ours, eager)
+        same_bits(ours, theirs)
+
+
+@needs_cpu_build
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_step_in_eight_bits_has_the_bits_of_the_optimizer(dtype):
+    W, grad = drawn(70, 60, dtype=dtype), drawn(70, 60, dtype=dtype, seed=1)
+    state = adamw.init(W, bits=8)
+    adamw.update(W, grad, state, GROUP)
+    adamw.update(W, grad, state, GROUP)
+    kept = {k: state[k].clone() for k in state if k != "step"}
+    results = []
+    for step in (operators.adamw_8bit_, lambda *args: on_kernels("adamw_8bit_", *args)):
+        own = {k: v.clone() for k, v in kept.items()}
+        codes, absmax = ([own[f"{m}_{k}"] for m in "mv"] for k in ("codes", "absmax"))
+        value = W.clone()
+        step(value, grad, codes, absmax, SETTINGS)
+        results.append([value, *codes, *absmax])
+    adamw.update(W, grad, state, GROUP)
+    names = ("m_codes", "v_codes", "m_absmax", "v_absmax")
+    for ours, eager, theirs in zip(
+        *results, [W, *(state[name] for name in names)], strict=True
+    ):
+        same_bits(ours, eager)
+        same_bits(ours, theirs)
+
+
+@needs_cpu_build
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("sizes", [(11, 264, 4), (9, 77, 3)])
+def test_norms_of_whole_numbers_have_the_same_bits(dtype, sizes):
+    rows, columns, r = sizes
+    parts = [
+        whole(*shape, dtype=dtype, seed=i)
+        for i, shape in enumerate([(rows, columns), (r, columns), (rows, r)])
+    ]
+    same_bits(
+        on_kernels("dora_row_norm", *parts, 0.5), operators.dora_row_norm(*parts, 0.5)
+    )
+
+
+def batch(dtype: torch.dtype):
+    x, y = whole(5, 72, dtype=dtype), whole(5, 24, dtype=dtype, seed=1)
+    A, B = (
+        whole(3, 4, 72, dtype=dtype, seed=2),
+        whole(3, 24, 4, dtype=dtype, seed=3),
+    )
+    indices = torch.tensor([2, -1, 0, 0, 1], dtype=torch.int32)
+    return x, y, [A, B, torch.tensor([0.5, 2.0, 0.25])], indices
+
+
+@needs_cpu_build
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_batch_of_adapters_has_the_same_bits(dtype):
+    args = batch(dtype)
+    eager = operators.lora_batched(*args)
+    same_bits(on_kernels("lora_batched", *args), eager)
+    same_bits(eager[1], args[1][1])
+
+
+@pytest.mark.parametrize("wrong", [3, -2])
+def test_an_index_of_no_adapter_is_refused(wrong):
+    x, y, adapters, indices = batch(torch.float32)
+    indices[0] = wrong
+    for run in (operators.lora_batched, operators.LAUNCHES["minipeft::lora_batched"]):
+        with pytest.raises(RuntimeError, match=r"not one of -1 \(none\) to 2"):
+            run(x, y, adapters, indices)
+
+
+# torch's own checks: schema, fake implementation, autograd, compilation
+
+
+def samples() -> dict[str, tuple]:
+    moments = [torch.zeros(4096, dtype=torch.uint8) for _ in range(2)]
+    absmax = [torch.zeros(16) for _ in range(2)]
+    x, y, adapters, indices = batch(torch.float32)
+    for tensor in (x, y, *adapters[:2]):
+        tensor.requires_grad_()
+    return {
+        "dequantize": (*weight(8, 64), torch.float16),
+        "dequantize_nested": (*weight(8, 64, nested=True), torch.float32),
+        "quantize": (drawn(8, 64), NF4, 64),
+        "matmul_4bit": (drawn(3, 64).requires_grad_(), *weight(8, 64), drawn(8)),
+        "adamw_": (drawn(7), drawn(7), torch.zeros(7), torch.ones(7), SETTINGS),
+        "adamw_8bit_": (drawn(4096), drawn(4096), moments, absmax, SETTINGS),
+        "dora_row_norm": (drawn(8, 64), drawn(2, 64), drawn(8, 2), 0.5),
+        "lora_batched": (x, y, adapters, indices),
+    }
+
+
+def test_every_operator_is_sampled():
+    assert set(operators.LAUNCHES) == {f"minipeft::{name}" for name in samples()}
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+@pytest.mark.parametrize("name", samples())
+def test_opcheck(name):
+    opcheck(getattr(operators, name), samples()[name])
+
+
+@pytest.mark.parametrize("name", samples())
+def test_a_gpu_gets_a_launch(name):
+    has = torch._C._dispatch_has_kernel_for_dispatch_key
+    assert has(f"minipeft::{name}", "CUDA")
+    assert has(f"minipeft::{name}", "CompositeExplicitAutograd")  # all others: eager
+
+
+@dataclass(frozen=True)
+class Program:
+    run: Callable[..., Tensor]
+    args: tuple
+
+
+def compiled_programs() -> dict[str, Program]:
+    parts, layout = weight(8, 64, nested=True)
+
+    def layer(x: Tensor) -> Tensor:
+        return operators.matmul_4bit(x, parts, layout, None).relu() + 1
+
+    def step(W: Tensor, grad: Tensor, m: Tensor, v: Tensor) -> Tensor:
+        operators.adamw_(W, grad, m, v, SETTINGS)
+        return W + m + v
+
+    x, y, adapters, indices = batch(torch.float32)
+    return {
+        "a layer": Program(layer, (drawn(3, 64),)),
+        "a step": Program(step, samples()["adamw_"][:4]),
+        "a batch": Program(
+            lambda x, y: operators.lora_batched(x, y, adapters, indices) * 2, (x, y)
+        ),
+    }
+
+
+@pytest.mark.parametrize("name", compiled_programs())
+def test_a_compiled_graph_goes_through(name):
+    """Whole, and with the same bits: the operator is one node of it."""
+    program = compiled_programs()[name]
+    expected = program.run(*(a.clone() for a in program.args))
+    torch.compiler.reset()
+    compiled = torch.compile(program.run, fullgraph=True, backend="aot_eager")
+    same_bits(compiled(*(a.clone() for a in program.args)), expected)
+
+
+# Gradients
+
+
+@pytest.mark.parametrize("nested", [False, True])
+def test_the_gradient_of_x_is_that_of_the_decoded_weight(nested):
+    parts, layout = weight(8, 64, nested=nested)
+    x = drawn(2, 3, 64).requires_grad_()
+    grad = drawn(2, 3, 8)
+    decode = operators.dequantize_nested if nested else operators.dequantize
+    W = decode(parts, layout, torch.float32)
+    (got,) = torch.autograd.grad(operators.matmul_4bit(x, parts, layout, None), x, grad)
+    same_bits(got, grad @ W)
+
+
+def test_the_gradients_of_a_batch_are_autograds():
+    x, y, (A, B, scaling), indices = batch(torch.float32)
+    leaves = [t.double().float().requires_grad_() for t in (x, y, A, B)]
+
+    def one_by_one(x, y, A, B):
+        rows = [
+            row if i < 0 else row + scaling[i] * (B[i] @ (A[i] @ x[t]))
+            for t, (row, i) in enumerate(zip(y, indices.tolist(), strict=True))
+        ]
+        return torch.stack(rows)
+
+    grad = whole(5, 24, dtype=torch.float32, seed=9)
+    expected = torch.autograd.grad(one_by_one(*leaves), leaves, grad)
+    x, y, A, B = leaves
+    out = operators.lora_batched(x, y, [A, B, scaling], indices)
+    for got, wanted in zip(
+        torch.autograd.grad(out, leaves, grad), expected, strict=True
+    ):
+        same_bits(got, wanted)
+
+
+def test_a_norm_is_a_constant():
+    W, A, B = drawn(8, 64), drawn(2, 64).requires_grad_(), drawn(8, 2)
+    norm = operators.dora_row_norm(W, A, B, 0.5)
+    (got,) = torch.autograd.grad(norm.sum(), A, allow_unused=True)
+    assert got is None
+
+
+# What may go to a kernel
+
+
+def test_a_cpu_and_a_gap_and_an_odd_address_are_not_available(monkeypatch):
+    monkeypatch.setattr(launches, "_compiler_is_here", lambda: True)
+    W = drawn(8, 64)
+    assert not launches.available(W)
+    monkeypatch.setattr(launches, "GPUS", {"cpu"})
+    assert launches.available(W, W)
+    assert not launches.available(W, W.T)
+    assert not launches.available(W.view(-1)[1:])
+    assert not launches.available(W, W.double())
+    monkeypatch.setattr(launches, "_compiler_is_here", lambda: False)
+    assert not launches.available(W)
+
+
+def test_without_a_compiler_one_warning_says_why(monkeypatch):
+    monkeypatch.setattr(launches.compiler, "missing", lambda: "NVRTC is not found.")
+    with pytest.warns(UserWarning, match=r"own operations run .* NVRTC is not found"):
+        assert not launches._compiler_is_here.__wrapped__()
+
+
+def test_a_launch_goes_to_the_stream_that_computes(monkeypatch):
+    streams = []
+
+    class Noting:
+        def launch(self, kernel, dtype, args, stream):
+            streams.append((kernel.template, stream))
+
+    monkeypatch.setattr(launches, "_stream", lambda device: 77)
+    with driver.use(Noting()):
+        operators.LAUNCHES["minipeft::dequantize"](*weight(8, 64), torch.float16)
+    assert streams == [("dequantize", 77)]
+
+
+@pytest.mark.parametrize(
+    ("name", "spoil", "sentence"),
+    [
+        ("dequantize", lambda a: a[0].__setitem__(1, a[0][1][:-1]), "absmax has 15"),
+        ("adamw_", lambda a: a.__setitem__(1, a[1][:-1]), "the gradient has shape"),
+        ("adamw_", lambda a: a.__setitem__(2, a[2][:-1]), "m has 6 values; W needs 7"),
+        ("adamw_8bit_", lambda a: a[3].pop(), "shorter"),
+        ("dora_row_norm", lambda a: a.__setitem__(1, a[1][:, :-1].clone()), "do not"),
+        ("lora_batched", lambda a: a.__setitem__(1, a[1][:-1]), r"y has shape \(4, 24"),
+    ],
+)
+def test_what_a_kernel_would_misread_is_refused(name, spoil, sentence):
+    args = list(samples()[name])
+    spoil(args)
+    with pytest.raises((InputError, ValueError), match=sentence):
+        on_kernels(name, *args)
