@@ -6,7 +6,7 @@ and comparing shows whether the reference still means what the vectors say.
 
 import argparse
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from importlib import import_module
 from itertools import groupby
@@ -123,15 +123,17 @@ def _is_tensor(value: Any) -> bool:
 
 def _shared(file: File, spec: Spec) -> str:
     """Return what neighbouring cases have in common, as text that can be compared."""
-    rules = {
-        output: f"gamma:{spec.roundings[output]}"
-        if output in spec.roundings
-        else "bitwise"
-        for output in OPERATIONS[file.operation].outputs
-    }
+    rules = _rules(file.operation, spec.roundings)
     source = {"name": file.source, "version": __version__}
     group = {"source": source, "parameters": dict(spec.parameters), "compare": rules}
     return json.dumps(group)
+
+
+def _rules(operation: str, roundings: Mapping[str, int]) -> dict[str, str]:
+    return {
+        output: f"gamma:{roundings[output]}" if output in roundings else "bitwise"
+        for output in OPERATIONS[operation].outputs
+    }
 
 
 def _test(file: File, spec: Spec, number: int) -> dict[str, Any]:
@@ -148,14 +150,16 @@ def _test(file: File, spec: Spec, number: int) -> dict[str, Any]:
     if spec.roundings:
         test["magnitudes"] = _json(_magnitudes(file.operation, spec))
     if spec.alternatives:
-        test["alternatives"] = [_alternative(way) for way in spec.alternatives]
+        test["alternatives"] = [_alternative(file, way) for way in spec.alternatives]
     return test
 
 
-def _alternative(way: Alternative) -> dict[str, Any]:
+def _alternative(file: File, way: Alternative) -> dict[str, Any]:
     found: dict[str, Any] = {"name": way.name, "by": WAYS[way.name]}
     if way.outputs:
         found["outputs"] = _json(way.outputs)
+    if way.roundings is not None:
+        found["compare"] = _rules(file.operation, way.roundings)
     if way.magnitudes:
         found["magnitudes"] = _json(_map(way.magnitudes, _round_up))
     return found

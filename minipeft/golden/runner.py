@@ -128,12 +128,13 @@ def _judge_answer(case: Case, answer: Tensors) -> tuple[str, str, str]:
 def _disagreement(
     case: Case, answer: Tensors, expected: Tensors, way: Way | None = None
 ) -> str | None:
-    magnitudes = case.magnitudes | (way.magnitudes if way else {})
+    rules, magnitudes = case.compare, case.magnitudes
+    if way and way.compare:
+        rules, magnitudes = way.compare, way.magnitudes
     if set(answer) != set(expected):
         return f"returned {sorted(answer)}, expected {sorted(expected)}"
     for name, tensor in expected.items():
-        rule, magnitude = case.compare[name], magnitudes.get(name)
-        found = difference(rule, answer[name], tensor, magnitude)
+        found = difference(rules[name], answer[name], tensor, magnitudes.get(name))
         if found:
             return f"{name} {found}"
     return None

@@ -35,7 +35,7 @@ def _operation(name: str) -> Schema:
         },
         "$defs": {
             "outputs": _closed(_types(operation.outputs)),
-            **({"magnitudes": _closed(magnitudes)} if magnitudes else {}),
+            **({"magnitudes": _some_of(magnitudes)} if magnitudes else {}),
         },
     }
 
@@ -47,14 +47,17 @@ def _group(operation: Operation) -> Schema:
         "outputs": _own("outputs"),
         "magnitudes": _own("magnitudes") if bounded else False,
     }
-    test["alternatives"] = _each({k: test[k] for k in ("outputs", "magnitudes")})
-    rules = {
-        name: _common("rule") if name in bounded else {"const": "bitwise"}
-        for name in operation.outputs
-    }
+    rules = _closed(
+        {
+            name: _common("rule") if name in bounded else {"const": "bitwise"}
+            for name in operation.outputs
+        }
+    )
+    way = {k: test[k] for k in ("outputs", "magnitudes")} | {"compare": rules}
+    test["alternatives"] = _each(way)
     return {
         "parameters": _closed(_types(operation.parameters)),
-        "compare": _closed(rules),
+        "compare": rules,
         "tests": _each(test),
     }
 
@@ -87,6 +90,11 @@ def _closed(properties: Schema, optional: tuple[str, ...] = ()) -> Schema:
         "required": [name for name in properties if name not in optional],
         "properties": properties,
     }
+
+
+def _some_of(properties: Schema) -> Schema:
+    """Return an object with some of these properties: of outputs under gamma:n."""
+    return _closed(properties, optional=tuple(properties))
 
 
 def _each(properties: Schema) -> Schema:
@@ -160,7 +168,7 @@ _GROUP = _closed(
             **_closed({"name": {"type": "string"}, "version": {"type": "string"}}),
         },
         "parameters": {"type": "object", "description": "Arguments but the tensors."},
-        "compare": {"type": "object", "additionalProperties": _own("rule")},
+        "compare": _own("rules"),
         "tests": _some(_own("test")),
     }
 )
@@ -171,9 +179,13 @@ _ALTERNATIVE = _closed(
         | {"pattern": "^[a-z0-9]+(-[a-z0-9]+)*$"},
         "by": _text("Who answers so."),
         "outputs": {"description": "Absent: they refuse.", **_own("tensors")},
-        "magnitudes": {"description": "Absent: the test's.", **_own("tensors")},
+        "compare": {
+            "description": "Rules for these outputs; absent: the group's.",
+            **_own("rules"),
+        },
+        "magnitudes": {"description": "Those of compare.", **_own("tensors")},
     },
-    optional=("outputs", "magnitudes"),
+    optional=("outputs", "compare", "magnitudes"),
 )
 
 _TEST = _closed(
@@ -228,6 +240,7 @@ COMMON: Schema = {
             "type": "string",
             "pattern": "^(bitwise|ulp:[1-9][0-9]*|gamma:[1-9][0-9]*)$",
         },
+        "rules": {"type": "object", "additionalProperties": _own("rule")},
         "test": _TEST,
         "alternative": _ALTERNATIVE,
         "tensors": {"type": "object", "additionalProperties": _own("tensor")},

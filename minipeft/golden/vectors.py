@@ -32,7 +32,8 @@ class Way:
     name: str  # what a profile states
     by: str
     outputs: Tensors | None
-    magnitudes: Tensors  # empty: those of the case
+    compare: dict[str, str]  # with its magnitudes; empty: the case's
+    magnitudes: Tensors
 
 
 @dataclass(frozen=True)
@@ -124,6 +125,7 @@ def _case(operation: str, group: Mapping[str, Any], test: Mapping[str, Any]) -> 
             way["name"],
             way["by"],
             _tensors(way["outputs"]) if "outputs" in way else None,
+            way.get("compare", {}),
             _tensors(way.get("magnitudes", {})),
         )
         for way in test.get("alternatives", ())

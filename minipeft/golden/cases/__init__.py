@@ -33,7 +33,8 @@ class Alternative:
 
     name: str  # of `golden.ways`
     outputs: Named | None
-    magnitudes: Named | None = None  # None: those of the case
+    roundings: Mapping[str, int] | None = None  # None: the case's, magnitudes too
+    magnitudes: Named | None = None
 
 
 @dataclass(frozen=True)
