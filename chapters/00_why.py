@@ -38,6 +38,8 @@ chapter = start("00_why", steps=1, model="tiny")
 #
 # @source minipeft.reference.linear.backward
 #
+# @source minipeft.reference.linear.check_fits
+#
 # ## Counting on a model that is here
 #
 # `tiny` is this book's own model: the architecture of Llama with about a million

@@ -64,6 +64,8 @@ for what, size in {
 # @source minipeft.reference.adamw.wide
 # @source minipeft.torch.adamw.wide
 #
+# @source minipeft.reference.adamw.check_fits
+#
 # Decoding, encoding, and what a file holds:
 #
 # @source minipeft.reference.adamw.decode

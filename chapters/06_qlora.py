@@ -112,7 +112,7 @@ x, A, B = (
     for shape in ((3, 12), (2, 12), (5, 2))
 )
 update = lora.LoRA(A, B, 0.5)
-merged = qlora.merge(q, update, into="dequantized")
+merged = qlora.merge(q, update)
 assert np.array_equal(qlora.forward(x, q, update), x @ merged.T)
 print("merged into the dequantized weight: the same output, bit for bit")
 
@@ -171,6 +171,8 @@ assert remaining < damage
 #
 # @source minipeft.reference.qlora.merge
 # @source minipeft.torch.qlora.merge
+#
+# @source minipeft.reference.qlora.requantize
 #
 # The adapter was trained beside $\hat W$. Where should it go?
 #
@@ -247,7 +249,7 @@ SIZES = np.array([0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0])
 cosines, moved = [], []
 for size in SIZES:
     update = lora.LoRA(A, B, float(size * unit))
-    again = qlora.merge(q, update, into="requantized")
+    again = qlora.requantize(q, update)
     effect = blockwise.dequantize(again) - what
     cosines.append(cosine(effect, lora.delta(update)) if effect.any() else 0.0)
     moved.append(
@@ -314,7 +316,7 @@ chapter.show(
 
 # %% tags=["solution"]
 small = lora.LoRA(A, B, float(1e-5 * unit))
-again = qlora.merge(q, small, into="requantized")
+again = qlora.requantize(q, small)
 assert lora.delta(small).any()
 assert np.array_equal(again.packed, q.packed)
 print("not one of", W.size, "codes moved")
@@ -327,9 +329,7 @@ print("not one of", W.size, "codes moved")
 update, undo = lora.LoRA(A, B, float(0.1 * unit)), lora.LoRA(A, B, float(-0.1 * unit))
 drifting, first_error, drift = q, np.linalg.norm(what - W), []
 for _ in range(11):
-    drifting = qlora.merge(
-        qlora.merge(drifting, update, "requantized"), undo, "requantized"
-    )
+    drifting = qlora.requantize(qlora.requantize(drifting, update), undo)
     drift.append(np.linalg.norm(blockwise.dequantize(drifting) - what) / first_error)
 print("drift / first error, after each cycle:", np.round(drift, 2))
 assert drift[-1] > drift[0] > 0.3
@@ -339,7 +339,7 @@ assert drift[-1] > drift[0] > 0.3
 
 # %% tags=["solution"]
 n = double_quant.quantize(W)
-effect = qlora.dequantize(qlora.merge(n, update, "requantized")) - qlora.dequantize(n)
+effect = qlora.dequantize(qlora.requantize(n, update)) - qlora.dequantize(n)
 print(f"cosine {cosine(effect, lora.delta(update)):.3f} nested, {cosines[4]:.3f} plain")
 assert abs(cosine(effect, lora.delta(update)) - cosines[4]) < 0.05
 

@@ -103,10 +103,9 @@ assert (dora.squared_row_norm(W, update) == (V * V).sum(axis=1)).all()
 
 adapter = dora.DoRA(A, B, Fraction(16, 6), magnitude=fractions(4))
 norm, bias = abs(fractions(4)), fractions(4)
-merged = dora.merge(W, adapter, norm)
-assert (
-    dora.forward(x, W, adapter, bias, norm) == linear.forward(x, merged, bias)
-).all()
+merged = dora._merge(W, adapter, norm)  # `merge`, for any norms
+output = dora._forward(x, W, adapter, bias, norm)
+assert (output == linear.forward(x, merged, bias)).all()
 print("squared norms:", *dora.squared_row_norm(W, update))
 
 # %% [markdown]
@@ -319,7 +318,7 @@ assert np.allclose(np.linalg.norm(right, axis=1), turned.magnitude)
 W, A, B = (rng.standard_normal(shape) for shape in ((4, 7), (2, 7), (4, 2)))
 adapter = dora.DoRA(A, B, 0.5, np.array([1.0, -2.0, 3.0, 0.5]))
 lengths = np.linalg.norm(dora.merge(W, adapter), axis=1)
-broken = np.linalg.norm(dora.merge(W, adapter, np.linalg.norm(W, axis=1)), axis=1)
+broken = np.linalg.norm(dora._merge(W, adapter, np.linalg.norm(W, axis=1)), axis=1)
 print("lengths:", lengths.round(6), " divided by the norm of W:", broken.round(2))
 assert np.allclose(lengths, abs(adapter.magnitude))
 assert not np.allclose(broken, abs(adapter.magnitude))

@@ -80,13 +80,13 @@ def fractions(*shape):
 
 
 x, W, bias = fractions(3, 5), fractions(4, 5), fractions(4)
-for feedforward in (False, True):
-    scale = fractions(5 if feedforward else 4)
+for side, features in (("output", 4), ("input", 5)):
+    scale = fractions(features)
     scale[0] = Fraction(0)
-    adapter = ia3.IA3(scale, feedforward)
+    adapter = ia3.IA3(scale, side)
     merged = linear.forward(x, ia3.merge(W, adapter), ia3.merge_bias(bias, adapter))
     assert (merged == ia3.forward(x, W, adapter, bias)).all()
-    print("feed-forward:" if feedforward else "keys, values:", *merged[0])
+    print(f"{side} scaled:", *merged[0])
 
 # %% [markdown]
 # ## The experiment

@@ -58,6 +58,8 @@ chapter = start("14_prefix", steps=40, model="tiny")
 # @source minipeft.reference.attention.causal
 # @source minipeft.torch.attention.causal
 #
+# @source minipeft.reference.attention.check_fits
+#
 # The prefix attaches to it, and its gradient is a slice of the head's, summed over the batch:
 #
 # @source minipeft.reference.prefix.Prefix

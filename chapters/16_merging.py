@@ -255,6 +255,8 @@ with torch.no_grad():
 #
 # @source minipeft.reference.qlora.merge
 #
+# @source minipeft.reference.qlora.requantize
+#
 # We merge updates of different size and ask how much of each arrives. The *effective* update is what the merged weight differs by from the base it came from.
 
 # %%
@@ -276,7 +278,7 @@ for size in SIZES:
         (root * A).astype(np.float32), (root * B).astype(np.float32), 2.0
     )
     intended = lora.delta(adapter)
-    requantized = qlora.merge(q, adapter, into="requantized")
+    requantized = qlora.requantize(q, adapter)
     effective = blockwise.dequantize(requantized) - W_hat
     cosine = float(
         (effective * intended).sum()
@@ -297,7 +299,7 @@ for size in SIZES:
     print(
         f"{size:14}   {cosine:14.3f}   {changed:13.1%}   {miss[0]:25.3f}   {miss[1]:8.3f}"
     )
-    full = qlora.merge(q, adapter, into="dequantized")
+    full = qlora.merge(q, adapter)
     assert np.linalg.norm(
         linear.forward(x, full) - wanted
     ) <= 2.0**-18 * np.linalg.norm(wanted)
@@ -395,7 +397,7 @@ assert float32 < bfloat16 / 100
 nothing = lora.LoRA(
     np.zeros((1, W.shape[1]), np.float32), np.ones((W.shape[0], 1), np.float32), 2.0
 )
-again = qlora.merge(q, nothing, into="requantized")
+again = qlora.requantize(q, nothing)
 assert again.packed.tobytes() == q.packed.tobytes()
 print("not by a byte: what NF4 can say, it says again")
 

@@ -1,12 +1,17 @@
-"""Shape annotations: jaxtyping where it is installed, a silent stand-in elsewhere.
+"""Shapes of arrays: annotations for readers and tests, and a check for every user.
 
 `Float[np.ndarray, "r in_features"]` names the axes with the words of the notation
-page. The tests check every annotation; a user who has only NumPy pays nothing.
+page. Tests check the annotations with jaxtyping; without it they cost nothing.
+`check_shapes` always runs: it refuses what NumPy and torch would broadcast.
 """
 
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+
+from minipeft.errors import InputError
 
 if TYPE_CHECKING:
+    from jaxtyping import Bool as Bool
     from jaxtyping import Float as Float
     from jaxtyping import Inexact as Inexact
     from jaxtyping import Integer as Integer
@@ -14,7 +19,7 @@ if TYPE_CHECKING:
     from jaxtyping import UInt8 as UInt8
 else:
     try:
-        from jaxtyping import Float, Inexact, Integer, Shaped, UInt8
+        from jaxtyping import Bool, Float, Inexact, Integer, Shaped, UInt8
     except ImportError:
 
         class _Unchecked:
@@ -24,6 +29,94 @@ else:
                 """Return the array type and forget the shape."""
                 return item[0]
 
-        Float = Inexact = Integer = Shaped = UInt8 = _Unchecked
+        Bool = Float = Inexact = Integer = Shaped = UInt8 = _Unchecked
 
-__all__ = ["Float", "Inexact", "Integer", "Shaped", "UInt8"]
+__all__ = [
+    "Bool",
+    "Float",
+    "Inexact",
+    "Integer",
+    "Shaped",
+    "UInt8",
+    "check_floats",
+    "check_shapes",
+]
+
+# An object array holds fractions, for proofs without rounding.
+FLOATS = ("float16", "bfloat16", "float32", "float64", "object")
+
+
+@runtime_checkable
+class Operand(Protocol):
+    """An array of any library."""
+
+    @property
+    def shape(self) -> Any:
+        """The lengths of the axes."""
+
+    @property
+    def dtype(self) -> Any:
+        """The type of a number."""
+
+
+def check_floats(name: str, array: Operand) -> None:
+    """Refuse numbers that are no floats: products of others overflow or mean nothing.
+
+    Raises:
+        InputError: if the dtype is complex, boolean or an integer.
+    """
+    dtype = str(array.dtype).removeprefix("torch.")
+    if dtype not in FLOATS:
+        raise InputError(f"{name} has dtype {dtype}; convert it to a float dtype.")
+
+
+def check_shapes(operands: Mapping[str, tuple[Operand | None, str]]) -> None:
+    """Refuse an operand whose shape contradicts those before it.
+
+    `{"W": (W, "out_features in_features"), "bias": (bias, "out_features")}` asks for a
+    bias of W's first length. A first word `...` stands for any leading axes, the same
+    for all operands. An operand that is None is left out.
+
+    Args:
+        operands: each by name, with the names of its axes.
+
+    Raises:
+        InputError: at the first wrong shape, or dtype that is no float.
+    """
+    lengths: dict[str, tuple[int, ...]] = {}
+    seen: list[str] = []
+    for name, (array, axes) in operands.items():
+        if array is None:
+            continue
+        check_floats(name, array)
+        shape, words = tuple(array.shape), axes.split()
+        parts = _parts(shape, words)
+        if parts is None or any(lengths.get(w, p) != p for w, p in parts.items()):
+            beside = f" beside {' and '.join(seen)}" if seen else ""
+            raise InputError(
+                f"{name} has shape {shape}; it must be {_wanted(words, lengths)}"
+                f"{beside}."
+            )
+        lengths |= parts
+        seen.append(f"{name} of shape {shape}")
+
+
+def _parts(
+    shape: tuple[int, ...], words: list[str]
+) -> dict[str, tuple[int, ...]] | None:
+    """Return the lengths by name, or None if there are too few or too many axes."""
+    extra = len(shape) - len(words)
+    if words[0] == "...":
+        lead, rest = shape[: extra + 1], shape[extra + 1 :]
+        if extra < -1:
+            return None
+        return {"...": lead} | {
+            word: (n,) for word, n in zip(words[1:], rest, strict=True)
+        }
+    return None if extra else {w: (n,) for w, n in zip(words, shape, strict=True)}
+
+
+def _wanted(words: list[str], lengths: Mapping[str, tuple[int, ...]]) -> str:
+    """Write a shape with the lengths that are known and the names of the others."""
+    sizes = [str(n) for word in words for n in lengths.get(word, (word,))]
+    return f"({', '.join(sizes)}{',' if len(sizes) == 1 else ''})"

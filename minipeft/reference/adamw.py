@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from math import sqrt
+from math import inf, sqrt
 
 import numpy as np
 
@@ -10,9 +10,9 @@ from minipeft.errors import InputError
 from minipeft.reference import blockwise
 from minipeft.reference.blockwise import Blockwise
 from minipeft.reference.codebook import dynamic_map
-from minipeft.shapes import Inexact
+from minipeft.shapes import Float, check_floats, check_shapes
 
-Weight = Inexact[np.ndarray, "..."]
+Weight = Float[np.ndarray, "..."]
 Moment = Weight | Blockwise
 BLOCKSIZE = 256
 MIN_8BIT_SIZE = 4096  # smaller tensors (biases, norms) keep float32: little to save
@@ -31,8 +31,8 @@ class AdamW:
         if not all(0 <= beta < 1 for beta in self.betas):
             raise InputError(f"betas are {self.betas}; choose both in [0, 1).")
         for name in ("lr", "eps", "weight_decay"):
-            if not (value := getattr(self, name)) >= 0:
-                raise InputError(f"{name} is {value}; choose 0 or more.")
+            if not 0 <= (value := getattr(self, name)) < inf:
+                raise InputError(f"{name} is {value}; choose a finite 0 or more.")
 
 
 @dataclass(frozen=True)
@@ -42,6 +42,17 @@ class State:
     t: int
     m: Moment
     v: Moment
+
+    def __post_init__(self) -> None:
+        """Refuse moments of two tensors."""
+        for name, moment in (("m", self.m), ("v", self.v)):
+            if not isinstance(moment, Blockwise):
+                check_floats(name, moment)
+        if self.m.shape != self.v.shape:
+            raise InputError(
+                f"m has shape {self.m.shape} and v {self.v.shape}; give the moments of "
+                "one tensor."
+            )
 
 
 def init(W: Weight, bits: int = 32) -> State:
@@ -54,17 +65,22 @@ def init(W: Weight, bits: int = 32) -> State:
         bits: 32, or 8 for tensors of at least 4,096 values.
 
     Raises:
-        InputError: if `bits` is neither.
+        InputError: if `bits` is neither, or W holds no floats.
 
     Source: 8-bit optimizers (arXiv:2110.02861), section 2.
     """
     if bits not in (8, 32):
         raise InputError(f"bits is {bits}; choose 8 or 32.")
-    zero = np.zeros(W.shape, wide(W))
+    check_shapes({"W": (W, "...")})
+    m, v = np.zeros(W.shape, wide(W)), np.zeros(W.shape, wide(W))
     if bits == 32 or W.size < MIN_8BIT_SIZE:
-        return State(0, zero, zero)
-    m, v = (blockwise.quantize(zero, dynamic_map(s), BLOCKSIZE) for s in (True, False))
-    return State(0, m, v)
+        return State(0, m, v)
+    signed, unsigned = dynamic_map(signed=True), dynamic_map(signed=False)
+    return State(
+        0,
+        blockwise.quantize(m, signed, BLOCKSIZE),
+        blockwise.quantize(v, unsigned, BLOCKSIZE),
+    )
 
 
 def step(W: Weight, grad: Weight, state: State, config: AdamW) -> tuple[Weight, State]:
@@ -82,13 +98,15 @@ def step(W: Weight, grad: Weight, state: State, config: AdamW) -> tuple[Weight, 
         config: the settings; they may change from step to step.
 
     Raises:
-        InputError: if the gradient has another shape, or is not finite.
+        InputError: if the gradient or a moment has another shape or no float dtype,
+            or the gradient is not finite.
 
     Source: AdamW (arXiv:1711.05101), algorithm 2; 8-bit states: arXiv:2110.02861.
     """
-    _check(grad, W.shape)
-    t, (beta1, beta2) = state.t + 1, config.betas
     m, v = decode(state.m), decode(state.v)
+    check_fits(W, grad, m, v)
+    t = state.t + 1
+    beta1, beta2 = config.betas
     W_old, grad = W.astype(wide(W)), grad.astype(wide(W))
     m = m + (1 - beta1) * (grad - m)
     v = beta2 * v + (1 - beta2) * grad * grad
@@ -100,19 +118,24 @@ def step(W: Weight, grad: Weight, state: State, config: AdamW) -> tuple[Weight, 
 
 def wide(W: Weight) -> np.dtype[np.generic]:
     """Return the dtype of states and arithmetic; in bfloat16, beta2 = 0.999 is 1."""
+    check_floats("W", W)
     return np.promote_types(W.dtype, np.float32)
 
 
 def decode(moment: Moment) -> Weight:
     """Return the values of a moment, whatever its bits."""
-    return blockwise.dequantize(moment) if isinstance(moment, Blockwise) else moment
+    if isinstance(moment, Blockwise):
+        return blockwise.dequantize(moment)
+    return moment.copy()
 
 
 def encode(values: Weight, like: Moment) -> Moment:
     """Store the values of a moment as `like` is stored."""
     if isinstance(like, Blockwise):
+        blockwise.check_parts(like)
         return blockwise.quantize(values, like.codebook, like.blocksize)
-    return values
+    check_floats("the values", values)
+    return values.copy()
 
 
 def to_arrays(state: State) -> dict[str, np.ndarray]:
@@ -120,10 +143,10 @@ def to_arrays(state: State) -> dict[str, np.ndarray]:
     arrays = {"t": np.asarray(state.t)}
     for name, moment in (("m", state.m), ("v", state.v)):
         if isinstance(moment, Blockwise):
-            arrays[f"{name}_codes"] = moment.packed.reshape(moment.shape)
-            arrays[f"{name}_absmax"] = moment.absmax
+            arrays[f"{name}_codes"] = moment.packed.reshape(moment.shape).copy()
+            arrays[f"{name}_absmax"] = moment.absmax.copy()
         else:
-            arrays[name] = moment
+            arrays[name] = moment.copy()
     return arrays
 
 
@@ -132,17 +155,23 @@ def from_arrays(arrays: Mapping[str, np.ndarray]) -> State:
 
     def moment(name: str) -> Moment:
         if name in arrays:
-            return arrays[name]
-        codes, absmax = arrays[f"{name}_codes"], arrays[f"{name}_absmax"]
+            return arrays[name].copy()
+        codes, absmax = arrays[f"{name}_codes"].copy(), arrays[f"{name}_absmax"].copy()
         values = dynamic_map(signed=name == "m")
         return Blockwise(codes.reshape(-1), absmax, values, BLOCKSIZE, codes.shape)
 
+    needed = [("t",), ("m", "m_codes"), ("v", "v_codes")]
+    missing = [names[0] for names in needed if not any(n in arrays for n in names)]
+    if missing:
+        raise InputError(f"the arrays hold no {missing[0]}; give all of `to_arrays`.")
     return State(int(arrays["t"]), moment("m"), moment("v"))
 
 
-def _check(grad: Weight, shape: tuple[int, ...]) -> None:
-    if grad.shape != shape:
-        raise InputError(f"the gradient has shape {grad.shape}; W has {shape}.")
+def check_fits(W: Weight, grad: Weight, m: Weight, v: Weight) -> None:
+    """Refuse a gradient or a moment of another tensor, or one that is not finite."""
+    check_shapes(
+        {"W": (W, "..."), "grad": (grad, "..."), "m": (m, "..."), "v": (v, "...")}
+    )
     bad = np.flatnonzero(~np.isfinite(grad))
     if bad.size:
         raise InputError(

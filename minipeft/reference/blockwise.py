@@ -1,31 +1,34 @@
 """Blockwise quantization: scale a block by its absmax, round to a codebook."""
 
 from dataclasses import dataclass
+from math import prod
 
 import numpy as np
 from numpy.typing import DTypeLike
 
 from minipeft.errors import InputError
-from minipeft.reference.codebook import NF4, code_bits
-from minipeft.shapes import Float, Inexact, UInt8
+from minipeft.reference.codebook import NF4, Codebook, code_bits
+from minipeft.shapes import Float, UInt8, check_floats, check_shapes
+
+Bytes = UInt8[np.ndarray, " bytes"]
+Codes = UInt8[np.ndarray, " n"]
+Scales = Float[np.ndarray, " blocks"]
+Blocks = Float[np.ndarray, "blocks blocksize"]
+Values = Float[np.ndarray, "..."]
 
 
 @dataclass(frozen=True)
 class Blockwise:
     """A quantized tensor: codes, and one scale for each block of consecutive values."""
 
-    packed: UInt8[np.ndarray, " bytes"]
-    absmax: Float[np.ndarray, " blocks"]
-    codebook: Float[np.ndarray, " codes"]
+    packed: Bytes
+    absmax: Scales
+    codebook: Codebook
     blocksize: int
     shape: tuple[int, ...]
 
 
-def quantize(
-    W: Inexact[np.ndarray, "..."],
-    codebook: Float[np.ndarray, " codes"] = NF4,
-    blocksize: int = 64,
-) -> Blockwise:
+def quantize(W: Values, codebook: Codebook = NF4, blocksize: int = 64) -> Blockwise:
     r"""Round every value to the nearest code of its scaled block.
 
     $q_i = \arg\min_k |c_k - W_i / a|$ with $a = \max_{j \in \text{block}} |W_j|$.
@@ -36,11 +39,14 @@ def quantize(
         blocksize: values in a block, a power of two.
 
     Raises:
-        InputError: at the first NaN or infinity; if `blocksize` is no power of two.
+        InputError: at the first NaN or infinity; if W holds no floats, `blocksize` is
+            no power of two, or the codebook no list of 2, 4, 8, 16 … 256 values.
 
     Source: QLoRA (arXiv:2305.14314), section 3.
     """
     check_blocksize(blocksize)
+    check_floats("W", W)
+    bits = code_bits(codebook)
     flat = np.ascontiguousarray(W, dtype=np.float32).reshape(-1)
     check_finite(flat)
     blocks = np.zeros((-(-flat.size // blocksize), blocksize), np.float32)
@@ -48,13 +54,11 @@ def quantize(
     absmax = np.abs(blocks).max(axis=1)
     codes = nearest(_scaled(blocks, absmax), codebook).reshape(-1)
     (zero,) = nearest(np.zeros(1, np.float32), codebook)
-    packed = pack(codes[: flat.size], code_bits(codebook), fill=int(zero))
-    return Blockwise(packed, absmax, codebook, blocksize, W.shape)
+    packed = pack(codes[: flat.size], bits, fill=int(zero))
+    return Blockwise(packed, absmax, codebook.copy(), blocksize, W.shape)
 
 
-def dequantize(
-    q: Blockwise, dtype: DTypeLike = np.float32
-) -> Inexact[np.ndarray, "..."]:
+def dequantize(q: Blockwise, dtype: DTypeLike = np.float32) -> Values:
     r"""Give every code its value back: $\hat W_i = c_{q_i} \cdot a$.
 
     Args:
@@ -62,8 +66,10 @@ def dequantize(
         dtype: what the float32 product is rounded to; `ml_dtypes.bfloat16` is one.
 
     Raises:
-        InputError: if there are codes or scales too few or too many.
+        InputError: if there are codes or scales too few or too many, or the result
+            would hold no floats.
     """
+    check_floats("the result", np.empty(0, dtype))
     size = check_parts(q)
     codes = unpack(q.packed, code_bits(q.codebook), size)
     absmax = np.repeat(q.absmax.astype(np.float32), q.blocksize)[:size]
@@ -71,40 +77,59 @@ def dequantize(
         return (q.codebook[codes] * absmax).astype(dtype).reshape(q.shape)
 
 
-def nearest(
-    scaled: Float[np.ndarray, "..."], codebook: Float[np.ndarray, " codes"]
-) -> UInt8[np.ndarray, "..."]:
+def nearest(scaled: Values, codebook: Codebook) -> UInt8[np.ndarray, "..."]:
     """Return the code of the nearest value; a tie goes to the lower value.
 
     The boundaries are float32 midpoints of neighbouring values. Equal values keep
     their order (FP4 has two zeros), so a value above zero meets the second.
+
+    Raises:
+        InputError: if the codebook is no list of 2, 4, 8, 16 … 256 finite floats.
     """
+    code_bits(codebook)
+    check_floats("the scaled weight", scaled)
     order = np.argsort(codebook, kind="stable")
     values = codebook[order]
     midpoints = (values[:-1] + values[1:]) / np.float32(2)
     return order[np.searchsorted(midpoints, scaled, side="left")].astype(np.uint8)
 
 
-def pack(
-    codes: UInt8[np.ndarray, " n"], bits: int, fill: int = 0
-) -> UInt8[np.ndarray, " bytes"]:
+def pack(codes: Codes, bits: int, fill: int = 0) -> Bytes:
     """Write codes of `bits` bits one after another, the first in the HIGH bits.
 
     Args:
         codes: each below `2**bits`.
         bits: 1 to 8.
         fill: the code that stands in the unused end of the last byte.
+
+    Raises:
+        InputError: if a number is out of range.
     """
+    _check_bits(bits)
+    _check_bytes("codes", codes)
+    if max(fill, codes.max(initial=0)) >= 2**bits:
+        raise InputError(
+            f"a code is {max(fill, codes.max(initial=0))}; {bits} bits hold 0 to "
+            f"{2**bits - 1}."
+        )
     spare = -codes.size % 8  # eight codes always end on a byte
     padded = np.concatenate([codes, np.full(spare, fill, np.uint8)])
     bit_rows = np.unpackbits(padded[:, None], axis=1)[:, 8 - bits :]
     return np.packbits(bit_rows)[: -(-codes.size * bits // 8)]
 
 
-def unpack(
-    packed: UInt8[np.ndarray, " bytes"], bits: int, n: int
-) -> UInt8[np.ndarray, " n"]:
-    """Read back the first `n` codes that `pack` wrote."""
+def unpack(packed: Bytes, bits: int, n: int) -> Codes:
+    """Read back the first `n` codes that `pack` wrote.
+
+    Raises:
+        InputError: if there are fewer, or `bits` is out of range.
+    """
+    _check_bits(bits)
+    _check_bytes("packed", packed)
+    if not 0 <= n * bits <= 8 * packed.size:
+        raise InputError(
+            f"n is {n}; {packed.size} bytes hold {8 * packed.size // bits}."
+        )
     bit_rows = np.unpackbits(packed)[: n * bits].reshape(n, bits)
     return np.packbits(bit_rows, axis=1, bitorder="big")[:, 0] >> np.uint8(8 - bits)
 
@@ -120,7 +145,11 @@ def check_blocksize(blocksize: int) -> None:
 def check_parts(q: Blockwise) -> int:
     """Return the number of weights; refuse codes or scales that are not theirs."""
     check_blocksize(q.blocksize)
-    n, bits = int(np.prod(q.shape)), code_bits(q.codebook)
+    if min(q.shape, default=0) < 0:
+        raise InputError(f"shape is {q.shape}; choose lengths of 0 or more.")
+    _check_bytes("packed", q.packed)
+    check_shapes({"absmax": (q.absmax, "blocks")})
+    n, bits = prod(q.shape), code_bits(q.codebook)
     needed = {"packed": -(-n * bits // 8), "absmax": -(-n // q.blocksize)}
     for name, wanted in needed.items():
         if (size := getattr(q, name).size) != wanted:
@@ -133,6 +162,7 @@ def check_parts(q: Blockwise) -> int:
 
 def check_finite(flat: Float[np.ndarray, " n"]) -> None:
     """Refuse NaN and infinities: one would spoil the scale of its whole block."""
+    check_floats("W", flat)
     bad = np.flatnonzero(~np.isfinite(flat))
     if bad.size:
         raise InputError(
@@ -141,9 +171,20 @@ def check_finite(flat: Float[np.ndarray, " n"]) -> None:
         )
 
 
-def _scaled(
-    blocks: Float[np.ndarray, "blocks blocksize"], absmax: Float[np.ndarray, " blocks"]
-) -> Float[np.ndarray, "blocks blocksize"]:
+def _check_bits(bits: int) -> None:
+    if not 1 <= bits <= 8:
+        raise InputError(f"bits is {bits}; choose 1 to 8.")
+
+
+def _check_bytes(name: str, array: np.ndarray) -> None:
+    if array.dtype != np.uint8 or array.ndim != 1:
+        raise InputError(
+            f"{name} has dtype {array.dtype} and shape {array.shape}; give a list of "
+            "bytes (uint8)."
+        )
+
+
+def _scaled(blocks: Blocks, absmax: Scales) -> Blocks:
     # The reciprocal of a subnormal overflows; lifting both by 2**64 first is exact.
     lift = np.where(absmax < 2.0**-126, np.float32(2**64), np.float32(1))
     inverse = np.float32(1) / np.where(absmax == 0, np.float32(1), absmax * lift)

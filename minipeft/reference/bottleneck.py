@@ -2,36 +2,42 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from math import isfinite
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from minipeft.errors import InputError
 from minipeft.reference import linear
-from minipeft.shapes import Shaped
+from minipeft.shapes import Shaped, check_shapes
 
 Sublayer = Callable[[Any], Any]
+Stream = Shaped[np.ndarray, "... features"]
+Down = Shaped[np.ndarray, "bottleneck features"]
+DownBias = Shaped[np.ndarray, " bottleneck"]
+Up = Shaped[np.ndarray, "features bottleneck"]
+UpBias = Shaped[np.ndarray, " features"]
 
 
 @dataclass(frozen=True)
 class Bottleneck:
     """Down to few features, a ReLU, and up again."""
 
-    down: Shaped[np.ndarray, "bottleneck features"]
-    down_bias: Shaped[np.ndarray, " bottleneck"]
-    up: Shaped[np.ndarray, "features bottleneck"]
-    up_bias: Shaped[np.ndarray, " features"]
+    down: Down
+    down_bias: DownBias
+    up: Up
+    up_bias: UpBias
     scaling: Any  # 1 in serial; He et al. train or choose it in parallel
 
 
 class BottleneckGradients(NamedTuple):
     """Gradients of a loss with respect to the input and the four trained parts."""
 
-    x: Shaped[np.ndarray, "... features"]
-    down: Shaped[np.ndarray, "bottleneck features"]
-    down_bias: Shaped[np.ndarray, " bottleneck"]
-    up: Shaped[np.ndarray, "features bottleneck"]
-    up_bias: Shaped[np.ndarray, " features"]
+    x: Stream
+    down: Down
+    down_bias: DownBias
+    up: Up
+    up_bias: UpBias
 
 
 def init(
@@ -42,63 +48,63 @@ def init(
     Houlsby et al. draw both matrices near zero; with up at zero the start is exact.
 
     Raises:
-        InputError: if the bottleneck is empty.
+        InputError: if the bottleneck is empty, or the scaling not finite.
 
     Source: Houlsby et al. (arXiv:1902.00751), section 2.1.
     """
     if bottleneck < 1:
         raise InputError(f"bottleneck is {bottleneck}; choose 1 or more features.")
+    if not isfinite(scaling):
+        raise InputError(f"scaling is {scaling}; choose a finite number.")
     down = 0.02 * rng.standard_normal((bottleneck, features), np.float32)
-    up, zeros = np.zeros((features, bottleneck), np.float32), np.zeros
-    return Bottleneck(
-        down, zeros(bottleneck, np.float32), up, zeros(features, np.float32), scaling
-    )
+    up = np.zeros((features, bottleneck), np.float32)
+    down_bias = np.zeros(bottleneck, np.float32)
+    up_bias = np.zeros(features, np.float32)
+    return Bottleneck(down, down_bias, up, up_bias, scaling)
 
 
-def forward(
-    x: Shaped[np.ndarray, "... features"], adapter: Bottleneck
-) -> Shaped[np.ndarray, "... features"]:
+def forward(x: Stream, adapter: Bottleneck) -> Stream:
     r"""Return what the adapter adds: $s\,(\mathrm{ReLU}(x D^T + c)\,U^T + e)$.
+
+    Raises:
+        InputError: if an operand has another adapter's shape, or no float dtype.
 
     Source: Houlsby et al. (arXiv:1902.00751), figure 2.
     """
+    _check_fits(x, adapter)
     h = np.maximum(linear.forward(x, adapter.down, adapter.down_bias), 0)
     return adapter.scaling * linear.forward(h, adapter.up, adapter.up_bias)
 
 
-def backward(
-    grad_y: Shaped[np.ndarray, "... features"],
-    x: Shaped[np.ndarray, "... features"],
-    adapter: Bottleneck,
-) -> BottleneckGradients:
-    """Return the gradients of x and of the trained parts; ReLU's slope at 0 is 0."""
+def backward(grad_y: Stream, x: Stream, adapter: Bottleneck) -> BottleneckGradients:
+    """Return the gradients of x and of the trained parts; ReLU's slope at 0 is 0.
+
+    Raises:
+        InputError: if an operand has another adapter's shape, or no float dtype.
+    """
+    _check_fits(x, adapter)
+    check_shapes({"x": (x, "... features"), "grad_y": (grad_y, "... features")})
     before = linear.forward(x, adapter.down, adapter.down_bias)
     up = linear.backward(adapter.scaling * grad_y, np.maximum(before, 0), adapter.up)
     down = linear.backward(up.x * (before > 0), x, adapter.down)
     return BottleneckGradients(down.x, down.W, down.bias, up.W, up.bias)
 
 
-def serial(
-    h: Shaped[np.ndarray, "... features"], adapter: Bottleneck
-) -> Shaped[np.ndarray, "... features"]:
+def serial(h: Stream, adapter: Bottleneck) -> Stream:
     """Place the adapter behind a sublayer, with a skip: h + f(h)."""
     return h + forward(h, adapter)
 
 
-def parallel(
-    x: Shaped[np.ndarray, "... features"],
-    h: Shaped[np.ndarray, "... features"],
-    adapter: Bottleneck,
-) -> Shaped[np.ndarray, "... features"]:
+def parallel(x: Stream, h: Stream, adapter: Bottleneck) -> Stream:
     """Place the adapter beside a sublayer that turns x into h: h + f(x)."""
-    return h + forward(x, adapter)
+    return _add(h, forward(x, adapter))
 
 
 def houlsby(
-    x: Shaped[np.ndarray, "... features"],
+    x: Stream,
     sublayers: tuple[Sublayer, Sublayer],
     adapters: tuple[Bottleneck, Bottleneck],
-) -> Shaped[np.ndarray, "... features"]:
+) -> Stream:
     """Run a block with a serial adapter behind attention and behind feed-forward.
 
     Args:
@@ -109,33 +115,49 @@ def houlsby(
     Source: Houlsby et al. (arXiv:1902.00751), figure 2.
     """
     for sublayer, adapter in zip(sublayers, adapters, strict=True):
-        x = x + serial(sublayer(x), adapter)
+        x = _add(x, serial(sublayer(x), adapter))
     return x
 
 
 def pfeiffer(
-    x: Shaped[np.ndarray, "... features"],
-    sublayers: tuple[Sublayer, Sublayer],
-    adapter: Bottleneck,
-) -> Shaped[np.ndarray, "... features"]:
+    x: Stream, sublayers: tuple[Sublayer, Sublayer], adapter: Bottleneck
+) -> Stream:
     """Run a block with one serial adapter, behind feed-forward.
 
     Source: Pfeiffer et al. (arXiv:2005.00247), section 3.
     """
     attention, feedforward = sublayers
-    x = x + attention(x)
-    return x + serial(feedforward(x), adapter)
+    x = _add(x, attention(x))
+    return _add(x, serial(feedforward(x), adapter))
 
 
 def beside(
-    x: Shaped[np.ndarray, "... features"],
-    sublayers: tuple[Sublayer, Sublayer],
-    adapter: Bottleneck,
-) -> Shaped[np.ndarray, "... features"]:
+    x: Stream, sublayers: tuple[Sublayer, Sublayer], adapter: Bottleneck
+) -> Stream:
     """Run a block with one parallel adapter, beside feed-forward.
 
     Source: He et al. (arXiv:2110.04366), section 4.
     """
     attention, feedforward = sublayers
-    x = x + attention(x)
-    return x + parallel(x, feedforward(x), adapter)
+    x = _add(x, attention(x))
+    return _add(x, parallel(x, feedforward(x), adapter))
+
+
+def _check_fits(x: Stream, adapter: Bottleneck) -> None:
+    """Refuse an input or parts of another adapter: a bias of one would broadcast."""
+    check_shapes(
+        {
+            "down": (adapter.down, "bottleneck features"),
+            "down_bias": (adapter.down_bias, "bottleneck"),
+            "up": (adapter.up, "features bottleneck"),
+            "up_bias": (adapter.up_bias, "features"),
+            "x": (x, "... features"),
+        }
+    )
+
+
+def _add(skip: Stream, h: Stream) -> Stream:
+    check_shapes(
+        {"the residual": (skip, "... features"), "a sublayer": (h, "... features")}
+    )
+    return skip + h

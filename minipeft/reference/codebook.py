@@ -5,7 +5,7 @@ from statistics import NormalDist
 import numpy as np
 
 from minipeft.errors import InputError
-from minipeft.shapes import Float
+from minipeft.shapes import Float, check_shapes
 
 Codebook = Float[np.ndarray, " codes"]
 
@@ -97,12 +97,23 @@ def dynamic_map(signed: bool = True) -> Codebook:
     return np.sort(np.array(values, dtype=np.float32))
 
 
-def code_bits(codebook: Float[np.ndarray, " codes"]) -> int:
-    """Return the width of a code; refuse a codebook whose length is no power of two."""
+def code_bits(codebook: Codebook) -> int:
+    """Return the width of a code.
+
+    Raises:
+        InputError: if the codebook is no list of 2, 4, 8, 16 … 256 finite floats.
+    """
+    check_shapes({"the codebook": (codebook, "codes")})
     bits = codebook.size.bit_length() - 1
     if codebook.size != 2**bits or not 1 <= bits <= 8:
         raise InputError(
             f"the codebook has {codebook.size} values; give 2, 4, 8, 16 … 256 of them."
+        )
+    bad = np.flatnonzero(~np.isfinite(codebook))
+    if bad.size:
+        raise InputError(
+            f"the codebook holds {codebook[bad[0]]} at code {bad[0]}; give finite "
+            "values."
         )
     return bits
 

@@ -8,28 +8,28 @@ from numpy.typing import DTypeLike
 
 from minipeft.errors import InputError
 from minipeft.reference import blockwise
-from minipeft.reference.blockwise import Blockwise
-from minipeft.reference.codebook import NF4, dynamic_map
-from minipeft.shapes import Float, Inexact, UInt8
+from minipeft.reference.blockwise import Blockwise, Bytes, Scales, Values
+from minipeft.reference.codebook import NF4, Codebook, dynamic_map
+from minipeft.shapes import Float, UInt8, check_floats
 
 
 @dataclass(frozen=True)
 class Nested:
     """A quantized tensor whose scales are codes of the signed dynamic map."""
 
-    packed: UInt8[np.ndarray, " bytes"]
+    packed: Bytes
     absmax_codes: UInt8[np.ndarray, " blocks"]
     nested_absmax: Float[np.ndarray, " nested_blocks"]
     offset: np.float32
-    codebook: Float[np.ndarray, " codes"]
+    codebook: Codebook
     blocksize: int
     nested_blocksize: int
     shape: tuple[int, ...]
 
 
 def quantize(
-    W: Inexact[np.ndarray, "..."],
-    codebook: Float[np.ndarray, " codes"] = NF4,
+    W: Values,
+    codebook: Codebook = NF4,
     blocksize: int = 64,
     nested_blocksize: int = 256,
 ) -> Nested:
@@ -45,7 +45,8 @@ def quantize(
         nested_blocksize: scales that share a nested scale, a power of two.
 
     Raises:
-        InputError: at the first NaN or infinity; if a block size is no power of two.
+        InputError: at the first NaN or infinity; if W holds no floats, a block size is
+            no power of two, or the codebook no list of 2, 4, 8, 16 … 256 values.
 
     Source: QLoRA (arXiv:2305.14314), section 3, "Double Quantization".
     """
@@ -58,14 +59,14 @@ def quantize(
         scales.packed,  # a code of eight bits is a byte
         scales.absmax,
         offset,
-        codebook,
+        q.codebook,
         blocksize,
         nested_blocksize,
         W.shape,
     )
 
 
-def dequantize(q: Nested, dtype: DTypeLike = np.float32) -> Inexact[np.ndarray, "..."]:
+def dequantize(q: Nested, dtype: DTypeLike = np.float32) -> Values:
     r"""Give the scales their values back, then the weights.
 
     $\hat W_i = c_{q_i} \cdot \hat a$ with $\hat a = d_s \cdot a_2 + \bar a$, where $d$
@@ -75,6 +76,10 @@ def dequantize(q: Nested, dtype: DTypeLike = np.float32) -> Inexact[np.ndarray, 
     Args:
         q: what `quantize` returned.
         dtype: of the result; bfloat16 through `ml_dtypes.bfloat16`.
+
+    Raises:
+        InputError: if there are codes or scales too few or too many, or the result
+            would hold no floats.
     """
     return blockwise.dequantize(unnest(q), dtype)
 
@@ -99,7 +104,11 @@ def unnest(q: Nested) -> Blockwise:
         absmax = blockwise.dequantize(scales) + q.offset
     except InputError as error:
         raise InputError(f"the scales: {error}") from None
-    return Blockwise(q.packed, absmax, q.codebook, q.blocksize, q.shape)
+    if not np.isfinite(q.offset):
+        raise InputError(f"offset is {q.offset}; give the mean of the scales.")
+    whole = Blockwise(q.packed.copy(), absmax, q.codebook.copy(), q.blocksize, q.shape)
+    blockwise.check_parts(whole)
+    return whole
 
 
 def bits_per_parameter(q: Nested | Blockwise) -> float:
@@ -109,20 +118,27 @@ def bits_per_parameter(q: Nested | Blockwise) -> float:
     and B₂ = 256, of which the scales take 0.127. Plain blocks take $b + 32/B$ = 4.5.
     The codebooks are constants and not counted.
 
+    Raises:
+        InputError: if there is no weight, or codes or scales too few or too many.
+
     Source: QLoRA (arXiv:2305.14314), section 3.
     """
+    weights = blockwise.check_parts(unnest(q) if isinstance(q, Nested) else q)
+    if not weights:
+        raise InputError(f"q has shape {q.shape} and no weight; give at least one.")
     parts = [q.packed]
     if isinstance(q, Nested):
         parts += [q.absmax_codes, q.nested_absmax, np.asarray(q.offset)]
     else:
         parts += [q.absmax]
-    return 8 * sum(part.nbytes for part in parts) / prod(q.shape)
+    return 8 * sum(part.nbytes for part in parts) / weights
 
 
-def mean(absmax: Float[np.ndarray, " blocks"]) -> np.float32:
+def mean(absmax: Scales) -> np.float32:
     """Return the mean of the scales; the same bits in every order of summation.
 
     The exact sum rounded to float64, divided there, rounded to float32. (A float32 sum
     depends on the order, and libraries differ in its last bit.)
     """
+    check_floats("absmax", absmax)
     return np.float32(fsum(absmax) / max(absmax.size, 1))

@@ -1,12 +1,17 @@
 """IA3: one trained vector that rescales keys, values, or the feed-forward layer."""
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 import numpy as np
 
+from minipeft.errors import InputError
 from minipeft.reference import linear
-from minipeft.shapes import Shaped
+from minipeft.reference.linear import Bias, Input, Output, Weight
+from minipeft.shapes import Shaped, check_shapes
+
+Side = Literal["output", "input"]
+Vector = Shaped[np.ndarray, " features"]
 
 
 @dataclass(frozen=True)
@@ -18,82 +23,107 @@ class IA3:
     nonlinearity, which is the output of that nonlinearity.
     """
 
-    l: Shaped[np.ndarray, " features"]  # noqa: E741  # the paper's name
-    feedforward: bool
+    l: Vector  # noqa: E741  # the paper's name
+    side: Side
+
+    def __post_init__(self) -> None:
+        """Refuse a side that no layer has."""
+        if self.side not in get_args(Side):
+            raise InputError(f"side is {self.side!r}; choose 'output' or 'input'.")
 
 
 class IA3Gradients(NamedTuple):
     """Gradients of a loss with respect to the input and the vector."""
 
-    x: Shaped[np.ndarray, "... in_features"]
-    l: Shaped[np.ndarray, " features"]  # noqa: E741
+    x: Input
+    l: Vector  # noqa: E741
 
 
-def init(features: int, feedforward: bool = False) -> IA3:
+def init(features: int, side: Side = "output") -> IA3:
     """Start at no change: every l is 1.
 
+    Args:
+        features: of the side that l scales.
+        side: `output` for keys and values, `input` for feed-forward.
+
+    Raises:
+        InputError: if there is no such side.
+
     Source: IA3 (arXiv:2205.05638), section 3.3.
     """
-    return IA3(np.ones(features, np.float32), feedforward)
+    return IA3(np.ones(features, np.float32), side)
 
 
-def forward(
-    x: Shaped[np.ndarray, "... in_features"],
-    W: Shaped[np.ndarray, "out_features in_features"],
-    ia3: IA3,
-    bias: Shaped[np.ndarray, " out_features"] | None = None,
-) -> Shaped[np.ndarray, "... out_features"]:
+def forward(x: Input, W: Weight, adapter: IA3, bias: Bias | None = None) -> Output:
     r"""Apply the rescaled layer.
 
-    Keys and values: $y = l \odot (x W^T + b)$, and the bias is scaled with the rest.
-    Feed-forward: $y = (l \odot x) W^T + b$, and it is not.
+    Output: $y = l \odot (x W^T + b)$, and the bias is scaled with the rest.
+    Input: $y = (l \odot x) W^T + b$, and it is not.
+
+    Raises:
+        InputError: if an operand has another layer's shape, or no float dtype.
 
     Source: IA3 (arXiv:2205.05638), section 3.3.
     """
-    if ia3.feedforward:
-        return linear.forward(ia3.l * x, W, bias)
-    return ia3.l * linear.forward(x, W, bias)
+    _check_fits(W, adapter)
+    linear.check_fits(W, x=x, bias=bias)
+    if adapter.side == "input":
+        return linear.forward(adapter.l * x, W, bias)
+    return adapter.l * linear.forward(x, W, bias)
 
 
 def backward(
-    grad_y: Shaped[np.ndarray, "... out_features"],
-    x: Shaped[np.ndarray, "... in_features"],
-    W: Shaped[np.ndarray, "out_features in_features"],
-    ia3: IA3,
-    bias: Shaped[np.ndarray, " out_features"] | None = None,
+    grad_y: Output, x: Input, W: Weight, adapter: IA3, bias: Bias | None = None
 ) -> IA3Gradients:
     r"""Return the gradients of x and l; W and the bias are frozen.
 
-    Keys and values: $(l \odot G) W$ and $\sum G \odot (x W^T + b)$. Feed-forward:
-    $l \odot (G W)$ and $\sum x \odot (G W)$.
+    Output: $(l \odot G) W$ and $\sum G \odot (x W^T + b)$.
+    Input: $l \odot (G W)$ and $\sum x \odot (G W)$.
+
+    Raises:
+        InputError: if an operand has another layer's shape, or no float dtype.
     """
-    if ia3.feedforward:
+    _check_fits(W, adapter)
+    linear.check_fits(W, x=x, bias=bias, grad_y=grad_y)
+    if adapter.side == "input":
         scaled = grad_y @ W
-        return IA3Gradients(ia3.l * scaled, _over_positions(x * scaled))
+        return IA3Gradients(adapter.l * scaled, _over_positions(x * scaled))
     scaled = grad_y * linear.forward(x, W, bias)
-    return IA3Gradients((ia3.l * grad_y) @ W, _over_positions(scaled))
+    return IA3Gradients((adapter.l * grad_y) @ W, _over_positions(scaled))
 
 
-def merge(
-    W: Shaped[np.ndarray, "out_features in_features"], ia3: IA3
-) -> Shaped[np.ndarray, "out_features in_features"]:
+def merge(W: Weight, adapter: IA3) -> Weight:
     r"""Return the weight of the plain layer: $W' = \Lambda_l W$ or $W \Lambda_l$.
 
-    The bias of keys and values changes as well: see `merge_bias`. No division undoes
-    a merge where l is 0, so whoever wants W back must keep it.
+    If l scales the output, the bias changes as well: see `merge_bias`. No division
+    undoes a merge where l is 0, so a layer that unmerges must keep W.
+
+    Raises:
+        InputError: if l is not as long as its side of W.
     """
-    return W * ia3.l if ia3.feedforward else ia3.l[:, np.newaxis] * W
+    _check_fits(W, adapter)
+    return W * adapter.l if adapter.side == "input" else adapter.l[:, np.newaxis] * W
 
 
-def merge_bias(
-    bias: Shaped[np.ndarray, " out_features"], ia3: IA3
-) -> Shaped[np.ndarray, " out_features"]:
-    r"""Return the bias of the plain layer: $b' = l \odot b$, or b in feed-forward."""
-    return bias if ia3.feedforward else ia3.l * bias
+def merge_bias(bias: Bias, adapter: IA3) -> Bias:
+    r"""Return the bias of the plain layer: $l \odot b$ for the output, else $b$.
+
+    Raises:
+        InputError: if l scales the output and the bias has another length.
+    """
+    if adapter.side == "input":
+        check_shapes({"bias": (bias, "out_features")})
+        return bias.copy()
+    check_shapes({"l": (adapter.l, "out_features"), "bias": (bias, "out_features")})
+    return adapter.l * bias
 
 
-def _over_positions(
-    values: Shaped[np.ndarray, "... features"],
-) -> Shaped[np.ndarray, " features"]:
+def _check_fits(W: Weight, adapter: IA3) -> None:
+    """Refuse a vector of another layer, or of the other side of this one."""
+    side = "in_features" if adapter.side == "input" else "out_features"
+    check_shapes({"W": (W, "out_features in_features"), "l": (adapter.l, side)})
+
+
+def _over_positions(values: Shaped[np.ndarray, "... features"]) -> Vector:
     """Sum over every axis but the last."""
     return values.reshape(-1, values.shape[-1]).sum(axis=0)

@@ -4,45 +4,59 @@ from typing import NamedTuple
 
 import numpy as np
 
-from minipeft.errors import InputError
-from minipeft.shapes import Shaped
+from minipeft.shapes import Shaped, check_shapes
+
+Input = Shaped[np.ndarray, "... in_features"]
+Output = Shaped[np.ndarray, "... out_features"]
+Weight = Shaped[np.ndarray, "out_features in_features"]
+Bias = Shaped[np.ndarray, " out_features"]
 
 
 class LinearGradients(NamedTuple):
-    """Gradients of a loss with respect to what the layer was given."""
+    """Gradients of a loss with respect to the three operands of the layer."""
 
-    x: Shaped[np.ndarray, "... in_features"]
-    W: Shaped[np.ndarray, "out_features in_features"]
-    bias: Shaped[np.ndarray, " out_features"]
+    x: Input
+    W: Weight
+    bias: Bias
 
 
-def forward(
-    x: Shaped[np.ndarray, "... in_features"],
-    W: Shaped[np.ndarray, "out_features in_features"],
-    bias: Shaped[np.ndarray, " out_features"] | None = None,
-) -> Shaped[np.ndarray, "... out_features"]:
-    """Apply the layer: $y = x W^T + b$."""
+def forward(x: Input, W: Weight, bias: Bias | None = None) -> Output:
+    """Apply the layer: $y = x W^T + b$.
+
+    Raises:
+        InputError: if an operand has another layer's shape, or no float dtype.
+    """
+    check_fits(W, x=x, bias=bias)
     y = x @ W.T
     return y if bias is None else y + bias
 
 
-def backward(
-    grad_y: Shaped[np.ndarray, "... out_features"],
-    x: Shaped[np.ndarray, "... in_features"],
-    W: Shaped[np.ndarray, "out_features in_features"],
-) -> LinearGradients:
+def backward(grad_y: Output, x: Input, W: Weight) -> LinearGradients:
     r"""Return the gradients of x, W and bias: $G W$, $G^T x$ and $\sum G$.
 
     $G = \partial L/\partial y$ is the gradient of the output. Every position of
     the leading axes adds its share to the gradients of W and bias.
 
     Raises:
-        InputError: if x is not of this layer; no product below would notice.
+        InputError: if an operand has another layer's shape, or no float dtype.
     """
-    if x.shape[-1] != W.shape[1]:
-        raise InputError(
-            f"x has {x.shape[-1]} features; W has shape {W.shape}, so give it the "
-            f"{W.shape[1]} that the forward pass had."
-        )
+    check_fits(W, x=x, grad_y=grad_y)
     rows, G = x.reshape(-1, x.shape[-1]), grad_y.reshape(-1, grad_y.shape[-1])
     return LinearGradients(grad_y @ W, G.T @ rows, G.sum(axis=0))
+
+
+def check_fits(
+    W: Weight,
+    x: Shaped[np.ndarray, "..."] | None = None,
+    bias: Shaped[np.ndarray, "..."] | None = None,
+    grad_y: Shaped[np.ndarray, "..."] | None = None,
+) -> None:
+    """Refuse operands of another layer: a bias of one number would broadcast."""
+    check_shapes(
+        {
+            "W": (W, "out_features in_features"),
+            "bias": (bias, "out_features"),
+            "x": (x, "... in_features"),
+            "grad_y": (grad_y, "... out_features"),
+        }
+    )

@@ -8,16 +8,18 @@ import numpy as np
 from minipeft.errors import InputError
 from minipeft.reference import blockwise, lora, pissa
 from minipeft.reference.blockwise import Blockwise
-from minipeft.reference.codebook import NF2, NF4
+from minipeft.reference.codebook import NF2, NF4, Codebook
 from minipeft.reference.lora import LoRA
-from minipeft.shapes import Float, Inexact
+from minipeft.shapes import Float
+
+Weight = Float[np.ndarray, "out_features in_features"]
 
 
 def init(
-    W: Inexact[np.ndarray, "out_features in_features"],
+    W: Weight,
     r: int,
     alpha: float,
-    codebook: Float[np.ndarray, " codes"] = NF4,
+    codebook: Codebook = NF4,
     blocksize: int = 64,
     steps: int = 5,
 ) -> tuple[Blockwise, LoRA]:
@@ -47,11 +49,7 @@ def init(
 
 
 def alternate(
-    W: Inexact[np.ndarray, "out_features in_features"],
-    r: int,
-    alpha: float,
-    codebook: Float[np.ndarray, " codes"],
-    blocksize: int,
+    W: Weight, r: int, alpha: float, codebook: Codebook, blocksize: int
 ) -> Iterator[tuple[Blockwise, LoRA]]:
     r"""Yield $Q_t = q(W - s B_{t-1} A_{t-1})$, then $s B_t A_t = SVD_r(W - Q_t)$.
 
@@ -68,15 +66,20 @@ def alternate(
         target = W - lora.delta(initial)
 
 
-def error(
-    W: Inexact[np.ndarray, "out_features in_features"], q: Blockwise, initial: LoRA
-) -> float:
-    r"""Return $\|W - Q - s B A\|_F$, with the scaling that training will use."""
+def error(W: Weight, q: Blockwise, initial: LoRA) -> float:
+    r"""Return $\|W - Q - s B A\|_F$, with the scaling that training will use.
+
+    Raises:
+        InputError: if the base or the adapter has another layer's shape.
+    """
+    lora.check_fits(W, initial)
+    if q.shape != W.shape:
+        raise InputError(f"the base has shape {q.shape}; W has {W.shape}: give W's.")
     return float(np.linalg.norm(W - blockwise.dequantize(q) - lora.delta(initial)))
 
 
 def plan(
-    weights: Mapping[str, Inexact[np.ndarray, "..."]],
+    weights: Mapping[str, Float[np.ndarray, "..."]],
     mean_bits: float,
     blocksize: int = 64,
 ) -> dict[str, int]:
@@ -90,6 +93,9 @@ def plan(
         weights: the layers by name.
         mean_bits: of the codes, 2 to 4; the scales come on top.
         blocksize: values that share a scale.
+
+    Raises:
+        InputError: if `mean_bits` is out of range, or a layer cannot be quantized.
 
     Source: LoftQ (arXiv:2310.08659), section 4.3, mixed precision.
     """
@@ -106,7 +112,7 @@ def plan(
     return bits
 
 
-def _gain(W: Inexact[np.ndarray, "..."], blocksize: int) -> float:
+def _gain(W: Float[np.ndarray, "..."], blocksize: int) -> float:
     two, four = (
         float(np.square(W - blockwise.dequantize(q)).mean(dtype=np.float64))
         for q in (blockwise.quantize(W, codebook, blocksize) for codebook in (NF2, NF4))

@@ -1,31 +1,35 @@
 """LoRA: a frozen weight plus a trained product of two thin matrices."""
 
 from dataclasses import dataclass
-from math import sqrt
+from math import isfinite, sqrt
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from minipeft.errors import InputError
 from minipeft.reference import linear
-from minipeft.shapes import Shaped
+from minipeft.reference.linear import Bias, Input, Output, Weight
+from minipeft.shapes import Shaped, check_shapes
+
+MatrixA = Shaped[np.ndarray, "r in_features"]
+MatrixB = Shaped[np.ndarray, "out_features r"]
 
 
 @dataclass(frozen=True)
 class LoRA:
     """The update of one weight: scaling * B A."""
 
-    A: Shaped[np.ndarray, "r in_features"]
-    B: Shaped[np.ndarray, "out_features r"]
+    A: MatrixA
+    B: MatrixB
     scaling: Any  # a float; a Fraction where a test computes over the rationals
 
 
 class LoRAGradients(NamedTuple):
     """Gradients of a loss with respect to the input and the two trained matrices."""
 
-    x: Shaped[np.ndarray, "... in_features"]
-    A: Shaped[np.ndarray, "r in_features"]
-    B: Shaped[np.ndarray, "out_features r"]
+    x: Input
+    A: MatrixA
+    B: MatrixB
 
 
 def scaling(alpha: float, r: int, rank_stabilized: bool = False) -> float:
@@ -33,9 +37,16 @@ def scaling(alpha: float, r: int, rank_stabilized: bool = False) -> float:
 
     With $\alpha / \sqrt r$ the update and its gradient keep their size as r grows.
 
+    Raises:
+        InputError: if r is below 1, or alpha is not finite.
+
     Source: LoRA (arXiv:2106.09685), section 4.1; rsLoRA (arXiv:2312.03732),
     theorem 3.2.
     """
+    if r < 1:
+        raise InputError(f"r is {r}; choose 1 or more.")
+    if not isfinite(alpha):
+        raise InputError(f"alpha is {alpha}; choose a finite number, such as 2 r.")
     return alpha / sqrt(r) if rank_stabilized else alpha / r
 
 
@@ -57,11 +68,11 @@ def init(
         in_features: columns of W.
         out_features: rows of W.
         r: rank of the update, 1 to min(in_features, out_features).
-        alpha: numerator of the scaling.
+        alpha: numerator of the scaling, finite.
         rank_stabilized: divide by sqrt(r) instead of r.
 
     Raises:
-        InputError: if r is out of range.
+        InputError: if r or alpha is out of range.
 
     Source: LoRA (arXiv:2106.09685), section 4.1.
     """
@@ -72,54 +83,59 @@ def init(
     return LoRA(A, B, scaling(alpha, r, rank_stabilized))
 
 
-def delta(lora: LoRA) -> Shaped[np.ndarray, "out_features in_features"]:
-    r"""Return the update itself: $\Delta W = s B A$."""
-    return lora.scaling * (lora.B @ lora.A)
+def delta(adapter: LoRA) -> Weight:
+    r"""Return the update itself: $\Delta W = s B A$.
+
+    Raises:
+        InputError: if A and B do not fit each other.
+    """
+    check_fits(None, adapter)
+    return adapter.scaling * (adapter.B @ adapter.A)
 
 
-def forward(
-    x: Shaped[np.ndarray, "... in_features"],
-    W: Shaped[np.ndarray, "out_features in_features"],
-    lora: LoRA,
-    bias: Shaped[np.ndarray, " out_features"] | None = None,
-) -> Shaped[np.ndarray, "... out_features"]:
+def forward(x: Input, W: Weight, adapter: LoRA, bias: Bias | None = None) -> Output:
     """Apply the adapted layer: $y = x W^T + b + s (x A^T) B^T$.
 
     The update is never formed: two thin products cost O((in + out) r) a row.
 
+    Raises:
+        InputError: if an operand has another layer's shape, or no float dtype.
+
     Source: LoRA (arXiv:2106.09685), equation 3.
     """
-    check_fits(W, lora)
-    return linear.forward(x, W, bias) + lora.scaling * ((x @ lora.A.T) @ lora.B.T)
+    check_fits(W, adapter)
+    A, B, s = adapter.A, adapter.B, adapter.scaling
+    return linear.forward(x, W, bias) + s * ((x @ A.T) @ B.T)
 
 
-def backward(
-    grad_y: Shaped[np.ndarray, "... out_features"],
-    x: Shaped[np.ndarray, "... in_features"],
-    W: Shaped[np.ndarray, "out_features in_features"],
-    lora: LoRA,
-) -> LoRAGradients:
+def backward(grad_y: Output, x: Input, W: Weight, adapter: LoRA) -> LoRAGradients:
     r"""Return the gradients of x, A and B; W is frozen and gets none.
 
     With $G = \partial L/\partial y$ and $h = x A^T$, they are $G W + s\,(G B) A$,
     $s\,(G B)^T x$ and $s\,G^T h$.
+
+    Raises:
+        InputError: if an operand has another layer's shape, or no float dtype.
     """
-    check_fits(W, lora)
-    up = linear.backward(lora.scaling * grad_y, x @ lora.A.T, lora.B)
-    down = linear.backward(up.x, x, lora.A)
+    check_fits(W, adapter)
+    linear.check_fits(W, x=x, grad_y=grad_y)
+    up = linear.backward(adapter.scaling * grad_y, x @ adapter.A.T, adapter.B)
+    down = linear.backward(up.x, x, adapter.A)
     return LoRAGradients(grad_y @ W + down.x, down.W, up.W)
 
 
-def merge(
-    W: Shaped[np.ndarray, "out_features in_features"], lora: LoRA
-) -> Shaped[np.ndarray, "out_features in_features"]:
-    r"""Return the weight of the plain layer that does the same: $W' = W + s B A$."""
-    check_fits(W, lora)
-    return W + delta(lora)
+def merge(W: Weight, adapter: LoRA) -> Weight:
+    r"""Return the weight of the plain layer that does the same: $W' = W + s B A$.
+
+    Raises:
+        InputError: if an operand has another layer's shape, or no float dtype.
+    """
+    check_fits(W, adapter)
+    return W + delta(adapter)
 
 
 def check_rank(r: int, in_features: int, out_features: int) -> None:
-    """Refuse a rank that no update of this weight can have."""
+    """Refuse a rank that adds parameters and no rank to an update of this weight."""
     if not 1 <= r <= min(in_features, out_features):
         raise InputError(
             f"r is {r}; choose 1 to {min(in_features, out_features)} for a weight of "
@@ -127,11 +143,17 @@ def check_rank(r: int, in_features: int, out_features: int) -> None:
         )
 
 
-def check_fits(W: Shaped[np.ndarray, "out_features in_features"], lora: LoRA) -> None:
-    """Refuse matrices of another layer: one row of B would broadcast in silence."""
-    r = len(lora.A)
-    if lora.A.shape != (r, W.shape[1]) or lora.B.shape != (W.shape[0], r):
-        raise InputError(
-            f"A has shape {lora.A.shape} and B {lora.B.shape}; for a weight of shape "
-            f"{W.shape} they must be (r, {W.shape[1]}) and ({W.shape[0]}, r)."
-        )
+def check_fits(W: Weight | None, adapter: LoRA) -> None:
+    """Refuse matrices of another layer: one row of B would broadcast.
+
+    A rank above that of W is allowed here: `pissa.to_lora` doubles the rank.
+    """
+    check_shapes(
+        {
+            "W": (W, "out_features in_features"),
+            "A": (adapter.A, "r in_features"),
+            "B": (adapter.B, "out_features r"),
+        }
+    )
+    if not len(adapter.A):
+        raise InputError("r is 0; give A at least one row and B at least one column.")

@@ -2,13 +2,14 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import astuple, dataclass, replace
+from math import prod
 
 import numpy as np
 
 from minipeft.errors import InputError
 from minipeft.reference import adamw
-from minipeft.reference.adamw import AdamW, State
-from minipeft.shapes import Inexact
+from minipeft.reference.adamw import AdamW, State, Weight
+from minipeft.reference.blockwise import Blockwise
 
 
 @dataclass(frozen=True)
@@ -23,7 +24,8 @@ class Traffic:
     bytes_out: int = 0
 
     def __add__(self, more: "Traffic") -> "Traffic":
-        return Traffic(*map(sum, zip(astuple(self), astuple(more), strict=True)))
+        pairs = zip(astuple(self), astuple(more), strict=True)
+        return Traffic(*(mine + theirs for mine, theirs in pairs))
 
 
 @dataclass(frozen=True)
@@ -42,6 +44,8 @@ class Paged:
 def init(states: Sequence[State], page_size: int, budget: int) -> Paged:
     """Cut the states of some tensors into pages, all of them on the host.
 
+    Every page is a copy that is read-only, so one page can be part of many tables.
+
     Args:
         states: one for each tensor, from `adamw.init` or a file.
         page_size: values in a page, a multiple of 256, so that no block is cut.
@@ -57,33 +61,44 @@ def init(states: Sequence[State], page_size: int, budget: int) -> Paged:
     host: list[State] = []
     pages: list[range] = []
     for state in states:
-        starts = range(0, int(np.prod(state.m.shape)), page_size)
-        pages.append(range(len(host), len(host) + len(starts)))
-        host += [_cut(state, start, start + page_size) for start in starts]
+        cut = _cut(state, page_size)
+        pages.append(range(len(host), len(host) + len(cut)))
+        host += cut
     shapes = tuple(state.m.shape for state in states)
     p = Paged(tuple(host), {}, budget, page_size, tuple(pages), shapes)
     return resize(p, budget)
 
 
 def step(
-    p: Paged,
-    tensor: int,
-    W: Inexact[np.ndarray, "..."],
-    grad: Inexact[np.ndarray, "..."],
-    config: AdamW,
-) -> tuple[Inexact[np.ndarray, "..."], Paged]:
-    """Take `adamw.step` on one of the tensors, a page at a time: the same bits."""
-    old, slope, new = W.reshape(-1), grad.reshape(-1), np.empty(W.size, W.dtype)
+    p: Paged, tensor: int, W: Weight, grad: Weight, config: AdamW
+) -> tuple[Weight, Paged]:
+    """Take `adamw.step` on one of the tensors, a page at a time: the same bits.
+
+    Raises:
+        InputError: if there is no such tensor, W or its gradient has another shape or
+            no float dtype, or the gradient is not finite.
+    """
+    _check_tensor(p, tensor)
+    if W.shape != p.shapes[tensor]:
+        raise InputError(f"W has shape {W.shape}; its state has {p.shapes[tensor]}.")
+    adamw.check_fits(W, grad, W, W)
+    old, slope = W.reshape(-1), grad.reshape(-1)
+    new = np.empty(W.size, W.dtype)
     for i, page in enumerate(p.pages[tensor]):
         part = slice(i * p.page_size, (i + 1) * p.page_size)
         p = touch(p, page)
         new[part], state = adamw.step(old[part], slope[part], p.device[page], config)
-        p = replace(p, device={**p.device, page: state})
+        p = replace(p, device={**p.device, page: _frozen(state)})
     return new.reshape(W.shape), p
 
 
 def touch(p: Paged, page: int) -> Paged:
-    """Have a page on the device, as the most recently used; a fault if it was not."""
+    """Have a page on the device, as the most recently used; a fault if it was not.
+
+    Raises:
+        InputError: if there is no such page.
+    """
+    _check_page(p, page)
     if page not in p.device:
         return _bring(p, page, Traffic(faults=1))
     others = {i: state for i, state in p.device.items() if i != page}
@@ -91,12 +106,22 @@ def touch(p: Paged, page: int) -> Paged:
 
 
 def prefetch(p: Paged, page: int) -> Paged:
-    """Bring a page before it is touched, so that nothing waits for it."""
+    """Bring a page before it is touched, so that nothing waits for it.
+
+    Raises:
+        InputError: if there is no such page.
+    """
+    _check_page(p, page)
     return p if page in p.device else _bring(p, page, Traffic(prefetches=1))
 
 
 def evict(p: Paged, page: int) -> Paged:
-    """Take a page off the device; if it changed, write it back first."""
+    """Take a page off the device; if it changed, write it back first.
+
+    Raises:
+        InputError: if there is no such page.
+    """
+    _check_page(p, page)
     if page not in p.device:
         return p
     state, traffic = p.device[page], p.traffic + Traffic(evictions=1)
@@ -108,7 +133,11 @@ def evict(p: Paged, page: int) -> Paged:
 
 
 def resize(p: Paged, budget: int) -> Paged:
-    """Change the budget; what no longer fits leaves, the least recently used first."""
+    """Change the budget; what no longer fits leaves, the least recently used first.
+
+    Raises:
+        InputError: if the budget is below 1.
+    """
     if budget < 1:
         raise InputError(f"budget is {budget}; the device must hold at least 1 page.")
     while len(p.device) > budget:
@@ -117,7 +146,12 @@ def resize(p: Paged, budget: int) -> Paged:
 
 
 def gather(p: Paged, tensor: int) -> State:
-    """Return the whole state of one tensor, as `adamw` and a file want it."""
+    """Return the whole state of one tensor, as `adamw` and a file want it.
+
+    Raises:
+        InputError: if there is no such tensor.
+    """
+    _check_tensor(p, tensor)
     states = [p.device.get(page, p.host[page]) for page in p.pages[tensor]]
     parts = [adamw.to_arrays(state) for state in states]
     whole = {"t": parts[0]["t"]}
@@ -133,18 +167,44 @@ def nbytes(state: State) -> int:
     return sum(array.nbytes for name, array in arrays.items() if name != "t")
 
 
-def _bring(p: Paged, page: int, reason: Traffic) -> Paged:
+def _check_tensor(p: Paged, tensor: int) -> None:
+    """Refuse the number of a tensor that is not in the table."""
+    if not 0 <= tensor < len(p.shapes):
+        raise InputError(f"tensor is {tensor}; choose 0 to {len(p.shapes) - 1}.")
+
+
+def _check_page(p: Paged, page: int) -> None:
+    """Refuse the number of a page that is not in the table."""
     if not 0 <= page < len(p.host):
         raise InputError(f"page is {page}; choose 0 to {len(p.host) - 1}.")
+
+
+def _bring(p: Paged, page: int, reason: Traffic) -> Paged:
     while len(p.device) >= p.budget:
         p = evict(p, next(iter(p.device)))
     traffic = p.traffic + reason + Traffic(bytes_in=nbytes(p.host[page]))
     return replace(p, device={**p.device, page: p.host[page]}, traffic=traffic)
 
 
-def _cut(state: State, start: int, stop: int) -> State:
-    parts = adamw.to_arrays(state)
-    for name in parts.keys() - {"t"}:
-        unit = adamw.BLOCKSIZE if "absmax" in name else 1
-        parts[name] = parts[name].reshape(-1)[start // unit : stop // unit]
-    return adamw.from_arrays(parts)
+def _cut(state: State, page_size: int) -> list[State]:
+    arrays = adamw.to_arrays(state)
+    cut = []
+    for start in range(0, prod(state.m.shape), page_size):
+        parts = {"t": arrays["t"]}
+        for name in arrays.keys() - {"t"}:
+            unit = adamw.BLOCKSIZE if name.endswith("absmax") else 1
+            part = slice(start // unit, (start + page_size) // unit)
+            parts[name] = arrays[name].reshape(-1)[part]
+        cut.append(_frozen(adamw.from_arrays(parts)))
+    return cut
+
+
+def _frozen(state: State) -> State:
+    for moment in (state.m, state.v):
+        if isinstance(moment, Blockwise):
+            moment.packed.setflags(write=False)
+            moment.absmax.setflags(write=False)
+            moment.codebook.setflags(write=False)
+        else:
+            moment.setflags(write=False)
+    return state

@@ -6,9 +6,11 @@ import numpy as np
 from numpy.linalg import qr, svd
 
 from minipeft.errors import InputError
-from minipeft.reference import lora
+from minipeft.reference import linear, lora
 from minipeft.reference.lora import LoRA
-from minipeft.shapes import Inexact, Shaped
+from minipeft.shapes import Float, Shaped, check_shapes
+
+Weight = Float[np.ndarray, "out_features in_features"]
 
 
 @dataclass(frozen=True)
@@ -23,9 +25,7 @@ class Sketch:
 SKETCH = Sketch()
 
 
-def init(
-    W: Inexact[np.ndarray, "out_features in_features"], r: int, alpha: float
-) -> tuple[Inexact[np.ndarray, "out_features in_features"], LoRA]:
+def init(W: Weight, r: int, alpha: float) -> tuple[Weight, LoRA]:
     r"""Split the weight into a frozen residual and a trained principal part.
 
     $W = U S V^T$, $A = \sqrt{S_r / s}\, V_r^T$, $B = U_r \sqrt{S_r / s}$ and
@@ -52,11 +52,8 @@ def init(
 
 
 def init_randomized(
-    W: Inexact[np.ndarray, "out_features in_features"],
-    r: int,
-    alpha: float,
-    sketch: Sketch = SKETCH,
-) -> tuple[Inexact[np.ndarray, "out_features in_features"], LoRA]:
+    W: Weight, r: int, alpha: float, sketch: Sketch = SKETCH
+) -> tuple[Weight, LoRA]:
     """Do as `init` with a randomized SVD: faster, and W is still split exactly.
 
     A part of the r largest singular values stays in the residual.
@@ -70,7 +67,12 @@ def init_randomized(
 def residual(
     W: Shaped[np.ndarray, "out_features in_features"], initial: LoRA
 ) -> Shaped[np.ndarray, "out_features in_features"]:
-    """Return what the adapter leaves of the weight: $W_{res} = W - s B A$."""
+    """Return what the adapter leaves of the weight: $W_{res} = W - s B A$.
+
+    Raises:
+        InputError: if the adapter has another layer's shape.
+    """
+    lora.check_fits(W, initial)
     return W - lora.delta(initial)
 
 
@@ -84,8 +86,19 @@ def to_lora(trained: LoRA, initial: LoRA) -> LoRA:
         trained: the adapter after training.
         initial: the adapter that `init` returned, with the same scaling.
 
+    Raises:
+        InputError: if the two differ in scaling, or in the shape of their update.
+
     Source: PiSSA (arXiv:2404.02948), conversion to LoRA.
     """
+    check_shapes(
+        {
+            "A after training": (trained.A, "r in_features"),
+            "B after training": (trained.B, "out_features r"),
+            "A before training": (initial.A, "r_initial in_features"),
+            "B before training": (initial.B, "out_features r_initial"),
+        }
+    )
     if trained.scaling != initial.scaling:
         raise InputError(
             f"scaling is {trained.scaling} after training and {initial.scaling} "
@@ -96,14 +109,16 @@ def to_lora(trained: LoRA, initial: LoRA) -> LoRA:
     return LoRA(A, B, trained.scaling)
 
 
-def principal(
-    W: Inexact[np.ndarray, "out_features in_features"], r: int, scaling: float
-) -> LoRA:
+def principal(W: Weight, r: int, scaling: float) -> LoRA:
     r"""Return the adapter nearest to W: the r largest singular values and vectors.
 
     No matrix of rank r is nearer, in the Frobenius, nuclear or spectral norm
     (Eckart, Young, Mirsky). The roots share $S_r / s$ evenly between A and B.
+
+    Raises:
+        InputError: if r or the scaling is out of range, or a value of W is not finite.
     """
+    _check_split(W, r, scaling)
     # No SVD is written for 16 bits.
     U, S, Vt = svd(W.astype(np.result_type(W, np.float32)), False)
     root = np.sqrt(S[:r] / scaling)
@@ -111,18 +126,19 @@ def principal(
 
 
 def principal_randomized(
-    W: Inexact[np.ndarray, "out_features in_features"],
-    r: int,
-    scaling: float,
-    sketch: Sketch = SKETCH,
+    W: Weight, r: int, scaling: float, sketch: Sketch = SKETCH
 ) -> LoRA:
     r"""Return nearly the nearest adapter: the SVD of $Q^T W$ for a thin Q.
 
     Q spans the block Krylov space $[W \Omega, (W W^T) W \Omega, …]$ with Gaussian
     $\Omega$; so $s B A = Q (Q^T W)_r$ is a projection of W, whatever was drawn.
 
+    Raises:
+        InputError: if r or the scaling is out of range, or a value of W is not finite.
+
     Source: Musco, Musco (arXiv:1504.05477), algorithm 2.
     """
+    _check_split(W, r, scaling)
     W = W.astype(np.result_type(W, np.float32))
     rng = np.random.default_rng(sketch.seed)
     columns = min(r + sketch.oversampling, *W.shape)
@@ -136,15 +152,21 @@ def principal_randomized(
     return LoRA(small.A, Q @ small.B, scaling)
 
 
-def checked_scaling(
-    W: Inexact[np.ndarray, "out_features in_features"], r: int, alpha: float
-) -> float:
+def checked_scaling(W: Weight, r: int, alpha: float) -> float:
     """Return alpha / r, or refuse what no split can be made of."""
-    lora.check_rank(r, W.shape[1], W.shape[0])
-    if not alpha > 0:
+    if not 0 < alpha < np.inf:
         raise InputError(f"alpha is {alpha}; a split of W needs a positive one.")
+    _check_split(W, r, alpha)
+    return lora.scaling(alpha, r)
+
+
+def _check_split(W: Weight, r: int, scaling: float) -> None:
+    """Refuse a weight, rank or scaling that no split can be made of."""
+    linear.check_fits(W)
+    lora.check_rank(r, W.shape[1], W.shape[0])
+    if not 0 < scaling < np.inf:
+        raise InputError(f"scaling is {scaling}; a split of W needs a positive one.")
     bad = np.argwhere(~np.isfinite(W))
     if len(bad):
         i, j = (int(index) for index in bad[0])
         raise InputError(f"W[{i}, {j}] is {W[i, j]}; repair it before taking an SVD.")
-    return lora.scaling(alpha, r)

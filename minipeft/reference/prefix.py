@@ -7,35 +7,35 @@ import numpy as np
 
 from minipeft.errors import InputError
 from minipeft.reference import attention, linear
-from minipeft.reference.attention import Head
-from minipeft.shapes import Inexact
+from minipeft.reference.attention import Head, Keys, Mixed, Queries, Values
+from minipeft.shapes import Float, check_shapes
 
 
 @dataclass(frozen=True)
 class Prefix:
     """The virtual tokens of one head, as the attention meets them."""
 
-    K: Inexact[np.ndarray, "num_virtual_tokens d"]
-    V: Inexact[np.ndarray, "num_virtual_tokens d_v"]
+    K: Float[np.ndarray, "num_virtual_tokens d"]
+    V: Float[np.ndarray, "num_virtual_tokens d_v"]
 
 
 @dataclass(frozen=True)
 class Reparametrization:
     """A small network whose output is the prefix: it trains more steadily."""
 
-    P: Inexact[np.ndarray, "num_virtual_tokens width"]
-    W_down: Inexact[np.ndarray, "hidden width"]
-    b_down: Inexact[np.ndarray, " hidden"]
-    W_up: Inexact[np.ndarray, "both hidden"]  # keys, then values
-    b_up: Inexact[np.ndarray, " both"]
+    P: Float[np.ndarray, "num_virtual_tokens width"]
+    W_down: Float[np.ndarray, "hidden width"]
+    b_down: Float[np.ndarray, " hidden"]
+    W_up: Float[np.ndarray, "both hidden"]  # keys, then values
+    b_up: Float[np.ndarray, " both"]
 
 
 class PrefixGradients(NamedTuple):
     """Gradients with respect to the head's queries, keys, values, and to the prefix."""
 
-    Q: Inexact[np.ndarray, "*batch queries d"]
-    K: Inexact[np.ndarray, "*batch keys d"]
-    V: Inexact[np.ndarray, "*batch keys d_v"]
+    Q: Queries
+    K: Keys
+    V: Values
     prefix: Prefix
 
 
@@ -58,27 +58,44 @@ def init_reparametrized(
     Source: Prefix-tuning (arXiv:2101.00190), section 4.3.
     """
     _check_count(num_virtual_tokens)
-    return Reparametrization(
-        rng.standard_normal((num_virtual_tokens, d)).astype(np.float32),
-        rng.uniform(-(d**-0.5), d**-0.5, (hidden, d)).astype(np.float32),
-        np.zeros(hidden, np.float32),
-        rng.uniform(-(hidden**-0.5), hidden**-0.5, (2 * d, hidden)).astype(np.float32),
-        np.zeros(2 * d, np.float32),
-    )
+    P = rng.standard_normal((num_virtual_tokens, d)).astype(np.float32)
+    bound = d**-0.5
+    W_down = rng.uniform(-bound, bound, (hidden, d)).astype(np.float32)
+    bound = hidden**-0.5
+    W_up = rng.uniform(-bound, bound, (2 * d, hidden)).astype(np.float32)
+    b_down, b_up = np.zeros(hidden, np.float32), np.zeros(2 * d, np.float32)
+    return Reparametrization(P, W_down, b_down, W_up, b_up)
 
 
 def expand(network: Reparametrization) -> Prefix:
     r"""Run the network: $[K, V] = \tanh(P W_\downarrow^T + b) W_\uparrow^T + b$.
 
     After training this is done once more, and the network is thrown away.
+
+    Raises:
+        InputError: if the parts do not fit each other.
     """
+    _check_network(network)
     hidden = np.tanh(linear.forward(network.P, network.W_down, network.b_down))
     K, V = np.split(linear.forward(hidden, network.W_up, network.b_up), 2, axis=-1)
     return Prefix(K, V)
 
 
 def expand_backward(grad: Prefix, network: Reparametrization) -> Reparametrization:
-    """Return the gradients of P, both weights and both biases, from the prefix's."""
+    """Return the gradients of P, both weights and both biases, from the prefix's.
+
+    Raises:
+        InputError: if the parts do not fit each other, or the prefix is not theirs.
+    """
+    _check_network(network)
+    check_shapes(
+        {
+            "half of b_up": (network.b_up[::2], "d"),
+            "P": (network.P, "num_virtual_tokens width"),
+            "the gradient of K": (grad.K, "num_virtual_tokens d"),
+            "the gradient of V": (grad.V, "num_virtual_tokens d"),
+        }
+    )
     hidden = np.tanh(linear.forward(network.P, network.W_down, network.b_down))
     up = linear.backward(np.concatenate([grad.K, grad.V], -1), hidden, network.W_up)
     down = linear.backward(up.x * (1 - hidden**2), network.P, network.W_down)
@@ -86,21 +103,34 @@ def expand_backward(grad: Prefix, network: Reparametrization) -> Reparametrizati
 
 
 def attach(head: Head, prefix: Prefix) -> Head:
-    """Put the virtual tokens before the text: $[P_K; K]$, $[P_V; V]$, all visible."""
+    """Put the virtual tokens before the text: $[P_K; K]$, $[P_V; V]$, all visible.
+
+    Raises:
+        InputError: if the prefix is not one of this head.
+    """
+    attention.check_fits(head)
+    check_shapes(
+        {
+            "K": (head.K, "... keys d"),
+            "V": (head.V, "... keys d_v"),
+            "P_K": (prefix.K, "num_virtual_tokens d"),
+            "P_V": (prefix.V, "num_virtual_tokens d_v"),
+        }
+    )
     batch, n = head.K.shape[:-2], len(prefix.K)
     K, V = (np.broadcast_to(p, (*batch, *p.shape)) for p in (prefix.K, prefix.V))
     mask = head.mask
     if mask is not None:
         mask = np.concatenate([np.ones((len(mask), n), bool), mask], axis=-1)
     return Head(
-        head.Q,
+        head.Q.copy(),
         np.concatenate([K, head.K], axis=-2),
         np.concatenate([V, head.V], axis=-2),
         mask,
     )
 
 
-def forward(head: Head, prefix: Prefix) -> Inexact[np.ndarray, "*batch queries d_v"]:
+def forward(head: Head, prefix: Prefix) -> Mixed:
     """Attend to the virtual tokens and the text together.
 
     Source: Prefix-tuning (arXiv:2101.00190), section 4.2.
@@ -108,17 +138,20 @@ def forward(head: Head, prefix: Prefix) -> Inexact[np.ndarray, "*batch queries d
     return attention.forward(attach(head, prefix))
 
 
-def backward(
-    grad_y: Inexact[np.ndarray, "*batch queries d_v"], head: Head, prefix: Prefix
-) -> PrefixGradients:
-    """Return the gradients; the prefix is shared, so it sums those of the batch."""
+def backward(grad_y: Mixed, head: Head, prefix: Prefix) -> PrefixGradients:
+    """Return the gradients; the prefix is shared, so it sums those of the batch.
+
+    Raises:
+        InputError: if the prefix or the gradient is not one of this head.
+    """
     grads, n = attention.backward(grad_y, attach(head, prefix)), len(prefix.K)
-    K, V = (g[..., :n, :].reshape(-1, *g[..., :n, :].shape[-2:]) for g in grads[1:])
-    summed = Prefix(K.sum(axis=0), V.sum(axis=0))
-    return PrefixGradients(grads.Q, grads.K[..., n:, :], grads.V[..., n:, :], summed)
+    K = grads.K[..., :n, :].reshape(-1, *prefix.K.shape).sum(axis=0)
+    V = grads.V[..., :n, :].reshape(-1, *prefix.V.shape).sum(axis=0)
+    text_K, text_V = grads.K[..., n:, :], grads.V[..., n:, :]
+    return PrefixGradients(grads.Q, text_K, text_V, Prefix(K, V))
 
 
-def gate(head: Head, prefix: Prefix) -> Inexact[np.ndarray, "*batch queries"]:
+def gate(head: Head, prefix: Prefix) -> Float[np.ndarray, "*batch queries"]:
     r"""Return $\lambda$, the share of its attention that a query gives to the prefix.
 
     $Y = (1 - \lambda) \, attend(Q, K, V) + \lambda \, attend(Q, P_K, P_V)$, where
@@ -128,6 +161,23 @@ def gate(head: Head, prefix: Prefix) -> Inexact[np.ndarray, "*batch queries"]:
     Source: Towards a unified view (arXiv:2110.04366), section 3.1.
     """
     return attention.weights(attach(head, prefix))[..., : len(prefix.K)].sum(axis=-1)
+
+
+def _check_network(network: Reparametrization) -> None:
+    """Refuse parts of different networks, and an output of no keys and values."""
+    check_shapes(
+        {
+            "P": (network.P, "num_virtual_tokens width"),
+            "W_down": (network.W_down, "hidden width"),
+            "b_down": (network.b_down, "hidden"),
+            "W_up": (network.W_up, "both hidden"),
+            "b_up": (network.b_up, "both"),
+        }
+    )
+    if len(network.W_up) % 2:
+        raise InputError(
+            f"W_up has {len(network.W_up)} rows; give as many for keys as for values."
+        )
 
 
 def _check_count(num_virtual_tokens: int) -> None:

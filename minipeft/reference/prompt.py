@@ -6,21 +6,24 @@ from typing import NamedTuple
 import numpy as np
 
 from minipeft.errors import InputError
-from minipeft.shapes import Integer, Shaped
+from minipeft.shapes import Integer, Shaped, check_shapes
+
+Texts = Shaped[np.ndarray, "*batch tokens d"]
+Vectors = Shaped[np.ndarray, "num_virtual_tokens d"]
 
 
 @dataclass(frozen=True)
 class Prompt:
     """The soft prompt: one vector for each virtual token."""
 
-    P: Shaped[np.ndarray, "num_virtual_tokens d"]
+    P: Vectors
 
 
 class PromptGradients(NamedTuple):
     """Gradients of a loss with respect to the embedded text and the soft prompt."""
 
-    X: Shaped[np.ndarray, "*batch tokens d"]
-    P: Shaped[np.ndarray, "num_virtual_tokens d"]
+    X: Texts
+    P: Vectors
 
 
 def init(
@@ -33,10 +36,17 @@ def init(
         tokens: which rows to copy, at least one; repeat a short text to fill a length.
 
     Raises:
-        InputError: if there is no token, or one that the vocabulary does not have.
+        InputError: if there is no token, one that the vocabulary does not have, or
+            tokens are no whole numbers.
 
     Source: Prompt tuning (arXiv:2104.08691), section 3.2.
     """
+    check_shapes({"E": (E, "vocabulary d")})
+    if tokens.ndim != 1 or tokens.dtype.kind not in "iu":
+        raise InputError(
+            f"tokens have shape {tokens.shape} and dtype {tokens.dtype}; give whole "
+            "numbers along one axis."
+        )
     if not tokens.size:
         raise InputError("the soft prompt has no token; give at least one.")
     strange = tokens[(tokens < 0) | (tokens >= len(E))]
@@ -56,13 +66,15 @@ def init_random(rng: np.random.Generator, num_virtual_tokens: int, d: int) -> Pr
     return Prompt(rng.uniform(-0.5, 0.5, (num_virtual_tokens, d)).astype(np.float32))
 
 
-def forward(
-    X: Shaped[np.ndarray, "*batch tokens d"], prompt: Prompt
-) -> Shaped[np.ndarray, "*batch all_tokens d"]:
+def forward(X: Texts, prompt: Prompt) -> Shaped[np.ndarray, "*batch all_tokens d"]:
     """Put the prompt before every text: $[P; X]$. The model does the rest.
+
+    Raises:
+        InputError: if texts and prompt differ in the length of a vector.
 
     Source: Prompt tuning (arXiv:2104.08691), section 2.
     """
+    check_shapes({"P": (prompt.P, "tokens d"), "X": (X, "... texts d")})
     P = np.broadcast_to(prompt.P, (*X.shape[:-2], *prompt.P.shape))
     return np.concatenate([P, X], axis=-2)
 
@@ -70,7 +82,17 @@ def forward(
 def backward(
     grad_y: Shaped[np.ndarray, "*batch all_tokens d"], prompt: Prompt
 ) -> PromptGradients:
-    """Return the gradients; the prompt is shared, so it sums those of the batch."""
+    """Return the gradients; the prompt is shared, so it sums those of the batch.
+
+    Raises:
+        InputError: if the gradient is not one of prompt and text together.
+    """
+    check_shapes({"P": (prompt.P, "tokens d"), "grad_y": (grad_y, "... all d")})
     n = len(prompt.P)
+    if grad_y.shape[-2] < n:
+        raise InputError(
+            f"grad_y has {grad_y.shape[-2]} positions; the prompt alone has {n}: give "
+            "the gradient of prompt and text."
+        )
     own = grad_y[..., :n, :].reshape(-1, *prompt.P.shape)
-    return PromptGradients(grad_y[..., n:, :], own.sum(axis=0))
+    return PromptGradients(grad_y[..., n:, :].copy(), own.sum(axis=0))

@@ -3,23 +3,20 @@
 import numpy as np
 from numpy.typing import DTypeLike
 
-from minipeft.errors import InputError
-from minipeft.reference import blockwise, double_quant
-from minipeft.reference import lora as lora_
+from minipeft.reference import blockwise, double_quant, lora
 from minipeft.reference.blockwise import Blockwise
 from minipeft.reference.double_quant import Nested
 from minipeft.reference.lora import LoRA, LoRAGradients
-from minipeft.shapes import Inexact
+from minipeft.shapes import Float, check_shapes
 
-TARGETS = ("dequantized", "requantized")
+Bias = Float[np.ndarray, " out_features"]
+Input = Float[np.ndarray, "... in_features"]
+Output = Float[np.ndarray, "... out_features"]
+Weight = Float[np.ndarray, "out_features in_features"]
+Base = Blockwise | Nested
 
 
-def forward(
-    x: Inexact[np.ndarray, "... in_features"],
-    q: Blockwise | Nested,
-    lora: LoRA,
-    bias: Inexact[np.ndarray, " out_features"] | None = None,
-) -> Inexact[np.ndarray, "... out_features"]:
+def forward(x: Input, q: Base, adapter: LoRA, bias: Bias | None = None) -> Output:
     r"""Apply the adapted layer: $y = x \hat W^T + b + s (x A^T) B^T$.
 
     $\hat W$ is the dequantized base: four bits are for storage, not for arithmetic. Its
@@ -29,64 +26,67 @@ def forward(
     Args:
         x: float32, float16 or `ml_dtypes.bfloat16`; the result has the same dtype.
         q: the base, from `blockwise.quantize` or `double_quant.quantize`.
-        lora: the adapter, in float32 if small steps are not to be rounded away.
+        adapter: in float32 if small steps are not to be rounded away.
         bias: of the base.
+
+    Raises:
+        InputError: if an operand has another layer's shape, or no float dtype.
 
     Source: QLoRA (arXiv:2305.14314), equations 5 and 6.
     """
-    bias = None if bias is None else bias.astype(x.dtype)
-    return lora_.forward(x, dequantize(q, x.dtype), lora, bias).astype(x.dtype)
+    check_shapes({"x": (x, "... in_features"), "bias": (bias, "out_features")})
+    rounded = None if bias is None else bias.astype(x.dtype)
+    return lora.forward(x, dequantize(q, x.dtype), adapter, rounded).astype(x.dtype)
 
 
-def backward(
-    grad_y: Inexact[np.ndarray, "... out_features"],
-    x: Inexact[np.ndarray, "... in_features"],
-    q: Blockwise | Nested,
-    lora: LoRA,
-) -> LoRAGradients:
+def backward(grad_y: Output, x: Input, q: Base, adapter: LoRA) -> LoRAGradients:
     r"""Return the gradients of x, A and B; the base is frozen and gets none.
 
     The gradient of x passes through $\hat W$, which is dequantized once more rather
     than kept, and has the dtype of x; the others have those of A and B.
 
+    Raises:
+        InputError: if an operand has another layer's shape, or no float dtype.
+
     Source: QLoRA (arXiv:2305.14314), section 3.
     """
-    grads = lora_.backward(grad_y, x, dequantize(q, x.dtype), lora)
+    check_shapes({"x": (x, "... in_features")})
+    grads = lora.backward(grad_y, x, dequantize(q, x.dtype), adapter)
     return grads._replace(x=grads.x.astype(x.dtype))
 
 
-def merge(
-    q: Blockwise | Nested, lora: LoRA, into: str = "dequantized"
-) -> Inexact[np.ndarray, "out_features in_features"] | Blockwise | Nested:
-    r"""Return a base that does the same without the adapter, or nearly.
+def merge(q: Base, adapter: LoRA) -> Weight:
+    r"""Return the float32 weight that does the same: $W' = \hat W + s B A$.
 
-    Into the dequantized weight: $\hat W + s B A$, the function that was trained; eight
-    times the bytes. Requantized: that weight in four bits again, where an update
-    smaller than half a gap of the codebook disappears. (Into the original W, that is
-    `lora.merge`: neither rounding, but not what the adapter was trained on.)
-
-    Args:
-        q: the base.
-        lora: the adapter.
-        into: `dequantized` (returns float32) or `requantized` (the same kind as q).
+    This is the function that was trained, in eight times the bytes. (The original W
+    plus the update has neither rounding, but the adapter was not trained on it.)
 
     Raises:
-        InputError: if `into` is neither.
+        InputError: if the adapter has another layer's shape.
     """
-    if into not in TARGETS:
-        raise InputError(f"into is {into!r}; choose {' or '.join(TARGETS)}.")
-    W = lora_.merge(dequantize(q), lora)
-    if into == "dequantized":
-        return W
+    return lora.merge(dequantize(q), adapter)
+
+
+def requantize(q: Base, adapter: LoRA) -> Base:
+    r"""Return a base of the same kind that nearly does the same: $q(\hat W + s B A)$.
+
+    An update smaller than half a gap of the codebook disappears.
+
+    Raises:
+        InputError: if the adapter has another layer's shape.
+    """
+    W = merge(q, adapter)
     if isinstance(q, Blockwise):
         return blockwise.quantize(W, q.codebook, q.blocksize)
     return double_quant.quantize(W, q.codebook, q.blocksize, q.nested_blocksize)
 
 
-def dequantize(
-    q: Blockwise | Nested, dtype: DTypeLike = np.float32
-) -> Inexact[np.ndarray, "out_features in_features"]:
-    """Return the weight, whichever way its scales are stored."""
+def dequantize(q: Base, dtype: DTypeLike = np.float32) -> Weight:
+    """Return the weight, whichever way its scales are stored.
+
+    Raises:
+        InputError: if the parts of q do not fit each other.
+    """
     if isinstance(q, Nested):
         return double_quant.dequantize(q, dtype)
     return blockwise.dequantize(q, dtype)

@@ -1,38 +1,43 @@
 """VeRA: one frozen random pair for every layer, and two trained vectors for each."""
 
 from dataclasses import dataclass
-from math import sqrt
+from math import isfinite, sqrt
 from typing import NamedTuple
 
 import numpy as np
 
 from minipeft.errors import InputError
 from minipeft.reference import linear
-from minipeft.shapes import Shaped
+from minipeft.reference.linear import Bias, Input, Output, Weight
+from minipeft.reference.lora import MatrixA, MatrixB
+from minipeft.shapes import Shaped, check_shapes
+
+Directions = Shaped[np.ndarray, " r"]
+Rows = Shaped[np.ndarray, " out_features"]
 
 
 @dataclass(frozen=True)
 class Projections:
     """The frozen pair, as large as the largest layer; all layers share it."""
 
-    A: Shaped[np.ndarray, "r in_features"]
-    B: Shaped[np.ndarray, "out_features r"]
+    A: MatrixA
+    B: MatrixB
 
 
 @dataclass(frozen=True)
 class VeRA:
     """The trained parts of one layer: d scales the r directions, b the outputs."""
 
-    d: Shaped[np.ndarray, " r"]
-    b: Shaped[np.ndarray, " out_features"]
+    d: Directions
+    b: Rows
 
 
 class VeRAGradients(NamedTuple):
     """Gradients of a loss with respect to the input and the two vectors."""
 
-    x: Shaped[np.ndarray, "... in_features"]
-    d: Shaped[np.ndarray, " r"]
-    b: Shaped[np.ndarray, " out_features"]
+    x: Input
+    d: Directions
+    b: Rows
 
 
 def projections(seed: int, r: int, in_features: int, out_features: int) -> Projections:
@@ -75,74 +80,105 @@ def kaiming_uniform(
 
 
 def fit(pair: Projections, in_features: int, out_features: int) -> Projections:
-    """Return the part of the pair that a smaller layer uses: the top left corners.
+    """Return a copy of what a smaller layer uses of the pair: the top left corners.
 
     Raises:
-        InputError: if the layer is larger than the pair.
+        InputError: if the layer is larger than the pair, or A and B have another r.
     """
+    check_shapes({"A": (pair.A, "r in_features"), "B": (pair.B, "out_features r")})
     widest, tallest = pair.A.shape[1], pair.B.shape[0]
     if in_features > widest or out_features > tallest:
         raise InputError(
             f"the projections serve weights up to ({tallest}, {widest}); draw them for "
             f"the largest layer, here ({out_features}, {in_features})."
         )
-    return Projections(pair.A[:, :in_features], pair.B[:out_features])
+    A = pair.A[:, :in_features].copy()
+    return Projections(A, pair.B[:out_features].copy())
 
 
 def init(r: int, out_features: int, d_initial: float = 0.1) -> VeRA:
     """Start at zero update: every d is `d_initial`, every b is zero.
 
+    Raises:
+        InputError: if r is below 1, or `d_initial` is not finite.
+
     Source: VeRA (arXiv:2310.11454), section 3.2.
     """
+    if r < 1:
+        raise InputError(f"r is {r}; choose 1 or more.")
+    if not isfinite(d_initial):
+        raise InputError(f"d_initial is {d_initial}; choose a finite number.")
     d = np.full(r, d_initial, np.float32)
     return VeRA(d, np.zeros(out_features, np.float32))
 
 
-def delta(
-    projections: Projections, vera: VeRA
-) -> Shaped[np.ndarray, "out_features in_features"]:
-    r"""Return the update: $\Delta W = \Lambda_b B \Lambda_d A$, diagonal Lambdas."""
-    return (vera.b[:, np.newaxis] * projections.B * vera.d) @ projections.A
+def delta(pair: Projections, adapter: VeRA) -> Weight:
+    r"""Return the update: $\Delta W = \Lambda_b B \Lambda_d A$, diagonal Lambdas.
+
+    Raises:
+        InputError: if a vector is not as long as its side of the pair.
+    """
+    _check_fits(pair, adapter)
+    return (adapter.b[:, np.newaxis] * pair.B * adapter.d) @ pair.A
 
 
 def forward(
-    x: Shaped[np.ndarray, "... in_features"],
-    W: Shaped[np.ndarray, "out_features in_features"],
-    projections: Projections,
-    vera: VeRA,
-    bias: Shaped[np.ndarray, " out_features"] | None = None,
-) -> Shaped[np.ndarray, "... out_features"]:
+    x: Input, W: Weight, pair: Projections, adapter: VeRA, bias: Bias | None = None
+) -> Output:
     r"""Apply the adapted layer: $y = x W^T + b_0 + b \odot ((d \odot x A^T) B^T)$.
+
+    Raises:
+        InputError: if an operand has another layer's shape, or no float dtype.
 
     Source: VeRA (arXiv:2310.11454), equation 2.
     """
-    p = fit(projections, W.shape[1], W.shape[0])
-    return linear.forward(x, W, bias) + vera.b * ((vera.d * (x @ p.A.T)) @ p.B.T)
+    linear.check_fits(W, x=x, bias=bias)
+    p = fit(pair, W.shape[1], W.shape[0])
+    _check_fits(p, adapter)
+    update = adapter.b * ((adapter.d * (x @ p.A.T)) @ p.B.T)
+    return linear.forward(x, W, bias) + update
 
 
 def backward(
-    grad_y: Shaped[np.ndarray, "... out_features"],
-    x: Shaped[np.ndarray, "... in_features"],
-    W: Shaped[np.ndarray, "out_features in_features"],
-    projections: Projections,
-    vera: VeRA,
+    grad_y: Output, x: Input, W: Weight, pair: Projections, adapter: VeRA
 ) -> VeRAGradients:
     r"""Return the gradients of x, d and b; W, A and B are frozen.
 
     With $h = x A^T$ and $e = (G \odot b) B$: $G W + (e \odot d) A$, $\sum e \odot h$
     and $\sum G \odot ((d \odot h) B^T)$.
+
+    Raises:
+        InputError: if an operand has another layer's shape, or no float dtype.
     """
-    p = fit(projections, W.shape[1], W.shape[0])
-    h, e = x @ p.A.T, (grad_y * vera.b) @ p.B
-    grad_d = (e * h).reshape(-1, len(vera.d)).sum(axis=0)
-    grad_b = (grad_y * ((vera.d * h) @ p.B.T)).reshape(-1, len(vera.b)).sum(axis=0)
-    return VeRAGradients(grad_y @ W + (e * vera.d) @ p.A, grad_d, grad_b)
+    linear.check_fits(W, x=x, grad_y=grad_y)
+    p, d, b = fit(pair, W.shape[1], W.shape[0]), adapter.d, adapter.b
+    _check_fits(p, adapter)
+    h = x @ p.A.T
+    e = (grad_y * b) @ p.B
+    grad_d = (e * h).reshape(-1, len(d)).sum(axis=0)
+    grad_b = (grad_y * ((d * h) @ p.B.T)).reshape(-1, len(b)).sum(axis=0)
+    return VeRAGradients(grad_y @ W + (e * d) @ p.A, grad_d, grad_b)
 
 
-def merge(
-    W: Shaped[np.ndarray, "out_features in_features"],
-    projections: Projections,
-    vera: VeRA,
-) -> Shaped[np.ndarray, "out_features in_features"]:
-    r"""Return the plain weight: $W' = W + \Lambda_b B \Lambda_d A$."""
-    return W + delta(fit(projections, W.shape[1], W.shape[0]), vera)
+def merge(W: Weight, pair: Projections, adapter: VeRA) -> Weight:
+    r"""Return the plain weight: $W' = W + \Lambda_b B \Lambda_d A$.
+
+    Raises:
+        InputError: if an operand has another layer's shape, or no float dtype.
+    """
+    linear.check_fits(W)
+    return W + delta(fit(pair, W.shape[1], W.shape[0]), adapter)
+
+
+def _check_fits(pair: Projections, adapter: VeRA) -> None:
+    """Refuse vectors that are not as long as the pair: one number would broadcast."""
+    check_shapes(
+        {
+            "A": (pair.A, "r in_features"),
+            "B": (pair.B, "out_features r"),
+            "d": (adapter.d, "r"),
+            "b": (adapter.b, "out_features"),
+        }
+    )
+    if not len(adapter.d):
+        raise InputError("r is 0; give d at least one number.")

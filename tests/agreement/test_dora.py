@@ -107,10 +107,10 @@ def test_values_and_gradients_agree_within_a_bound(t, seed):
     adapter = layer.adapters["default"]
     # The base adds its bias before the gain, which then takes it out again.
     extra = (1 + abs(m / norm)) * abs(bias)
-    bound = reference.forward(abs(x), abs(W), size, extra, norm)
+    bound = reference._forward(abs(x), abs(W), size, extra, norm)
     exactly = reference.forward(x, W, exact, bias)
     assert_within(y.detach().numpy(), exactly, 2 * gamma(roundings) * bound)
-    bounds = [*reference.backward(abs(G), abs(x), abs(W), size, norm)]
+    bounds = [*reference._backward(abs(G), abs(x), abs(W), size, norm)]
     # What is left of z in the output errs by a bias over a gain of 1/16 or more.
     per_row = abs(G).reshape(-1, len(W)).sum(axis=0)
     bounds[3] = bounds[3] * condition + per_row * 34 * abs(bias) / norm

@@ -40,7 +40,7 @@ def module(t, a):
         base.weight.copy_(tensor(t.W))
         if t.bias is not None:
             base.bias.copy_(tensor(t.bias))
-    return IA3Linear(base, IA3(tensor(a.l), a.feedforward))
+    return IA3Linear(base, IA3(tensor(a.l), a.side == "input"))
 
 
 def run(t, layer):
@@ -85,7 +85,7 @@ def test_what_unload_returns_is_a_plain_layer(case):
 @given(rescaled(gaussian_layers, gaussians))
 def test_values_and_gradients_agree_within_a_bound(case):
     t, a = case
-    absolute = reference.IA3(abs(a.l), a.feedforward)
+    absolute = reference.IA3(abs(a.l), a.side)
     bias = None if t.bias is None else abs(t.bias)
     expected = [
         reference.forward(t.x, t.W, a, t.bias),

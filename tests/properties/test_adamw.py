@@ -222,7 +222,9 @@ def test_a_gradient_that_is_not_finite_is_refused(bad):
 
 def test_a_gradient_of_another_shape_is_refused():
     W = np.zeros((2, 3), np.float32)
-    with pytest.raises(InputError, match=r"shape \(3, 2\); W has \(2, 3\)"):
+    with pytest.raises(
+        InputError, match=r"grad has shape \(3, 2\); it must be \(2, 3\) beside W"
+    ):
         adamw.step(W, W.T, adamw.init(W), AdamW())
 
 

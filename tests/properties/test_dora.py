@@ -53,16 +53,16 @@ def test_the_expanded_norm_is_the_norm_of_the_sum_over_the_rationals(t):
 @given(proofs)
 def test_merged_is_the_same_function_over_the_rationals(given_norm):
     t, d, norm = given_norm
-    merged = dora.merge(t.W, d, norm)
-    adapted = dora.forward(t.x, t.W, d, t.bias, norm)
+    merged = dora._merge(t.W, d, norm)
+    adapted = dora._forward(t.x, t.W, d, t.bias, norm)
     assert equal(linear.forward(t.x, merged, t.bias), adapted)
 
 
 @given(with_norm(integer_layers, powers_of_two))
 def test_merged_is_the_same_function_bit_for_bit(given_norm):
     t, d, norm = given_norm
-    merged = dora.merge(t.W, d, norm)
-    adapted = dora.forward(t.x, t.W, d, t.bias, norm)
+    merged = dora._merge(t.W, d, norm)
+    adapted = dora._forward(t.x, t.W, d, t.bias, norm)
     assert_bits(linear.forward(t.x, merged, t.bias), adapted)
 
 
@@ -75,7 +75,7 @@ def test_merged_is_the_same_function_up_to_rounding(t, seed):
     adapted = dora.forward(t.x, t.W, d, t.bias)
     absolute = dora.DoRA(abs(t.A), abs(t.B), abs(t.scaling), abs(magnitude))
     bias = None if t.bias is None else abs(t.bias)
-    size = dora.forward(abs(t.x), abs(t.W), absolute, bias, norm).astype(np.float64)
+    size = dora._forward(abs(t.x), abs(t.W), absolute, bias, norm).astype(np.float64)
     # Sums over in_features and r, scaling, two additions, the division and the gain.
     roundings = t.W.shape[1] + t.A.shape[0] + 6
     assert_within(merged, adapted, 2 * gamma(roundings) * size)
@@ -87,10 +87,10 @@ def test_gradients_are_exact_differences_over_the_rationals(given_norm, data):
 
     def loss(x, A, B, magnitude):
         changed = dora.DoRA(A, B, t.scaling, magnitude)
-        return (t.grad_y * dora.forward(x, t.W, changed, None, norm)).sum()
+        return (t.grad_y * dora._forward(x, t.W, changed, None, norm)).sum()
 
     values = (t.x, t.A, t.B, d.magnitude)
-    assert_gradients(loss, values, dora.backward(t.grad_y, t.x, t.W, d, norm), data)
+    assert_gradients(loss, values, dora._backward(t.grad_y, t.x, t.W, d, norm), data)
 
 
 @given(gaussian_layers, seeds)
@@ -105,14 +105,14 @@ def test_the_gradient_holds_the_norm_of_the_whole_row_constant(t, seed):
     grads = dora.backward(G, x, W, d)
 
     def loss(changed):
-        return (G * dora.forward(x, W, changed, None, norm)).sum()
+        return (G * dora._forward(x, W, changed, None, norm)).sum()
 
     for name, value in (("A", A), ("B", B)):
         step = rng.standard_normal(value.shape)
         up, down = (replace(d, **{name: v}) for v in (value + step, value - step))
         sizes_ = [abs(getattr(up, n)) + abs(getattr(down, n)) for n in ("A", "B")]
         big = dora.DoRA(*sizes_, abs(t.scaling), abs(d.magnitude))
-        size = (abs(G) * dora.forward(abs(x), abs(W), big, None, norm)).sum()
+        size = (abs(G) * dora._forward(abs(x), abs(W), big, None, norm)).sum()
         # All sums, one after the other: over x, r, rows and positions.
         roundings = W.shape[1] + len(A) + G.size + 8
         expected = (getattr(grads, name) * step).sum()
@@ -158,8 +158,8 @@ def test_order_of_rows_and_columns_does_not_matter(t, seed):
 def test_the_bias_is_not_scaled(given_norm, data):
     t, d, norm = given_norm
     bias = data.draw(rationals((len(t.W),)))
-    without = dora.forward(t.x, t.W, d, None, norm)
-    assert equal(dora.forward(t.x, t.W, d, bias, norm) - without, bias + 0 * without)
+    without = dora._forward(t.x, t.W, d, None, norm)
+    assert equal(dora._forward(t.x, t.W, d, bias, norm) - without, bias + 0 * without)
 
 
 @given(seeds, sizes())

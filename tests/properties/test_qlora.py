@@ -1,12 +1,10 @@
 """Laws of QLoRA: a base in four bits, gradients to A and B alone, three merges."""
 
 import numpy as np
-import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from ml_dtypes import bfloat16
 
-from minipeft.errors import InputError
 from minipeft.reference import blockwise, double_quant, linear, lora, qlora
 from minipeft.reference.blockwise import Blockwise
 from minipeft.reference.codebook import FP4, NF2, NF4
@@ -137,7 +135,7 @@ def test_sixteen_bits_cost_what_their_roundings_allow(seed, double, dtype):
 @given(gaussian_layers, nested)
 def test_requantized_is_the_dequantized_merge_in_four_bits(t, double):
     q = quantized(t.W, double)
-    again = qlora.merge(q, adapter(t), into="requantized")
+    again = qlora.requantize(q, adapter(t))
     expected = quantized(qlora.merge(q, adapter(t)), double)
     assert type(again) is type(q) is (Nested if double else Blockwise)
     assert_bits(again.packed, expected.packed)
@@ -149,7 +147,7 @@ def test_requantizing_keeps_the_format(t, codebook, blocksize):
     plain = blockwise.quantize(t.W, codebook, blocksize)
     double = double_quant.quantize(t.W, codebook, blocksize, 4)
     for q in (plain, double):
-        again = qlora.merge(q, adapter(t), into="requantized")
+        again = qlora.requantize(q, adapter(t))
         assert_bits(again.codebook, codebook)
         assert (again.blocksize, again.shape) == (blocksize, t.W.shape)
     assert again.nested_blocksize == 4
@@ -173,7 +171,7 @@ def test_a_small_update_vanishes_when_requantized(seed, blocksize, r):
     B = np.full((8, r), scales.min(axis=1, keepdims=True) * half_gap / r)
     update = lora.LoRA(A, B.astype(np.float32), 0.99)
     assert np.any(qlora.merge(q, update) != W) == np.any(A)
-    assert_bits(qlora.merge(q, update, into="requantized").packed, q.packed)
+    assert_bits(qlora.requantize(q, update).packed, q.packed)
 
 
 @given(seeds)
@@ -183,7 +181,7 @@ def test_requantizing_without_an_update_changes_plain_blocks_not_at_all(seed):
     nothing = lora.LoRA(np.ones((2, 64), np.float32), np.zeros((6, 2), np.float32), 2.0)
     for double in (False, True):
         q = quantized(W, double)
-        again = qlora.merge(q, nothing, into="requantized")
+        again = qlora.requantize(q, nothing)
         assert_bits(again.packed, q.packed)
         if not double:  # nested, the scales are rounded anew: their mean has moved
             assert_bits(again.absmax, q.absmax)
@@ -195,16 +193,7 @@ def test_nothing_given_is_changed(t, double):
     before = [a.copy() for a in (q.packed, t.x, t.A, t.B, t.grad_y)]
     qlora.forward(t.x, q, adapter(t))
     qlora.backward(t.grad_y, t.x, q, adapter(t))
-    for target in qlora.TARGETS:
-        qlora.merge(q, adapter(t), into=target)
+    qlora.merge(q, adapter(t))
+    qlora.requantize(q, adapter(t))
     for copy, array in zip(before, (q.packed, t.x, t.A, t.B, t.grad_y), strict=True):
         assert_bits(array, copy)
-
-
-def test_another_target_is_refused_with_the_choices():
-    q = blockwise.quantize(np.ones((2, 3), np.float32))
-    update = lora.init(np.random.default_rng(0), 3, 2, 1, 2)
-    with pytest.raises(
-        InputError, match="into is 'original'; choose dequantized or re"
-    ):
-        qlora.merge(q, update, into="original")

@@ -195,13 +195,14 @@ def _magnitudes(inputs: Named, s: float) -> Named:
     condition = dora.squared_row_norm(abs(W), absolute) / norm**2
     sizes = dora.DoRA(abs(A), abs(B), abs(s), abs(m) * condition)
     if "grad_y" in wide:
-        grads = dora.backward(abs(wide["grad_y"]), abs(wide["x"]), abs(W), sizes, norm)
+        G, x = abs(wide["grad_y"]), abs(wide["x"])
+        grads = dora._backward(G, x, abs(W), sizes, norm)
         names = ("grad_x", "grad_A", "grad_B")
         bounds = dict(zip(names, grads, strict=False))
         return bounds | {"grad_magnitude": grads.magnitude * condition}
     if "x" in wide:
-        return {"y": dora.forward(abs(wide["x"]), abs(W), sizes, None, norm)}
-    return {"merged": dora.merge(abs(W), sizes, norm)}
+        return {"y": dora._forward(abs(wide["x"]), abs(W), sizes, None, norm)}
+    return {"merged": dora._merge(abs(W), sizes, norm)}
 
 
 def _invalid(operation: str) -> Iterator[Spec]:

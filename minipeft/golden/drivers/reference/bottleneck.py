@@ -1,6 +1,5 @@
 """Bottleneck adapters in the NumPy column."""
 
-from minipeft.errors import InputError
 from minipeft.golden.tensors import Array
 from minipeft.reference import bottleneck
 from minipeft.reference.bottleneck import Bottleneck
@@ -10,7 +9,7 @@ def bottleneck_forward(
     x: Array, down: Array, down_bias: Array, up: Array, up_bias: Array, scaling: float
 ) -> Array:
     """Return what the adapter adds."""
-    adapter = _adapter(down, down_bias, up, up_bias, scaling)
+    adapter = Bottleneck(down, down_bias, up, up_bias, scaling)
     return bottleneck.forward(x, adapter)
 
 
@@ -24,18 +23,5 @@ def bottleneck_backward(
     scaling: float,
 ) -> tuple[Array, ...]:
     """Return the gradients of x, down, its bias, up, and its bias."""
-    adapter = _adapter(down, down_bias, up, up_bias, scaling)
+    adapter = Bottleneck(down, down_bias, up, up_bias, scaling)
     return tuple(bottleneck.backward(grad_y, x, adapter))
-
-
-def _adapter(
-    down: Array, down_bias: Array, up: Array, up_bias: Array, scaling: float
-) -> Bottleneck:
-    width, features = down.shape
-    found = (down_bias.shape, up.shape, up_bias.shape)
-    needed = ((width,), (features, width), (features,))
-    if found != needed:
-        raise InputError(
-            f"down_bias, up and up_bias have shapes {found}; down needs {needed}."
-        )
-    return Bottleneck(down, down_bias, up, up_bias, scaling)

@@ -15,7 +15,7 @@ def lora_forward(
     bias: Array | None = None,
 ) -> Array:
     """Return the output of the adapted layer."""
-    return lora.forward(x, W, _lora(W, A, B, alpha, rank_stabilized), bias)
+    return lora.forward(x, W, _lora(A, B, alpha, rank_stabilized), bias)
 
 
 def lora_backward(
@@ -28,7 +28,7 @@ def lora_backward(
     rank_stabilized: bool,
 ) -> tuple[Array, Array, Array]:
     """Return the gradients of x, A and B."""
-    adapter = _lora(W, A, B, alpha, rank_stabilized)
+    adapter = _lora(A, B, alpha, rank_stabilized)
     gradients = lora.backward(grad_y, x, W, adapter)
     return gradients.x, gradients.A, gradients.B
 
@@ -37,10 +37,8 @@ def lora_merge(
     W: Array, A: Array, B: Array, alpha: float, rank_stabilized: bool
 ) -> Array:
     """Return the merged weight in the dtype of W."""
-    return lora.merge(W, _lora(W, A, B, alpha, rank_stabilized)).astype(W.dtype)
+    return lora.merge(W, _lora(A, B, alpha, rank_stabilized)).astype(W.dtype)
 
 
-def _lora(W: Array, A: Array, B: Array, alpha: float, rank_stabilized: bool) -> LoRA:
-    r = A.shape[0]
-    lora.check_rank(r, W.shape[1], W.shape[0])
-    return LoRA(A, B, lora.scaling(alpha, r, rank_stabilized))
+def _lora(A: Array, B: Array, alpha: float, rank_stabilized: bool) -> LoRA:
+    return LoRA(A, B, lora.scaling(alpha, len(A), rank_stabilized))

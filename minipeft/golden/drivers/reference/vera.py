@@ -1,6 +1,5 @@
 """VeRA in the NumPy column."""
 
-from minipeft.errors import InputError
 from minipeft.golden.tensors import Array
 from minipeft.reference import vera
 from minipeft.reference.vera import Projections, VeRA
@@ -24,26 +23,17 @@ def vera_forward(
     bias: Array | None = None,
 ) -> Array:
     """Return the output of the adapted layer."""
-    return vera.forward(x, W, Projections(A, B), _vera(W, A, d, b), bias)
+    return vera.forward(x, W, Projections(A, B), VeRA(d, b), bias)
 
 
 def vera_backward(
     grad_y: Array, x: Array, W: Array, A: Array, B: Array, d: Array, b: Array
 ) -> tuple[Array, Array, Array]:
     """Return the gradients of x, d and b."""
-    gradients = vera.backward(grad_y, x, W, Projections(A, B), _vera(W, A, d, b))
+    gradients = vera.backward(grad_y, x, W, Projections(A, B), VeRA(d, b))
     return gradients.x, gradients.d, gradients.b
 
 
 def vera_merge(W: Array, A: Array, B: Array, d: Array, b: Array) -> Array:
     """Return the merged weight."""
-    return vera.merge(W, Projections(A, B), _vera(W, A, d, b))
-
-
-def _vera(W: Array, A: Array, d: Array, b: Array) -> VeRA:
-    if d.shape != A.shape[:1] or b.shape != W.shape[:1]:
-        raise InputError(
-            f"d and b have shapes {d.shape} and {b.shape}; this layer needs "
-            f"{A.shape[:1]} and {W.shape[:1]}."
-        )
-    return VeRA(d, b)
+    return vera.merge(W, Projections(A, B), VeRA(d, b))

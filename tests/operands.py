@@ -1,0 +1,262 @@
+"""Operands that fit every public function of the reference, and how to spoil them.
+
+The annotations say which axes two operands share and what a number may be, so a new
+function needs an entry here only where a parameter has a new name.
+"""
+
+import contextlib
+import copy
+import inspect
+import typing
+from collections.abc import Iterator, Mapping
+from dataclasses import fields, is_dataclass, replace
+from functools import cache
+from itertools import islice
+from types import ModuleType
+
+import jaxtyping
+import numpy as np
+
+from minipeft.reference import (
+    adamw,
+    attention,
+    blockwise,
+    bottleneck,
+    codebook,
+    dora,
+    double_quant,
+    ia3,
+    linear,
+    loftq,
+    lora,
+    paged,
+    pissa,
+    prefix,
+    prompt,
+    qlora,
+    vera,
+)
+
+ROWS = (
+    *(codebook, blockwise, double_quant, adamw, paged, linear, lora, dora, vera, ia3),
+    *(pissa, loftq, qlora, attention, bottleneck, prefix, prompt),
+)
+
+# A number outside of these is out of range for every function that takes it.
+OUT_OF_RANGE = {
+    "r": (0, -1),
+    "alpha": (np.nan, np.inf),
+    "blocksize": (0, 3),
+    "nested_blocksize": (0, 3),
+    "page_size": (0, 100),
+    "budget": (0,),
+    "page": (-1, 99),
+    "tensor": (-1, 9),
+    "steps": (0,),
+    "bits": (0, 9),
+    "seed": (-1, 2**32),
+    "mean_bits": (1.9, 4.1),
+    "num_virtual_tokens": (0,),
+    "bottleneck": (0,),
+    "queries": (6,),
+    "offset": (0.5, 1.0),
+    "d_initial": (np.nan,),
+    "side": ("left",),
+    "scaling": (np.nan,),
+    "dtype": (np.int32, np.complex64),
+}
+
+
+# A layer uses the corner of a larger pair: these axes may be longer than its own.
+MAY_BE_LONGER = {("pair", "in_features"), ("pair", "out_features")}
+
+
+def f32(*shape: int) -> np.ndarray:
+    return np.random.default_rng(len(shape)).standard_normal(shape).astype(np.float32)
+
+
+@cache
+def operands(row: ModuleType) -> dict[str, object]:
+    """Return values for the parameters of a row's functions, by name."""
+    states = [adamw.init(f32(300)), adamw.init(f32(4096), bits=8)]
+    table = paged.prefetch(paged.init(states, 256, 2), 1)
+    q = blockwise.quantize(f32(4, 5), blocksize=4)
+    update = lora.LoRA(f32(2, 5), f32(4, 2), 0.5)
+    network = prefix.Reparametrization(
+        f32(2, 3), f32(6, 3), f32(6), f32(10, 6), f32(10)
+    )
+    common = {
+        "rng": np.random.default_rng(0),
+        **{"in_features": 5, "out_features": 4, "r": 2, "alpha": 3.0, "scaling": 1.5},
+        **{"x": f32(3, 5), "W": f32(4, 5), "bias": f32(4), "grad_y": f32(3, 4)},
+        **{"trained": update, "initial": lora.LoRA(f32(3, 5), f32(4, 3), 0.5)},
+        **{"update": update, "norm": abs(f32(4)), "values": f32(4)},
+        **{"seed": 1, "d_initial": 0.1, "stream": np.random.RandomState(0)},
+        **{"rows": 3, "columns": 4, "pair": vera.Projections(f32(2, 5), f32(4, 2))},
+        **{"features": 5, "side": "input", "bits": 4, "offset": 0.9, "signed": True},
+        **{"codebook": codebook.NF4.copy(), "blocksize": 4, "nested_blocksize": 2},
+        **{"q": q, "dtype": np.float32, "scaled": f32(4, 5), "n": 20, "fill": 7},
+        **{"codes": np.arange(10, dtype=np.uint8), "packed": q.packed},
+        **{"absmax": q.absmax, "flat": f32(7), "steps": 2, "mean_bits": 3.0},
+        **{"weights": {"a": f32(4, 5), "b": f32(3, 7)}, "sketch": pissa.SKETCH},
+        **{"E": f32(9, 5), "tokens": np.array([1, 2, 1]), "P": f32(2, 5)},
+        **{"num_virtual_tokens": 2, "d": 5, "hidden": 6, "queries": 3, "keys": 4},
+        **{"network": network, "p": table, "page": 0, "tensor": 1, "states": states},
+        **{"page_size": 256, "budget": 2, "state": states[0], "config": adamw.AdamW()},
+        **{"moment": states[1].v, "like": states[1].m, "arrays": {}, "rank": 2},
+        **{"head": attention.Head(f32(2, 3, 5), f32(2, 4, 5), f32(2, 4, 6))},
+        **{"prefix": prefix.Prefix(f32(2, 5), f32(2, 6)), "X": f32(2, 3, 5)},
+        **{"prompt": prompt.Prompt(f32(2, 5)), "h": f32(3, 5), "bottleneck": 2},
+        **{"sublayers": (np.tanh, np.negative), "rank_stabilized": True},
+    }
+    small = bottleneck.Bottleneck(f32(2, 5), f32(2), f32(5, 2), f32(5), 0.5)
+    mask = attention.causal(3, 4)
+    own: dict[ModuleType, dict[str, object]] = {
+        lora: {"adapter": update},
+        qlora: {"adapter": update},
+        dora: {"adapter": dora.DoRA(update.A, update.B, 0.5, f32(4))},
+        vera: {"adapter": vera.VeRA(f32(2), f32(4))},
+        ia3: {"adapter": ia3.IA3(f32(4), "output")},
+        bottleneck: {"adapter": small, "grad_y": f32(3, 5), "adapters": (small, small)},
+        loftq: {"q": q},
+        double_quant: {"q": double_quant.quantize(f32(4, 5), blocksize=4)},
+        attention: {
+            "head": replace(common["head"], mask=mask),
+            "grad_y": f32(2, 3, 6),
+        },
+        prefix: {
+            "head": replace(common["head"], mask=mask),
+            "grad_y": f32(2, 3, 6),
+            "grad": prefix.Prefix(f32(2, 5), f32(2, 5)),
+        },
+        prompt: {"grad_y": f32(2, 5, 5)},
+        adamw: {
+            **{"W": f32(300), "grad": f32(300), "bits": 32, "values": f32(4096)},
+            **{"m": f32(300), "v": f32(300), "arrays": adamw.to_arrays(states[1])},
+        },
+        paged: {"W": f32(4096), "grad": f32(4096)},
+    }
+    return common | own.get(row, {})
+
+
+def public_functions(row: ModuleType) -> list[str]:
+    return [
+        name
+        for name, f in vars(row).items()
+        if inspect.isfunction(f) and f.__module__ == row.__name__ and name[0] != "_"
+    ]
+
+
+def arguments(row: ModuleType, name: str) -> dict[str, object]:
+    """Return what a public function is called with.
+
+    A table p is no copy: a copy of its pages could be written.
+    """
+    parameters = inspect.signature(getattr(row, name)).parameters
+    pool = operands(row)
+    return {p: pool[p] if p == "p" else copy.deepcopy(pool[p]) for p in parameters}
+
+
+def arrays(value: object) -> Iterator[np.ndarray]:
+    """Yield every array inside a value."""
+    if isinstance(value, np.ndarray):
+        yield value
+    elif is_dataclass(value) and not isinstance(value, type):
+        yield from arrays([getattr(value, field.name) for field in fields(value)])
+    elif isinstance(value, Mapping):
+        yield from arrays(list(value.values()))
+    elif isinstance(value, list | tuple):
+        for part in value:
+            yield from arrays(part)
+    elif isinstance(value, Iterator):
+        yield from arrays(list(islice(value, 2)))
+
+
+def annotated(row: ModuleType, name: str) -> dict[tuple[str, ...], type]:
+    """Return the annotation of each array operand, by its path."""
+    given, found = arguments(row, name), {}
+    for parameter, hint in typing.get_type_hints(getattr(row, name)).items():
+        value = given.get(parameter)
+        if is_dataclass(value) and not isinstance(value, type):
+            for field, inner in typing.get_type_hints(type(value)).items():
+                found[parameter, field] = _array_hint(inner, getattr(value, field))
+        else:
+            found[(parameter,)] = _array_hint(hint, value)
+    return {path: hint for path, hint in found.items() if hint is not None}
+
+
+def _array_hint(hint: object, value: object) -> type | None:
+    if not isinstance(value, np.ndarray):
+        return None
+    choices = typing.get_args(hint) or (hint,)
+    return next((h for h in choices if hasattr(h, "dim_str")), None)
+
+
+def substituted(
+    given: Mapping[str, object], path: tuple[str, ...], value: np.ndarray
+) -> dict[str, object]:
+    """Return the arguments with another array at one path."""
+    if len(path) == 1:
+        return {**given, path[0]: value}
+    return {**given, path[0]: replace(given[path[0]], **{path[1]: value})}
+
+
+def reshaped(
+    row: ModuleType, name: str
+) -> Iterator[tuple[tuple[str, ...], np.ndarray]]:
+    """Yield arrays with one wrong axis: of length 1, one too long, or one too many.
+
+    Only an axis that another operand shares can be wrong.
+    """
+    given, hints = arguments(row, name), annotated(row, name)
+    words = {path: hint.dim_str.split() for path, hint in hints.items()}
+    for path, own in words.items():
+        array = _at(given, path)
+        others = {
+            word
+            for other, names in words.items()
+            for word in names
+            if other != path and (other[0], word) not in MAY_BE_LONGER
+        }
+        for i, word in enumerate(reversed(own), start=1):
+            if word in others and word[0] not in ".*":
+                n = array.shape[-i]
+                yield (
+                    path,
+                    np.take(array, range(1), axis=-i) if n > 1 else array[..., :0],
+                )
+                if (path[0], word) not in MAY_BE_LONGER:
+                    yield path, np.take(array, [*range(n), 0], axis=-i)
+        lead = {word for word in own if word[0] in ".*"}
+        if others & (lead or set(own)):
+            yield path, array[np.newaxis]
+
+
+def retyped(row: ModuleType, name: str) -> Iterator[tuple[tuple[str, ...], np.ndarray]]:
+    """Yield arrays of numbers that their operand may not hold."""
+    given = arguments(row, name)
+    for path, hint in annotated(row, name).items():
+        for dtype in ("complex64", "bool", "int32", "float32", "uint8"):
+            if not _allowed(hint, dtype):
+                yield path, _at(given, path).astype(dtype)
+
+
+def _allowed(hint: type, dtype: str) -> bool:
+    if not isinstance(hint.dtypes, list | tuple):  # Shaped: floats, or fractions
+        return dtype == "float32"
+    return any(dtype == str(d) for d in hint.dtypes)
+
+
+def _at(given: Mapping[str, object], path: tuple[str, ...]) -> np.ndarray:
+    value = given[path[0]]
+    return value if len(path) == 1 else getattr(value, path[1])
+
+
+@contextlib.contextmanager
+def annotations_off() -> Iterator[None]:
+    """Call functions as a user without jaxtyping does: only their own checks run."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    try:
+        yield
+    finally:
+        jaxtyping.config.update("jaxtyping_disable", False)

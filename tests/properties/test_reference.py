@@ -1,0 +1,72 @@
+"""Laws of every public function of the reference."""
+
+import numpy as np
+import pytest
+
+from minipeft.errors import InputError
+from tests.operands import (
+    OUT_OF_RANGE,
+    ROWS,
+    annotations_off,
+    arguments,
+    arrays,
+    public_functions,
+    reshaped,
+    retyped,
+    substituted,
+)
+
+functions = pytest.mark.parametrize(
+    ("row", "name"),
+    [
+        pytest.param(row, name, id=f"{row.__name__.split('.')[-1]}.{name}")
+        for row in ROWS
+        for name in public_functions(row)
+    ],
+)
+
+
+def call(row, name, given):
+    """Run a function to its end, also one that yields."""
+    return list(arrays(getattr(row, name)(**given)))
+
+
+@functions
+def test_nothing_given_is_changed_or_returned(row, name):
+    given = arguments(row, name)
+    before = [array.copy() for array in arrays(given)]
+    returned = call(row, name, given)
+    for array, copy in zip(arrays(given), before, strict=True):
+        assert array.tobytes() == copy.tobytes()
+        for result in returned:
+            # Two page tables share pages, which nobody can write.
+            frozen = not (result.flags["W"] or array.flags["W"])
+            assert frozen or not np.shares_memory(result, array)
+
+
+@functions
+def test_operands_that_do_not_fit_are_refused(row, name):
+    given = arguments(row, name)
+    with annotations_off():
+        for path, wrong in reshaped(row, name):
+            with pytest.raises(InputError):
+                call(row, name, substituted(given, path, wrong))
+
+
+@functions
+def test_numbers_of_another_kind_are_refused(row, name):
+    given = arguments(row, name)
+    with annotations_off():
+        for path, wrong in retyped(row, name):
+            with pytest.raises(InputError, match="dtype"):
+                call(row, name, substituted(given, path, wrong))
+
+
+@functions
+def test_numbers_out_of_range_are_refused(row, name):
+    given = arguments(row, name)
+    with annotations_off():
+        for parameter in sorted(given.keys() & OUT_OF_RANGE.keys()):
+            for value in OUT_OF_RANGE[parameter]:
+                with pytest.raises(InputError):
+                    call(row, name, {**given, parameter: value})
