@@ -4,18 +4,19 @@ import argparse
 import os
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from io import TextIOWrapper
 from pathlib import Path
 from threading import current_thread, main_thread
 
 from minipeft.errors import InputError
-from minipeft.golden import processes, report
+from minipeft.golden import known, processes, profiles, report
 from minipeft.golden.drivers import need
 from minipeft.golden.errors import Unavailable, printable
 from minipeft.golden.implementations import BUILT_IN, Implementation
 from minipeft.golden.operations import OPERATIONS
+from minipeft.golden.report import Run
 from minipeft.golden.runner import Outcome, implementation, unasked, verify
 from minipeft.golden.vectors import VectorFile, load_all
 
@@ -78,8 +79,24 @@ def _add_choices(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--list", action="store_true", help="print the functions that are called"
     )
+    parser.add_argument(
+        "--profile",
+        metavar="NAME",
+        help=f"make a library's choices the rule: {', '.join(profiles.load_all())}",
+    )
+    parser.add_argument(
+        "--known-failures",
+        metavar="FILE",
+        help="text: cases that may fail, one operation:tcId on a line",
+    )
+    parser.add_argument(
+        "--write-known-failures",
+        action="store_true",
+        help="write what fails now into that file",
+    )
     parser.add_argument("--json", metavar="FILE", help="write a report")
     parser.add_argument("--junit", metavar="FILE", help="write JUnit XML")
+    parser.add_argument("--badge", metavar="FILE", help="write JSON for shields.io")
 
 
 def run(options: argparse.Namespace) -> int:
@@ -89,12 +106,15 @@ def run(options: argparse.Namespace) -> int:
         return 0
     files = list(load_all(options.only))
     name = _check(options)
+    rule = profiles.load(options.profile) if options.profile else None
+    listed = _listed(options)
     outcomes: list[Outcome] = []
     stopped = ""
     try:
         with _terminated_like_interrupted(), closing(_subject(options)) as subject:
             for outcome in verify(subject, files):
-                outcomes.append(outcome)
+                held = profiles.hold(rule, outcome) if rule else outcome
+                outcomes.append(known.excuse(listed, held))
     except Unavailable as reason:
         stopped = printable(str(reason))
     except KeyboardInterrupt:
@@ -102,8 +122,11 @@ def run(options: argparse.Namespace) -> int:
     outcomes += _rest(files, outcomes, stopped)
     once = options.program is not None and not options.persistent
     stopped = stopped or _nothing(name, outcomes, once)
-    unwritten = _write(options, name, outcomes, stopped)
-    _print(report.text(name, outcomes))
+    if options.write_known_failures:
+        outcomes = [known.excuse(_failing(outcomes), o) for o in outcomes]
+    found = Run(name, tuple(outcomes), stopped, options.profile or "", listed)
+    unwritten = _write(options, found)
+    _print(report.text(found))
     if stopped or unwritten:
         raise InputError(stopped or unwritten)
     return 1 if any(outcome.status == "fail" for outcome in outcomes) else 0
@@ -126,11 +149,19 @@ def _check(options: argparse.Namespace) -> str:
         raise InputError(
             f"--timeout is {seconds:g}; give seconds above 0, up to a day (86400)."
         )
-    for path in (options.json, options.junit):
-        if path is not None:
-            _check_writable(path)
+    _check_files(options)
     _place(options)
     return printable(program or name)
+
+
+def _check_files(options: argparse.Namespace) -> None:
+    for path in (options.json, options.junit, options.badge):
+        if path is not None:
+            _check_writable(path)
+    if options.write_known_failures:
+        if options.known_failures is None:
+            raise InputError("--write-known-failures needs --known-failures FILE.")
+        _check_writable(options.known_failures)
 
 
 def _check_writable(path: str) -> None:
@@ -202,18 +233,30 @@ def _nothing(name: str, outcomes: list[Outcome], once: bool) -> str:
     return ""
 
 
-def _write(
-    options: argparse.Namespace, name: str, outcomes: list[Outcome], stopped: str
-) -> str:
+def _listed(options: argparse.Namespace) -> known.Known:
+    if options.known_failures is None or options.write_known_failures:
+        return frozenset()
+    return known.read(Path(options.known_failures), load_all())
+
+
+def _failing(outcomes: list[Outcome]) -> known.Known:
+    return frozenset(known.name(o) for o in outcomes if o.status == "fail")
+
+
+def _write(options: argparse.Namespace, found: Run) -> str:
     """Write each report that is wanted; return what could not be written."""
-    failed = ""
-    for path, render in (
+    listing = options.known_failures if options.write_known_failures else None
+    wanted: list[tuple[str | None, Callable[[Run], str]]] = [
         (options.json, report.as_json),
         (options.junit, report.as_junit),
-    ):
+        (options.badge, report.as_badge),
+        (listing, lambda found: known.write(found.outcomes)),
+    ]
+    failed = ""
+    for path, render in wanted:
         try:
             if path is not None:
-                _replace(Path(path), render(name, outcomes, stopped))
+                _replace(Path(path), render(found))
         except OSError as error:
             failed = f"cannot write {path}: {error.strerror}."
     return failed

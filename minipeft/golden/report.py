@@ -1,51 +1,72 @@
-"""Say what a run found: a table for people, JSON and JUnit for machines."""
+"""Say what a run found: a table for people, JSON, JUnit and a badge for machines."""
 
 import json
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from textwrap import fill
 from typing import Any
 from xml.etree import ElementTree
 
 from minipeft import __version__
+from minipeft.golden import known
+from minipeft.golden.profiles import followed
 from minipeft.golden.runner import Outcome
 
-STATUSES = ("pass", "fail", "policy", "skip")
+STATUSES = ("pass", "fail", "known", "policy", "skip")
 
 
-def text(name: str, outcomes: Sequence[Outcome]) -> str:
+@dataclass(frozen=True)
+class Run:
+    """All that a report says."""
+
+    name: str
+    outcomes: tuple[Outcome, ...]
+    stopped: str = ""  # why it ended early, or was none
+    profile: str = ""  # the rule, where there is one
+    listed: known.Known = frozenset()
+
+
+def text(run: Run) -> str:
     """Return the failures with their reasons, the latitude, the skips and the table."""
+    outcomes = run.outcomes
     parts = [
         *(failure(o) for o in outcomes if o.status == "fail"),
+        _mended(run),
         _ways(outcomes),
-        _skips(outcomes),
+        _skips(run),
         _table(outcomes),
-        _verdict(name, outcomes),
+        _verdicts(run),
     ]
     return "\n\n".join(part for part in parts if part)
 
 
-def as_json(name: str, outcomes: Sequence[Outcome], stopped: str = "") -> str:
-    """Return the same as one JSON object; `stopped`: why the run ended early."""
+def as_json(run: Run) -> str:
+    """Return the same as one JSON object."""
+    agreeing, choices = followed(run.outcomes)
     report = {
-        "implementation": name,
+        "implementation": run.name,
         "minipeft": __version__,
-        "totals": _count(outcomes),
-        **({"stopped": stopped} if stopped else {}),
-        "cases": [_case(outcome) for outcome in outcomes],
+        "totals": _count(run.outcomes),
+        "verdicts": _three(run.outcomes),
+        "profile": run.profile,
+        "choices": {"all": choices, "as": agreeing},
+        "mended": known.mended(run.listed, run.outcomes),
+        "stopped": run.stopped,
+        "cases": [_case(outcome) for outcome in run.outcomes],
     }
     return json.dumps(report, indent=1, ensure_ascii=False) + "\n"
 
 
-def as_junit(name: str, outcomes: Sequence[Outcome], stopped: str = "") -> str:
+def as_junit(run: Run) -> str:
     """Return the same as JUnit XML: one suite for each file, one test for each case."""
-    root = ElementTree.Element("testsuites", name=f"minipeft verify {name}")
-    if stopped:
+    root = ElementTree.Element("testsuites", name=f"minipeft verify {run.name}")
+    if run.stopped:
         suite = ElementTree.SubElement(root, "testsuite", name="run", errors="1")
-        test = ElementTree.SubElement(suite, "testcase", name=name)
-        ElementTree.SubElement(test, "error", message=stopped)
-    for file in _files(outcomes):
-        cases = [outcome for outcome in outcomes if outcome.file == file]
+        test = ElementTree.SubElement(suite, "testcase", name=run.name)
+        ElementTree.SubElement(test, "error", message=run.stopped)
+    for file in _files(run.outcomes):
+        cases = [outcome for outcome in run.outcomes if outcome.file == file]
         count = _count(cases)
         suite = ElementTree.SubElement(
             root,
@@ -53,12 +74,27 @@ def as_junit(name: str, outcomes: Sequence[Outcome], stopped: str = "") -> str:
             name=file,
             tests=str(len(cases)),
             failures=str(count["fail"]),
-            skipped=str(count["skip"]),
+            skipped=str(count["skip"] + count["known"]),
         )
         for outcome in cases:
             _junit_case(suite, outcome)
     ElementTree.indent(root)
     return ElementTree.tostring(root, encoding="unicode", xml_declaration=True) + "\n"
+
+
+def as_badge(run: Run) -> str:
+    """Return what shields.io draws: https://shields.io/badges/endpoint-badge."""
+    count = _count(run.outcomes)
+    asked = count["pass"] + count["fail"] + count["known"]
+    failed = count["fail"] or run.stopped
+    color = "red" if failed else "yellow" if count["known"] else "brightgreen"
+    badge = {
+        "schemaVersion": 1,
+        "label": "minipeft vectors v1",
+        "message": "not run" if run.stopped else f"{count['pass']} of {asked}",
+        "color": color,
+    }
+    return json.dumps(badge) + "\n"
 
 
 def _case(outcome: Outcome) -> dict[str, Any]:
@@ -72,6 +108,7 @@ def _case(outcome: Outcome) -> dict[str, Any]:
         "status": outcome.status,
         "detail": outcome.detail,
         "way": outcome.way,
+        "exact": "" if outcome.exact is None else outcome.exact,
     }
     return {key: value for key, value in found.items() if value != ""}
 
@@ -89,6 +126,9 @@ def _junit_case(suite: ElementTree.Element, outcome: Outcome) -> None:
         element.text = failure(outcome)
     if outcome.status == "skip":
         ElementTree.SubElement(test, "skipped", message=outcome.detail)
+    if outcome.status == "known":
+        said = f"a known failure: {outcome.detail}"
+        ElementTree.SubElement(test, "skipped", message=said)
 
 
 def failure(outcome: Outcome) -> str:
@@ -105,15 +145,22 @@ def failure(outcome: Outcome) -> str:
     return "\n".join(lines)
 
 
-def _wrapped(sentence: str) -> list[str]:
-    indent = " " * 6
-    return [fill(sentence, 88, initial_indent=indent, subsequent_indent=indent + "  ")]
+def _wrapped(sentence: str, indent: int = 6) -> list[str]:
+    first = " " * indent
+    return [fill(sentence, 88, initial_indent=first, subsequent_indent=first + "  ")]
+
+
+def _mended(run: Run) -> str:
+    names = known.mended(run.listed, run.outcomes)
+    if not names:
+        return ""
+    return f"Known failures that pass now; take them out: {', '.join(names)}"
 
 
 def _ways(outcomes: Sequence[Outcome]) -> str:
     ways: dict[tuple[str, str], list[str]] = {}
     for outcome in outcomes:
-        if outcome.way:
+        if outcome.way and outcome.status == "pass":
             numbers = ways.setdefault((outcome.file, outcome.way), [])
             numbers.append(str(outcome.case.tcId))
     lines = [
@@ -123,31 +170,83 @@ def _ways(outcomes: Sequence[Outcome]) -> str:
     return "\n".join(["Where more than one answer is in use:", *lines]) if lines else ""
 
 
-def _skips(outcomes: Sequence[Outcome]) -> str:
-    reasons = Counter((o.file, o.detail) for o in outcomes if o.status == "skip")
-    lines = [f"  {file}: {n} ({why})" for (file, why), n in reasons.items()]
+def _skips(run: Run) -> str:
+    reasons = Counter((o.file, o.detail) for o in run.outcomes if o.status == "skip")
+    absent = [
+        file.removesuffix(".json")
+        for file, why in reasons
+        if why == f"{run.name} has no function {file.removesuffix('.json')}"
+    ]
+    lines = [
+        f"  {file}: {n} ({why})"
+        for (file, why), n in reasons.items()
+        if file.removesuffix(".json") not in absent
+    ]
+    if absent:
+        lines += _wrapped(f"{run.name} has no function {', '.join(absent)}", 2)
     return "\n".join(["Skipped:", *lines]) if lines else ""
 
 
 def _table(outcomes: Sequence[Outcome]) -> str:
-    width = max((len(file) for file in _files(outcomes)), default=4)
+    counts = {f: _count([o for o in outcomes if o.file == f]) for f in _files(outcomes)}
+    shown = {file: c for file, c in counts.items() if c["skip"] < sum(c.values())}
+    width = max((len(file) for file in shown), default=4)
     lines = [f"{'file':<{width}}  " + " ".join(f"{s:>6}" for s in STATUSES)]
-    for file in _files(outcomes):
-        count = _count([o for o in outcomes if o.file == file])
-        lines.append(
-            f"{file:<{width}}  " + " ".join(f"{count[s]:>6}" for s in STATUSES)
+    for file, count in shown.items():
+        numbers = " ".join(f"{count[s]:>6}" for s in STATUSES)
+        lines.append(f"{file:<{width}}  {numbers}")
+    return "\n".join(lines) if shown else ""
+
+
+def _verdicts(run: Run) -> str:
+    """Return the three verdicts, the profile that is nearest, and the sum."""
+    count, three = _count(run.outcomes), _three(run.outcomes)
+    agreeing, choices = followed(run.outcomes)
+    nearest = sorted(agreeing, key=lambda name: -agreeing[name])
+    lines = [
+        f"{what}: {yes} of {yes + no}{unit}"
+        for what, unit in _UNITS.items()
+        for yes, no in [three[what].values()]
+        if yes + no
+    ]
+    if choices:
+        each = ", ".join(f"{name} {agreeing[name]}" for name in nearest)
+        lines += _wrapped(
+            f"choices as each profile makes them, of {choices}: {each}", 0
         )
+    if run.profile:
+        lines.append(f"the rule: profile {run.profile}")
+    excused = f", {count['known']} failed as known" if count["known"] else ""
+    lines.append(
+        f"{run.name}: {count['pass']} passed, {count['fail']} failed{excused}, "
+        f"{count['skip']} skipped of {len(run.outcomes)} cases"
+        + (f"; {n} answered by another policy." if (n := count["policy"]) else ".")
+    )
     return "\n".join(lines)
 
 
-def _verdict(name: str, outcomes: Sequence[Outcome]) -> str:
-    count = _count(outcomes)
-    policy = count["policy"]
-    return (
-        f"{name}: {count['pass']} passed, {count['fail']} failed, "
-        f"{count['skip']} skipped of {len(outcomes)} cases"
-        + (f"; {count['policy']} answered by another policy." if policy else ".")
-    )
+_UNITS = {
+    "correct": "",
+    "bit-exact": " answers",
+    "policy": " refused as minipeft does (never a failure)",
+}
+
+
+def _three(outcomes: Sequence[Outcome]) -> dict[str, dict[str, int]]:
+    """Count the three verdicts apart: right, right to the byte, the same policy."""
+    asked = [o for o in outcomes if o.status != "skip"]
+    numbers = [o for o in asked if o.case.result != "policy"]
+    policies = [o for o in asked if o.case.result == "policy"]
+    exact = [o.exact for o in numbers if o.exact is not None]
+    return {
+        "correct": _yes_no([o.status == "pass" for o in numbers]),
+        "bit-exact": _yes_no([bool(e) for e in exact]),
+        "policy": _yes_no([o.status == "pass" for o in policies]),
+    }
+
+
+def _yes_no(found: Sequence[bool]) -> dict[str, int]:
+    return {"yes": sum(found), "no": len(found) - sum(found)}
 
 
 def _count(outcomes: Sequence[Outcome]) -> dict[str, int]:

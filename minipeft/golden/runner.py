@@ -1,6 +1,6 @@
 """Run an implementation over the vectors and judge every answer."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 
 from minipeft.golden.compare import difference
@@ -16,7 +16,7 @@ from minipeft.golden.implementations import COLUMNS, Implementation, functions
 from minipeft.golden.processes import worker
 from minipeft.golden.vectors import Case, Note, Tensors, VectorFile, Way
 
-__all__ = ["Outcome", "implementation", "judge", "unasked", "verify"]
+__all__ = ["Outcome", "implementation", "is_exact", "judge", "unasked", "verify"]
 
 OUR_WAY = "minipeft"
 PATIENCE = 3  # time-outs after which an operation is given up
@@ -29,12 +29,19 @@ class Outcome:
     file: str
     case: Case
     notes: dict[str, Note]  # of the case's flags
-    status: str  # pass, fail, skip, or policy: it answers what minipeft refuses
+    # pass, fail, skip; policy: it answers what minipeft refuses; known: a failure that
+    # is listed
+    status: str
     detail: str = ""  # why it failed or was skipped
     way: str = ""  # where the result is `acceptable`: the name of the way it goes
+    ways: tuple[str, ...] = ()  # all that its answer agrees with
+    exact: bool | None = None  # equal to the byte, not only within a bound
     answer: Tensors | None = None  # what it returned
     answered: bool = True  # no crash, silence, or answer that is none
     late: bool = False
+
+
+Judge = Callable[..., Outcome]
 
 
 def implementation(name: str, timeout: float = 120.0) -> Implementation:
@@ -64,10 +71,9 @@ def verify(
 
 def judge(implementation: Implementation, file: VectorFile, case: Case) -> Outcome:
     """Run one case and compare the answer with the vector."""
-    answer: Tensors | None = None
 
-    def outcome(status: str, detail: str = "", way: str = "") -> Outcome:
-        return replace(_outcome(file, case, status, detail, way), answer=answer)
+    def outcome(status: str, detail: str = "") -> Outcome:
+        return _outcome(file, case, status, detail)
 
     try:
         answer = implementation.run(case)
@@ -79,50 +85,67 @@ def judge(implementation: Implementation, file: VectorFile, case: Case) -> Outco
     except Accident as accident:
         return outcome("fail", str(accident))
     except Refused as refusal:
-        return outcome(*_judge_refusal(case, str(refusal)))
-    return outcome(*_judge_answer(case, answer))
+        return _judge_refusal(outcome, case, str(refusal))
+    return replace(_judge_answer(outcome, case, answer), answer=answer)
 
 
 def unasked(file: VectorFile, case: Case, why: str) -> Outcome:
     """Return what became of a case that was not asked."""
-    return replace(_outcome(file, case, "skip", why, ""), answered=False)
+    return replace(_outcome(file, case, "skip", why), answered=False)
 
 
-def _outcome(
-    file: VectorFile, case: Case, status: str, detail: str, way: str
-) -> Outcome:
+def is_exact(case: Case, answer: Tensors | None, ways: Iterable[str]) -> bool | None:
+    """Tell whether an answer has, to the byte, the outputs of one of the ways."""
+    if answer is None:
+        return None
+    of = {OUR_WAY: case.outputs, **{way.name: way.outputs for way in case.alternatives}}
+    return any(of[way] == answer for way in ways)
+
+
+def _outcome(file: VectorFile, case: Case, status: str, detail: str) -> Outcome:
     notes = {flag: file.notes[flag] for flag in case.flags}
     if case.result == "policy" and status == "fail":
         status = "policy"
-    return Outcome(file.name, case, notes, status, printable(detail), way)
+    return Outcome(file.name, case, notes, status, printable(detail))
 
 
-def _judge_refusal(case: Case, why: str) -> tuple[str, str, str]:
+def _went(outcome: Outcome, answer: Tensors | None, ways: list[str]) -> Outcome:
+    """Add which ways a right answer goes, where more than one is in use."""
+    exact = is_exact(outcome.case, answer, ways)
+    chosen = outcome.case.result == "acceptable"
+    way, all_ways = (ways[0], tuple(ways)) if chosen else ("", ())
+    return replace(outcome, way=way, ways=all_ways, exact=exact)
+
+
+def _judge_refusal(outcome: Judge, case: Case, why: str) -> Outcome:
     if case.result in ("invalid", "policy"):
-        return "pass", "", ""
+        return outcome("pass")
     ways = [way.name for way in case.alternatives if way.outputs is None]
     if case.result == "acceptable" and not case.outputs:
         ways = [OUR_WAY]
     if ways:
-        return "pass", "", ways[0]
-    return "fail", f"refused a valid input: {why}", ""
+        return _went(outcome("pass"), None, ways)
+    return outcome("fail", f"refused a valid input: {why}")
 
 
-def _judge_answer(case: Case, answer: Tensors) -> tuple[str, str, str]:
+def _judge_answer(outcome: Judge, case: Case, answer: Tensors) -> Outcome:
     if case.result == "invalid":
-        return "fail", "answered, where it must refuse the input", ""
+        return outcome("fail", "answered, where it must refuse the input")
     if case.result == "policy":
-        return "policy", "answered, where minipeft refuses the input", ""
-    detail = "answered, where it should refuse the input"
+        return outcome("policy", "answered, where minipeft refuses the input")
+    detail: str | None = "answered, where it should refuse the input"
+    ways = []
     if case.outputs:
-        found = _disagreement(case, answer, case.outputs)
-        if found is None:
-            return "pass", "", OUR_WAY if case.result == "acceptable" else ""
-        detail = found
-    for way in case.alternatives:
-        if way.outputs and _disagreement(case, answer, way.outputs, way) is None:
-            return "pass", "", way.name
-    return "fail", detail, ""
+        detail = _disagreement(case, answer, case.outputs)
+        ways += [OUR_WAY] if detail is None else []
+    ways += [
+        way.name
+        for way in case.alternatives
+        if way.outputs and _disagreement(case, answer, way.outputs, way) is None
+    ]
+    if ways:
+        return _went(outcome("pass"), answer, ways)
+    return outcome("fail", detail or "")
 
 
 def _disagreement(

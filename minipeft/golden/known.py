@@ -1,0 +1,63 @@
+"""Known failures: a text file in the repository of whoever is verified.
+
+One case on a line, `nf4_quantize:26`; a `#` starts a comment.
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from minipeft.errors import InputError
+from minipeft.golden.runner import Outcome
+from minipeft.golden.vectors import VectorFile
+
+Known = frozenset[str]
+
+HEAD = "# Cases that fail as of now: minipeft verify --known-failures FILE\n"
+
+
+def name(outcome: Outcome) -> str:
+    """Return how a line names the case."""
+    return f"{outcome.case.operation}:{outcome.case.tcId}"
+
+
+def read(path: Path, files: Iterable[VectorFile]) -> Known:
+    """Return the names of the cases in the file.
+
+    Args:
+        path: the text file.
+        files: all vectors, against which a mistyped name shows.
+
+    Raises:
+        InputError: if it cannot be read, or a line names no case.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"cannot read {path}: {error}.") from None
+    cases = {f"{case.operation}:{case.tcId}" for file in files for case in file.cases}
+    named = [line.partition("#")[0].strip() for line in lines]
+    for number, word in enumerate(named, start=1):
+        if word and word not in cases:
+            raise InputError(
+                f"{path}, line {number}: {word!r} is no case; write operation:tcId."
+            )
+    return frozenset(word for word in named if word)
+
+
+def write(outcomes: Iterable[Outcome]) -> str:
+    """Return the text of a file that lists what fails."""
+    failed = [o for o in outcomes if o.status in ("fail", "known")]
+    return HEAD + "".join(f"{name(o)}  # {o.case.comment}\n" for o in failed)
+
+
+def excuse(known: Known, outcome: Outcome) -> Outcome:
+    """Let a failure that is listed not fail the run."""
+    if outcome.status == "fail" and name(outcome) in known:
+        return replace(outcome, status="known")
+    return outcome
+
+
+def mended(known: Known, outcomes: Sequence[Outcome]) -> list[str]:
+    """Name the cases that are listed and pass."""
+    return [name(o) for o in outcomes if o.status == "pass" and name(o) in known]

@@ -1,0 +1,76 @@
+"""Profiles: which of the ways in use an implementation is expected to go.
+
+Where more than one answer is in use, a case names its alternatives. A profile lists
+names in order; of those that a case has, the first is expected, and ours where it has
+none of them.
+"""
+
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from minipeft.errors import InputError
+from minipeft.golden.runner import OUR_WAY, Outcome, is_exact
+from minipeft.golden.vectors import Case
+
+PROFILES = Path(__file__).with_name("profiles.json")
+
+
+@dataclass(frozen=True)
+class Profile:
+    """The ways of one library, or of one paper."""
+
+    name: str
+    description: str
+    ways: tuple[str, ...]
+
+    def expects(self, case: Case) -> str:
+        """Return the name of the way that this profile goes in a case."""
+        offered = {way.name for way in case.alternatives}
+        return next((way for way in self.ways if way in offered), OUR_WAY)
+
+
+def load_all() -> dict[str, Profile]:
+    """Return every profile by its name."""
+    content = json.loads(PROFILES.read_text(encoding="utf-8"))
+    return {
+        name: Profile(name, value["description"], tuple(value["ways"]))
+        for name, value in content.items()
+    }
+
+
+def load(name: str) -> Profile:
+    """Return a profile by its name.
+
+    Raises:
+        InputError: if there is none.
+    """
+    profiles = load_all()
+    if name not in profiles:
+        raise InputError(
+            f"there is no profile {name!r}; choose one of {', '.join(profiles)}."
+        )
+    return profiles[name]
+
+
+def hold(profile: Profile, outcome: Outcome) -> Outcome:
+    """Make the profile the rule: another way fails, however right it is elsewhere."""
+    if not outcome.ways or outcome.status != "pass":
+        return outcome
+    expected = profile.expects(outcome.case)
+    if expected not in outcome.ways:
+        detail = f"goes the way {outcome.way}; profile {profile.name} has {expected}"
+        return replace(outcome, status="fail", detail=detail)
+    exact = is_exact(outcome.case, outcome.answer, [expected])
+    return replace(outcome, way=expected, exact=exact)
+
+
+def followed(outcomes: Iterable[Outcome]) -> tuple[dict[str, int], int]:
+    """Count the choices in which each profile is followed, and all choices."""
+    choices = [outcome for outcome in outcomes if outcome.ways]
+    counted = {
+        name: sum(profile.expects(choice.case) in choice.ways for choice in choices)
+        for name, profile in load_all().items()
+    }
+    return counted, len(choices)

@@ -1,0 +1,154 @@
+"""Which way, how exact, what policy, what is known to fail: counted apart."""
+
+import json
+
+import pytest
+
+from minipeft.errors import InputError
+from minipeft.golden import known, profiles, report
+from minipeft.golden.errors import Refused
+from minipeft.golden.implementations import Functions, functions
+from minipeft.golden.report import Run
+from minipeft.golden.runner import OUR_WAY, verify
+from minipeft.golden.vectors import load_all
+from minipeft.golden.ways import WAYS
+from tests.golden.test_verify import minipeft
+
+FILES = list(load_all())
+PROFILES = profiles.load_all()
+CASES = [case for file in FILES for case in file.cases]
+ELSEWHERE = [
+    n for n, p in PROFILES.items() if {p.expects(c) for c in CASES} - {OUR_WAY}
+]
+
+
+class Follower:
+    """Answers every case as a profile does, from the vectors themselves."""
+
+    def __init__(self, profile):
+        self.name = profile.name
+        self._profile = profile
+
+    def run(self, case):
+        way = self._profile.expects(case)
+        of = {w.name: w.outputs for w in case.alternatives}
+        outputs = of.get(way) if way != OUR_WAY else case.outputs
+        if not outputs:
+            raise Refused("as the profile does")
+        return outputs
+
+    def close(self):
+        pass
+
+
+@pytest.mark.parametrize("name", PROFILES)
+def test_who_follows_a_profile_passes_under_it_and_is_recognized(name):
+    profile = PROFILES[name]
+    found = list(verify(Follower(profile), FILES))
+    held = [profiles.hold(profile, outcome) for outcome in found]
+    assert {o.status for o in held} == {"pass"}
+    assert all(o.exact in (True, None) for o in held)
+    agreeing, choices = profiles.followed(found)
+    assert agreeing[name] == choices == max(agreeing.values())
+
+
+@pytest.mark.parametrize("name", ELSEWHERE)
+def test_who_goes_another_way_fails_only_under_the_profile(name):
+    profile = PROFILES[name]
+    found = list(verify(Follower(PROFILES["minipeft"]), FILES))
+    assert {o.status for o in found} == {"pass"}
+    held = [profiles.hold(profile, outcome) for outcome in found]
+    failed = [o for o in held if o.status == "fail"]
+    other = [o for o in found if profile.expects(o.case) not in (OUR_WAY, "")]
+    assert 0 < len(failed) <= len(other)
+    assert all(f"profile {name} has" in o.detail for o in failed)
+
+
+def test_profiles_name_ways_that_exist():
+    for profile in PROFILES.values():
+        assert set(profile.ways) <= set(WAYS)
+    with pytest.raises(InputError, match="no profile 'cuda'; choose one of minipeft"):
+        profiles.load("cuda")
+
+
+def test_a_bound_is_correct_and_not_exact():
+    found = tuple(verify(functions("reference"), load_all(["lora_forward"])))
+    verdicts = json.loads(report.as_json(Run("reference", found)))["verdicts"]
+    assert verdicts["correct"]["no"] == 0
+    assert verdicts["bit-exact"]["no"] > 0
+
+
+def test_a_policy_fails_no_run():
+    def lora_merge(W, A, B, alpha, rank_stabilized):
+        if len(A):
+            return functions("reference").find("lora_merge")(
+                W=W, A=A, B=B, alpha=alpha, rank_stabilized=rank_stabilized
+            )
+        return W  # r is 0
+
+    found = tuple(
+        verify(Functions("kind", {"lora_merge": lora_merge}.get), load_all(["lora"]))
+    )
+    content = json.loads(report.as_json(Run("kind", found)))
+    assert content["totals"]["fail"] == 0
+    assert content["verdicts"]["policy"]["no"] == content["totals"]["policy"] > 0
+    assert content["verdicts"]["correct"]["no"] == 0
+
+
+BROKEN = ("verify", "tests.impls.broken_nibbles", "--only", "nf4_quantize")
+
+
+def test_known_failures_are_written_and_do_not_fail(tmp_path):
+    path = tmp_path / "known.txt"
+    listed = (*BROKEN, "--known-failures", str(path))
+    assert minipeft(*listed).returncode == 2  # there is no such file
+    assert minipeft(*listed, "--write-known-failures").returncode == 0
+    lines = path.read_text().splitlines()
+    assert all(line.startswith(("#", "nf4_quantize:")) for line in lines)
+    xml = tmp_path / "report.xml"
+    done = minipeft(*listed, "--junit", str(xml))
+    assert done.returncode == 0
+    assert f", {len(lines) - 1} failed as known, " in done.stdout
+    assert "a known failure: packed" in xml.read_text()
+    path.write_text("\n".join(lines[:-1]))
+    assert minipeft(*listed).returncode == 1
+
+
+def test_a_known_failure_that_passes_is_reported(tmp_path):
+    path = tmp_path / "known.txt"
+    path.write_text("# none\nlora_merge:1\n")
+    done = minipeft(
+        *("verify", "reference", "--only", "lora_merge"),
+        *("--known-failures", str(path)),
+    )
+    assert done.returncode == 0
+    assert "pass now; take them out: lora_merge:1" in done.stdout
+
+
+def test_a_mistyped_known_failure_is_named(tmp_path):
+    path = tmp_path / "known.txt"
+    path.write_text("lora_merge:1\n\nlora_merge:999 # typed by hand\n")
+    with pytest.raises(InputError, match=r"line 3: 'lora_merge:999' is no case"):
+        known.read(path, FILES)
+    assert minipeft(*BROKEN, "--write-known-failures").returncode == 2
+
+
+def test_the_profile_is_the_rule(tmp_path):
+    ways = ("verify", "reference", "--only", "fp4_quantize")
+    assert minipeft(*ways, "--profile", "minipeft").returncode == 0
+    done = minipeft(*ways, "--profile", "bnb-cuda")
+    assert done.returncode == 1
+    assert "goes the way minipeft; profile bnb-cuda has fp4-by-magnitude" in done.stdout
+    assert "the rule: profile bnb-cuda" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("name", "color"), [("reference", "brightgreen"), (BROKEN[1], "red")]
+)
+def test_a_badge(name, color, tmp_path):
+    path = tmp_path / "badge.json"
+    minipeft("verify", name, "--only", "nf4_quantize", "--badge", str(path))
+    badge = json.loads(path.read_text())
+    assert badge["color"] == color
+    assert badge["schemaVersion"] == 1
+    assert set(badge) == {"schemaVersion", "label", "message", "color"}
