@@ -52,7 +52,7 @@ for what, size in {
 # ## The code
 #
 # @source minipeft.reference.adamw.step
-# @source minipeft.torch.adamw.update
+# @source minipeft.torch.adamw.following
 #
 # The weight sees $m$ and $v$ *before* they are encoded: each step is as good as the memory of the last ones. Small tensors, biases and norms, keep 32 bits.
 #

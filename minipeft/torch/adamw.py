@@ -1,18 +1,38 @@
-"""AdamW, and its states in eight bits a value: the same bits as the reference."""
+"""AdamW, and its states in eight bits a value: the same bits as the reference.
+
+A step checks everything before it writes anything. It works in slices, so its
+temporaries stay small however large a tensor is.
+"""
 
 from collections.abc import Callable, Iterable, Mapping
 from functools import cache
-from math import sqrt
-from typing import Any, cast, overload
+from itertools import repeat
+from math import inf, sqrt
+from typing import Any, NamedTuple, cast, overload
 
 import torch
 from torch import Tensor
+from torch.nn.utils import get_total_norm
 
 from minipeft.errors import InputError
-from minipeft.shapes import Float, Inexact
+from minipeft.shapes import Inexact
 from minipeft.torch import blockwise
+from minipeft.torch.adamw_checks import (
+    LIMIT,
+    Parts,
+    check_gradient,
+    check_parameter,
+    check_parts,
+    check_result,
+    check_saved,
+    check_settings,
+    check_values,
+    is_calm,
+    is_large,
+)
 from minipeft.torch.blockwise import Blockwise
-from minipeft.torch.codebook import dynamic_map
+from minipeft.torch.codebook import dynamic_map_on
+from minipeft.torch.slices import Slice, read, slices, write
 
 BLOCKSIZE = 256
 MIN_8BIT_SIZE = 4096  # smaller tensors (biases, norms) keep float32: little to save
@@ -20,71 +40,141 @@ MIN_8BIT_SIZE = 4096  # smaller tensors (biases, norms) keep float32: little to 
 State = dict[str, Any]
 """Of one tensor: `step` and the moments m and v, or their codes and scales."""
 
+Weight = Inexact[Tensor, "..."]
 
-def init(W: Inexact[Tensor, "..."], bits: int = 32) -> State:
-    """Start with no steps taken and both moments zero.
 
-    In eight bits, m is coded by the signed dynamic map and v by the unsigned one.
+class Moments(NamedTuple):
+    """The decoded moments of a slice."""
 
-    Args:
-        W: the parameter; only its shape, dtype and device matter.
-        bits: 32 (float32, whatever 16 bits W may have), or 8 for tensors of at least
-            4,096 values.
+    m: Slice
+    v: Slice
+
+
+class Job(NamedTuple):
+    """A parameter of a step, its group, and its name in messages."""
+
+    p: Tensor
+    group: dict[str, Any]
+    name: str
+
+
+def init(W: Weight, bits: int = 32) -> State:
+    """Start with no steps taken and both moments zero, on the device of W.
 
     Raises:
-        InputError: if `bits` is neither.
-
-    Source: 8-bit optimizers (arXiv:2110.02861), section 2.
+        InputError: if `bits` is neither 8 nor 32.
     """
-    if bits not in (8, 32):
-        raise InputError(f"bits is {bits}; choose 8 or 32.")
     state: State = {"step": 0}
-    for name in ("m", "v"):
-        state[name] = torch.zeros(W.shape, dtype=wide(W), device=W.device)
-        if bits == 8 and W.numel() >= MIN_8BIT_SIZE:
-            _encode(state, name, state.pop(name))
+    for name, (shape, dtype) in parts(W, bits).items():
+        zero = _zero_code(name[0]) if name.endswith("codes") else 0
+        state[name] = torch.full(shape, zero, dtype=dtype, device=W.device)
     return state
 
 
-def update(
-    W: Inexact[Tensor, "..."],
-    grad: Inexact[Tensor, "..."],
-    state: State,
-    group: Mapping[str, Any],
-) -> None:
-    r"""Take one step; W and the state are changed in place.
+def parts(W: Weight, bits: int) -> Parts:
+    """Return the shape and dtype of each tensor in the state of W.
 
-    $m = m + (1 - \beta_1)(g - m)$, $v = \beta_2 v + (1 - \beta_2) g^2$,
-    $W = (1 - \eta\lambda) W - \frac{\eta}{1 - \beta_1^t}
-    \frac{m}{\sqrt{v} / \sqrt{1 - \beta_2^t} + \epsilon}$. Every operation is rounded
-    to float32, the next weight once more to the dtype of W. Moments of eight bits are
-    decoded before, encoded after; the weight sees the moments before they are encoded.
+    Raises:
+        InputError: if `bits` is neither 8 nor 32.
+    """
+    if bits not in (8, 32):
+        raise InputError(f"bits is {bits}; choose 8 or 32.")
+    if bits == 32 or W.numel() < MIN_8BIT_SIZE:
+        return {name: (tuple(W.shape), wide(W)) for name in "mv"}
+    return _coded(W)
+
+
+def step(W: Weight, grad: Weight, state: State, group: Mapping[str, Any]) -> None:
+    """Take one step; W and the state are changed in place, or nothing is.
 
     Args:
         W: the parameter.
-        grad: its gradient, finite, of the same shape and dtype.
-        state: from `init` or the last step.
+        grad: its gradient, finite, of the same shape.
+        state: from `init` or the last step; in eight bits for a W of any size.
         group: `lr`, `betas`, `eps` and `weight_decay`, as a parameter group has them.
 
-    Source: AdamW (arXiv:1711.05101), algorithm 2; 8-bit states: arXiv:2110.02861.
+    Raises:
+        InputError: if an operand or a setting does not fit, or a result overflows.
     """
-    t, (beta1, beta2), lr = state["step"] + 1, group["betas"], group["lr"]
-    m, v = decode(state, "m", W.shape), decode(state, "v", W.shape)
-    W_old, grad = W.to(wide(W)), grad.to(wide(W))
+    check_settings({"bits": 32, **group})
+    check_parameter(W, "W")
+    check_gradient(W, grad, "W")
+    check_parts(state, _coded(W) if "m_codes" in state else parts(W, 32), "W")
+    with torch.no_grad():
+        rehearse(Job(W, dict(group), "W"), grad, state)
+        update(W, grad, state, group)
+
+
+def update(
+    W: Weight,
+    grad: Weight,
+    state: State,
+    group: Mapping[str, Any],
+    span: slice | None = None,
+) -> None:
+    """Take one step in place, slice by slice; the caller has checked it.
+
+    Moments of eight bits are decoded before, encoded after; the weight sees the moments
+    before they are encoded.
+
+    Args:
+        W: the parameter.
+        grad: its gradient.
+        state: of W, or of a part of it.
+        group: the settings.
+        span: which values of the flattened W the state belongs to; None: all.
+    """
+    span = span or slice(0, W.numel())
+    t = state["step"] + 1
+    for part in slices(span):
+        own = slice(part.start - span.start, part.stop - span.start)
+        old, slope = read(W, part), read(grad, part)
+        moved, after = following(old, slope, moments(state, own), t, group)
+        write(W, part, moved)
+        del moved  # the codes are found in the memory that it leaves
+        for name, values in zip("mv", after, strict=True):
+            _encode(state, name, own, values)
+    state["step"] = t
+
+
+def following(
+    W: Slice, grad: Slice, before: Moments, t: int, group: Mapping[str, Any]
+) -> tuple[Slice, Moments]:
+    r"""Return the next weights, in the dtype of the moments, and the next moments.
+
+    The formula of `reference.adamw.step` with its roundings, t being the number of this
+    step. A divisor is a tensor, because torch divides by a number by multiplying with
+    its rounded reciprocal.
+    """
+    (m, v), (beta1, beta2), lr = before, group["betas"], group["lr"]
+    del before  # so that each new moment can take the place of the old one
+    W, grad = W.to(m.dtype), grad.to(m.dtype)
     m = m + (1 - beta1) * (grad - m)
     v = beta2 * v + (1 - beta2) * grad * grad
     step_size = lr / (1 - beta1**t)
     root = _root(v) / v.new_full((), sqrt(1 - beta2**t)) + group["eps"]
-    W.copy_(W_old * (1 - lr * group["weight_decay"]) + -step_size * m / root)
-    state["step"] = t
-    for name, values in (("m", m), ("v", v)):
-        if name in state:
-            state[name] = values
-        else:
-            _encode(state, name, values)
+    W = W * (1 - lr * group["weight_decay"]) + -step_size * m / root
+    return W, Moments(m, v)
 
 
-def wide(W: Inexact[Tensor, "..."]) -> torch.dtype:
+def rehearse(job: Job, grad: Weight, state: State) -> bool:
+    """Compute a step, write nothing, and refuse a result that is not finite.
+
+    Returns:
+        Whether the next moments are too large for the quick check of the step after.
+    """
+    W, large, t = job.p, False, state.get("step", 0) + 1
+    for part in slices(slice(0, W.numel())):
+        old, slope = read(W, part), read(grad, part)
+        before = moments(state or init(old), part, W.device)
+        moved, after = following(old, slope, before, t, job.group)
+        moved = moved.to(W.dtype)
+        check_result((old, slope, *before), (moved, *after), part.start, job.name)
+        large = large or is_large(after._asdict())
+    return large
+
+
+def wide(W: Weight) -> torch.dtype:
     """Return the dtype of states and of arithmetic: float32, or that of W if wider.
 
     So does bitsandbytes. torch's own AdamW keeps to the dtype of W, and in bfloat16
@@ -93,18 +183,17 @@ def wide(W: Inexact[Tensor, "..."]) -> torch.dtype:
     return torch.promote_types(W.dtype, torch.float32)
 
 
-def decode(state: State, name: str, shape: tuple[int, ...]) -> Inexact[Tensor, "..."]:
-    """Return the values of a moment, whatever its bits."""
-    if name in state:
-        values: Tensor = state[name]
-        return values
-    codes, absmax = state[f"{name}_codes"], state[f"{name}_absmax"]
-    codebook = _codebook(name, codes.device)
-    return blockwise.dequantize(Blockwise(codes, absmax, codebook, BLOCKSIZE, shape))
+def moments(state: State, part: slice, device: torch.device | None = None) -> Moments:
+    """Return both moments of a slice, whatever their bits."""
+    return Moments(*(_decode(state, name, part, device) for name in "mv"))
 
 
 class AdamW(torch.optim.Optimizer):
     """AdamW with states of 32 or 8 bits; a drop-in for `torch.optim.AdamW`.
+
+    A step is taken for all parameters or for none, and one look at the device decides.
+    Where a gradient, a setting or a weight of float16 might overflow, the step is
+    computed twice: first to look, then to write.
 
     Args:
         params: parameters or groups of them; a group may have settings of its own.
@@ -115,8 +204,9 @@ class AdamW(torch.optim.Optimizer):
         bits: of the states, 32 or 8.
 
     Raises:
-        InputError: if a setting is out of range; on `step`, if a gradient is sparse or
-            not finite, and then nothing was changed.
+        InputError: if a setting or a parameter does not fit; on `step`, if a gradient
+            does not fit or a result overflows; on `load_state_dict`, if the states are
+            those of another optimizer. Then nothing was changed.
     """
 
     def __init__(
@@ -132,11 +222,23 @@ class AdamW(torch.optim.Optimizer):
         super().__init__(
             params, {**settings, "weight_decay": weight_decay, "bits": bits}
         )
+        self._survey()
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Return from a copy or a pickle, which hold groups and states alone."""
+        super().__setstate__(state)
+        self._survey()
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Take more parameters, with settings of their own."""
         check_settings({**self.defaults, **param_group})
         super().add_param_group(param_group)
+        try:
+            for p, _, name in self.jobs():
+                check_parameter(p, name)
+        except InputError:
+            self.param_groups.pop()
+            raise
 
     @overload
     def step(self, closure: None = None) -> None: ...
@@ -149,73 +251,140 @@ class AdamW(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        work = [
-            (p, group)
-            for group in self.param_groups
-            for p in group["params"]
-            if p.grad is not None
-        ]
-        check_gradients([p.grad for p, _ in work])
-        self.advance(work)
+        # A state that is made in inference mode could not be changed outside of it.
+        with torch.inference_mode(False), torch.no_grad():
+            work = [job for job in self.jobs() if job.p.grad is not None]
+            self.check(work)
+            self.advance(work)
         return loss
 
-    def advance(self, work: list[tuple[Tensor, dict[str, Any]]]) -> None:
+    def check(self, work: list[Job]) -> None:
+        """Refuse a step that does not fit or would not end in finite values."""
+        for p, group, name in work:
+            check_settings(group)
+            check_gradient(p, cast(Tensor, p.grad), name)
+            if state := self.state.get(p):
+                check_parts(state, parts(p, group["bits"]), name, self.home(p))
+        grads = [cast(Tensor, p.grad) for p, *_ in work if p.numel()]
+        calm = all(self._is_calm(job) for job in work)
+        if grads and not (calm and get_total_norm(grads, inf) <= LIMIT):
+            self.settle()
+            states = [self.state.get(job.p, {}) for job in work]
+            self.large |= {
+                job.p
+                for job, state in zip(work, states, strict=True)
+                if rehearse(job, cast(Tensor, job.p.grad), state)
+            }
+
+    def advance(self, work: list[Job]) -> None:
         """Take a step for these parameters, each by the settings of its group."""
-        for p, group in work:
+        for p, group, _ in work:
             if not self.state[p]:
                 self.state[p] = init(p, group["bits"])
+        for p, group, _ in work:
             update(p, cast(Tensor, p.grad), self.state[p], group)
 
+    def jobs(self) -> list[Job]:
+        """Return every parameter with its group, and its name or number."""
+        found: list[Job] = []
+        for group in self.param_groups:
+            numbers = range(len(found), len(found) + len(group["params"]))
+            names = group.get("param_names") or [f"parameter {i}" for i in numbers]
+            found += map(Job, group["params"], repeat(group), names)
+        return found
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Continue where `state_dict` was taken, bit for bit."""
+        """Continue where `state_dict` was taken, bit for bit; or change nothing."""
+        self.check_state_dict(state_dict)
         # torch would cast every state to the dtype of its parameter, but a code is no
         # number and a scale needs its 32 bits: they go past it.
         super().load_state_dict({**state_dict, "state": {}})
-        ids = [i for g in state_dict["param_groups"] for i in g["params"]]
-        owners = [p for g in self.param_groups for p in g["params"]]
-        for i, p in zip(ids, owners, strict=True):
-            for key, value in state_dict["state"].get(i, {}).items():
-                is_tensor = isinstance(value, Tensor)
-                self.state[p][key] = self.placed(value, p) if is_tensor else value
+        with torch.inference_mode(False):
+            for i, (p, *_) in zip(_ids(state_dict), self.jobs(), strict=True):
+                for key, value in state_dict["state"].get(i, {}).items():
+                    is_tensor = isinstance(value, Tensor)
+                    self.state[p][key] = self.placed(value, p) if is_tensor else value
+        self._survey()
+
+    def check_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Refuse what `load_state_dict` would refuse; nothing is changed.
+
+        Raises:
+            InputError: if the states are of another optimizer, of other parameters, of
+                other bits, or not finite.
+        """
+        check_saved(state_dict, self.param_groups)
+        ids, states = _ids(state_dict), state_dict["state"]
+        if strange := sorted(set(states) - set(ids), key=str):
+            raise InputError(
+                f"the file has a state for parameter {strange[0]} of {len(ids)}; load "
+                "it into the optimizer it was saved from."
+            )
+        for i, (p, group, name) in zip(ids, self.jobs(), strict=True):
+            if state := states.get(i):
+                check_parts(state, parts(p, group["bits"]), name)
+                check_values(state, name)
+
+    def settle(self) -> None:
+        """Have the states up to date in `self.state`: here they always are."""
+
+    def home(self, p: Tensor) -> torch.device:
+        """Return where the state of a parameter lives."""
+        return p.device
 
     def placed(self, value: Tensor, p: Tensor) -> Tensor:
         """Return a copy of a saved state, where the states of p live."""
-        return value.to(p.device, copy=True)
+        return value.detach().to(p.device, copy=True)
+
+    def _is_calm(self, job: Job) -> bool:
+        t = self.state.get(job.p, {}).get("step", 0) + 1
+        return job.p not in self.large and is_calm(job.p.dtype, t, job.group)
+
+    def _survey(self) -> None:
+        # The parameters whose moments are too large for the quick check.
+        self.large = {p for p, state in self.state.items() if is_large(state)}
 
 
-def check_settings(group: Mapping[str, Any]) -> None:
-    """Refuse settings that no step can use."""
-    if not all(0 <= beta < 1 for beta in group["betas"]):
-        raise InputError(f"betas are {group['betas']}; choose both in [0, 1).")
-    for name in ("lr", "eps", "weight_decay"):
-        if not (value := group[name]) >= 0:
-            raise InputError(f"{name} is {value}; choose 0 or more.")
-    if group["bits"] not in (8, 32):
-        raise InputError(f"bits is {group['bits']}; choose 8 or 32.")
+def _ids(state_dict: Mapping[str, Any]) -> list[Any]:
+    return [i for group in state_dict["param_groups"] for i in group["params"]]
 
 
-def check_gradients(grads: list[Tensor]) -> None:
-    """Refuse gradients that would spoil the state; one look at the device for all."""
-    if any(grad.is_sparse for grad in grads):
-        raise InputError("a gradient is sparse; build the embedding with sparse=False.")
-    finite = [torch.isfinite(grad).all() for grad in grads]
-    if finite and not torch.stack([f.to(finite[0].device) for f in finite]).all():
-        grad = next(g for g, f in zip(grads, finite, strict=True) if not f)
-        flat = grad.reshape(-1)
-        first = int(torch.nonzero(~torch.isfinite(flat))[0])
-        raise InputError(
-            f"the gradient holds {flat[first]} at index {first}; skip this step."
-        )
+def _coded(W: Weight) -> Parts:
+    n = W.numel()
+    sizes = {"codes": ((n,), torch.uint8)}
+    sizes |= {"absmax": ((-(-n // BLOCKSIZE),), torch.float32)}
+    return {f"{m}_{kind}": size for m in "mv" for kind, size in sizes.items()}
 
 
-def _encode(state: State, name: str, values: Tensor) -> None:
-    q = blockwise.quantize(values, _codebook(name, values.device), BLOCKSIZE)
-    state[f"{name}_codes"], state[f"{name}_absmax"] = q.packed, q.absmax
+def _decode(state: State, name: str, part: slice, device: torch.device | None) -> Slice:
+    if name in state:
+        values: Tensor = state[name].view(-1)[part]
+        return values.to(device)
+    codes = state[f"{name}_codes"][part].to(device)
+    absmax = state[f"{name}_absmax"][_blocks(part)].to(device)
+    values = dynamic_map_on(codes.device, signed=name == "m")
+    q = Blockwise(codes, absmax, values, BLOCKSIZE, (len(codes),))
+    return blockwise.dequantize(q)
+
+
+def _encode(state: State, name: str, part: slice, values: Slice) -> None:
+    if name in state:
+        state[name].view(-1)[part].copy_(values)
+        return
+    codebook = dynamic_map_on(values.device, signed=name == "m")
+    codes, absmax = blockwise.encode(values, codebook, BLOCKSIZE)
+    state[f"{name}_codes"][part].copy_(codes)
+    state[f"{name}_absmax"][_blocks(part)].copy_(absmax)
+
+
+def _blocks(part: slice) -> slice:
+    return slice(part.start // BLOCKSIZE, -(-part.stop // BLOCKSIZE))
 
 
 @cache
-def _codebook(name: str, device: torch.device) -> Float[Tensor, " codes"]:
-    return dynamic_map(signed=name == "m").to(device)
+def _zero_code(name: str) -> int:
+    codebook = dynamic_map_on(torch.device("cpu"), signed=name == "m")
+    return int(blockwise.nearest(codebook.new_zeros(1), codebook)[0])
 
 
 def _root(v: Tensor) -> Tensor:

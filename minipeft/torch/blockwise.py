@@ -47,16 +47,28 @@ def quantize(
     Source: QLoRA (arXiv:2305.14314), section 3.
     """
     check_blocksize(blocksize)
-    bits, codebook = code_bits(codebook), codebook.to(W.device)
-    flat, n = W.detach().float().reshape(-1), W.numel()
+    codebook, flat = codebook.to(W.device), W.detach().float().reshape(-1)
+    packed, absmax = encode(flat, codebook, blocksize)
+    check_finite(flat, absmax)
+    return Blockwise(packed, absmax, codebook, blocksize, tuple(W.shape))
+
+
+def encode(
+    flat: Float[Tensor, " n"], codebook: Float[Tensor, " codes"], blocksize: int
+) -> tuple[UInt8[Tensor, " bytes"], Float[Tensor, " blocks"]]:
+    """Return codes and scales of values that are known to be finite.
+
+    Args:
+        flat: the values, in float32.
+        codebook: on the same device.
+        blocksize: values in a block.
+    """
+    bits, n = code_bits(codebook), len(flat)
     # Zeros fill the last block and the last byte: blocks, bytes and spare codes alike.
     blocks = _fill(flat, max(blocksize, 8)).view(-1, blocksize)
     absmax = blocks.abs().amax(dim=1)
-    check_finite(flat, absmax)
     packed = pack(nearest(_scaled(blocks, absmax), codebook).view(-1), bits)
-    size = (-(-n * bits // 8), -(-n // blocksize))
-    shape = tuple(W.shape)
-    return Blockwise(packed[: size[0]], absmax[: size[1]], codebook, blocksize, shape)
+    return packed[: -(-n * bits // 8)], absmax[: -(-n // blocksize)]
 
 
 def dequantize(
@@ -112,6 +124,8 @@ def pack(
         bits: 1 to 8.
         fill: the code that stands in the unused end of the last byte.
     """
+    if bits == 8:
+        return codes
     period = lcm(bits, 8)  # after so many bits a code ends on a byte again
     groups = _fill(codes, period // bits, fill).view(-1, period // bits)
     columns = [torch.zeros_like(groups[:, 0]) for _ in range(period // 8)]
@@ -173,7 +187,9 @@ def _scaled(
     blocks: Float[Tensor, "blocks blocksize"], absmax: Float[Tensor, " blocks"]
 ) -> Float[Tensor, "blocks blocksize"]:
     # The reciprocal of a subnormal overflows; lifting both by 2**64 first is exact.
-    lift = torch.where(absmax < torch.finfo(torch.float32).tiny, 2.0**64, 1.0)
+    # (Two numbers in `where` would have the default dtype.)
+    one = torch.ones_like(absmax)
+    lift = torch.where(absmax < torch.finfo(torch.float32).tiny, one * 2.0**64, one)
     lifted = torch.where(absmax == 0, 1.0, absmax * lift)
     # Through float64, because GPU compilers may approximate a float32 division; the
     # second rounding never changes the result of the first.
@@ -185,6 +201,8 @@ def _decode(
     packed: UInt8[Tensor, " bytes"], codebook: Float[Tensor, " codes"], n: int
 ) -> Float[Tensor, " n"]:
     bits = code_bits(codebook)
+    if bits == 8:
+        return codebook.index_select(0, packed.int())
     if 8 % bits:
         return codebook[unpack(packed, bits, n).int()]
     # A byte of whole codes has 256 meanings: one look-up gives all its values at once.

@@ -1,5 +1,7 @@
 """The values that a few bits stand for, as tensors: NF4, FP4, NF3, NF2, dynamic map."""
 
+from functools import cache
+
 import torch
 from torch import Tensor
 
@@ -9,8 +11,10 @@ from minipeft.shapes import Float
 Codebook = Float[Tensor, " codes"]
 
 
+@torch.inference_mode(False)
 def _table(values: list[float]) -> Codebook:
-    # On the CPU whatever the default device is; `quantize` moves it to the weight.
+    # A plain tensor on the CPU, whatever the default device is and wherever this file
+    # is imported; `quantize` moves it to the weight.
     return torch.tensor(values, dtype=torch.float32, device="cpu")
 
 
@@ -39,11 +43,11 @@ NF4: Codebook = _table(
 
 # Sign, two exponent bits, one mantissa bit, over 12: the order is that of the bits, so
 # it is not sorted, and zero stands twice (codes 0 and 8, both positive).
-FP4: Codebook = (
-    _table([0, 0.0625, 8, 12, 4, 6, 2, 3, 0, -0.0625, -8, -12, -4, -6, -2, -3]) / 12
-)
+_TWELFTHS = (0, 0.0625, 8, 12, 4, 6, 2, 3, 0, -0.0625, -8, -12, -4, -6, -2, -3)
+FP4: Codebook = _table([twelfths / 12 for twelfths in _TWELFTHS])
 
 
+@torch.inference_mode(False)
 def normal_float(bits: int, offset: float = 929 / 960) -> Codebook:
     r"""Quantiles of the standard normal distribution, divided by the largest.
 
@@ -74,6 +78,7 @@ def normal_float(bits: int, offset: float = 929 / 960) -> Codebook:
     return (values / values.max()).float()
 
 
+@torch.inference_mode(False)
 def dynamic_map(signed: bool = True) -> Codebook:
     r"""The 256 values of the dynamic 8-bit data type, ascending.
 
@@ -97,6 +102,13 @@ def dynamic_map(signed: bool = True) -> Codebook:
         fractions = 10.0 ** (i - 6) * ((edges[:-1] + edges[1:]) / 2)
         values += [fractions, -fractions] if signed else [fractions]
     return torch.cat(values).sort().values
+
+
+@cache
+def dynamic_map_on(device: torch.device, signed: bool = True) -> Codebook:
+    """Return the dynamic map on a device; it is made and copied there once."""
+    with torch.inference_mode(False):  # of a later gradient it may be a part
+        return dynamic_map(signed).to(device)
 
 
 def code_bits(codebook: Float[Tensor, " codes"]) -> int:

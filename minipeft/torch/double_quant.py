@@ -10,7 +10,7 @@ from minipeft.errors import InputError
 from minipeft.shapes import Float, Inexact, UInt8
 from minipeft.torch import blockwise
 from minipeft.torch.blockwise import Blockwise
-from minipeft.torch.codebook import NF4, dynamic_map
+from minipeft.torch.codebook import NF4, dynamic_map_on
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,8 @@ def quantize(
     blockwise.check_blocksize(nested_blocksize)
     q = blockwise.quantize(W, codebook, blocksize)
     offset = mean(q.absmax)
-    scales = blockwise.quantize(q.absmax - offset, dynamic_map(), nested_blocksize)
+    signed = dynamic_map_on(W.device)
+    scales = blockwise.quantize(q.absmax - offset, signed, nested_blocksize)
     return Nested(
         q.packed,
         scales.packed,  # a code of eight bits is a byte
@@ -91,7 +92,7 @@ def unnest(q: Nested) -> Blockwise:
     scales = Blockwise(
         q.absmax_codes,
         q.nested_absmax,
-        dynamic_map().to(q.packed.device),
+        dynamic_map_on(q.packed.device),
         q.nested_blocksize,
         (-(-prod(q.shape) // q.blocksize),),
     )

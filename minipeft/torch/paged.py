@@ -2,14 +2,14 @@
 
 from collections import OrderedDict
 from collections.abc import Iterable
-from dataclasses import astuple, dataclass
+from dataclasses import astuple, dataclass, replace
 from typing import Any, cast
 
 import torch
 from torch import Tensor
 
 from minipeft.errors import InputError
-from minipeft.torch.adamw import BLOCKSIZE, AdamW, State, init, update
+from minipeft.torch.adamw import BLOCKSIZE, AdamW, Job, State, init, update
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ class Page:
     """A part of one parameter's state: where it lives, and its copy on the device."""
 
     def __init__(self, state: State, part: slice, device: torch.device):
-        self.device, self.dirty = device, False
+        self.part, self.device, self.dirty = part, device, False
         self.copy: State | None = None
         self.arrived: torch.cuda.Event | None = None
         self.host = {
@@ -85,9 +85,14 @@ class PageTable:
         return cast(State, page.copy)
 
     def prefetch(self, page: Page) -> None:
-        """Bring a page before it is touched, so that nothing waits for it."""
+        """Bring a page before it is touched, so that nothing waits for it.
+
+        The page counts as used now, also where it was resident: else the pages on their
+        way would be the first to leave.
+        """
         if page not in self.resident:
             self._bring(page, Traffic(prefetches=1))
+        self.resident.move_to_end(page)
 
     def evict(self, page: Page) -> None:
         """Take a page off the device; if it changed, write it back first."""
@@ -154,8 +159,10 @@ class PageTable:
 class PagedAdamW(AdamW):
     """AdamW whose states live on the host; the bits are those of `AdamW`.
 
+    A step that has to be computed twice reads the host a second time.
+
     Args:
-        params: as for `AdamW`, every tensor contiguous.
+        params: as for `AdamW`.
         lr: the learning rate.
         betas: decay of the first and second moment.
         eps: added to the root of the second moment.
@@ -166,6 +173,9 @@ class PagedAdamW(AdamW):
     Attributes:
         table: what is on the device, and what was moved; `table.resize` when memory
             is needed elsewhere.
+
+    Raises:
+        InputError: as `AdamW` does; then nothing was changed.
 
     Source: QLoRA (arXiv:2305.14314), section 3, "Paged Optimizers".
     """
@@ -180,48 +190,63 @@ class PagedAdamW(AdamW):
         bits: int = 32,
         paging: Paging | None = None,
     ):
-        super().__init__(params, lr, betas, eps, weight_decay, bits)
-        paging = paging or Paging()
-        self.table, self.page_size = PageTable(paging.budget), paging.page_size
+        self.paging = paging or Paging()
         self.pages: dict[Tensor, list[Page]] = {}
+        super().__init__(params, lr, betas, eps, weight_decay, bits)
 
-    def advance(self, work: list[tuple[Tensor, dict[str, Any]]]) -> None:
-        """Take a step page by page, the next one on its way while one is in use."""
+    def __getstate__(self) -> dict[str, Any]:
+        """Give a copy or a pickle the states of now, and the paging."""
+        self.settle()
+        paging = replace(self.paging, budget=self.table.budget)
+        return {**super().__getstate__(), "paging": paging}
+
+    def advance(self, work: list[Job]) -> None:
+        """Take a step page by page, the next ones on their way while one is in use."""
         queue = [
-            (page, i * self.page_size, p, group)
-            for p, group in work
-            for i, page in enumerate(self._pages(p, group["bits"]))
+            (page, job)
+            for job in work
+            for page in self._pages(job.p, job.group["bits"])
         ]
-        following = [page for page, *_ in queue[1:]]
-        for i, (page, start, p, group) in enumerate(queue):
+        for i, (page, (p, group, _)) in enumerate(queue):
             state = self.table.touch(page)
-            if i < len(following) and self.table.budget > 1:
-                self.table.prefetch(following[i])
+            for following, _ in queue[i + 1 : i + self.table.budget]:
+                self.table.prefetch(following)
             state["step"] = self.state[p]["step"]
-            part = slice(start, start + self.page_size)
-            grad = cast(Tensor, p.grad).reshape(-1)
-            update(p.view(-1)[part], grad[part], state, group)
+            update(p, cast(Tensor, p.grad), state, group, page.part)
             page.dirty = True
-        for p, _ in work:
+        for p, *_ in work:
             self.state[p]["step"] += 1
 
     def state_dict(self) -> dict[str, Any]:
         """Return the whole state, from the host; what is newer is written back."""
-        for page in self.table.resident:
-            if page.dirty:
-                self.table.write_back(page)
-        self.table.synchronize()
+        self.settle()
         return super().state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continue where `state_dict` was taken, bit for bit; no page is out yet."""
-        self.table, self.pages = PageTable(self.table.budget), {}
+        self.paging = replace(self.paging, budget=self.table.budget)
         super().load_state_dict(state_dict)
+
+    def settle(self) -> None:
+        """Write back what is newer on the device, and wait until it has arrived."""
+        for page in self.table.resident:
+            if page.dirty:
+                self.table.write_back(page)
+        self.table.synchronize()
+
+    def home(self, p: Tensor) -> torch.device:
+        """Return where the state of a parameter lives: on the host."""
+        return torch.device("cpu")
 
     def placed(self, value: Tensor, p: Tensor) -> Tensor:
         """Return a copy of a saved state, on the host."""
-        copy = value.to("cpu", copy=True)
+        copy = value.detach().to("cpu", copy=True)
         return copy.pin_memory() if p.is_cuda else copy
+
+    def _survey(self) -> None:
+        # States that come from elsewhere have no page on the device yet.
+        self.table, self.pages = PageTable(self.paging.budget), {}
+        super()._survey()
 
     def _pages(self, p: Tensor, bits: int) -> list[Page]:
         if not self.state[p]:
@@ -229,16 +254,21 @@ class PagedAdamW(AdamW):
             tensors = {k: v for k, v in fresh.items() if isinstance(v, Tensor)}
             placed = {k: self.placed(v, p) for k, v in tensors.items()}
             self.state[p] = {**fresh, **placed}
-        if p not in self.pages:
-            starts = range(0, p.numel(), self.page_size)
-            parts = [slice(start, start + self.page_size) for start in starts]
-            self.pages[p] = [Page(self.state[p], part, p.device) for part in parts]
-        return self.pages[p]
+        pages = self.pages.get(p)
+        if pages is None or any(page.device != p.device for page in pages):
+            for page in pages or ():  # the parameter has moved
+                self.table.evict(page)
+            size = self.paging.page_size
+            starts = range(0, p.numel(), size)
+            cuts = [slice(start, min(start + size, p.numel())) for start in starts]
+            pages = [Page(self.state[p], part, p.device) for part in cuts]
+            self.pages[p] = pages
+        return pages
 
 
 def _scaled(part: slice, name: str) -> slice:
     unit = BLOCKSIZE if name.endswith("absmax") else 1
-    return slice(part.start // unit, part.stop // unit)
+    return slice(part.start // unit, -(-part.stop // unit))
 
 
 def _check_budget(budget: int) -> None:

@@ -79,7 +79,7 @@ def optimizer(kind, there, **settings):
     again.load_state_dict(ours.state_dict())
     again.step(lambda: float((p.sum() + bias.sum()).detach()))
     p.grad[5, 6] = torch.inf
-    refused(again.step, "the gradient holds inf at index 306")
+    refused(again.step, "the gradient of parameter 0 holds inf at index 306")
     return p, bias, again
 
 
@@ -91,6 +91,14 @@ def adamw_with_states_of_32_bits(there):
 def adamw_with_states_of_8_bits(there):
     p, bias, ours = optimizer(adamw.AdamW, there, bits=8)
     return p, bias, list(ours.state.values())
+
+
+def one_tensor_of_adamw(there):
+    W, grad = torch.randn(9, 7).to(there), torch.randn(9, 7).to(there)
+    settings = {"lr": 0.1, "betas": (0.9, 0.99), "eps": 1e-8, "weight_decay": 0.1}
+    turned, state = W.T, adamw.init(W.T)
+    adamw.step(turned, grad.T, state, settings)
+    return W, state
 
 
 def paged_adamw(there):
@@ -282,6 +290,7 @@ RECIPES: list[Callable[[Any], Any]] = [
     tables_of_the_host_are_refused,
     *(codecs, bad_weights_are_named, splits_of_a_weight, functions_of_the_adapters),
     *(adamw_with_states_of_32_bits, adamw_with_states_of_8_bits, paged_adamw),
+    one_tensor_of_adamw,
     *(attended, attended_with_a_prefix, a_prompt_before_a_text, generated),
     *(four_bits, beside_a_sublayer),
     adapted(lora.LoRAConfig(2, 4.0, dropout=0.0), ALL),

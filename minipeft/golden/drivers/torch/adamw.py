@@ -50,11 +50,9 @@ def adamw8_step(
 def _step(
     W: Array, grad: Array, arrays: dict[str, Any], group: dict[str, Any]
 ) -> tuple[Array, ...]:
-    adamw.check_settings({**group, "bits": 32})
-    adamw.check_gradients([to_torch(grad)])
     moved = to_torch(W).clone()
     names = [name for name in arrays if name != "step"]
-    tensors = {name: to_torch(arrays[name]) for name in names}
-    state = {"step": arrays["step"], **tensors}
-    adamw.update(moved, to_torch(grad), state, group)
+    # A step writes in place, and `to_torch` may share the memory of the array.
+    state = {"step": arrays["step"]} | {n: to_torch(arrays[n]).clone() for n in names}
+    adamw.step(moved, to_torch(grad), state, group)
     return to_numpy(moved), *(to_numpy(state[name]) for name in names)
