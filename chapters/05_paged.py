@@ -276,7 +276,7 @@ chapter.show(
 #
 # - **It is not paged at all.** bitsandbytes pages tensors of at least 100,000 values; smaller ones, such as those of many adapters, stay on the device. On a CPU its paged
 #   optimizers warn, and are the plain ones. Neither changes a result.
-# - **No prefetch without hardware support.** Where the driver reports no concurrent managed access, as on Windows, prefetching is skipped and every page is a fault.
+# - **No paging without hardware support.** Where the driver reports no concurrent managed access, as on Windows and under WSL, managed memory lies on the device as a whole whenever a kernel runs, so what does not fit cannot be paged there. Our CuPy version refuses such a device; the torch version copies its pages itself, and works.
 # - **The price is the bus.** The QLoRA paper reports the same speed as without paging, at batch size 16 on a 65-billion-parameter model, and gives no measurements for runs that page all the time. The experiment above says why to measure.
 # - **Resuming.** A state dict taken while pages are dirty on the device must contain *them*, not the host's stale copies. Ours writes back first; a law saves with one size of page and loads with another.
 #   Lost states after resuming have been [reported](https://github.com/axolotl-ai-cloud/axolotl/issues/864).

@@ -1,5 +1,6 @@
 """AdamW on a GPU: kernels/adamw.cu, a step in one pass, under the reference's names."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
@@ -15,6 +16,9 @@ from minipeft.kernels.checks import Facts, check
 from minipeft.kernels.tables import adamw_settings, moment_maps
 
 BLOCKSIZE = 256
+Full = Callable[[tuple[int, ...], str, int, int], Array]
+"""Allocates an array of a shape, dtype and value for a device."""
+
 MIN_8BIT_SIZE = 4096  # smaller tensors (biases, norms) keep float32: little to save
 
 
@@ -56,14 +60,21 @@ def init(W: Any, bits: int = 32) -> State:
 
     Source: 8-bit optimizers (arXiv:2110.02861), section 2.
     """
+    gpu = current()
+    return zeros(W, bits, gpu.full)
+
+
+def zeros(W: Any, bits: int, full: Full) -> State:
+    """Start as `init` does, with moments that `full` allocates and fills."""
     if bits not in (8, 32):
         raise InputError(f"bits is {bits}; choose 8 or 32.")
     gpu = current()
     facts = check("W", gpu.facts(gpu.adopt(W)), CTYPES)
     if bits == 32 or facts.size < MIN_8BIT_SIZE:
         like = (facts.shape, "float32", 0, facts.device)
-        return State(0, gpu.full(*like), gpu.full(*like))
-    return State(0, _zeros(gpu, facts, signed=True), _zeros(gpu, facts, signed=False))
+        return State(0, full(*like), full(*like))
+    m, v = (_coded(facts, signed, full) for signed in (True, False))
+    return State(0, m, v)
 
 
 def step(W: Any, grad: Any, state: State, config: AdamW) -> tuple[Array, State]:
@@ -138,7 +149,13 @@ def launch(
         args = [*inputs, *outputs, W.size, *settings]
         gpu.launch(ADAMW, W.dtype, args)
     else:
-        args = [*inputs, _maps(gpu, W.device), *outputs, W.size, *settings]
+        args = [
+            *inputs,
+            _maps(gpu, W.device, gpu.stream(W.device)),
+            *outputs,
+            W.size,
+            *settings,
+        ]
         gpu.launch(ADAMW_8BIT, W.dtype, args)
 
 
@@ -172,20 +189,21 @@ def _part(
     return array
 
 
-def _zeros(gpu: Executor, facts: Facts, signed: bool) -> Blockwise:
+def _coded(facts: Facts, signed: bool, full: Full) -> Blockwise:
     codebook = dynamic_map(signed)
     zero = int(np.flatnonzero(codebook == 0)[0])
     return Blockwise(
-        gpu.full((facts.size,), "uint8", zero, facts.device),
-        gpu.full((-(-facts.size // BLOCKSIZE),), "float32", 0, facts.device),
-        gpu.upload(codebook, facts.device),
+        full((facts.size,), "uint8", zero, facts.device),
+        full((-(-facts.size // BLOCKSIZE),), "float32", 0, facts.device),
+        current().upload(codebook, facts.device),
         BLOCKSIZE,
         facts.shape,
     )
 
 
+# One upload a device and stream, not a step: another stream might come before it.
 @lru_cache(maxsize=8)
-def _maps(gpu: Executor, device: int) -> Array:  # one upload a device, not a step
+def _maps(gpu: Executor, device: int, stream: int) -> Array:
     return gpu.upload(moment_maps(dynamic_map(), dynamic_map(signed=False)), device)
 
 

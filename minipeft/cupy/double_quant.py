@@ -104,9 +104,16 @@ def check_parts(gpu: Executor, q: Nested) -> tuple[Layout, int]:
 def scales(gpu: Executor, q: Nested, device: int) -> list[Any]:
     """List the arguments by which a kernel decodes the scales."""
     log2 = log2_blocksize(q.nested_blocksize)
-    return [q.absmax_codes, q.nested_absmax, _map(gpu, device), q.offset, log2]
+    return [
+        q.absmax_codes,
+        q.nested_absmax,
+        _map(gpu, device, gpu.stream(device)),
+        q.offset,
+        log2,
+    ]
 
 
+# One upload a device and stream, not a call: another stream might come before it.
 @lru_cache(maxsize=8)
-def _map(gpu: Executor, device: int) -> Array:  # one upload a device, not a call
+def _map(gpu: Executor, device: int, stream: int) -> Array:
     return gpu.upload(dynamic_map(), device)

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import cache
+from math import prod
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
@@ -50,11 +51,22 @@ class Executor(Protocol):
     def download(self, array: Array) -> np.ndarray:
         """Copy to NumPy; waits for the kernels before it."""
 
+    def stream(self, device: int) -> int:
+        """Return the handle of the stream on which kernels of a device run."""
+
+    def home(
+        self, shape: tuple[int, ...], dtype: str, value: int, device: int
+    ) -> Array:
+        """Allocate and fill on the host, where the device reaches it, too."""
+
     def managed(self, array: Array) -> Array:
-        """Copy into memory that the device and the host both reach, paged on demand."""
+        """Return a copy of an array in such memory, or itself if it lies there."""
 
     def move(self, array: Array, device: int) -> None:
-        """Start moving managed memory to a device, or to the host: `HOST`."""
+        """Start moving such memory to a device, or to the host: `HOST`."""
+
+    def arrived(self, device: int) -> None:
+        """Let the kernels to come wait for all that moves to their device."""
 
     def launch(self, kernel: Kernel, dtype: str, args: Sequence[Any]) -> None:
         """Run the kernel's instance for `dtype`."""
@@ -67,15 +79,22 @@ class CupyExecutor:
         import cupy
 
         self._cupy = cupy
+        self._sides: dict[tuple[int, int], Any] = {}
+        self._held: list[tuple[Any, list[Array]]] = []
 
     def adopt(self, array: Any) -> Array:
         """Take a CuPy array as it is, a torch CUDA tensor through DLPack."""
         if isinstance(array, self._cupy.ndarray):
             return array
-        if isinstance(array, np.ndarray) or not hasattr(array, "__dlpack__"):
+        if not _is_on_a_gpu(array):
             raise InputError(
                 f"got a {type(array).__name__} in host memory; move it to the GPU "
                 "first, with `cupy.asarray(W)` or `tensor.cuda()`."
+            )
+        if getattr(array, "requires_grad", False):
+            raise InputError(
+                "got a tensor that requires grad, and these kernels have no backward: "
+                "pass `tensor.detach()`, or use minipeft.torch."
             )
         return self._cupy.from_dlpack(array)
 
@@ -100,7 +119,8 @@ class CupyExecutor:
     ) -> Array:
         """Allocate from CuPy's pool, and fill on the device."""
         array = self.empty(shape, dtype, device)
-        array.fill(value)
+        with array.device:
+            array.fill(value)
         return array
 
     def upload(self, host: np.ndarray, device: int) -> Array:
@@ -110,11 +130,34 @@ class CupyExecutor:
 
     def download(self, array: Array) -> np.ndarray:
         """Copy to NumPy on the current stream, and wait for it."""
-        return self._cupy.asnumpy(array)
+        with array.device:
+            return self._cupy.asnumpy(array)
+
+    def stream(self, device: int) -> int:
+        """Return CuPy's current stream on that device."""
+        handle: int = self._stream(device).ptr
+        return handle
+
+    def home(
+        self, shape: tuple[int, ...], dtype: str, value: int, device: int
+    ) -> Array:
+        """Allocate managed memory and fill it from the host."""
+        managed.check(device)
+        kind = numpy_dtype(dtype)
+        with self._cupy.cuda.Device(device):
+            size = prod(shape) * kind.itemsize
+            memory = self._cupy.cuda.malloc_managed(size)
+            array = self._cupy.ndarray(shape, kind, memory)
+        managed.settle(array)
+        managed.fill(array, value)
+        return array
 
     def managed(self, array: Array) -> Array:
         """Copy into managed memory whose home is the host."""
         cupy = self._cupy
+        managed.check(array.device.id)
+        if isinstance(array.data.mem, cupy.cuda.ManagedMemory):
+            return array
         with array.device:
             memory = cupy.cuda.malloc_managed(array.nbytes)
             copy = cupy.ndarray(array.shape, array.dtype, memory)
@@ -123,16 +166,58 @@ class CupyExecutor:
         return copy
 
     def move(self, array: Array, device: int) -> None:
-        """Prefetch on the current stream, in turn with its kernels."""
-        managed.prefetch(array, device, self._cupy.cuda.get_current_stream().ptr)
+        """Prefetch beside the kernels; what leaves, leaves after those before it."""
+        here = array.device.id
+        side = self._side(here, device)
+        if device == HOST:
+            with array.device:
+                side.wait_event(self._stream(here).record())
+        managed.prefetch(array, device, side.ptr)
+
+    def arrived(self, device: int) -> None:
+        """Wait on the stream of the kernels, not on the host."""
+        with self._cupy.cuda.Device(device):
+            self._stream(device).wait_event(self._side(device, device).record())
 
     def launch(self, kernel: Kernel, dtype: str, args: Sequence[Any]) -> None:
         """Launch on the current stream of the device that holds the arrays."""
-        cupy = self._cupy
-        device = next(a.device for a in args if isinstance(a, cupy.ndarray))
-        facts = [self.facts(a) if isinstance(a, cupy.ndarray) else a for a in args]
-        stream = cupy.cuda.get_current_stream(device.id).ptr
-        driver.launch(kernel, dtype, facts, stream)
+        arrays = [a for a in args if isinstance(a, self._cupy.ndarray)]
+        facts = [
+            self.facts(a) if isinstance(a, self._cupy.ndarray) else a for a in args
+        ]
+        device = arrays[0].device
+        driver.launch(kernel, dtype, facts, self.stream(device.id))
+        self._hold([a for a in arrays if self._is_foreign(a)], device)
+
+    def _stream(self, device: int) -> Any:
+        return self._cupy.cuda.get_current_stream(device)
+
+    def _side(self, device: int, target: int) -> Any:
+        # One stream for each direction, so that neither waits for the other.
+        if (device, target) not in self._sides:
+            with self._cupy.cuda.Device(device):
+                self._sides[device, target] = self._cupy.cuda.Stream(non_blocking=True)
+        return self._sides[device, target]
+
+    def _is_foreign(self, array: Array) -> bool:
+        return isinstance(array.data.mem, self._cupy.cuda.UnownedMemory)
+
+    def _hold(self, arrays: list[Array], device: Any) -> None:
+        """Keep what another library may free until the kernel has read it.
+
+        Its allocator knows its own streams, not this one.
+        """
+        self._held = [(event, kept) for event, kept in self._held if not event.done]
+        if arrays:
+            with device:
+                self._held.append((self._stream(device.id).record(), arrays))
+
+
+def _is_on_a_gpu(array: Any) -> bool:
+    if isinstance(array, np.ndarray) or not hasattr(array, "__dlpack_device__"):
+        return False
+    kind, _ = array.__dlpack_device__()
+    return int(kind) in (2, 13)  # DLPack's kDLCUDA and kDLCUDAManaged
 
 
 def numpy_dtype(name: str) -> np.dtype[Any]:

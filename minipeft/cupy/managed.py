@@ -4,13 +4,30 @@ Not through `cupy.cuda.runtime`: built for CUDA 13, its `memAdvise` and
 `memPrefetchAsync` call every place a device, and the host is none.
 """
 
+import ctypes
 from functools import cache
 from typing import Any
+
+import numpy as np
 
 from minipeft.errors import InputError
 
 # In place of the number of a device.
 HOST = -1
+
+
+def check(device: int) -> None:
+    """Refuse a device that cannot page memory.
+
+    Raises:
+        InputError: where the device must hold whatever it may touch.
+    """
+    if not concurrent(device):
+        raise InputError(
+            f"device {device} cannot page: under Windows and WSL the driver keeps all "
+            "managed memory on the device while a kernel runs; use "
+            "`minipeft.torch.paged`, which copies its pages."
+        )
 
 
 def settle(array: Any) -> None:
@@ -22,15 +39,17 @@ def settle(array: Any) -> None:
     Args:
         array: a CuPy array in managed memory.
     """
-    if not _takes_hints(array):
+    if not array.nbytes:  # an empty range is an error to CUDA
         return
     cuda = _runtime()
+    # Under CUDA 12 the functions that know the host as a place have names of their own.
+    advise = getattr(cuda, "cudaMemAdvise_v2", cuda.cudaMemAdvise)
     advice = cuda.cudaMemoryAdvise
     for hint, place in (
         (advice.cudaMemAdviseSetPreferredLocation, HOST),
         (advice.cudaMemAdviseSetAccessedBy, array.device.id),
     ):
-        _check(cuda.cudaMemAdvise(array.data.ptr, array.nbytes, hint, _place(place)))
+        _check(advise(array.data.ptr, array.nbytes, hint, _place(place)))
 
 
 def prefetch(array: Any, device: int, stream: int) -> None:
@@ -39,22 +58,29 @@ def prefetch(array: Any, device: int, stream: int) -> None:
     Args:
         array: a CuPy array in managed memory.
         device: its number, or `HOST`.
-        stream: the address of the stream in turn with whose kernels it moves.
+        stream: the address of the stream in turn with whose work it moves.
     """
-    if _takes_hints(array):
-        place, size = _place(device), array.nbytes
-        move = _runtime().cudaMemPrefetchAsync
-        _check(move(array.data.ptr, size, place, 0, stream))
+    if array.nbytes:
+        cuda = _runtime()
+        move = getattr(cuda, "cudaMemPrefetchAsync_v2", cuda.cudaMemPrefetchAsync)
+        _check(move(array.data.ptr, array.nbytes, _place(device), 0, stream))
 
 
-def _takes_hints(array: Any) -> bool:
-    # An empty range is an error to CUDA.
-    return bool(array.nbytes) and concurrent(array.device.id)
+def fill(array: Any, value: int) -> None:
+    """Fill an array from the host, so that no page of it is made on the device.
+
+    Args:
+        array: a CuPy array in managed memory that no kernel has seen yet.
+        value: of each element.
+    """
+    kind = ctypes.c_uint8 * array.nbytes
+    here = np.ctypeslib.as_array(kind.from_address(array.data.ptr))
+    here.view(array.dtype)[...] = value
 
 
 @cache
 def concurrent(device: int) -> bool:
-    """Say whether a device takes hints: under Windows and WSL the driver refuses."""
+    """Say whether host and device may touch managed memory at the same time."""
     cuda = _runtime()
     attribute = cuda.cudaDeviceAttr.cudaDevAttrConcurrentManagedAccess
     error, value = cuda.cudaDeviceGetAttribute(attribute, device)
@@ -86,6 +112,6 @@ def _runtime() -> Any:
         from cuda.bindings import runtime
     except ImportError:
         raise InputError(
-            "managed memory needs NVIDIA's bindings: `pip install 'cuda-bindings>=13'`."
+            "managed memory needs NVIDIA's bindings: `pip install minipeft[cupy]`."
         ) from None
     return runtime

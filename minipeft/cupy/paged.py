@@ -48,16 +48,30 @@ class Paged:
     traffic: Traffic = Traffic()
 
 
-def init(states: Sequence[State], page_size: int, budget: int) -> Paged:
-    """Copy the states of some tensors to managed memory, all pages at home.
+def zeros(W: Any, bits: int = 32) -> State:
+    """Start as `adamw.init` does, with a state that never was on the device whole.
 
     Args:
-        states: one for each tensor, from `adamw.init`.
+        W: the parameter; only its shape, dtype and device matter.
+        bits: of the state, 32 or 8.
+
+    Raises:
+        InputError: as `adamw.init`; if the device cannot page.
+    """
+    return adamw.zeros(W, bits, current().home)
+
+
+def init(states: Sequence[State], page_size: int, budget: int) -> Paged:
+    """Take the states of some tensors to managed memory, all pages at home.
+
+    Args:
+        states: one for each tensor, from `zeros`, or from `adamw.init`, then copied.
         page_size: values in a page, a multiple of 256, so that no block is cut.
         budget: pages that fit on the device, at least 1.
 
     Raises:
-        InputError: if `page_size` or `budget` is out of range.
+        InputError: if `page_size` or `budget` is out of range, or the device cannot
+            page.
 
     Source: QLoRA (arXiv:2305.14314), section 3, "Paged Optimizers".
     """
@@ -82,7 +96,8 @@ def step(
 ) -> tuple[Array, Paged]:
     """Take `adamw.step` on one of the tensors, a page at a time: the same bits.
 
-    The states of `p` are changed; go on with the returned ones.
+    With a budget of 2 or more the next page travels while one is in use. The states of
+    `p` are changed; go on with the returned ones.
 
     Raises:
         InputError: as `adamw.step`, and then nothing was changed.
@@ -98,6 +113,9 @@ def step(
     flat = [array.reshape(-1) for array in (W, grad, new)]
     for page in p.pages[tensor]:
         p = touch(p, page)
+        gpu.arrived(facts.device)
+        if page + 1 in p.pages[tensor] and p.budget > 1:
+            p = prefetch(p, page + 1)
         part = _part(p, page)
         old, slope, out = (array[part] for array in flat)
         cut = replace(facts, shape=(gpu.facts(old).size,))

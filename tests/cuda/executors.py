@@ -85,11 +85,22 @@ class NumpyExecutor:
     def download(self, array: np.ndarray) -> np.ndarray:
         return np.array(array)
 
+    def stream(self, device: int) -> int:
+        return 0
+
+    def home(
+        self, shape: tuple[int, ...], dtype: str, value: int, device: int
+    ) -> np.ndarray:
+        return self.full(shape, dtype, value, device)
+
     def managed(self, array: np.ndarray) -> np.ndarray:
         return np.array(array)
 
     def move(self, array: np.ndarray, device: int) -> None:
         """There is one memory here; the counts of pages are what tests look at."""
+
+    def arrived(self, device: int) -> None:
+        """Likewise."""
 
     def launch(self, kernel: Kernel, dtype: str, args: Sequence[Any]) -> None:
         facts = [self.facts(a) if isinstance(a, np.ndarray) else a for a in args]

@@ -3,6 +3,7 @@
 import sys
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 
 from minipeft.cupy import managed
@@ -86,11 +87,38 @@ def test_an_array_moves_on_its_stream(told, device, place):
     assert told == [(0x7000, 4096, *place, 0, 77)]
 
 
-@pytest.mark.parametrize("untold", [array(nbytes=0), array(device=9)])
-def test_nothing_is_said_of_nothing_nor_where_hints_are_refused(told, untold):
-    managed.settle(untold)
-    managed.prefetch(untold, 0, 0)
+def test_nothing_is_said_of_nothing(told):
+    managed.settle(array(nbytes=0))
+    managed.prefetch(array(nbytes=0), 0, 0)
     assert told == []
+
+
+def test_a_device_that_cannot_page_is_refused():
+    managed.check(3)
+    with pytest.raises(InputError, match="device 9 cannot page: under Windows and WSL"):
+        managed.check(9)
+
+
+def test_under_cuda_12_the_functions_that_know_the_host_are_called(told, monkeypatch):
+    """There the plain names take the number of a device in place of a location."""
+    for name in ("cudaMemAdvise", "cudaMemPrefetchAsync"):
+        new = getattr(runtime, name)
+        monkeypatch.setattr(runtime, f"{name}_v2", new, raising=False)
+        monkeypatch.setattr(runtime, name, lambda *_: pytest.fail("an old signature"))
+    managed.settle(array())
+    managed.prefetch(array(), managed.HOST, 77)
+    assert [call[:2] for call in told] == [(0x7000, 4096)] * 3
+    assert told[-1][2:] == (PLACE.cudaMemLocationTypeHost, 0, 0, 77)
+
+
+@pytest.mark.parametrize(("dtype", "value"), [("uint8", 127), ("float32", 0)])
+def test_an_array_is_filled_from_the_host(dtype, value):
+    here = np.full(100, 3, dtype)
+    there = SimpleNamespace(
+        nbytes=here.nbytes, dtype=here.dtype, data=SimpleNamespace(ptr=here.ctypes.data)
+    )
+    managed.fill(there, value)
+    assert (here == value).all()
 
 
 def test_what_cuda_refuses_is_said(monkeypatch):
@@ -102,5 +130,5 @@ def test_what_cuda_refuses_is_said(monkeypatch):
 
 def test_without_the_bindings_one_sentence(monkeypatch):
     monkeypatch.setitem(sys.modules, "cuda.bindings", None)
-    with pytest.raises(InputError, match="`pip install 'cuda-bindings>=13'`"):
+    with pytest.raises(InputError, match=r"`pip install minipeft.cupy.`"):
         managed.settle(array())

@@ -89,6 +89,7 @@ def test_the_kernels_pass_on_a_gpu():
     assert done.returncode == 0, done.stdout + done.stderr
 
 
+@pytest.mark.no_gpu
 def test_without_a_gpu_one_sentence_says_so():
     if missing() is None:
         pytest.skip("there is a GPU")

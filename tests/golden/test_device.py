@@ -67,6 +67,7 @@ def test_nothing_of_a_driver_stays_on_the_cpu():
     assert wrong == {}
 
 
+@pytest.mark.no_gpu
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_without_cuda_one_sentence_says_so():
     command = [sys.executable, "-m", "minipeft.cli"]

@@ -6,6 +6,7 @@ Only CuPy's own calls are left out; those are held to their order by a stand-in.
 import json
 import subprocess
 import sys
+from dataclasses import asdict
 from types import SimpleNamespace
 
 import numpy as np
@@ -14,8 +15,9 @@ import pytest
 from minipeft import cli
 from minipeft.cupy.executor import missing, use
 from minipeft.errors import InputError
-from minipeft.lab.gpu import device, peers, report, trials
-from minipeft.lab.gpu.report import Ceilings, Report, Row
+from minipeft.lab.gpu import device, examination, peers, report
+from minipeft.lab.gpu.examination import Ceilings, Row
+from minipeft.lab.gpu.report import Report
 from minipeft.lab.gpu.trials import TABLE, Sizes
 from tests.cuda.executors import CpuExecutor
 from tests.cuda.toolchain import needs_cpu_build
@@ -53,7 +55,7 @@ class FakeDevice:
         pass
 
     def copying(self, size):
-        assert size == report.COPIED
+        assert size == examination.COPIED
         return self.copy
 
     def multiplying(self, dtype, n):
@@ -68,6 +70,12 @@ def _short(monkeypatch):
     monkeypatch.setattr(device, "WARM_UPS", 1)
     monkeypatch.setattr(device, "CupyDevice", FakeDevice)
     monkeypatch.setattr(report, "Sizes", lambda: SIZES)
+    monkeypatch.setattr(examination, "isolated", here)
+
+
+def here(task):
+    """Examine in this process, on the stand-ins."""
+    return examination.examined(task, FakeDevice())
 
 
 def made(folder, executor):
@@ -80,7 +88,7 @@ def made(folder, executor):
 def only(monkeypatch, *templates):
     """Leave only some kernels in the table."""
     table = [row for row in TABLE if row[0].template in templates]
-    monkeypatch.setattr(trials, "TABLE", table)
+    monkeypatch.setattr(examination, "TABLE", table)
 
 
 @needs_cpu_build
@@ -93,8 +101,8 @@ def test_the_whole_report(tmp_path, capsys):
     assert {(k["kernel"], k["dtype"]) for k in found["kernels"]} == INSTANCES
     progress = [line for line in said.err.splitlines() if line.endswith(" 2.0 µs")]
     assert len(progress) == len(INSTANCES)
-    assert found["bandwidth"] == 2 * report.COPIED / 1e-3
-    assert found["products"]["float16"] == 2 * report.MATRIX**3 / TICK
+    assert found["bandwidth"] == 2 * examination.COPIED / 1e-3
+    assert found["products"]["float16"] == 2 * examination.MATRIX**3 / TICK
     assert found["products"]["tf32"] == "needs torch with CUDA"
     assert {k["seconds"] for k in found["kernels"]} == {TICK}
     assert "WRONG" not in said.out
@@ -134,19 +142,13 @@ def test_a_wrong_kernel_is_named_and_not_timed(tmp_path, capsys, monkeypatch):
         assert k["seconds"] == (0 if k["wrong"] else TICK)
 
 
-@needs_cpu_build
-@pytest.mark.parametrize("full", ["copy", "kernel"])
-def test_too_little_memory_is_one_sentence(tmp_path, capsys, monkeypatch, full):
-    class Full(CpuExecutor):
-        def empty(self, shape, dtype, device):
-            raise MemoryError("out of memory allocating 512 bytes")
-
+def test_too_little_memory_is_one_sentence(tmp_path, capsys, monkeypatch):
     class Crowded(FakeDevice):
         def copying(self, size):
             raise MemoryError(f"out of memory allocating {size} bytes")
 
-    monkeypatch.setattr(device, "CupyDevice", Crowded if full == "copy" else FakeDevice)
-    with use(Full() if full == "kernel" else CpuExecutor()):
+    monkeypatch.setattr(device, "CupyDevice", Crowded)
+    with use(CpuExecutor()):
         assert cli.main(["gpu-report", "--out", str(tmp_path)]) == 2
     said = capsys.readouterr()
     assert "minipeft: the device has too little free memory (out of mem" in said.err
@@ -154,15 +156,82 @@ def test_too_little_memory_is_one_sentence(tmp_path, capsys, monkeypatch, full):
     assert not list(tmp_path.iterdir())
 
 
+def test_too_little_memory_for_one_kernel_is_its_verdict(tmp_path, monkeypatch):
+    class Full(CpuExecutor):
+        def empty(self, shape, dtype, device):
+            raise MemoryError("out of memory allocating 512 bytes")
+
+    only(monkeypatch, "shrink")
+    code, found = made(tmp_path, Full())
+    assert code == 1
+    assert {k["wrong"] for k in found["kernels"]} == {
+        "does not run: too little free memory (out of memory allocating 512 bytes)"
+    }
+
+
+# A process for each kernel
+
+SAYS_A_ROW = """
+import json, sys
+task = json.load(sys.stdin)
+if task["dtype"] == "float16":
+    print("cudaErrorIllegalAddress", file=sys.stderr)
+    sys.exit(134)
+if task["dtype"] == "bfloat16":
+    import time
+    time.sleep(60)
+print("a library that talks")
+print(json.dumps({"kernel": "k", "dtype": task["dtype"], "seconds": 1e-6}))
+"""
+
+
+def test_a_kernel_that_kills_its_process_spoils_no_other(tmp_path, monkeypatch):
+    monkeypatch.undo()
+    worker = (sys.executable, "-c", SAYS_A_ROW)
+    monkeypatch.setattr(examination, "WORKER", worker)
+    monkeypatch.setattr(examination, "LIMIT", 3)
+    monkeypatch.setattr(device, "ROUNDS", 1)
+    table = [row for row in TABLE if row[0].template in ("shrink", "expand")]
+    monkeypatch.setattr(examination, "TABLE", table)
+    written = []
+    write = report.write
+    monkeypatch.setattr(report, "write", lambda *a: (written.append(1), write(*a)))
+    assert report.run(tmp_path, FakeDevice(), SIZES) == 1
+    found = json.loads((tmp_path / "gpu-report.json").read_text())["kernels"]
+    assert len(written) == len(found) == 6  # after each
+    verdicts = [
+        None,
+        "does not run: its process ended with 134: cudaErrorIllegalAddress",
+        "does not end within 3 seconds",
+    ]
+    assert [k["wrong"] for k in found] == verdicts * 2
+
+
+def test_the_process_gets_the_task_and_gives_the_row(monkeypatch, capsys):
+    import io
+
+    task = examination.Task(3, "float16", SIZES, Ceilings(1e12, {"float32": 1e13}))
+    given = io.StringIO(json.dumps(asdict(task)))
+    monkeypatch.setattr(sys, "stdin", given)
+    row, seen = Row("a", "float16", seconds=1e-6), []
+    monkeypatch.setattr(examination, "examined", lambda *a: (seen.append(a), row)[1])
+    examination.main()
+    ((same, where),) = seen
+    assert same == task
+    assert isinstance(where, FakeDevice)
+    assert Row(**json.loads(capsys.readouterr().out)) == row
+
+
 @needs_cpu_build
 def test_a_folder_that_cannot_be_written_is_one_sentence(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(report, "examine_all", lambda *_: [])
+    only(monkeypatch, "shrink")
     (tmp_path / "file").write_text("")
     with use(CpuExecutor()):
         assert cli.main(["gpu-report", "--out", str(tmp_path / "file" / "x")]) == 2
     assert "minipeft: cannot write" in capsys.readouterr().err
 
 
+@pytest.mark.no_gpu
 @pytest.mark.skipif(missing() is None, reason="there is a GPU")
 def test_without_a_gpu_one_line_and_no_file(tmp_path):
     command = [sys.executable, "-m", "minipeft.cli", "gpu-report", "--out", "there"]
@@ -261,7 +330,7 @@ def test_the_median_after_the_warm_up():
     times, calls = iter([9.0, 1.0, 2.0]), []
     clock = FakeDevice()
     clock.elapsed = lambda call: next(times)
-    assert report.measure(clock, lambda: calls.append(1)) == 2
+    assert examination.measure(clock, lambda: calls.append(1)) == 2
     assert len(calls) == device.WARM_UPS
 
 

@@ -141,6 +141,7 @@ def test_devices():
         models.pick_device("tpu")
 
 
+@pytest.mark.no_gpu
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
 def test_cuda_without_a_gpu_is_one_sentence():
     with pytest.raises(InputError, match="use --device cpu"):

@@ -4,5 +4,6 @@ launches   the launches of a kernel, noted while a launcher makes them
 trials     every kernel with inputs whose result is known to the byte
 device     where calls are timed: CuPy's events on a GPU
 peers      bitsandbytes' kernels on the same tensors
-report     checks, times, compares with the roofline, writes Markdown and JSON
+examination  one kernel checked and timed, in a process of its own
+report     all of them, compared with what the device can do; Markdown and JSON
 """

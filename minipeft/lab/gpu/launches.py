@@ -119,6 +119,16 @@ class Recorder:
         """Pass on."""
         return self._gpu.download(array)
 
+    def stream(self, device: int) -> int:
+        """Pass on."""
+        return self._gpu.stream(device)
+
+    def home(
+        self, shape: tuple[int, ...], dtype: str, value: int, device: int
+    ) -> Array:
+        """Pass on."""
+        return self._gpu.home(shape, dtype, value, device)
+
     def managed(self, array: Array) -> Array:
         """Pass on."""
         return self._gpu.managed(array)
@@ -126,3 +136,7 @@ class Recorder:
     def move(self, array: Array, device: int) -> None:
         """Pass on."""
         self._gpu.move(array, device)
+
+    def arrived(self, device: int) -> None:
+        """Pass on."""
+        self._gpu.arrived(device)

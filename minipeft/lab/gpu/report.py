@@ -2,89 +2,17 @@
 
 import json
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from minipeft import __version__
-from minipeft.cupy.executor import current, use
 from minipeft.errors import InputError
 from minipeft.lab.files import write_atomic
-from minipeft.lab.gpu import peers
-from minipeft.lab.gpu.device import METHOD, Device, measure
-from minipeft.lab.gpu.launches import Launch, Recorder
-from minipeft.lab.gpu.trials import Sizes, Trial, difference, trials
-
-COPIED = 512 * 2**20
-MATRIX = 8192
-MATRIX_DTYPES = ("float32", "tf32", "float16", "bfloat16")
-
-
-@dataclass(frozen=True)
-class Ceilings:
-    """What the device was measured to do.
-
-    Args:
-        bandwidth: bytes a second of a copy, read and written.
-        products: operations a second of a matrix product by dtype, or why there is no
-            such number.
-    """
-
-    bandwidth: float
-    products: Mapping[str, float | str]
-
-    def bound(self, bytes_moved: float, operations: float) -> tuple[float, str]:
-        """Return the seconds that no kernel can pass, and what sets them.
-
-        The roofline: the time of the bytes or of the operations, whichever is longer.
-        All kernels here sum in float32 outside of the tensor cores.
-        """
-        times = {"memory": bytes_moved / self.bandwidth}
-        rate = self.products["float32"]
-        if isinstance(rate, float):
-            times["arithmetic"] = operations / rate
-        limit = max(times, key=times.__getitem__)
-        return times[limit], limit
-
-
-@dataclass(frozen=True)
-class Row:
-    """What was found of one kernel.
-
-    Args:
-        kernel: its name.
-        dtype: of its instance.
-        wrong: how it differs from the reference; then it is not timed.
-        seconds: of a launch.
-        bytes_moved: every array once.
-        operations: as the head of its file counts them.
-        bound: the roofline's seconds.
-        limit: `memory` or `arithmetic`.
-        peer: seconds of bitsandbytes' kernel, or why there is no such number; None
-            where bitsandbytes has no such kernel.
-        agreement: share of its values that equal ours.
-    """
-
-    kernel: str
-    dtype: str
-    wrong: str | None = None
-    seconds: float = 0.0
-    bytes_moved: int = 0
-    operations: float = 0.0
-    bound: float = 0.0
-    limit: str = ""
-    peer: float | str | None = None
-    agreement: float | None = None
-
-    @property
-    def rate(self) -> float:
-        """Return the bytes moved in a second."""
-        return self.bytes_moved / self.seconds
-
-    @property
-    def fraction(self) -> float:
-        """Return how much of the roofline's speed is reached."""
-        return self.bound / self.seconds
+from minipeft.lab.gpu import examination
+from minipeft.lab.gpu.device import METHOD, Device
+from minipeft.lab.gpu.examination import Ceilings, Row, measure_ceilings, tasks
+from minipeft.lab.gpu.trials import Sizes
 
 
 @dataclass(frozen=True)
@@ -102,108 +30,42 @@ class Report:
 
 
 def run(folder: Path, device: Device, sizes: Sizes | None = None) -> int:
-    """Make the report on the current executor, write it and print it.
+    """Make the report, written after each kernel; print it.
 
     Args:
         folder: of `gpu-report.md` and `gpu-report.json`.
-        device: holds the executor's arrays, and the clock.
+        device: measured for its ceilings; each kernel runs in a process of its own.
         sizes: of the tensors.
 
     Returns:
         The exit code: 0, or 1 if a kernel was wrong.
 
     Raises:
-        InputError: if there is no GPU, no memory, or the files cannot be written.
+        InputError: if there is no memory, or the files cannot be written.
     """
     try:
         ceilings = measure_ceilings(device)
-        rows = list(examine_all(device, ceilings, sizes or Sizes()))
     except MemoryError as error:
         raise InputError(
             f"the device has too little free memory ({error}); end other programs that "
             "use it, or take a larger one."
         ) from error
-    report = Report(device.facts(), ceilings, rows)
-    text = markdown(report)
-    write_atomic(folder / "gpu-report.json", as_json(report).encode())
-    write_atomic(folder / "gpu-report.md", text.encode())
-    print(text, end="")
+    rows: list[Row] = []
+    for task in tasks(sizes or Sizes(), ceilings):
+        row = examination.isolated(task)
+        verdict = "WRONG" if row.wrong else f"{1e6 * row.seconds:.1f} µs"
+        print(f"{row.kernel} {row.dtype}: {verdict}", file=sys.stderr)
+        rows.append(row)
+        report = Report(device.facts(), ceilings, rows)
+        write(folder, report)  # after each: what comes may end the machine
+    print(markdown(report), end="")
     return 1 if report.wrong else 0
 
 
-def measure_ceilings(device: Device) -> Ceilings:
-    """Measure what nothing on this device goes beyond."""
-    seconds = measure(device, device.copying(COPIED))
-    rates = {dtype: _product_rate(device, dtype) for dtype in MATRIX_DTYPES}
-    return Ceilings(2 * COPIED / seconds, rates)
-
-
-def _product_rate(device: Device, dtype: str) -> float | str:
-    try:
-        call = device.multiplying(dtype, MATRIX)
-    except InputError as reason:
-        return str(reason)
-    return 2 * MATRIX**3 / measure(device, call)
-
-
-def examine_all(device: Device, ceilings: Ceilings, sizes: Sizes) -> Iterator[Row]:
-    """Look at every kernel; say on stderr how far it is."""
-    recorder = Recorder(current())
-    with use(recorder):
-        for trial in trials(sizes):
-            row = examine(recorder, trial, device, ceilings)
-            verdict = "WRONG" if row.wrong else f"{1e6 * row.seconds:.1f} µs"
-            print(f"{row.kernel} {row.dtype}: {verdict}", file=sys.stderr)
-            yield row
-
-
-def examine(
-    recorder: Recorder, trial: Trial, device: Device, ceilings: Ceilings
-) -> Row:
-    """Check a kernel; time it if it is right."""
-    recorder.forget()
-    try:
-        trial.run()
-        launch = recorder.take(trial.kernel)
-        wrong = difference(trial, launch)
-    except RuntimeError as error:  # what CUDA and its compiler raise
-        wrong = f"does not run: {_first_line(error)}"
-    if wrong:
-        return Row(trial.name, trial.dtype, wrong)
-    bound, limit = ceilings.bound(launch.bytes_moved, launch.operations)
-    peer, agreement = beside(trial, launch, device)
-    return Row(
-        kernel=trial.name,
-        dtype=trial.dtype,
-        seconds=measure(device, launch.again),
-        bytes_moved=launch.bytes_moved,
-        operations=launch.operations,
-        bound=bound,
-        limit=limit,
-        peer=peer,
-        agreement=agreement,
-    )
-
-
-def beside(
-    trial: Trial, launch: Launch, device: Device
-) -> tuple[float | str | None, float | None]:
-    """Time bitsandbytes on the same tensors, and say how often it gives our values."""
-    build = peers.PEERS.get(peers.key(trial))
-    if build is None:
-        return None, None
-    if reason := peers.missing(device.place):
-        return reason, None
-    try:
-        peer = build(peers.Tensors(launch.arguments, device.place))
-        agreement = peer.agreement(launch)
-        return measure(device, peer.call), agreement
-    except Exception as error:  # a stranger may fail in any way
-        return f"failed: {_first_line(error)}", None
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
+def write(folder: Path, report: Report) -> None:
+    """Write both files, each whole or not at all."""
+    write_atomic(folder / "gpu-report.json", as_json(report).encode())
+    write_atomic(folder / "gpu-report.md", markdown(report).encode())
 
 
 # Writing

@@ -1,0 +1,231 @@
+"""One kernel on the device: checked, timed, beside its peer, in a process of its own.
+
+python -m minipeft.lab.gpu.examination < task.json     one trial, its row as JSON
+
+CUDA's errors are sticky: after a wild address nothing runs any more in that process. So
+each trial has one, and the report goes on without it.
+"""
+
+import json
+import subprocess
+import sys
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+
+from minipeft.cupy.executor import current, use
+from minipeft.errors import InputError
+from minipeft.lab.gpu import device as devices
+from minipeft.lab.gpu import peers
+from minipeft.lab.gpu.device import Device, measure
+from minipeft.lab.gpu.launches import Launch, Recorder
+from minipeft.lab.gpu.trials import TABLE, Sizes, Trial, difference
+
+COPIED = 512 * 2**20
+MATRIX = 8192
+MATRIX_DTYPES = ("float32", "tf32", "float16", "bfloat16")
+WORKER = (sys.executable, "-m", "minipeft.lab.gpu.examination")
+LIMIT = 300  # seconds of a trial, compiling included
+
+
+@dataclass(frozen=True)
+class Ceilings:
+    """What the device was measured to do.
+
+    Args:
+        bandwidth: bytes a second of a copy, read and written.
+        products: operations a second of a matrix product by dtype, or why there is no
+            such number.
+    """
+
+    bandwidth: float
+    products: Mapping[str, float | str]
+
+    def bound(self, bytes_moved: float, operations: float) -> tuple[float, str]:
+        """Return the seconds that no kernel can pass, and what sets them.
+
+        The roofline: the time of the bytes or of the operations, whichever is longer.
+        All kernels here sum in float32 outside of the tensor cores.
+        """
+        times = {"memory": bytes_moved / self.bandwidth}
+        rate = self.products["float32"]
+        if isinstance(rate, float):
+            times["arithmetic"] = operations / rate
+        limit = max(times, key=times.__getitem__)
+        return times[limit], limit
+
+
+@dataclass(frozen=True)
+class Row:
+    """What was found of one kernel.
+
+    Args:
+        kernel: its name.
+        dtype: of its instance.
+        wrong: how it differs from the reference; then it is not timed.
+        seconds: of a launch.
+        bytes_moved: every array once.
+        operations: as the head of its file counts them.
+        bound: the roofline's seconds.
+        limit: `memory` or `arithmetic`.
+        peer: seconds of bitsandbytes' kernel, or why there is no such number; None
+            where bitsandbytes has no such kernel.
+        agreement: share of its values that equal ours.
+    """
+
+    kernel: str
+    dtype: str
+    wrong: str | None = None
+    seconds: float = 0.0
+    bytes_moved: int = 0
+    operations: float = 0.0
+    bound: float = 0.0
+    limit: str = ""
+    peer: float | str | None = None
+    agreement: float | None = None
+
+    @property
+    def rate(self) -> float:
+        """Return the bytes moved in a second."""
+        return self.bytes_moved / self.seconds
+
+    @property
+    def fraction(self) -> float:
+        """Return how much of the roofline's speed is reached."""
+        return self.bound / self.seconds
+
+
+@dataclass(frozen=True)
+class Task:
+    """One trial: its place in the table, and what its process must know.
+
+    Args:
+        index: in `trials.TABLE`.
+        dtype: of the kernel's instance.
+        sizes: of the tensors.
+        ceilings: of the device.
+    """
+
+    index: int
+    dtype: str
+    sizes: Sizes
+    ceilings: Ceilings
+
+    @property
+    def name(self) -> str:
+        """Name the kernel and the trial."""
+        kernel, note, _ = TABLE[self.index]
+        return f"{kernel.row}.{kernel.template} {note}".strip()
+
+
+def tasks(sizes: Sizes, ceilings: Ceilings) -> list[Task]:
+    """List all trials."""
+    return [
+        Task(index, dtype, sizes, ceilings)
+        for index, (kernel, _, _) in enumerate(TABLE)
+        for dtype in kernel.dtypes or ("float32",)
+    ]
+
+
+def isolated(task: Task) -> Row:
+    """Examine in a process of its own; whatever happens to it is the row's verdict."""
+    message = json.dumps(asdict(task))
+    try:
+        done = subprocess.run(
+            WORKER, input=message, capture_output=True, text=True, timeout=LIMIT
+        )
+    except subprocess.TimeoutExpired:
+        return Row(task.name, task.dtype, f"does not end within {LIMIT} seconds")
+    try:
+        return Row(**json.loads(done.stdout.splitlines()[-1]))
+    except (ValueError, TypeError, IndexError):
+        said = (done.stderr.strip().splitlines() or ["without a word"])[-1]
+        wrong = f"does not run: its process ended with {done.returncode}: {said}"
+        return Row(task.name, task.dtype, wrong)
+
+
+def examined(task: Task, device: Device) -> Row:
+    """Examine in this process."""
+    kernel, note, build = TABLE[task.index]
+    recorder = Recorder(current())
+    try:
+        with use(recorder):
+            trial = Trial(kernel, task.dtype, note, *build(task.sizes, task.dtype))
+            return examine(recorder, trial, device, task.ceilings)
+    except MemoryError as error:
+        wrong = f"does not run: too little free memory ({_first_line(error)})"
+        return Row(task.name, task.dtype, wrong)
+
+
+def measure_ceilings(device: Device) -> Ceilings:
+    """Measure what nothing on this device goes beyond."""
+    seconds = measure(device, device.copying(COPIED))
+    rates = {dtype: _product_rate(device, dtype) for dtype in MATRIX_DTYPES}
+    return Ceilings(2 * COPIED / seconds, rates)
+
+
+def _product_rate(device: Device, dtype: str) -> float | str:
+    try:
+        call = device.multiplying(dtype, MATRIX)
+    except InputError as reason:
+        return str(reason)
+    return 2 * MATRIX**3 / measure(device, call)
+
+
+def examine(
+    recorder: Recorder, trial: Trial, device: Device, ceilings: Ceilings
+) -> Row:
+    """Check a kernel; time it if it is right."""
+    try:
+        trial.run()
+        launch = recorder.take(trial.kernel)
+        wrong = difference(trial, launch)
+    except RuntimeError as error:  # what CUDA and its compiler raise
+        wrong = f"does not run: {_first_line(error)}"
+    if wrong:
+        return Row(trial.name, trial.dtype, wrong)
+    bound, limit = ceilings.bound(launch.bytes_moved, launch.operations)
+    peer, agreement = beside(trial, launch, device)
+    return Row(
+        kernel=trial.name,
+        dtype=trial.dtype,
+        seconds=measure(device, launch.again),
+        bytes_moved=launch.bytes_moved,
+        operations=launch.operations,
+        bound=bound,
+        limit=limit,
+        peer=peer,
+        agreement=agreement,
+    )
+
+
+def beside(
+    trial: Trial, launch: Launch, device: Device
+) -> tuple[float | str | None, float | None]:
+    """Time bitsandbytes on the same tensors, and say how often it gives our values."""
+    build = peers.PEERS.get(peers.key(trial))
+    if build is None:
+        return None, None
+    if reason := peers.missing(device.place):
+        return reason, None
+    try:
+        peer = build(peers.Tensors(launch.arguments, device.place))
+        agreement = peer.agreement(launch)
+        return measure(device, peer.call), agreement
+    except Exception as error:  # a stranger may fail in any way
+        return f"failed: {_first_line(error)}", None
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
+def main() -> None:
+    """Read a task from stdin, examine it on the first CUDA device, print the row."""
+    given = json.load(sys.stdin)
+    sizes, ceilings = Sizes(**given["sizes"]), Ceilings(**given["ceilings"])
+    task = Task(given["index"], given["dtype"], sizes, ceilings)
+    print(json.dumps(asdict(examined(task, devices.CupyDevice()))))
+
+
+if __name__ == "__main__":
+    main()
