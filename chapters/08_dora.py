@@ -7,13 +7,12 @@
 
 # %%
 import copy
-import time
 
 import numpy as np
 import torch
 from torch import nn
 
-from minipeft.lab import data, models, plots, text, train
+from minipeft.lab import data, models, plots, text, timing, train
 from minipeft.lab.chapter import start
 from minipeft.reference import dora, linear, lora
 from minipeft.torch.dora import DoRAConfig
@@ -263,11 +262,15 @@ def kept(model, x):
 features = torch.randn(256, 1024)
 stacks = {"LoRA": stack(LoRAConfig(16, 32)), "DoRA": stack(DoRAConfig(16, 32))}
 seconds = {name: [] for name in stacks}
+
+
+def train_once(model):
+    model(features).square().sum().backward()
+
+
 for _ in range(5):
     for name, model in stacks.items():  # in turn, so that both meet the same weather
-        began = time.process_time()
-        model(features).square().sum().backward()
-        seconds[name].append(time.process_time() - began)
+        seconds[name].append(timing.cost(chapter.device, train_once, model))
 frozen = sum(p.nbytes for p in stacks["LoRA"].parameters())
 memory = {name: frozen + kept(model, features) for name, model in stacks.items()}
 slower = np.median(seconds["DoRA"]) / np.median(seconds["LoRA"])

@@ -8,13 +8,12 @@
 
 # %%
 import copy
-import time
 from fractions import Fraction
 
 import numpy as np
 import torch
 
-from minipeft.lab import data, models, plots, text, train
+from minipeft.lab import data, models, plots, text, timing, train
 from minipeft.lab.chapter import start
 from minipeft.reference import blockwise, lora, pissa
 from minipeft.torch import pissa as pissa_torch
@@ -337,9 +336,7 @@ WAYS = {
 seconds = {name: [] for name in WAYS}
 for _ in range(7):
     for name, way in WAYS.items():
-        began = time.process_time()
-        residual = way(LARGE)
-        seconds[name].append(time.process_time() - began)
+        seconds[name].append(timing.cost(LARGE.device.type, way, LARGE))
 excess = {name: float(way(LARGE).norm()) / optimum - 1 for name, way in WAYS.items()}
 for name in WAYS:
     print(

@@ -7,12 +7,12 @@
 
 # %%
 import copy
-import time
+from functools import partial
 
 import numpy as np
 import torch
 
-from minipeft.lab import data, models, plots, text, train
+from minipeft.lab import data, models, plots, text, timing, train
 from minipeft.lab.chapter import start
 from minipeft.reference import bottleneck
 from minipeft.torch.bottleneck import BottleneckConfig, place_beside
@@ -157,9 +157,9 @@ seconds = {name: [] for name in timed}
 with torch.inference_mode():
     for _ in range(100):
         for name, model in timed.items():
-            began = time.process_time()
-            model(one, use_cache=False)
-            seconds[name].append(time.process_time() - began)
+            seconds[name].append(
+                timing.cost(chapter.device, partial(model, use_cache=False), one)
+            )
 best = {name: float(np.quantile(values, 0.2)) for name, values in seconds.items()}
 added = {
     name: 100 * (best[name] / best["base"] - 1) for name in timed if name != "base"

@@ -7,12 +7,11 @@
 
 # %%
 import copy
-import time
 
 import numpy as np
 import torch
 
-from minipeft.lab import models, plots, text, train, tuning
+from minipeft.lab import models, plots, text, timing, train, tuning
 from minipeft.lab.chapter import start
 from minipeft.reference import attention, prefix
 from minipeft.reference.attention import Head
@@ -243,9 +242,7 @@ for n in (0, 10, 50, 100):
         model(ids)
         runs = []
         for _ in range(5):
-            began = time.process_time()
-            model(ids)
-            runs.append(time.process_time() - began)
+            runs.append(timing.cost(chapter.device, model, ids))
     cost[n] = float(np.median(runs))
 for n, seconds in cost.items():
     print(

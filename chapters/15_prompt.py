@@ -6,12 +6,11 @@
 # such a vector: it is a *soft* prompt [@lester2021].
 
 # %%
-import time
 
 import numpy as np
 import torch
 
-from minipeft.lab import models, plots, text, train, tuning
+from minipeft.lab import models, plots, text, timing, train, tuning
 from minipeft.lab.chapter import start
 from minipeft.reference import prompt
 from minipeft.torch.prefix import PrefixConfig, PrefixModel
@@ -212,9 +211,7 @@ for n in (0, 10, 50, 100):
         model(ids)
         runs = []
         for _ in range(5):
-            began = time.process_time()
-            model(ids)
-            runs.append(time.process_time() - began)
+            runs.append(timing.cost(chapter.device, model, ids))
     cost[n] = float(np.median(runs))
 for n, seconds in cost.items():
     print(f"{n:3d} virtual tokens before {ids.shape[1]}: x {seconds / cost[0]:.2f}")

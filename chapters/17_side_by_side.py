@@ -19,7 +19,7 @@ import safetensors.torch
 import torch
 from torch import nn
 
-from minipeft.lab import data, models, plots, text, train
+from minipeft.lab import data, models, plots, text, timing, train
 from minipeft.lab.chapter import start
 from minipeft.lab.files import write_atomic
 from minipeft.lab.memory_peak import peak_bytes
@@ -186,7 +186,7 @@ def file_bytes(model):
 def memory_bytes(name):
     """Return the weights, Adam's states, and the peak of a step above them."""
     step, model, optimizer = one_step(name)
-    peak = peak_bytes(step)
+    peak = peak_bytes(step, chapter.device)
     tensors = itertools.chain(model.parameters(), model.buffers())
     stores = {s.data_ptr(): s.nbytes() for s in (t.untyped_storage() for t in tensors)}
     states = [s.values() for s in optimizer.state.values()]
@@ -208,9 +208,7 @@ def step_seconds(rounds):
     times = {name: [] for name in METHODS}
     for _ in range(rounds + 1):
         for name, step in steps.items():
-            began = time.process_time()
-            step()
-            times[name].append(time.process_time() - began)
+            times[name].append(timing.cost(chapter.device, step))
     return {name: statistics.median(t[1:]) for name, t in times.items()}
 
 

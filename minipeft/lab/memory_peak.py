@@ -1,4 +1,4 @@
-"""The largest number of bytes that live at one time while something runs on the CPU."""
+"""The largest number of bytes that live at one time while something runs."""
 
 import os
 from collections.abc import Callable
@@ -11,13 +11,22 @@ from torch.profiler import ProfilerActivity, profile
 os.environ.setdefault("KINETO_LOG_LEVEL", "6")
 
 
-def peak_bytes(run: Callable[[], Any]) -> int:
-    """Return the peak of what torch's CPU allocator hands out during `run`.
+def peak_bytes(run: Callable[[], Any], device: str = "cpu") -> int:
+    """Return the peak of what torch's allocator hands out during `run`.
 
     Counted from where the run begins: weights that live already are not in it. The
     first call warms up what is made once and kept.
+
+    Args:
+        run: what is looked at.
+        device: whose allocator: `cpu` or `cuda`.
     """
     run()
+    if device.startswith("cuda"):
+        before = torch.cuda.memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        run()
+        return torch.cuda.max_memory_allocated(device) - before
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
         run()
     events = [

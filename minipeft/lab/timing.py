@@ -5,9 +5,13 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import torch
+
 from minipeft.errors import InputError
 
 Turn = Callable[[], object]
+Clock = Callable[[Turn], float]
+"""Says how many seconds a turn takes."""
 
 
 @dataclass(frozen=True)
@@ -42,7 +46,41 @@ class Row:
         return self.ratio <= self.target
 
 
-def measure(pair: Pair, rounds: int) -> Row:
+def wall(run: Turn) -> float:
+    """Return the seconds that pass while something runs on the CPU."""
+    began = time.perf_counter()
+    run()
+    return time.perf_counter() - began
+
+
+def processor(run: Turn) -> float:
+    """Return the seconds of this process, whatever else the machine is doing."""
+    began = time.process_time()
+    run()
+    return time.process_time() - began
+
+
+def events(run: Turn) -> float:
+    """Return the seconds between two events on CUDA's current stream.
+
+    A launch returns at once: a clock of the host would time the launching.
+    """
+    start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
+    start.record()
+    run()
+    stop.record()
+    stop.synchronize()
+    milliseconds: float = start.elapsed_time(stop)
+    return milliseconds / 1e3
+
+
+def cost(device: str, run: Callable[..., object], *arguments: object) -> float:
+    """Return the seconds that a call costs its device: `cpu` or `cuda`."""
+    clock = events if device.startswith("cuda") else processor
+    return clock(lambda: run(*arguments))
+
+
+def measure(pair: Pair, rounds: int, clock: Clock = wall) -> Row:
     """Time a pair's turns, alternating and exchanging who goes first."""
     seconds: dict[Turn, list[float]] = {pair.ours: [], pair.theirs: []}
     for turn in seconds:
@@ -50,9 +88,7 @@ def measure(pair: Pair, rounds: int) -> Row:
     for i in range(rounds):
         order = [*seconds] if i % 2 else [*reversed(seconds)]
         for turn in order:
-            began = time.perf_counter()
-            turn()
-            seconds[turn].append(time.perf_counter() - began)
+            seconds[turn].append(clock(turn))
     ours, theirs = seconds.values()
     ratios = [a / b for a, b in zip(ours, theirs, strict=True)]
     return Row(

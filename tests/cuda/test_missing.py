@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -74,3 +75,21 @@ def test_no_compiler_is_one_sentence(monkeypatch):
     executor._device.cache_clear()
     with pytest.raises(InputError, match="`pip install nvidia-cuda-nvrtc`"):
         blockwise.quantize(np.zeros(4, np.float32))
+
+
+@pytest.mark.parametrize(
+    ("marker", "outcome"),
+    [("gpu", "skipped"), ("no_gpu", "skipped"), ("slow", "failed")],
+)
+def test_in_ci_a_gpu_excuses_a_skip_missing_or_there(monkeypatch, marker, outcome):
+    from tests import conftest
+
+    monkeypatch.setattr(conftest, "IN_CI", True)
+    item = SimpleNamespace(get_closest_marker=lambda name: name == marker or None)
+    report = SimpleNamespace(outcome="skipped", skipped=True)
+    call = SimpleNamespace(excinfo=SimpleNamespace(value="there is a GPU"))
+    hook = conftest.pytest_runtest_makereport(item, call)
+    next(hook)
+    with pytest.raises(StopIteration):
+        hook.send(report)
+    assert report.outcome == outcome

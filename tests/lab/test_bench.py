@@ -5,12 +5,13 @@ import math
 import subprocess
 import sys
 from importlib.util import find_spec
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
 from minipeft.errors import InputError
-from minipeft.lab import bench, timing
+from minipeft.lab import bench, memory_peak, timing
 from minipeft.lab.timing import Pair, check, measure, table
 
 
@@ -120,3 +121,58 @@ def test_an_unknown_pair_names_the_choices(monkeypatch, capsys):
     assert bench.main(["--only", "lorra"]) == 2
     said = capsys.readouterr().err
     assert "no pair's name contains 'lorra'; choose of ['lora', 'dora']" in said
+
+
+# On CUDA: events, and the device's own allocator
+
+
+class Event:
+    """An event on a device whose clock stands at `now` when it comes by."""
+
+    now = 0.0
+
+    def __init__(self, enable_timing):
+        assert enable_timing
+        self.at = None
+
+    def record(self):
+        self.at = Event.now
+
+    def synchronize(self):
+        assert self.at is not None
+
+    def elapsed_time(self, other):
+        return other.at - self.at
+
+
+def test_cuda_is_timed_between_events_and_the_cpu_by_its_process(monkeypatch, clock):
+    def run(milliseconds):
+        Event.now += milliseconds
+        clock.now += 100
+
+    monkeypatch.setattr(timing.torch.cuda, "Event", Event)
+    monkeypatch.setattr(timing.time, "process_time", lambda: clock.now)
+    assert timing.cost("cuda", run, 2.5) == 2.5e-3
+    assert timing.cost("cuda:1", run, 4.0) == 4e-3
+    assert timing.cost("cpu", run, 2.5) == 100
+
+
+def test_a_pair_is_timed_by_the_clock_that_is_given(monkeypatch):
+    ours, theirs = (lambda: None), (lambda: None)
+    pair = Pair("a", "b", ours, theirs, 1.0)
+    row = measure(pair, 3, lambda turn: 2.0 if turn is ours else 4.0)
+    assert (row.ours, row.theirs, row.ratio) == (2000, 4000, 0.5)
+
+
+def test_the_peak_on_cuda_is_what_its_allocator_says(monkeypatch):
+    cuda, told = memory_peak.torch.cuda, []
+    monkeypatch.setattr(cuda, "memory_allocated", lambda _: 100)
+    monkeypatch.setattr(cuda, "reset_peak_memory_stats", lambda _: told.append("reset"))
+    monkeypatch.setattr(cuda, "max_memory_allocated", lambda _: 350)
+    assert memory_peak.peak_bytes(lambda: told.append("run"), "cuda") == 250
+    assert told == ["run", "reset", "run"]
+
+
+def test_no_chapter_times_a_device_by_a_clock_of_the_host():
+    chapters = (Path(__file__).parents[2] / "chapters").glob("*.py")
+    assert [p.name for p in chapters if "process_time" in p.read_text()] == []
