@@ -1,0 +1,1 @@
+"""Files that others load, and what they do: formats, fingerprints, merges, audits."""

@@ -1,0 +1,102 @@
+"""Which base is this? SHA-256 of each tensor, and one of them all."""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from minipeft.errors import InputError
+from minipeft.interop.tensors import About, Tensors
+
+
+@dataclass(frozen=True)
+class Fingerprint:
+    """SHA-256 by name of tensor; dtype and shape are hashed with the values."""
+
+    tensors: Mapping[str, str]
+
+    @property
+    def whole(self) -> str:
+        """The SHA-256 of all names and hashes."""
+        text = json.dumps(dict(self.tensors), sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()
+
+    def to_json(self) -> str:
+        """Return the text that a file's metadata carries."""
+        return json.dumps({"whole": self.whole, "tensors": dict(self.tensors)})
+
+    @classmethod
+    def from_json(cls, text: str) -> "Fingerprint":
+        """Read what `to_json` wrote.
+
+        Raises:
+            InputError: the text is no fingerprint, or its hashes do not belong
+                together.
+        """
+        try:
+            fields = json.loads(text)
+            found = cls({str(n): str(h) for n, h in fields["tensors"].items()})
+            right = fields["whole"] == found.whole
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise InputError(
+                f"the fingerprint of the base is malformed ({error}); write the file "
+                "again"
+            ) from None
+        if not right:
+            raise InputError(
+                "the fingerprint of the base was changed by hand; write the file again"
+            )
+        return found
+
+
+def of_tensor(tensor: Tensor) -> str:
+    """Return the SHA-256 of dtype, shape and values."""
+    digest = _begun(About(tensor.dtype, tuple(tensor.shape)))
+    plain = tensor.detach().cpu().contiguous().reshape(-1)
+    digest.update(plain.view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def of_files(tensors: Tensors) -> Fingerprint:
+    """Hash every tensor of a file or folder, a piece at a time."""
+    found = {}
+    for name in sorted(tensors.about):
+        digest = _begun(tensors.about[name])
+        for piece in tensors.pieces(name):
+            digest.update(piece)
+        found[name] = digest.hexdigest()
+    return Fingerprint(found)
+
+
+def of_model(model: nn.Module) -> Fingerprint:
+    """Hash the tensors of a model's state dict, which are those of its files."""
+    state = model.state_dict()
+    return Fingerprint({name: of_tensor(state[name]) for name in sorted(state)})
+
+
+def _begun(about: About) -> "hashlib._Hash":
+    return hashlib.sha256(f"{about.dtype} {[*about.shape]}\n".encode())
+
+
+def check(saved: Fingerprint, own: Fingerprint) -> None:
+    """Refuse another base.
+
+    Raises:
+        InputError: a tensor differs, is missing or is new; the sentence names the
+            first.
+    """
+    if saved.whole == own.whole:
+        return
+    for name in sorted(saved.tensors.keys() | own.tensors.keys()):
+        then, now = saved.tensors.get(name), own.tensors.get(name)
+        if then != now:
+            what = (
+                "is missing" if now is None else "is new" if then is None else "differs"
+            )
+            raise InputError(
+                f"the adapter was made for another base: {name} {what} here; load the "
+                "base it was made for, or pass --allow-base-mismatch if you mean it"
+            )

@@ -1,0 +1,150 @@
+"""Merge an adapter into a base, file by file, a tensor at a time."""
+
+import json
+import shutil
+import tempfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import torch
+
+from minipeft.errors import InputError
+from minipeft.interop import fingerprint
+from minipeft.interop.adapter import Adapter
+from minipeft.interop.fingerprint import Fingerprint
+from minipeft.interop.tensors import INDEX, About, Shards, Writer, writing
+from minipeft.interop.update import merged
+
+BASE = "minipeft.base"
+"""Where a file's metadata keeps the fingerprint of the base it belongs to."""
+
+
+def merge(
+    base: Path,
+    adapter: Adapter,
+    out: Path,
+    dtype: torch.dtype | None = None,
+    step: Callable[[str], None] = lambda name: None,
+) -> None:
+    """Write the merged model as a folder that transformers loads.
+
+    Every changed weight is computed in float32 and rounded once; every other tensor is
+    copied. The folder appears whole, or not at all.
+
+    Args:
+        base: a model's folder.
+        adapter: what to merge.
+        out: the new folder; it must not exist.
+        dtype: of floating tensors; None keeps each as it is.
+        step: is called with the name of each tensor, for progress.
+
+    Raises:
+        InputError: the folder exists, the adapter does not fit the base, or the disk is
+            full.
+    """
+    if out.exists():
+        raise InputError(f"{out} exists; choose another folder, or remove it")
+    source = Shards(base)
+    adapter = adapter.renamed(source.about)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    folder = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}."))
+    try:
+        places = _files(source, adapter)
+        for file, names in places.items():
+            _write(folder / file, source, adapter, names, dtype, step)
+        if len(places) > 1:
+            _write_index(folder, places, source)
+        _copy_others(base, folder)
+        folder.chmod(0o755)
+        folder.rename(out)
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise InputError(f"cannot write {out}: {reason}; free some space") from error
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def check_base(adapter: Adapter, base: Fingerprint) -> str:
+    """Refuse a base that is not the adapter's; return a line about what is known.
+
+    Raises:
+        InputError: the adapter was made for another base.
+    """
+    if BASE not in adapter.metadata:
+        return "the adapter does not say which base it was made for"
+    saved = Fingerprint.from_json(adapter.metadata[BASE])
+    fingerprint.check(saved, base)
+    return f"the base is the one that the adapter was made for ({saved.whole[:12]})"
+
+
+def _files(source: Shards, adapter: Adapter) -> dict[str, list[str]]:
+    """Return the tensors of each file; what is new goes to the last."""
+    places = source.files()
+    new = [name for name in adapter.saved if name not in source.about]
+    places[max(places)] += new
+    return places
+
+
+def _write(
+    path: Path,
+    source: Shards,
+    adapter: Adapter,
+    names: list[str],
+    dtype: torch.dtype | None,
+    step: Callable[[str], None],
+) -> None:
+    about = {name: _about(name, source, adapter, dtype) for name in names}
+    with writing(path, about, {"format": "pt"}) as writer:
+        for name in names:
+            _write_one(writer, name, source, adapter, about[name])
+            step(name)
+
+
+def _about(
+    name: str, source: Shards, adapter: Adapter, dtype: torch.dtype | None
+) -> About:
+    if name in adapter.saved:
+        kept = source.about[name].dtype if name in source.about else None
+        tensor = adapter.saved[name]
+        return About(dtype or kept or tensor.dtype, tuple(tensor.shape))
+    about = source.about[name]
+    if dtype is None or not about.dtype.is_floating_point:
+        return about
+    return About(dtype, about.shape)
+
+
+def _write_one(
+    writer: Writer, name: str, source: Shards, adapter: Adapter, about: About
+) -> None:
+    changed = name in adapter.updates or name in adapter.biases
+    if name in adapter.saved:
+        writer.write(name, adapter.saved[name].to(about.dtype))
+    elif not changed and about == source.about[name]:
+        writer.copy(name, source)
+    else:
+        W = source.read(name)
+        # The wider of the two dtypes, so that the sum is rounded once.
+        W = W.to(torch.promote_types(W.dtype, about.dtype))
+        if name in adapter.updates:
+            W = merged(W, adapter.updates[name])
+        elif name in adapter.biases:
+            W = (W.float() + adapter.biases[name].float()).to(W.dtype)
+        writer.write(name, W.to(about.dtype))
+
+
+def _write_index(folder: Path, places: Mapping[str, list[str]], source: Shards) -> None:
+    weights = {name: file for file, names in places.items() for name in names}
+    size = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+    index = {
+        "metadata": {"total_size": size},
+        "weight_map": dict(sorted(weights.items())),
+    }
+    (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", "utf-8")
+
+
+def _copy_others(base: Path, folder: Path) -> None:
+    """Copy configuration and tokenizer; weights in other formats stay behind."""
+    for path in sorted(base.iterdir()):
+        kept = path.suffix in (".json", ".txt", ".model", ".jinja", ".md")
+        if path.is_file() and kept and path.name != INDEX:
+            shutil.copyfile(path, folder / path.name)

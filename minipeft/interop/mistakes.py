@@ -1,0 +1,303 @@
+"""The ways in which merges go wrong: each a function that makes the mistake.
+
+Each takes the weight as the base stores it and the update, and returns what a program
+with this mistake would have written. A function that does not apply (no magnitude, not
+square) returns None. The audit tries them all on a tensor that is not right.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from math import sqrt
+
+import torch
+from torch import Tensor
+
+from minipeft.interop.update import (
+    Update,
+    delta,
+    exact,
+    gain,
+    merged,
+    read,
+    row_norm,
+    stored,
+)
+from minipeft.torch import blockwise
+
+F32 = torch.float32
+Maker = Callable[[Tensor, Update], Tensor | None]
+
+
+@dataclass(frozen=True)
+class Mistake:
+    """A name, what happened in a sentence, and the function that does it."""
+
+    name: str
+    sentence: str
+    make: Maker
+
+
+def not_applied(W: Tensor, update: Update) -> Tensor:
+    """Leave the base as it was."""
+    return W
+
+
+def applied_twice(W: Tensor, update: Update) -> Tensor:
+    """Merge into a weight that holds the update already."""
+    return merged(merged(W, update), update)
+
+
+def subtracted(W: Tensor, update: Update) -> Tensor:
+    """Subtract the update: an unmerge of a weight that was never merged."""
+    return merged(W, replace(update, alpha=-update.alpha))
+
+
+def alpha_alone(W: Tensor, update: Update) -> Tensor:
+    """Scale by alpha, not divided by the rank."""
+    return merged(W, _scaled(update, update.alpha))
+
+
+def not_scaled(W: Tensor, update: Update) -> Tensor:
+    """Add B A without any scaling."""
+    return merged(W, _scaled(update, 1.0))
+
+
+def other_root(W: Tensor, update: Update) -> Tensor:
+    """Divide by r where the adapter is rank-stabilized, or by its root where not."""
+    return merged(W, replace(update, rank_stabilized=not update.rank_stabilized))
+
+
+def transposed(W: Tensor, update: Update) -> Tensor | None:
+    """Add the transpose of the update, which a square weight accepts in silence."""
+    if update.magnitude is not None or not _square(update):
+        return None
+    V = read(W, update).to(F32) + delta(update, F32).T
+    return stored(V, update).to(W.dtype)
+
+
+def swapped(W: Tensor, update: Update) -> Tensor | None:
+    """Take the buffer of A for B and that of B for A."""
+    if not _square(update):
+        return None
+    A, B = update.B.reshape(update.A.shape), update.A.reshape(update.B.shape)
+    return merged(W, replace(update, A=A, B=B))
+
+
+def delta_rounded_first(W: Tensor, update: Update) -> Tensor | None:
+    """Round the update to the dtype of the weight, then add in that dtype."""
+    if update.magnitude is not None or W.dtype.itemsize > 2:
+        return None
+    rounded = delta(update, F32).to(W.dtype)
+    return stored(read(W, update) + rounded, update)
+
+
+def computed_in_16_bits(dtype: torch.dtype) -> Maker:
+    """Multiply A and B after both were rounded to 16 bits, and round the product."""
+
+    def make(W: Tensor, update: Update) -> Tensor | None:
+        if update.magnitude is not None:
+            return None
+        product = update.B.to(dtype) @ update.A.to(dtype)
+        change = update.scaling * product
+        total = read(W, update).to(dtype) + change
+        return stored(total, update).to(W.dtype)
+
+    return make
+
+
+def matrices_rounded(dtype: torch.dtype) -> Maker:
+    """Round A and B to 16 bits, then merge in float32."""
+
+    def make(W: Tensor, update: Update) -> Tensor:
+        A, B = update.A.to(dtype).to(F32), update.B.to(dtype).to(F32)
+        return merged(W, replace(update, A=A, B=B))
+
+    return make
+
+
+def into_dequantized(W: Tensor, update: Update) -> Tensor:
+    """Merge into what 4-bit NormalFloat has left of the base."""
+    return merged(_through_nf4(W), update)
+
+
+def requantized(W: Tensor, update: Update) -> Tensor:
+    """Merge into the dequantized base, and quantize the result once more."""
+    return _through_nf4(merged(_through_nf4(W), update))
+
+
+def quantized_after(W: Tensor, update: Update) -> Tensor:
+    """Merge rightly, and quantize the result."""
+    return _through_nf4(merged(W, update))
+
+
+def norm_of_the_base(W: Tensor, update: Update) -> Tensor | None:
+    """Divide DoRA's rows by the norm of W instead of that of W + s B A."""
+    return _with_norm(W, update, lambda V: row_norm(read(W, update).to(F32)))
+
+
+def norm_over_the_wrong_axis(W: Tensor, update: Update) -> Tensor | None:
+    """Take DoRA's norm over out_features: one number a column, used for the rows."""
+    if not _square(update):
+        return None
+    return _with_norm(W, update, lambda V: torch.linalg.vector_norm(V, dim=0))
+
+
+def columns_scaled(W: Tensor, update: Update) -> Tensor | None:
+    """Take DoRA's norm over out_features and scale the columns."""
+    if update.magnitude is None or not _square(update):
+        return None
+    V = exact(W, replace(update, magnitude=None), F32)
+    norm = torch.linalg.vector_norm(V, dim=0)
+    return stored(V * gain(update.magnitude.to(F32), norm), update).to(W.dtype)
+
+
+def norm_of_the_merged(W: Tensor, update: Update) -> Tensor | None:
+    """Divide by the norm of a weight that was merged already."""
+    if update.magnitude is None:
+        return None
+    return _with_norm(
+        W, update, lambda V: row_norm(_added(exact(W, update, F32), update))
+    )
+
+
+def magnitude_lost(W: Tensor, update: Update) -> Tensor | None:
+    """Merge DoRA as if it were LoRA."""
+    if update.magnitude is None:
+        return None
+    return merged(W, replace(update, magnitude=None))
+
+
+def through_half(W: Tensor, update: Update) -> Tensor | None:
+    """Merge rightly, but with the result rounded to float16 on the way."""
+    if W.dtype == torch.float16:
+        return None
+    return merged(W, update).to(torch.float16).to(W.dtype)
+
+
+def through_bfloat16(W: Tensor, update: Update) -> Tensor | None:
+    """Merge rightly, but with the result rounded to bfloat16 on the way."""
+    if W.dtype == torch.bfloat16:
+        return None
+    return merged(W, update).to(torch.bfloat16).to(W.dtype)
+
+
+MISTAKES = (
+    Mistake("not applied", "the tensor is that of the base", not_applied),
+    Mistake("applied twice", "the update was added twice", applied_twice),
+    Mistake("subtracted", "the update has the wrong sign", subtracted),
+    Mistake("alpha alone", "the scale is alpha, not divided by r", alpha_alone),
+    Mistake("not scaled", "B A was added without a scale", not_scaled),
+    Mistake(
+        "1/r for 1/√r, or the reverse",
+        "the rank-stabilized scale was taken for the plain one, or the reverse",
+        other_root,
+    ),
+    Mistake("transposed", "the transpose of the update was added", transposed),
+    Mistake("A and B swapped", "the buffers of A and B were exchanged", swapped),
+    Mistake(
+        "delta rounded first",
+        "the update was rounded to the weight's dtype before it was added",
+        delta_rounded_first,
+    ),
+    Mistake(
+        "computed in bfloat16",
+        "A, B and their product were rounded to bfloat16",
+        computed_in_16_bits(torch.bfloat16),
+    ),
+    Mistake(
+        "computed in float16",
+        "A, B and their product were rounded to float16",
+        computed_in_16_bits(torch.float16),
+    ),
+    Mistake(
+        "A and B in bfloat16",
+        "A and B were rounded to bfloat16 before the merge",
+        matrices_rounded(torch.bfloat16),
+    ),
+    Mistake(
+        "A and B in float16",
+        "A and B were rounded to float16 before the merge",
+        matrices_rounded(torch.float16),
+    ),
+    Mistake(
+        "rounded to float16",
+        "the merged weight went through float16",
+        through_half,
+    ),
+    Mistake(
+        "rounded to bfloat16",
+        "the merged weight went through bfloat16",
+        through_bfloat16,
+    ),
+    Mistake(
+        "merged into dequantized NF4",
+        "the base was read from its 4-bit form, with its errors",
+        into_dequantized,
+    ),
+    Mistake(
+        "requantized",
+        "the merge with the 4-bit base was quantized once more",
+        requantized,
+    ),
+    Mistake("quantized", "the right merge was quantized to NF4", quantized_after),
+    Mistake(
+        "DoRA norm of the base",
+        "rows were divided by the norm of W, not of W + s B A",
+        norm_of_the_base,
+    ),
+    Mistake(
+        "DoRA norm over the wrong axis",
+        "the norm was taken over out_features",
+        norm_over_the_wrong_axis,
+    ),
+    Mistake(
+        "DoRA by columns",
+        "the norm was taken over out_features, and columns were scaled",
+        columns_scaled,
+    ),
+    Mistake(
+        "DoRA norm of the merged weight",
+        "the norm was taken after the weight had been merged",
+        norm_of_the_merged,
+    ),
+    Mistake("magnitude lost", "DoRA was merged as LoRA", magnitude_lost),
+)
+
+
+def other_alphas(W: Tensor, update: Update, alphas: set[float]) -> Iterator[Mistake]:
+    """Yield the mistake of taking another layer's alpha, for each alpha in the file."""
+    for alpha in sorted(alphas - {update.alpha}):
+
+        def make(W: Tensor, update: Update, alpha: float = alpha) -> Tensor:
+            return merged(W, replace(update, alpha=alpha))
+
+        sentence = f"alpha is {alpha:g} of another layer, not {update.alpha:g}"
+        yield Mistake("another layer's alpha", sentence, make)
+
+
+def _scaled(update: Update, scaling: float) -> Update:
+    r = sqrt(update.r) if update.rank_stabilized else update.r
+    return replace(update, alpha=scaling * r)
+
+
+def _square(update: Update) -> bool:
+    return update.A.shape[1] == update.B.shape[0]
+
+
+def _added(W: Tensor, update: Update) -> Tensor:
+    return W + delta(update, W.dtype)
+
+
+def _with_norm(
+    W: Tensor, update: Update, norm: Callable[[Tensor], Tensor]
+) -> Tensor | None:
+    if update.magnitude is None:
+        return None
+    V = exact(W, replace(update, magnitude=None), F32)
+    scaled = gain(update.magnitude.to(F32), norm(V))[:, None] * V
+    return stored(scaled, update).to(W.dtype)
+
+
+def _through_nf4(W: Tensor) -> Tensor:
+    q = blockwise.quantize(W.to(F32))
+    return blockwise.dequantize(q, W.dtype)

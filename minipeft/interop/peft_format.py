@@ -1,0 +1,134 @@
+"""Adapters in the format of Hugging Face's peft: `adapter_config.json` and one file.
+
+Only safetensors and JSON are read. The keys are peft's: `base_model.model.` before the
+path of the module, `.lora_A.weight` and so on behind it.
+"""
+
+import json
+import math
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from minipeft.errors import InputError
+from minipeft.interop.adapter import Adapter
+from minipeft.interop.tensors import SafeTensors
+from minipeft.interop.update import Update
+
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+PREFIX = "base_model.model."
+KEY = re.compile(
+    r"(?P<module>.+)\.(?P<part>lora_A|lora_B|lora_magnitude_vector|"
+    r"lora_embedding_A|lora_embedding_B)(?:\.(?P<kind>weight|bias))?"
+)
+
+
+def read(folder: Path) -> Adapter:
+    """Return the adapter of a folder.
+
+    Raises:
+        InputError: a file is absent or damaged, holds a number that is not finite, or
+            the method is one that changes no weight.
+    """
+    config = read_config(folder)
+    file = SafeTensors(folder / WEIGHTS)
+    tensors = {name: file.read(name) for name in file.about}
+    for name, tensor in tensors.items():
+        if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
+            raise InputError(f"{name} in {file.path} is not finite; train it again")
+    if config.get("peft_type") != "LORA":
+        raise InputError(
+            f"{folder} holds an adapter of type {config.get('peft_type')!r}, which has "
+            "no matrices A and B; only LoRA and DoRA are merged from files"
+        )
+    return _adapter(config, tensors, file.metadata)
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """Return the adapter's configuration.
+
+    Raises:
+        InputError: it is absent, no JSON, or no object.
+    """
+    path = folder / CONFIG
+    try:
+        config = json.loads(path.read_text("utf-8"))
+    except FileNotFoundError:
+        raise InputError(f"there is no {path}; give the folder of an adapter") from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise InputError(f"{path} is damaged ({error}); get the folder again") from None
+    if not isinstance(config, dict):
+        raise InputError(f"{path} is no JSON object; get the folder again")
+    return config
+
+
+def matched(patterns: Mapping[str, Any], module: str, default: Any) -> Any:
+    """Return what a pattern says of a module: peft tries them in order, at the end."""
+    for pattern, value in patterns.items():
+        if re.match(rf"(.*\.)?({pattern})$", module):
+            return value
+    return default
+
+
+def _adapter(
+    config: Mapping[str, Any], tensors: dict[str, Tensor], metadata: Mapping[str, str]
+) -> Adapter:
+    parts: dict[str, dict[str, Tensor]] = {}
+    saved: dict[str, Tensor] = {}
+    for key, tensor in tensors.items():
+        found = KEY.fullmatch(key.removeprefix(PREFIX))
+        if found is None:
+            saved[_plain(key)] = tensor
+        else:
+            part = found["part"] + (".bias" if found["kind"] == "bias" else "")
+            parts.setdefault(found["module"], {})[part] = tensor
+    updates, biases = {}, {}
+    for module, found_parts in parts.items():
+        update = _update(module, found_parts, config)
+        updates[f"{module}.weight"] = update
+        if "lora_B.bias" in found_parts:
+            biases[f"{module}.bias"] = (
+                update.scaling * found_parts["lora_B.bias"].float()
+            )
+    return Adapter(updates, biases, saved, config, metadata)
+
+
+def _update(
+    module: str, parts: Mapping[str, Tensor], config: Mapping[str, Any]
+) -> Update:
+    embedding = "lora_embedding_A" in parts
+    names = (
+        ("lora_embedding_A", "lora_embedding_B") if embedding else ("lora_A", "lora_B")
+    )
+    missing = [name for name in names if name not in parts]
+    if missing:
+        raise InputError(f"{module} has no {missing[0]}; get the adapter again")
+    A, B = (parts[name] for name in names)
+    magnitude = parts.get("lora_magnitude_vector")
+    alpha = matched(config.get("alpha_pattern") or {}, module, config.get("lora_alpha"))
+    if not isinstance(alpha, int | float) or not math.isfinite(alpha):
+        raise InputError(f"lora_alpha of {module} is {alpha!r}; give a finite number")
+    if A.ndim != 2 or B.ndim != 2 or A.shape[0] != B.shape[1] or not len(A):
+        raise InputError(
+            f"{module}: A has shape {tuple(A.shape)} and B {tuple(B.shape)}; they must "
+            "be (r, in_features) and (out_features, r)"
+        )
+    r = matched(config.get("rank_pattern") or {}, module, config.get("r"))
+    if r != A.shape[0]:
+        raise InputError(
+            f"{module} has rank {A.shape[0]} in the file and {r!r} in {CONFIG}; one of "
+            "them belongs to another adapter"
+        )
+    transposed = embedding or bool(config.get("fan_in_fan_out"))
+    stabilized = bool(config.get("use_rslora"))
+    flat = None if magnitude is None else magnitude.reshape(-1)
+    return Update(A, B, float(alpha), stabilized, flat, transposed)
+
+
+def _plain(key: str) -> str:
+    """Return the base's name of a tensor that the adapter brings whole."""
+    name = key.removeprefix(PREFIX)
+    return name.replace(".modules_to_save.", ".").replace(".base_layer.", ".")

@@ -1,0 +1,324 @@
+"""Tensors in files, one at a time: safetensors alone, in shards, or as a folder.
+
+Nothing is unpickled, and no more than one tensor is in memory. A file is checked before
+the first tensor is read: its header, its length, its names, its shards.
+"""
+
+import json
+import os
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Any, BinaryIO, Protocol, runtime_checkable
+
+import safetensors
+import torch
+from torch import Tensor
+
+from minipeft.errors import InputError
+
+DTYPES = {
+    "BOOL": torch.bool,
+    "U8": torch.uint8,
+    "I8": torch.int8,
+    "I16": torch.int16,
+    "I32": torch.int32,
+    "I64": torch.int64,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "BF16": torch.bfloat16,
+    "F16": torch.float16,
+    "F32": torch.float32,
+    "F64": torch.float64,
+}
+NAMES = {dtype: name for name, dtype in DTYPES.items()}
+LARGEST_HEADER = 100_000_000
+PIECE = 2**24
+INDEX = "model.safetensors.index.json"
+
+
+@dataclass(frozen=True)
+class About:
+    """Dtype and shape of a tensor that was not read yet."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+    @property
+    def size(self) -> int:
+        """Bytes of its values."""
+        return prod(self.shape) * self.dtype.itemsize
+
+
+@runtime_checkable
+class Tensors(Protocol):
+    """Tensors by name, wherever they lie."""
+
+    about: Mapping[str, About]
+    metadata: Mapping[str, str]
+
+    def read(self, name: str) -> Tensor:
+        """Return one tensor, in memory of its own."""
+
+    def pieces(self, name: str) -> Iterator[bytes]:
+        """Yield the bytes of one tensor, a piece at a time."""
+
+
+class SafeTensors:
+    """One file in the format safetensors.
+
+    Args:
+        path: of the file; its header is read and checked here.
+
+    Raises:
+        InputError: the file is absent, damaged, or has two tensors of one name.
+    """
+
+    def __init__(self, path: Path):
+        self.path = path
+        try:
+            # The library refuses what does not add up: offsets, lengths, overlaps.
+            with safetensors.safe_open(path, framework="pt"):
+                pass
+            with path.open("rb") as file:
+                length = int.from_bytes(file.read(8), "little")
+                header = json.loads(file.read(length), object_pairs_hook=_unique)
+        except FileNotFoundError:
+            raise InputError(f"there is no file {path}; check the path") from None
+        except (safetensors.SafetensorError, ValueError, OSError) as error:
+            reason = str(error).strip().splitlines()[0]
+            raise InputError(
+                f"{path} is damaged or not in the format safetensors ({reason}); get "
+                "the file again"
+            ) from None
+        self.metadata: Mapping[str, str] = header.pop("__metadata__", {})
+        self._start = 8 + length
+        self._begin = {name: entry["data_offsets"][0] for name, entry in header.items()}
+        self.about: Mapping[str, About] = {
+            name: About(_dtype(path, name, entry["dtype"]), tuple(entry["shape"]))
+            for name, entry in header.items()
+        }
+
+    def read(self, name: str) -> Tensor:
+        """Return one tensor; the file is read, not mapped, so that memory is known."""
+        about = self.about[name]
+        data = bytearray(about.size)
+        with self.path.open("rb") as file:
+            file.seek(self._start + self._begin[name])
+            if file.readinto(data) != about.size:
+                raise InputError(f"{self.path} ends within {name}; get the file again")
+        if not data:
+            return torch.empty(about.shape, dtype=about.dtype)
+        return torch.frombuffer(data, dtype=about.dtype).reshape(about.shape)
+
+    def pieces(self, name: str) -> Iterator[bytes]:
+        """Yield the bytes of one tensor, 16 MiB at a time."""
+        left = self.about[name].size
+        with self.path.open("rb") as file:
+            file.seek(self._start + self._begin[name])
+            while left:
+                piece = file.read(min(left, PIECE))
+                if not piece:
+                    raise InputError(f"{self.path} ends within {name}; get it again")
+                left -= len(piece)
+                yield piece
+
+
+class Shards:
+    """A folder of a model: one file `model.safetensors`, or several with an index.
+
+    Raises:
+        InputError: the folder holds neither, a shard is missing or lies elsewhere, or
+            a tensor is not where the index says.
+    """
+
+    def __init__(self, folder: Path, index: str = INDEX):
+        self.path = folder
+        places = _places(folder, index)
+        files = {
+            file: SafeTensors(folder / file) for file in sorted({*places.values()})
+        }
+        for name, file in places.items():
+            if name not in files[file].about:
+                raise InputError(
+                    f"{folder / index} says that {name} lies in {file}, but it does "
+                    "not; get the folder again"
+                )
+        self._file = {name: files[file] for name, file in places.items()}
+        self.about: Mapping[str, About] = {
+            name: file.about[name] for name, file in self._file.items()
+        }
+        self.metadata: Mapping[str, str] = {}
+        for opened in files.values():
+            self.metadata = {**self.metadata, **opened.metadata}
+
+    def read(self, name: str) -> Tensor:
+        """Return one tensor."""
+        return self._file[name].read(name)
+
+    def pieces(self, name: str) -> Iterator[bytes]:
+        """Yield the bytes of one tensor, a piece at a time."""
+        return self._file[name].pieces(name)
+
+    def files(self) -> dict[str, list[str]]:
+        """Return the names of the tensors of each file."""
+        found: dict[str, list[str]] = {}
+        for name, file in self._file.items():
+            found.setdefault(file.path.name, []).append(name)
+        return found
+
+
+def open_tensors(path: Path) -> Tensors:
+    """Return the tensors of a file or of a model's folder.
+
+    Raises:
+        InputError: there is nothing that can be read, or it is damaged.
+    """
+    if path.is_dir():
+        return Shards(path)
+    if not path.exists():
+        raise InputError(f"there is no file or folder {path}; check the path")
+    if path.suffix in (".bin", ".pt", ".pth", ".ckpt", ".pkl"):
+        raise InputError(
+            f"{path} is a pickle, which can run any program when it is opened; convert "
+            "it to safetensors where it was made"
+        )
+    return SafeTensors(path)
+
+
+def _places(folder: Path, index: str) -> dict[str, str]:
+    """Return {tensor: file} of a folder."""
+    if not (folder / index).exists():
+        single = SafeTensors(folder / index.removesuffix(".index.json"))
+        return dict.fromkeys(single.about, single.path.name)
+    try:
+        text = (folder / index).read_text("utf-8")
+        places = json.loads(text, object_pairs_hook=_unique)["weight_map"]
+        odd = [
+            f for f in places.values() if Path(f).name != f or not isinstance(f, str)
+        ]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise InputError(
+            f"{folder / index} is damaged ({type(error).__name__}: {error}); get the "
+            "folder again"
+        ) from None
+    if odd:
+        raise InputError(
+            f"{folder / index} points to {odd[0]!r}, which lies outside its folder; do "
+            "not use this model"
+        )
+    return dict(places)
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        double = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"the key {double!r} stands twice")
+    return found
+
+
+def _dtype(path: Path, name: str, dtype: str) -> torch.dtype:
+    if dtype not in DTYPES:
+        raise InputError(
+            f"{name} in {path} has the dtype {dtype}, which is not supported; the "
+            f"dtypes are {', '.join(DTYPES)}"
+        )
+    return DTYPES[dtype]
+
+
+class Writer:
+    """Writes the tensors of one file in the order that was announced."""
+
+    def __init__(self, file: BinaryIO, about: Mapping[str, About]):
+        self._file, self._left = file, dict(about)
+
+    def write(self, name: str, tensor: Tensor) -> None:
+        """Append one tensor; it must be the next one, of the announced form."""
+        self._take(name, About(tensor.dtype, tuple(tensor.shape)))
+        plain = tensor.detach().cpu().contiguous().reshape(-1)
+        self._file.write(plain.view(torch.uint8).numpy().data)
+
+    def copy(self, name: str, source: Tensors) -> None:
+        """Append one tensor of another file, byte by byte as it is there."""
+        self._take(name, source.about[name])
+        for piece in source.pieces(name):
+            self._file.write(piece)
+
+    def _take(self, name: str, about: About) -> None:
+        following = next(iter(self._left), None)
+        if name != following or about != self._left[name]:
+            raise ValueError(f"{name} {about} is not {following}, which comes next")
+        del self._left[name]
+
+    def finish(self) -> None:
+        """Make sure that all is written and on the disk."""
+        if self._left:
+            raise ValueError(f"{next(iter(self._left))} was announced and not written")
+        self._file.flush()
+        os.fsync(self._file.fileno())
+
+
+@contextmanager
+def writing(
+    path: Path, about: Mapping[str, About], metadata: Mapping[str, str]
+) -> Iterator[Writer]:
+    """Write a safetensors file tensor by tensor; it appears whole, or not at all.
+
+    Args:
+        path: of the file; what is there is replaced at the end.
+        about: dtype and shape of each tensor, in the order in which they come.
+        metadata: text by name, kept in the header.
+
+    Raises:
+        InputError: the folder cannot be written or the disk is full.
+    """
+    temporary = None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        descriptor, temporary = tempfile.mkstemp(
+            dir=path.parent, prefix=f".{path.name}."
+        )
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(_header(about, metadata))
+            writer = Writer(file, about)
+            yield writer
+            writer.finish()
+            os.fchmod(file.fileno(), _mode(path))
+        os.replace(temporary, path)
+        temporary = None
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise InputError(
+            f"cannot write {path}: {reason}; free some space or choose another folder"
+        ) from error
+    finally:
+        if temporary is not None and os.path.exists(temporary):
+            os.unlink(temporary)
+
+
+def _header(about: Mapping[str, About], metadata: Mapping[str, str]) -> bytes:
+    header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
+    begin = 0
+    for name, one in about.items():
+        header[name] = {
+            "dtype": NAMES[one.dtype],
+            "shape": list(one.shape),
+            "data_offsets": [begin, begin + one.size],
+        }
+        begin += one.size
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # tensors begin at a multiple of 8 bytes
+    if len(text) > LARGEST_HEADER:
+        raise InputError("the header has more than 100 MB; write several files")
+    return len(text).to_bytes(8, "little") + text
+
+
+def _mode(path: Path) -> int:
+    umask = os.umask(0o077)
+    os.umask(umask)
+    return path.stat().st_mode & 0o777 if path.exists() else 0o666 & ~umask

@@ -1,0 +1,85 @@
+"""What an adapter does to one tensor of a model, and the right merge of the two.
+
+The update is read as it lies in a file: its own matrices, its alpha, the way the base
+stores the weight. `merged` is the definition against which files are judged.
+"""
+
+from dataclasses import dataclass
+from math import sqrt
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Update:
+    r"""LoRA's change of one weight, or DoRA's where there is a magnitude.
+
+    Args:
+        A: (r, in_features).
+        B: (out_features, r).
+        alpha: numerator of the scaling.
+        rank_stabilized: whether the scaling is alpha / sqrt(r) and not alpha / r.
+        magnitude: DoRA's length of each output row, or None.
+        transposed: whether the base stores the weight as (in_features, out_features),
+            as Conv1D and embeddings do.
+    """
+
+    A: Tensor
+    B: Tensor
+    alpha: float
+    rank_stabilized: bool = False
+    magnitude: Tensor | None = None
+    transposed: bool = False
+
+    @property
+    def r(self) -> int:
+        """The rank."""
+        return self.A.shape[0]
+
+    @property
+    def scaling(self) -> float:
+        r"""$\alpha / r$, or $\alpha / \sqrt r$."""
+        return self.alpha / (sqrt(self.r) if self.rank_stabilized else self.r)
+
+
+def merged(W: Tensor, update: Update) -> Tensor:
+    """Return the merged weight, computed in float32 and rounded once to W's dtype."""
+    return stored(exact(W, update, torch.float32), update).to(W.dtype)
+
+
+def exact(W: Tensor, update: Update, dtype: torch.dtype) -> Tensor:
+    """Return the merged weight as (out_features, in_features), in a wide dtype.
+
+    LoRA: W + s B A. DoRA: m_i V_i / |V_i| with V = W + s B A, and 0 for a zero row.
+    """
+    V = read(W, update).to(dtype) + delta(update, dtype)
+    if update.magnitude is None:
+        return V
+    return gain(update.magnitude.to(dtype), row_norm(V))[:, None] * V
+
+
+def delta(update: Update, dtype: torch.dtype) -> Tensor:
+    """Return s B A."""
+    return update.scaling * (update.B.to(dtype) @ update.A.to(dtype))
+
+
+def row_norm(V: Tensor) -> Tensor:
+    """Return the norm of each output row, over in_features."""
+    return torch.linalg.vector_norm(V, dim=1)
+
+
+def gain(magnitude: Tensor, norm: Tensor) -> Tensor:
+    """Return m / norm, and 0 for a zero row."""
+    zero = norm == 0
+    return torch.where(zero, 0, magnitude / torch.where(zero, 1, norm))
+
+
+def read(stored_weight: Tensor, update: Update) -> Tensor:
+    """Return the stored weight as (out_features, in_features)."""
+    return stored_weight.T if update.transposed else stored_weight
+
+
+def stored(W: Tensor, update: Update) -> Tensor:
+    """Return W the way the base stores it."""
+    return W.T if update.transposed else W

@@ -1,0 +1,83 @@
+"""Small models and adapters in files, drawn from a seed."""
+
+import json
+
+import safetensors.torch
+import torch
+
+from minipeft.interop.tensors import About
+
+SIZES = {"square": (16, 16), "wide": (16, 32), "tall": (48, 16)}
+
+
+class InMemory:
+    """Tensors by name that lie in no file."""
+
+    def __init__(self, tensors):
+        self.tensors = tensors
+        self.about = {n: About(t.dtype, tuple(t.shape)) for n, t in tensors.items()}
+        self.metadata = {}
+
+    def read(self, name):
+        return self.tensors[name].clone()
+
+    def pieces(self, name):
+        flat = self.tensors[name].contiguous().reshape(-1)
+        yield flat.view(torch.uint8).numpy().tobytes()
+
+
+def base_tensors(dtype=torch.float32, seed=0):
+    draw = torch.Generator().manual_seed(seed)
+    tensors = {}
+    for layer in range(2):
+        for kind, shape in SIZES.items():
+            W = torch.randn(shape, generator=draw) * 0.05
+            tensors[f"model.layers.{layer}.{kind}.weight"] = W.to(dtype)
+            bias = torch.randn(shape[0], generator=draw)
+            tensors[f"model.layers.{layer}.{kind}.bias"] = bias.to(dtype)
+    tensors["model.embed_tokens.weight"] = torch.randn(40, 16, generator=draw).to(dtype)
+    tensors["model.norm.weight"] = torch.ones(16, dtype=dtype)
+    return tensors
+
+
+def adapter_tensors(seed=1, r=4, dora=False, layers=(0, 1)):
+    draw = torch.Generator().manual_seed(seed)
+    tensors = {}
+    for layer in layers:
+        for kind, (out_features, in_features) in SIZES.items():
+            key = f"base_model.model.model.layers.{layer}.{kind}"
+            A = torch.randn(r, in_features, generator=draw) * 0.1
+            B = torch.randn(out_features, r, generator=draw) * 0.1
+            tensors[f"{key}.lora_A.weight"], tensors[f"{key}.lora_B.weight"] = A, B
+            if dora:
+                m = torch.rand(out_features, generator=draw) + 0.5
+                tensors[f"{key}.lora_magnitude_vector"] = m
+    return tensors
+
+
+def write_adapter(folder, tensors, **config):
+    folder.mkdir(parents=True, exist_ok=True)
+    fields = {"peft_type": "LORA", "r": 4, "lora_alpha": 12, **config}
+    (folder / "adapter_config.json").write_text(json.dumps(fields))
+    safetensors.torch.save_file(
+        tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"}
+    )
+    return folder
+
+
+def write_model(folder, tensors, shards=1):
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text("{}")
+    if shards == 1:
+        safetensors.torch.save_file(tensors, folder / "model.safetensors")
+        return folder
+    names = sorted(tensors)
+    places = {}
+    for i in range(shards):
+        file = f"model-{i + 1:05}-of-{shards:05}.safetensors"
+        mine = names[i::shards]
+        safetensors.torch.save_file({n: tensors[n] for n in mine}, folder / file)
+        places |= dict.fromkeys(mine, file)
+    index = {"metadata": {}, "weight_map": places}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    return folder
