@@ -10,6 +10,9 @@ from math import sqrt
 import torch
 from torch import Tensor
 
+ROWS = 256
+"""Rows of a weight that are merged at a time."""
+
 
 @dataclass(frozen=True)
 class Update:
@@ -45,7 +48,21 @@ class Update:
 
 def merged(W: Tensor, update: Update) -> Tensor:
     """Return the merged weight, computed in float32 and rounded once to W's dtype."""
-    return stored(exact(W, update, torch.float32), update).to(W.dtype)
+    plain = read(W, update)
+    result = torch.empty_like(plain)
+    # A block of rows at a time stays in the cache, from the product to the rounding.
+    for start in range(0, len(plain), ROWS):
+        rows = slice(start, start + ROWS)
+        result[rows] = _merged_rows(plain[rows], update, rows)
+    return stored(result, update)
+
+
+def _merged_rows(W: Tensor, update: Update, rows: slice) -> Tensor:
+    V = update.B[rows].float() @ update.A.float()
+    V.mul_(update.scaling).add_(W)
+    if update.magnitude is not None:
+        V *= gain(update.magnitude[rows].float(), row_norm(V))[:, None]
+    return V
 
 
 def exact(W: Tensor, update: Update, dtype: torch.dtype) -> Tensor:
