@@ -2,11 +2,12 @@
 # # NF4: sixteen numbers for a bell curve
 #
 # A model of 7 billion parameters in 16 bits fills {=7 * 16 / 8:g=} GB before the first gradient.
-# In 4 bits it fills {=7 * 4 / 8:g=}. Four bits name one of sixteen values, and everything in
-# this chapter is about choosing them well: where the sixteen come from, how a block of
-# weights shares one scale, and what is lost.
+# In 4 bits it fills {=7 * 4 / 8:g=} GB. Four bits can name sixteen values. This chapter shows where
+# NF4's sixteen values come from, how a block of weights shares one scale, and how much precision is lost.
 
 # %%
+from statistics import NormalDist
+
 import numpy as np
 
 from minipeft.lab import models, plots
@@ -19,31 +20,33 @@ chapter = start("02_nf4", steps=1, model="minilm")
 # %% [markdown]
 # ## The problem
 #
-# Rounding to a grid of evenly spaced numbers is the obvious way, and for weights it is
-# the wrong one. Weights of a trained network look like draws from a normal
-# distribution: most are small, a few are large. An even grid that reaches the largest
-# weight of a tensor spends most of its sixteen values where almost nothing lies.
+# The obvious way is to round each weight to the nearest of sixteen evenly spaced numbers. But the weights
+# of a trained network look like draws from a normal distribution: most are small, a few are large. An even grid that reaches the largest
+# weight of a tensor spends most of its sixteen values where few weights are.
 #
-# Two ideas repair this, and QLoRA [@dettmers2023] joins them.
+# Two ideas help, and QLoRA [@dettmers2023] joins them.
 #
 # 1. **Blocks.** Cut the tensor into blocks of 64 consecutive values and scale each by
 #    its own largest magnitude, its *absmax*. An outlier then costs precision only among
 #    its 63 neighbours.
-# 2. **Quantiles.** Put the sixteen values where the weights are: at quantiles of the
-#    normal distribution, so that every code is used about equally often.
+# 2. **Quantiles.** Put the sixteen values at quantiles of the normal distribution: close together
+#    where weights are many, far apart where they are few.
 #
 # ## The formula
 #
-# With $\Phi^{-1}$ the quantile function of the standard normal distribution and
-# $\delta = 929/960$, NormalFloat takes evenly spaced probabilities from $\delta$ down to
-# $1/2$, eight on the positive side and seven on the negative, an exact zero between
-# them, and divides by the largest:
+# Let $\Phi^{-1}$ be the quantile function of the standard normal distribution: a normal random number is below
+# $\Phi^{-1}(p)$ with probability $p$. Choose probabilities $p_i$, evenly spaced from $\delta$ down towards $1/2$: eight of them for the
+# positive values, and seven, with a wider step, for the negative ones. The value of $p_i$ is
 #
-# $$ q_i = \frac{\Phi^{-1}(p_i)}{\Phi^{-1}(\delta)}. $$
+# $$ q_i = \pm\,\frac{\Phi^{-1}(p_i)}{\Phi^{-1}(\delta)}, \qquad \delta = \frac{929}{960}. $$
 #
-# The outermost probability cannot be 1, whose quantile is infinite. The number 929/960 is
-# the mean of $1 - 1/30$ and $1 - 1/32$: half a step inside the end for fifteen intervals, and
-# for sixteen.
+# An exact zero, the quantile of $1/2$, completes the sixteen. The outermost probability $\delta$ cannot be 1, whose quantile is infinite.
+#
+# The number $\delta$ is not in the paper. Its equation 4 takes means of neighbouring quantiles, and the outermost of those is infinite. The
+# authors' library has the constant: `create_normal_map` in
+# [bitsandbytes](https://github.com/bitsandbytes-foundation/bitsandbytes/issues/938) uses 0.9677083. That is $929/960$, and $929/960$ is the mean of
+# $1 - \frac1{32}$ and $1 - \frac1{30}$. Cut the interval from 0 to 1 into sixteen equal parts, and the middle of the last part is $1 - \frac1{32}$; cut it into fifteen, and
+# it is $1 - \frac1{30}$. Other choices of $\delta$ give another table:
 #
 # @source minipeft.reference.codebook.normal_float
 
@@ -52,15 +55,18 @@ derived = normal_float(4)
 for code, (value, published) in enumerate(zip(derived, NF4, strict=True)):
     print(f"{code:2d}  {value:+.7f}  {published:+.7f}  {value - published:+.1e}")
 assert np.abs(derived - NF4).max() < 2.0**-22
+for text, offset in (("929/960", 929 / 960), ("31/32", 31 / 32), ("29/30", 29 / 30)):
+    off = np.abs(normal_float(4, offset) - NF4).max()
+    print(f"delta = {text:7s}: at most {off:.1e} from the published table")
+    assert (off < 2.0**-22) == (text == "929/960")
 
 # %% [markdown]
-# The second column is the formula, the third is the table that every implementation
-# ships. They differ in the last digit: the published table was once computed from
-# float32 probabilities, and what other programs load must be *those* bits. So the
-# table is written literally, and the derivation is a test of it.
+# The second column is the formula, the third is the published table. They differ in the last digits, because the
+# published table was computed with less precise probabilities. Stored models assume the published bits. So our code
+# contains the table literally, and a test compares it with the formula.
 
 # %%
-INT4 = (np.arange(-8, 8) / np.float32(7)).astype(np.float32)
+INT4 = (np.arange(-8, 8) / np.float32(7)).astype(np.float32)  # -8/7 to 1, even steps
 CODEBOOKS = {"NF4": NF4, "FP4": FP4, "int4": INT4}
 COLORS = dict(zip(CODEBOOKS, plots.PALETTE, strict=False))
 
@@ -108,19 +114,19 @@ ax.grid(visible=False)
 chapter.show(
     figure,
     "codes",
-    alt="A bell curve of scaled weights, cut by the boundaries of NF4 into sixteen slices; below it the values of NF4, crowded around zero, of FP4, which leaves wide gaps, and of int4, evenly spaced.",
+    alt="A bell-shaped histogram of scaled weights between minus one and one, cut by fifteen thin vertical lines into sixteen slices. Below it three rows of ticks: NF4, dense around zero and thin outside; FP4, with three ticks near zero and wide gaps beside them; int4, evenly spaced.",
+    caption="NF4 (blue ticks) puts its values close together where scaled weights are many. FP4 leaves a gap from 0.005 to 0.167 on both sides of zero; int4 is even.",
 )
 
 # %% [markdown]
-# The bell is what a block of 64 normal weights looks like after scaling, the thin lines
+# The bell is the distribution of normal weights in blocks of 64 after scaling. The thin lines
 # are NF4's decision boundaries, and the rows of ticks are the values of three
-# codebooks. NF4 crowds where the weights are. FP4, a sign with two exponent bits and
-# one mantissa bit, spends four codes on two zeros and their nearest neighbours, and leaves a gap on either
-# side of it. int4 is the even grid.
+# codebooks. FP4 has a sign bit, two exponent bits and one mantissa bit. Four of its codes mean almost the same: two zeros and
+# $\pm 0.0052$; the next values are $\pm 0.167$. int4 stands for the integers from −8 to 7, divided by 7, so that 0 and 1 are among them. Its value $-8/7$ lies
+# outside of what scaled weights can be, so only fifteen of its codes are ever used.
 #
-# Are the sixteen slices equally likely, as "information-theoretically optimal" would
-# want? Nearly, not quite: dividing by the absmax of a block is not dividing by a
-# standard deviation.
+# Are the sixteen slices of NF4 equally likely? The paper calls the data type "information-theoretically optimal" because equally
+# likely codes carry the most information. Count:
 
 # %%
 codes = blockwise.unpack(blockwise.quantize(normal).packed, 4, normal.size)
@@ -129,6 +135,14 @@ entropy = -(share * np.log2(share)).sum()
 print("share of each code, in percent:", " ".join(f"{100 * s:.1f}" for s in share))
 print(f"entropy: {entropy:.3f} of 4 bits")
 assert round(entropy, 2) == 3.88
+int4_codes = blockwise.unpack(blockwise.quantize(normal, INT4).packed, 4, normal.size)
+assert not (int4_codes == 0).any()  # -8/7
+NORMAL = NormalDist().inv_cdf(929 / 960)
+
+# %% [markdown]
+# They are not. The shares go from {=f"{100 * share.min():.1f}"=} to {=f"{100 * share.max():.1f}"=} %, where equal ones would be 6.25 %. The reason is the scale. NF4's values are quantiles
+# divided by $\Phi^{-1}(\delta) = {=f"{NORMAL:.2f}"=}$ standard deviations, but a block is divided by its own largest value, on average
+# {=f"{np.abs(normal).reshape(-1, 64).max(1).mean():.2f}"=} standard deviations. So scaled weights are smaller than the quantiles assume. Yoshida discusses what would be optimal [@yoshida2023].
 
 # %% [markdown]
 # ## The code
@@ -175,20 +189,20 @@ print("bytes  ", " ".join(f"{byte:08b}" for byte in q.packed))
 print("back   ", blockwise.dequantize(q).round(4).tolist())
 
 # %% [markdown]
-# Read the bytes: the first code of each pair is in the high four bits. The second block is all
-# zeros, and a zero block must not divide by its absmax: every code is 7, the
+# In the bytes, the first code of each pair is in the high four bits. The second block is all
+# zeros. Here nothing may be divided by the absmax, which is 0: every code is 7, the
 # code of 0.0.
 #
 # ## The proof
 #
-# Three laws hold for every tensor that the tests can think of, subnormal numbers and the
-# largest floats included.
+# The tests draw tensors at random, with subnormal numbers and the largest floats among them, and check three laws. Below, $W_i$ is a weight, $\hat W_i$ is
+# what dequantizing returns for it, and $a$ is the absmax of its block.
 #
-# - **The error is at most half a gap.** $|W_i - \hat W_i| \le \tfrac12 \, a \max_k (c_{k+1} - c_k)$,
-#   up to five roundings that the bound counts.
+# - **The error is at most half a gap.** $|W_i - \hat W_i| \le \tfrac12 \, a \max_k (q_{k+1} - q_k)$,
+#   up to five roundings, which the bound counts.
 # - **Quantizing again changes nothing.** The values that came back have the same codes.
-# - **Bytes are bytes.** NumPy, torch and the CUDA kernel give the same packed bytes and the same
-#   scales, and for whole blocks so does bitsandbytes.
+# - **All columns give the same bytes.** NumPy, torch and the CUDA kernel, which the tests run on a CPU, give the same packed bytes and the same
+#   scales. For whole blocks so does bitsandbytes on a CPU.
 
 # %%
 back = blockwise.dequantize(blockwise.quantize(normal))
@@ -203,8 +217,8 @@ assert again.packed.tobytes() == blockwise.quantize(normal).packed.tobytes()
 # %% [markdown]
 # ## The experiment, on numbers with a known answer
 #
-# bitsandbytes publishes the mean error of NF4 on normal numbers for every block size, as
-# the thresholds of its own tests. They are reproduced here on one matrix of a million values.
+# The tests of bitsandbytes contain the mean error of NF4 on normal numbers for each block size, measured over 200 matrices. Here are the
+# same numbers from one matrix of a million values.
 
 # %%
 PUBLISHED = {
@@ -240,6 +254,12 @@ assert max(deviations) < 0.005
 fp4_error = mean_error(normal, FP4, 64)
 print(f"FP4 at 64: published 0.096543, measured {fp4_error:.6f}")
 assert abs(fp4_error / 0.096543 - 1) < 0.005
+sixteen = np.linspace(-1, 1, 16, dtype=np.float32)
+control = mean_error(normal, sixteen, 64)
+print(
+    f"int4 at 64: {mean_error(normal, INT4, 64):.6f}; sixteen even values: {control:.6f}"
+)
+assert mean_error(normal, NF4, 64) < control
 
 # %% tags=["fold"]
 figure, ax = plots.axes(
@@ -266,13 +286,17 @@ ax.minorticks_off()
 chapter.show(
     figure,
     "blocksizes",
-    alt="Mean error against block size for three codebooks. All grow slowly; NF4 is lowest everywhere and lies on the published crosses, and int4 overtakes FP4 at blocks of 512.",
+    alt="Mean error against block size, from 32 to 4,096 on a logarithmic axis, for three codebooks. All three curves rise. NF4 is the lowest at every size and runs through eight crosses. int4 begins below FP4 and ends above it.",
+    caption=f"NF4 has the smallest error at every block size, and our eight values lie within {100 * max(deviations):.2f} % of those that bitsandbytes publishes (crosses). int4 is better than FP4 in small blocks and worse in large ones.",
 )
 
 # %% [markdown]
-# All eight points lie within {=f"{100 * max(deviations):.2f}"=} % of the published ones. Larger blocks
-# hold larger outliers, so the error grows, and the cheapest codebook suffers most: int4 is
-# better than FP4 for small blocks and worse for large ones.
+# All eight points lie within {=f"{100 * max(deviations):.2f}"=} % of the published ones. A larger block
+# has a larger absmax, which spreads its values further apart, so the error grows with the block. It grows most for int4, whose
+# values are evenly spaced: better than FP4 in small blocks, worse in large ones.
+#
+# Is int4 only worse because one of its codes is never used? No: sixteen even values from −1 to 1 (which leave out 0) have an error of
+# {=f"{control:.4f}"=} at blocks of 64, NF4 one of {=f"{mean_error(normal, NF4, 64):.4f}"=}.
 #
 # ## The experiment, on real weights
 #
@@ -337,18 +361,26 @@ ax.grid(visible=False, axis="x")
 chapter.show(
     figure,
     "minilm",
-    alt="Relative error of 36 weight matrices under three codebooks: NF4 near 9 percent for every one, int4 near 11, FP4 near 13. The grey bars mark the six matrices with heavy tails, where all three rise a little and NF4 least.",
+    alt="Relative error of 36 weight matrices, in the order of the network, as dots of three colours in three rows: NF4 near 9 percent, int4 near 11, FP4 near 13. Grey bars mark six matrices, one in each layer, where all dots lie a little higher.",
+    caption=f"NF4 has the smallest error on each of the {len(weights)} matrices: {100 * errors['NF4'].min():.1f} to {100 * errors['NF4'].max():.1f} %. Grey bars mark the matrices with enormous single weights.",
 )
+largest = [*weights.values()][int(kurtosis.argmax())].ravel()
+rest = np.delete(largest, np.abs(largest).argmax())
+without = float((((rest - rest.mean()) / rest.std()) ** 4).mean() - 3)
+print(
+    f"excess kurtosis at most {kurtosis.max():.0f}; without its largest weight {without:.1f}"
+)
+assert without < 10
 
 # %% [markdown]
 # NF4 loses {=f"{100 * errors['NF4'].mean():.1f}"=} % of a matrix in the Frobenius norm, int4
 # {=f"{100 * errors['int4'].mean():.1f}"=} %, FP4 {=f"{100 * errors['FP4'].mean():.1f}"=} %: the same order for
 # every one of the {=len(weights)=} matrices. Grey bars mark the {=len(heavy)=} matrices
-# whose excess kurtosis is above 10 (the largest, {=f"{kurtosis.max():.0f}"=}, is a single enormous weight:
-# a normal distribution has 0). Blocks confine such outliers to their 63 neighbours; the error there is
+# whose excess kurtosis is above 10. A normal distribution has 0. The largest, {=f"{kurtosis.max():.0f}"=}, comes from a single enormous weight:
+# without it the matrix has {=f"{without:.1f}"=}. In a block, such a weight costs precision for its 63 neighbours only; the error of these matrices is
 # {=f"{100 * errors['NF4'][heavy].mean():.1f}"=} % instead of {=f"{100 * np.delete(errors['NF4'], heavy).mean():.1f}"=} %.
 #
-# Memory is exact arithmetic: four bits for the code, and 32 bits of scale for 64 values.
+# The memory can be counted exactly: four bits for the code, and 32 bits of scale for 64 values.
 
 # %%
 q = blockwise.quantize(next(iter(weights.values())))
@@ -357,7 +389,7 @@ print(f"{bits} bits per parameter")
 assert bits == 4 + 32 / 64
 
 # %% [markdown]
-# Half a bit of scale for four bits of code is a lot. The next chapter quantizes the
+# Half a bit of scale for four bits of code is a lot. [The next chapter](03_double_quant.md) quantizes the
 # scales too.
 #
 # ## What goes wrong in practice
@@ -376,19 +408,19 @@ moved = np.mean(ours != theirs)
 assert 0 < moved < 0.001
 
 # %% [markdown]
-# - **Rows that are not a multiple of the block.** Blocks run across rows. A CPU kernel of bitsandbytes
-#   finds the scale of column $j$ in row $i$ by dividing within the row, which is wrong when the row length is
-#   no multiple of the block: for a (1152, 4304) matrix, {=f"{100 * misread:.0f}"=} % of the values come back
-#   with another block's scale. The golden vectors have such a matrix. The exercise below builds this bug.
+# - **Rows that are not a multiple of the block.** Blocks run across rows. The AVX-512 kernel of bitsandbytes
+#   finds the scale of column $j$ in row $i$ by dividing within the row. This is wrong when the row length is
+#   no multiple of the block: in a (1152, 4304) matrix, {=f"{100 * misread:.0f}"=} % of the values come back
+#   with another block's scale. The golden vectors have such a matrix. The first exercise builds this bug.
 # - **Nibbles in the other order.** One back end packed the first code low, another high
 #   ([bitsandbytes 1472](https://github.com/bitsandbytes-foundation/bitsandbytes/pull/1472)); a vector of two
 #   elements finds it.
 # - **A packing variable that was not cleared**, at blocks of 1024 and more
-#   ([bitsandbytes 1721](https://github.com/bitsandbytes-foundation/bitsandbytes/pull/1721)): the error was far too large, and
-#   the thresholds of the tests were larger still.
-# - **A zero block.** Divide by an absmax of zero, and NaN chooses code 0, which is $-1$: the block comes back as
-#   $-1 \cdot 0 = -0.0$. Three implementations give three different bytes here.
-# - **NaN.** A maximum that ignores NaN turns it into a finite weight in silence. Here it is an error that names the
+#   ([bitsandbytes 1721](https://github.com/bitsandbytes-foundation/bitsandbytes/pull/1721)): the error was many times too large, and
+#   the tests passed, because their thresholds were larger still.
+# - **A zero block.** Dividing by an absmax of zero gives NaN. Compared with the midpoints, NaN gets code 0, which is $-1$: the block comes back as
+#   $-1 \cdot 0 = -0.0$. Implementations differ in which code they store here.
+# - **NaN.** An absmax that ignores NaN turns it into a finite weight without a warning. Here NaN is an error that names the
 #   first bad index.
 # - **Four digits instead of sixteen.** torchao rounds the table to four decimals: of 10,000 codes of normal weights,
 #   {=f"{1e4 * moved:.1f}"=} differ, and every value but −1, 0 and 1 comes back with other bits.
@@ -444,5 +476,5 @@ assert np.sum(before != after) <= 64
 # %% [markdown]
 # ## References
 #
-# The data type and the blocks are from QLoRA [@dettmers2023]; blocks for 8 bits came first [@dettmers2021]. Whether
-# NF4 is optimal, and in which sense, is discussed by Yoshida [@yoshida2023].
+# The data type and the blocks of 64 are from QLoRA [@dettmers2023]; quantization by blocks, in 8 bits, is from [@dettmers2021]. In
+# which sense NF4 is optimal is discussed by Yoshida [@yoshida2023].

@@ -3,7 +3,7 @@
 #
 # NF4 spends four bits on a weight, and then half a bit more on the scale of its block. On a model of 65 billion
 # parameters that half bit is four gigabytes. QLoRA [@dettmers2023] quantizes the scales as well, and pays an eighth of a bit.
-# The trick fits into twenty lines. What it costs in accuracy, and which eight bits a scale should get, we can measure.
+# This chapter measures what that costs in accuracy, and which 8-bit codebook suits the scales.
 
 # %%
 import numpy as np
@@ -19,10 +19,10 @@ chapter = start("03_double_quant", steps=1, model="minilm")
 # %% [markdown]
 # ## The problem
 #
-# A block of $B = 64$ weights has one scale, its absmax $a$, a float32. That is $32/64 = 0.5$ bits a weight. Larger blocks would
-# make it cheaper, and [the last chapter](02_nf4.md) showed why we do not want them: the larger the block, the larger its outlier.
+# A block of $n = 64$ weights has one scale, its absmax $a$, a float32. That is $32/64 = 0.5$ bits a weight. Larger blocks would
+# cost fewer bits, but [the last chapter](02_nf4.md) showed that their error is larger.
 #
-# Look at the scales of a real matrix instead. They are all positive and lie close together:
+# Instead, look at the scales of a real matrix. They are all positive and close together:
 
 # %%
 models.fetch("minilm")
@@ -36,19 +36,20 @@ print(
 print(f"standard deviation {absmax.std():.3f}")
 
 # %% [markdown]
-# Such numbers do not need 24 bits of mantissa and eight of exponent.
+# Such numbers do not need the 24 bits of precision and the eight bits of exponent of a float32.
 #
 # ## The formula
 #
-# Treat the scales as if they were weights. Subtract their mean $\bar a$, because a signed code is wasted on numbers that are all positive;
-# cut them into blocks of $B_2 = 256$; give each block a scale $a_2 = \max |a - \bar a|$; round to a codebook $d$ of 256 values:
+# Quantize the scales as if they were weights. Subtract their mean $\bar a$, because a codebook with two signs would waste half of its codes on numbers that are all positive.
+# Cut the differences into blocks of $n' = 256$, give each block a scale $a' = \max |a - \bar a|$, and round to a codebook $q'$ of 256 values. The primes mark the second level;
+# $c_i$ is the code of weight $i$, and $q$ is the codebook of the weights, NF4:
 #
-# $$ s_j = \arg\min_k \left| d_k - \frac{a_j - \bar a}{a_2} \right|, \qquad
-#    \hat a_j = d_{s_j} \, a_2 + \bar a, \qquad \hat W_i = c_{q_i} \, \hat a_j. $$
+# $$ c'_j = \arg\min_k \left| q'_k - \frac{a_j - \bar a}{a'} \right|, \qquad
+#    \hat a_j = q'_{c'_j} \, a' + \bar a, \qquad \hat W_i = q_{c_i} \, \hat a_j. $$
 #
-# The price in bits a weight is
+# The cost in bits a weight is
 #
-# $$ \underbrace{4}_{\text{code}} + \underbrace{\frac{8}{B}}_{\text{code of the scale}} + \underbrace{\frac{32}{B\,B_2}}_{\text{nested scale}}
+# $$ \underbrace{4}_{\text{code}} + \underbrace{\frac{8}{n}}_{\text{code of the scale}} + \underbrace{\frac{32}{n\,n'}}_{\text{nested scale}}
 #    = 4 + 0.125 + 0.001953125, $$
 #
 # and 32 bits once, for $\bar a$.
@@ -62,15 +63,16 @@ print(f"on 65 billion weights: {saved:.2f} GB")
 assert (before, after) == (0.5, 0.126953125)
 
 # %% [markdown]
-# The paper's table says 0.127, and "approximately 3 GB for a 65B model".
+# The paper says 0.127 bits, and "approximately 3 GB for a 65B model". It speaks of "8-bit floats" for the codebook $q'$. The authors' library uses the dynamic map
+# that is described below, and so do we.
 #
 # ## The code
 #
 # @source minipeft.reference.double_quant.quantize
 # @source minipeft.torch.double_quant.quantize
 #
-# Note the reuse: a scale is quantized by the function that quantizes weights, with another codebook. Decoding is the same the other way
-# round. Each of the two operations is rounded to float32 on its own. A fused multiply-add would give other last bits, and then the
+# The function that quantizes weights also quantizes the scales, with another codebook. Decoding multiplies and adds, and rounds
+# to float32 after each of the two. A fused multiply-add rounds once and would give other last bits, and then the
 # weights of two libraries would differ.
 #
 # @source minipeft.reference.double_quant.unnest
@@ -79,8 +81,8 @@ assert (before, after) == (0.5, 0.126953125)
 # @source minipeft.reference.double_quant.dequantize
 # @source minipeft.torch.double_quant.dequantize
 #
-# One line deserves a look, because it is where implementations differ without knowing it: the mean. A sum of floats depends on
-# the order, and every library adds in its own. The rule here has no order: take the *exact* sum, and round that.
+# The mean needs a rule. A sum of floats depends on the order of its terms, and libraries add in different orders. Our rule does not
+# depend on an order: take the *exact* sum, and round it once.
 #
 # @source minipeft.reference.double_quant.mean
 # @source minipeft.torch.double_quant.mean
@@ -96,13 +98,14 @@ print(f"200 orders: {len(naive)} different float32 means, {len(exact)} by our ru
 assert len(exact) == 1 < len(naive)
 
 # %% [markdown]
-# The eight-bit codebook is the *dynamic map* of the 8-bit optimizers [@dettmers2021]: an exponent of base ten in unary, and a linear
-# fraction in the bits that are left. Small numbers get a large exponent and few digits, large ones the reverse.
+# The eight-bit codebook is the *dynamic map* of the 8-bit optimizers [@dettmers2021]. The first bit is the sign. The number of zeros that follow, up to the first 1, says how
+# often to divide by ten. The bits after that 1 divide the interval from 0.1 to 1 evenly. So the map covers seven powers of ten, and the smaller a number is, the fewer bits are left for its
+# digits.
 #
 # @source minipeft.reference.codebook.dynamic_map
 # @source minipeft.torch.codebook.dynamic_map
 #
-# And what it all costs is counted, not estimated:
+# The cost in bits is counted from the arrays:
 #
 # @source minipeft.reference.double_quant.bits_per_parameter
 # @source minipeft.torch.double_quant.bits_per_parameter
@@ -116,11 +119,13 @@ assert double_quant.bits_per_parameter(q) - 32 / W.size == 4 + after
 # %% [markdown]
 # ## The proof
 #
-# - **The weights keep their codes.** Whatever happens to the scales, `packed` is that of plain NF4, byte for byte.
+# - **The weights keep their codes.** `packed` is that of plain NF4, byte for byte: quantizing the scales does not change it.
 # - **A scale comes back within half a gap** of the map, times its nested scale.
 # - **Two roundings and no more.** Computed over the rationals, product and sum, each rounded to float32, give the bits of `unnest`.
 # - **Zero is a code.** Equal scales come back exactly, since their distance from the mean is 0 and 0 is in the map.
 # - **Both columns, and bitsandbytes.** NumPy and torch agree in every byte; bitsandbytes, given our bytes, decodes the same weights.
+#
+# The cell checks the first two on one real matrix; the tests check all five on drawn ones.
 
 # %%
 decoded = double_quant.unnest(q).absmax
@@ -136,8 +141,8 @@ assert q.packed.tobytes() == blockwise.quantize(W).packed.tobytes()
 # %% [markdown]
 # ## The experiment: which eight bits?
 #
-# torchao stores the scales differently: as signed bytes, evenly spaced, a *linear* map. It also subtracts the mean, and also takes blocks of
-# 256. So the only question is where the 256 values lie.
+# torchao stores the scales as signed bytes that stand for evenly spaced values, a *linear* map. Like bitsandbytes it subtracts the mean and takes blocks of
+# 256. So the two differ only in where the 256 values lie.
 
 # %%
 MAPS = {
@@ -196,14 +201,15 @@ ax.grid(visible=False)
 chapter.show(
     figure,
     "maps",
-    alt="The distribution of centred scales, a lopsided bell between minus one and one, above the values of two codebooks: the dynamic map crowds hundreds of values at the middle, the linear map covers the range evenly.",
+    alt="A histogram of centred scales, a lopsided bell between minus one and one, above two rows of ticks: the values of the dynamic map, so dense at the middle that they merge, and sparse outside; the values of the linear map, evenly spaced.",
+    caption=f"The dynamic map has {100 * crowd:.0f} % of its values between −0.1 and 0.1, where only {100 * inside:.0f} % of the scales of normal weights are. The linear map fits them better.",
 )
 
 # %% [markdown]
-# The dynamic map is made for numbers that spread over seven decades, such as the moments of an optimizer. The scales of normal weights do not: once centred,
-# they fill the range like any bell. The map puts {=f"{100 * crowd:.0f}"=} % of its codes where only
-# {=f"{100 * inside:.0f}"=} % of the scales are, and is coarse everywhere else. So for normal weights the plain linear map is better: {=f"{100 * on_normal['linear']:.2f}"=} %
-# against {=f"{100 * on_normal['dynamic']:.2f}"=} %. On real weights?
+# The dynamic map is made for numbers that spread over seven powers of ten, such as the moments of an optimizer. The scales of normal weights do not: once centred,
+# they are spread over the range like a bell. The map puts {=f"{100 * crowd:.0f}"=} % of its codes between −0.1 and 0.1, where only
+# {=f"{100 * inside:.0f}"=} % of the scales are, and is coarse outside. So for normal weights the linear map is better: its relative error is {=f"{100 * on_normal['linear']:.2f}"=} %
+# against {=f"{100 * on_normal['dynamic']:.2f}"=} %. Is it better on real weights too?
 
 # %%
 scales = {name: blockwise.quantize(W).absmax for name, W in weights.items()}
@@ -242,16 +248,17 @@ ax.yaxis.set_major_formatter("{x:.1f} %")
 chapter.show(
     figure,
     "tails",
-    alt="Error of the scales of 36 matrices against the ratio of the largest scale to the mean. Below four the linear map lies a little under the dynamic one; beyond it the linear map rises to two percent, while the dynamic map stays where it was.",
+    alt="Error of the scales of 36 matrices, two dots each, against the ratio of the largest scale to the mean, from 2 to 50. Up to a ratio of four both dots lie below half a percent, the linear map's a little lower; from eight on the linear map's rise to two percent, while the dynamic map's stay below 0.6 percent.",
+    caption=f"The linear map is better where no scale is large beside the mean ({better.sum()} matrices). Where one is, its error grows to {100 * errors['linear'].max():.1f} %; that of the dynamic map never exceeds {100 * errors['dynamic'].max():.1f} %.",
 )
 
 # %% [markdown]
 # On {=better.sum()=} of the {=better.size=} matrices, yes. On the other {=(~better).sum()=}, the error of the linear map is up to
-# {=f"{(errors['linear'] / errors['dynamic']).max():.1f}"=} times that of the dynamic one. These are the matrices with a few enormous weights: a
-# single scale of {=f"{reach.max():.0f}"=} times the mean stretches its nested block, and 255 others must do with the few even steps near zero. There the seven
-# decades earn their keep. The dynamic map is a little worse for ordinary weights and never bad for any: a good default.
+# {=f"{(errors['linear'] / errors['dynamic']).max():.1f}"=} times that of the dynamic one. These matrices have a few enormous weights. A
+# single scale of {=f"{reach.max():.0f}"=} times the mean makes $a'$ large, and then the 255 other scales of its block lie within a few of the even steps around zero. The dynamic map has
+# fine steps there. Its error is a little larger on ordinary matrices and never above {=f"{100 * errors['dynamic'].max():.1f}"=} %, which makes it the safer default.
 #
-# All of these are errors of the *scale*. What counts is the weight:
+# All of these are errors of the *scales*. How much larger does the error of the *weights* become?
 
 
 # %%
@@ -282,7 +289,7 @@ assert max(map(max, added.values())) < 5
 # %% [markdown]
 # Double quantization adds {=f"{np.mean(added['dynamic']):.3f}"=} % *of* the error of NF4, at most {=f"{np.max(added['dynamic']):.3f}"=} % on any matrix; the linear map
 # {=f"{np.mean(added['linear']):.3f}"=} %, at most {=f"{np.max(added['linear']):.3f}"=} %. The errors of scales and codes are nearly independent, so their squares add, and
-# the square of half a percent is nothing beside the square of nine percent. An eighth of a bit is enough for a scale.
+# the square of half a percent is small beside the square of nine percent. Eight bits are enough for a scale.
 #
 # ## What goes wrong in practice
 
@@ -297,20 +304,20 @@ example[:, 0] = [1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 0.0]
 back_to_zero = double_quant.unnest(double_quant.quantize(example)).absmax[-1]
 
 # %% [markdown]
-# - **A zero that cannot be written.** To be fast, the CPU kernel of bitsandbytes looks the code up in a table of 65,536 bins, whose centres miss 0. Rebuilt here,
-#   {=len(never)=} codes, {=never[0]=} to {=never[-1]=}, are never chosen, and an exact zero becomes code {=zero_code=}: {=f"{dynamic_map()[zero_code]:.3e}"=} of the absmax. For scales this is
-#   harmless; for the moments of [an optimizer](04_adamw.md) it means that weights without a gradient move. A law asks that quantizing the map gives every code from 0 to 255.
-# - **A map with a hole.** A slip of indentation once left out the values between 0.36 and 0.41, and
-#   8-bit Adam [ended in NaN](https://github.com/bitsandbytes-foundation/bitsandbytes/issues/227). A golden table of 256 numbers would have found it.
+# - **A zero that has no code.** The CPU kernel of bitsandbytes is fast because it looks the code up in a table of 65,536 bins, and no bin is centred at 0. With the table rebuilt here,
+#   {=len(never)=} codes, {=never[0]=} to {=never[-1]=}, are never chosen, and an exact zero becomes code {=zero_code=}: {=f"{dynamic_map()[zero_code]:.3e}"=} of the absmax. For scales this does no
+#   harm; for the moments of [an optimizer](04_adamw.md) it means that weights without a gradient move. One of our laws says that quantizing the map itself gives every code from 0 to 255.
+# - **A map with a hole.** A mistake in indentation once left out the values between 0.36 and 0.41, and
+#   8-bit Adam [ended in NaN](https://github.com/bitsandbytes-foundation/bitsandbytes/issues/227). The golden vectors contain all 256 numbers.
 # - **Scales of zero blocks.** The map ends at {=f"{dynamic_map()[0]:.4f}"=} on the left and at 1 on the right. A block of zeros among seven blocks with scale 1 gets the scale
 #   {=f"{back_to_zero:.4f}"=} back. The weights stay zero, because the code of 0 is 0; but do not test for `absmax == 0` after decoding.
 # - **Not idempotent.** Plain NF4 may be quantized again without a change. Nested, the *codes* stay, but the mean of the decoded scales is not the mean
 #   of the scales, and so all values move in the last bits.
-# - **A decoder that forgets the second level** ([bitsandbytes 1549](https://github.com/bitsandbytes-foundation/bitsandbytes/issues/1549)). It took the codes for scales.
+# - **A decoder that forgets the second level** uses the codes of the scales as if they were scales ([bitsandbytes 1549](https://github.com/bitsandbytes-foundation/bitsandbytes/issues/1549)).
 #
 # ## Exercises
 #
-# 1. *Without the mean.* Quantize the scales around zero instead. By what factor does their error grow, and why is it not more?
+# 1. *Without the mean.* Quantize the scales themselves instead of their distances from the mean. By what factor does their error grow? Which codes are used?
 
 # %% tags=["solution"]
 a = scales[name]
@@ -337,7 +344,7 @@ assert third < 0.0015
 #    smaller is the error?
 
 # %% tags=["solution"]
-print("blocks of 16, nested:", quantized_bits(4, 16, 256), "bits")
+print("blocks of 16, nested:", quantized_bits(4, 16, 256), "bits; 64, plain: 4.5 bits")
 W = weights[name]
 fine = relative(double_quant.dequantize(double_quant.quantize(W, NF4, 16)), W)
 coarse = relative(blockwise.dequantize(blockwise.quantize(W)), W)

@@ -1,9 +1,9 @@
 # %% [markdown]
 # # Paged optimizers: surviving the one long batch
 #
-# A training run that fits for 4,000 steps and dies in the next has usually met a long sequence. Memory for activations grows with
-# the batch; for a moment there is too little, and a moment is enough. All that time the optimizer's state lay on the device, untouched: it is needed only
-# when the gradients are ready, when the activations are already gone. Paged optimizers [@dettmers2023] let it step aside.
+# A training run may fit for 4,000 steps and run out of memory in the next, because that batch has a long sequence. The activations
+# grow with the length, and are needed until the backward pass is done. The optimizer's state is needed only afterwards, when
+# the activations are gone. Paged optimizers [@dettmers2023] use this: while the activations need the room, a part of the state is moved to the host.
 
 # %%
 from dataclasses import replace
@@ -14,8 +14,8 @@ import torch
 from minipeft.lab import plots
 from minipeft.lab.chapter import start
 from minipeft.lab.memory import (
+    COUNTED_ADAPTER,
     LLAMA_7B,
-    Adapter,
     activation_memory,
     lora_parameters,
     quantized_bits,
@@ -29,10 +29,10 @@ chapter = start("05_paged", steps=40, model="tiny")
 # %% [markdown]
 # ## The problem
 #
-# Take QLoRA on a model of 7 billion parameters. The base is small and constant, the state of the adapters too. The activations are not:
+# Take QLoRA on a model of 7 billion parameters, with adapters of rank 64 in 32 bits, as in [chapter 0](00_why.md). Base, adapters and state take the same memory in each step. The activations do not:
 
 # %%
-ADAPTER = Adapter(r=64)
+ADAPTER = COUNTED_ADAPTER
 trained = lora_parameters(LLAMA_7B, ADAPTER)
 rest = LLAMA_7B.parameters - LLAMA_7B.linear_parameters
 BASE = LLAMA_7B.linear_parameters * quantized_bits(4, 64, 256) / 8 + 2 * rest
@@ -52,19 +52,19 @@ for tokens in (256, 512, 1024, 2048):
     print(f"activations of {tokens:4d} tokens: {activations(tokens) / 1e9:5.2f} GB")
 
 # %% [markdown]
-# Most sequences of a chat data set are short, a few are long. A run sized for the longest wastes the card on all the others; a run sized for the
-# others dies at the longest.
+# In many data sets most sequences are short and a few are long. A batch that is small enough for the longest sequence leaves memory unused in all other steps. A batch that fits the
+# others fails at the longest.
 #
 # ## The mechanism
 #
 # Cut the state into **pages**. Keep all of them in the host's memory, and some of them, at most as many as the **budget**, on the device.
 #
-# - To use a page is to **touch** it. If it is on the device, good. If not, that is a **fault**: it must be copied in, and the device waits.
+# - To use a page is to **touch** it. If it is not on the device, that is a **fault**: the page is copied in, and the device waits.
 # - If the budget is used up, another page must leave first: the **least recently used**.
 # - A page that was changed, a **dirty** page, is **written back** before it leaves. A clean one is simply dropped.
-# - Whoever knows what comes next can **prefetch** it, and nobody waits.
+# - A page that will be needed soon can be copied in ahead of time, or **prefetched**. Then the device does not wait.
 #
-# Operating systems have done this with programs since the 1960s. On a GPU, CUDA's managed memory does it in hardware and driver. Our version is a table that can be read.
+# Operating systems have done this with the memory of programs since the 1960s. On a GPU, CUDA's managed memory does it in hardware and driver. Our version is a table in Python.
 #
 # ## The code
 #
@@ -114,9 +114,9 @@ assert (p.traffic.faults, p.traffic.evictions) == (4, 2)
 #
 # ## The proof
 #
-# One law: **paging never touches the arithmetic.** Whatever the budget, from one page up, and in whatever order pages are touched, evicted,
-# prefetched and the budget changed, weights and states have the bits of plain AdamW. The test is a state machine: hypothesis makes up sequences of these operations, and after each one compares
-# everything with an optimizer that knows no pages, and the counters with a list kept by hand. In torch the same holds, and is shown here:
+# One law: **paging changes no number.** For any budget from one page up, and any order in which pages are touched, evicted and
+# prefetched and the budget is changed, weights and states have the bits of plain AdamW. The test draws sequences of these operations at random. After each operation it compares
+# weights and states with those of an optimizer without pages, and the counters with a second count. The same holds in torch, as this cell shows:
 
 # %%
 SHAPES = [(300, 40), (4096,), (7,)]
@@ -141,8 +141,8 @@ print(f"pages waited for: {traffic.faults}, fetched ahead: {traffic.prefetches}"
 # %% [markdown]
 # ## The experiment: a spike
 #
-# Now the run of 7 billion parameters, {=chapter.steps=} steps on sequences of random length, on a card that holds everything except the longest. So that it runs on a laptop, every byte of
-# state stands for a thousand; the table and its counters are the real ones.
+# Now a run with the sizes of 7 billion parameters: {=chapter.steps=} steps on sequences of random length, on a card that has room for every step but the longest. The model is not here; its memory
+# is counted by [chapter 0's](00_why.md) formula. The state is here, a thousand times smaller, with the real page table, and every byte of it is counted as a thousand.
 
 # %%
 SCALE = 1000
@@ -217,24 +217,26 @@ ax.step(
     label="without paging",
 )
 ax.axhline(CAPACITY / 1e9, color=plots.PALETTE[1], linewidth=2)
-ax.text(0, CAPACITY / 1e9 + 0.15, "the card", color=plots.PALETTE[1], weight="bold")
+ax.text(0.4, CAPACITY / 1e9 + 0.3, "the card", color=plots.PALETTE[1], weight="bold")
 ax.plot(first, unpaged[first] / 1e9, "X", color=plots.PALETTE[1], markersize=10)
 ax.set(xlim=(0, chapter.steps - 1), ylim=(0, unpaged.max() / 1e9 * 1.3))
 ax.legend(loc="upper center", ncols=2)
 chapter.show(
     figure,
     "spike",
-    alt="Memory over the steps as stacked areas. In one step the activations rise far above the others; the band of the optimizer state becomes thinner in that step and everything stays below the line of the card, while the dotted line without paging crosses it.",
+    alt="Memory over the steps as three stacked areas: a constant one, the optimizer state, and activations that change from step to step. In one step the activations are the largest. There the band of the optimizer state is thinner, and the stack ends at the line of the card; a dotted line without paging crosses it.",
+    caption=f"In step {first} the activations need {needed[first] / 1e9:.1f} GB. With paging, part of the optimizer state leaves the card in that step, and the run goes on; without it, the run ends {(unpaged[first] - CAPACITY) / 1e9:.2f} GB short.",
 )
 
 # %% [markdown]
-# In step {=first=} the activations need {=f"{needed[first] / 1e9:.1f}"=} GB, and the blue band gives way: pages leave, and come back when the step of the optimizer needs them.
-# Without paging the run ends there, {=f"{(unpaged[first] - CAPACITY) / 1e9:.2f}"=} GB short. The price is {=f"{moved[first] / 1e9:.1f}"=} GB of traffic in one step, at 25 GB/s over the bus
-# {=f"{moved[first] / 25e9:.2f}"=} seconds, and, once the first step has fetched the state, *nothing at all* in the others. This is what paged optimizers are for: rare spikes.
+# In step {=first=} the activations need {=f"{needed[first] / 1e9:.1f}"=} GB. Pages of the state leave, and come back when the optimizer's step needs them: the blue band is thinner there.
+# Without paging the run ends in this step, {=f"{(unpaged[first] - CAPACITY) / 1e9:.2f}"=} GB short. The cost is {=f"{moved[first] / 1e9:.1f}"=} GB of traffic in this step. A PCIe 4.0 bus carries about 25 GB/s, so that takes
+# {=f"{moved[first] / 25e9:.2f}"=} seconds. In the other steps after the first nothing is moved. Paged optimizers are made for such rare spikes.
 #
-# ## The experiment: not for less
+# ## The experiment: too little room in every step
 #
-# If even the usual step has too little room, pages travel in every step. How much does a smaller budget cost?
+# If the usual step has too little room as well, pages are moved in every step. How many faults does a smaller budget cause? As a control, the same walk with the best rule there is. Belady's
+# rule evicts the page that will be needed last [@belady1966]. On a walk in a circle that is the page that was used most recently.
 
 # %%
 PAGES = 16
@@ -246,42 +248,58 @@ for budget in range(1, PAGES + 2):
         for page in range(PAGES):
             q = paged.touch(q, page)
     per_step[budget] = q.traffic.faults - start_traffic.faults
-fewest = {
-    budget: max(0, PAGES - budget + 1) if budget < PAGES else 0 for budget in per_step
-}
-print("faults in a step, by budget:", per_step)
+
+
+def faults_of_best_rule(budget, rounds):
+    """Mean faults in a round if the most recently used page leaves."""
+    device, last, faults = set(range(min(budget, PAGES))), None, 0
+    for page in [*range(PAGES)] * rounds:
+        if page not in device:
+            faults += 1
+            device.remove(last)
+            device.add(page)
+        last = page
+    return faults / rounds
+
+
+fewest = {budget: faults_of_best_rule(budget, 150) for budget in per_step}
+print("least recently used:", per_step)
+print("best possible:", {budget: round(n, 1) for budget, n in fewest.items()})
 assert set(per_step.values()) == {0, PAGES}
+straight = [PAGES * max(0, PAGES - budget) / (PAGES - 1) for budget in fewest]
+assert np.abs(np.subtract([*fewest.values()], straight)).max() < 0.1
 
 # %% tags=["fold"]
 figure, ax = plots.axes(
     x=f"budget, of {PAGES} pages", y="faults in each step", size=(6.4, 3.0)
 )
-ax.step([*per_step], [*per_step.values()], where="mid", color=plots.PALETTE[0])
-ax.plot([*fewest], [*fewest.values()], "--", color=plots.PALETTE[1])
-ax.text(8, PAGES + 0.6, "least recently used", color=plots.PALETTE[0], weight="bold")
-ax.text(1.5, 5.2, "keep what you have", color=plots.PALETTE[1], weight="bold")
-ax.set(ylim=(-0.8, PAGES + 2.2))
+ax.plot([*per_step], [*per_step.values()], "o", color=plots.PALETTE[0], markersize=5)
+ax.plot([*fewest], [*fewest.values()], "o", color=plots.PALETTE[1], markersize=5)
+ax.text(5, PAGES + 0.9, "least recently used", color=plots.PALETTE[0], weight="bold")
+ax.text(2, 5.2, "best possible", color=plots.PALETTE[1], weight="bold")
+ax.set(ylim=(-0.8, PAGES + 2.4), xticks=[1, 4, 8, 12, 16])
 chapter.show(
     figure,
     "lru",
-    alt="Faults in each step against the budget. The rule of the least recently used page faults on all sixteen pages until the last one fits, then on none; a rule that keeps pages falls in a straight line.",
+    alt="Faults in each step against the budget, from 1 to 17 pages. The points of the rule least recently used are at 16 for every budget up to 15, and at 0 from 16 on. The points of the best possible rule fall on a straight line from 16 to 0.",
+    caption=f"With one page too few, the rule of the least recently used page faults on all {PAGES} pages in each step. The best possible rule would fault {fewest[PAGES - 1]:.1f} times.",
 )
 
 # %% [markdown]
-# With one page too few, *every* page faults. An optimizer walks through its state in the same order each step, so the page it will need next is always the one it used
-# longest ago, and that is the one that has just left. A rule that simply keeps what it has would do better on this walk; drivers use LRU since
-# most programs are not like this. And prefetching helps the waiting, not the traffic.
+# With one page too few, *every* page faults. An optimizer walks through its state in the same order in each step, so the page it will need next is always the one it used
+# longest ago, and that is the one that has just left. For programs in general, which tend to use again what they used last, the rule is a good one; for this walk it is the worst. Prefetching makes the
+# waiting shorter, but the traffic remains.
 #
 # ## What goes wrong in practice
 #
-# - **It is not paged at all.** bitsandbytes pages tensors of at least 100,000 values; smaller ones, such as those of many adapters, stay on the device. On a CPU its paged
-#   optimizers warn, and are the plain ones. Neither changes a result.
-# - **No paging without hardware support.** Where the driver reports no concurrent managed access, as on Windows and under WSL, managed memory lies on the device as a whole whenever a kernel runs, so what does not fit cannot be paged there. Our CuPy version refuses such a device; the torch version copies its pages itself, and works.
-# - **The price is the bus.** The QLoRA paper reports the same speed as without paging, at batch size 16 on a 65-billion-parameter model, and gives no measurements for runs that page all the time. The experiment above says why to measure.
+# - **Small tensors are not paged.** bitsandbytes pages tensors of at least 100,000 values; smaller ones, such as those of many adapters, stay on the device. On a CPU its paged
+#   optimizers give a warning and do not page. Neither changes a result.
+# - **No paging without hardware support.** Where the driver reports no concurrent managed access, as on Windows and under WSL, all managed memory is on the device whenever a kernel runs, so what does not fit cannot be paged there. Our CuPy version refuses such a device; the torch version copies its pages itself, and works.
+# - **Traffic in every step.** The QLoRA paper reports the same speed as without paging, at batch size 16 on a 65-billion-parameter model, and gives no measurements for runs that page all the time. The experiment above shows that such a run may move the whole state in each step.
 # - **Resuming.** A state dict taken while pages are dirty on the device must contain *them*, not the host's stale copies. Ours writes back first; a law saves with one size of page and loads with another.
 #   Lost states after resuming have been [reported](https://github.com/axolotl-ai-cloud/axolotl/issues/864).
-# - **Copies that overtake.** Our torch version copies on its own stream: the copy out waits for the computation, the computation for the copy in, and memory is not reused before both have finished. Forget
-#   one of the three and the result is wrong once in a thousand runs. On CUDA this code is exercised by the tests marked `gpu` only.
+# - **Copies in the wrong order.** Our torch version copies on its own stream: the copy out waits for the computation, the computation for the copy in, and memory is not reused before both have finished. If
+#   one of the three is missing, the result is wrong now and then. Only the tests marked `gpu` run this code on streams, and no GPU has run them yet.
 #
 # ## Exercises
 #
@@ -323,4 +341,4 @@ assert paged.evict(touched, 0).traffic.bytes_out == 0
 # %% [markdown]
 # ## References
 #
-# Paged optimizers are section 3 of QLoRA [@dettmers2023].
+# Paged optimizers are in section 3 of QLoRA [@dettmers2023]. The rule that is best possible is Belady's [@belady1966].
