@@ -307,8 +307,8 @@ for seed, (prompt, _) in enumerate(task.pairs("validation")[5:50:9]):
         print(f"  {name}:", " ".join(answer.split()))
 
 # %% [markdown]
-# Neither text makes sense: this is what {=f"{count['full fine-tuning'] / 1e6:.2f}"=} million parameters can do. But before training every answer is dialogue from a novel, with *I*
-# and *you*; afterwards most begin like a definition, with *a* or *an* and a noun.
+# Neither text makes sense: this is what {=f"{count['full fine-tuning'] / 1e6:.2f}"=} million parameters can do. But before training the answers sound like people in a novel, who say *I*
+# and *you*; afterwards most begin like a definition, with *a* or *an* and something like a noun.
 #
 # ## Merging the trained layer
 #
