@@ -20,7 +20,7 @@ export NO_MKDOCS_2_WARNING := 1
 
 .DEFAULT_GOAL := help
 .PHONY: help setup chapter book serve test check fmt fmt-check lint types imports \
-	map golden golden-check results bench test-gpu ci-deps clean
+	map golden golden-check vectors results bench test-gpu ci-deps clean
 
 help:  ## print this table
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' Makefile
@@ -80,6 +80,9 @@ golden-check: $(SETUP)  ## write them elsewhere and compare
 	@mkdir -p build && rm -rf build/golden && $(BIN)/python -m minipeft.golden.generate --out build/golden
 	@diff -r minipeft/golden/v1 build/golden && echo "golden vectors: regenerated, identical"
 
+vectors: $(SETUP)  ## pack the vectors for other languages, with checksums
+	@$(BIN)/python -m minipeft.golden.archive --out build
+
 results: $(SETUP)  ## recompute chapters/results: seeds, sweeps, sizes (takes long)
 	@for script in $$(grep -l 'chapter\.full' chapters/[0-9]*.py); do \
 	  echo "$$script --full" && $(BIN)/python $$script --full || exit; done
@@ -96,10 +99,10 @@ test-gpu: $(SETUP)  ## all that needs a CUDA device: tests, vectors, compute-san
 
 ci-deps:  ## Debian packages that the full test run uses
 	@if command -v apt-get >/dev/null && [ "$$(id -u)" = 0 ]; then \
-	  missing=""; for p in chromium nodejs g++; do dpkg -s $$p >/dev/null 2>&1 || missing="$$missing $$p"; done; \
+	  missing=""; for p in chromium nodejs g++ rustc; do dpkg -s $$p >/dev/null 2>&1 || missing="$$missing $$p"; done; \
 	  if [ -n "$$missing" ]; then apt-get update -qq && \
 	    DEBIAN_FRONTEND=noninteractive apt-get install -y -qq $$missing >/dev/null; fi; \
-	else echo "ci-deps: not root on Debian; install chromium, nodejs and g++ yourself"; fi
+	else echo "ci-deps: not root on Debian; install chromium, nodejs, g++ and rustc yourself"; fi
 
 clean:  ## remove what was built (not .venv)
 	@rm -rf build .pytest_cache .mypy_cache .ruff_cache .hypothesis

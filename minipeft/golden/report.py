@@ -147,7 +147,16 @@ def failure(outcome: Outcome) -> str:
 
 def _wrapped(sentence: str, indent: int = 6) -> list[str]:
     first = " " * indent
-    return [fill(sentence, 88, initial_indent=first, subsequent_indent=first + "  ")]
+    return [
+        fill(
+            sentence,
+            88,
+            initial_indent=first,
+            subsequent_indent=first + "  ",
+            break_long_words=False,
+            break_on_hyphens=False,
+        )
+    ]
 
 
 def _mended(run: Run) -> str:

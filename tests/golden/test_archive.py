@@ -1,0 +1,214 @@
+"""The vectors alone, their loaders, and the examples in other languages."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+from zipfile import ZipFile
+
+import pytest
+
+from minipeft.golden import archive, processes, runner
+from minipeft.golden.vectors import V1, load_all
+from tests.golden.test_verify import minipeft
+
+FILES = list(load_all())
+CASES = sum(len(file.cases) for file in FILES)
+TENSORS = [
+    tensor
+    for file in FILES
+    for case in file.cases
+    for tensor in (*case.question.inputs.values(), *case.outputs.values())
+]
+BYTES = sum(sum(tensor.data) for tensor in TENSORS)
+# All inputs and outputs: how many cases, and the sum of all bytes.
+COUNTED = f"{CASES} {BYTES}"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    out = tmp_path_factory.mktemp("archive")
+    archive.main(["--out", str(out)])
+    return out
+
+
+@pytest.fixture(scope="module")
+def languages(folder):
+    return folder / archive.NAME / "languages"
+
+
+def need(command):
+    if shutil.which(command) is None:
+        pytest.skip(f"{command} is not installed")
+    return command
+
+
+def test_checksums_hold(folder):
+    sums = subprocess.run(
+        ["sha256sum", "--check", "--strict", "SHA256SUMS"],
+        cwd=folder / archive.NAME,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert sums.returncode == 0, sums.stderr
+    listed = (folder / archive.NAME / "SHA256SUMS").read_text().splitlines()
+    with ZipFile(folder / f"{archive.NAME}.zip") as packed:
+        assert len(packed.namelist()) == len(listed) + 1
+        assert packed.testzip() is None
+
+
+def test_the_archive_has_the_same_bytes_everywhere(folder, tmp_path):
+    archive.main(["--out", str(tmp_path)])
+    path = f"{archive.NAME}.zip"
+    assert (tmp_path / path).read_bytes() == (folder / path).read_bytes()
+
+
+def test_every_case_is_a_line_that_needs_no_other(folder):
+    lines = (folder / archive.NAME / "cases.jsonl").read_text("utf-8").splitlines()
+    assert len(lines) == CASES
+    first = json.loads(lines[0])
+    assert set(first) >= {"operation", "parameters", "compare", "tcId", "inputs"}
+    path = V1 / f"{first['operation']}.json"
+    group = json.loads(path.read_text())["testGroups"][0]
+    assert first["parameters"] == group["parameters"]
+    assert group["tests"][0].items() <= first.items()
+
+
+COUNTERS = Path(__file__).parent / "loaders"
+
+
+def counted(command):
+    paths = sorted(str(path) for path in V1.glob("*.json"))
+    return subprocess.run(
+        [*map(str, command), *paths], capture_output=True, text=True, check=True
+    ).stdout.strip()
+
+
+def compiled(folder, source, *flags):
+    """Compile for the language that the file's name tells."""
+    program = folder / f"{source.stem}.{source.suffix[1:]}.out"
+    command = {".cpp": ["g++", "-std=c++17"], ".rs": ["rustc", "-D", "warnings"]}
+    if source.suffix == ".cpp":
+        flags = (*flags, "-Wall", "-Wextra", "-Werror")
+    compiler = [need(command[source.suffix][0]), *command[source.suffix][1:]]
+    subprocess.run([*compiler, *flags, "-O", "-o", program, source], check=True)
+    return program
+
+
+@pytest.mark.parametrize("name", ["count.cpp", "count.rs"])
+def test_a_loader_reads_every_byte(name, languages):
+    source = languages / name
+    source.write_text((COUNTERS / name).read_text())
+    assert counted([compiled(languages, source)]) == COUNTED
+
+
+def test_the_typescript_loader_reads_every_byte(languages):
+    need("node")
+    typed = (languages / "minipeft_vectors.ts").read_text()
+    text = (COUNTERS / "count.mjs").read_text()
+    plain = re.sub(r"export interface \w+ \{.*?\n\}\n", "", typed, flags=re.DOTALL)
+    plain = re.sub(r"\((\w+): \w+\): \w+ \{", r"(\1) {", plain)
+    script = languages / "count.mjs"
+    script.write_text(plain.replace(" as VectorFile", "") + text)
+    assert counted(["node", script]) == COUNTED
+
+
+# Other work on the same cores, as the book's timings allow for it.
+SLOWNESS = float(os.environ.get("BOOK_SLOWNESS", "1"))
+EXAMPLES = ["lora_merge.cpp", "lora_merge.rs", "lora_merge.mjs"]
+
+
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_an_example_passes_and_is_short(name, languages):
+    path = languages / name
+    assert len(path.read_text().splitlines()) <= 80
+    if path.suffix == ".mjs":
+        command = f"{need('node')} {path}"
+    else:
+        command = str(compiled(languages, path))
+    done = minipeft("verify", "--exec", command, "--persistent")
+    assert done.returncode == 0, done.stdout + done.stderr
+    (file,) = load_all(["lora_merge"])
+    halves = sum(c.question.inputs["W"].dtype != "float32" for c in file.cases)
+    assert f"{len(file.cases) - halves} passed, 0 failed" in done.stdout
+
+
+def test_a_bug_in_an_example_is_found(languages):
+    need("node")
+    path = languages / "wrong.mjs"
+    text = (languages / "lora_merge.mjs").read_text()
+    assert "(rank_stabilized ? Math.sqrt(r) : r)" in text
+    path.write_text(text.replace("(rank_stabilized ? Math.sqrt(r) : r)", "r"))
+    done = minipeft("verify", "--exec", f"node {path}", "--persistent")
+    assert done.returncode == 1
+    assert "RankStabilized" in done.stdout
+
+
+def test_all_cases_take_a_persistent_program_two_seconds(languages):
+    need("node")
+    path = languages / "asked.mjs"
+    text = (languages / "lora_merge.mjs").read_text()
+    path.write_text(text.replace(", offers: Object.keys(operations)", ""))
+    begun = time.perf_counter()
+    program = processes.program(f"node {path}", 10.0)
+    outcomes = list(runner.verify(program, FILES))
+    program.close()
+    seconds = time.perf_counter() - begun
+    assert sum("no qlora" in o.detail for o in outcomes) > 0  # each was asked
+    assert len(outcomes) == CASES
+    assert seconds < 2 * SLOWNESS, f"{seconds:.1f} s"
+
+
+PERSISTENT = """
+import json, os, sys
+for line in sys.stdin:
+    request = json.loads(line)
+    if request["command"] == "start":
+        print(json.dumps({"ready": "test", "offers": OFFERS}), flush=True)
+    elif request["command"] == "stop":
+        open("stopped", "w").close()
+        break
+    else:
+        REPLY
+"""
+
+
+def persistent(folder, reply, offers="None"):
+    path = folder / "program.py"
+    text = PERSISTENT.replace("REPLY", reply).replace("OFFERS", offers)
+    path.write_text(text.replace("stopped", str(folder / "stopped")))
+    command = f"{sys.executable} {path}"
+    return minipeft(
+        *("verify", "--exec", command, "--persistent", "--only", "codebook_table"),
+        *("--timeout", "2"),
+    )
+
+
+def test_stop_is_said_and_what_is_not_offered_is_not_asked(tmp_path):
+    done = persistent(tmp_path, "os._exit(1)", "['lora_merge']")
+    assert "has no function codebook_table" in done.stdout
+    assert done.returncode == 2
+    assert (tmp_path / "stopped").exists()
+
+
+@pytest.mark.parametrize(
+    ("reply", "said"),
+    [
+        ("os._exit(5)", "the process ended with code 5"),
+        ("1/0", "the process ended with code 1: ZeroDivisionError"),
+        ('print(\'{"id": 99, "refused": ""}\', flush=True)', "id is not"),
+        ("print('no', flush=True)", "no JSON answer, but 'no'"),
+        ("print('x' * 2**25, flush=True)", "wrote more than 16 MB"),
+        ("import time; time.sleep(9)", "no answer within 2 s"),
+    ],
+)
+def test_a_persistent_program_that_stumbles_is_started_again(reply, said, tmp_path):
+    done = persistent(tmp_path, reply)
+    assert done.returncode == 1
+    assert said in done.stdout
+    assert not done.stderr
