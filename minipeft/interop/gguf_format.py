@@ -1,0 +1,342 @@
+"""GGUF, the format of llama.cpp and Ollama: adapters, merged models, and reading both.
+
+llama.cpp computes the scale of an adapter as alpha / r from one alpha for all layers.
+It knows neither rank-stabilized scales nor patterns. So every scale is folded into B
+here, and alpha is written as 0, which llama.cpp takes for "scale 1".
+"""
+
+import os
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import torch
+from torch import Tensor
+
+from minipeft.errors import InputError
+from minipeft.interop import gguf_vocabulary
+from minipeft.interop.adapter import Adapter
+from minipeft.interop.gguf_names import family, heads_turned, names, turn, turn_back
+from minipeft.interop.tensors import About, Tensors
+from minipeft.interop.update import merged
+
+TYPES = {
+    "F32": gguf.GGMLQuantizationType.F32,
+    "F16": gguf.GGMLQuantizationType.F16,
+    "BF16": gguf.GGMLQuantizationType.BF16,
+    "Q8_0": gguf.GGMLQuantizationType.Q8_0,
+}
+FILE_TYPES = {
+    "F32": gguf.LlamaFileType.ALL_F32,
+    "F16": gguf.LlamaFileType.MOSTLY_F16,
+    "BF16": gguf.LlamaFileType.MOSTLY_BF16,
+    "Q8_0": gguf.LlamaFileType.MOSTLY_Q8_0,
+}
+Config = Mapping[str, Any]
+
+
+def write_lora(path: Path, adapter: Adapter, config: Config) -> None:
+    """Write a LoRA for `llama-server --lora`, every scale folded into B.
+
+    Args:
+        path: of the file.
+        adapter: LoRA on linear layers or embeddings.
+        config: of the base model, as in its config.json.
+
+    Raises:
+        InputError: the adapter holds what the format cannot: a magnitude, a bias, a
+            saved module; the sentence names the alternative.
+    """
+    _check_holds(adapter)
+    arch = family(config)
+    theirs = names(arch, int(config["num_hidden_layers"]))
+    with _writing(path, arch) as writer:
+        writer.add_type(gguf.GGUFType.ADAPTER)
+        writer.add_string(gguf.Keys.Adapter.TYPE, "lora")
+        writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, 0.0)
+        for name, update in adapter.updates.items():
+            if name not in theirs:
+                raise InputError(f"llama.cpp has no tensor for {name}; merge instead")
+            A, B = update.A.float(), update.scaling * update.B.float()
+            if heads := heads_turned(name, arch, config):
+                B = turn(B, heads)
+            if theirs[name].startswith("token_embd"):
+                A = A.T  # llama.cpp looks rows of it up
+            writer.add_tensor(f"{theirs[name]}.lora_a", A.contiguous().numpy())
+            writer.add_tensor(f"{theirs[name]}.lora_b", B.contiguous().numpy())
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+
+
+def _check_holds(adapter: Adapter) -> None:
+    for name, update in adapter.updates.items():
+        if update.magnitude is not None:
+            raise InputError(
+                f"{name} has a magnitude (DoRA), which a GGUF adapter cannot hold; "
+                "export the merged model instead"
+            )
+    for what, found in (("a bias", adapter.biases), ("a saved module", adapter.saved)):
+        if found:
+            raise InputError(
+                f"the adapter holds {what} ({next(iter(found))}), which a GGUF adapter "
+                "cannot hold; export the merged model instead"
+            )
+
+
+def write_model(
+    path: Path,
+    base: Tensors,
+    folder: Path,
+    config: Config,
+    adapter: Adapter | None = None,
+    kind: str = "F16",
+) -> None:
+    """Write a model, merged with an adapter if there is one, for llama.cpp and Ollama.
+
+    A merged weight is computed in float32 and rounded once to the kind of the file.
+    One-dimensional tensors stay in float32, as llama.cpp expects them.
+
+    Args:
+        path: of the file.
+        base: the model's tensors.
+        folder: where its tokenizer lies.
+        config: as in its config.json.
+        adapter: what to merge.
+        kind: F32, F16, BF16 or Q8_0.
+
+    Raises:
+        InputError: the architecture, the tokenizer or the kind is not one that can be
+            written here.
+    """
+    if kind not in TYPES:
+        raise InputError(f"kind is {kind!r}; choose one of {', '.join(TYPES)}")
+    arch = family(config)
+    theirs = names(arch, int(config["num_hidden_layers"]))
+    adapter = (adapter or Adapter({})).renamed(base.about)
+    with _writing(path, arch) as writer:
+        _hyperparameters(writer, config)
+        writer.add_file_type(FILE_TYPES[kind])
+        gguf_vocabulary.write(writer, folder, config)
+        plan = _plan(base, adapter, theirs, kind)
+        for name, (shape, type_) in plan.items():
+            _announce(writer, theirs[name], shape, type_)
+        if (factors := rope_factors(config)) is not None:
+            writer.add_tensor_info(
+                "rope_freqs.weight", factors.shape, factors.dtype, factors.nbytes
+            )
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_ti_data_to_file()
+        for name, (_, type_) in plan.items():
+            values = _values(name, base, adapter)
+            if heads := heads_turned(name, arch, config):
+                values = turn(values, heads)
+            writer.write_tensor_data(encode(values, type_))
+        if factors is not None:
+            writer.write_tensor_data(factors)
+
+
+def _plan(
+    base: Tensors, adapter: Adapter, theirs: Mapping[str, str], kind: str
+) -> dict[str, tuple[tuple[int, ...], gguf.GGMLQuantizationType]]:
+    """Return shape and type of every tensor, in the order of the file."""
+    plan = {}
+    for name in [*base.about, *(n for n in adapter.saved if n not in base.about)]:
+        if name.endswith("rotary_emb.inv_freq"):
+            continue
+        if name not in theirs:
+            raise InputError(f"llama.cpp has no tensor for {name} of this model")
+        new = adapter.saved.get(name)
+        shape = base.about[name].shape if new is None else tuple(new.shape)
+        whole = shape[-1] % gguf.GGML_QUANT_SIZES[TYPES[kind]][0] == 0
+        flat = len(shape) == 1
+        plan[name] = (shape, TYPES["F32" if flat else kind if whole else "F16"])
+    return plan
+
+
+def _values(name: str, base: Tensors, adapter: Adapter) -> Tensor:
+    if name in adapter.saved:
+        return adapter.saved[name].float()
+    W = base.read(
+        name
+    ).float()  # wider than the file: nothing is rounded before the end
+    if name in adapter.updates:
+        return merged(W, adapter.updates[name])
+    return W + adapter.biases[name].float() if name in adapter.biases else W
+
+
+def encode(values: Tensor, kind: gguf.GGMLQuantizationType) -> np.ndarray:
+    """Return the bytes that GGUF stores."""
+    array = values.contiguous().numpy()
+    if kind == TYPES["F32"]:
+        return array
+    if kind == TYPES["F16"]:
+        return array.astype(np.float16)
+    return np.asarray(gguf.quantize(array, kind))
+
+
+def _announce(
+    writer: gguf.GGUFWriter,
+    name: str,
+    shape: tuple[int, ...],
+    kind: gguf.GGMLQuantizationType,
+) -> None:
+    block, size = gguf.GGML_QUANT_SIZES[kind]
+    count = int(np.prod(shape)) // block * size
+    dtypes = {TYPES["F32"]: np.float32, TYPES["F16"]: np.float16}
+    if kind in dtypes:
+        writer.add_tensor_info(name, shape, np.dtype(dtypes[kind]), count)
+        return
+    stored = gguf.quant_shape_to_byte_shape(shape, kind)
+    writer.add_tensor_info(name, stored, np.dtype(np.uint8), count, raw_dtype=kind)
+
+
+def _hyperparameters(writer: gguf.GGUFWriter, config: Config) -> None:
+    heads = int(config["num_attention_heads"])
+    width = int(config["hidden_size"])
+    head = int(config.get("head_dim") or width // heads)
+    writer.add_type(gguf.GGUFType.MODEL)
+    writer.add_block_count(int(config["num_hidden_layers"]))
+    writer.add_context_length(int(config["max_position_embeddings"]))
+    writer.add_embedding_length(width)
+    writer.add_feed_forward_length(int(config["intermediate_size"]))
+    writer.add_head_count(heads)
+    writer.add_head_count_kv(int(config.get("num_key_value_heads") or heads))
+    writer.add_key_length(head)
+    writer.add_value_length(head)
+    writer.add_rope_dimension_count(head)
+    writer.add_layer_norm_rms_eps(float(config["rms_norm_eps"]))
+    writer.add_rope_freq_base(float(rope(config).get("rope_theta", 10000.0)))
+    writer.add_vocab_size(int(config["vocab_size"]))
+
+
+def rope(config: Config) -> dict[str, Any]:
+    """Return the rotary parameters, wherever this version of transformers puts them."""
+    found = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
+    found.setdefault("rope_theta", config.get("rope_theta", 10000.0))
+    found.setdefault("rope_type", found.get("type", "default"))
+    if found["rope_type"] not in ("default", "llama3"):
+        raise InputError(
+            f"rotary embeddings of type {found['rope_type']!r} cannot be written here; "
+            "export safetensors, and convert them with llama.cpp's own script"
+        )
+    return found
+
+
+def rope_factors(config: Config) -> np.ndarray | None:
+    """Return what llama.cpp divides each frequency by, or None where it is 1.
+
+    Llama 3.1 keeps short wavelengths, stretches long ones by `factor`, and goes from
+    one to the other in between.
+    """
+    found = rope(config)
+    if found["rope_type"] != "llama3":
+        return None
+    heads = int(config["num_attention_heads"])
+    head = int(config.get("head_dim") or int(config["hidden_size"]) // heads)
+    steps = np.arange(0, head, 2, dtype=np.float32) / head
+    wavelength = 2 * np.pi * float(found["rope_theta"]) ** steps
+    low, high = float(found["low_freq_factor"]), float(found["high_freq_factor"])
+    turns = float(found["original_max_position_embeddings"]) / wavelength
+    share = np.clip((turns - low) / (high - low), 0, 1)
+    return (1 / ((1 - share) / float(found["factor"]) + share)).astype(np.float32)
+
+
+@contextmanager
+def _writing(path: Path, arch: str) -> Iterator[gguf.GGUFWriter]:
+    """Write a GGUF file that appears whole, or not at all."""
+    temporary = None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        descriptor, temporary = tempfile.mkstemp(
+            dir=path.parent, prefix=f".{path.name}."
+        )
+        os.close(descriptor)
+        writer = gguf.GGUFWriter(temporary, arch)
+        yield writer
+        writer.close()
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+        temporary = None
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise InputError(f"cannot write {path}: {reason}; free some space") from error
+    finally:
+        if temporary is not None and os.path.exists(temporary):
+            os.unlink(temporary)
+
+
+class GgufTensors:
+    """The tensors of a GGUF model by transformers' names, decoded to float32.
+
+    Raises:
+        InputError: the file is absent, damaged, big-endian, or of another family.
+    """
+
+    def __init__(self, path: Path):
+        self.path = path
+        self._reader = _opened(path)
+        fields = self._reader.fields
+        self.metadata: Mapping[str, str] = {
+            key: str(field.contents())
+            for key, field in fields.items()
+            if not key.startswith("tokenizer.")
+        }
+        self.arch = self.metadata["general.architecture"]
+        if self.arch not in FAMILIES_READ:
+            raise InputError(
+                f"{path} holds a model of the family {self.arch!r}; only "
+                f"{', '.join(sorted(FAMILIES_READ))} are read"
+            )
+        layers = int(self.metadata[f"{self.arch}.block_count"])
+        ours = {theirs: name for name, theirs in names(self.arch, layers).items()}
+        self._found = {ours[t.name]: t for t in self._reader.tensors if t.name in ours}
+        self.about: Mapping[str, About] = {
+            name: About(torch.float32, tuple(int(n) for n in reversed(t.shape)))
+            for name, t in self._found.items()
+        }
+
+    def read(self, name: str) -> Tensor:
+        """Return one tensor in float32, in transformers' order of rows."""
+        tensor = self._found[name]
+        values = gguf.dequantize(tensor.data, tensor.tensor_type)
+        values = np.asarray(values, np.float32).reshape(self.about[name].shape)
+        config = {
+            "num_attention_heads": self.metadata[f"{self.arch}.attention.head_count"],
+            "num_key_value_heads": self.metadata[
+                f"{self.arch}.attention.head_count_kv"
+            ],
+        }
+        if heads := heads_turned(name, self.arch, config):
+            values = turn_back(values, heads)
+        return torch.from_numpy(np.array(values))
+
+    def pieces(self, name: str) -> Iterator[bytes]:
+        """Yield the bytes of one tensor, decoded."""
+        yield self.read(name).numpy().tobytes()
+
+    def kind(self, name: str) -> gguf.GGMLQuantizationType:
+        """Return how the file stores a tensor."""
+        return self._found[name].tensor_type
+
+
+FAMILIES_READ = {"llama", "qwen2", "qwen3"}
+
+
+def _opened(path: Path) -> gguf.GGUFReader:
+    try:
+        reader = gguf.GGUFReader(path)
+    except FileNotFoundError:
+        raise InputError(f"there is no file {path}; check the path") from None
+    except Exception as error:  # the reader raises many kinds on damaged files
+        raise InputError(
+            f"{path} is damaged or no GGUF file ({error}); get the file again"
+        ) from None
+    if reader.byte_order != "I":
+        raise InputError(f"{path} is big-endian; convert it to little-endian first")
+    return reader

@@ -1,0 +1,237 @@
+"""What we write for llama.cpp is what llama.cpp computes with."""
+
+import json
+from dataclasses import replace
+
+import gguf
+import numpy as np
+import pytest
+import torch
+
+from minipeft.errors import InputError
+from minipeft.interop import gguf_format
+from minipeft.interop.adapter import Adapter
+from minipeft.interop.audit import EXACT, audit
+from minipeft.interop.gguf_format import GgufTensors
+from minipeft.interop.gguf_names import turn, turn_back
+from minipeft.interop.tensors import open_tensors
+from minipeft.interop.update import Update, merged
+from minipeft.lab import models
+
+CONFIG = json.loads((models.TINY / "config.json").read_text())
+PROMPT = "It is a truth universally acknowledged, that"
+# The effect of an adapter is hundreds of times what the order of sums explains; a scale
+# that is lost changes it by tens of percent.
+SHARE = 1 / 100
+
+
+@pytest.fixture(scope="module")
+def base():
+    return open_tensors(models.TINY)
+
+
+@pytest.fixture(scope="module")
+def adapter(base):
+    """Rank-stabilized, with ranks and alphas that differ from layer to layer."""
+    draw = torch.Generator().manual_seed(0)
+    updates = {}
+    for name, about in base.about.items():
+        if "proj" in name:
+            r = 4 if "mlp" in name else 2
+            A = torch.randn(r, about.shape[1], generator=draw) * 0.1
+            B = torch.randn(about.shape[0], r, generator=draw) * 0.1
+            updates[name] = Update(A, B, 8.0 if "q_proj" in name else 3.0, True)
+    return Adapter(updates)
+
+
+def log_probabilities(model, lora=None):
+    """llama.cpp's of the first token after the prompt, by id."""
+    xllamacpp = pytest.importorskip("xllamacpp", reason="llama.cpp is not installed")
+    params = xllamacpp.CommonParams()
+    params.model.path = str(model)
+    params.n_ctx, params.warmup, params.cpuparams.n_threads = 64, False, 1
+    params.verbosity = -1
+    params.cache_type_k = params.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
+    if lora is not None:
+        params.lora_adapters = [xllamacpp.CommonAdapterLoraInfo(str(lora), 1.0)]
+    question = {"prompt": PROMPT, "max_tokens": 1, "temperature": 0, "n_probs": 50}
+    answer = xllamacpp.Server(params).handle_completions(question)
+    first = answer["choices"][0]["logprobs"]["content"][0]["top_logprobs"]
+    return {entry["id"]: entry["logprob"] for entry in first}
+
+
+def ours(tensors, adapter=None):
+    """Ours of the same token, from weights as they lie in a file."""
+    loaded = models.load("tiny")
+    state = loaded.model.state_dict()
+    with torch.no_grad():
+        for name in tensors.about:
+            W = tensors.read(name).float()
+            update = adapter.updates.get(name) if adapter else None
+            state[name].copy_(merged(W, update) if update else W)
+        ids = loaded.tokenizer(PROMPT, return_tensors="pt").input_ids
+        return loaded.model(ids).logits[0, -1].log_softmax(-1)
+
+
+def differs(theirs, ours):
+    return max(abs(value - float(ours[token])) for token, value in theirs.items())
+
+
+def test_llama_cpp_and_we_compute_the_same_base(tmp_path, base):
+    path = tmp_path / "base.gguf"
+    gguf_format.write_model(path, base, models.TINY, CONFIG, kind="F32")
+    reference = ours(base)
+    spread = float(reference.max() - reference.topk(50).values[-1])
+    assert differs(log_probabilities(path), reference) < SHARE * spread
+
+
+@pytest.mark.parametrize("kind", ["F32", "F16", "BF16", "Q8_0"])
+def test_llama_cpp_computes_our_merge(tmp_path, base, adapter, kind):
+    path = tmp_path / "merged.gguf"
+    gguf_format.write_model(path, base, models.TINY, CONFIG, adapter, kind)
+    theirs = log_probabilities(path)
+    effect = differs(theirs, ours(base))
+    # The file's dtype is accounted for: our weights are those read back from it. What
+    # is left is arithmetic, which llama.cpp does in the dtype of the file too.
+    allowed = SHARE if kind == "F32" else 5 * SHARE
+    assert differs(theirs, ours(GgufTensors(path))) < allowed * effect
+
+
+def test_llama_cpp_applies_our_lora(tmp_path, base, adapter):
+    path, lora = tmp_path / "base.gguf", tmp_path / "lora.gguf"
+    gguf_format.write_model(path, base, models.TINY, CONFIG, kind="F32")
+    gguf_format.write_lora(lora, adapter, CONFIG)
+    theirs = log_probabilities(path, lora)
+    effect = differs(theirs, ours(base))
+    assert differs(theirs, ours(base, adapter)) < SHARE * effect
+    # The control: with the scale of plain LoRA it would not agree.
+    plain = {n: replace(u, rank_stabilized=False) for n, u in adapter.updates.items()}
+    assert differs(theirs, ours(base, Adapter(plain))) > 10 * SHARE * effect
+
+
+@pytest.mark.parametrize("kind", ["F32", "F16", "BF16", "Q8_0"])
+def test_a_model_reads_back_as_it_was_rounded(tmp_path, base, adapter, kind):
+    path = tmp_path / "model.gguf"
+    gguf_format.write_model(path, base, models.TINY, CONFIG, adapter, kind)
+    found = GgufTensors(path)
+    assert found.about.keys() == base.about.keys()
+    for name in base.about:
+        W = base.read(name)
+        if name in adapter.updates:
+            W = merged(W, adapter.updates[name])
+        rounded = W.numpy()
+        if W.ndim > 1:
+            type_ = gguf_format.TYPES[kind]
+            assert found.kind(name) == type_
+            turned = gguf.dequantize(gguf.quantize(rounded, type_), type_)
+            rounded = np.asarray(turned, np.float32)
+        assert np.array_equal(found.read(name).numpy(), rounded), name
+    if kind == "F32":
+        findings = list(audit(base, adapter, found))
+        assert {f.verdict for f in findings} == {EXACT}
+
+
+def test_turning_the_rows_of_heads_is_undone():
+    rows = torch.randn(24, 5)
+    assert torch.equal(torch.from_numpy(turn_back(turn(rows, 3).numpy(), 3)), rows)
+    assert not torch.equal(turn(rows, 3), rows)
+
+
+def test_an_adapter_holds_every_scale_in_B(tmp_path, adapter):
+    path = tmp_path / "lora.gguf"
+    gguf_format.write_lora(path, adapter, CONFIG)
+    reader = gguf.GGUFReader(path)
+    assert reader.fields["adapter.lora.alpha"].contents() == 0
+    assert reader.fields["general.type"].contents() == "adapter"
+    tensors = {t.name: np.asarray(t.data) for t in reader.tensors}
+    update = adapter.updates["model.layers.1.mlp.up_proj.weight"]
+    B = tensors["blk.1.ffn_up.weight.lora_b"]
+    assert np.array_equal(B, (update.scaling * update.B).numpy())
+    assert np.array_equal(tensors["blk.1.ffn_up.weight.lora_a"], update.A.numpy())
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        (
+            {"biases": {"model.norm.bias": torch.ones(2)}},
+            "a bias .*merged",
+        ),
+        ({"saved": {"lm_head.weight": torch.ones(2, 2)}}, "a saved module .*merged"),
+    ],
+)
+def test_what_an_adapter_file_cannot_hold_is_refused(
+    tmp_path, adapter, change, sentence
+):
+    path = tmp_path / "lora.gguf"
+    with pytest.raises(InputError, match=sentence):
+        gguf_format.write_lora(path, replace(adapter, **change), CONFIG)
+    assert not list(tmp_path.iterdir())
+
+
+def test_dora_is_refused_with_the_alternative(tmp_path, adapter):
+    name, update = next(iter(adapter.updates.items()))
+    dora = replace(update, magnitude=torch.ones(len(update.B)))
+    with pytest.raises(InputError, match=r"magnitude .DoRA.*merged model"):
+        gguf_format.write_lora(tmp_path / "a", Adapter({name: dora}), CONFIG)
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        ({"architectures": ["MixtralForCausalLM"]}, "MixtralForCausalLM cannot be"),
+        (
+            {"rope_parameters": {"rope_type": "yarn"}},
+            "rotary embeddings of type 'yarn'",
+        ),
+    ],
+)
+def test_another_architecture_is_refused(tmp_path, base, change, sentence):
+    with pytest.raises(InputError, match=sentence):
+        gguf_format.write_model(
+            tmp_path / "x.gguf", base, models.TINY, {**CONFIG, **change}
+        )
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_unknown_split_of_texts_is_refused(tmp_path, base):
+    folder = tmp_path / "model"
+    folder.mkdir()
+    tokenizer = json.loads((models.TINY / "tokenizer.json").read_text())
+    tokenizer["pre_tokenizer"] = {"type": "Whitespace"}
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
+    with pytest.raises(InputError, match=r"splits a text in a way .Whitespace. for"):
+        gguf_format.write_model(tmp_path / "x.gguf", base, folder, CONFIG)
+
+
+def test_llama_3_factors_are_those_of_transformers():
+    from transformers import LlamaConfig
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    parameters = {
+        "rope_type": "llama3",
+        "rope_theta": 500000.0,
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 8192,
+    }
+    fields = {"num_attention_heads": 32, "hidden_size": 4096}
+    config = LlamaConfig(rope_parameters=parameters, **fields)
+    theirs, _ = ROPE_INIT_FUNCTIONS["llama3"](config, "cpu")
+    factors = gguf_format.rope_factors({**fields, "rope_parameters": parameters})
+    plain = 500000.0 ** (-np.arange(0, 128, 2) / 128)
+    assert np.max(np.abs(plain / factors / theirs.numpy() - 1)) < 2**-20
+    assert gguf_format.rope_factors(CONFIG) is None
+
+
+@pytest.mark.parametrize("keep", [0, 3, 40, 3000])
+def test_a_damaged_file_is_one_sentence(tmp_path, base, keep):
+    path = tmp_path / "model.gguf"
+    gguf_format.write_model(path, base, models.TINY, CONFIG, kind="F16")
+    path.write_bytes(path.read_bytes()[:keep])
+    with pytest.raises(InputError, match="is damaged or no GGUF file") as caught:
+        GgufTensors(path)
+    assert "\n" not in str(caught.value)
+    with pytest.raises(InputError, match="there is no file"):
+        GgufTensors(tmp_path / "none.gguf")
