@@ -17,6 +17,7 @@ from pathlib import Path
 from minipeft import __version__
 from minipeft.errors import InputError
 from minipeft.golden import command as verify
+from minipeft.interop import command as files
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -38,6 +39,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=version)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     verify.add(commands)
+    files.add(commands)
     _add_models(commands)
     _add_gpu_report(commands)
     return parser

@@ -77,6 +77,21 @@ def check_base(adapter: Adapter, base: Fingerprint) -> str:
     return f"the base is the one that the adapter was made for ({saved.whole[:12]})"
 
 
+def write_text(path: Path, text: str) -> None:
+    """Write a small text file whole, or not at all.
+
+    Raises:
+        InputError: the folder cannot be written or the disk is full.
+    """
+    part = path.with_name(f".{path.name}.part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part.write_text(text, "utf-8")
+        part.replace(path)
+    except OSError as error:
+        raise InputError(f"cannot write {path}: {error.strerror}") from error
+
+
 def _files(source: Shards, adapter: Adapter) -> dict[str, list[str]]:
     """Return the tensors of each file; what is new goes to the last."""
     places = source.files()

@@ -1,0 +1,267 @@
+"""`minipeft merge`, `audit` and `export`: what one does with adapters in files.
+
+Exit code 0: done, or exact; 1: the audit found something wrong; 2: the input was wrong,
+and one sentence on stderr says why.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from minipeft.errors import InputError
+
+if TYPE_CHECKING:
+    from minipeft.interop.adapter import Adapter
+    from minipeft.interop.audit import Finding
+
+Commands = "argparse._SubParsersAction[argparse.ArgumentParser]"
+TARGETS = ("gguf", "ollama", "safetensors")
+DTYPES = ("float32", "float16", "bfloat16")
+KINDS = ("F32", "F16", "BF16", "Q8_0")
+
+
+def add(commands: Any) -> None:
+    """Add the subcommands."""
+    _add_merge(commands)
+    _add_audit(commands)
+    _add_export(commands)
+
+
+def _add_merge(commands: Any) -> None:
+    parser = _command(
+        commands,
+        "merge",
+        "write base + adapter as a model's folder",
+        "minipeft merge --base llama --adapter adapter --out merged --dtype bfloat16",
+        _merge,
+    )
+    _add_base_and_adapter(parser)
+    _add_out(parser, "the new folder")
+    _add_dtype(parser)
+
+
+def _add_audit(commands: Any) -> None:
+    parser = _command(
+        commands,
+        "audit",
+        "say whether a model is base + adapter, and if not, which mistake made it",
+        "minipeft audit --base llama --adapter adapter --merged merged",
+        _audit,
+    )
+    _add_base_and_adapter(parser)
+    parser.add_argument(
+        "--merged",
+        type=Path,
+        required=True,
+        metavar="MODEL",
+        help="a folder, a safetensors file or a GGUF file: what should be judged",
+    )
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the findings")
+
+
+def _add_export(commands: Any) -> None:
+    parser = _command(
+        commands,
+        "export",
+        "write an adapter, or base + adapter, for another program",
+        "minipeft export --to gguf --base llama --adapter adapter --out adapter.gguf",
+        _export,
+    )
+    parser.add_argument("--to", choices=TARGETS, required=True, help="the target")
+    _add_base_and_adapter(parser)
+    _add_out(parser, "the new file, or folder")
+    parser.add_argument(
+        "--merged",
+        action="store_true",
+        help="for gguf: the merged model, not the adapter alone",
+    )
+    parser.add_argument(
+        "--kind",
+        choices=KINDS,
+        default="F16",
+        help="how a merged GGUF stores weights (default: %(default)s)",
+    )
+    _add_dtype(parser)
+
+
+def _command(
+    commands: Any, name: str, about: str, example: str, run: Callable[..., int]
+) -> argparse.ArgumentParser:
+    parser: argparse.ArgumentParser = commands.add_parser(
+        name,
+        help=about,
+        description=f"{about[0].upper()}{about[1:]}.",
+        epilog=f"example: {example}",
+    )
+    parser.set_defaults(run=run)
+    return parser
+
+
+def _add_base_and_adapter(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--base", type=Path, required=True, metavar="MODEL", help="the base's folder"
+    )
+    parser.add_argument(
+        "--adapter",
+        type=Path,
+        required=True,
+        metavar="FOLDER",
+        help="a folder in peft's format",
+    )
+    parser.add_argument(
+        "--allow-base-mismatch",
+        action="store_true",
+        help="go on though the adapter was made for another base",
+    )
+
+
+def _add_out(parser: argparse.ArgumentParser, about: str) -> None:
+    parser.add_argument("--out", type=Path, required=True, metavar="PATH", help=about)
+
+
+def _add_dtype(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--dtype",
+        choices=DTYPES,
+        help="of the merged weights (default: as in the base)",
+    )
+
+
+def _merge(options: argparse.Namespace) -> int:
+    import torch
+
+    from minipeft.interop import merging
+
+    adapter = _adapter(options)
+    dtype = getattr(torch, options.dtype) if options.dtype else None
+    with _progress("merging") as step:
+        merging.merge(options.base, adapter, options.out, dtype, step)
+    print(f"merged {len(adapter.updates)} weights into {options.out}")
+    return 0
+
+
+def _audit(options: argparse.Namespace) -> int:
+    from minipeft.interop.audit import WRONG, audit
+    from minipeft.interop.tensors import open_tensors
+
+    adapter = _adapter(options)
+    base, merged = open_tensors(options.base), _model(options.merged)
+    findings = []
+    with _progress("auditing") as step:
+        for finding in audit(base, adapter, merged):
+            findings.append(finding)
+            step(finding.tensor)
+    if options.json:
+        _write_json(options.json, [asdict(finding) for finding in findings])
+    for line in report(findings):
+        print(line)
+    return int(any(finding.verdict == WRONG for finding in findings))
+
+
+def report(findings: "list[Finding]") -> Iterator[str]:
+    """Yield the lines of an audit: each mistake with its tensors, then the verdict."""
+    from minipeft.interop.audit import BOUND, EXACT, WRONG
+
+    wrong = [f for f in findings if f.verdict == WRONG]
+    for name in dict.fromkeys(f.mistake for f in wrong):
+        made = [f for f in wrong if f.mistake == name]
+        worst = max(f.residual for f in made)
+        yield f"{name}: {made[0].sentence} ({len(made)} tensors, first {made[0].tensor}"
+        yield f"  what the mistake does not explain: {worst:.2g} of the update)"
+    adapted = [f for f in findings if f.adapted]
+    exact = sum(f.verdict == EXACT for f in adapted)
+    bound = sum(f.verdict == BOUND for f in adapted)
+    yield (
+        f"{len(adapted)} adapted tensors: {exact} exact, {bound} within the bound of "
+        f"another order of sums, {len(adapted) - exact - bound} wrong"
+    )
+    others = [f for f in findings if not f.adapted]
+    same = sum(f.verdict == EXACT for f in others)
+    yield f"{len(others)} other tensors: {same} unchanged, {len(others) - same} not"
+
+
+def _export(options: argparse.Namespace) -> int:
+    from minipeft.interop import gguf_format, merging
+    from minipeft.interop.tensors import open_tensors
+
+    if options.to == "safetensors":
+        return _merge(options)
+    adapter, config = _adapter(options), _config(options.base)
+    if options.to == "gguf" and not options.merged:
+        gguf_format.write_lora(options.out, adapter, config)
+        print(f"wrote {options.out}: llama-server --lora {options.out}")
+        return 0
+    path = options.out / "model.gguf" if options.to == "ollama" else options.out
+    base = open_tensors(options.base)
+    where = (path, base, options.base, config)
+    gguf_format.write_model(*where, adapter=adapter, kind=options.kind)
+    if options.to == "ollama":
+        merging.write_text(options.out / "Modelfile", "FROM ./model.gguf\n")
+        print(
+            f"wrote {options.out}: ollama create NAME -f {options.out / 'Modelfile'}\n"
+            "(the merged model: an ADAPTER line builds only before Ollama 0.34.1)"
+        )
+    else:
+        print(f"wrote {path}: llama-server --model {path}")
+    return 0
+
+
+def _adapter(options: argparse.Namespace) -> "Adapter":
+    """Return the adapter, once it is known to belong to the base."""
+    from minipeft.interop import fingerprint, merging, peft_format
+    from minipeft.interop.tensors import open_tensors
+
+    adapter = peft_format.read(options.adapter)
+    if options.allow_base_mismatch:
+        print("the base was not compared: --allow-base-mismatch", file=sys.stderr)
+    elif merging.BASE in adapter.metadata:
+        own = fingerprint.of_files(open_tensors(options.base))
+        print(merging.check_base(adapter, own), file=sys.stderr)
+    else:
+        print("the adapter does not say which base it belongs to", file=sys.stderr)
+    return adapter
+
+
+def _model(path: Path) -> Any:
+    from minipeft.interop.gguf_format import GgufTensors
+    from minipeft.interop.tensors import open_tensors
+
+    return GgufTensors(path) if path.suffix == ".gguf" else open_tensors(path)
+
+
+def _config(folder: Path) -> dict[str, Any]:
+    path = folder / "config.json"
+    try:
+        config = json.loads(path.read_text("utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(
+            f"{path} cannot be read ({error}); give a model's folder"
+        ) from None
+    if not isinstance(config, dict):
+        raise InputError(f"{path} is no JSON object; give a model's folder")
+    return config
+
+
+def _write_json(path: Path, value: Any) -> None:
+    try:
+        path.write_text(json.dumps(value, indent=1) + "\n", "utf-8")
+    except OSError as error:
+        raise InputError(f"cannot write {path}: {error.strerror}") from error
+
+
+@contextmanager
+def _progress(what: str) -> Iterator[Callable[[str], None]]:
+    """Show the tensor in work on a terminal; say nothing elsewhere."""
+    from rich.console import Console
+
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        yield lambda name: None
+        return
+    with console.status(what) as status:
+        yield lambda name: status.update(f"{what} {name}")
