@@ -15,65 +15,19 @@ from minipeft.reference import blockwise as reference_blockwise
 from minipeft.reference import double_quant as reference_double_quant
 from minipeft.reference import lora as reference_lora
 from minipeft.reference import qlora as reference
-from minipeft.torch import blockwise, double_quant, qlora
+from minipeft.torch import qlora
 from minipeft.torch.inject import inject, trainable_parameters, unload
 from minipeft.torch.inject import merge as merge_model
 from minipeft.torch.lora import LoRA, LoRAConfig, LoRALinear
 from minipeft.torch.qlora import QuantizedLinear, quantize_linears
 from tests.agreement.llama import TEXT, llama
-from tests.properties.test_qlora import adapter, on_a_grid, quantized
-from tests.strategies import gaussian_layers, integer_layers, seeds
+from tests.agreement.on_torch import codes, lora, module, tensor
+from tests.parametrizations import ROWS, quantized
+from tests.strategies import seeds
 from tests.tolerance import assert_bits, assert_sums, assert_within, gamma
 
+QLORA = next(row for row in ROWS if row.name == "qlora")
 nested = st.booleans()
-
-
-def tensor(array):
-    return torch.from_numpy(np.array(array))
-
-
-def on_torch(q):
-    """The reference's base as ours."""
-    kind = (
-        blockwise.Blockwise
-        if isinstance(q, reference_blockwise.Blockwise)
-        else double_quant.Nested
-    )
-    parts = {k: tensor(v) if hasattr(v, "dtype") else v for k, v in vars(q).items()}
-    return kind(**parts)
-
-
-def layer(t, q):
-    """LoRA on the quantized base."""
-    bias = None if t.bias is None else tensor(t.bias)
-    lora = LoRA(tensor(t.A), tensor(t.B), float(t.scaling))
-    return LoRALinear(QuantizedLinear(on_torch(q), bias), lora)
-
-
-@given(integer_layers, seeds)
-def test_forward_and_gradients_agree_bit_for_bit(t, seed):
-    q = on_a_grid(t.W, seed)
-    x, adapted = tensor(t.x).requires_grad_(), layer(t, q)
-    y = adapted(x)
-    assert_sums(y.detach().numpy(), reference.forward(t.x, q, adapter(t), t.bias))
-    y.backward(tensor(t.grad_y))
-    expected = reference.backward(t.grad_y, t.x, q, adapter(t))
-    lora = adapted.adapters["default"]
-    for actual, gradient in zip((x, lora.A, lora.B), expected, strict=True):
-        assert_sums(actual.grad.numpy(), gradient)
-
-
-@given(gaussian_layers, nested)
-def test_forward_agrees_up_to_rounding(t, double):
-    q = quantized(t.W, double)
-    absolute = reference_lora.LoRA(abs(t.A), abs(t.B), abs(t.scaling))
-    bias = None if t.bias is None else abs(t.bias)
-    W = abs(reference.dequantize(q))
-    size = reference_lora.forward(abs(t.x), W, absolute, bias).astype(np.float64)
-    roundings = t.W.shape[1] + t.A.shape[0] + 4
-    expected = reference.forward(t.x, q, adapter(t), t.bias)
-    actual = layer(t, q)(tensor(t.x)).detach().numpy()
-    assert_within(actual, expected, 2 * gamma(roundings) * size)
 
 
 @given(seeds, nested)
@@ -84,11 +38,10 @@ def test_sixteen_bits_agree_up_to_their_rounding(seed, double):
         for shape in ((3, 12), (7, 12), (2, 12), (7, 2))
     )
     q = quantized(W, double)
-    base = QuantizedLinear(on_torch(q)).bfloat16()
-    adapted = LoRALinear(base, LoRA(tensor(A), tensor(B), 2.0))
+    update = reference_lora.LoRA(A, B, 2.0)
+    adapted = LoRALinear(QuantizedLinear(codes(q)).bfloat16(), lora(update))
     y = adapted(tensor(x).bfloat16())
     assert y.dtype == torch.bfloat16
-    update = reference_lora.LoRA(A, B, 2.0)
     expected = reference.forward(x.astype(bfloat16), q, update)
     absolute = reference_lora.LoRA(abs(A), abs(B), 2.0)
     W = abs(reference.dequantize(q))
@@ -99,12 +52,12 @@ def test_sixteen_bits_agree_up_to_their_rounding(seed, double):
     assert_within(actual, expected.astype(np.float32), bound)
 
 
-@given(integer_layers, seeds, st.sampled_from(qlora.TARGETS))
-def test_both_merges_agree_bit_for_bit(t, seed, into):
-    q = on_a_grid(t.W, seed)
-    merged = qlora.merge(layer(t, q), into)
+@given(st.data(), st.sampled_from(qlora.TARGETS))
+def test_both_merges_agree_bit_for_bit(data, into):
+    case = QLORA.case(data, "integers")
+    merged = qlora.merge(module(case), into)
     verb = reference.merge if into == "dequantized" else reference.requantize
-    expected = verb(q, adapter(t))
+    expected = verb(case.base, case.adapter)
     if into == "dequantized":
         assert_sums(merged.weight.numpy(), expected)
     else:
@@ -112,14 +65,15 @@ def test_both_merges_agree_bit_for_bit(t, seed, into):
         assert_bits(merged.absmax.numpy(), expected.absmax)
 
 
-@given(gaussian_layers, nested)
-def test_requantizing_keeps_the_kind_and_the_bias(t, double):
-    adapted = layer(t, quantized(t.W, double))
+@given(st.data())
+def test_requantizing_keeps_the_kind_and_the_bias(data):
+    case = QLORA.case(data, "gaussians")
+    adapted = module(case)
     before = copy.deepcopy(adapted.state_dict())
     again = qlora.merge(adapted, "requantized")
     assert type(again.q) is type(adapted.base.q)
     assert again.constants == adapted.base.constants
-    assert (again.bias is None) == (t.bias is None)
+    assert (again.bias is None) == (case.bias is None)
     assert again.bias is None or torch.equal(again.bias, adapted.base.bias)
     for name, tensor_ in adapted.state_dict().items():
         assert torch.equal(tensor_, before[name])

@@ -1,5 +1,6 @@
-"""Laws of VeRA: over the rationals, in bits, and of the shared random pair."""
+"""Laws of VeRA alone: of the shared random pair."""
 
+from dataclasses import replace
 from fractions import Fraction
 
 import numpy as np
@@ -8,104 +9,35 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from minipeft.errors import InputError
-from minipeft.reference import linear, vera
-from tests.exact import assert_gradients, equal
-from tests.strategies import (
-    gaussian_layers,
-    gaussians,
-    integer_layers,
-    integers,
-    rational_layers,
-    rationals,
-    seeds,
-    sizes,
-)
+from minipeft.reference import vera
+from tests.exact import equal
+from tests.parametrizations import ROWS
+from tests.strategies import seeds
 from tests.tolerance import assert_bits, assert_within, gamma
 
-
-@st.composite
-def adapted(draw, layers, vectors):
-    """A layer whose A and B are the shared pair, and its two vectors."""
-    t = draw(layers)
-    d = draw(vectors((len(t.A),)))
-    b = draw(vectors((len(t.W),)).filter(lambda b: np.any(b != 0)))
-    return t, vera.Projections(t.A, t.B), vera.VeRA(d, b)
+ROW = next(row for row in ROWS if row.name == "vera")
 
 
-proofs = adapted(rational_layers, rationals)
-
-
-@given(proofs)
-def test_merged_is_the_same_function_over_the_rationals(case):
-    t, pair, v = case
-    merged = vera.merge(t.W, pair, v)
-    exact = vera.forward(t.x, t.W, pair, v, t.bias)
-    assert equal(linear.forward(t.x, merged, t.bias), exact)
-
-
-@given(adapted(integer_layers, integers))
-def test_merged_is_the_same_function_bit_for_bit(case):
-    t, pair, v = case
-    v = vera.VeRA(np.sign(v.d), np.sign(v.b) * 2)  # keeps every sum below 2**24
-    merged = vera.merge(t.W, pair, v)
-    exact = vera.forward(t.x, t.W, pair, v, t.bias)
-    assert_bits(linear.forward(t.x, merged, t.bias) + 0, exact + 0)
-
-
-@given(adapted(gaussian_layers, gaussians))
-def test_merged_is_the_same_function_up_to_rounding(case):
-    t, pair, v = case
-    merged = linear.forward(t.x, vera.merge(t.W, pair, v), t.bias)
-    exact = vera.forward(t.x, t.W, pair, v, t.bias)
-    absolute = vera.Projections(abs(t.A), abs(t.B)), vera.VeRA(abs(v.d), abs(v.b))
-    bias = None if t.bias is None else abs(t.bias)
-    size = vera.forward(abs(t.x), abs(t.W), *absolute, bias).astype(np.float64)
-    # Sums over in_features and r, two scalings and two additions, either way.
-    roundings = t.W.shape[1] + len(t.A) + 5
-    assert_within(merged, exact, 2 * gamma(roundings) * size)
-
-
-@given(proofs, st.data())
-def test_gradients_are_exact_differences_over_the_rationals(case, data):
-    t, pair, v = case
-
-    def loss(x, d, b):
-        return (t.grad_y * vera.forward(x, t.W, pair, vera.VeRA(d, b))).sum()
-
-    grads = vera.backward(t.grad_y, t.x, t.W, pair, v)
-    assert_gradients(loss, (t.x, v.d, v.b), grads, data)
-
-
-@given(proofs)
-def test_the_update_is_the_product_of_its_four_matrices(case):
-    t, pair, v = case
+@given(st.data())
+def test_the_update_is_the_product_of_its_four_matrices(data):
+    case = ROW.case(data, "fractions")
+    (pair,), v, W = case.frozen, case.adapter, case.base
     product = np.diag(v.b) @ pair.B @ np.diag(v.d) @ pair.A
     assert equal(vera.delta(pair, v), product)
-    assert equal(vera.merge(t.W, pair, v) - t.W, product + 0 * t.W)
+    assert equal(vera.merge(W, pair, v) - W, product + 0 * W)
 
 
-@given(proofs, st.integers(0, 3), st.integers(0, 3))
-def test_a_small_layer_uses_the_corner_of_a_larger_pair(case, more_in, more_out):
-    t, pair, v = case
+@given(st.data(), st.integers(0, 3), st.integers(0, 3))
+def test_a_small_layer_uses_the_corner_of_a_larger_pair(data, more_in, more_out):
+    case = ROW.case(data, "fractions")
+    (pair,) = case.frozen
     A = np.pad(pair.A, ((0, 0), (0, more_in)), constant_values=7)
     B = np.pad(pair.B, ((0, more_out), (0, 0)), constant_values=7)
-    larger = vera.Projections(A, B)
-    assert equal(vera.merge(t.W, larger, v), vera.merge(t.W, pair, v))
-    small = vera.forward(t.x, t.W, larger, v, t.bias)
-    assert equal(small, vera.forward(t.x, t.W, pair, v, t.bias))
-    both = (vera.backward(t.grad_y, t.x, t.W, p, v) for p in (larger, pair))
-    assert all(equal(a, b) for a, b in zip(*both, strict=True))
-
-
-@given(seeds, sizes())
-def test_a_new_adapter_changes_nothing(seed, s):
-    rng = np.random.default_rng(seed)
-    W = rng.standard_normal((s.d, s.k)).astype(np.float32)
-    x = rng.standard_normal((*s.lead, s.k)).astype(np.float32)
-    pair, new = vera.projections(seed, s.r, s.k, s.d), vera.init(s.r, s.d)
-    assert_bits(vera.forward(x, W, pair, new), linear.forward(x, W))
-    assert_bits(vera.merge(W, pair, new), W)
-    assert np.all(new.d == np.float32(0.1))
+    larger = replace(case, frozen=(vera.Projections(A, B),))
+    assert equal(larger.merged(), case.merged())
+    assert equal(larger.forward(), case.forward())
+    both = zip(larger.backward(), case.backward(), strict=True)
+    assert all(equal(a, b) for a, b in both)
 
 
 @given(seeds, st.integers(1, 40), st.integers(1, 40), st.integers(1, 40))
@@ -152,29 +84,7 @@ def test_the_one_rounding_is_exact_arithmetic_rounded_once(seed, rows, columns):
     assert_bits(drawn.reshape(-1), np.array([float(v) for v in exact], np.float32))
 
 
-@given(adapted(integer_layers, integers))
-def test_nothing_given_is_changed(case):
-    t, pair, v = case
-    given_values = (t.x, t.W, t.A, t.B, t.grad_y, v.d, v.b)
-    copies = [a.copy() for a in given_values]
-    vera.merge(t.W, pair, v)
-    vera.backward(t.grad_y, t.x, t.W, pair, v)
-    for before, after in zip(copies, given_values, strict=True):
-        assert_bits(after, before)
-
-
 def test_a_pair_that_is_too_small_is_refused():
     pair, v = vera.projections(0, 2, 3, 4), vera.init(2, 5)
     with pytest.raises(InputError, match=r"up to \(4, 3\).*here \(5, 3\)"):
         vera.forward(np.ones(3), np.ones((5, 3)), pair, v)
-
-
-@pytest.mark.parametrize("seed", [-1, 2**32])
-def test_a_seed_that_the_stream_does_not_have_is_refused(seed):
-    with pytest.raises(InputError, match=f"seed is {seed}"):
-        vera.projections(seed, 2, 3, 4)
-
-
-def test_an_empty_pair_is_refused():
-    with pytest.raises(InputError, match="r is 0"):
-        vera.projections(0, 0, 3, 4)

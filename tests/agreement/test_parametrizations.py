@@ -1,0 +1,141 @@
+"""The contract of every parametrization: the torch column agrees with the reference."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+
+from minipeft.torch.inject import inject, merge, unload, unmerge
+from tests.agreement.on_torch import (
+    ADAPTED,
+    CONFIGS,
+    conv1d,
+    dense,
+    module,
+    numpy,
+    run,
+    tensor,
+)
+from tests.bounds import assert_both_within
+from tests.parametrizations import ROWS
+from tests.strategies import seeds
+from tests.tolerance import assert_bits, assert_sums
+
+rows = pytest.mark.parametrize("row", ROWS, ids=lambda row: row.name)
+layouts = pytest.mark.parametrize("layout", [dense, conv1d])
+LOOKED_UP = ("lora", "dora", "vera")  # an embedding has no input that IA3 could scale
+# The norm of a row is no sum of products, so its error is bounded in DoRA's own file.
+rounded_rows = pytest.mark.parametrize(
+    "row", [row for row in ROWS if row.proof is None], ids=lambda row: row.name
+)
+
+
+def expected(case):
+    return [case.forward(), *case.backward()]
+
+
+@layouts
+@rows
+@given(data=st.data())
+def test_values_and_gradients_agree_bit_for_bit(row, layout, data):
+    case = row.case(data, "integers")
+    for ours, theirs in zip(
+        run(module(case, layout), case), expected(case), strict=True
+    ):
+        assert_sums(ours, theirs)
+
+
+@rounded_rows
+@given(data=st.data())
+def test_values_and_gradients_agree_up_to_rounding(row, data):
+    case = row.case(data, "gaussians")
+    ours, theirs = run(module(case), case), expected(case)
+    for one, other, sizes in zip(ours, theirs, expected(case.counted()), strict=True):
+        assert_both_within(one, other, sizes, sizes)
+
+
+@pytest.mark.parametrize(
+    "row", [row for row in ROWS if row.name in LOOKED_UP], ids=lambda row: row.name
+)
+@given(data=st.data(), seed=seeds)
+def test_an_embedding_is_the_layer_on_one_hot_rows(row, data, seed):
+    case = row.case(data, "integers")
+    d, k = case.base.shape
+    ids = np.random.default_rng(seed).integers(0, k, (2, 3))
+    grad_y = np.broadcast_to(case.grad_y.reshape(-1, d)[0], (2, 3, d)).copy()
+    one_hot = np.eye(k, dtype=np.float32)[ids]
+    case = replace(case, x=one_hot, grad_y=grad_y, bias=None)
+    layer = ADAPTED[row.name](nn.Embedding(k, d, _weight=tensor(case.base.T)), case)
+    y = layer(tensor(ids))
+    y.backward(tensor(grad_y))
+    assert_sums(numpy(y), case.forward())
+    adapter = layer.adapters["default"]
+    for name, gradient in zip(row.trained, case.backward()[1:], strict=True):
+        assert_sums(numpy(getattr(adapter, name).grad), gradient)
+    assert_sums(numpy(layer.merge()(tensor(ids))), numpy(y))
+
+
+@layouts
+@rows
+@given(data=st.data())
+def test_merged_layers_agree_bit_for_bit(row, layout, data):
+    case = row.case(data, "integers")
+    layer = module(case, layout)
+    assert_sums(numpy(layer.merged()), case.merged())
+    assert_sums(numpy(layer.merge()(tensor(case.x))), case.merged_forward())
+
+
+@pytest.mark.parametrize(
+    "row", [row for row in ROWS if row.name in CONFIGS], ids=lambda row: row.name
+)
+@given(data=st.data())
+def test_what_unload_returns_is_a_plain_layer(row, data):
+    case = row.case(data, "integers")
+    plain = module(case).merge().unload()
+    assert type(plain) is nn.Linear
+    assert_sums(numpy(plain(tensor(case.x))), case.merged_forward())
+    before = module(case).merge().unmerge().unload()
+    assert_bits(numpy(before.weight), case.base)
+    if case.bias is not None:
+        assert_bits(numpy(before.bias), case.bias)
+
+
+@rounded_rows
+@given(data=st.data())
+def test_merged_weights_agree_up_to_rounding(row, data):
+    case = row.case(data, "gaussians")
+    sizes = case.counted().merged()
+    assert_both_within(numpy(module(case).merged()), case.merged(), sizes, sizes)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("row", CONFIGS)
+def test_unmerging_gives_every_bit_back_however_often(row, dtype):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(24, 40), nn.Linear(40, 8)).to(dtype)
+    before = [p.detach().clone() for p in model.parameters()]
+    plain = model[0].weight.detach().clone()
+    inject(model, CONFIGS[row], ["0", "1"])
+    with torch.no_grad():
+        for p in (p for p in model.parameters() if p.requires_grad):
+            p.normal_()
+            p.view(-1)[0], p.view(-1)[1] = 0, 1e-8  # no division gives W back
+    x = torch.randn(3, 24, dtype=dtype)
+    y = model(x)
+    assert y.dtype == dtype
+    for _ in range(5):
+        assert not torch.equal(merge(model)[0].merged_weight, plain)
+        unmerge(model)
+    assert torch.equal(model(x), y)
+    for old, new in zip(before, unload(model).parameters(), strict=True):
+        assert torch.equal(old, new)
+
+
+def test_every_row_is_here():
+    names = {row.name for row in ROWS}
+    assert names == set(ADAPTED)
+    assert names - {"qlora"} == set(CONFIGS)  # it is LoRA on another base
