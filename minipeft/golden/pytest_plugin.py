@@ -1,0 +1,154 @@
+"""A pytest plugin: one test for each case, `-p minipeft.golden.pytest_plugin`.
+
+It collects by itself: no test file is needed. What `minipeft verify` takes on its
+command line, the plugin takes as `--minipeft-...` or from pytest's configuration.
+"""
+
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from minipeft.errors import InputError
+from minipeft.golden import known, processes, profiles
+from minipeft.golden.errors import Unavailable
+from minipeft.golden.implementations import Implementation
+from minipeft.golden.report import failure
+from minipeft.golden.runner import (
+    PATIENCE,
+    Outcome,
+    implementation,
+    judge,
+    unasked,
+)
+from minipeft.golden.vectors import Case, VectorFile, load_all
+
+OPTIONS = {
+    "minipeft": "the implementation: a built-in name, or package.module",
+    "minipeft-exec": "a program that speaks JSON lines, in place of a module",
+    "minipeft-only": "operations or rows, separated by spaces",
+    "minipeft-profile": "whose choices are the rule",
+    "minipeft-known-failures": "a file of cases that may fail",
+    "minipeft-timeout": "seconds that a case may take",
+}
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Add each option to the command line and to the configuration."""
+    group = parser.getgroup("minipeft", "golden vectors of minipeft")
+    for name, meaning in OPTIONS.items():
+        group.addoption(f"--{name}", help=meaning)
+        parser.addini(name.replace("-", "_"), meaning, default="")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(
+    session: pytest.Session, config: pytest.Config, items: list[pytest.Item]
+) -> None:
+    """Add one test for each case, before `-k` and `-m` choose."""
+    if not (_option(config, "minipeft") or _option(config, "minipeft-exec")):
+        return
+    try:
+        subject = Subject(config)
+    except InputError as error:
+        raise pytest.UsageError(f"minipeft: {error}") from None
+    config.add_cleanup(subject.close)
+    for file in subject.files:
+        items += (
+            Golden.from_parent(session, subject=subject, file=file, case=case)
+            for case in file.cases
+        )
+
+
+class Subject:
+    """Whoever is asked, and what the whole run knows."""
+
+    def __init__(self, config: pytest.Config) -> None:
+        self.files = list(load_all(_option(config, "minipeft-only").split()))
+        profile = _option(config, "minipeft-profile")
+        self._rule = profiles.load(profile) if profile else None
+        listed = _option(config, "minipeft-known-failures")
+        path = config.rootpath / listed
+        self.known = known.read(Path(path), load_all()) if listed else frozenset()
+        self._name = _option(config, "minipeft")
+        self._program = _option(config, "minipeft-exec")
+        self._timeout = float(_option(config, "minipeft-timeout") or 120)
+        self._late: Counter[str] = Counter()
+        self._started: Implementation | Unavailable | None = None
+
+    def outcome(self, file: VectorFile, case: Case) -> Outcome:
+        """Judge a case; three time-outs end an operation."""
+        if self._late[file.name] == PATIENCE:
+            return unasked(file, case, f"not asked after {PATIENCE} time-outs")
+        outcome = judge(self._implementation(), file, case)
+        self._late[file.name] += outcome.late
+        return profiles.hold(self._rule, outcome) if self._rule else outcome
+
+    def close(self) -> None:
+        """End its process."""
+        if isinstance(self._started, Implementation):
+            self._started.close()
+
+    def _implementation(self) -> Implementation:
+        if self._started is None:
+            try:
+                self._started = self._start()
+            except Unavailable as reason:
+                self._started = reason
+        if isinstance(self._started, Unavailable):
+            raise self._started
+        return self._started
+
+    def _start(self) -> Implementation:
+        if self._program:
+            return processes.program(self._program, self._timeout)
+        return implementation(self._name, self._timeout)
+
+
+class Golden(pytest.Item):
+    """One case as a test."""
+
+    def __init__(
+        self, *, subject: Subject, file: VectorFile, case: Case, **more: Any
+    ) -> None:
+        name = f"{case.operation}:{case.tcId}"
+        super().__init__(name=name, nodeid=f"minipeft::{name}", **more)
+        self._subject, self._file, self._case = subject, file, case
+        self.add_marker(pytest.mark.minipeft)
+        if name in subject.known:
+            self.add_marker(pytest.mark.xfail(reason="a known failure", strict=False))
+
+    def runtest(self) -> None:
+        """Ask, and skip or fail as the outcome says; a policy never fails."""
+        outcome = self._subject.outcome(self._file, self._case)
+        if outcome.way:
+            self.user_properties.append(("way", outcome.way))
+        if outcome.status == "skip":
+            pytest.skip(outcome.detail)
+        if outcome.status == "fail":
+            raise Failed(failure(outcome))
+
+    def repr_failure(
+        self, excinfo: pytest.ExceptionInfo[BaseException], style: Any = None
+    ) -> str:
+        """Show what the report says, and no traceback."""
+        return str(excinfo.value)
+
+    def reportinfo(self) -> tuple[Path, None, str]:
+        """Name the file and the case."""
+        return Path(self._file.name), None, f"{self.name}: {self._case.comment}"
+
+
+class Failed(Exception):  # noqa: N818  # the outcome of a test
+    """What the report says about a case that fails."""
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Let `-m minipeft` choose these tests."""
+    config.addinivalue_line("markers", "minipeft: a case of the golden vectors")
+
+
+def _option(config: pytest.Config, name: str) -> str:
+    given = config.getoption(f"--{name}")
+    return str(given or config.getini(name.replace("-", "_")) or "")
