@@ -24,7 +24,10 @@ def on_pre_build(config: Any) -> None:
         raise PluginError(str(error)) from None
     built[:] = [book]
     config.nav = [
-        {title: book.nav.get(target, target) for title, target in entry.items()}
+        {
+            title: target if isinstance(target, list) else book.nav.get(target, target)
+            for title, target in entry.items()
+        }
         for entry in config.nav
     ]
 

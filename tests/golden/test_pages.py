@@ -1,0 +1,124 @@
+"""The pages about verifying are true: what they show is run."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+ROOT = Path(__file__).parents[2]
+BLOCK = re.compile(r'^```(\w+)(?: title="([^"]*)")?\n(.*?)^```$', re.DOTALL | re.M)
+ACTION = ROOT / ".github" / "actions" / "verify" / "action.yml"
+BIN = Path(sys.executable).parent
+
+
+def blocks(page):
+    """Return language, title and text of every block of code."""
+    return BLOCK.findall((ROOT / "site" / page).read_text(encoding="utf-8"))
+
+
+def shell(folder, script, **variables):
+    """Run what a reader would type, with the commands of this environment."""
+    paths = {"PATH": f"{BIN}:{os.environ['PATH']}", "PYTHONPATH": str(ROOT)}
+    return subprocess.run(
+        ["bash", "-eu", "-o", "pipefail", "-c", script],
+        cwd=folder,
+        env={**os.environ, **paths, **variables},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+
+
+@pytest.fixture
+def commands(tmp_path, monkeypatch):
+    """Let `minipeft` be the command of this source, wherever it is installed."""
+    folder = tmp_path / "bin"
+    folder.mkdir()
+    called = {"minipeft": "-m minipeft", "pytest": "-m pytest", "python3": ""}
+    for name, how in called.items():
+        command = folder / name
+        command.write_text(f'#!/bin/sh\nexec "{sys.executable}" {how} "$@"\n')
+        command.chmod(0o755)
+    monkeypatch.setattr(sys.modules[__name__], "BIN", folder)
+
+
+def project(folder, last):
+    """Do what the page says, in order, up to the heading that starts with `last`."""
+    page = (ROOT / "site" / "ci.md").read_text(encoding="utf-8")
+    said, done = "", None
+    for language, title, text in BLOCK.findall(page.partition(f"\n## {last}")[0]):
+        if language in ("python", "toml", "yaml"):
+            path = folder / title
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(text)
+        elif language == "sh" and title != "in your project":
+            done = shell(folder, text)
+            said = done.stdout
+            assert f"exit code {done.returncode}" == title, text + said + done.stderr
+        elif language == "text":
+            said = (folder / title).read_text() if title else said
+            assert text.strip() in said
+    return done
+
+
+@pytest.mark.usefixtures("commands")
+def test_from_nothing_to_a_green_ci(tmp_path):
+    folder = tmp_path / "project"
+    folder.mkdir()
+    done = project(folder, "no such heading")
+    assert "the rule: profile peft" in done.stdout
+
+
+@pytest.mark.usefixtures("commands")
+def test_the_workflow_of_the_page_runs_the_action(tmp_path):
+    folder = tmp_path / "project"
+    folder.mkdir()
+    project(folder, "The day")
+    workflow = yaml.safe_load((folder / ".github/workflows/golden.yml").read_text())
+    step = workflow["jobs"]["verify"]["steps"][-1]
+    action = yaml.safe_load(ACTION.read_text())
+    assert step["uses"].rpartition("@")[0] == "minipeft/minipeft/" + str(
+        ACTION.parent.relative_to(ROOT)
+    )
+    assert set(step["with"]) <= set(action["inputs"])
+    done = act(folder, action, step["with"])
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "30 passed, 0 failed, 1 failed as known" in (folder / "summary").read_text()
+    reports = {path.name for path in (folder / "minipeft-report").iterdir()}
+    assert reports == {"report.json", "report.xml", "report.txt", "badge.json"}
+    failing = act(folder, action, {**step["with"], "known-failures": ""})
+    assert failing.returncode == 1
+    odd = {"implementation": "golden; touch harm", "profile": "$(touch harm)"}
+    assert act(folder, action, odd).returncode == 2
+    assert not (folder / "harm").exists()
+
+
+def act(folder, action, given):
+    """Run the action's last step as GitHub does, with these inputs."""
+    inputs = {k: v["default"] for k, v in action["inputs"].items()} | given
+    step = action["runs"]["steps"][-1]
+    variables = {
+        name: re.sub(r"\$\{\{ inputs\.([\w-]+) \}\}", lambda m: inputs[m[1]], value)
+        for name, value in step["env"].items()
+    }
+    assert "${{" not in step["run"]  # an input is no code
+    variables["GITHUB_STEP_SUMMARY"] = str(folder / "summary")
+    return shell(folder, step["run"], **variables)
+
+
+@pytest.mark.usefixtures("commands")
+def test_the_report_on_the_page_is_the_report(tmp_path):
+    (tmp_path / "mine.py").write_text(
+        next(text for _, title, text in blocks("verify.md") if title == "mine.py")
+    )
+    shown = next(
+        text for _, title, text in blocks("verify.md") if title == "exit code 1"
+    )
+    done = shell(tmp_path, "minipeft verify mine --only lora_merge")
+    assert done.returncode == 1
+    assert done.stdout == shown
