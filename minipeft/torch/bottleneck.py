@@ -9,8 +9,16 @@ from torch import Tensor, nn
 from torch.nn.functional import linear, relu
 
 from minipeft.errors import InputError
-from minipeft.shapes import Float, Shaped
-from minipeft.torch.linear import Adapted, layout, naming
+from minipeft.shapes import Float
+from minipeft.torch.adapted import Adapted, naming
+from minipeft.torch.linear import (
+    Form,
+    Output,
+    Product,
+    Weight,
+    check_shape,
+    weight_view,
+)
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -72,14 +80,23 @@ class Serial(Adapted[Bottleneck]):
     A sublayer ends in a linear layer, so behind that layer is behind the sublayer.
     """
 
-    def forward(self, x: Shaped[Tensor, "..."]) -> Float[Tensor, "... features"]:
-        """Apply the layer, then the adapters."""
-        h = total = self.base(x)
+    @staticmethod
+    def check_fits(form: Form, adapter: Bottleneck) -> None:
+        """Refuse a network of another width."""
+        bottleneck = len(adapter.down)
+        check_shape("down", adapter.down, bottleneck, form.out_features)
+        check_shape("up", adapter.up, form.out_features, bottleneck)
+        check_shape("down_bias", adapter.down_bias, bottleneck)
+        check_shape("up_bias", adapter.up_bias, form.out_features)
+
+    def adapt(self, product: Product) -> Output:
+        """Return h, and what each adapter adds to it times its share."""
+        h = total = product.y
         for share, adapter in self.shares():
             total = total + share * adapter(h)
-        return cast(Tensor, total.to(h.dtype))
+        return total.to(h.dtype)
 
-    def merged(self) -> Float[Tensor, "out_features in_features"]:
+    def change(self, adapter: Bottleneck, W: Weight) -> Weight:
         """Refuse: no weight does the same.
 
         Raises:
@@ -113,11 +130,12 @@ class BottleneckConfig:
         """
         adapters = {}
         for name, layer in layers.items():
-            features, _, dtype, device = layout(layer).form(layer)
+            form = weight_view(layer).form(layer)
             with naming(name):
-                adapter = init(generator, features, self.bottleneck, self.scaling)
-            wide = torch.promote_types(dtype, torch.float32)
-            adapters[name] = adapter.to(device, wide)
+                adapter = init(
+                    generator, form.out_features, self.bottleneck, self.scaling
+                )
+            adapters[name] = adapter.to(form.device, form.wide)
         return adapters
 
 

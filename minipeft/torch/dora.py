@@ -6,13 +6,23 @@ from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
-from torch.nn.functional import linear
 
-from minipeft.shapes import Float, Shaped
-from minipeft.torch import lora as lora_
-from minipeft.torch.linear import Adapted, layout
-from minipeft.torch.lora import LoRA, LoRAConfig
+from minipeft.shapes import Float
+from minipeft.torch import lora
+from minipeft.torch.adapted import Adapted, mixed
+from minipeft.torch.linear import (
+    Bias,
+    Form,
+    Output,
+    Product,
+    Weight,
+    check_shape,
+    full_precision,
+    weight_of,
+)
+from minipeft.torch.lora import LoRA, LoRAConfig, MatrixA
+
+Rows = Float[Tensor, " out_features"]
 
 ROWS = 512
 """Rows of W that are widened and squared at a time: what the norm costs in memory."""
@@ -22,102 +32,101 @@ class DoRA(LoRA):
     """The trained parts: LoRA's, and one length for each output row.
 
     Args:
-        lora: the part that turns the rows; its A and B become this adapter's.
+        update: the part that turns the rows; its A and B become this adapter's.
         magnitude: of each row, in the dtype of A.
     """
 
-    magnitude: Float[Tensor, " out_features"]
+    magnitude: Rows
 
-    def __init__(self, lora: LoRA, magnitude: Float[Tensor, " out_features"]):
-        super().__init__(lora.A.detach(), lora.B.detach(), lora.scaling, lora.dropout)
+    def __init__(self, update: LoRA, magnitude: Rows):
+        A, B = update.A.detach(), update.B.detach()
+        super().__init__(A, B, update.scaling, update.dropout)
         self.magnitude = nn.Parameter(magnitude)
 
+    def forward(self, product: Product, dtype: torch.dtype | None = None) -> Output:
+        r"""Return the new output: $g \odot (x W^T + s (x A^T) B^T) + b$.
 
-def init(
-    generator: torch.Generator | None,
-    W: Float[Tensor, "out_features in_features"],
-    r: int,
-    alpha: float,
-) -> DoRA:
+        V is never formed.
+
+        Args:
+            product: of the frozen layer.
+            dtype: of the output; None: that of the frozen layer's.
+        """
+        check_fits(product.form, self)
+        z = product.y + super().forward(product)
+        norm = row_norm(product.W, self)
+        return _rescale(z, self.magnitude, norm, product.bias, dtype or product.y.dtype)
+
+
+def init(generator: torch.Generator | None, W: Weight, r: int, alpha: float) -> DoRA:
     r"""Start at the weight itself: LoRA's A and B, and $m_i = \|W_i\|$.
 
     Source: DoRA (arXiv:2402.09353), section 4.1.
     """
-    new = lora_.init(generator, W.shape[1], W.shape[0], r, alpha).to(W.device)
+    new = lora.init(generator, W.shape[1], W.shape[0], r, alpha).to(W.device)
     return DoRA(new, row_norm(W, new))
 
 
 @torch.no_grad()
-def squared_row_norm(
-    W: Float[Tensor, "out_features in_features"], lora: LoRA
-) -> Float[Tensor, " out_features"]:
+def squared_row_norm(W: Weight, update: LoRA) -> Rows:
     r"""Return the squared norm of each row of V = W + s B A, without forming V.
 
     $\|V_i\|^2 = \|W_i\|^2 + 2s\,(W A^T)_i \cdot B_i + s^2\,B_i (A A^T) B_i^T$, in
-    float32 or wider: O((in + out) r) numbers of memory where V has in times out.
+    float32 or wider, also under autocast: O((in + out) r) numbers of memory where V has
+    in times out.
     """
+    lora.check_fits(Form.of(W), update)
     wide = torch.promote_types(W.dtype, torch.float32)
-    A, B, s = lora.A.to(wide), lora.B.to(wide), lora.scaling
-    blocks = [_with_rows(rows.to(wide), A) for rows in torch.split(W, ROWS)]
-    square, thin = (torch.cat(part) for part in zip(*blocks, strict=True))
-    return square + ((2 * s * thin + s * s * (B @ (A @ A.T))) * B).sum(dim=1)
+    A, B, s = update.A.to(wide), update.B.to(wide), update.scaling
+    with full_precision(W.device):
+        blocks = [_with_rows(rows.to(wide), A) for rows in torch.split(W, ROWS)]
+        square, thin = (torch.cat(part) for part in zip(*blocks, strict=True))
+        return square + ((2 * s * thin + s * s * (B @ (A @ A.T))) * B).sum(dim=1)
 
 
 def _with_rows(
-    rows: Float[Tensor, "rows in_features"], A: Float[Tensor, "r in_features"]
+    rows: Float[Tensor, "rows in_features"], A: MatrixA
 ) -> tuple[Float[Tensor, " rows"], Float[Tensor, "rows r"]]:
     return (rows * rows).sum(dim=1), rows @ A.T
 
 
-def row_norm(
-    W: Float[Tensor, "out_features in_features"], lora: LoRA
-) -> Float[Tensor, " out_features"]:
+def row_norm(W: Weight, update: LoRA) -> Rows:
     """Return the norm of each output row of W + s B A, over in_features."""
     # Rounding can leave a row that cancels to zero slightly below it.
-    return squared_row_norm(W, lora).clamp(min=0).sqrt()
+    return squared_row_norm(W, update).clamp(min=0).sqrt()
 
 
-def over_norm(
-    values: Float[Tensor, " out_features"], norm: Float[Tensor, " out_features"]
-) -> Float[Tensor, " out_features"]:
+def over_norm(values: Rows, norm: Rows) -> Rows:
     r"""Return values / norm, and 0 for a zero row, whose direction is zero."""
+    check_shape("values", values, *norm.shape)
     zero = norm == 0
     return torch.where(zero, 0, values / torch.where(zero, 1, norm))
 
 
-def rescale(
-    z: Float[Tensor, "... out_features"],
-    magnitude: Float[Tensor, " out_features"],
-    norm: Float[Tensor, " out_features"],
-    bias: Float[Tensor, " out_features"] | None,
-    dtype: torch.dtype,
-) -> Float[Tensor, "... out_features"]:
-    r"""Return $g \odot (z - b) + b$ with $g_i = m_i / \|V_i\|$; the norm is a constant.
-
-    z already holds the bias b, which g must not scale. The result is rounded once, to
-    `dtype`.
-    """
-    if torch.compiler.is_compiling():  # a compiler decides for itself what to keep
+def _rescale(
+    z: Output, magnitude: Rows, norm: Rows, bias: Bias | None, dtype: torch.dtype
+) -> Output:
+    # g (z - b) + b with g = m / |V|, where the norm is a constant; z holds the bias b,
+    # which g must not scale. Rounded once, to `dtype`.
+    # A compiler decides for itself what to keep.
+    if torch.compiler.is_compiling() or not torch.is_grad_enabled():
         return _rescaled(z, over_norm(magnitude, norm), bias).to(dtype)
-    y = _Rescale.apply(z, magnitude, norm, bias, dtype)  # type: ignore[no-untyped-call]
+    y, _ = _Rescale.apply(z, magnitude, norm, bias, dtype)  # type: ignore[no-untyped-call]
     return cast(Tensor, y)
 
 
-def _rescaled(
-    z: Float[Tensor, "... out_features"],
-    g: Float[Tensor, " out_features"],
-    bias: Float[Tensor, " out_features"] | None,
-) -> Float[Tensor, "... out_features"]:
+def _rescaled(z: Output, g: Rows, bias: Bias | None) -> Output:
     # Not g (z - b) + b, which would round where g is 1: a new adapter changes no bit.
     return g * z if bias is None else torch.addcmul((1 - g) * bias, z, g)
 
 
 class _Rescale(torch.autograd.Function):
-    """`rescale`, with its output remembered in place of its input.
+    """`_rescale`, with its output remembered in place of its input.
 
     The magnitude's gradient needs z, which nothing else would keep. But z follows from
     the output, which the next layer keeps anyway, so DoRA trains in the memory of LoRA.
-    Where a gain is too small to divide by, the columns of z are kept after all.
+    Where a gain is too small to divide by, the columns of z are kept after all: as an
+    output too, because only inputs and outputs can be differentiated twice.
     """
 
     SMALL = 2.0**-4
@@ -129,44 +138,63 @@ class _Rescale(torch.autograd.Function):
         norm: Tensor,
         bias: Tensor | None,
         dtype: torch.dtype,
-    ) -> Tensor:
-        return _rescaled(z, over_norm(magnitude, norm), bias).to(dtype)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        z, magnitude, norm, bias, _ = inputs
+    ) -> tuple[Tensor, Tensor]:
         g = over_norm(magnitude, norm)
-        small = torch.nonzero(g.abs() < _Rescale.SMALL)[:, 0]
-        kept = z[..., small] if bias is None else z[..., small] - bias[small]
-        ctx.save_for_backward(output, magnitude, norm, g, bias, small, kept)
+        return _rescaled(z, g, bias).to(dtype), z[..., _Rescale._small(g)]
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
-        y, magnitude, norm, g, bias, small, kept = ctx.saved_tensors
-        grad_z = grad_y * g if ctx.needs_input_grad[0] else None
-        if not ctx.needs_input_grad[1]:
-            return grad_z, None, None, None, None
-        grad_y = grad_y.to(magnitude.dtype)
-        sums = _over_positions(grad_y * y)
-        if bias is not None:
-            sums -= _over_positions(grad_y) * bias
-        grad_magnitude = sums / magnitude
-        few = _over_positions(grad_y[..., small] * kept)
-        grad_magnitude[small] = over_norm(few, norm[small])
+    def setup_context(
+        ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]
+    ) -> None:
+        _, magnitude, norm, bias, _ = inputs
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*output, magnitude, norm, bias)
+
+    @staticmethod
+    def backward(
+        ctx: Any, grad_y: Tensor | None, grad_kept: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
+        y, kept, magnitude, norm, bias = ctx.saved_tensors
+        g = over_norm(magnitude, norm)
+        small = _Rescale._small(g)
+        grad_z, grad_magnitude = None, None
+        if grad_y is not None:
+            if ctx.needs_input_grad[0]:
+                grad_z = grad_y * g
+            if ctx.needs_input_grad[1]:
+                grad_y = grad_y.to(magnitude.dtype)
+                part = kept if bias is None else kept - bias[small]
+                few = over_norm(_over_positions(grad_y[..., small] * part), norm[small])
+                sums = _over_positions(grad_y * y)
+                if bias is not None:
+                    sums = sums - _over_positions(grad_y) * bias
+                over = magnitude.index_fill(0, small, 1)
+                grad_magnitude = (sums / over).index_copy(0, small, few)
+        if grad_kept is not None and ctx.needs_input_grad[0]:
+            there = y.new_zeros(y.shape, dtype=grad_kept.dtype)
+            there = there.index_copy(-1, small, grad_kept)
+            grad_z = there if grad_z is None else grad_z + there
         return grad_z, grad_magnitude, None, None, None
+
+    @staticmethod
+    def _small(g: Tensor) -> Tensor:
+        return torch.nonzero(g.abs() < _Rescale.SMALL)[:, 0]
 
 
 def _over_positions(values: Float[Tensor, "... n"]) -> Float[Tensor, " n"]:
     return values[None].flatten(0, -2).sum(dim=0)
 
 
-def merge(
-    W: Float[Tensor, "out_features in_features"], dora: DoRA
-) -> Float[Tensor, "out_features in_features"]:
+def merge(W: Weight, adapter: DoRA) -> Weight:
     r"""Return $W'_i = m_i V_i / \|V_i\|$, in float32 or wider."""
-    g = over_norm(dora.magnitude, row_norm(W, dora))
-    return g[:, None] * (W + lora_.delta(dora))
+    g = over_norm(adapter.magnitude, row_norm(W, adapter))
+    return g[:, None] * (W + lora.delta(adapter))
+
+
+def check_fits(form: Form, adapter: DoRA) -> None:
+    """Refuse parts of another layer: a magnitude of one number would broadcast."""
+    lora.check_fits(form, adapter)
+    check_shape("magnitude", adapter.magnitude, form.out_features)
 
 
 class DoRALinear(Adapted[DoRA]):
@@ -179,44 +207,22 @@ class DoRALinear(Adapted[DoRA]):
     Source: DoRA (arXiv:2402.09353), equation 5.
     """
 
-    def forward(self, x: Shaped[Tensor, "..."]) -> Float[Tensor, "... out_features"]:
-        """Apply the adapted layer; V is never formed."""
-        if self.merged_weight is not None:
-            return self.layout.forward(self.base, x, self.merged_weight)
-        y, shares = self.base(x), self.shares()
-        if [share for share, _ in shares] == [1]:
-            return self._adapted(x, y, shares[0][1], y.dtype)
-        total = self._unchanged() * y
-        for share, dora in shares:
-            total = total + share * self._adapted(x, y, dora, dora.A.dtype)
-        return total.to(y.dtype)
+    check_fits = staticmethod(check_fits)
 
-    def merged(self) -> Float[Tensor, "out_features in_features"]:
-        r"""Return $W'$, rounded once to the dtype of W."""
-        W, shares = self.W, self.shares()
-        if [share for share, _ in shares] == [1]:
-            return merge(W, shares[0][1]).to(W.dtype)
-        total = self._unchanged() * W
-        for share, dora in shares:
-            total = total + share * merge(W, dora)
-        return total.to(W.dtype)
+    def change(self, adapter: DoRA, W: Weight) -> Weight:
+        r"""Return $W' - W$."""
+        return merge(W, adapter) - W
 
-    def _unchanged(self) -> float:
-        return 1 - sum(share for share, _ in self.shares())
+    def adapt(self, product: Product) -> Output:
+        """Return the rescaled output."""
+        one = list(self.active.values()) == [1]
+        dtype = product.y.dtype if one else product.form.wide
+        y = mixed(product.y, self.shares(), lambda adapter: adapter(product, dtype))
+        return y.to(product.y.dtype)
 
-    def _adapted(
-        self,
-        x: Shaped[Tensor, "..."],
-        y: Float[Tensor, "... out_features"],
-        dora: DoRA,
-        dtype: torch.dtype,
-    ) -> Float[Tensor, "... out_features"]:
-        p = dora.dropout if self.training else 0.0
-        h = self.layout.project(self.base, x, dora.A, p)
-        turned = y + linear(dora.scaling * h, dora.B)
-        bias = getattr(self.base, "bias", None)  # an embedding has none
-        norm = row_norm(self.W, dora)
-        return rescale(turned, dora.magnitude, norm, bias, dtype)
+    def adapt_weight(self, W: Weight) -> Weight:
+        """Return $W'$."""
+        return mixed(W, self.shares(), lambda adapter: merge(W, adapter))
 
 
 @dataclass(frozen=True)
@@ -238,12 +244,11 @@ class DoRAConfig:
         Raises:
             InputError: if r or dropout is out of range; the sentence names the layer.
         """
-        loras = LoRAConfig(self.r, self.alpha, self.rank_stabilized, self.dropout)
-        return {
-            name: DoRA(lora, row_norm(_weight(layers[name]), lora).to(lora.A.dtype))
-            for name, lora in loras.adapters(layers, generator).items()
-        }
+        updates = LoRAConfig(self.r, self.alpha, self.rank_stabilized, self.dropout)
+        found = updates.adapters(layers, generator)
+        return {name: _started(layers[name], found[name]) for name in layers}
 
 
-def _weight(layer: nn.Module) -> Float[Tensor, "out_features in_features"]:
-    return layout(layer).turn(cast(Tensor, layer.weight))
+def _started(layer: nn.Module, update: LoRA) -> DoRA:
+    magnitude = row_norm(weight_of(layer), update)
+    return DoRA(update, magnitude.to(update.A.dtype))

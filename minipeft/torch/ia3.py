@@ -3,14 +3,28 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from typing import ClassVar, cast
+from typing import ClassVar, Literal, cast, get_args
 
 import torch
 from torch import Tensor, nn
 
 from minipeft.errors import InputError
 from minipeft.shapes import Float, Shaped
-from minipeft.torch.linear import Adapted, Lookup, layout, naming
+from minipeft.torch.adapted import Adapted, mixed, naming
+from minipeft.torch.linear import (
+    Bias,
+    Form,
+    Lookup,
+    Output,
+    Product,
+    Weight,
+    WeightView,
+    check_shape,
+    weight_view,
+)
+
+Side = Literal["output", "input"]
+Vector = Float[Tensor, " features"]
 
 
 class IA3(nn.Module):
@@ -19,22 +33,42 @@ class IA3(nn.Module):
     Keys and values: l has out_features numbers and scales the output. Feed-forward:
     l has in_features numbers and scales the input of the layer after the
     nonlinearity, which is the output of that nonlinearity.
+
+    Raises:
+        InputError: if there is no such side.
     """
 
-    l: Float[Tensor, " features"]  # noqa: E741  # the paper's name
+    l: Vector  # noqa: E741  # the paper's name
 
-    def __init__(self, l: Float[Tensor, " features"], feedforward: bool):  # noqa: E741
+    def __init__(self, l: Vector, side: Side):  # noqa: E741
         super().__init__()
+        if side not in get_args(Side):
+            raise InputError(f"side is {side!r}; choose 'output' or 'input'.")
         self.l = nn.Parameter(l)
-        self.feedforward = feedforward
+        self.side = side
+
+    def forward(self, v: Float[Tensor, "... features"]) -> Float[Tensor, "..."]:
+        r"""Return $l \odot v$, in the wider dtype of the two."""
+        check_shape("l", self.l, v.shape[-1])
+        return self.l * v
 
 
-def init(features: int, feedforward: bool = False) -> IA3:
+def init(features: int, side: Side = "output") -> IA3:
     """Start at no change: every l is 1.
+
+    Args:
+        features: of the side that l scales.
+        side: `output` for keys and values, `input` for feed-forward.
 
     Source: IA3 (arXiv:2205.05638), section 3.3.
     """
-    return IA3(torch.ones(features), feedforward)
+    return IA3(torch.ones(features, dtype=torch.float32, device="cpu"), side)
+
+
+def check_fits(form: Form, adapter: IA3) -> None:
+    """Refuse a vector of another layer, or of the other side of this one."""
+    features = form.in_features if adapter.side == "input" else form.out_features
+    check_shape(f"l, for the {adapter.side},", adapter.l, features)
 
 
 class IA3Linear(Adapted[IA3]):
@@ -45,59 +79,39 @@ class IA3Linear(Adapted[IA3]):
     Source: IA3 (arXiv:2205.05638), section 3.3.
     """
 
-    def forward(self, x: Shaped[Tensor, "..."]) -> Float[Tensor, "... out_features"]:
-        """Apply the rescaled layer."""
-        inner, outer = self._scale(feedforward=True), self._scale(feedforward=False)
-        if self.merged_weight is not None:
-            y = self.layout.forward(self.base, x, self.merged_weight)
-            # The base adds the bias as it was, and keys and values scale that too.
-            bias = getattr(self.base, "bias", None)
-            return (
-                y if outer is None or bias is None else y + (self._bias(outer) - bias)
-            )
-        y = self.base(x if inner is None else (inner * x).to(x.dtype))
-        return cast(Tensor, y if outer is None else (outer * y).to(y.dtype))
+    check_fits = staticmethod(check_fits)
 
-    @property
-    def bias(self) -> Float[Tensor, " out_features"] | None:
-        """The effective bias: that of keys and values is scaled with the rest."""
-        outer = self._scale(feedforward=False)
-        bias = getattr(self.base, "bias", None)
-        return bias if outer is None or bias is None else self._bias(outer)
+    def change(self, adapter: IA3, W: Weight) -> Weight:
+        r"""Return $\Lambda_l W - W$, or $W \Lambda_l - W$."""
+        changed = adapter(W) if adapter.side == "input" else adapter(W.T).T
+        return cast(Tensor, changed - W)
 
-    def merged(self) -> Float[Tensor, "out_features in_features"]:
-        r"""Return $W' = \Lambda_l W$ or $W \Lambda_l$, in the dtype of W."""
-        W = total = self.W
-        inner, outer = self._scale(feedforward=True), self._scale(feedforward=False)
-        if inner is not None:
-            total = total * inner
-        if outer is not None:
-            total = outer[:, None] * total
-        return total.to(W.dtype)
+    def adapt(self, product: Product) -> Output:
+        """Scale the input, multiply, scale the output."""
+        x = self._scaled(product.x, "input")
+        y = product.y if x is product.x else product.compute(x)
+        return self._scaled(y, "output")
 
-    def unload(self) -> nn.Module:
-        """Return a plain layer; once merged, its bias is the scaled one."""
-        bias = self.bias
-        if self.merged_weight is not None and bias is not None:
-            self.base.bias = nn.Parameter(bias.detach(), requires_grad=False)
-        return super().unload()
+    def adapt_weight(self, W: Weight) -> Weight:
+        r"""Return $W' = \Lambda_l W$ or $W \Lambda_l$."""
+        W = mixed(W, self._on("input"), lambda adapter: adapter(W))
+        rows = mixed(W.T, self._on("output"), lambda adapter: adapter(W.T))
+        return rows.T
 
-    def _scale(self, feedforward: bool) -> Float[Tensor, " features"] | None:
-        chosen = [(s, a) for s, a in self.shares() if a.feedforward == feedforward]
-        if not chosen:
-            return None
-        if [share for share, _ in chosen] == [1]:
-            return chosen[0][1].l
-        total = chosen[0][1].l.new_tensor(1 - sum(share for share, _ in chosen))
-        for share, adapter in chosen:
-            total = total + share * adapter.l
-        return total
+    def adapt_bias(self, bias: Bias) -> Bias:
+        """Return the bias, scaled with the rest of the output."""
+        return self._scaled(bias, "output")
 
-    def _bias(
-        self, outer: Float[Tensor, " out_features"]
-    ) -> Float[Tensor, " out_features"]:
-        bias = cast(Tensor, self.base.bias)
-        return (outer * bias).to(bias.dtype)
+    def add(self, name: str, adapter: IA3) -> None:
+        """Hold another adapter, inactive at first; refuse what cannot be scaled."""
+        _check_side(self.view, adapter.side)
+        super().add(name, adapter)
+
+    def _scaled(self, v: Shaped[Tensor, "..."], side: Side) -> Shaped[Tensor, "..."]:
+        return mixed(v, self._on(side), lambda adapter: adapter(v)).to(v.dtype)
+
+    def _on(self, side: Side) -> list[tuple[float, IA3]]:
+        return [(share, a) for share, a in self.shares() if a.side == side]
 
 
 @dataclass(frozen=True)
@@ -135,17 +149,22 @@ class IA3Config:
         return {name: self._adapter(name, layer) for name, layer in layers.items()}
 
     def _adapter(self, name: str, layer: nn.Module) -> IA3:
-        found = layout(layer)
-        feedforward = any(_matches(name, pattern) for pattern in self.feedforward)
-        if feedforward and isinstance(found, Lookup):
-            with naming(name):
-                raise InputError(
-                    "the input of an embedding is an index, which cannot be scaled; "
-                    "leave it out of `feedforward`."
-                )
-        d, k, dtype, device = found.form(layer)
-        adapter = init(k if feedforward else d, feedforward)
-        return adapter.to(device, torch.promote_types(dtype, torch.float32))
+        view = weight_view(layer)
+        chosen = any(_matches(name, pattern) for pattern in self.feedforward)
+        side: Side = "input" if chosen else "output"
+        with naming(name):
+            _check_side(view, side)
+        form = view.form(layer)
+        features = form.in_features if chosen else form.out_features
+        return init(features, side).to(form.device, form.wide)
+
+
+def _check_side(view: WeightView, side: Side) -> None:
+    if side == "input" and isinstance(view, Lookup):
+        raise InputError(
+            "the input of an embedding is an index, which cannot be scaled; scale its "
+            "output, or leave it out of `feedforward`."
+        )
 
 
 def _matches(name: str, pattern: str) -> bool:

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from minipeft.errors import InputError
-from minipeft.torch.linear import Adapted, layout, naming
+from minipeft.torch.adapted import Adapted, naming
+from minipeft.torch.linear import weight_view
 
 Model = TypeVar("Model", bound=nn.Module)
 Layer = Adapted[Any]
@@ -187,12 +188,13 @@ def load_adapter_state_dict(
             + (f", and {len(problems) - 1} more" * (len(problems) > 1))
             + "; inject with the configuration it was saved from."
         )
-    with torch.no_grad():
-        for key, tensor in own.items():
-            tensor.copy_(tensors[key])
-    for layer in adapted(model).values():
-        if layer.merged_weight is not None:
-            layer.merge()
+    for key, layer in adapted(model).items():
+        if name in layer.adapters:
+            adapter, prefix = layer.adapters[name], f"{key}." if key else ""
+            keys = adapter.state_dict()
+            adapter.load_state_dict({k: tensors[prefix + k] for k in keys})
+            if layer.merged_weight is not None:
+                layer.merge()
     return model
 
 
@@ -238,7 +240,7 @@ def _is_pattern(target: str) -> bool:
 
 def _is_adaptable(module: nn.Module) -> bool:
     try:
-        layout(module)
+        weight_view(module)
     except InputError:
         return isinstance(module, Adapted)  # which is worth an error of its own
     return True
@@ -250,7 +252,7 @@ def _check_adaptable(module: nn.Module) -> None:
             f"already adapted by {', '.join(module.adapters)}; use add() to give it "
             "another adapter, or unload() to start again."
         )
-    layout(module)
+    weight_view(module)
 
 
 def _choices(modules: Mapping[str, nn.Module]) -> list[str]:

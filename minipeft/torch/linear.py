@@ -1,24 +1,30 @@
-"""The frozen layer that every adapter wraps: where its weight lies, how it is merged.
+"""The frozen layers that adapters wrap: where the weight lies, and its one product.
 
 The reference writes W `(out_features, in_features)` and x `(..., in_features)`. Layers
-store W in several ways; a `Layout` says how one of them reads in the reference's terms,
-so that a method is written once for all of them.
+store W in several ways; a `WeightView` says how one of them reads in the reference's
+terms, so that a method is written once for all of them.
 """
 
-from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import singledispatch
-from typing import Any, Generic, NamedTuple, TypeVar, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import dropout, embedding, linear
+from torch.nn.utils import parametrize
 
 from minipeft.errors import InputError
-from minipeft.shapes import Float, Shaped
+from minipeft.shapes import Shaped
 
-Adapter = TypeVar("Adapter", bound=nn.Module)
+Weight = Shaped[Tensor, "out_features in_features"]
+Stored = Shaped[Tensor, "_ _"]  # W, or its transpose
+Bias = Shaped[Tensor, " out_features"]
+Input = Shaped[Tensor, "..."]  # indices where the layer is an embedding
+Output = Shaped[Tensor, "... out_features"]
+
+FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 class Form(NamedTuple):
@@ -29,47 +35,69 @@ class Form(NamedTuple):
     dtype: torch.dtype
     device: torch.device
 
+    @classmethod
+    def of(cls, W: Weight) -> "Form":
+        """Return what a weight looks like."""
+        return cls(W.shape[0], W.shape[1], W.dtype, W.device)
 
-class Layout:
-    """How a layer stores W and takes x; this one is of `nn.Linear`: W as it stands."""
+    @property
+    def shape(self) -> tuple[int, int]:
+        """The shape of W."""
+        return self.out_features, self.in_features
+
+    @property
+    def wide(self) -> torch.dtype:
+        """The dtype of what is trained: small steps must not be rounded away."""
+        return torch.promote_types(self.dtype, torch.float32)
+
+
+class WeightView:
+    """How a layer stores W and multiplies by it; this one is of `nn.Linear`.
+
+    `function` is what the layer calls to multiply; x, W and the bias stand at the
+    `places` of its arguments.
+    """
+
+    function: Callable[..., Any] = staticmethod(linear)
+    places = (0, 1, 2)
 
     def form(self, layer: Any) -> Form:
         """Return the shape, dtype and device of W."""
-        W = self.turn(layer.weight)
-        return Form(W.shape[0], W.shape[1], W.dtype, W.device)
+        return Form.of(self.turn(layer.weight))
 
-    def turn(self, weight: Shaped[Tensor, "a b"]) -> Shaped[Tensor, "c d"]:
+    def held(self, layer: Any) -> Any:
+        """Return what the layer gives to `function` in the place of W."""
+        return layer.weight
+
+    def read(self, held: Any) -> Weight:
+        """Return W, from what is held in its place."""
+        return self.turn(held)
+
+    def turn(self, weight: Stored) -> Stored:
         """Read the stored weight as W, or W as the stored weight."""
         return weight
 
-    def forward(
-        self, layer: Any, x: Tensor, W: Shaped[Tensor, "out_features in_features"]
-    ) -> Tensor:
-        """Compute what the layer computes, with W in place of its own weight."""
-        return linear(x, W, layer.bias)
-
-    def project(
-        self, layer: Any, x: Tensor, A: Shaped[Tensor, "r in_features"], p: float
-    ) -> Shaped[Tensor, "... r"]:
+    def project(self, layer: Any, x: Input, A: Weight, p: float) -> Output:
         """Return $x A^T$ in the dtype of A, each entry of x dropped with chance p."""
         if x.dtype.itemsize < A.dtype.itemsize and not p and _eager(x):
             return cast(Tensor, _Widened.apply(x, A))  # type: ignore[no-untyped-call]
         x = x.to(A.dtype)
         return linear(dropout(x, p) if p else x, A)
 
-    def plain(
-        self, layer: Any, W: Shaped[Tensor, "out_features in_features"]
-    ) -> nn.Module:
+    def plain(self, layer: Any, W: Weight) -> nn.Module:
         """Return the plain layer whose weight is W."""
         weight = self.turn(W).contiguous()
         layer.weight = nn.Parameter(weight, requires_grad=False)
         return cast(nn.Module, layer)
 
 
-class Transposed(Layout):
+class Transposed(WeightView):
     """GPT-2's `Conv1D`: a linear layer that stores the transpose of W."""
 
-    def turn(self, weight: Shaped[Tensor, "a b"]) -> Shaped[Tensor, "c d"]:
+    function: Callable[..., Any] = staticmethod(torch.addmm)
+    places = (1, 2, 0)
+
+    def turn(self, weight: Stored) -> Stored:
         """Transpose."""
         return weight.T
 
@@ -77,18 +105,78 @@ class Transposed(Layout):
 class Lookup(Transposed):
     """`nn.Embedding`: x is one-hot and given by its index; row i is column i of W."""
 
-    def forward(
-        self, layer: Any, x: Tensor, W: Shaped[Tensor, "out_features in_features"]
-    ) -> Tensor:
-        """Look up the columns of W."""
-        return embedding(x, W.T, layer.padding_idx)
+    function = staticmethod(embedding)
+    places = (0, 1, -1)
 
-    def project(
-        self, layer: Any, x: Tensor, A: Shaped[Tensor, "r in_features"], p: float
-    ) -> Shaped[Tensor, "... r"]:
+    def project(self, layer: Any, x: Input, A: Weight, p: float) -> Output:
         """Look up the columns of A; to drop the one entry of x is to drop the token."""
         h = embedding(x, A.T, layer.padding_idx)
         return h * dropout(torch.ones_like(h[..., :1]), p) if p else h
+
+
+class Product:
+    """The product $y = x W^T + b$ of a layer, while the layer computes it.
+
+    Its operands are those that the layer multiplies: after its hooks and casts, and
+    where a program brings the weight in for this one call. Adapters are called with it.
+
+    Args:
+        view: of the layer.
+        layer: the frozen one.
+        args: of the function that the layer called, at the places of the view.
+        kwargs: of that function.
+        training: whether `project` drops entries.
+    """
+
+    def __init__(
+        self,
+        view: WeightView,
+        layer: nn.Module,
+        args: Sequence[Any],
+        kwargs: Mapping[str, Any],
+        training: bool = False,
+    ):
+        self.view, self.layer, self.training = view, layer, training
+        self.args, self.kwargs = list(args), dict(kwargs)
+        at, _, at_bias = view.places
+        self.x: Input = args[at]
+        given = len(args) > at_bias >= 0
+        self.bias: Bias | None = args[at_bias] if given else kwargs.get("bias")
+        self.form = view.form(layer)
+        if self.bias is not None:
+            check_shape("bias", self.bias, self.form.out_features)
+        self._y: Output | None = None
+
+    @property
+    def y(self) -> Output:
+        """What the layer computes by itself."""
+        if self._y is None:
+            self._y = self.compute()
+        return self._y
+
+    @property
+    def W(self) -> Weight:
+        """The frozen weight."""
+        return self.view.read(self.args[self.view.places[1]])
+
+    def project(self, A: Weight, p: float = 0.0) -> Output:
+        """Return $x A^T$ in the dtype of A; in training, drop entries of x first."""
+        return self.view.project(self.layer, self.x, A, p if self.training else 0.0)
+
+    def compute(
+        self, x: Input | None = None, W: Weight | None = None, bias: Bias | None = None
+    ) -> Output:
+        """Compute what the layer computes, with other operands where they are given."""
+        args, (at, at_weight, at_bias) = list(self.args), self.view.places
+        if x is not None:
+            args[at] = x
+        if W is not None:
+            held = args[at_weight]
+            W = W.to(held.dtype) if isinstance(held, Tensor) else W
+            args[at_weight] = self.view.turn(W)
+        if bias is not None:
+            args[at_bias] = bias
+        return cast(Tensor, self.view.function(*args, **self.kwargs))
 
 
 class _Widened(torch.autograd.Function):
@@ -121,12 +209,47 @@ class _Widened(torch.autograd.Function):
 
 def _eager(x: Tensor) -> bool:
     # A compiler decides for itself what to keep, autocast what to compute in.
-    compiling = torch.compiler.is_compiling()
-    return not compiling and not torch.is_autocast_enabled(x.device.type)
+    return not torch.compiler.is_compiling() and not _autocast(x.device)
+
+
+def full_precision(device: torch.device) -> AbstractContextManager[Any]:
+    """Compute as outside autocast: what is merged must not be rounded on the way."""
+    if _autocast(device):
+        return torch.autocast(device.type, enabled=False)
+    return nullcontext()
+
+
+def _autocast(device: torch.device) -> bool:
+    kind = device.type
+    return torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+
+
+def check_shape(name: str, operand: Shaped[Tensor, "..."], *shape: int) -> None:
+    """Refuse an operand of another layer: torch would broadcast it."""
+    if operand.shape != shape:
+        raise InputError(
+            f"{name} has shape {tuple(operand.shape)}; for this weight it must be "
+            f"{shape}."
+        )
+
+
+def frozen(W: Weight, bias: Bias | None = None) -> nn.Linear:
+    """Return the frozen `nn.Linear` of a weight and a bias, which it does not copy.
+
+    Raises:
+        InputError: if the bias is not as long as W has rows.
+    """
+    out_features, in_features = W.shape
+    layer = nn.Linear(in_features, out_features, bias is not None, device="meta")
+    layer.weight = nn.Parameter(W, requires_grad=False)
+    if bias is not None:
+        check_shape("bias", bias, out_features)
+        layer.bias = nn.Parameter(bias, requires_grad=False)
+    return layer
 
 
 @singledispatch
-def layout(layer: nn.Module) -> Layout:
+def weight_view(layer: nn.Module) -> WeightView:
     """Return how this layer stores its weight; other modules may register theirs.
 
     Raises:
@@ -134,6 +257,7 @@ def layout(layer: nn.Module) -> Layout:
     """
     # Known by its name: importing transformers for one class would cost seconds.
     if type(layer).__name__ == "Conv1D" and hasattr(layer, "nf"):
+        _check_weight(layer)
         return Transposed()
     raise InputError(
         f"{type(layer).__name__} has no weight matrix that an adapter could change; "
@@ -141,14 +265,16 @@ def layout(layer: nn.Module) -> Layout:
     )
 
 
-@layout.register
-def _(layer: nn.Linear) -> Layout:
+@weight_view.register
+def _(layer: nn.Linear) -> WeightView:
+    _check_weight(layer)
     _check_forward(layer, nn.Linear)
-    return Layout()
+    return WeightView()
 
 
-@layout.register
-def _(layer: nn.Embedding) -> Layout:
+@weight_view.register
+def _(layer: nn.Embedding) -> WeightView:
+    _check_weight(layer)
     _check_forward(layer, nn.Embedding)
     if layer.max_norm is not None:
         raise InputError(
@@ -158,135 +284,29 @@ def _(layer: nn.Embedding) -> Layout:
     return Lookup()
 
 
-class Adapted(nn.Module, ABC, Generic[Adapter]):
-    """A frozen layer with named adapters, of which any weighted sum is active.
-
-    The base is never written to. Merging puts $W'$ beside it and computes with that, so
-    unmerging is exact by construction, in every dtype, and a state dict saved while
-    merged holds the base and the adapters as they are. The price: while merged, the
-    weight is in memory twice.
-
-    A row derives its own class and says what `forward` and `merged` are.
-
-    Args:
-        base: the layer to wrap; it is frozen.
-        adapter: the trained part.
-        name: what to call it.
-    """
-
-    merged_weight: Float[Tensor, "out_features in_features"] | None
-
-    def __init__(self, base: nn.Module, adapter: Adapter, name: str = "default"):
-        super().__init__()
-        self.layout = layout(base)
-        self.adapters = nn.ModuleDict()
-        self.active: dict[str, float] = {}
-        self.register_buffer("merged_weight", None, persistent=False)
-        self.register_load_state_dict_post_hook(_merge_again)  # type: ignore[no-untyped-call]
-        self.base = base
-        self.add(name, adapter)
-        self.activate({name: 1.0})
-        base.requires_grad_(False)
-
-    @property
-    def W(self) -> Float[Tensor, "out_features in_features"]:
-        """The frozen weight, whichever way the layer stores it."""
-        return self.layout.turn(cast(Tensor, self.base.weight))
-
-    @property
-    def weight(self) -> Float[Tensor, "a b"]:
-        """The effective weight, the way the base would store it.
-
-        For code that reads `layer.weight` instead of calling the layer, as
-        `nn.MultiheadAttention` does: it meets the adapted weight, with its gradients.
-        """
-        W = self.merged() if self.merged_weight is None else self.merged_weight
-        return self.layout.turn(W)
-
-    @property
-    def bias(self) -> Float[Tensor, " out_features"] | None:
-        """The bias of the base; adapters leave it alone."""
-        return cast(Tensor | None, getattr(self.base, "bias", None))
-
-    @abstractmethod
-    def merged(self) -> Float[Tensor, "out_features in_features"]:
-        """Return $W'$, the weight of the plain layer that does the same."""
-
-    def merge(self) -> "Adapted[Adapter]":
-        """Compute with $W'$ from now on; merging again starts from the base again."""
-        with torch.no_grad():
-            self.merged_weight = self.merged().detach()
-        return self
-
-    def unmerge(self) -> "Adapted[Adapter]":
-        """Compute with the base and the adapters again; the base was never touched."""
-        self.merged_weight = None
-        return self
-
-    def unload(self) -> nn.Module:
-        """Return a plain layer: with $W'$ if merged, else as it was before."""
-        if self.merged_weight is None:
-            return self.base
-        return self.layout.plain(self.base, self.merged_weight)
-
-    def add(self, name: str, adapter: Adapter) -> None:
-        """Hold another adapter, inactive at first.
-
-        Raises:
-            InputError: if the name is taken, or cannot be part of a state dict's key.
-        """
-        self.check_new(name)
-        self.adapters[name] = adapter
-
-    def check_new(self, name: str) -> None:
-        """Refuse a name that no new adapter can have."""
-        if not name or "." in name or hasattr(self.adapters, name):
-            raise InputError(
-                f"the adapter name {name!r} cannot be used here; choose one without a "
-                f"dot, other than {_listed(self.adapters)}."
-            )
-
-    def remove(self, name: str) -> None:
-        """Forget an adapter."""
-        self._check_known(name)
-        self.activate({n: share for n, share in self.active.items() if n != name})
-        del self.adapters[name]
-
-    def activate(self, shares: Mapping[str, float]) -> None:
-        """Use the adapters named, each times its share; none leaves the base alone.
-
-        Raises:
-            InputError: for a name that the layer does not hold.
-        """
-        for name in shares:
-            self._check_known(name)
-        self.active = dict(shares)
-        _merge_again(self)
-
-    def shares(self) -> list[tuple[float, Adapter]]:
-        """Return the active adapters, each behind its share."""
-        return [(s, cast(Adapter, self.adapters[n])) for n, s in self.active.items()]
-
-    def _check_known(self, name: str) -> None:
-        if name not in self.adapters:
-            raise InputError(
-                f"there is no adapter {name!r}; choose from {_listed(self.adapters)}."
-            )
+def weight_of(layer: nn.Module) -> Weight:
+    """Return W, whichever way the layer stores it; four bits are decoded."""
+    view = weight_view(layer)
+    return view.read(view.held(layer))
 
 
-@contextmanager
-def naming(layer: str) -> Iterator[None]:
-    """Put the layer's name in front of what is wrong with it."""
-    try:
-        yield
-    except InputError as error:
-        raise InputError(f"{layer}: {error}") from None
-
-
-def _merge_again(layer: Any, keys: object = None) -> None:
-    # After new values or another choice, what was merged before is out of date.
-    if layer.merged_weight is not None:
-        layer.merge()
+def _check_weight(layer: nn.Module) -> None:
+    kind, weight = type(layer).__name__, layer._parameters.get("weight")
+    if parametrize.is_parametrized(layer) or not isinstance(weight, nn.Parameter):
+        raise InputError(
+            f"the weight of this {kind} is no parameter: something computes it before "
+            "each pass (a parametrization, weight_norm, pruning); make it permanent "
+            "first, or leave the layer out of the targets."
+        )
+    if isinstance(weight, nn.parameter.UninitializedParameter):
+        raise InputError(
+            f"this {kind} has no weight yet: call the model once, then inject."
+        )
+    if weight.dtype not in FLOATS:
+        raise InputError(
+            f"the weight of this {kind} has dtype {weight.dtype}, in which no update "
+            "can be added; convert it to one of 16 bits or more."
+        )
 
 
 def _check_forward(layer: nn.Module, kind: type[nn.Module]) -> None:
@@ -295,7 +315,3 @@ def _check_forward(layer: nn.Module, kind: type[nn.Module]) -> None:
             f"{type(layer).__name__} is a {kind.__name__} with a forward of its own, "
             "which a merged weight would not reproduce; leave it out of the targets."
         )
-
-
-def _listed(names: Iterable[str]) -> str:
-    return ", ".join(sorted(names)) or "none"

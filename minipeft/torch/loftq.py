@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from minipeft.errors import InputError
 from minipeft.shapes import Float, Inexact
 from minipeft.torch import blockwise, pissa
+from minipeft.torch.adapted import Adapted, naming
 from minipeft.torch.blockwise import Blockwise
 from minipeft.torch.codebook import NF2, NF4
-from minipeft.torch.linear import Adapted, naming
 from minipeft.torch.lora import LoRA, LoRALinear, check_dropout
 from minipeft.torch.qlora import QuantizedLinear
 

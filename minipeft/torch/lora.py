@@ -10,8 +10,20 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from minipeft.errors import InputError
-from minipeft.shapes import Float, Shaped
-from minipeft.torch.linear import Adapted, Form, Lookup, layout, naming
+from minipeft.shapes import Float
+from minipeft.torch.adapted import Adapted, naming
+from minipeft.torch.linear import (
+    Form,
+    Lookup,
+    Output,
+    Product,
+    Weight,
+    check_shape,
+    weight_view,
+)
+
+MatrixA = Float[Tensor, "r in_features"]
+MatrixB = Float[Tensor, "out_features r"]
 
 
 class LoRA(nn.Module):
@@ -24,16 +36,16 @@ class LoRA(nn.Module):
         dropout: the chance, in training, that an entry of x is dropped on the way to A.
     """
 
-    def __init__(
-        self,
-        A: Float[Tensor, "r in_features"],
-        B: Float[Tensor, "out_features r"],
-        scaling: float,
-        dropout: float = 0.0,
-    ):
+    def __init__(self, A: MatrixA, B: MatrixB, scaling: float, dropout: float = 0.0):
         super().__init__()
         self.A, self.B = nn.Parameter(A), nn.Parameter(B)
         self.scaling, self.dropout = scaling, dropout
+
+    def forward(self, product: Product) -> Output:
+        """Return what is added to the output, $s (x A^T) B^T$, in the dtype of A."""
+        check_fits(product.form, self)
+        h = product.project(self.A, self.dropout)
+        return linear(self.scaling * h, self.B)
 
 
 def scaling(alpha: float, r: int, rank_stabilized: bool = False) -> float:
@@ -76,16 +88,37 @@ def init(
     """
     check_rank(r, in_features, out_features)
     bound = 1 / sqrt(in_features)
-    A = torch.empty(r, in_features, device="cpu")
-    B = torch.zeros(out_features, r, device="cpu")
+    A = torch.empty(r, in_features, dtype=torch.float32, device="cpu")
+    B = torch.zeros(out_features, r, dtype=torch.float32, device="cpu")
     A.uniform_(-bound, bound, generator=generator)
     return LoRA(A, B, scaling(alpha, r, rank_stabilized))
 
 
-def delta(lora: LoRA) -> Float[Tensor, "out_features in_features"]:
+def delta(adapter: LoRA) -> Weight:
     r"""Return the update itself: $\Delta W = s B A$, in float32 or wider."""
-    wide = torch.promote_types(lora.A.dtype, torch.float32)
-    return lora.scaling * (lora.B.to(wide) @ lora.A.to(wide))
+    wide = torch.promote_types(adapter.A.dtype, torch.float32)
+    return adapter.scaling * (adapter.B.to(wide) @ adapter.A.to(wide))
+
+
+def check_rank(r: int, in_features: int, out_features: int) -> None:
+    """Refuse a rank that no update of this weight can have."""
+    if not 1 <= r <= min(in_features, out_features):
+        raise InputError(
+            f"r is {r}; choose 1 to {min(in_features, out_features)} for a weight of "
+            f"shape ({out_features}, {in_features})."
+        )
+
+
+def check_fits(form: Form, adapter: LoRA) -> None:
+    """Refuse matrices of another layer: one row of B would broadcast.
+
+    A rank above that of W is allowed here: `pissa.to_lora` doubles the rank.
+    """
+    r = len(adapter.A)
+    if r < 1:
+        raise InputError("r is 0; give A at least one row and B at least one column.")
+    check_shape("A", adapter.A, r, form.in_features)
+    check_shape("B", adapter.B, form.out_features, r)
 
 
 class LoRALinear(Adapted[LoRA]):
@@ -98,34 +131,11 @@ class LoRALinear(Adapted[LoRA]):
     Source: LoRA (arXiv:2106.09685), equation 3.
     """
 
-    def add(self, name: str, adapter: LoRA) -> None:
-        """Hold another adapter, inactive at first; refuse one of another layer."""
-        check_fits(self.layout.form(self.base), adapter)
-        super().add(name, adapter)
+    check_fits = staticmethod(check_fits)
 
-    def forward(self, x: Shaped[Tensor, "..."]) -> Float[Tensor, "... out_features"]:
-        """Apply the adapted layer; two thin products cost O((in + out) r) a row."""
-        if self.merged_weight is not None:
-            return self.layout.forward(self.base, x, self.merged_weight)
-        y = total = self.base(x)
-        for share, lora in self.shares():
-            p = lora.dropout if self.training else 0.0
-            h = self.layout.project(self.base, x, lora.A, p)
-            total = total + linear(share * lora.scaling * h, lora.B)
-        return total.to(y.dtype)
-
-    def delta(self) -> Float[Tensor, "out_features in_features"]:
-        r"""Return the active update, $\Delta W = s B A$, in float32 or wider."""
-        form = self.layout.form(self.base)
-        total = torch.zeros(form.out_features, form.in_features, device=form.device)
-        for share, lora in self.shares():
-            total = total + share * delta(lora)
-        return total
-
-    def merged(self) -> Float[Tensor, "out_features in_features"]:
-        r"""Return $W' = W + s B A$, rounded once to the dtype of W."""
-        W = self.W
-        return (W + self.delta()).to(W.dtype)
+    def change(self, adapter: LoRA, W: Weight) -> Weight:
+        r"""Return $\Delta W = s B A$."""
+        return delta(adapter)
 
 
 @dataclass(frozen=True)
@@ -155,37 +165,19 @@ class LoRAConfig:
 
     def _adapter(self, layer: nn.Module, generator: torch.Generator | None) -> LoRA:
         check_dropout(self.dropout)
-        found, hyper = layout(layer), (self.r, self.alpha, self.rank_stabilized)
-        d, k, dtype, device = found.form(layer)
+        found, hyper = weight_view(layer), (self.r, self.alpha, self.rank_stabilized)
+        form = found.form(layer)
+        d, k = form.shape
         if isinstance(found, Lookup):
             # Turned around, as its weight is: with A zero and B random, a token that
             # training never meets keeps its embedding.
             turned = init(generator, d, k, *hyper)
             A, B = (M.detach().T.contiguous() for M in (turned.B, turned.A))
-            lora = LoRA(A, B, turned.scaling)
+            new = LoRA(A, B, turned.scaling)
         else:
-            lora = init(generator, k, d, *hyper)
-        lora.dropout = self.dropout
-        return lora.to(device, torch.promote_types(dtype, torch.float32))
-
-
-def check_rank(r: int, in_features: int, out_features: int) -> None:
-    """Refuse a rank that no update of this weight can have."""
-    if not 1 <= r <= min(in_features, out_features):
-        raise InputError(
-            f"r is {r}; choose 1 to {min(in_features, out_features)} for a weight of "
-            f"shape ({out_features}, {in_features})."
-        )
-
-
-def check_fits(form: Form, lora: LoRA) -> None:
-    """Refuse matrices of another layer: one row of B would broadcast in silence."""
-    r, shape = len(lora.A), (form.out_features, form.in_features)
-    if lora.A.shape != (r, shape[1]) or lora.B.shape != (shape[0], r):
-        raise InputError(
-            f"A has shape {tuple(lora.A.shape)} and B {tuple(lora.B.shape)}; for a "
-            f"weight of shape {shape} they must be (r, {shape[1]}) and ({shape[0]}, r)."
-        )
+            new = init(generator, k, d, *hyper)
+        new.dropout = self.dropout
+        return new.to(form.device, form.wide)
 
 
 def check_dropout(p: float) -> None:

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar, cast
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -10,9 +10,10 @@ from torch.linalg import eigh, qr, svd
 from torch.nn.functional import linear
 
 from minipeft.errors import InputError
-from minipeft.shapes import Float, Inexact, Shaped
+from minipeft.shapes import Inexact, Shaped
 from minipeft.torch import lora
-from minipeft.torch.linear import Adapted, layout, naming
+from minipeft.torch.adapted import Adapted, naming
+from minipeft.torch.linear import Form, Output, Product, Weight, weight_of
 from minipeft.torch.lora import LoRA, check_dropout
 
 
@@ -158,10 +159,21 @@ class PiSSA(LoRA):
         self.register_buffer("A_0", A)
         self.register_buffer("B_0", B)
 
+    def forward(self, product: Product) -> Output:
+        """Return what is added to the output; four thin products in all."""
+        h_0 = product.project(self.A_0)
+        return super().forward(product) - linear(self.scaling * h_0, self.B_0)
+
     @property
     def initial(self) -> LoRA:
         """The adapter before training, frozen."""
         return LoRA(self.A_0, self.B_0, self.scaling).requires_grad_(False)
+
+
+def check_fits(form: Form, adapter: PiSSA) -> None:
+    """Refuse matrices of another layer: one row would broadcast."""
+    lora.check_fits(form, adapter)
+    lora.check_fits(form, adapter.initial)
 
 
 class PiSSALinear(Adapted[PiSSA]):
@@ -173,26 +185,11 @@ class PiSSALinear(Adapted[PiSSA]):
     to the base, so dropout leaves it alone.
     """
 
-    def forward(self, x: Shaped[Tensor, "..."]) -> Float[Tensor, "... out_features"]:
-        """Apply the adapted layer; four thin products cost O((in + out) r) a row."""
-        if self.merged_weight is not None:
-            return self.layout.forward(self.base, x, self.merged_weight)
-        y = total = self.base(x)
-        for share, pissa in self.shares():
-            p = pissa.dropout if self.training else 0.0
-            h = self.layout.project(self.base, x, pissa.A, p)
-            h_0 = self.layout.project(self.base, x, pissa.A_0, 0.0)
-            s = share * pissa.scaling
-            total = total + (linear(s * h, pissa.B) - linear(s * h_0, pissa.B_0))
-        return total.to(y.dtype)
+    check_fits = staticmethod(check_fits)
 
-    def merged(self) -> Float[Tensor, "out_features in_features"]:
-        r"""Return $W' = W + s (B A - B_0 A_0)$, rounded once to the dtype of W."""
-        total = W = self.W
-        for share, pissa in self.shares():
-            change = lora.delta(pissa) - lora.delta(pissa.initial)
-            total = total + share * change
-        return total.to(W.dtype)
+    def change(self, adapter: PiSSA, W: Weight) -> Weight:
+        r"""Return $s (B A - B_0 A_0)$."""
+        return lora.delta(adapter) - lora.delta(adapter.initial)
 
 
 @dataclass(frozen=True)
@@ -226,7 +223,7 @@ class PiSSAConfig:
 
     def _adapter(self, layer: nn.Module) -> PiSSA:
         check_dropout(self.dropout)
-        W = layout(layer).turn(cast(Tensor, layer.weight)).detach()
+        W = weight_of(layer).detach()
         s = checked_scaling(W, self.r, self.alpha)
         if self.sketch is None:
             initial = principal(W, self.r, s)

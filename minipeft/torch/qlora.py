@@ -3,23 +3,35 @@
 from collections.abc import Callable, Sequence
 from dataclasses import fields
 from fnmatch import fnmatchcase
-from typing import Any, TypeVar
+from functools import partial
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
+from torch.overrides import handle_torch_function, has_torch_function_unary
 
 from minipeft.errors import InputError
 from minipeft.shapes import Float, Shaped
 from minipeft.torch import blockwise, double_quant
+from minipeft.torch.adapted import Deferred
 from minipeft.torch.blockwise import Blockwise
 from minipeft.torch.codebook import NF4
 from minipeft.torch.double_quant import Nested
-from minipeft.torch.linear import Form, Layout, layout
+from minipeft.torch.linear import (
+    Bias,
+    Form,
+    Input,
+    Output,
+    Weight,
+    WeightView,
+    check_shape,
+    frozen,
+    weight_view,
+)
 from minipeft.torch.lora import LoRALinear
 
 Model = TypeVar("Model", bound=nn.Module)
-TARGETS = ("dequantized", "requantized")
 
 
 class QuantizedLinear(nn.Module):
@@ -41,7 +53,7 @@ class QuantizedLinear(nn.Module):
     def __init__(
         self,
         q: Blockwise | Nested,
-        bias: Float[Tensor, " out_features"] | None = None,
+        bias: Bias | None = None,
         dtype: torch.dtype = torch.float32,
     ):
         super().__init__()
@@ -56,6 +68,8 @@ class QuantizedLinear(nn.Module):
             # A copy: loading a state dict writes into it, and must not reach NF4.
             self.register_buffer(name, parts[name].clone())
         self.bias = None if bias is None else nn.Parameter(bias.detach().clone(), False)
+        if bias is not None:
+            check_shape("bias", bias, self.out_features)
 
     @classmethod
     def from_linear(
@@ -70,11 +84,12 @@ class QuantizedLinear(nn.Module):
         With `nested_blocksize` (256) the scales are quantized too.
         """
         W = layer.weight
+        q: Blockwise | Nested
         if nested_blocksize is None:
             q = blockwise.quantize(W, codebook, blocksize)
-            return cls(q, layer.bias, W.dtype)
-        nested = double_quant.quantize(W, codebook, blocksize, nested_blocksize)
-        return cls(nested, layer.bias, W.dtype)
+        else:
+            q = double_quant.quantize(W, codebook, blocksize, nested_blocksize)
+        return cls(q, layer.bias, W.dtype).train(layer.training)
 
     @property
     def q(self) -> Blockwise | Nested:
@@ -83,13 +98,14 @@ class QuantizedLinear(nn.Module):
         return self.kind(**tensors, **self.constants)
 
     @property
-    def weight(self) -> Float[Tensor, "out_features in_features"]:
-        r"""$\hat W$, dequantized."""
-        return self.dequantize(self.dtype)
+    def weight(self) -> Weight:
+        r"""$\hat W$, dequantized when it is used; its dtype and shape cost nothing."""
+        if torch.compiler.is_compiling():
+            return self.dequantize(self.dtype)
+        form = weight_view(self).form(self)
+        return Deferred(partial(self.dequantize, form.dtype), form.shape, form)
 
-    def dequantize(
-        self, dtype: torch.dtype
-    ) -> Float[Tensor, "out_features in_features"]:
+    def dequantize(self, dtype: torch.dtype) -> Weight:
         r"""Return $\hat W$ in this dtype."""
         q = self.q
         if isinstance(q, Nested):
@@ -100,8 +116,7 @@ class QuantizedLinear(nn.Module):
         self, x: Shaped[Tensor, "... in_features"]
     ) -> Shaped[Tensor, "... out_features"]:
         """Apply the layer."""
-        y: Tensor = _Frozen.apply(x, self.dequantize, self.bias)  # type: ignore[no-untyped-call]
-        return y
+        return quantized_linear(x, self, self.bias)
 
     def _apply(
         self, fn: Callable[[Tensor], Tensor], recurse: bool = True
@@ -125,6 +140,22 @@ class QuantizedLinear(nn.Module):
         )
 
 
+def quantized_linear(
+    x: Input, weight: QuantizedLinear | Weight, bias: Bias | None = None
+) -> Output:
+    r"""Return $x \hat W^T + b$, or, where a weight is put in its place, that product.
+
+    It stands open to torch's function modes, as torch's own functions do: there an
+    adapter finds the product of the layer.
+    """
+    if has_torch_function_unary(x):
+        y: Output = handle_torch_function(quantized_linear, (x,), x, weight, bias)
+        return y
+    if isinstance(weight, Tensor):
+        return linear(x, weight.to(x.dtype), bias)
+    return cast(Tensor, _Frozen.apply(x, weight.dequantize, bias))  # type: ignore[no-untyped-call]
+
+
 class _Frozen(torch.autograd.Function):
     """A linear layer whose weight is made in forward and made again in backward."""
 
@@ -143,29 +174,29 @@ class _Frozen(torch.autograd.Function):
         return grad_y @ ctx.weight(grad_y.dtype), None, None
 
 
-class _Quantized(Layout):
+class _Quantized(WeightView):
     """`QuantizedLinear`: W is decoded; what is merged into it is kept decoded."""
+
+    function = staticmethod(quantized_linear)
 
     def form(self, layer: Any) -> Form:
         rows, columns = layer.out_features, layer.in_features
         return Form(rows, columns, layer.dtype, layer.packed.device)
 
-    def forward(
-        self, layer: Any, x: Tensor, W: Shaped[Tensor, "out_features in_features"]
-    ) -> Tensor:
-        return linear(x, W.to(x.dtype), layer.bias)
+    def held(self, layer: Any) -> Any:
+        return layer
 
-    def plain(
-        self, layer: Any, W: Shaped[Tensor, "out_features in_features"]
-    ) -> nn.Module:
-        rows, columns = W.shape
-        merged = nn.Linear(columns, rows, bias=False, device="meta")
-        merged.weight, merged.bias = nn.Parameter(W, requires_grad=False), layer.bias
-        return merged
+    def read(self, held: Any) -> Weight:
+        return cast(Tensor, held.dequantize(held.dtype))
+
+    def plain(self, layer: Any, W: Weight) -> nn.Module:
+        merged = frozen(W.contiguous())
+        merged.bias = layer.bias
+        return merged.train(layer.training)
 
 
-@layout.register
-def _(layer: QuantizedLinear) -> Layout:
+@weight_view.register
+def _(layer: QuantizedLinear) -> WeightView:
     return _Quantized()
 
 
@@ -205,35 +236,39 @@ def quantize_linears(
     return model
 
 
-def merge(
-    layer: LoRALinear, into: str = "dequantized"
-) -> "nn.Linear | QuantizedLinear":
-    r"""Return a layer that does the same without the adapter, or nearly.
+def merge(layer: LoRALinear) -> nn.Linear:
+    r"""Return the plain layer of $\hat W + s B A$: the function that was trained.
 
-    Into the dequantized weight: $\hat W + s B A$, the function that was trained; eight
-    times the bytes. Requantized: that weight in four bits again, where an update
-    smaller than half a gap of the codebook disappears. (Into the original W: load it,
-    inject, and merge there. Neither rounding, but not what the adapter was trained on.)
+    Its weight takes eight times the bytes. (To merge into the original W instead: load
+    it, inject, and merge there. Neither rounding, but not what was trained on.)
 
     Args:
         layer: LoRA on a `QuantizedLinear`; it is left alone.
-        into: `dequantized` or `requantized`.
 
     Raises:
-        InputError: if `into` is neither, or the base is not quantized.
+        InputError: if the base is not quantized.
     """
-    if into not in TARGETS:
-        raise InputError(f"into is {into!r}; choose {' or '.join(TARGETS)}.")
     base = layer.base
     if not isinstance(base, QuantizedLinear):
         raise InputError(f"the base is a {type(base).__name__}; call its own merge().")
-    d, k = base.out_features, base.in_features
-    plain = nn.Linear(k, d, bias=False, device="meta").requires_grad_(False)
-    plain.weight = nn.Parameter(layer.merged().detach(), requires_grad=False)
+    with torch.no_grad():
+        plain = frozen(layer.merged())
     plain.bias = base.bias  # type: ignore[assignment]
-    if into == "dequantized":
-        return plain
-    q = base.q
+    return plain
+
+
+def requantize(layer: LoRALinear) -> QuantizedLinear:
+    r"""Return the layer of $q(\hat W + s B A)$, in as many bits as its base.
+
+    An update smaller than half a gap of the codebook disappears.
+
+    Args:
+        layer: LoRA on a `QuantizedLinear`; it is left alone.
+
+    Raises:
+        InputError: if the base is not quantized.
+    """
+    plain, q = merge(layer), cast(QuantizedLinear, layer.base).q
     nested = q.nested_blocksize if isinstance(q, Nested) else None
     return QuantizedLinear.from_linear(plain, q.codebook, q.blocksize, nested)
 

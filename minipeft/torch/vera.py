@@ -1,9 +1,9 @@
 """VeRA: one frozen random pair for every layer, and two trained vectors for each."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from math import sqrt
-from typing import ClassVar, cast
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -11,80 +11,127 @@ from torch.nn.functional import linear
 
 from minipeft.errors import InputError
 from minipeft.shapes import Float, Shaped
-from minipeft.torch.linear import Adapted, layout
-from minipeft.torch.lora import check_dropout
+from minipeft.torch.adapted import Adapted
+from minipeft.torch.linear import (
+    Form,
+    Output,
+    Product,
+    Weight,
+    check_shape,
+    weight_view,
+)
+from minipeft.torch.lora import MatrixA, MatrixB, check_dropout
 
 
 class Projections(nn.Module):
     """The frozen pair, as large as the largest layer; all layers share this one object.
 
-    A state dict holds four whole numbers in its place: seed, r, in_features and
-    out_features. Where others are loaded, the pair is drawn again.
+    It follows from four whole numbers, which every `VeRA` saves in its place.
+
+    Args:
+        seed: 0 to 2**32 - 1.
+        r: directions.
+        in_features: columns of the widest weight.
+        out_features: rows of the tallest weight.
     """
 
-    A: Float[Tensor, "r in_features"]
-    B: Float[Tensor, "out_features r"]
-    drawn: Shaped[Tensor, " four"]
+    A: MatrixA
+    B: MatrixB
 
     def __init__(self, seed: int, r: int, in_features: int, out_features: int):
         super().__init__()
-        self.register_buffer(
-            "drawn", torch.tensor([seed, r, in_features, out_features])
-        )
-        A, B = projections(seed, r, in_features, out_features)
+        self.drawn = (seed, r, in_features, out_features)
+        A, B = projections(*self.drawn)
         self.register_buffer("A", A, persistent=False)
         self.register_buffer("B", B, persistent=False)
-        self._seen = (id(self.drawn), self.drawn._version)
 
-    def fit(
-        self, in_features: int, out_features: int
-    ) -> tuple[Float[Tensor, "r in_features"], Float[Tensor, "out_features r"]]:
-        """Return the part of the pair that a smaller layer uses: the top left corners.
+    @classmethod
+    def given(cls, A: MatrixA, B: MatrixB) -> "Projections":
+        """Hold a pair that another drew; its seed, -1, draws none where it is loaded.
 
         Raises:
-            InputError: if the layer is larger than the pair.
+            InputError: if the matrices do not have the same r.
         """
-        if not torch.compiler.is_compiling():
-            self._draw_what_was_loaded()
-        widest, tallest = self.A.shape[1], self.B.shape[0]
-        if in_features > widest or out_features > tallest:
-            raise InputError(
-                f"the projections serve weights up to ({tallest}, {widest}); draw them "
-                f"for the largest layer, here ({out_features}, {in_features})."
-            )
+        check_shape("B", B, len(B), len(A))
+        pair = cls.__new__(cls)
+        nn.Module.__init__(pair)
+        pair.drawn = (-1, len(A), A.shape[1], len(B))
+        pair.register_buffer("A", A, persistent=False)
+        pair.register_buffer("B", B, persistent=False)
+        return pair
+
+    def forward(self, in_features: int, out_features: int) -> tuple[MatrixA, MatrixB]:
+        """Return what a smaller layer uses of the pair: the top left corners."""
         return self.A[:, :in_features], self.B[:out_features]
 
-    def _draw_what_was_loaded(self) -> None:
-        seen = (id(self.drawn), self.drawn._version)
-        if seen == self._seen:
-            return
-        A, B = projections(*(int(number) for number in self.drawn))
-        self.A, self.B = A.to(self.A), B.to(self.B)
-        self._seen = seen
+    def draw(self, numbers: tuple[int, int, int, int], device: torch.device) -> None:
+        """Become the pair of other numbers, or the same on another device."""
+        A, B = projections(*numbers)
+        self.A, self.B = A.to(device, self.A.dtype), B.to(device, self.B.dtype)
+        self.drawn = numbers
+
+    def _apply(
+        self, fn: Callable[[Tensor], Tensor], recurse: bool = True
+    ) -> "Projections":
+        empty = self.A.is_meta
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        if empty and not self.A.is_meta:  # there is memory now, and nothing in it
+            self.draw(self.drawn, self.A.device)
+        return self
 
 
 class VeRA(nn.Module):
-    """The trained parts of one layer: d scales the r directions, b the outputs."""
+    """The trained parts of one layer: d scales the r directions, b the outputs.
+
+    A state dict holds d, b, and the four numbers of the pair. Where others are loaded,
+    the pair is drawn again, for all layers that share it.
+
+    Args:
+        d: the scale of each direction.
+        b: the scale of each output.
+        pair: frozen and shared.
+        dropout: the chance, in training, that an entry of x is dropped on the way to A.
+    """
 
     d: Float[Tensor, " r"]
     b: Float[Tensor, " out_features"]
+    drawn: Shaped[Tensor, " four"]
 
     def __init__(
         self,
         d: Float[Tensor, " r"],
         b: Float[Tensor, " out_features"],
-        projections: Projections,
+        pair: Projections,
         dropout: float = 0.0,
     ):
         super().__init__()
         self.d, self.b = nn.Parameter(d), nn.Parameter(b)
-        self.projections = projections
+        drawn = torch.tensor(pair.drawn, dtype=torch.int64, device="cpu")
+        self.register_buffer("drawn", drawn.to(d.device))
+        self.projections = pair
         self.dropout = dropout
+        self.register_load_state_dict_post_hook(_draw_what_was_loaded)  # type: ignore[no-untyped-call]
+
+    def forward(self, product: Product) -> Output:
+        r"""Return what is added to the output, $b \odot ((d \odot x A^T) B^T)$."""
+        check_fits(product.form, self)
+        A, B = self.projections(product.form.in_features, product.form.out_features)
+        h = product.project(A, self.dropout)
+        return linear(self.d * h, B) * self.b
+
+
+def _draw_what_was_loaded(adapter: VeRA, keys: object) -> None:
+    pair, device = adapter.projections, adapter.drawn.device
+    if adapter.drawn.is_meta:
+        return
+    seed, r, k, d = (int(number) for number in adapter.drawn)
+    if pair.drawn != (seed, r, k, d) or pair.A.is_meta:
+        pair.draw((seed, r, k, d), device)
 
 
 def projections(
     seed: int, r: int, in_features: int, out_features: int
-) -> tuple[Float[Tensor, "r in_features"], Float[Tensor, "out_features r"]]:
+) -> tuple[MatrixA, MatrixB]:
     r"""Draw A, then B, each $U(-\sqrt{6/n}, \sqrt{6/n})$ with n its number of columns.
 
     Always on the CPU, whose generator gives the same bits on every machine, and gives
@@ -128,10 +175,24 @@ def init(pair: Projections, out_features: int, d_initial: float = 0.1) -> VeRA:
     return VeRA(d, pair.A.new_zeros(out_features), pair)
 
 
-def delta(vera: VeRA, in_features: int) -> Float[Tensor, "out_features in_features"]:
+def delta(adapter: VeRA, in_features: int) -> Weight:
     r"""Return the update: $\Delta W = \Lambda_b B \Lambda_d A$, diagonal Lambdas."""
-    A, B = vera.projections.fit(in_features, len(vera.b))
-    return (vera.b[:, None] * B * vera.d) @ A
+    form = Form(len(adapter.b), in_features, adapter.b.dtype, adapter.b.device)
+    check_fits(form, adapter)
+    A, B = adapter.projections(in_features, len(adapter.b))
+    return (adapter.b[:, None] * B * adapter.d) @ A
+
+
+def check_fits(form: Form, adapter: VeRA) -> None:
+    """Refuse vectors of another layer: one number would broadcast."""
+    check_shape("b", adapter.b, form.out_features)
+    _, r, widest, tallest = adapter.projections.drawn
+    check_shape("d", adapter.d, r)
+    if form.in_features > widest or form.out_features > tallest:
+        raise InputError(
+            f"the projections serve weights up to ({tallest}, {widest}); draw them for "
+            f"the largest layer, here {form.shape}."
+        )
 
 
 class VeRALinear(Adapted[VeRA]):
@@ -140,25 +201,11 @@ class VeRALinear(Adapted[VeRA]):
     Source: VeRA (arXiv:2310.11454), equation 2.
     """
 
-    def forward(self, x: Shaped[Tensor, "..."]) -> Float[Tensor, "... out_features"]:
-        """Apply the adapted layer."""
-        if self.merged_weight is not None:
-            return self.layout.forward(self.base, x, self.merged_weight)
-        y = total = self.base(x)
-        in_features = self.layout.form(self.base).in_features
-        for share, vera in self.shares():
-            A, B = vera.projections.fit(in_features, len(vera.b))
-            p = vera.dropout if self.training else 0.0
-            h = self.layout.project(self.base, x, A, p)
-            total = torch.addcmul(total, linear(vera.d * h, B), vera.b, value=share)
-        return cast(Tensor, total.to(y.dtype))
+    check_fits = staticmethod(check_fits)
 
-    def merged(self) -> Float[Tensor, "out_features in_features"]:
-        """Return W', rounded once to the dtype of W."""
-        total = W = self.W
-        for share, vera in self.shares():
-            total = total + share * delta(vera, W.shape[1])
-        return total.to(W.dtype)
+    def change(self, adapter: VeRA, W: Weight) -> Weight:
+        r"""Return $\Delta W = \Lambda_b B \Lambda_d A$."""
+        return delta(adapter, W.shape[1])
 
 
 @dataclass(frozen=True)
@@ -184,17 +231,17 @@ class VeRAConfig:
         Raises:
             InputError: if r, the seed or dropout is out of range.
         """
-        forms = {name: layout(layer).form(layer) for name, layer in layers.items()}
+        check_dropout(self.dropout)
+        forms = {name: weight_view(layers[name]).form(layers[name]) for name in layers}
         widest = max(form.in_features for form in forms.values())
         tallest = max(form.out_features for form in forms.values())
-        check_dropout(self.dropout)
         pairs: dict[tuple[torch.device, torch.dtype], Projections] = {}
         adapters = {}
-        for name, (d, _, dtype, device) in forms.items():
-            place = device, torch.promote_types(dtype, torch.float32)
+        for name, form in forms.items():
+            place = form.device, form.wide
             if place not in pairs:
                 pair = Projections(self.seed, self.r, widest, tallest)
                 pairs[place] = pair.to(*place)
-            adapters[name] = init(pairs[place], d, self.d_initial)
+            adapters[name] = init(pairs[place], form.out_features, self.d_initial)
             adapters[name].dropout = self.dropout
         return adapters

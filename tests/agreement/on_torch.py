@@ -54,14 +54,12 @@ def _dora(base, case):
 
 
 def _vera(base, case):
-    A, B = case.frozen[0].A, case.frozen[0].B
-    pair = Projections(0, len(A), A.shape[1], len(B))
-    pair.A, pair.B = tensor(A), tensor(B)
+    pair = Projections.given(tensor(case.frozen[0].A), tensor(case.frozen[0].B))
     return VeRALinear(base, VeRA(tensor(case.adapter.d), tensor(case.adapter.b), pair))
 
 
 def _ia3(base, case):
-    return IA3Linear(base, IA3(tensor(case.adapter.l), case.adapter.side == "input"))
+    return IA3Linear(base, IA3(tensor(case.adapter.l), case.adapter.side))
 
 
 ADAPTED = {

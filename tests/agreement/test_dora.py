@@ -14,9 +14,9 @@ from minipeft.errors import InputError
 from minipeft.reference import dora as reference
 from minipeft.reference import lora as reference_lora
 from minipeft.torch import dora, lora
+from minipeft.torch.adapted import Adapted
 from minipeft.torch.dora import DoRAConfig, DoRALinear
 from minipeft.torch.inject import activate, add, inject, merge, unmerge
-from minipeft.torch.linear import Adapted
 from minipeft.torch.lora import LoRAConfig
 from tests.agreement.llama import TEXT, llama
 from tests.agreement.on_torch import module, run, tensor

@@ -41,10 +41,9 @@ def test_a_llama_starts_unchanged_learns_and_merges():
         model(TEXT, labels=TEXT).loss.backward()
         optimizer.step()
     assert model(TEXT, labels=TEXT).loss < first
-    sides = {
-        name: a.adapters["default"].feedforward for name, a in adapted(model).items()
-    }
-    assert all(side == name.endswith("down_proj") for name, side in sides.items())
+    for name, layer in adapted(model).items():
+        expected_side = "input" if name.endswith("down_proj") else "output"
+        assert layer.adapters["default"].side == expected_side
     plain = unload(merge(copy.deepcopy(model)))
     assert not adapted(plain)
 

@@ -13,7 +13,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from minipeft.reference import linear as reference
-from minipeft.torch.linear import layout
+from minipeft.torch.linear import weight_of, weight_view
 from tests.strategies import gaussian_layers, integer_layers, seeds
 from tests.tolerance import assert_bits, assert_sums, assert_within, gamma
 
@@ -49,10 +49,10 @@ def run(layer, t, dtype=torch.float32):
     """Output, and autograd's gradients of <grad_y, y> for x, W and bias."""
     layer = layer.to(dtype)
     x = tensor(t.x).to(dtype).requires_grad_()
-    W = layout(layer).turn(layer.weight)
-    y = layout(layer).forward(layer, x, W)
-    wanted = [x, W, *([] if layer.bias is None else [layer.bias])]
-    return [y, *torch.autograd.grad(y, wanted, tensor(t.grad_y).to(dtype))]
+    y = layer(x)
+    wanted = [x, layer.weight, *([] if layer.bias is None else [layer.bias])]
+    grad_x, grad_W, *rest = torch.autograd.grad(y, wanted, tensor(t.grad_y).to(dtype))
+    return [y, grad_x, weight_view(layer).turn(grad_W), *rest]
 
 
 def expected(t):
@@ -96,7 +96,7 @@ def test_gradients_are_central_differences_in_float64(base, t, seed):
     # number is a small integer: the difference is the slope, exactly.
     rng, layer = np.random.default_rng(seed), base(t)
     _, *gradients = run(layer, t, torch.float64)
-    x, W = tensor(t.x).double(), layout(layer).turn(layer.weight)
+    x, W = tensor(t.x).double(), weight_of(layer)
     grad_y = tensor(t.grad_y).double()
     with torch.no_grad():
         values = [x, W, *([] if layer.bias is None else [layer.bias])]
@@ -105,7 +105,7 @@ def test_gradients_are_central_differences_in_float64(base, t, seed):
             losses = []
             for sign in (1, -1):
                 value += sign * step
-                losses.append((layout(layer).forward(layer, x, W) * grad_y).sum())
+                losses.append((layer(x) * grad_y).sum())
                 value -= sign * step
             assert (losses[0] - losses[1]) / 2 == (gradient * step).sum()
 
@@ -116,19 +116,19 @@ def test_an_embedding_is_the_layer_on_one_hot_rows(t, seed):
     ids = np.random.default_rng(seed).integers(0, k, (2, 3))
     one_hot = np.eye(k, dtype=np.float32)[ids]
     base = nn.Embedding(k, d, _weight=tensor(t.W.T))
-    W = layout(base).turn(base.weight)
-    y = layout(base).forward(base, tensor(ids), W)
+    y = base(tensor(ids))
     assert_sums(numpy(y), reference.forward(one_hot, t.W))
     grad_y = np.broadcast_to(t.grad_y.reshape(-1, d)[0], (2, 3, d)).copy()
-    (grad_W,) = torch.autograd.grad(y, W, tensor(grad_y))
-    assert_sums(numpy(grad_W), reference.backward(grad_y, one_hot, t.W).W)
+    (grad_W,) = torch.autograd.grad(y, base.weight, tensor(grad_y))
+    expected_W = reference.backward(grad_y, one_hot, t.W).W
+    assert_sums(numpy(weight_view(base).turn(grad_W)), expected_W)
 
 
 @both
 @given(t=integer_layers)
 def test_a_plain_layer_of_another_weight_computes_with_it(base, t):
     layer = base(t)
-    plain = layout(layer).plain(layer, tensor(2 * t.W))
+    plain = weight_view(layer).plain(layer, tensor(2 * t.W))
     assert_sums(numpy(plain(tensor(t.x))), reference.forward(t.x, 2 * t.W, t.bias))
     assert not plain.weight.requires_grad
 
@@ -137,7 +137,7 @@ def test_a_plain_layer_of_another_weight_computes_with_it(base, t):
 @given(t=integer_layers)
 def test_the_form_is_that_of_the_weight(base, t):
     layer = base(t).to(torch.bfloat16)
-    form = layout(layer).form(layer)
+    form = weight_view(layer).form(layer)
     assert (form.out_features, form.in_features) == t.W.shape
     assert form.dtype is torch.bfloat16
-    assert_bits(numpy(layout(layer).turn(layer.weight).float()), t.W)
+    assert_bits(numpy(weight_of(layer).float()), t.W)

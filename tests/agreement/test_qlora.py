@@ -52,17 +52,15 @@ def test_sixteen_bits_agree_up_to_their_rounding(seed, double):
     assert_within(actual, expected.astype(np.float32), bound)
 
 
-@given(st.data(), st.sampled_from(qlora.TARGETS))
-def test_both_merges_agree_bit_for_bit(data, into):
+@given(st.data())
+def test_both_merges_agree_bit_for_bit(data):
     case = QLORA.case(data, "integers")
-    merged = qlora.merge(module(case), into)
-    verb = reference.merge if into == "dequantized" else reference.requantize
-    expected = verb(case.base, case.adapter)
-    if into == "dequantized":
-        assert_sums(merged.weight.numpy(), expected)
-    else:
-        assert_bits(merged.packed.numpy(), expected.packed)
-        assert_bits(merged.absmax.numpy(), expected.absmax)
+    merged = qlora.merge(module(case))
+    assert_sums(merged.weight.numpy(), reference.merge(case.base, case.adapter))
+    again = qlora.requantize(module(case))
+    expected = reference.requantize(case.base, case.adapter)
+    assert_bits(again.packed.numpy(), expected.packed)
+    assert_bits(again.absmax.numpy(), expected.absmax)
 
 
 @given(st.data())
@@ -70,7 +68,7 @@ def test_requantizing_keeps_the_kind_and_the_bias(data):
     case = QLORA.case(data, "gaussians")
     adapted = module(case)
     before = copy.deepcopy(adapted.state_dict())
-    again = qlora.merge(adapted, "requantized")
+    again = qlora.requantize(adapted)
     assert type(again.q) is type(adapted.base.q)
     assert again.constants == adapted.base.constants
     assert (again.bias is None) == (case.bias is None)
@@ -148,13 +146,9 @@ def test_quantize_linears_leaves_what_it_is_told_to_leave():
         quantize_linears(model, skip=("*",))
 
 
-def test_other_targets_and_bases_are_refused():
+def test_other_bases_are_refused():
     lora = LoRA(torch.ones(1, 3), torch.ones(2, 1), 2.0)
     plain = LoRALinear(nn.Linear(3, 2), lora)
-    with pytest.raises(InputError, match="the base is a Linear"):
-        qlora.merge(plain)
-    four = LoRALinear(QuantizedLinear.from_linear(nn.Linear(3, 2)), lora)
-    with pytest.raises(
-        InputError, match="into is 'original'; choose dequantized or re"
-    ):
-        qlora.merge(four, into="original")
+    for merge in (qlora.merge, qlora.requantize):
+        with pytest.raises(InputError, match="the base is a Linear"):
+            merge(plain)

@@ -93,7 +93,7 @@ def test_a_pair_that_was_drawn_for_smaller_layers_is_refused():
     inject(small, VeRAConfig(r=3), ["0"])
     inject(large, VeRAConfig(r=3), ["0"])
     state = adapter_state_dict(small)
-    state["0.projections.drawn"] = torch.tensor([0, 3, 5, 9])
+    state["0.drawn"] = torch.tensor([0, 3, 5, 9])
     load_adapter_state_dict(large, state)
     with pytest.raises(InputError, match=r"up to \(9, 5\).*here \(9, 6\)"):
         large(torch.ones(6))

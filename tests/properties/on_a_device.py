@@ -259,8 +259,8 @@ def four_bits(there):
     x, out = torch.randn(3, 8).to(there), []
     qlora.quantize_linears(model, codebook=codebook.FP4, blocksize=4)
     inject.inject(model.bfloat16(), lora.LoRAConfig(2, 4.0), ["*"])
-    for target in qlora.TARGETS:
-        merged = qlora.merge(model[0], target)
+    for merge in (qlora.merge, qlora.requantize):
+        merged = merge(model[0])
         out += [merged.weight, merged(x.to(merged.weight.dtype)), str(merged)]
     moved = qlora.QuantizedLinear.from_linear(nn.Linear(6, 8)).to(there)
     return out, model(x.bfloat16()), moved.weight, dict(moved.named_buffers())

@@ -20,7 +20,6 @@ from tests.properties import modules, on_a_device
 NOT_ON_A_DEVICE = {
     "codebook.normal_float": "makes a table on the CPU; quantize moves it",
     "inject.Config.adapters": "a protocol; each method has its own",
-    "linear.Adapted.merged": "has no body; each row has its own",
 }
 
 # Functions with a branch for CUDA alone: a pretended device takes the other. A GPU runs

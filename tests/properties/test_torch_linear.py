@@ -7,7 +7,7 @@ from hypothesis import given
 from torch import nn
 from torch.nn.functional import linear
 
-from minipeft.torch.linear import Layout
+from minipeft.torch.linear import WeightView
 from minipeft.torch.lora import LoRA, LoRALinear
 from tests.strategies import gaussian_layers
 
@@ -20,7 +20,7 @@ def plain(x, A):
 
 
 def ours(x, A):
-    return Layout().project(None, x, A, 0.0)
+    return WeightView().project(None, x, A, 0.0)
 
 
 def gradients(project, x, A, grad_h):

@@ -1,9 +1,9 @@
 """LoRA in the torch column, with autograd for the gradients."""
 
 import torch
-from torch import nn
 
 from minipeft.golden.drivers.bridge import to_numpy, to_torch
+from minipeft.golden.drivers.torch.linear import layer
 from minipeft.golden.tensors import Array
 from minipeft.torch import lora
 from minipeft.torch.lora import LoRA, LoRALinear
@@ -19,8 +19,8 @@ def lora_forward(
     bias: Array | None = None,
 ) -> Array:
     """Return the output of the adapted layer."""
-    layer = LoRALinear(_linear(W, bias), _lora(W, A, B, alpha, rank_stabilized))
-    return to_numpy(layer(to_torch(x)))
+    adapted = LoRALinear(layer(W, bias), _lora(A, B, alpha, rank_stabilized))
+    return to_numpy(adapted(to_torch(x)))
 
 
 def lora_backward(
@@ -33,9 +33,9 @@ def lora_backward(
     rank_stabilized: bool,
 ) -> tuple[Array, Array, Array]:
     """Return the gradients of x, A and B."""
-    adapter = _lora(W, A, B, alpha, rank_stabilized)
+    adapter = _lora(A, B, alpha, rank_stabilized)
     leaf = to_torch(x).requires_grad_()
-    y = LoRALinear(_linear(W), adapter)(leaf)
+    y = LoRALinear(layer(W), adapter)(leaf)
     gradients = torch.autograd.grad(y, (leaf, adapter.A, adapter.B), to_torch(grad_y))
     return to_numpy(gradients[0]), to_numpy(gradients[1]), to_numpy(gradients[2])
 
@@ -44,21 +44,10 @@ def lora_merge(
     W: Array, A: Array, B: Array, alpha: float, rank_stabilized: bool
 ) -> Array:
     """Return the weight of the merged layer."""
-    layer = LoRALinear(_linear(W), _lora(W, A, B, alpha, rank_stabilized))
-    return to_numpy(layer.merge().weight)
+    adapted = LoRALinear(layer(W), _lora(A, B, alpha, rank_stabilized))
+    return to_numpy(adapted.merge().weight)
 
 
-def _linear(W: Array, bias: Array | None = None) -> nn.Linear:
-    out_features, in_features = W.shape
-    layer = nn.Linear(in_features, out_features, bias=bias is not None)
-    layer.weight = nn.Parameter(to_torch(W))
-    if bias is not None:
-        layer.bias = nn.Parameter(to_torch(bias))
-    return layer
-
-
-def _lora(W: Array, A: Array, B: Array, alpha: float, rank_stabilized: bool) -> LoRA:
-    r = A.shape[0]
-    lora.check_rank(r, W.shape[1], W.shape[0])
-    s = lora.scaling(alpha, r, rank_stabilized)
+def _lora(A: Array, B: Array, alpha: float, rank_stabilized: bool) -> LoRA:
+    s = lora.scaling(alpha, len(A), rank_stabilized)
     return LoRA(to_torch(A), to_torch(B), s)

@@ -1,5 +1,7 @@
 """QLoRA in the torch column, on NF4, with autograd for the gradients."""
 
+from typing import cast
+
 import torch
 
 from minipeft.golden.drivers.bridge import DEVICE, to_numpy, to_torch
@@ -49,10 +51,8 @@ def qlora_requantize(
 ) -> tuple[Array, Array]:
     """Return codes and scales of the merged weight."""
     layer = _layer(packed, absmax, A, B, (alpha, blocksize))
-    merged = qlora.merge(layer, into="requantized")
-    assert isinstance(merged, QuantizedLinear)
-    assert isinstance(merged.q, Blockwise)
-    return to_numpy(merged.q.packed), to_numpy(merged.q.absmax)
+    q = qlora.requantize(layer).q
+    return to_numpy(q.packed), to_numpy(cast(Blockwise, q).absmax)
 
 
 def _layer(
@@ -63,9 +63,8 @@ def _layer(
     numbers: tuple[float, int],
     bias: Array | None = None,
 ) -> LoRALinear:
-    (alpha, blocksize), r = numbers, A.shape[0]
-    lora.check_rank(r, A.shape[1], B.shape[0])
+    alpha, blocksize = numbers
     shape = (B.shape[0], A.shape[1])
     q = Blockwise(to_torch(packed), to_torch(absmax), NF4.to(DEVICE), blocksize, shape)
     base = QuantizedLinear(q, None if bias is None else to_torch(bias))
-    return LoRALinear(base, LoRA(to_torch(A), to_torch(B), lora.scaling(alpha, r)))
+    return LoRALinear(base, LoRA(to_torch(A), to_torch(B), lora.scaling(alpha, len(A))))

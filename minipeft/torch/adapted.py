@@ -1,0 +1,431 @@
+"""A frozen layer with named adapters: the part that all parametrizations share.
+
+A row writes an adapter, which is a module that is called with a `Product`, and a class
+derived from `Adapted`, which says what an adapter does to a weight.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import Any, Generic, TypeVar, cast
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_map_only
+
+from minipeft.errors import InputError
+from minipeft.torch.linear import (
+    Bias,
+    Form,
+    Input,
+    Output,
+    Product,
+    Stored,
+    Weight,
+    full_precision,
+    weight_view,
+)
+
+Adapter = TypeVar("Adapter", bound=nn.Module)
+
+
+class Adapted(nn.Module, ABC, Generic[Adapter]):
+    """A frozen layer with named adapters, of which any weighted sum is active.
+
+    The base is called, never recomputed: adapters act, and a merged weight is put in,
+    at the one product inside that call. So everything around the product stays: hooks,
+    a forward of the instance, casts, offloading, sharding.
+
+    The base is never written to. Merging puts $W'$ beside it, so unmerging is exact by
+    construction, in every dtype, and a state dict saved while merged holds the base and
+    the adapters as they are. The price: while merged, the weight is in memory twice.
+
+    A row derives its own class and writes `check_fits` and `change`; a row whose
+    adapters do more than add something overrides `adapt` and `adapt_weight`.
+
+    Args:
+        base: the layer to wrap; it is frozen.
+        adapter: the trained part.
+        name: what to call it.
+
+    Raises:
+        InputError: if the layer cannot be adapted, or the adapter is of another layer.
+    """
+
+    merged_weight: Weight | None
+    merged_bias: Bias | None
+
+    def __init__(self, base: nn.Module, adapter: Adapter, name: str = "default"):
+        super().__init__()
+        self.view = weight_view(base)
+        self.adapters = nn.ModuleDict()
+        self.active: dict[str, float] = {}
+        self.register_buffer("merged_weight", None, persistent=False)
+        self.register_buffer("merged_bias", None, persistent=False)
+        self.register_load_state_dict_post_hook(_merge_again)  # type: ignore[no-untyped-call]
+        self.base = base
+        self.add(name, adapter)
+        self.activate({name: 1.0})
+        base.requires_grad_(False)
+        self.train(base.training)
+
+    # --- what a row writes ------------------------------------------------------------
+
+    @staticmethod
+    @abstractmethod
+    def check_fits(form: Form, adapter: Any) -> None:
+        """Refuse an adapter of another layer; torch would broadcast it."""
+
+    @abstractmethod
+    def change(self, adapter: Adapter, W: Weight) -> Weight:
+        """Return what one adapter adds to W, in float32 or wider."""
+
+    def adapt(self, product: Product) -> Output:
+        """Return the output: y, and what each adapter adds to it times its share."""
+        total = product.y
+        for share, adapter in self.shares():
+            change = adapter(product)
+            total = total + (change if share == 1 else share * change)
+        return total.to(product.y.dtype)
+
+    def adapt_weight(self, W: Weight) -> Weight:
+        """Return $W'$, in float32 or wider."""
+        return W + self._delta(W)
+
+    def adapt_bias(self, bias: Bias) -> Bias:
+        """Return the bias that belongs to $W'$: most adapters leave it alone."""
+        return bias
+
+    # --- what all rows share ----------------------------------------------------------
+
+    def forward(self, x: Input) -> Output:
+        """Call the base, with the active adapters or with the merged weight."""
+        products: list[Product] = []
+        with _Within(self, products):
+            y = self.base(x)
+        if not products:
+            raise InputError(
+                f"this {type(self.base).__name__} did not multiply by its weight as it "
+                "stands, so no adapter could act; restore the forward of its class, or "
+                "leave the layer out of the targets."
+            )
+        return cast(Tensor, y)
+
+    def compute(self, product: Product) -> Output:
+        """Compute the product of the base as this layer has it."""
+        if self.merged_weight is None:
+            return self.adapt(product)
+        return product.compute(W=self.merged_weight, bias=self.merged_bias)
+
+    @property
+    def W(self) -> Weight:
+        """The frozen weight, whichever way the layer stores it."""
+        return self.view.read(self.view.held(self.base))
+
+    @property
+    def weight(self) -> Stored:
+        """The effective weight, the way the base would store it, computed when used.
+
+        For code that reads `layer.weight` instead of calling the layer, as
+        `nn.MultiheadAttention` does: it meets the adapted weight, with its gradients.
+        To ask for its dtype, shape or device computes nothing.
+        """
+        if self.merged_weight is not None:
+            return self.view.turn(self.merged_weight)
+        if torch.compiler.is_compiling():
+            return self.view.turn(self.merged())
+        # What is held now: an unloaded base holds another weight.
+        compute = partial(self._effective, self.view.held(self.base))
+        form, trained = self.view.form(self.base), self.adapters.parameters()
+        like = torch.empty(form.shape, dtype=form.dtype, device="meta")
+        shape = self.view.turn(like).shape
+        wanted = any(p.requires_grad for p in trained)
+        return Deferred(compute, shape, form, wanted)
+
+    @property
+    def bias(self) -> Bias | None:
+        """The effective bias."""
+        bias = cast(Tensor | None, getattr(self.base, "bias", None))
+        return None if bias is None else self.adapt_bias(bias)
+
+    def merged(self) -> Weight:
+        """Return $W'$, the weight of the plain layer that does the same.
+
+        It is rounded once, to the dtype of W, also under autocast.
+        """
+        return self._merged(self.W)
+
+    def delta(self) -> Weight:
+        """Return the active update, $W' - W$, in float32 or wider."""
+        W = self.W
+        with full_precision(W.device):
+            return self._delta(W)
+
+    def merge(self) -> "Adapted[Adapter]":
+        """Compute with $W'$ from now on; merging again starts from the base again.
+
+        Raises:
+            InputError: if the weights are elsewhere: offloaded or sharded.
+        """
+        _check_here(self.base)
+        with torch.inference_mode(False), torch.no_grad():
+            merged, bias = self.merged().detach(), self.bias
+            # In memory as the base stores it, so that an unloaded layer rounds alike.
+            stored = self.view.turn(merged).contiguous()
+            self.merged_weight = self.view.turn(stored)
+            own = getattr(self.base, "bias", None)
+            self.merged_bias = None if bias is own else cast(Tensor, bias).detach()
+        return self
+
+    def unmerge(self) -> "Adapted[Adapter]":
+        """Compute with the base and the adapters again; the base was never touched."""
+        self.merged_weight = self.merged_bias = None
+        return self
+
+    def unload(self) -> nn.Module:
+        """Return a plain layer: with $W'$ if merged, else as it was before."""
+        if self.merged_weight is None:
+            return self.base
+        plain = self.view.plain(self.base, self.merged_weight)
+        if self.merged_bias is not None:
+            plain.bias = nn.Parameter(self.merged_bias, requires_grad=False)
+        return plain
+
+    def add(self, name: str, adapter: Adapter) -> None:
+        """Hold another adapter, inactive at first.
+
+        Raises:
+            InputError: if the name is taken, or cannot be part of a state dict's key;
+                if the adapter is of another layer.
+        """
+        self.check_new(name)
+        self.check_fits(self.view.form(self.base), adapter)
+        self.adapters[name] = adapter.train(self.training)
+
+    def check_new(self, name: str) -> None:
+        """Refuse a name that no new adapter can have."""
+        if not name or "." in name or hasattr(self.adapters, name):
+            raise InputError(
+                f"the adapter name {name!r} cannot be used here; choose one without a "
+                f"dot, other than {_listed(self.adapters)}."
+            )
+
+    def remove(self, name: str) -> None:
+        """Forget an adapter."""
+        self._check_known(name)
+        self.activate({n: share for n, share in self.active.items() if n != name})
+        del self.adapters[name]
+
+    def activate(self, shares: Mapping[str, float]) -> None:
+        """Use the adapters named, each times its share; none leaves the base alone.
+
+        Raises:
+            InputError: for a name that the layer does not hold.
+        """
+        for name in shares:
+            self._check_known(name)
+        self.active = dict(shares)
+        _merge_again(self)
+
+    def shares(self) -> list[tuple[float, Adapter]]:
+        """Return the active adapters, each behind its share."""
+        return [(s, cast(Adapter, self.adapters[n])) for n, s in self.active.items()]
+
+    def _delta(self, W: Weight) -> Weight:
+        total = torch.zeros(W.shape, dtype=torch.float32, device=W.device)
+        for share, adapter in self.shares():
+            total = total + share * self.change(adapter, W)
+        return total
+
+    def _merged(self, W: Weight) -> Weight:
+        for _, adapter in self.shares():
+            self.check_fits(self.view.form(self.base), adapter)
+        with full_precision(W.device):
+            return self.adapt_weight(W).to(W.dtype)
+
+    def _effective(self, held: Any) -> Stored:
+        return self.view.turn(self._merged(self.view.read(held)))
+
+    def _check_known(self, name: str) -> None:
+        if name not in self.adapters:
+            raise InputError(
+                f"there is no adapter {name!r}; choose from {_listed(self.adapters)}."
+            )
+
+    def __getattr__(self, name: str) -> Any:
+        """Answer for the base, except what other programs hang on each module."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            base = self.__dict__.get("_modules", {}).get("base")
+            if base is None or name.startswith("_") or hasattr(type(self), name):
+                raise
+            return getattr(base, name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Refuse to hide an attribute of the base."""
+        base = self.__dict__.get("_modules", {}).get("base")
+        if base is not None and name not in self.__dict__ and not name.startswith("_"):
+            own = hasattr(type(self), name) and name not in ("weight", "bias", "W")
+            if not own and name not in self._buffers and hasattr(base, name):
+                raise InputError(
+                    f"{name} belongs to the layer that is wrapped; set it on "
+                    "`layer.base`, and merge again if it was merged."
+                )
+        super().__setattr__(name, value)
+
+
+class _Within(TorchFunctionMode):
+    """The call of a base, in which its one product is handed to the adapted layer.
+
+    A call, because whatever brings the weight in (offloading, sharding) does so for a
+    call alone, and because a second way to compute the layer would lose what surrounds
+    the product.
+    """
+
+    CASTS = frozenset(
+        {Tensor.to, Tensor.type, Tensor.float, Tensor.double, Tensor.half}
+        | {Tensor.bfloat16, Tensor.detach, Tensor.contiguous}
+    )
+
+    def __init__(self, layer: Adapted[Any], products: list[Product]):
+        super().__init__()
+        self.layer, self.products = layer, products
+        self.casts: list[Any] = []
+
+    def __torch_function__(
+        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        layer, kwargs = self.layer, kwargs or {}
+        at = layer.view.places[1]
+        if function is layer.view.function and len(args) > at and self._is_W(args[at]):
+            base, training = layer.base, layer.training
+            self.products.append(Product(layer.view, base, args, kwargs, training))
+            return layer.compute(self.products[-1])
+        out = function(*args, **kwargs)
+        if function in self.CASTS and self._is_W(args[0]):
+            self.casts.append(out)
+        return out
+
+    def _is_W(self, argument: Any) -> bool:
+        held = self.layer.view.held(self.layer.base)
+        return argument is held or any(argument is cast for cast in self.casts)
+
+
+class Deferred(Tensor):
+    """A weight that is computed when something is computed with it.
+
+    Its shape, dtype and device are known before. To write to it is refused: the change
+    would be lost.
+    """
+
+    METADATA = frozenset(
+        {getattr(Tensor, name).__get__ for name in ("shape", "dtype", "device", "ndim")}
+        | {getattr(Tensor, name).__get__ for name in ("layout", "requires_grad")}
+        | {getattr(Tensor, name).__get__ for name in ("is_meta", "is_cuda", "is_leaf")}
+        | {getattr(Tensor, name).__get__ for name in ("is_sparse", "is_quantized")}
+        | {Tensor.size, Tensor.dim, Tensor.numel, Tensor.is_floating_point}
+        | {Tensor.stride, Tensor.element_size, Tensor.__len__}
+    )
+
+    compute: Callable[[], Tensor]
+
+    @staticmethod
+    def __new__(
+        cls,
+        compute: Callable[[], Tensor],
+        shape: tuple[int, ...],
+        form: Form,
+        requires_grad: bool = False,
+    ) -> "Deferred":
+        """Remember how to compute the weight."""
+        self = Tensor._make_wrapper_subclass(
+            cls,
+            shape,
+            dtype=form.dtype,
+            device=form.device,
+            requires_grad=requires_grad,
+        )
+        self.compute = compute
+        return self
+
+    @classmethod
+    def __torch_function__(
+        cls, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        """Answer from what is known, or compute the weight and go on with it."""
+        if function in cls.METADATA:
+            with torch._C.DisableTorchFunctionSubclass():
+                return function(*args)
+        name = getattr(function, "__name__", "")
+        writes = name.endswith("_") and not name.endswith("__")
+        if args and isinstance(args[0], cls) and (writes or name in _WRITES):
+            raise InputError(
+                "this weight is computed from the base and its adapters, and what is "
+                "written to it would be lost; write to `layer.base.weight`."
+            )
+        return cls.__torch_dispatch__(function, types, args, kwargs)
+
+    @classmethod
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        """Compute the weight and go on with it."""
+        now = tree_map_only(cls, lambda weight: weight.compute(), (args, kwargs or {}))
+        return function(*now[0], **now[1])
+
+
+_WRITES = ("__set__", "__setitem__", "__iadd__", "__isub__", "__imul__", "__itruediv__")
+
+
+def mixed(
+    v: Tensor,
+    shares: Sequence[tuple[float, Adapter]],
+    changed: Callable[[Adapter], Tensor],
+) -> Tensor:
+    r"""Return $v + \sum_i s_i (f_i(v) - v)$: adapters that rescale, by shares s."""
+    if not shares:
+        return v
+    if [share for share, _ in shares] == [1]:
+        return changed(shares[0][1])
+    total = (1 - sum(share for share, _ in shares)) * v
+    for share, adapter in shares:
+        total = total + share * changed(adapter)
+    return total
+
+
+@contextmanager
+def naming(layer: str) -> Iterator[None]:
+    """Put the layer's name in front of what is wrong with it."""
+    try:
+        yield
+    except InputError as error:
+        raise InputError(f"{layer}: {error}") from None
+
+
+def _merge_again(layer: Any, keys: object = None) -> None:
+    # After new values or another choice, what was merged before is out of date.
+    if layer.merged_weight is not None:
+        layer.merge()
+
+
+def _check_here(base: nn.Module) -> None:
+    weight = base._parameters.get("weight")
+    if weight is None:
+        return
+    if weight.is_meta and "forward" in vars(base):
+        raise InputError(
+            "the weight is offloaded and comes in for a call alone; bring the model "
+            "back before merging (accelerate: remove_hook_from_submodules)."
+        )
+    if hasattr(weight, "placements"):
+        raise InputError(
+            "the weight is sharded over several processes; gather the model before "
+            "merging (FSDP2: unshard())."
+        )
+
+
+def _listed(names: Iterable[str]) -> str:
+    return ", ".join(sorted(names)) or "none"
