@@ -36,11 +36,11 @@ chapter = start("16_merging", steps=1, model="minilm")
 # In torch, merging never writes to the base. $W'$ stands *beside* $W$ and is computed with; to unmerge is to throw $W'$ away. The price is memory: while merged, the weight is there twice. `unload`
 # keeps only one of them.
 #
-# @source minipeft.torch.linear.Adapted.merge
+# @source minipeft.torch.adapted.Adapted.merge
 #
-# @source minipeft.torch.linear.Adapted.unmerge
+# @source minipeft.torch.adapted.Adapted.unmerge
 #
-# @source minipeft.torch.lora.LoRALinear.merged
+# @source minipeft.torch.adapted.Adapted.merged
 #
 # ## The proof: fractions
 #

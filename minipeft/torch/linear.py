@@ -69,6 +69,12 @@ class WeightView:
         """Return what the layer gives to `function` in the place of W."""
         return layer.weight
 
+    def is_product(self, layer: Any, function: Any, args: Sequence[Any]) -> bool:
+        """Tell whether this call, made by the layer, multiplies by W."""
+        at = self.places[1]
+        called = function is self.function and len(args) > at
+        return called and args[at] is self.held(layer)
+
     def read(self, held: Any) -> Weight:
         """Return W, from what is held in its place."""
         return self.turn(held)

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from math import sqrt
+from math import isfinite, sqrt
 from typing import ClassVar
 
 import torch
@@ -53,9 +53,16 @@ def scaling(alpha: float, r: int, rank_stabilized: bool = False) -> float:
 
     With $\alpha / \sqrt r$ the update and its gradient keep their size as r grows.
 
+    Raises:
+        InputError: if r is below 1, or alpha is not finite.
+
     Source: LoRA (arXiv:2106.09685), section 4.1; rsLoRA (arXiv:2312.03732),
     theorem 3.2.
     """
+    if r < 1:
+        raise InputError(f"r is {r}; choose 1 or more.")
+    if not isfinite(alpha):
+        raise InputError(f"alpha is {alpha}; choose a finite number, such as 2 r.")
     return alpha / sqrt(r) if rank_stabilized else alpha / r
 
 

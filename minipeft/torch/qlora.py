@@ -14,9 +14,9 @@ from torch.overrides import handle_torch_function, has_torch_function_unary
 from minipeft.errors import InputError
 from minipeft.shapes import Float, Shaped
 from minipeft.torch import blockwise, double_quant
-from minipeft.torch.adapted import Deferred
 from minipeft.torch.blockwise import Blockwise
 from minipeft.torch.codebook import NF4
+from minipeft.torch.deferred import Deferred
 from minipeft.torch.double_quant import Nested
 from minipeft.torch.linear import (
     Bias,
@@ -151,6 +151,10 @@ def quantized_linear(
     if has_torch_function_unary(x):
         y: Output = handle_torch_function(quantized_linear, (x,), x, weight, bias)
         return y
+    if not isinstance(weight, Tensor) and torch.compiler.is_compiling():
+        # A compiler looks for modes in torch's own functions alone, and decides for
+        # itself what to keep.
+        weight = weight.dequantize(x.dtype)
     if isinstance(weight, Tensor):
         return linear(x, weight.to(x.dtype), bias)
     return cast(Tensor, _Frozen.apply(x, weight.dequantize, bias))  # type: ignore[no-untyped-call]
@@ -186,7 +190,14 @@ class _Quantized(WeightView):
     def held(self, layer: Any) -> Any:
         return layer
 
+    def is_product(self, layer: Any, function: Any, args: Sequence[Any]) -> bool:
+        if torch.compiler.is_compiling():
+            return function is linear and args[1].shape == self.form(layer).shape
+        return super().is_product(layer, function, args)
+
     def read(self, held: Any) -> Weight:
+        if isinstance(held, Tensor):
+            return held
         return cast(Tensor, held.dequantize(held.dtype))
 
     def plain(self, layer: Any, W: Weight) -> nn.Module:

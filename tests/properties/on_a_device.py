@@ -170,7 +170,10 @@ def functions_of_the_adapters(there):
     W = torch.randn(9, 6).to(there)
     new = dora.init(torch.Generator().manual_seed(0), W, 2, 4.0)
     pair = vera.Projections(0, 3, 6, 9).to(there)
+    pair.draw((1, 3, 6, 9), there)
+    given = vera.Projections.given(pair.A, pair.B)
     return (
+        *(given(5, 4)[0], given(5, 4)[1]),
         *(new, lora.delta(new), dora.merge(W, new), dora.row_norm(W, new)),
         *(dora.squared_row_norm(W, new), vera.delta(vera.init(pair, 9), 6)),
     )
@@ -208,6 +211,7 @@ def adapted(config, targets, more=True):
         if config.wrapper is bottleneck.Serial:
             refused(lambda: inject.merge(model), "there is nothing to merge")
         else:
+            out += [layer.delta() for layer in layers(model)]
             out += [inject.merge(model)(ids), *map(effective, layers(model))]
         return out, inject.unload(model)(ids), *model.state_dict().values()
 
@@ -347,7 +351,10 @@ def public():
         if inspect.isclass(member):
             row, _, own = name.partition(".")
             for attribute, method in vars(member).items():
-                if not attribute.startswith("_") and is_code(method):
+                borrowed = isinstance(method, staticmethod) and (
+                    getattr(method.__func__, "__qualname__", "") != f"{own}.{attribute}"
+                )
+                if not attribute.startswith("_") and is_code(method) and not borrowed:
                     yield f"{row}.{own}.{attribute}"
         elif is_code(member):
             yield name
