@@ -10,23 +10,16 @@ from torch.utils._pytree import tree_map_only
 from minipeft.errors import InputError
 from minipeft.torch.linear import Form
 
-_WRITES):
-            raise InputError(
-                "this weight is computed from the base and its adapters, and what is "
-                "written to it would be lost; write to `layer.base.weight`."
-            )
-        return cls.__torch_dispatch__(function, types, args, kwargs)
+PROPERTIES = ("shape", "dtype", "device", "ndim", "layout", "requires_grad", "is_leaf")
+KINDS = ("is_meta", "is_cuda", "is_cpu", "is_sparse", "is_quantized", "is_nested")
+METADATA = frozenset(
+    {getattr(Tensor, name).__get__ for name in PROPERTIES + KINDS}
+    | {Tensor.size, Tensor.dim, Tensor.numel, Tensor.stride, Tensor.__len__}
+    | {Tensor.is_floating_point, Tensor.is_complex, Tensor.element_size}
+)
+"""What is asked of a tensor without a value of it."""
 
-    @classmethod
-    def __torch_dispatch__(  # type: ignore[override]
-        cls, function: Any, types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:
-        """Compute the weight and go on with it."""
-        now = tree_map_only(cls, lambda weight: weight.compute(), (args, kwargs or {}))
-        return function(*now[0], **now[1])
-
-
-_WRITES = ("__set__", "__setitem__", "__iadd__", "__isub__", "__imul__", "__itruediv__")
+WRITES = ("__set__", "__setitem__", "__iadd__", "__isub__", "__imul__", "__itruediv__")
 
 
 class Deferred(Tensor):
@@ -35,15 +28,6 @@ class Deferred(Tensor):
     Its shape, dtype and device are known before. To write to it is refused: the change
     would be lost.
     """
-
-    METADATA = frozenset(
-        {getattr(Tensor, name).__get__ for name in ("shape", "dtype", "device", "ndim")}
-        | {getattr(Tensor, name).__get__ for name in ("layout", "requires_grad")}
-        | {getattr(Tensor, name).__get__ for name in ("is_meta", "is_cuda", "is_leaf")}
-        | {getattr(Tensor, name).__get__ for name in ("is_sparse", "is_quantized")}
-        | {Tensor.size, Tensor.dim, Tensor.numel, Tensor.is_floating_point}
-        | {Tensor.stride, Tensor.element_size, Tensor.__len__}
-    )
 
     compute: Callable[[], Tensor]
 
@@ -71,9 +55,22 @@ class Deferred(Tensor):
         cls, function: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
         """Answer from what is known, or compute the weight and go on with it."""
-        if function in cls.METADATA:
+        if function in METADATA:
             with torch._C.DisableTorchFunctionSubclass():
                 return function(*args)
         name = getattr(function, "__name__", "")
         writes = name.endswith("_") and not name.endswith("__")
-        if args and isinstance(args[0], cls) and (writes or name in
+        if args and isinstance(args[0], cls) and (writes or name in WRITES):
+            raise InputError(
+                "this weight is computed from what is stored, and what is written to "
+                "it would be lost; write to what is stored (`layer.base.weight`)."
+            )
+        return cls.__torch_dispatch__(function, types, args, kwargs)
+
+    @classmethod
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        """Compute the weight and go on with it."""
+        now = tree_map_only(cls, lambda weight: weight.compute(), (args, kwargs or {}))
+        return function(*now[0], **now[1])
