@@ -111,13 +111,6 @@ def test_a_weight_that_the_codes_hold_needs_no_adapter(W):
     assert not np.any(lora.delta(initial))
 
 
-@given(matrices())
-def test_the_weight_given_is_left_alone(W):
-    before = W.copy()
-    loftq.init(W, 2, 8)
-    assert_bits(W, before)
-
-
 def layers(seed, count=6):
     """Layers of one size, each harder to quantize than the one before."""
     rng = np.random.default_rng(seed)

@@ -179,15 +179,6 @@ def test_sixteen_bits_are_split_in_thirty_two(data):
     assert initial.A.dtype == initial.B.dtype == base.dtype == np.float32
 
 
-@given(problems())
-def test_the_weight_given_is_left_alone(t):
-    W, r, alpha = t
-    before = W.copy()
-    pissa.init(W, r, alpha)
-    pissa.init_randomized(W, r, alpha)
-    assert_bits(W, before)
-
-
 @pytest.mark.parametrize("r", [0, -1, 4])
 def test_a_rank_out_of_range_is_refused(r):
     with pytest.raises(InputError, match=rf"r is {r}; choose 1 to 3"):
