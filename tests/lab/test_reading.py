@@ -1,0 +1,189 @@
+"""Models from files: the same as transformers reads, or refused by name."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import safetensors.torch
+import torch
+import transformers
+from torch import nn
+
+from minipeft.errors import InputError
+from minipeft.lab import models, reading
+from minipeft.torch.inject import inject, trainable_parameters
+from minipeft.torch.lora import LoRAConfig
+from minipeft.torch.qlora import QuantizedLinear
+from tests.lab import architectures
+
+IDS = torch.arange(1, 13)[None]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _quiet():
+    transformers.utils.logging.disable_progress_bar()
+
+
+def linears(model):
+    head = model.get_output_embeddings()
+    return [
+        name
+        for name, module in model.named_modules()
+        if type(module).__name__ in ("Linear", "Conv1D")
+        and module is not head
+        and "gate" not in name.rpartition(".")[2].replace("gate_", "")
+    ]
+
+
+@pytest.mark.parametrize("name", architectures.CAUSAL)
+def test_an_architecture_loads_takes_adapters_and_a_step(tmp_path, name):
+    model = architectures.build(name)
+    model.save_pretrained(tmp_path)
+    loaded = reading.read(tmp_path, torch.float32, "cpu")
+    assert type(loaded) is type(model)
+    with torch.no_grad():
+        logits = model(IDS).logits
+        assert torch.equal(loaded(IDS).logits, logits)
+    targets, config = linears(loaded), LoRAConfig(r=2, alpha=4)
+    if name == "FalconForCausalLM":  # its linear layers have a forward of their own
+        with pytest.raises(InputError, match="forward of its own"):
+            inject(loaded, config, ["query_key_value"])
+        return
+    inject(loaded, config, targets)
+    loss = loaded(IDS, labels=IDS).loss
+    loss.backward()
+    gradients = [p.grad for p in trainable_parameters(loaded) if p.grad is not None]
+    assert any(float(g.abs().sum()) for g in gradients)
+    torch.optim.SGD(trainable_parameters(loaded), lr=0.1).step()
+    with torch.no_grad():
+        assert not torch.equal(loaded(IDS).logits, logits)
+
+
+@pytest.mark.parametrize("name", ["LlamaForCausalLM", "GPTNeoXForCausalLM"])
+@pytest.mark.parametrize("quantize", reading.QUANTIZERS)
+def test_layers_are_quantized_as_they_are_read(tmp_path, name, quantize):
+    model = architectures.build(name)
+    model.save_pretrained(tmp_path)
+    quantizer = reading.QUANTIZERS[quantize]
+    loaded = reading.read(tmp_path, torch.bfloat16, "cpu", quantizer)
+    expected = reading.quantized(model, quantizer)
+    own, other = loaded.state_dict(), expected.state_dict()
+    assert own.keys() == other.keys()
+    assert any(isinstance(m, QuantizedLinear) for m in loaded.modules())
+    assert type(loaded.get_output_embeddings()) is nn.Linear
+    for key, tensor in own.items():
+        if "packed" in key or "absmax" in key:
+            assert tensor.dtype == other[key].dtype, key
+    assert loaded(IDS).logits.dtype == torch.bfloat16
+
+
+def saved(tmp_path, change):
+    architectures.build("LlamaForCausalLM").save_pretrained(tmp_path)
+    file = tmp_path / "model.safetensors"
+    tensors = safetensors.torch.load_file(file)
+    change(tensors)
+    safetensors.torch.save_file(tensors, file, metadata={"format": "pt"})
+    return tmp_path
+
+
+UP = "model.layers.1.mlp.up_proj.weight"
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        (
+            lambda t: t.pop(UP),
+            "up_proj.weight is not in the files, and would be random",
+        ),
+        (
+            lambda t: t.update({UP: t[UP][:4].clone()}),
+            r"up_proj.weight has shape \(4, 32",
+        ),
+        (
+            lambda t: t.update({"other.weight": torch.zeros(2)}),
+            "other.weight is in the",
+        ),
+        (
+            lambda t: t[UP].fill_(float("nan")),
+            "up_proj.weight holds values that are not",
+        ),
+        (lambda t: t[UP][0, 0].fill_(float("inf")), "holds values that are not finite"),
+    ],
+)
+def test_what_does_not_fit_is_refused_by_name(tmp_path, change, sentence):
+    folder = saved(tmp_path, change)
+    with pytest.raises(InputError, match=sentence) as caught:
+        models.load(str(folder))
+    assert "\n" not in str(caught.value)
+
+
+def test_an_encoder_has_no_head(tmp_path):
+    config = transformers.BertConfig(
+        vocab_size=64, hidden_size=32, num_hidden_layers=1, num_attention_heads=4
+    )
+    transformers.BertModel(config).save_pretrained(tmp_path)
+    assert type(reading.read(tmp_path, torch.float32, "cpu")).__name__ == "BertModel"
+
+
+@pytest.mark.parametrize(
+    ("fields", "sentence"),
+    [
+        ({"dtype": "float8"}, "there is no dtype 'float8'; choose float32, bfloat16"),
+        (
+            {"quantize": "int4"},
+            "there is no quantization 'int4'; choose nf4",
+        ),
+    ],
+)
+def test_unknown_words_are_refused(fields, sentence):
+    with pytest.raises(InputError, match=sentence):
+        models.load("tiny", **fields)
+
+
+def test_a_tokenizer_without_a_pad_token_pads_with_its_end(tmp_path):
+    loaded = models.load("tiny")
+    loaded.model.save_pretrained(tmp_path)
+    loaded.tokenizer.save_pretrained(tmp_path)
+    path = tmp_path / "tokenizer_config.json"
+    fields = json.loads(path.read_text())
+    del fields["pad_token"]
+    path.write_text(json.dumps(fields))
+    tokenizer = models.load(str(tmp_path)).tokenizer
+    assert tokenizer.pad_token == tokenizer.eos_token == "</s>"
+    del fields["eos_token"]
+    path.write_text(json.dumps(fields))
+    with pytest.raises(InputError, match="neither a pad nor an end token"):
+        models.load(str(tmp_path))
+
+
+PEAK = """
+import resource, sys, torch
+from pathlib import Path
+from minipeft.lab import reading
+def peak(): return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+reading.read(Path(sys.argv[2]), torch.bfloat16, "cpu", reading.nf4_double)
+before = peak()
+model = reading.read(Path(sys.argv[1]), torch.bfloat16, "cpu", reading.nf4_double)
+size = sum(t.nbytes for t in model.state_dict().values())
+largest = max(m.in_features * m.out_features for m in model.modules()
+              if hasattr(m, "packed"))
+print((peak() - before) * 1024, size, largest)
+"""
+
+
+def test_the_peak_is_the_quantized_model_and_one_layer(tmp_path):
+    shape = {"hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 8}
+    architectures.build("LlamaForCausalLM").save_pretrained(tmp_path / "small")
+    model = architectures.build("LlamaForCausalLM", **shape).bfloat16()
+    model.save_pretrained(tmp_path / "large")
+    command = [sys.executable, "-c", PEAK, str(tmp_path / "large")]
+    done = subprocess.run(
+        [*command, str(tmp_path / "small")], capture_output=True, text=True, check=True
+    )
+    grown, size, largest = map(int, done.stdout.split())
+    # A layer is there as it was read, in float32, scaled, and as codes: 16 bytes each.
+    assert grown < 1.3 * size + 16 * largest
+    whole = sum(p.numel() for p in model.parameters()) * 2
+    assert grown < whole, "the 16-bit model was never whole in memory"
