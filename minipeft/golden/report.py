@@ -13,6 +13,7 @@ from minipeft.golden import known
 from minipeft.golden.profiles import followed
 from minipeft.golden.runner import Outcome
 
+MANY = 4  # files that share a reason are counted instead of listed
 STATUSES = ("pass", "fail", "known", "policy", "skip")
 
 
@@ -180,17 +181,23 @@ def _ways(outcomes: Sequence[Outcome]) -> str:
 
 
 def _skips(run: Run) -> str:
-    reasons = Counter((o.file, o.detail) for o in run.outcomes if o.status == "skip")
-    absent = [
-        file.removesuffix(".json")
-        for file, why in reasons
-        if why == f"{run.name} has no function {file.removesuffix('.json')}"
-    ]
-    lines = [
-        f"  {file}: {n} ({why})"
-        for (file, why), n in reasons.items()
-        if file.removesuffix(".json") not in absent
-    ]
+    """List what was skipped: by reason, and by file where the reason is its own."""
+    reasons: dict[str, Counter[str]] = {}
+    absent: dict[str, None] = {}  # in order, each once
+    for outcome in run.outcomes:
+        if outcome.status != "skip":
+            continue
+        operation = outcome.case.operation
+        if outcome.detail == f"{run.name} has no function {operation}":
+            absent[operation] = None
+        else:
+            reasons.setdefault(outcome.detail, Counter())[outcome.file] += 1
+    lines = []
+    for why, files in reasons.items():
+        if len(files) > MANY:
+            lines.append(f"  {len(files)} files: {files.total()} ({why})")
+        else:
+            lines += [f"  {file}: {n} ({why})" for file, n in files.items()]
     if absent:
         lines += _wrapped(f"{run.name} has no function {', '.join(absent)}", 2)
     return "\n".join(["Skipped:", *lines]) if lines else ""

@@ -1,7 +1,6 @@
 """The vectors alone, their loaders, and the examples in other languages."""
 
 import json
-import os
 import re
 import shutil
 import subprocess
@@ -14,7 +13,7 @@ import pytest
 
 from minipeft.golden import archive, processes, runner
 from minipeft.golden.vectors import V1, load_all
-from tests.golden.test_verify import minipeft
+from tests.golden.test_verify import SLOWNESS, minipeft
 
 FILES = list(load_all())
 CASES = sum(len(file.cases) for file in FILES)
@@ -118,8 +117,6 @@ def test_the_typescript_loader_reads_every_byte(languages):
     assert counted(["node", script]) == COUNTED
 
 
-# Other work on the same cores, as the book's timings allow for it.
-SLOWNESS = float(os.environ.get("BOOK_SLOWNESS", "1"))
 EXAMPLES = ["lora_merge.cpp", "lora_merge.rs", "lora_merge.mjs"]
 
 
