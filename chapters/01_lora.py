@@ -210,8 +210,7 @@ for name, (trained, low_rank, rates) in CONTENDERS.items():
     histories[name], made[name] = tried[chapter.best(name, losses)]
 
 # %% [markdown]
-# One more line belongs into the figure. A model that knows nothing but how often each token occurs in the training definitions gives every position the same
-# probabilities. What is its loss?
+# One more control is needed. Suppose a model predicts the same probabilities at every position: the frequencies of the tokens in the training definitions. What is its loss?
 
 
 # %%
@@ -258,7 +257,7 @@ chapter.claim(
 )
 
 # %% tags=["fold"]
-figure, ax = plots.axes(x="step", y="loss on held-out definitions (nats per token)")
+figure, ax = plots.axes(x="step", y="held-out loss (nats per token)")
 at_random = train.loss(contender(trained=False, low_rank=False), held_out)
 for (name, history), color in zip(histories.items(), plots.PALETTE, strict=False):
     first = start_loss if CONTENDERS[name][0] else at_random
@@ -290,9 +289,10 @@ chapter.show(
 # What do the frozen weights contribute? On random weights LoRA ends at {=f"{last['LoRA on random weights']:.2f}"=}. It has not even learned how often each token
 # occurs, which would give {=f"{unigram:.2f}"=}: its targets are the linear layers of the blocks, while the random table that turns the last activations into tokens stays frozen. The control
 # puts this into proportion. Full training of the *same* random weights trains that table too, and still ends at {=f"{from_random:.2f}"=}, hardly better than the
-# token frequencies. {=chapter.steps=} steps on {=8 * chapter.steps=} definitions do not teach this language to anybody.
+# token frequencies. {=chapter.steps=} steps on {=8 * chapter.steps=} definitions are too few to learn the language from random weights, with an adapter or without.
 #
-# So the figure shows two things. Almost everything that both fine-tuned models can do was there before training. And rank 8 is enough for
+# So the figure shows two things. Of the way from random weights ({=f"{at_random:.2f}"=}) to the fine-tuned model, `tiny` had gone {=f"{(at_random - start_loss) / (at_random - last['full fine-tuning']):.0%}"=} before
+# fine-tuning began. And rank 8 is enough for
 # {=f"{100 * share:.0f}"=} % of what {=chapter.steps=} steps of training all weights add. It does not show *how* the update works, nor that LoRA would keep up in a longer run.
 #
 # And the definitions? The prompts are words that no run was trained on.

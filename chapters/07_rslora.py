@@ -1,9 +1,9 @@
 # %% [markdown]
 # # rsLoRA: what the rank may not change
 #
-# LoRA divides its update by the rank: $s = \alpha / r$. The intention is that one can change $r$ and keep the learning rate. rsLoRA [@kalajdzievski2023] says that this is the wrong power: with
-# $\alpha/r$ the update fades as $r$ grows, so large ranks never use what they have; it should be $\alpha/\sqrt r$. One square root, and a good
-# exercise in asking what a scaling is *for*.
+# LoRA divides its update by the rank: $s = \alpha / r$. The aim is that one can change $r$ and keep the learning rate. The author of rsLoRA [@kalajdzievski2023] says that the power is wrong: with
+# $\alpha/r$ the update becomes small as $r$ grows, so that large ranks learn no better than small ones; it should be $\alpha/\sqrt r$. This chapter derives when that is so, and measures
+# that the answer depends on the optimizer.
 
 # %%
 import copy
@@ -11,7 +11,7 @@ import copy
 import numpy as np
 import torch
 
-from minipeft.lab import data, models, plots, text, train
+from minipeft.lab import models, plots, task, train
 from minipeft.lab.chapter import start
 from minipeft.reference import lora
 from minipeft.torch.inject import inject
@@ -22,11 +22,12 @@ chapter = start("07_rslora", steps=25, model="tiny")
 # %% [markdown]
 # ## The problem
 #
-# Let $y = x W^T + s\,(x A^T) B^T$, with $A$ random and $B = 0$, and let $G$ be the gradient of the loss with respect to $y$. The first gradient step with rate $\eta$ gives
+# Let $y = x W^T + s\,(x A^T) B^T$, with $A$ random and $B = 0$, and let $G$ be the gradient of the loss with respect to $y$. The first step of gradient descent with learning rate $\eta$ gives
 #
 # $$ B_1 = -\eta\, s\, G^T (x A^T), \qquad \text{so the adapter now adds} \qquad s\,(x A^T) B_1^T = -\eta\, s^2\; x\,(A^T\! A)\,x^T G . $$
 #
-# The entries of $A$ do not depend on $r$, so $A^T A$, a sum of $r$ random terms, grows like $r$. Therefore
+# The size of the entries of $A$ does not depend on $r$, so $A^T A$, a sum of $r$ random terms, grows like $r$. The table says how two quantities grow with $r$: as $r^{-1}$, they halve when the rank doubles; as $r^0$, they do
+# not change.
 #
 # | | $s = \alpha/r$ | $s = \alpha/\sqrt r$ |
 # |---|---|---|
@@ -40,11 +41,11 @@ chapter = start("07_rslora", steps=25, model="tiny")
 # @source minipeft.reference.lora.scaling
 # @source minipeft.torch.lora.scaling
 #
-# That is all. Everything else is LoRA.
+# Nothing else differs from LoRA.
 #
 # ## The proof
 #
-# The exponents are proved above; the arithmetic is checked where the root is exact. Everything else about rsLoRA, merging and gradients, was proved for LoRA at any scaling.
+# The exponents of the first step are derived above. The arithmetic is checked on ranks whose root is exact. The laws of LoRA about merging and gradients are tested with any scaling, so they hold here too.
 
 # %%
 for r in (4, 16, 64, 256):
@@ -55,9 +56,9 @@ for r in (4, 16, 64, 256):
 # %% [markdown]
 # ## The experiment
 #
-# One layer with 768 inputs and 512 outputs is to imitate another whose weight differs by a random matrix. We take ten gradient steps with the reference's own
-# `backward`, for ranks from 4 to 512, and note two sizes: how far the adapter has moved the output against its first gradient, and the norm of the first gradient of $B$. On double logarithmic
-# axes a power law is a line, and its slope is the exponent.
+# One layer with 768 inputs and 512 outputs is trained to give the outputs of another, whose weight differs by a random matrix. We take ten steps of gradient descent with the reference's own
+# `backward`, for ranks from 4 to 512, and note two sizes: how far the adapter has moved the output in the direction opposite to its first gradient, and the norm of the first gradient of $B$. If both axes are
+# logarithmic, a power of $r$ is a straight line, and its slope is the exponent.
 
 # %%
 RANKS = [4, 8, 16, 32, 64, 128, 256, 512]
@@ -122,7 +123,9 @@ assert abs(plain[1] + 0.5) < 0.1
 assert max(map(abs, stable)) < 0.1
 
 # %% tags=["fold"]
-figure, ax = plots.axes("Ten steps of gradient descent", "rank", "relative to rank 4")
+figure, ax = plots.axes(
+    "Ten steps of gradient descent", "rank", "size, divided by that at rank 4"
+)
 for style, (_, name) in zip(
     ("-", "--"), [("", "alpha/r"), ("", "alpha/sqrt(r)")], strict=True
 ):
@@ -145,7 +148,8 @@ ax.legend(fontsize=8, frameon=False, labelcolor=plots.INK)
 chapter.show(
     figure,
     "slopes",
-    alt="On logarithmic axes, with alpha/r the output falls with the rank at slope minus one and the gradient at minus one half; with alpha over the root of r both lines are flat.",
+    alt="Four lines over the rank, from 4 to 512, on logarithmic axes. With alpha/r the solid line of the output falls the most and that of the gradient half as steeply; with alpha over the root of r both dashed lines are flat.",
+    caption=f"Gradient descent with α/r moves the output {found['descend', 'alpha/r'][0][0] / found['descend', 'alpha/r'][0][-1]:.0f} times less at rank 512 than at rank 4 (slope {plain[0]:+.2f}). With α/√r the rank makes little difference (slope {stable[0]:+.2f}).",
 )
 
 # %% [markdown]
@@ -155,9 +159,9 @@ chapter.show(
 #
 # ### And with Adam?
 #
-# Nobody fine-tunes with plain gradient descent, and Adam changes the sum. It divides every gradient by its own size, so $s$ drops out of the step: every entry of $B$ moves by about $\eta$, whatever
-# the scaling. What the adapter adds is then $s$ times a sum of $r$ terms that all push the same way, $s\,r\,\eta$: flat for $\alpha/r$, and growing like $\sqrt r$ for
-# rsLoRA. That is what we measure: the slopes of the output are {=f"{slopes['adam', 'alpha/r'][0]:+.2f}"=} for $\alpha/r$ and
+# Fine-tuning usually runs with Adam and not with plain gradient descent, and for Adam the derivation is another one. Adam divides every gradient by its own size, so $s$ drops out of the step: every entry of $B$ moves by about $\eta$, whatever
+# the scaling. What the adapter adds is then $s$ times a sum of $r$ terms of one sign, which is in proportion to $s\,r\,\eta$: the same at every rank for $\alpha/r$, and growing like $\sqrt r$ for
+# $\alpha/\sqrt r$. The measured slopes of the output are {=f"{slopes['adam', 'alpha/r'][0]:+.2f}"=} for $\alpha/r$ and
 # {=f"{slopes['adam', 'alpha/sqrt(r)'][0]:+.2f}"=} for $\alpha/\sqrt r$.
 
 # %%
@@ -166,23 +170,22 @@ assert abs(adam_plain[0]) < 0.15
 assert abs(adam_stable[0] - 0.5) < 0.15
 
 # %% [markdown]
-# So at the start of a run with Adam, $\alpha/r$ is the scaling under which the learning rate does not depend on the rank, and this is what practitioners report
-# [@schulman2025]. The theorem and the observation do not contradict each other. They ask about different things: the one about the size of gradients, which Adam does not
-# feel, the other about the size of steps.
+# So in the first steps with Adam, $\alpha/r$ is the scaling under which the learning rate need not change with the rank. Schulman reports the same from large models
+# [@schulman2025]. The theorem and this observation do not contradict each other. The theorem is about the size of gradients, which Adam divides out; the observation is about the size of
+# Adam's steps.
 #
 # ### On a model
 #
-# `tiny` learns the *Devil's Dictionary* at rank 8 and 64 with one learning rate. The numerators are chosen so that both scalings agree at rank 8.
+# `tiny` learns the *Devil's Dictionary* at ranks 8 and 64 with Adam. The numerators $\alpha$ are chosen so that both scalings are equal at rank 8. One run has $\alpha/r$ and a
+# learning rate as many times larger as the scaling of rsLoRA is.
 
 # %%
 base = models.load(chapter.model, chapter.device)
-pairs = [(entry.prompt, entry.answer) for entry in data.devils_dictionary("train")]
-batches = text.examples(base.tokenizer, pairs, (8, 96), seed=0)
-judged = [
-    (entry.prompt, entry.answer) for entry in data.devils_dictionary("validation")
-]
-held_out = text.example_batches(base.tokenizer, judged[:50], (25, 96))
+batches, held_out = task.training(base.tokenizer), task.held_out(base.tokenizer)
 LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+before = chapter.quantity(
+    task.BEFORE, train.loss(base.model, held_out), "nats per token"
+)
 results, times = {}, 8**0.5
 for name, config, lr in [
     ("r = 8", LoRAConfig(r=8, alpha=8), 2e-3),
@@ -196,19 +199,31 @@ for name, config, lr in [
     history = train.train(model, batches, settings, held_out)
     results[name] = history.validation[-1][1]
     print(f"{name:23s} held-out loss {results[name]:.3f}")
+by_rank = results["r = 64, alpha/r"] - results["r = 8"]
+by_scaling = results["r = 64, alpha/r"] - results["r = 64, alpha/sqrt(r)"]
+by_rate = results["r = 64, alpha/r"] - results["r = 64, alpha/r, faster"]
+chapter.claim(
+    f"with alpha/r and one learning rate, ranks 8 and 64 end {abs(by_rank):.3f} apart",
+    abs(by_rank) < by_scaling / 5,
+    control="the change that another scaling makes at rank 64",
+)
+chapter.claim(
+    "what the scaling of rsLoRA gains here, a larger learning rate gains as well",
+    by_rate >= by_scaling > 0,
+    control="alpha/r with the learning rate multiplied by the ratio of the scalings",
+)
 
 # %% [markdown]
-# With $\alpha/r$, rank 64 ends at {=f"{results['r = 64, alpha/r']:.3f}"=}, and rank 8 at {=f"{results['r = 8']:.3f}"=}. With $\alpha/\sqrt r$, whose scaling is
-# {=f"{times:.1f}"=} times as large, rank 64 ends at {=f"{results['r = 64, alpha/sqrt(r)']:.3f}"=}; with $\alpha/r$ and a learning rate as many times as large, at
-# {=f"{results['r = 64, alpha/r, faster']:.3f}"=}. One seed and a short run: enough to see that the scaling acts
-# much like a learning rate, not enough to say which rank is best.
+# With $\alpha/r$, rank 64 ends at {=f"{results['r = 64, alpha/r']:.3f}"=} and rank 8 at {=f"{results['r = 8']:.3f}"=}: eight times the rank changes little, as the derivation for Adam says. With $\alpha/\sqrt r$, whose scaling is
+# {=f"{times:.1f}"=} times as large, rank 64 ends at {=f"{results['r = 64, alpha/sqrt(r)']:.3f}"=}. That is better, but it does not show that the scaling is: with $\alpha/r$ and a learning rate that is {=f"{times:.1f}"=} times as large it ends at
+# {=f"{results['r = 64, alpha/r, faster']:.3f}"=}. The first rate was too small for this run, and both changes make the steps longer. One seed and {=chapter.steps=} steps do not say which rank is best.
 #
 # ## What goes wrong in practice
 #
-# - **The setting is lost on the way.** An adapter trained with $\alpha/\sqrt r$ and loaded with $\alpha/r$ is $\sqrt r$ times too weak. It still runs, and it still helps a little, so nobody
-#   notices. It happened in vLLM ([6909](https://github.com/vllm-project/vllm/pull/6909)) and elsewhere; llama.cpp's converter writes $\alpha$ and not the rule. [The golden
+# - **The setting is lost in a file.** An adapter trained with $\alpha/\sqrt r$ and loaded with $\alpha/r$ is $\sqrt r$ times too weak. It still runs and still helps a little, so the mistake is easy to
+#   miss. It happened in vLLM ([6909](https://github.com/vllm-project/vllm/pull/6909)) and elsewhere; llama.cpp's converter writes $\alpha$ but not which rule belongs to it. [The golden
 #   vectors](../verify.md) have a flag for it, with ranks whose root is exact.
-# - **Two corrections at once.** Whoever doubles the learning rate for a larger rank *and* turns rsLoRA on has corrected twice.
+# - **Two corrections at once.** A larger learning rate for a larger rank *and* rsLoRA correct twice.
 # - **$\alpha$ taken from a LoRA recipe.** $\alpha = 2r$ is a scaling of 2 with LoRA and of $2\sqrt r$ with rsLoRA.
 #
 # ## Exercises

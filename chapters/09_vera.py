@@ -1,9 +1,9 @@
 # %% [markdown]
 # # VeRA: train two vectors
 #
-# LoRA trains two thin matrices for every layer. VeRA [@kopiczko2023] draws one pair of random matrices, freezes it, lets *all* layers share it,
-# and trains two vectors for each layer that scale it. What an adapter must store shrinks to those vectors and a seed, if everyone draws the same
-# numbers from that seed. This chapter is half about VeRA and half about that "if".
+# LoRA trains two thin matrices for every layer. VeRA [@kopiczko2023] draws one pair of random matrices, freezes it, uses it in *all* layers,
+# and trains two vectors for each layer that scale it. A file then needs only those vectors and a seed, provided that every program draws the same
+# numbers from that seed. The first half of this chapter is about VeRA, and the second about drawing the same numbers.
 
 # %%
 import copy
@@ -11,7 +11,7 @@ import copy
 import numpy as np
 import torch
 
-from minipeft.lab import data, models, plots, text, train
+from minipeft.lab import models, plots, task, train
 from minipeft.lab.chapter import start
 from minipeft.reference import linear, vera
 from minipeft.torch.inject import inject, trainable_parameters
@@ -23,8 +23,8 @@ chapter = start("09_vera", steps=30, model="tiny")
 # %% [markdown]
 # ## The problem
 #
-# A LoRA adapter of rank 8 for a large model takes tens of megabytes. That is little next to the model, and much if every user has an adapter of their own. Its size is
-# $2 d r$ numbers for each layer of width $d$, and $r$ cannot go below 1.
+# A LoRA adapter of rank 8 for a large model takes tens of megabytes. That is little beside the model, but much if each of many users has an adapter. It holds $r\,(\text{in} + \text{out})$
+# numbers for each layer, and $r$ cannot be less than 1.
 #
 # ## The formula
 #
@@ -32,10 +32,10 @@ chapter = start("09_vera", steps=30, model="tiny")
 #
 # $$ \Delta W = \Lambda_b\, B\, \Lambda_d\, A, $$
 #
-# with the vectors on the diagonals of $\Lambda_b$ and $\Lambda_d$. $d$ starts at 0.1 and $b$ at zero, so training begins at the base model. There is no $\alpha$; the vectors
-# scale for themselves. A layer smaller than the pair uses its top left corners.
+# with the vectors on the diagonals of $\Lambda_b$ and $\Lambda_d$. $d$ starts at 0.1 and $b$ at zero, so training begins at the base model. There is no $\alpha$, because the trained vectors
+# set the size. The pair is as large as the largest layer needs; a smaller layer uses the upper left corner of each matrix.
 #
-# The trained numbers are $r + \text{out}$ a layer, so a rank of 256 or 1,024 costs next to nothing.
+# That is $r + \text{out}$ trained numbers a layer. In a layer of 4,096 outputs, a rank of 256 adds 6 % to them.
 #
 # ## The code
 #
@@ -56,10 +56,10 @@ chapter = start("09_vera", steps=30, model="tiny")
 #
 # ## One seed, the same bits everywhere
 #
-# An adapter that keeps only a seed is worth nothing where the seed gives other numbers. torch's CPU generator is the Mersenne Twister
+# An adapter that keeps only a seed is useless where the seed gives other numbers. torch's CPU generator is the Mersenne Twister
 # MT19937 [@matsumoto1998], and so is NumPy's old `RandomState`, whose stream NumPy has promised never to change. From the same 32-bit words, torch makes a uniform number
-# in three steps: take the low 24 bits as a fraction $u$, multiply by the width of the interval, add its lower end. The last two round *once*, because the
-# compiler fuses them. So does this:
+# in three steps: take the low 24 bits as a fraction $u$, multiply by the width of the interval, add its lower end. The compiler fuses the last two into one
+# operation, which rounds *once*. Our NumPy code rounds once too:
 #
 # @source minipeft.reference.vera.projections
 # @source minipeft.torch.vera.projections
@@ -83,10 +83,10 @@ print(f"one rounding: all {ours.A.size:,} numbers are torch's, bit for bit")
 print(f"two roundings: {off:.0%} of them differ in the last bit")
 
 # %% [markdown]
-# The tests compare with torch and with peft's own initializer for many seeds and sizes, and [the golden vectors](../verify.md) hold the numbers for everybody else.
+# The tests compare with torch and with peft's own initializer for many seeds and sizes, and [the golden vectors](../verify.md) contain the numbers for other implementations.
 #
-# What the pair depends on is easily overlooked. The numbers fill $A$ row by row, so a *wider* largest layer moves every row but the first. Two models whose sets
-# of target layers differ can draw different pairs from one seed. Our state dict therefore holds four numbers, the seed and the three sizes, and loading it draws that pair
+# The pair depends on more than the seed. The numbers fill $A$ row by row, so if the largest layer is *wider*, every row but the first begins at another place of the stream. Two models with different
+# target layers can therefore draw different pairs from one seed. Our state dict holds four numbers, the seed and the three sizes, and loading it draws that pair
 # again.
 
 # %%
@@ -100,7 +100,7 @@ assert same[1:].mean() < 0.01
 # %% [markdown]
 # ## How many parameters?
 #
-# The paper's first table counts for the query and value projections. Here are its numbers and ours.
+# The paper's first table counts the query and value projections. Here are its numbers ("printed") and ours.
 
 # %%
 RoBERTa_base, RoBERTa_large, GPT3 = (12, 768), (24, 1024), (96, 12288)
@@ -124,13 +124,13 @@ for name, (layers, width), rank, printed in rows:
     assert abs(explained - printed) < 0.02 * printed
 
 # %% [markdown]
-# Two things come to light. The rows of RoBERTa count what is trained; those of GPT-3 match only if the shared, frozen pair is counted too. And for RoBERTa large at
-# rank 16 the formula gives {=f"{2 * 24 * (1024 + 16):,}"=}, where the table prints 49.5 thousand. Both ways of counting are honest. But a ratio
+# The comparison shows two things. The rows of RoBERTa count what is trained; those of GPT-3 match only if the shared, frozen pair is counted too. And for RoBERTa large at
+# rank 16 the formula gives {=f"{2 * 24 * (1024 + 16):,}"=}, where the table prints 49.5 thousand. Either way of counting is right if it is said, but a ratio
 # between methods should use one of them.
 #
 # ## The proof
 #
-# The formula has only sums and products, so it runs on fractions, and merged equals adapted with `==`:
+# The formula has only sums and products, so it runs on fractions, and the merged layer equals the adapted one with `==`. The layer here is smaller than the pair:
 
 # %%
 from fractions import Fraction
@@ -155,38 +155,37 @@ print("merged[0]:", *merged[0])
 # %% [markdown]
 # ## The experiment
 #
-# `tiny` learns the *Devil's Dictionary* with VeRA at three ranks, and with LoRA at rank 1, the least that LoRA can do.
+# `tiny` learns the *Devil's Dictionary* with VeRA at three ranks, and, as a control, with LoRA of rank 1, the smallest that there is. Each gets the best of three learning rates.
 
 # %%
 base = models.load(chapter.model, chapter.device)
-pairs = [(entry.prompt, entry.answer) for entry in data.devils_dictionary("train")]
-batches = text.examples(base.tokenizer, pairs, (8, 96), seed=0)
-judged = [
-    (entry.prompt, entry.answer) for entry in data.devils_dictionary("validation")
-]
-held_out = text.example_batches(base.tokenizer, judged[:50], (25, 96))
+batches, held_out = task.training(base.tokenizer), task.held_out(base.tokenizer)
 LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 before = train.loss(base.model, held_out)
-found = {}
-for name, config, lr in [
-    ("VeRA, r = 4", VeRAConfig(r=4), 2e-2),
-    ("VeRA, r = 64", VeRAConfig(r=64), 2e-2),
-    ("VeRA, r = 256", VeRAConfig(r=256), 2e-2),
-    ("LoRA, r = 1", LoRAConfig(r=1, alpha=2), 4e-3),
-]:
-    model = inject(
-        copy.deepcopy(base.model),
-        config,
-        LINEARS,
-        generator=torch.Generator().manual_seed(0),
-    )
-    settings = train.TrainConfig(chapter.steps, lr=lr, warmup=chapter.steps // 10)
+chapter.quantity(task.BEFORE, before, "nats per token")
+
+
+def run(config, rate):
+    """Train an adapter; return how many numbers that trained, and the loss."""
+    generator = torch.Generator().manual_seed(0)
+    model = inject(copy.deepcopy(base.model), config, LINEARS, generator=generator)
+    settings = train.TrainConfig(chapter.steps, lr=rate, warmup=chapter.steps // 10)
     history = train.train(model, batches, settings, held_out)
     count = sum(p.numel() for p in trainable_parameters(model))
-    found[name] = (count, before - history.validation[-1][1])
-    print(
-        f"{name:14s} {count:6,} trained, gains {found[name][1]:.3f} of {before:.3f} nats"
-    )
+    return count, history.validation[-1][1]
+
+
+found = {}
+for name, config, rates in [
+    ("VeRA, r = 4", VeRAConfig(r=4), (3e-2, 1e-1, 3e-1)),
+    ("VeRA, r = 64", VeRAConfig(r=64), (3e-2, 1e-1, 3e-1)),
+    ("VeRA, r = 256", VeRAConfig(r=256), (3e-2, 1e-1, 3e-1)),
+    ("LoRA, r = 1", LoRAConfig(r=1, alpha=2), (1e-2, 3e-2, 1e-1)),
+]:
+    runs = {rate: run(config, rate) for rate in rates}
+    best = chapter.best(name, {rate: loss for rate, (_, loss) in runs.items()})
+    found[name] = (runs[best][0], before - runs[best][1])
+    print(f"{name:14s} {found[name][0]:6,} trained, gains {found[name][1]:.3f} nats")
 
 # %% tags=["fold"]
 figure, ax = plots.axes(
@@ -216,9 +215,9 @@ chapter.show(
 #   adapter: {=f"{2 * 256 * 3072 * 4 / 1e6:.1f}"=} MB beside half a megabyte of vectors for a model of width 3,072
 #   ([peft 1039](https://github.com/huggingface/peft/pull/1039), [peft 1564](https://github.com/huggingface/peft/pull/1564)). A written-down stream is the
 #   other way out.
-# - **A generator on the GPU** gives other numbers than one on the CPU. Ours is always the CPU's.
+# - **A generator on the GPU** gives other numbers than one on the CPU. Our code always uses the CPU's stream.
 # - **Another set of target layers** changes the largest sizes and with them the pair, as shown above.
-# - **A cast to bfloat16** of the pair is a different pair. Here it stays in float32 over a base of 16 bits.
+# - **A pair rounded to bfloat16** is another pair. Here it stays in float32, also over a base of 16 bits.
 #
 # ## Exercises
 #

@@ -15,7 +15,6 @@ by_name = pytest.mark.parametrize("script", CHAPTERS, ids=lambda c: c.name)
 # needed is an error.
 TO_MEND: dict[str, set[str]] = {
     "asserts": {
-        "08_dora",
         "11_pissa",
         "12_loftq",
         "13_bottleneck",
@@ -24,7 +23,6 @@ TO_MEND: dict[str, set[str]] = {
         "17_side_by_side",
     },
     "sweeps": {
-        "08_dora",
         "09_vera",
         "11_pissa",
         "14_prefix",
@@ -49,6 +47,8 @@ TO_MEND: dict[str, set[str]] = {
         "04_adamw",
         "05_paged",
         "06_qlora",
+        "07_rslora",
+        "08_dora",
         "10_ia3",
     },
 }

@@ -18,7 +18,7 @@ COLUMNS = ("reference", "torch", "cupy", "laws", "agreement", "vectors", "chapte
 NO_LAYOUT = {"linear", "vera", "ia3", "pissa", "loftq"}
 NO_LAYOUT |= {"attention", "bottleneck", "prefix", "prompt"}
 DASH = "–"
-NOTE = f"{DASH} means: no memory layout of its own; `torch` runs it on a GPU."
+NOTE = f"{DASH} means: no memory layout of its own; its code for a GPU is `torch`."
 BEGIN, END = "<!-- map -->", "<!-- /map -->"
 TICK = "✓"
 
