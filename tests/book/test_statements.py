@@ -23,7 +23,6 @@ TO_MEND: dict[str, set[str]] = {
         "17_side_by_side",
     },
     "sweeps": {
-        "09_vera",
         "11_pissa",
         "14_prefix",
         "15_prompt",
@@ -49,6 +48,7 @@ TO_MEND: dict[str, set[str]] = {
         "06_qlora",
         "07_rslora",
         "08_dora",
+        "09_vera",
         "10_ia3",
     },
 }
