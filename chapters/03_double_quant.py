@@ -19,7 +19,7 @@ chapter = start("03_double_quant", steps=1, model="minilm")
 # %% [markdown]
 # ## The problem
 #
-# A block of $n = 64$ weights has one scale, its absmax $a$, a float32. That is $32/64 = 0.5$ bits a weight. Larger blocks would
+# A block of $N = 64$ weights has one scale, its absmax $a$, a float32. That is $32/64 = 0.5$ bits a weight. Larger blocks would
 # cost fewer bits, but [the last chapter](02_nf4.md) showed that their error is larger.
 #
 # Instead, look at the scales of a real matrix. They are all positive and close together:
@@ -41,7 +41,7 @@ print(f"standard deviation {absmax.std():.3f}")
 # ## The formula
 #
 # Quantize the scales as if they were weights. Subtract their mean $\bar a$, because a codebook with two signs would waste half of its codes on numbers that are all positive.
-# Cut the differences into blocks of $n' = 256$, give each block a scale $a' = \max |a - \bar a|$, and round to a codebook $q'$ of 256 values. The primes mark the second level;
+# Cut the differences into blocks of $N' = 256$, give each block a scale $a' = \max |a - \bar a|$, and round to a codebook $q'$ of 256 values. The primes mark the second level;
 # $c_i$ is the code of weight $i$, and $q$ is the codebook of the weights, NF4:
 #
 # $$ c'_j = \arg\min_k \left| q'_k - \frac{a_j - \bar a}{a'} \right|, \qquad
@@ -49,7 +49,7 @@ print(f"standard deviation {absmax.std():.3f}")
 #
 # The cost in bits a weight is
 #
-# $$ \underbrace{4}_{\text{code}} + \underbrace{\frac{8}{n}}_{\text{code of the scale}} + \underbrace{\frac{32}{n\,n'}}_{\text{nested scale}}
+# $$ \underbrace{4}_{\text{code}} + \underbrace{\frac{8}{N}}_{\text{code of the scale}} + \underbrace{\frac{32}{N\,N'}}_{\text{nested scale}}
 #    = 4 + 0.125 + 0.001953125, $$
 #
 # and 32 bits once, for $\bar a$.
