@@ -126,11 +126,16 @@ for name, size in vars(llama).items():
 adapter = memory.COUNTED_ADAPTER
 nested = memory.quantized_bits(4, 64, 256) / 8
 ways = memory.ways_to_train()
+print("GB                      weights  gradients  optimizer  activations")
 for name, way in ways.items():
-    label = f"Llama 2 7B, 4 x 512 tokens, {name}"
-    for part in ("weights", "gradients", "optimizer", "activations"):
-        chapter.quantity(f"{label}: {part}", getattr(way, part) / 1e9, "GB", 1)
-    chapter.quantity(f"{label}: memory in all", way.total / 1e9, "GB", 1)
+    parts = (way.weights, way.gradients, way.optimizer, way.activations)
+    shown = [
+        f"{part / 1e9:{n}.1f}" for part, n in zip(parts, (7, 9, 9, 11), strict=True)
+    ]
+    print(f"{name:22s}  {'  '.join(shown)}")
+for name, way in ways.items():
+    label = f"Llama 2 7B, 4 x 512 tokens, {name}: memory in all"
+    chapter.quantity(label, way.total / 1e9, "GB", 1)
 thin = memory.lora_parameters(llama, adapter) / llama.parameters
 print(f"LoRA of rank {adapter.r} trains {thin:.1%} of the parameters")
 
