@@ -8,24 +8,42 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from minipeft.errors import InputError
-from minipeft.shapes import Inexact, Shaped
+from minipeft.shapes import Bool, Inexact, check_shapes
+
+Queries = Inexact[Tensor, "*batch queries d"]
+Keys = Inexact[Tensor, "*batch keys d"]
+Values = Inexact[Tensor, "*batch keys d_v"]
+Mixed = Inexact[Tensor, "*batch queries d_v"]
+Shares = Inexact[Tensor, "*batch queries keys"]
+Mask = Bool[Tensor, "queries keys"]
 
 
 @dataclass(frozen=True)
 class Head:
-    """What one head works on: queries, keys, values, and who may look at whom."""
+    """What one head works on: queries, keys, values, and who may look at whom.
 
-    Q: Inexact[Tensor, "*batch queries d"]
-    K: Inexact[Tensor, "*batch keys d"]
-    V: Inexact[Tensor, "*batch keys d_v"]
-    mask: Shaped[Tensor, "queries keys"] | None = None  # True: may look
+    The mask is looked at here, once: to look at it in each pass would make the host
+    wait for the device.
+
+    Raises:
+        InputError: if the mask is not boolean, or a query may look at no key.
+    """
+
+    Q: Queries
+    K: Keys
+    V: Values
+    mask: Mask | None = None  # True: may look
+
+    def __post_init__(self) -> None:
+        if self.mask is not None:
+            _check_mask(self.mask)
 
 
-def causal(queries: int, keys: int) -> Shaped[Tensor, "queries keys"]:
-    """Return the mask of a text that is read forwards.
+def causal(queries: int, keys: int) -> Mask:
+    """Return the mask of a text that is read forwards, on the default device.
 
-    The last query stands at the last key: query i sees keys 0 … i + keys - queries.
-    Keys beyond the queries come before the text, such as a cache or a prefix.
+    Raises:
+        InputError: if there are fewer keys than queries.
     """
     if keys < queries:
         raise InputError(
@@ -34,29 +52,54 @@ def causal(queries: int, keys: int) -> Shaped[Tensor, "queries keys"]:
     return torch.ones(queries, keys, dtype=torch.bool).tril(keys - queries)
 
 
-def weights(head: Head) -> Inexact[Tensor, "*batch queries keys"]:
-    r"""Return how much each query takes of each value: $P = softmax(Q K^T / \sqrt d)$.
+def weights(head: Head) -> Shares:
+    r"""Return $P = softmax(Q K^T / \sqrt d)$, as the reference does.
 
     Raises:
-        InputError: if a query may look at no key.
-
-    Source: Attention is all you need (arXiv:1706.03762), equation 1.
+        InputError: if the parts do not fit each other.
     """
+    check_fits(head)
     logits = head.Q @ head.K.transpose(-1, -2) / sqrt(head.Q.shape[-1])
     if head.mask is not None:
-        _check_mask(head.mask)
         logits = logits.masked_fill(~head.mask, -torch.inf)
     return logits.softmax(dim=-1)
 
 
-def forward(head: Head) -> Inexact[Tensor, "*batch queries d_v"]:
-    """Mix the values: $Y = P V$; fused, so the weights are never stored."""
-    if head.mask is not None:
-        _check_mask(head.mask)
+def forward(head: Head) -> Mixed:
+    """Mix the values: $Y = P V$; fused, so the weights are never stored.
+
+    Raises:
+        InputError: if the parts do not fit each other.
+    """
+    check_fits(head)
     return scaled_dot_product_attention(head.Q, head.K, head.V, head.mask)
 
 
-def _check_mask(mask: Shaped[Tensor, "queries keys"]) -> None:
+def check_fits(head: Head) -> None:
+    """Refuse parts of different heads; no value is looked at."""
+    check_shapes(
+        {
+            "Q": (head.Q, "... queries d"),
+            "K": (head.K, "... keys d"),
+            "V": (head.V, "... keys d_v"),
+        }
+    )
+    queries, keys, mask = head.Q.shape[-2], head.K.shape[-2], head.mask
+    if not keys:
+        raise InputError("there are 0 keys; give every query at least one.")
+    if mask is not None and mask.shape != (queries, keys):
+        raise InputError(
+            f"the mask has shape {tuple(mask.shape)}; these queries and keys need "
+            f"({queries}, {keys})."
+        )
+
+
+def _check_mask(mask: Mask) -> None:
+    if mask.dtype != torch.bool:
+        raise InputError(
+            f"the mask has dtype {mask.dtype}; give booleans, True where a query may "
+            "look at a key."
+        )
     blind = torch.nonzero(~mask.any(dim=-1))
     if len(blind):
         raise InputError(

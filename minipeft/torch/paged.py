@@ -2,6 +2,7 @@
 
 from collections import OrderedDict
 from collections.abc import Iterable
+from contextlib import AbstractContextManager
 from dataclasses import astuple, dataclass, replace
 from typing import Any, cast
 
@@ -33,8 +34,8 @@ class Paging:
 
     Args:
         page_size: values in a page, a multiple of 256, so that no block is cut.
-        budget: pages that fit on the device, at least 1; with 2 or more, the next page
-            travels while one is in use.
+        budget: pages that fit on the device, at least 1; all but the one in use are
+            filled ahead, with the pages that come next.
     """
 
     page_size: int = 2**20
@@ -54,7 +55,8 @@ class Page:
     def __init__(self, state: State, part: slice, device: torch.device):
         self.part, self.device, self.dirty = part, device, False
         self.copy: State | None = None
-        self.arrived: torch.cuda.Event | None = None
+        self.arrived: Any = None  # the event after which the copy is complete
+        self.left: Any = None  # the event after which the host has the newest values
         self.host = {
             name: value.view(-1)[_scaled(part, name)]
             for name, value in state.items()
@@ -63,26 +65,52 @@ class Page:
         self.nbytes = sum(value.nbytes for value in self.host.values())
 
 
+class Lanes:
+    """The streams of a device: for copies in, for copies out, and that which computes.
+
+    With one stream for both ways, a page would wait for the writing back of another.
+    """
+
+    def __init__(self, device: torch.device):
+        self.device, self.module = device, torch.get_device_module(device)
+        self.inward = self.module.Stream(device)
+        self.outward = self.module.Stream(device)
+
+    @property
+    def computing(self) -> Any:
+        """The stream on which the caller computes, whichever that is at the moment."""
+        return self.module.current_stream(self.device)
+
+    def on(self, stream: Any) -> AbstractContextManager[Any]:
+        """Let what follows run on a stream."""
+        context: AbstractContextManager[Any] = self.module.stream(stream)
+        return context
+
+
 class PageTable:
     """The pages on the device; the least recently used leaves first.
 
-    On CUDA, pages travel on a stream of their own, from and to pinned memory, while the
-    device computes. Elsewhere a copy is a copy.
+    On a device with streams, pages travel from and to pinned memory while it computes.
+    Elsewhere a copy is a copy.
     """
 
     def __init__(self, budget: int):
         self.budget, self.traffic = budget, Traffic()
         self.resident: OrderedDict[Page, None] = OrderedDict()
-        self.streams: dict[torch.device, torch.cuda.Stream] = {}
+        self.lanes: dict[torch.device, Lanes] = {}
 
     def touch(self, page: Page) -> State:
         """Have a page on the device, as the most recently used; return it."""
         if page not in self.resident:
             self._bring(page, Traffic(faults=1))
         self.resident.move_to_end(page)
-        if page.arrived is not None:
-            torch.cuda.current_stream(page.device).wait_event(page.arrived)
-        return cast(State, page.copy)
+        copy = cast(State, page.copy)
+        if lanes := self._lanes(page.device):
+            lanes.computing.wait_event(page.arrived)
+            # The memory comes from the stream that copies in. Until the stream that
+            # computes is through with it, no other page may have it.
+            _record(copy, lanes.computing)
+        return copy
 
     def prefetch(self, page: Page) -> None:
         """Bring a page before it is touched, so that nothing waits for it.
@@ -106,15 +134,17 @@ class PageTable:
 
     def write_back(self, page: Page) -> None:
         """Copy a page to the host, after all that was asked of the device so far."""
-        stream = self._stream(page.device)
-        if stream is not None:
-            stream.wait_stream(torch.cuda.current_stream(page.device))
-        with torch.cuda.stream(stream):
+        copy, lanes = cast(State, page.copy), self._lanes(page.device)
+        if lanes is None:
             for name, home in page.host.items():
-                values = cast(State, page.copy)[name]
-                home.copy_(values, non_blocking=stream is not None)
-                if stream is not None:
-                    values.record_stream(stream)
+                home.copy_(copy[name])
+        else:
+            lanes.outward.wait_stream(lanes.computing)
+            with lanes.on(lanes.outward):
+                for name, home in page.host.items():
+                    home.copy_(copy[name], non_blocking=True)
+            _record(copy, lanes.outward)
+            page.left = lanes.outward.record_event()
         page.dirty = False
         self.traffic += Traffic(write_backs=1, bytes_out=page.nbytes)
 
@@ -126,21 +156,24 @@ class PageTable:
 
     def synchronize(self) -> None:
         """Wait until every copy has arrived."""
-        for stream in self.streams.values():
-            stream.synchronize()
+        for lanes in self.lanes.values():
+            lanes.inward.synchronize()
+            lanes.outward.synchronize()
 
     def _bring(self, page: Page, reason: Traffic) -> None:
         self._leave_room(self.budget - 1)
-        stream = self._stream(page.device)
-        with torch.cuda.stream(stream):
-            page.copy = {
-                name: home.to(page.device, copy=True, non_blocking=stream is not None)
-                for name, home in page.host.items()
-            }
-            if stream is not None:
-                page.arrived = stream.record_event()
-                for values in page.copy.values():
-                    values.record_stream(torch.cuda.current_stream(page.device))
+        lanes, host = self._lanes(page.device), page.host.items()
+        if lanes is None:
+            page.copy = {name: home.to(page.device, copy=True) for name, home in host}
+        else:
+            if page.left is not None:
+                lanes.inward.wait_event(page.left)
+            with lanes.on(lanes.inward):
+                page.copy = {
+                    name: home.to(page.device, copy=True, non_blocking=True)
+                    for name, home in host
+                }
+            page.arrived = lanes.inward.record_event()
         self.resident[page] = None
         self.traffic += reason + Traffic(bytes_in=page.nbytes)
 
@@ -148,12 +181,12 @@ class PageTable:
         while len(self.resident) > pages:
             self.evict(next(iter(self.resident)))
 
-    def _stream(self, device: torch.device) -> torch.cuda.Stream | None:
-        if device.type != "cuda":
+    def _lanes(self, device: torch.device) -> Lanes | None:
+        if not hasattr(torch.get_device_module(device), "Event"):  # as on a CPU
             return None
-        if device not in self.streams:
-            self.streams[device] = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
-        return self.streams[device]
+        if device not in self.lanes:
+            self.lanes[device] = Lanes(device)
+        return self.lanes[device]
 
 
 class PagedAdamW(AdamW):
@@ -264,6 +297,12 @@ class PagedAdamW(AdamW):
             pages = [Page(self.state[p], part, p.device) for part in cuts]
             self.pages[p] = pages
         return pages
+
+
+def _record(copy: State, stream: Any) -> None:
+    for values in copy.values():
+        if isinstance(values, Tensor):
+            values.record_stream(stream)
 
 
 def _scaled(part: slice, name: str) -> slice:

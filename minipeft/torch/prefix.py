@@ -1,6 +1,7 @@
 """Prefix tuning: trained keys and values that stand before the text's own."""
 
 from collections.abc import Sequence
+from copy import copy
 from dataclasses import dataclass
 from typing import Any
 
@@ -8,9 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from minipeft.errors import InputError
-from minipeft.shapes import Inexact, Integer
+from minipeft.shapes import Inexact, Integer, check_shapes
 from minipeft.torch import attention
-from minipeft.torch.attention import Head
+from minipeft.torch.attention import Head, Mixed
 
 
 @dataclass(frozen=True)
@@ -52,17 +53,33 @@ def expand(network: Reparametrization) -> Prefix:
 
 
 def attach(head: Head, prefix: Prefix) -> Head:
-    """Put the virtual tokens before the text: $[P_K; K]$, $[P_V; V]$, all visible."""
+    """Put the virtual tokens before the text: $[P_K; K]$, $[P_V; V]$, all visible.
+
+    Raises:
+        InputError: if the prefix is not one of this head.
+    """
+    attention.check_fits(head)
+    check_shapes(
+        {
+            "the head's K": (head.K, "... keys d"),
+            "the head's V": (head.V, "... keys d_v"),
+            "the prefix's K": (prefix.K, "num_virtual_tokens d"),
+            "the prefix's V": (prefix.V, "num_virtual_tokens d_v"),
+        }
+    )
     batch, n = head.K.shape[:-2], len(prefix.K)
     K, V = (p.expand(*batch, *p.shape) for p in (prefix.K, prefix.V))
-    mask = head.mask
-    if mask is not None:
-        mask = torch.cat([mask.new_ones(len(mask), n), mask], dim=-1)
-    K, V = torch.cat([K, head.K], dim=-2), torch.cat([V, head.V], dim=-2)
-    return Head(head.Q, K, V, mask)
+    parts = {"K": torch.cat([K, head.K], dim=-2), "V": torch.cat([V, head.V], dim=-2)}
+    if head.mask is not None:
+        ones = head.mask.new_ones(len(head.mask), n)
+        parts["mask"] = torch.cat([ones, head.mask], dim=-1)
+    attached = copy(head)  # a new Head would look at the mask again
+    for name, value in parts.items():
+        object.__setattr__(attached, name, value)
+    return attached
 
 
-def forward(head: Head, prefix: Prefix) -> Inexact[Tensor, "*batch queries d_v"]:
+def forward(head: Head, prefix: Prefix) -> Mixed:
     """Attend to the virtual tokens and the text together.
 
     Source: Prefix-tuning (arXiv:2101.00190), section 4.2.

@@ -7,6 +7,7 @@ them), it can be sliced in a build without CUDA, it runs backward, and it notice
 table that is indexed from the device.
 """
 
+import sys
 from contextlib import contextmanager
 from types import SimpleNamespace
 
@@ -114,6 +115,52 @@ class _Literals(TorchFunctionMode):
             device = kwargs.pop("device")
             return torch.tensor(*args, **kwargs).to(device)
         return function(*args, **kwargs)
+
+
+class Waits(TorchDispatchMode):
+    """Notes where the host waits for the device: what CUDA's debug mode warns of.
+
+    That mode is `torch.cuda.set_sync_debug_mode`. Only what the column itself does is
+    noted, and not what a model of transformers does.
+    """
+
+    LOOKS = ("_local_scalar_dense", "nonzero", "equal", "masked_select", "_unique2")
+
+    def __init__(self):
+        super().__init__()
+        self.places = []
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        tensors = [a for a in tree_flatten((args, kwargs))[0] if isinstance(a, Tensor)]
+        there = [t for t in tensors if isinstance(t, There)]
+        name = operation._schema.name.removeprefix("aten::")
+        wanted = kwargs.get("device")
+        crosses = name in ("_to_copy", "copy_") and (
+            (wanted is not None and (torch.device(wanted).type == NAME) != bool(there))
+            or 0 < len(there) < len(tensors)
+        )
+        by_mask = name in ("index", "index_put_") and any(
+            t.dtype in (torch.bool, torch.uint8) for t in there[1:]
+        )
+        looks = there and (name in self.LOOKS or by_mask)
+        if looks or (crosses and not kwargs.get("non_blocking")):
+            place = _place()
+            self.places += [f"{name} in {place}"] * (place is not None)
+        return operation(*args, **kwargs)
+
+
+def _place():
+    """Name the line of the column that called, if nothing but torch is in between."""
+    frame = sys._getframe(2)
+    while frame:
+        module = frame.f_globals.get("__name__", "")
+        if module.startswith("minipeft.torch"):
+            return f"{module}.{frame.f_code.co_qualname}:{frame.f_lineno}"
+        if not module.startswith(("torch", __name__)):
+            return None
+        frame = frame.f_back
+    return None
 
 
 def register():
