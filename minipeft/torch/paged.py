@@ -182,7 +182,9 @@ class PageTable:
             self.evict(next(iter(self.resident)))
 
     def _lanes(self, device: torch.device) -> Lanes | None:
-        if not hasattr(torch.get_device_module(device), "Event"):  # as on a CPU
+        if device.type == "cpu" or not hasattr(
+            torch.get_device_module(device), "Event"
+        ):
             return None
         if device not in self.lanes:
             self.lanes[device] = Lanes(device)

@@ -22,18 +22,14 @@ NOT_ON_A_DEVICE = {
     "adapted.Adapted.change": "has no body; each row has its own",
     "adapted.Adapted.check_fits": "has no body; each row has its own",
     "inject.Config.adapters": "a protocol; each method has its own",
+    "paged.Lanes.computing": "runs on pretended streams, in on_streams",
+    "paged.Lanes.on": "runs on pretended streams, in on_streams",
 }
 
 # Functions with a branch for CUDA alone: a pretended device takes the other. A GPU runs
 # them in tests/agreement, test_paged.py and test_torch_on_cuda.py.
 FOR_CUDA_ALONE = {
     "adamw._root": "there, torch's float32 root is rounded correctly",
-    "paged.Page.__init__": "a field for the event of an arrival on a stream",
-    "paged.PageTable.__init__": "a field for the streams",
-    "paged.PageTable.touch": "waits for an arrival on a stream",
-    "paged.PageTable.write_back": "copies on a stream, to pinned memory",
-    "paged.PageTable._bring": "copies on a stream, from pinned memory",
-    "paged.PageTable._stream": "makes the stream",
     "paged.PagedAdamW.placed": "pins host memory, which needs the driver",
 }
 
