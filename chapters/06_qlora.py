@@ -28,7 +28,7 @@ chapter = start("06_qlora", steps=24, model="tiny")
 # ## The problem
 #
 # LoRA makes gradients and optimizer states small. What remains are the activations and the frozen base. The setting is that of
-# [chapter 0](00_why.md): 7 billion parameters, four sequences of 512 tokens, adapters of rank 64. A third column stores the base in NF4 without double quantization.
+# [chapter 0](00_why.md): 7 billion parameters, four sequences of 512 tokens, adapters of rank 64. The second bar below stores the base in NF4 without double quantization.
 
 # %%
 ways = memory.ways_to_train()
@@ -176,7 +176,7 @@ chapter.show(
 )
 
 # %% [markdown]
-# Storing four bits alone saves nothing during training. It is the second decoding that does, and it changes no bit of the gradient. Its price is time: each weight is decoded twice in a step.
+# Storing four bits does not save memory during training by itself. Decoding a second time does, and it changes no bit of the gradient. The price is time: each weight is decoded twice in a step.
 #
 # ## The experiment: does the adapter repair the base?
 #
