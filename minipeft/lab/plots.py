@@ -21,7 +21,6 @@ from matplotlib.figure import Figure
 from minipeft.errors import InputError
 from minipeft.lab.files import write_atomic
 from minipeft.lab.memory import Memory
-from minipeft.lab.train import History
 
 INK = "#24292f"
 FAINT = "#d0d7de"
@@ -105,30 +104,6 @@ def save(figure: Figure, path: Path) -> None:
             metadata={"Date": None, "Creator": "minipeft"},
         )
     write_atomic(path, buffer.getvalue())
-
-
-def loss_curves(histories: Mapping[str, History], title: str = "") -> Figure:
-    """Draw each run's loss, smoothed and faint, and its validation losses as points."""
-    figure, ax = axes(title, "step", "loss (nats per token)")
-    with mpl.rc_context(STYLE):
-        for color, (label, history) in zip(
-            _colors(histories), histories.items(), strict=True
-        ):
-            losses = smooth(history.losses)
-            points = history.validation
-            alpha = 0.4 if points else 1.0
-            ax.plot(
-                np.arange(1, len(losses) + 1),
-                losses,
-                color=color,
-                alpha=alpha,
-                label=None if points else label,
-            )
-            if points:
-                steps, values = zip(*points, strict=True)
-                ax.plot(steps, values, "o-", color=color, markersize=3.5, label=label)
-        ax.legend()
-    return figure
 
 
 def smooth(values: Sequence[float], window: int | None = None) -> np.ndarray:
@@ -242,15 +217,6 @@ def _apart(
                 heights[low] -= missing / 2
                 heights[high] += missing / 2
     return heights
-
-
-def _colors(names: Mapping[str, object]) -> tuple[str, ...]:
-    """Return a colour a name; more names than colours would be a riddle."""
-    if len(names) > len(PALETTE):
-        raise InputError(
-            f"{len(names)} curves in one figure; draw at most {len(PALETTE)}"
-        )
-    return PALETTE[: len(names)]
 
 
 def _unit(largest: float) -> tuple[float, str]:

@@ -10,19 +10,13 @@ from matplotlib.text import Text
 from minipeft.errors import InputError
 from minipeft.lab import files, plots
 from minipeft.lab.memory import Memory
-from minipeft.lab.train import History
 
 DARK_PAGE = "#1b1d27"
 
 
 def figures():
-    histories = {
-        "LoRA": History([3.0, 2.5, 2.2], [(2, 2.6), (3, 2.4)]),
-        "full": History([3.0, 2.4, 2.0]),
-    }
     memories = {"full": Memory(4e6, 4e6, 8e6, 1e6), "LoRA": Memory(4e6, 1e5, 2e5, 9e5)}
     return {
-        "curves": plots.loss_curves(histories, "Loss"),
         "bars": plots.bars({"NF4": 0.0938, "FP4": 0.12}, "error"),
         "memory": plots.memory_bars(memories, "Memory"),
         "heat": plots.heat_map(np.eye(3) - 0.5, "abc", "xyz", "Heat", "value"),
@@ -98,8 +92,6 @@ def test_smoothing_is_a_mean_of_the_past():
 
 
 def test_impossible_figures_are_refused():
-    with pytest.raises(InputError, match="8 curves in one figure"):
-        plots.loss_curves({str(i): History([1.0]) for i in range(8)})
     with pytest.raises(InputError, match="needs a matrix; these values are 1-d"):
         plots.heat_map(np.ones(3))
 
