@@ -33,9 +33,9 @@ PALETTE = (
     "#4999c6",
     "#9c942b",
 )
-HEAT = LinearSegmentedColormap.from_list(
-    "minipeft", (PALETTE[0], "#f6f6f6", PALETTE[1])
-)
+HEAT = LinearSegmentedColormap.from_list("minipeft", ("#eef4f9", PALETTE[0]))
+HEAT_TEXT = ("#1f2328", "#fcfcfc")
+"""On pale cells and on dark ones: cells look alike on both pages."""
 SIZE = (6.4, 3.6)
 """Width and height in inches: the width of the book's column."""
 NAME_SIZE = (95, 15)
@@ -116,13 +116,15 @@ def smooth(values: Sequence[float], window: int | None = None) -> np.ndarray:
     return mean
 
 
-def bars(values: Mapping[str, float], x: str = "", title: str = "") -> Figure:
-    """Draw one horizontal bar a name, the number at its end."""
+def bars(
+    values: Mapping[str, float], x: str = "", title: str = "", form: str = "{:.3g}"
+) -> Figure:
+    """Draw one horizontal bar a name, the number at its end in the given form."""
     names = list(values)
     figure, ax = axes(title, x, size=(SIZE[0], 1.0 + 0.36 * len(names)))
     with mpl.rc_context(STYLE):
         drawn = ax.barh(names, list(values.values()), color=PALETTE[0], height=0.62)
-        ax.bar_label(drawn, fmt="{:.3g}", padding=4, color=INK)
+        ax.bar_label(drawn, fmt=form, padding=4, color=INK)
         ax.margins(x=0.1)  # room for the numbers
         ax.invert_yaxis()
         ax.grid(visible=False)
@@ -150,16 +152,32 @@ def heat_map(
     values: np.ndarray,
     rows: Sequence[str] = (),
     columns: Sequence[str] = (),
-    title: str = "",
     scale: str = "",
+    form: str = "{:.2g}",
 ) -> Figure:
-    """Draw a matrix, zero in the middle of the colours; `scale` names the numbers."""
+    """Draw a matrix, pale at zero, dark at its largest value; each cell says its own.
+
+    Args:
+        values: (rows, columns), none negative.
+        rows: Their names.
+        columns: Their names.
+        scale: What the numbers are.
+        form: Of the number in a cell.
+    """
     if values.ndim != 2:
         raise InputError(f"a heat map needs a matrix; these values are {values.ndim}-d")
-    figure, ax = axes(title)
-    limit = float(np.abs(values).max()) or 1.0
+    if values.min() < 0:
+        raise InputError(
+            f"a heat map begins at 0; the smallest value is {values.min():g}"
+        )
+    figure, ax = axes(size=(SIZE[0], 0.9 + 0.5 * len(values)))
+    limit = float(values.max()) or 1.0
     with mpl.rc_context(STYLE):
-        image = ax.imshow(values, cmap=HEAT, vmin=-limit, vmax=limit, aspect="auto")
+        image = ax.imshow(values, cmap=HEAT, vmin=0, vmax=limit, aspect="auto")
+        for (row, column), value in np.ndenumerate(values):
+            color = HEAT_TEXT[int(value > 0.55 * limit)]
+            text = form.format(value)
+            ax.text(column, row, text, color=color, ha="center", va="center")
         ax.grid(visible=False)
         ax.set_yticks(range(len(rows)), rows)
         ax.set_xticks(range(len(columns)), columns)

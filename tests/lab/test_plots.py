@@ -3,6 +3,7 @@ import itertools
 import os
 import re
 
+import matplotlib as mpl
 import numpy as np
 import pytest
 from matplotlib.text import Text
@@ -19,7 +20,7 @@ def figures():
     return {
         "bars": plots.bars({"NF4": 0.0938, "FP4": 0.12}, "error"),
         "memory": plots.memory_bars(memories, "Memory"),
-        "heat": plots.heat_map(np.eye(3) - 0.5, "abc", "xyz", "Heat", "value"),
+        "heat": plots.heat_map(np.eye(3), "abc", "xyz", "value"),
     }
 
 
@@ -94,6 +95,18 @@ def test_smoothing_is_a_mean_of_the_past():
 def test_impossible_figures_are_refused():
     with pytest.raises(InputError, match="needs a matrix; these values are 1-d"):
         plots.heat_map(np.ones(3))
+    with pytest.raises(InputError, match=r"begins at 0; the smallest value is -0\.5"):
+        plots.heat_map(np.eye(3) - 0.5)
+
+
+def test_a_heat_map_begins_at_zero_and_says_its_values():
+    figure = plots.heat_map(np.array([[0.1, 0.4]]), ["row"], ["a", "b"], form="{:.0%}")
+    (image,) = figure.axes[0].images
+    assert image.get_clim() == (0, 0.4)
+    assert [text.get_text() for text in figure.axes[0].texts] == ["10%", "40%"]
+    for text, value in zip(figure.axes[0].texts, (0.25, 1.0), strict=True):
+        cell = mpl.colors.to_hex(plots.HEAT(value))
+        assert contrast(text.get_color(), cell) > 4.5
 
 
 def test_names_of_crowded_points_do_not_cover_each_other():
