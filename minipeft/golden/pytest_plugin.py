@@ -55,10 +55,11 @@ def pytest_collection_modifyitems(
         raise pytest.UsageError(f"minipeft: {error}") from None
     config.add_cleanup(subject.close)
     for file in subject.files:
-        items += (
-            Golden.from_parent(session, subject=subject, file=file, case=case)
-            for case in file.cases
-        )
+        for case in file.cases:
+            name = f"{case.operation}:{case.tcId}"
+            item = Golden.from_parent(session, name=name, nodeid=f"minipeft::{name}")
+            item.ask(subject, file, case)
+            items.append(item)
 
 
 class Subject:
@@ -109,14 +110,11 @@ class Subject:
 class Golden(pytest.Item):
     """One case as a test."""
 
-    def __init__(
-        self, *, subject: Subject, file: VectorFile, case: Case, **more: Any
-    ) -> None:
-        name = f"{case.operation}:{case.tcId}"
-        super().__init__(name=name, nodeid=f"minipeft::{name}", **more)
+    def ask(self, subject: Subject, file: VectorFile, case: Case) -> None:
+        """Say whom to ask what."""
         self._subject, self._file, self._case = subject, file, case
         self.add_marker(pytest.mark.minipeft)
-        if name in subject.known:
+        if self.name in subject.known:
             self.add_marker(pytest.mark.xfail(reason="a known failure", strict=False))
 
     def runtest(self) -> None:

@@ -15,11 +15,6 @@ ACTION = ROOT / ".github" / "actions" / "verify" / "action.yml"
 BIN = Path(sys.executable).parent
 
 
-def blocks(page):
-    """Return language, title and text of every block of code."""
-    return BLOCK.findall((ROOT / "site" / page).read_text(encoding="utf-8"))
-
-
 def shell(folder, script, **variables):
     """Run what a reader would type, with the commands of this environment."""
     paths = {"PATH": f"{BIN}:{os.environ['PATH']}", "PYTHONPATH": str(ROOT)}
@@ -109,16 +104,3 @@ def act(folder, action, given):
     assert "${{" not in step["run"]  # an input is no code
     variables["GITHUB_STEP_SUMMARY"] = str(folder / "summary")
     return shell(folder, step["run"], **variables)
-
-
-@pytest.mark.usefixtures("commands")
-def test_the_report_on_the_page_is_the_report(tmp_path):
-    (tmp_path / "mine.py").write_text(
-        next(text for _, title, text in blocks("verify.md") if title == "mine.py")
-    )
-    shown = next(
-        text for _, title, text in blocks("verify.md") if title == "exit code 1"
-    )
-    done = shell(tmp_path, "minipeft verify mine --only lora_merge")
-    assert done.returncode == 1
-    assert done.stdout == shown
