@@ -10,6 +10,7 @@ from minipeft.cupy.executor import Array, Executor, current, numpy_dtype
 from minipeft.errors import InputError
 from minipeft.kernels import CTYPES, EXPAND, SHRINK, checks
 from minipeft.kernels.checks import Facts, check
+from minipeft.shapes import check_shapes
 
 
 @dataclass(frozen=True)
@@ -45,6 +46,7 @@ def stack(loras: Sequence[Any], dtype: str = "float32", device: int = 0) -> Adap
     A = np.zeros((len(loras), r, in_features), numpy_dtype(dtype))
     B = np.zeros((len(loras), out_features, r), numpy_dtype(dtype))
     for i, lora in enumerate(loras):
+        check_shapes({"A": (lora.A, "r in_features"), "B": (lora.B, "out_features r")})
         A[i, : len(lora.A)] = lora.A
         B[i, :, : len(lora.A)] = lora.B
     scaling = np.array([lora.scaling for lora in loras], np.float32)

@@ -3,7 +3,7 @@
 import json
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from textwrap import fill
 from typing import Any
 from xml.etree import ElementTree
@@ -32,7 +32,7 @@ def text(run: Run) -> str:
     """Return the failures with their reasons, the latitude, the skips and the table."""
     outcomes = run.outcomes
     parts = [
-        *(failure(o) for o in outcomes if o.status == "fail"),
+        *_failures(outcomes),
         _mended(run),
         _ways(outcomes),
         _skips(run),
@@ -40,6 +40,17 @@ def text(run: Run) -> str:
         _verdicts(run),
     ]
     return "\n\n".join(part for part in parts if part)
+
+
+def _failures(outcomes: Sequence[Outcome]) -> Iterator[str]:
+    """Say what failed; what a flag stands for is said once in a file."""
+    told: set[tuple[str, str]] = set()
+    for outcome in outcomes:
+        if outcome.status == "fail":
+            file, notes = outcome.file, outcome.notes
+            new = {flag: n for flag, n in notes.items() if (file, flag) not in told}
+            told |= {(file, flag) for flag in new}
+            yield failure(replace(outcome, notes=new))
 
 
 def as_json(run: Run) -> str:
@@ -139,6 +150,8 @@ def failure(outcome: Outcome) -> str:
         f"FAIL  {outcome.file} tcId {case.tcId}: {case.comment}",
         f"      {outcome.detail}",
     ]
+    told = [flag for flag in case.flags if flag not in outcome.notes]
+    lines += [f"      {', '.join(told)}: as above"] if told else []
     for flag, note in outcome.notes.items():
         lines += _wrapped(f"{flag} ({note.kind}): {note.description}")
         lines += _wrapped(f"effect: {note.effect}")

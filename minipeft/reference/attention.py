@@ -14,7 +14,7 @@ Keys = Float[np.ndarray, "*batch keys d"]
 Values = Float[np.ndarray, "*batch keys d_v"]
 Mixed = Float[np.ndarray, "*batch queries d_v"]
 Shares = Float[np.ndarray, "*batch queries keys"]
-Mask = Bool[np.ndarray, "queries keys"]
+Mask = Bool[np.ndarray, "... queries keys"]
 
 
 @dataclass(frozen=True)
@@ -121,13 +121,14 @@ def check_fits(head: Head, grad_y: Mixed | None = None) -> None:
             f"the mask has dtype {mask.dtype}; give booleans, True where a query may "
             "look at a key."
         )
-    if mask.shape != (queries, keys):
+    if mask.shape not in ((queries, keys), (*head.Q.shape[:-1], keys)):
         raise InputError(
             f"the mask has shape {mask.shape}; these queries and keys need "
-            f"({queries}, {keys})."
+            f"({queries}, {keys}), or one such mask for each text."
         )
-    blind = np.flatnonzero(~mask.any(axis=-1))
+    blind = np.argwhere(~mask.any(axis=-1))
     if blind.size:
         raise InputError(
-            f"query {blind[0]} may look at no key; give every row of the mask a True."
+            f"query {blind[0, -1]} may look at no key; give every row of the mask a "
+            "True."
         )

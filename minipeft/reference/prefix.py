@@ -121,7 +121,7 @@ def attach(head: Head, prefix: Prefix) -> Head:
     K, V = (np.broadcast_to(p, (*batch, *p.shape)) for p in (prefix.K, prefix.V))
     mask = head.mask
     if mask is not None:
-        mask = np.concatenate([np.ones((len(mask), n), bool), mask], axis=-1)
+        mask = np.concatenate([np.ones((*mask.shape[:-1], n), bool), mask], axis=-1)
     return Head(
         head.Q.copy(),
         np.concatenate([K, head.K], axis=-2),

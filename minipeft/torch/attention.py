@@ -15,7 +15,7 @@ Keys = Inexact[Tensor, "*batch keys d"]
 Values = Inexact[Tensor, "*batch keys d_v"]
 Mixed = Inexact[Tensor, "*batch queries d_v"]
 Shares = Inexact[Tensor, "*batch queries keys"]
-Mask = Bool[Tensor, "queries keys"]
+Mask = Bool[Tensor, "... queries keys"]
 
 
 @dataclass(frozen=True)
@@ -87,10 +87,11 @@ def check_fits(head: Head) -> None:
     queries, keys, mask = head.Q.shape[-2], head.K.shape[-2], head.mask
     if not keys:
         raise InputError("there are 0 keys; give every query at least one.")
-    if mask is not None and mask.shape != (queries, keys):
+    fitting = (queries, keys), (*head.Q.shape[:-1], keys)
+    if mask is not None and mask.shape not in fitting:
         raise InputError(
             f"the mask has shape {tuple(mask.shape)}; these queries and keys need "
-            f"({queries}, {keys})."
+            f"({queries}, {keys}), or one such mask for each text."
         )
 
 
@@ -103,6 +104,6 @@ def _check_mask(mask: Mask) -> None:
     blind = torch.nonzero(~mask.any(dim=-1))
     if len(blind):
         raise InputError(
-            f"query {int(blind[0])} may look at no key; give every row of the mask a "
-            "True."
+            f"query {int(blind[0, -1])} may look at no key; give every row of the "
+            "mask a True."
         )

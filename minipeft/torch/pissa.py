@@ -10,7 +10,7 @@ from torch.linalg import eigh, qr, svd
 from torch.nn.functional import linear
 
 from minipeft.errors import InputError
-from minipeft.shapes import Inexact, Shaped
+from minipeft.shapes import Inexact, Shaped, check_shapes
 from minipeft.torch import lora
 from minipeft.torch.adapted import Adapted, naming
 from minipeft.torch.linear import Form, Output, Product, Weight, weight_of
@@ -93,6 +93,14 @@ def to_lora(trained: LoRA, initial: LoRA) -> LoRA:
 
     Source: PiSSA (arXiv:2404.02948), conversion to LoRA.
     """
+    check_shapes(
+        {
+            "A after training": (trained.A, "r in_features"),
+            "B after training": (trained.B, "out_features r"),
+            "A before training": (initial.A, "r_initial in_features"),
+            "B before training": (initial.B, "out_features r_initial"),
+        }
+    )
     if trained.scaling != initial.scaling:
         raise InputError(
             f"scaling is {trained.scaling} after training and {initial.scaling} "

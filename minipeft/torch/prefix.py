@@ -71,7 +71,7 @@ def attach(head: Head, prefix: Prefix) -> Head:
     K, V = (p.expand(*batch, *p.shape) for p in (prefix.K, prefix.V))
     parts = {"K": torch.cat([K, head.K], dim=-2), "V": torch.cat([V, head.V], dim=-2)}
     if head.mask is not None:
-        ones = head.mask.new_ones(len(head.mask), n)
+        ones = head.mask.new_ones(*head.mask.shape[:-1], n)
         parts["mask"] = torch.cat([ones, head.mask], dim=-1)
     attached = copy(head)  # a new Head would look at the mask again
     for name, value in parts.items():

@@ -38,6 +38,11 @@ def test_every_bug_is_found_and_named(name):
     assert BUGS[name].flag in flags
 
 
+@pytest.mark.parametrize("name", [name for name, bug in BUGS.items() if bug.only])
+def test_a_bug_that_few_cases_find_is_found_by_them_alone(name):
+    assert tuple(outcome.case.comment for outcome in failures(name)) == BUGS[name].only
+
+
 @pytest.mark.parametrize("name", BUGS)
 def test_no_bug_fails_everything(name):
     assert len(failures(name)) < len(file_of(BUGS[name].operation).cases)

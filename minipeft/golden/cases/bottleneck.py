@@ -1,12 +1,19 @@
 """Cases of bottleneck_forward and bottleneck_backward."""
 
 from collections.abc import Iterator
-from dataclasses import replace
 
 import numpy as np
 
-from minipeft.golden.cases import File, Spec, any_zero, gaussian, integers
-from minipeft.golden.tensors import Array
+from minipeft.golden.cases import File, Spec, any_zero, integers
+from minipeft.golden.cases.build import (
+    Shapes,
+    bounded,
+    given,
+    misfits,
+    normal,
+    refused,
+    whole,
+)
 
 PAPERS = (
     "https://arxiv.org/abs/1902.00751",
@@ -46,9 +53,14 @@ def _cases(operation: str) -> Iterator[Spec]:
     ]:
         spec = _spec(operation, comment, flag, 2.0)
         zeros = {name: np.zeros_like(spec.inputs[name]) for name in names}
-        spec = replace(spec, inputs={**spec.inputs, **zeros})
-        yield any_zero(operation, spec)
+        yield any_zero(operation, given(spec, **zeros))
     yield _normal(operation)
+    yield from _invalid(operation)
+    fine = _spec(operation, "fits", "ShapeMismatch", 2.0)
+    yield from misfits(operation, fine, _invalid(operation))
+
+
+def _invalid(operation: str) -> Iterator[Spec]:
     for name, shape in [
         ("down", (3, 5)),
         ("down_bias", (2,)),
@@ -58,16 +70,13 @@ def _cases(operation: str) -> Iterator[Spec]:
     ]:
         comment = f"{name} has shape {shape}"
         spec = _spec(operation, comment, "ShapeMismatch", 2.0)
-        inputs = {**spec.inputs, name: integers(comment, shape)}
-        plain = Spec(comment, spec.flags, inputs, spec.parameters)
-        yield replace(plain, result="invalid")
+        change = {name: integers(comment, shape)}
+        yield refused(spec, comment, "ShapeMismatch", **change)
 
 
-def _shapes(
-    operation: str, sizes: tuple[int, int], rows: tuple[int, ...]
-) -> dict[str, tuple[int, ...]]:
+def _shapes(operation: str, sizes: tuple[int, int], rows: tuple[int, ...]) -> Shapes:
     features, bottleneck = sizes
-    shapes: dict[str, tuple[int, ...]] = {
+    shapes = {
         "x": (*rows, features),
         "down": (bottleneck, features),
         "down_bias": (bottleneck,),
@@ -86,10 +95,8 @@ def _spec(
     sizes: tuple[int, int] = SMALL,
     rows: tuple[int, ...] = (3,),
 ) -> Spec:
-    seed, inputs = f"{operation} {comment}", dict[str, Array]()
-    for name, shape in _shapes(operation, sizes, rows).items():
-        inputs[name] = integers(f"{seed} {name}", shape)
-    spec = Spec(comment, tuple(flags.split()), inputs, {"scaling": scaling})
+    shapes = _shapes(operation, sizes, rows)
+    spec = whole(operation, comment, flags, shapes, {"scaling": scaling})
     # Units that are off have gradients of zero, whose sign the order of sums decides.
     return any_zero(operation, spec) if operation == "bottleneck_backward" else spec
 
@@ -98,18 +105,11 @@ def _normal(operation: str) -> Spec:
     """Compared with a bound: two sums each way, the positions, 8 roundings more."""
     sizes, rows = (15, 8), 4
     shapes = _shapes(operation, sizes, (rows,))
+    comment = "normal values, 15 features, 8 inside"
+    parameters = {"scaling": 1.7}
     seed = f"{operation} normal"
-    inputs = {name: gaussian(f"{seed} {name}", s) for name, s in shapes.items()}
+    spec = normal(seed, comment, "Normal Scaling", shapes, parameters)
     # The values say which units are on; none is so near its corner that rounding could.
-    before = inputs["x"] @ inputs["down"].T + inputs["down_bias"]
+    before = spec.inputs["x"] @ spec.inputs["down"].T + spec.inputs["down_bias"]
     assert np.abs(before).min() > 2.0**-10
-    outputs: tuple[str, ...] = ("y",)
-    if operation == "bottleneck_backward":
-        outputs = ("grad_x", "grad_down", "grad_down_bias", "grad_up", "grad_up_bias")
-    return Spec(
-        comment="normal values, 15 features, 8 inside",
-        flags=("Normal", "Scaling"),
-        inputs=inputs,
-        parameters={"scaling": 1.7},
-        roundings=dict.fromkeys(outputs, 2 * sum(sizes) + rows + 8),
-    )
+    return bounded(operation, spec, 2 * sum(sizes) + rows + 8)

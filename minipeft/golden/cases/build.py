@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from minipeft.golden.cases import POLICIES, Alternative, Spec, gaussian, integers
+from minipeft.golden.cases import POLICIES, Alternative, Named, Spec, gaussian, integers
 from minipeft.golden.operations import OPERATIONS
 from minipeft.golden.tensors import Array
 
@@ -59,6 +59,16 @@ def given(spec: Spec, **inputs: Array) -> Spec:
     return replace(spec, inputs={**spec.inputs, **inputs})
 
 
+def doubled(inputs: Named) -> dict[str, Array]:
+    """Return the inputs in float64."""
+    return {name: array.astype(np.float64) for name, array in inputs.items()}
+
+
+def absolute(inputs: Named) -> dict[str, Array]:
+    """Return the absolute values of the inputs in float64."""
+    return {name: np.abs(array) for name, array in doubled(inputs).items()}
+
+
 def refused(spec: Spec, comment: str, flags: str, **change: Array | float) -> Spec:
     """Return a case that must be refused, or is by policy: one argument is changed."""
     tensors = {k: v for k, v in change.items() if isinstance(v, np.ndarray)}
@@ -90,7 +100,10 @@ def misfits(operation: str, fine: Spec, old: Iterable[Spec]) -> Iterator[Spec]:
             if (name, shape) in known:
                 continue
             comment = f"{name} {wrong}"
-            change = integers(f"{operation} misfit {comment}", shape)
+            # Positive, so that the shape is the only reason to refuse.
+            change = np.abs(integers(f"{operation} misfit {comment}", shape))
+            if array.dtype == np.uint8:
+                change = np.ones(shape, np.uint8)
             spec = refused(fine, comment, "ShapeMismatch", **{name: change})
             if _clash(operation, spec, name):
                 yield spec

@@ -7,10 +7,31 @@ and every sum are exact, in whatever order and by whatever formula.
 
 from collections.abc import Iterator
 from dataclasses import replace
+from itertools import count
 
 import numpy as np
 
-from minipeft.golden.cases import File, Named, Spec, any_zero, gaussian, integers
+from minipeft.golden.cases import (
+    Alternative,
+    File,
+    Named,
+    Spec,
+    any_zero,
+    gaussian,
+    integers,
+    reference,
+)
+from minipeft.golden.cases.build import (
+    Shapes,
+    bounded,
+    drawn,
+    either,
+    given,
+    layer,
+    misfits,
+    normal,
+    refused,
+)
 from minipeft.golden.tensors import Array
 from minipeft.reference import dora, lora
 
@@ -62,6 +83,18 @@ def files() -> Iterator[File]:
 
 
 def _cases(operation: str) -> Iterator[Spec]:
+    old = [*_old(operation), *_invalid(operation)]
+    specs = old if operation != "dora_backward" else [_attached(spec) for spec in old]
+    yield from specs
+    if operation != "dora_backward":
+        yield _just_below_zero(operation)
+    fine = _exact(operation, "fits", "ShapeMismatch", SMALL, 4)
+    if operation == "dora_forward":
+        fine = given(fine, bias=integers("dora fits", SMALL[1:2]))
+    yield from misfits(operation, fine, old)
+
+
+def _old(operation: str) -> Iterator[Spec]:
     for comment, flags, sizes, alpha in [
         ("alpha 4, r 2: scaling 2", "Basic Detached", SMALL, 4),
         ("alpha 2, r 4: scaling 1/2", "Scaling NormOfSum", (7, 5, 4), 2),
@@ -81,11 +114,9 @@ def _cases(operation: str) -> Iterator[Spec]:
             _exact(operation, "with bias", "Bias", SMALL, 4),
             _exact(operation, "square, with bias", "Bias SquareTrap", (5, 5, 2), 4),
         ):
-            bias = integers(f"dora {spec.comment}", (5,), 16)
-            yield replace(spec, inputs={**spec.inputs, "bias": bias})
+            yield given(spec, bias=integers(f"dora {spec.comment}", (5,), 16))
     for sizes, numerator in [((15, 8, 3), 5.0), ((7, 18, 5), 0.3)]:
         yield _normal(operation, sizes, numerator)
-    yield from _invalid(operation)
 
 
 def _edges(operation: str) -> Iterator[Spec]:
@@ -93,24 +124,23 @@ def _edges(operation: str) -> Iterator[Spec]:
     s, A, B = F32(2), spec.inputs["A"], spec.inputs["B"]
     W = spec.inputs["W"].copy()
     W[2] = -s * (B[2] @ A)
-    yield any_zero(operation, replace(spec, inputs={**spec.inputs, "W": W}))
+    yield any_zero(operation, given(spec, W=W))
     spec = _exact(operation, "row 1 of W and of B is zero", "ZeroRow", SMALL, 4)
     W, B = spec.inputs["W"].copy(), spec.inputs["B"].copy()
     W[1], B[1] = 0, 0
-    spec = replace(spec, inputs={**spec.inputs, "W": W, "B": B})
-    yield any_zero(operation, spec)
+    yield any_zero(operation, given(spec, W=W, B=B))
     spec = _exact(operation, "magnitude 3 is zero", "ZeroMagnitude", SMALL, 4)
     magnitude = spec.inputs["magnitude"].copy()
     magnitude[3] = 0
-    spec = replace(spec, inputs={**spec.inputs, "magnitude": magnitude})
-    yield any_zero(operation, spec)
+    yield any_zero(operation, given(spec, magnitude=magnitude))
     spec = _exact(operation, "every magnitude is negative", "Negative", SMALL, 4)
-    negative = -np.abs(spec.inputs["magnitude"])
-    yield replace(spec, inputs={**spec.inputs, "magnitude": negative})
+    yield given(spec, magnitude=-np.abs(spec.inputs["magnitude"]))
     spec = _exact(operation, "a new adapter", "Start", SMALL, 4)
     V = spec.inputs["W"] + F32(2) * (spec.inputs["B"] @ spec.inputs["A"])
     B, norm = np.zeros_like(spec.inputs["B"]), np.linalg.norm(V, axis=1)
-    yield replace(spec, inputs={**spec.inputs, "W": V, "B": B, "magnitude": norm})
+    spec = given(spec, W=V, B=B, magnitude=norm)
+    # Every term of A's gradient is 0 or -0.
+    yield any_zero(operation, spec) if operation == "dora_backward" else spec
 
 
 def _exact(
@@ -121,18 +151,22 @@ def _exact(
     alpha: float,
     rows: tuple[int, ...] = (2,),
 ) -> Spec:
-    in_features, out_features, r = sizes
-    seed = f"{operation} {comment}"
-    A, B = (
-        integers(f"{seed} {name}", shape)
-        for name, shape in (("A", (r, in_features)), ("B", (out_features, r)))
-    )
-    V = _rows_of_known_length(seed, (out_features, in_features))
-    W = V - F32(alpha / r) * (B @ A)
-    magnitude = integers(f"{seed} magnitude", (out_features,))
-    weights = {"W": W, "A": A, "B": B, "magnitude": magnitude}
-    inputs = _with_data(operation, integers, seed, sizes, rows) | weights
+    seed, shapes = f"{operation} {comment}", _shapes(operation, sizes, rows)
+    inputs = drawn(integers, seed, shapes)
+    V = _rows_of_known_length(seed, (sizes[1], sizes[0]))
+    inputs["W"] = V - F32(alpha / sizes[2]) * (inputs["B"] @ inputs["A"])
     return Spec(comment, tuple(flags.split()), inputs, {"alpha": alpha})
+
+
+def _shapes(operation: str, sizes: Sizes, rows: tuple[int, ...]) -> Shapes:
+    in_features, out_features, r = sizes
+    weights = {
+        "W": (out_features, in_features),
+        "A": (r, in_features),
+        "B": (out_features, r),
+        "magnitude": (out_features,),
+    }
+    return layer(operation, rows, weights)
 
 
 def _rows_of_known_length(seed: str, shape: tuple[int, int]) -> Array:
@@ -142,43 +176,88 @@ def _rows_of_known_length(seed: str, shape: tuple[int, int]) -> Array:
     return np.asarray(np.take_along_axis(known, np.argsort(keys), axis=1) * signs)
 
 
-def _with_data(
-    operation: str, draw: object, seed: str, sizes: Sizes, rows: tuple[int, ...]
-) -> dict[str, Array]:
-    assert callable(draw)
-    shapes = {"grad_y": (*rows, sizes[1]), "x": (*rows, sizes[0])}
-    wanted = {"dora_forward": ("x",), "dora_backward": ("grad_y", "x")}
-    names = wanted.get(operation, ())
-    return {name: draw(f"{seed} {name}", shapes[name]) for name in names}
+def _just_below_zero(operation: str) -> Spec:
+    """Make every row cancel exactly, though the terms of its squared norm are rounded.
+
+    x, A and B are whole numbers small enough for exact sums of products; squares are
+    not. The squared norm comes out below zero in several rows, from A and B or from
+    their product.
+    """
+    comment = "all rows cancel, and their squares are rounded"
+    for attempt in count():
+        spec = _exact(operation, f"{comment} {attempt}", "NormBelowZero", SMALL, 6)
+        A = integers(f"{operation} cancel {attempt}", (2, SMALL[0]), 2**10)
+        update, s = spec.inputs["B"] @ A, F32(3)
+        W = -s * update
+        thin = dora.squared_row_norm(W, lora.LoRA(A, spec.inputs["B"], 3.0))
+        whole = np.vecdot(W, W) + 2 * s * np.vecdot(W, update)
+        whole += s * s * np.vecdot(update, update)
+        if (thin < 0).sum() > 1 < (whole < 0).sum():
+            spec = replace(given(spec, A=A, W=W), comment=comment)
+            return any_zero(operation, spec)
+    raise AssertionError("unreachable: attempts never end")
 
 
 def _normal(operation: str, sizes: Sizes, alpha: float) -> Spec:
     """Compared with a bound: roundings, and how far the norm magnifies them."""
     in_features, out_features, r = sizes
     seed, rows = f"{operation} {sizes} {alpha}", 4
-    weights = {
-        "W": gaussian(f"{seed} W", (out_features, in_features)),
-        "A": gaussian(f"{seed} A", (r, in_features)),
-        "B": gaussian(f"{seed} B", (out_features, r)),
-        "magnitude": gaussian(f"{seed} magnitude", (out_features,), 3.0),
-    }
-    inputs = _with_data(operation, gaussian, seed, sizes, (rows,)) | weights
-    outputs = {
-        "dora_forward": ("y",),
-        "dora_backward": ("grad_x", "grad_A", "grad_B", "grad_magnitude"),
-        "dora_merge": ("merged",),
-    }[operation]
+    comment = f"normal values, {in_features} in, {out_features} out, r {r}"
+    shapes = _shapes(operation, sizes, (rows,))
+    spec = normal(seed, comment, "Normal Detached", shapes, {"alpha": alpha})
+    spec = given(spec, magnitude=gaussian(f"{seed} magnitude", (out_features,), 3.0))
+    magnitudes = _magnitudes(spec.inputs, alpha / r)
+    roundings = _roundings(sizes, rows)
+    return replace(bounded(operation, spec, roundings), magnitudes=magnitudes)
+
+
+def _roundings(sizes: Sizes, rows: int) -> int:
     # The longest way: the norm (sums over in_features and twice r, 8 more), the sums of
     # LoRA (in or out features, r, rows), the gain, and the output of the vector.
-    roundings = 2 * max(in_features, out_features) + 3 * r + rows + 16
-    return Spec(
-        comment=f"normal values, {in_features} in, {out_features} out, r {r}",
-        flags=("Normal", "Detached"),
-        inputs=inputs,
-        parameters={"alpha": alpha},
-        roundings=dict.fromkeys(outputs, roundings),
-        magnitudes=_magnitudes(inputs, alpha / r),
-    )
+    return 2 * max(sizes[:2]) + 3 * sizes[2] + rows + 16
+
+
+def _attached(spec: Spec) -> Spec:
+    """Accept the gradient of the norm as well: it takes off what lies along the row.
+
+    grad_V_i = g_i (T_i - u_i <u_i, T_i>) with T = G^T x and u_i = V_i / |V_i|.
+    """
+    if spec.result != "valid":
+        return spec
+    wide = {name: array.astype(np.float64) for name, array in spec.inputs.items()}
+    s = spec.parameters["alpha"] / len(wide["A"])
+    exact = dict(reference("dora_backward", wide, spec.parameters))
+    sizes = dict(_magnitudes(spec.inputs, s))
+    for change, found, sign, parts in (
+        (_along(wide, s), exact, -1, wide),
+        (_along(wide, s, size=True), sizes, 1, {k: abs(v) for k, v in wide.items()}),
+    ):
+        factor = sign * (s if sign < 0 else abs(s))
+        found["grad_A"] = found["grad_A"] + factor * parts["B"].T @ change
+        found["grad_B"] = found["grad_B"] + factor * change @ parts["A"].T
+    outputs = {name: array.astype(F32) for name, array in exact.items()}
+    rows = wide["x"].size // wide["x"].shape[-1]
+    r, in_features = wide["A"].shape
+    n = 2 * _roundings((in_features, len(wide["W"]), r), rows)
+    way = Alternative("norm-not-detached", outputs, dict.fromkeys(outputs, n), sizes)
+    return either(spec, way)
+
+
+def _along(wide: Named, s: float, size: bool = False) -> Array:
+    """Return g_i u_i <u_i, T_i>, or a bound of its terms in absolute value."""
+    W, A, B, m, G, x = (wide[n] for n in ("W", "A", "B", "magnitude", "grad_y", "x"))
+    norm = dora.row_norm(W, lora.LoRA(A, B, s))
+    V: Array = W + s * B @ A
+    condition: Array = np.ones((len(W), 1))
+    G, x = G.reshape(-1, len(W)), x.reshape(-1, W.shape[1])
+    if size:
+        V, m, G, x = abs(W) + abs(s) * abs(B) @ abs(A), abs(m), abs(G), abs(x)
+        squares = dora.squared_row_norm(abs(W), lora.LoRA(abs(A), abs(B), abs(s)))
+        condition = dora.over_norm(squares, norm**2)[:, np.newaxis]
+    u = dora.over_norm(np.ones_like(norm), norm)[:, np.newaxis] * V
+    shared = (u * (G.T @ x)).sum(axis=1, keepdims=True)
+    along: Array = dora.over_norm(m, norm)[:, np.newaxis] * u * shared * condition
+    return along
 
 
 def _magnitudes(inputs: Named, s: float) -> Named:
@@ -192,7 +271,7 @@ def _magnitudes(inputs: Named, s: float) -> Named:
     update = lora.LoRA(A, B, s)
     absolute = lora.LoRA(abs(A), abs(B), abs(s))
     norm = dora.row_norm(W, update)
-    condition = dora.squared_row_norm(abs(W), absolute) / norm**2
+    condition = dora.over_norm(dora.squared_row_norm(abs(W), absolute), norm**2)
     sizes = dora.DoRA(abs(A), abs(B), abs(s), abs(m) * condition)
     if "grad_y" in wide:
         G, x = abs(wide["grad_y"]), abs(wide["x"])
@@ -216,5 +295,5 @@ def _invalid(operation: str) -> Iterator[Spec]:
         ("B is transposed", "B", (r, out_features)),
     ]:
         spec = _exact(operation, comment, "ShapeMismatch", SMALL, 4)
-        inputs = {**spec.inputs, name: integers(comment, shape)}
-        yield replace(spec, inputs=inputs, result="invalid")
+        change = {name: integers(comment, shape)}
+        yield refused(spec, comment, "ShapeMismatch", **change)

@@ -1,15 +1,16 @@
 """Cases of double_quant_quantize and double_quant_dequantize: bytes, always."""
 
 from collections.abc import Iterator
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
-from minipeft.golden.cases import File, Spec, gaussian
+from minipeft.golden.cases import Alternative, File, Spec, gaussian, reference
+from minipeft.golden.cases.blockwise.peers import ways
+from minipeft.golden.cases.build import either, refused
 from minipeft.golden.tensors import Array
 from minipeft.reference import double_quant
-from minipeft.reference.codebook import dynamic_map
+from minipeft.reference.codebook import NF4, dynamic_map
 
 PAPERS = ("https://arxiv.org/abs/2305.14314",)
 
@@ -57,13 +58,27 @@ def _weights() -> Iterator[tuple[str, str, Array, tuple[int, int]]]:
 
 def _quantize() -> Iterator[Spec]:
     for comment, flags, W, sizes in _weights():
-        yield _spec(comment, flags, {"W": W}, _sizes(*sizes))
+        yield _either(_spec(comment, flags, {"W": W}, _sizes(*sizes)))
     bad = gaussian("dq bad", (2, 8))
+    fine = _spec("", "", {"W": bad}, _sizes(4, 4))
     for comment, b, b2 in (("blocks of 12", 12, 4), ("nested in 3", 4, 3)):
-        yield _spec(comment, "InvalidBlocksize", {"W": bad}, _sizes(b, b2), "invalid")
+        yield refused(fine, comment, "InvalidBlocksize", **_sizes(b, b2))
     bad = bad.copy()
     bad[1, 2] = np.nan
-    yield _spec("one NaN", "NotFinite", {"W": bad}, _sizes(4, 4), "policy")
+    yield refused(fine, "one NaN", "NotFinite", W=bad)
+    for shape in ((0,), (0, 64)):
+        empty = {"W": np.zeros(shape, np.float32)}
+        spec = _spec(f"shape {list(shape)}", "Empty", empty, _sizes(64, 256))
+        yield either(spec, Alternative("refuses-empty", None))
+
+
+def _either(spec: Spec) -> Spec:
+    """Accept the codes that others give the weights, with the same scales."""
+    parts = reference("double_quant_quantize", spec.inputs, spec.parameters)
+    for name, (packed, _) in ways(spec.inputs["W"], NF4, spec.parameters["blocksize"]):
+        if packed.tobytes() != parts["packed"].tobytes():
+            spec = either(spec, Alternative(name, {**parts, "packed": packed}))
+    return spec
 
 
 def _dequantize() -> Iterator[Spec]:
@@ -77,8 +92,7 @@ def _dequantize() -> Iterator[Spec]:
         for comment, change in ((f"{name} is one short", -1), (f"{name} is longer", 1)):
             spec = _decode(comment, "ShapeMismatch", W, (64, 256), "float32")
             part = np.resize(spec.inputs[name], len(spec.inputs[name]) + change)
-            inputs = {**spec.inputs, name: part}
-            yield replace(spec, inputs=inputs, result="invalid")
+            yield refused(spec, comment, "ShapeMismatch", **{name: part})
 
 
 def _decode(
@@ -100,10 +114,6 @@ def _sizes(blocksize: int, nested_blocksize: int) -> dict[str, Any]:
 
 
 def _spec(
-    comment: str,
-    flags: str,
-    inputs: dict[str, Array],
-    parameters: dict[str, Any],
-    result: str = "valid",
+    comment: str, flags: str, inputs: dict[str, Array], parameters: dict[str, Any]
 ) -> Spec:
-    return Spec(comment, tuple(flags.split()), inputs, parameters, result)
+    return Spec(comment, tuple(flags.split()), inputs, parameters)

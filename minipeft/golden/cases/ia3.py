@@ -5,8 +5,27 @@ from dataclasses import replace
 
 import numpy as np
 
-from minipeft.golden.cases import File, Spec, any_zero, gaussian, integers
-from minipeft.golden.tensors import Array
+from minipeft.golden.cases import (
+    Alternative,
+    File,
+    Spec,
+    any_zero,
+    integers,
+    reference,
+)
+from minipeft.golden.cases.build import (
+    Shapes,
+    absolute,
+    bounded,
+    doubled,
+    either,
+    given,
+    layer,
+    misfits,
+    normal,
+    refused,
+    whole,
+)
 
 PAPERS = ("https://arxiv.org/abs/2205.05638",)
 
@@ -31,48 +50,81 @@ def files() -> Iterator[File]:
 
 
 def _cases(operation: str) -> Iterator[Spec]:
+    old = list(_old(operation))
+    yield from (_relative(operation, spec) for spec in old)
+    for side in ("output", "input"):
+        fine = _spec(operation, "fits", "ShapeMismatch", side)
+        if operation != "ia3_merge":
+            fine = given(fine, bias=integers("ia3 fits", SIZES[1:]))
+        seen = (spec for spec in old if spec.parameters["side"] == side)
+        for spec in misfits(operation, fine, seen):
+            yield replace(spec, comment=f"{spec.comment}, {side} scaled")
+
+
+def _relative(operation: str, spec: Spec) -> Spec:
+    """Accept a factor of 1 + l, too: then training starts at l = 0."""
+    if spec.result != "valid":
+        return spec
+    wide = given(spec, l=spec.inputs["l"].astype(np.float64) + 1)
+    if spec.roundings:
+        wide = replace(wide, inputs=doubled(wide.inputs))
+        exact = reference(operation, wide.inputs, spec.parameters)
+        sizes = absolute(wide.inputs) | {
+            "l": 1 + np.abs(spec.inputs["l"].astype(float))
+        }
+        bounds = reference(operation, sizes, spec.parameters)
+        n = {name: n + 1 for name, n in spec.roundings.items()}
+    else:
+        exact = reference(operation, wide.inputs, spec.parameters)
+        zeros = any((array == 0).any() for array in exact.values())
+        n = dict.fromkeys(exact, 1) if zeros else {}
+        bounds = {k: np.abs(v) for k, v in exact.items()} if zeros else {}
+    outputs = {name: array.astype(np.float32) for name, array in exact.items()}
+    return either(spec, Alternative("relative-to-1", outputs, n, bounds))
+
+
+def _old(operation: str) -> Iterator[Spec]:
     for flag, side in (("Keys", "output"), ("FeedForward", "input")):
         yield _spec(operation, "6 in, 5 out", flag, side)
         yield _spec(operation, "3 in, 7 out", flag, side, (3, 7))
         square = f"{flag} SquareTrap"
         yield _spec(operation, "square", square, side, (4, 4))
         spec = _spec(operation, "l is 1", f"{flag} Start", side)
-        ones = np.ones_like(spec.inputs["l"])
-        yield replace(spec, inputs={**spec.inputs, "l": ones})
+        ones = given(spec, l=np.ones_like(spec.inputs["l"]))
+        yield ones
         spec = _spec(operation, "l is 0, or nearly", f"{flag} ZeroFactor", side)
         small = spec.inputs["l"].copy()
         small[0], small[1], small[2] = 0, 2.0**-27, -(2.0**-27)
-        sparse = {**spec.inputs, "l": small, "W": np.sign(spec.inputs["W"])}
         if operation == "ia3_merge":
-            yield any_zero(operation, replace(spec, inputs=sparse))
+            sparse = given(spec, l=small, W=np.sign(spec.inputs["W"]))
+            yield any_zero(operation, sparse)
         if operation != "ia3_merge":
             for comment, rows in [("x is a vector", ()), ("two leading axes", (2, 2))]:
                 flags = f"{flag} LeadingAxes"
                 yield _spec(operation, comment, flags, side, rows=rows)
             spec = _spec(operation, "with bias", f"{flag} Bias", side)
-            bias = integers("ia3 bias", (SIZES[1],))
-            yield replace(spec, inputs={**spec.inputs, "bias": bias})
+            biased = given(spec, bias=integers("ia3 bias", SIZES[1:]))
+            # One sum is 0, and then scaled: 0 or -0.
+            zero = operation == "ia3_forward" and side == "output"
+            yield any_zero(operation, biased) if zero else biased
         yield _normal(operation, flag, side)
         # One less than there are outputs, or one more than inputs; and a single one.
         for n in (SIZES[side == "output"] + (1 if side == "input" else -1), 1):
-            spec = _spec(operation, f"l has {n} numbers", "ShapeMismatch", side)
-            inputs = {**spec.inputs, "l": integers("l", (n,))}
-            yield replace(spec, inputs=inputs, result="invalid")
+            comment = f"l has {n} numbers"
+            spec = _spec(operation, comment, "ShapeMismatch", side)
+            l = integers("l", (n,))  # noqa: E741
+            yield refused(spec, spec.comment, "ShapeMismatch", l=l)
 
 
 def _shapes(
-    operation: str, sizes: tuple[int, int], rows: tuple[int, ...], side: str
-) -> dict[str, tuple[int, ...]]:
+    operation: str, sizes: tuple[int, ...], rows: tuple[int, ...], side: str
+) -> Shapes:
     in_features, out_features = sizes
     weights: dict[str, tuple[int, ...]] = {
         "W": (out_features, in_features),
         "l": (in_features if side == "input" else out_features,),
     }
-    if operation == "ia3_merge":
-        return weights
-    x = {"x": (*rows, in_features)}
-    grad_y = {"grad_y": (*rows, out_features)} if operation == "ia3_backward" else {}
-    return grad_y | x | weights
+    return layer(operation, rows, weights)
 
 
 def _spec(
@@ -80,15 +132,11 @@ def _spec(
     comment: str,
     flags: str,
     side: str,
-    sizes: tuple[int, int] = SIZES,
+    sizes: tuple[int, ...] = SIZES,
     rows: tuple[int, ...] = (2,),
 ) -> Spec:
-    comment += f", {side} scaled"
-    seed, inputs = f"{operation} {comment}", dict[str, Array]()
-    for name, shape in _shapes(operation, sizes, rows, side).items():
-        inputs[name] = integers(f"{seed} {name}", shape)
-    parameters = {"side": side}
-    spec = Spec(comment, tuple(flags.split()), inputs, parameters)
+    comment, shapes = f"{comment}, {side} scaled", _shapes(operation, sizes, rows, side)
+    spec = whole(operation, comment, flags, shapes, {"side": side})
     return spec if rows else any_zero(operation, spec)  # a product is the whole sum
 
 
@@ -96,16 +144,7 @@ def _normal(operation: str, flag: str, side: str) -> Spec:
     """Compared with a bound: a sum, the positions, and 4 roundings more."""
     sizes, rows = (15, 8), 4
     shapes = _shapes(operation, sizes, (rows,), side)
-    outputs = {
-        "ia3_forward": ("y",),
-        "ia3_backward": ("grad_x", "grad_l"),
-        "ia3_merge": ("merged",),
-    }[operation]
-    seed = f"{operation} {flag}"
-    return Spec(
-        comment=f"normal values, {flag}",
-        flags=(flag, "Normal"),
-        inputs={name: gaussian(f"{seed} {name}", s) for name, s in shapes.items()},
-        parameters={"side": side},
-        roundings=dict.fromkeys(outputs, sum(sizes) + rows + 4),
-    )
+    comment = f"normal values, {flag}"
+    parameters = {"side": side}
+    spec = normal(f"{operation} {flag}", comment, f"{flag} Normal", shapes, parameters)
+    return bounded(operation, spec, sum(sizes) + rows + 4)

@@ -9,7 +9,17 @@ from dataclasses import replace
 
 import numpy as np
 
-from minipeft.golden.cases import File, Named, Spec, any_zero, gaussian, integers
+from minipeft.golden.cases import File, Named, Spec, any_zero, integers
+from minipeft.golden.cases.build import (
+    Shapes,
+    bounded,
+    given,
+    layer,
+    misfits,
+    normal,
+    refused,
+    whole,
+)
 from minipeft.golden.tensors import Array
 
 Sizes = tuple[int, int]  # in_features, out_features
@@ -31,8 +41,21 @@ def files() -> Iterator[File]:
             operation=operation,
             header=header,
             source=f"minipeft.reference.linear.{verb}",
-            specs=[*_exact(operation), *_normal(operation), *_invalid(operation)],
+            specs=[*_old(operation), *_misfits(operation)],
         )
+
+
+def _old(operation: str) -> Iterator[Spec]:
+    yield from _exact(operation)
+    yield from _normal(operation)
+    yield from _invalid(operation)
+
+
+def _misfits(operation: str) -> Iterator[Spec]:
+    fine = _spec(operation, "fits", "ShapeMismatch", SMALL, (3,))
+    if operation == "linear_forward":
+        fine = given(fine, bias=integers("linear fits", SMALL[1:]))
+    yield from misfits(operation, fine, _invalid(operation))
 
 
 def _exact(operation: str) -> Iterator[Spec]:
@@ -69,9 +92,8 @@ def _with_and_without_bias(operation: str, spec: Spec) -> Iterator[Spec]:
     flags = tuple(flag for flag in spec.flags if flag != "Bias")
     yield replace(spec, flags=flags)
     bias = integers(f"{spec.comment} bias", (len(spec.inputs["W"]),), 16)
-    inputs = {**spec.inputs, "bias": bias}
     comment, flags = f"{spec.comment}, with bias", (*flags, "Bias")
-    yield replace(spec, comment=comment, flags=flags, inputs=inputs)
+    yield replace(given(spec, bias=bias), comment=comment, flags=flags)
 
 
 def _signed_zeros(array: Array) -> Array:
@@ -100,20 +122,15 @@ def _normal(operation: str) -> Iterator[Spec]:
     Forward the bias adds a rounding; the gradient of the bias multiplies nothing.
     """
     for sizes, rows in (((15, 8), 4), ((7, 18), 3)):
-        shapes = _shapes(operation, sizes, (rows,))
+        shapes = dict(_shapes(operation, sizes, (rows,)))
+        roundings = {"grad_x": sizes[1] + 1, "grad_W": rows + 1, "grad_bias": rows}
         if operation == "linear_forward":
             shapes["bias"] = (sizes[1],)
             roundings = {"y": sizes[0] + 2}
-        else:
-            roundings = {"grad_x": sizes[1] + 1, "grad_W": rows + 1, "grad_bias": rows}
+        comment = "normal values, {} in, {} out".format(*sizes)
         seed = f"{operation} normal {sizes}"
-        yield Spec(
-            comment="normal values, {} in, {} out".format(*sizes),
-            flags=("Normal",),
-            inputs={name: gaussian(f"{seed} {name}", s) for name, s in shapes.items()},
-            parameters={},
-            roundings=roundings,
-        )
+        spec = normal(seed, comment, "Normal", shapes, {})
+        yield bounded(operation, spec, roundings)
 
 
 def _invalid(operation: str) -> Iterator[Spec]:
@@ -130,24 +147,16 @@ def _invalid(operation: str) -> Iterator[Spec]:
 
 def _broken(operation: str, comment: str, name: str, shape: tuple[int, ...]) -> Spec:
     spec = _spec(operation, comment, "ShapeMismatch", SMALL, (3,))
-    inputs = {**spec.inputs, name: integers(comment, shape)}
-    return replace(spec, inputs=inputs, result="invalid")
+    change = {name: integers(comment, shape)}
+    return refused(spec, comment, "ShapeMismatch", **change)
 
 
 def _spec(
     operation: str, comment: str, flags: str, sizes: Sizes, rows: tuple[int, ...]
 ) -> Spec:
-    seed, inputs = f"{operation} {comment}", dict[str, Array]()
-    for name, shape in _shapes(operation, sizes, rows).items():
-        inputs[name] = integers(f"{seed} {name}", shape)
-    return Spec(comment, tuple(flags.split()), inputs, {})
+    return whole(operation, comment, flags, _shapes(operation, sizes, rows), {})
 
 
-def _shapes(
-    operation: str, sizes: Sizes, rows: tuple[int, ...]
-) -> dict[str, tuple[int, ...]]:
+def _shapes(operation: str, sizes: Sizes, rows: tuple[int, ...]) -> Shapes:
     in_features, out_features = sizes
-    x: dict[str, tuple[int, ...]] = {"x": (*rows, in_features)}
-    weight = {"W": (out_features, in_features)}
-    grad_y = {"grad_y": (*rows, out_features)} if operation == "linear_backward" else {}
-    return grad_y | x | weight
+    return layer(operation, rows, {"W": (out_features, in_features)})

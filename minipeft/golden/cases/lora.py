@@ -11,7 +11,18 @@ from typing import Any
 import numpy as np
 from ml_dtypes import bfloat16
 
-from minipeft.golden.cases import Alternative, File, Spec, gaussian, integers
+from minipeft.golden.cases import Alternative, File, Spec, any_zero, gaussian, integers
+from minipeft.golden.cases.build import (
+    Shapes,
+    bounded,
+    given,
+    layer,
+    misfits,
+    normal,
+    refused,
+    whole,
+)
+from minipeft.golden.operations import OPERATIONS
 from minipeft.reference import lora
 from minipeft.reference.lora import LoRA
 
@@ -33,7 +44,7 @@ def files() -> Iterator[File]:
         ),
         source="minipeft.reference.lora.forward",
         papers=PAPERS,
-        specs=[*_forward()],
+        specs=_grown("lora_forward", _forward()),
     )
     yield File(
         operation="lora_backward",
@@ -43,15 +54,20 @@ def files() -> Iterator[File]:
         ),
         source="minipeft.reference.lora.backward",
         papers=PAPERS,
-        specs=[*_backward()],
+        specs=_grown("lora_backward", _backward()),
     )
     yield File(
         operation="lora_merge",
         header=("merged = W + s B A, in the dtype of W, rounded once.",),
         source="minipeft.reference.lora.merge",
         papers=PAPERS,
-        specs=[*_merge()],
+        specs=_grown("lora_merge", _merge()),
     )
+
+
+def _grown(operation: str, old: Iterator[Spec]) -> list[Spec]:
+    first = list(old)
+    return [*first, *_misfits(operation, first)]
 
 
 def _forward() -> Iterator[Spec]:
@@ -60,15 +76,14 @@ def _forward() -> Iterator[Spec]:
     yield _nine("lora_forward")
     spec = _spec("lora_forward", "with bias", "Bias Scaling", SMALL, 8, (3,))
     bias = integers("bias", (SMALL[1],), 16)
-    yield replace(spec, inputs={**spec.inputs, "bias": bias})
+    yield given(spec, bias=bias)
     square = _spec("lora_forward", "square, with bias", "Bias SquareTrap", (4, 4, 4), 8)
-    yield replace(square, inputs={**square.inputs, "bias": bias[:4]})
+    yield given(square, bias=bias[:4])
     for sizes, alpha, stable in _NORMAL:
         yield _normal("lora_forward", sizes, alpha, stable)
     spec = _normal("lora_forward", (15, 8, 3), 5, False)
-    bias = gaussian("normal bias", (8,))
-    inputs = {**spec.inputs, "bias": bias}
-    yield replace(spec, comment=f"{spec.comment}, with bias", inputs=inputs)
+    spec = replace(spec, comment=f"{spec.comment}, with bias")
+    yield given(spec, bias=gaussian("normal bias", (8,)))
     yield from _invalid("lora_forward")
     yield _broken("lora_forward", "x is one column short", "x", (3, SMALL[0] - 1))
     spec = _broken("lora_forward", "bias is one short", "bias", (SMALL[1] - 1,))
@@ -122,7 +137,9 @@ def _exact(operation: str, rows: tuple[int, ...]) -> Iterator[Spec]:
     ]:
         yield _spec(operation, comment, flags, sizes, alpha, rows, stable)
     spec = _spec(operation, "B is zero", "Start", SMALL, 8, rows)
-    yield replace(spec, inputs={**spec.inputs, "B": np.zeros_like(spec.inputs["B"])})
+    spec = given(spec, B=np.zeros_like(spec.inputs["B"]))
+    # Every term of A's gradient is 0 or -0.
+    yield any_zero(operation, spec) if operation == "lora_backward" else spec
 
 
 def _spec(
@@ -134,10 +151,8 @@ def _spec(
     rows: tuple[int, ...] = (2,),
     stable: bool = False,
 ) -> Spec:
-    seed = f"{operation} {comment}"
-    shapes = _shapes(operation, sizes, rows)
-    inputs = {name: integers(f"{seed} {name}", shape) for name, shape in shapes.items()}
-    return Spec(comment, tuple(flags.split()), inputs, _parameters(alpha, stable))
+    shapes, parameters = _shapes(operation, sizes, rows), _parameters(alpha, stable)
+    return whole(operation, comment, flags, shapes, parameters)
 
 
 def _nine(operation: str) -> Spec:
@@ -159,9 +174,7 @@ def _normal(operation: str, sizes: Sizes, alpha: float, stable: bool) -> Spec:
     """Compared with a bound that counts the roundings from any input to the output."""
     in_features, out_features, r = sizes
     rows = 4
-    shapes = _shapes(operation, sizes, (rows,))
-    seed = f"{operation} {sizes} {alpha}"
-    inputs = {name: gaussian(f"{seed} {name}", shape) for name, shape in shapes.items()}
+    shapes, parameters = _shapes(operation, sizes, (rows,)), _parameters(alpha, stable)
     # Sums of those lengths; 2 roundings in the scaling, 1 when it multiplies, 2 when
     # base and bias are added, 1 in the output that the vector holds.
     others = 6
@@ -172,23 +185,18 @@ def _normal(operation: str, sizes: Sizes, alpha: float, stable: bool) -> Spec:
         "grad_B": in_features + rows,
         "merged": r,
     }
-    sums = {
-        "lora_forward": ("y",),
-        "lora_backward": ("grad_x", "grad_A", "grad_B"),
-        "lora_merge": ("merged",),
-    }
-    return Spec(
-        comment=f"normal values, {in_features} in, {out_features} out, r {r}",
-        flags=("Normal", "RankStabilized") if stable else ("Normal", "Scaling"),
-        inputs=inputs,
-        parameters=_parameters(alpha, stable),
-        roundings={output: lengths[output] + others for output in sums[operation]},
+    roundings = {o: lengths[o] + others for o in OPERATIONS[operation].outputs}
+    comment = f"normal values, {in_features} in, {out_features} out, r {r}"
+    flags = "Normal RankStabilized" if stable else "Normal Scaling"
+    seed = f"{operation} {sizes} {alpha}"
+    return bounded(
+        operation, normal(seed, comment, flags, shapes, parameters), roundings
     )
 
 
 def _half_exact(dtype: np.dtype[Any]) -> Spec:
     spec = _spec("lora_merge", f"W is {dtype}, the sum exact", "Scaling", SMALL, 8, ())
-    return replace(spec, inputs={**spec.inputs, "W": spec.inputs["W"].astype(dtype)})
+    return given(spec, W=spec.inputs["W"].astype(dtype))
 
 
 def _half_rounding(dtype: np.dtype[Any]) -> Spec:
@@ -222,8 +230,7 @@ def _invalid(operation: str) -> Iterator[Spec]:
     yield _broken(operation, "A is one column short", "A", (r, in_features - 1))
     yield _broken(operation, "B is one row short", "B", (out_features - 1, r))
     yield _broken(operation, "B has one row", "B", (1, r))
-    spec = _spec(operation, "r is 0", "ZeroRank", (6, 5, 0), 8)
-    yield replace(spec, result="policy")
+    yield refused(_spec(operation, "r is 0", "", (6, 5, 0), 8), "r is 0", "ZeroRank")
     yield _too_large(operation)
 
 
@@ -245,24 +252,25 @@ def _too_large(operation: str) -> Spec:
 
 def _broken(operation: str, comment: str, name: str, shape: tuple[int, ...]) -> Spec:
     spec = _spec(operation, comment, "ShapeMismatch", SMALL, 8, (3,))
-    inputs = {**spec.inputs, name: integers(comment, shape)}
-    return replace(spec, inputs=inputs, result="invalid")
+    change = {name: integers(comment, shape)}
+    return refused(spec, comment, "ShapeMismatch", **change)
 
 
-def _shapes(
-    operation: str, sizes: Sizes, rows: tuple[int, ...]
-) -> dict[str, tuple[int, ...]]:
+def _misfits(operation: str, old: list[Spec]) -> Iterator[Spec]:
+    fine = _spec(operation, "fits", "ShapeMismatch", SMALL, 8, (3,))
+    if operation == "lora_forward":
+        fine = given(fine, bias=integers("lora fits", SMALL[1:2]))
+    yield from misfits(operation, fine, old)
+
+
+def _shapes(operation: str, sizes: Sizes, rows: tuple[int, ...]) -> Shapes:
     in_features, out_features, r = sizes
-    weights: dict[str, tuple[int, ...]] = {
+    weights = {
         "W": (out_features, in_features),
         "A": (r, in_features),
         "B": (out_features, r),
     }
-    if operation == "lora_merge":
-        return weights
-    x = {"x": (*rows, in_features)}
-    grad_y = {"grad_y": (*rows, out_features)} if operation == "lora_backward" else {}
-    return grad_y | x | weights
+    return layer(operation, rows, weights)
 
 
 def _parameters(alpha: float, stable: bool) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from minipeft.golden.cases import File, Spec
+from minipeft.golden.cases.build import refused
 
 
 def files() -> Iterator[File]:
@@ -31,7 +32,12 @@ def _specs() -> Iterator[Spec]:
     yield _spec("written once, back once", "Dirty", "0121", "1000", 3, 1)
     yield _spec("one page", "OnePage Dirty", "00110220", "10110001", 3, 1)
     spec = _spec("a budget of 0", "OutOfRange", "0", "0", 1, 0)
-    yield Spec(spec.comment, spec.flags, spec.inputs, spec.parameters, "invalid")
+    yield refused(spec, spec.comment, "OutOfRange")
+    for page in "38":
+        spec = _spec("", "", f"01{page}", "000", 3, 2)
+        yield refused(spec, f"page {page} of 3", "OutOfRange")
+    spec = _spec("", "", "012", "00", 3, 2)
+    yield refused(spec, "written is one short", "ShapeMismatch")
 
 
 def _spec(

@@ -10,7 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from minipeft.golden.cases import POLICIES, File, Spec, integers
+from minipeft.golden.cases import File, Spec, gaussian, integers
+from minipeft.golden.cases.build import bounded, misfits, refused, whole
 from minipeft.golden.tensors import Array
 
 PAPERS = ("https://arxiv.org/abs/2404.02948",)
@@ -58,42 +59,62 @@ def _init() -> Iterator[Spec]:
         ("alpha is 0", "InvalidAlpha", {"alpha": 0}),
         ("alpha is -4", "InvalidAlpha", {"alpha": -4}),
     ]:
-        parameters = {**fine.parameters, **change}
-        yield _refused(replace(fine, comment=comment, parameters=parameters), flags)
+        yield refused(fine, comment, flags, **change)
     for bad in (np.nan, np.inf):
         W = fine.inputs["W"].copy()
         W[2, 1] = bad
-        yield _refused(replace(fine, comment=f"{bad}", inputs={"W": W}), "NotFinite")
+        yield refused(fine, f"{bad}", "NotFinite", W=W)
+    for shape, r, alpha in (((9, 6), 2, 3.0), ((5, 11), 3, 0.7)):
+        yield _normal(gaussian(f"pissa {shape}", shape, 0.05), r, alpha)
+    wide = _known("", "Basic", _orthogonal((4, 8), (8, 4, 2, 1)), 2, 4)
+    yield refused(wide, "r is 5, and W has 4 rows", "ExcessiveRank", r=5)
 
 
-def _refused(spec: Spec, flags: str) -> Spec:
-    return replace(
-        spec,
-        flags=(flags,),
-        result="policy" if flags in POLICIES else "invalid",
-        outputs=None,
-        roundings={},
-        magnitudes=None,
+def _normal(W: Array, r: int, alpha: float) -> Spec:
+    """Split normal values, whose singular values lie close."""
+    U, S, Vt = np.linalg.svd(W.astype(np.float64), full_matrices=False)
+    delta = (U[:, :r] * S[:r]) @ Vt[:r]
+    outputs = {"base": W - delta, "delta": delta}
+    comment = "normal values, {} in, {} out, r {}".format(*W.shape[::-1], r)
+    return _bounded(
+        Spec(
+            comment=comment,
+            flags=("Normal", "Scaling"),
+            inputs={"W": W},
+            parameters={"r": r, "alpha": alpha},
+            outputs={name: array.astype(np.float32) for name, array in outputs.items()},
+        ),
+        [float(value) for value in S],
     )
+
+
+def _bounded(spec: Spec, S: list[float]) -> Spec:
+    """Compare with a bound, given the singular values.
+
+    LAPACK errs by a modest multiple of u |W|, and a subspace turns by that over the gap
+    below it (Davis, Kahan).
+    """
+    W, r = spec.inputs["W"], spec.parameters["r"]
+    S = [*S, 0.0]
+    turn = 1 + S[0] / (S[r - 1] - S[r]) if S[r - 1] > S[r] else 1.0
+    size = np.full(W.shape, (float(np.linalg.norm(W)) or 1.0) * turn)
+    magnitudes = {"base": size, "delta": size}
+    return replace(bounded("pissa_init", spec, 8 * sum(W.shape)), magnitudes=magnitudes)
 
 
 def _known(comment: str, flags: str, parts: list[Array], r: int, alpha: float) -> Spec:
     delta = sum(parts[:r], np.zeros_like(parts[0]))
     W = sum(parts, np.zeros_like(parts[0]))
     S = [float(np.linalg.norm(part)) for part in parts[:-1]] + [0.0] * (r + 1)
-    # LAPACK errs by a modest multiple of u |W|, and a subspace turns by that over the
-    # gap below it (Davis, Kahan).
-    turn = 1 + S[0] / (S[r - 1] - S[r]) if S[r - 1] > S[r] else 1.0
-    size = np.full(W.shape, (float(np.linalg.norm(W)) or 1.0) * turn)
-    n = 8 * sum(W.shape)
-    return Spec(
-        comment=comment,
-        flags=tuple(flags.split()),
-        inputs={"W": W},
-        parameters={"r": r, "alpha": alpha},
-        roundings={"base": n, "delta": n},
-        outputs={"base": W - delta, "delta": delta},
-        magnitudes={"base": size, "delta": size},
+    return _bounded(
+        Spec(
+            comment=comment,
+            flags=tuple(flags.split()),
+            inputs={"W": W},
+            parameters={"r": r, "alpha": alpha},
+            outputs={"base": W - delta, "delta": delta},
+        ),
+        S,
     )
 
 
@@ -121,3 +142,6 @@ def _to_lora() -> Iterator[Spec]:
         shapes = {"A": (r, k), "B": (d, r), "A_0": (r, k), "B_0": (d, r)}
         inputs = {n: integers(f"{comment} {n}", shape) for n, shape in shapes.items()}
         yield Spec(comment, ("Conversion",), inputs, {})
+    shapes = {"A": (2, 7), "B": (3, 2), "A_0": (2, 7), "B_0": (3, 2)}
+    fine = whole("pissa_to_lora", "fits", "ShapeMismatch", shapes, {})
+    yield from misfits("pissa_to_lora", fine, ())

@@ -7,6 +7,7 @@ import numpy as np
 
 from minipeft.golden.cases import File, Spec, gaussian, integers
 from minipeft.golden.cases.attention import double_head, roundings
+from minipeft.golden.cases.build import given, misfits, whole
 from minipeft.reference import attention, prefix
 from minipeft.reference.prefix import Prefix
 
@@ -22,7 +23,7 @@ def files() -> Iterator[File]:
         ),
         source="minipeft.reference.prefix.forward",
         papers=PAPERS,
-        specs=[*_exact(), *_normal()],
+        specs=[*_exact(), *_normal(), *_misfits()],
     )
     yield File(
         operation="prefix_expand",
@@ -31,7 +32,12 @@ def files() -> Iterator[File]:
         ),
         source="minipeft.reference.prefix.expand",
         papers=PAPERS,
-        specs=[*_networks()],
+        specs=[
+            *(networks := list(_networks())),
+            *misfits(
+                "prefix_expand", replace(networks[0], roundings={}, magnitudes=None), ()
+            ),
+        ],
     )
 
 
@@ -60,6 +66,14 @@ def _normal() -> Iterator[Spec]:
         head = prefix.attach(double_head(inputs), P)
         size = attention.weights(head) @ np.abs(head.V)
         yield replace(spec, roundings={"y": roundings(head)}, magnitudes={"y": size})
+
+
+def _misfits() -> Iterator[Spec]:
+    shapes = {"Q": (3, 2), "K": (4, 2), "V": (4, 5), "P_K": (2, 2), "P_V": (2, 5)}
+    fine = whole("prefix_forward", "fits", "ShapeMismatch", shapes, {})
+    fine = given(fine, mask=np.ones((3, 4), np.uint8))
+    wrong = misfits("prefix_forward", fine, ())
+    yield from (s for s in wrong if not s.comment.startswith("mask has one"))
 
 
 def _networks() -> Iterator[Spec]:

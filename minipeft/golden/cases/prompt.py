@@ -5,6 +5,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from minipeft.golden.cases import File, Spec, gaussian, integers
+from minipeft.golden.cases.build import misfits, refused, whole
 
 PAPERS = ("https://arxiv.org/abs/2104.08691",)
 
@@ -23,21 +24,21 @@ def files() -> Iterator[File]:
         header=("P = E[tokens]: rows of the embedding table.",),
         source="minipeft.reference.prompt.init",
         papers=PAPERS,
-        specs=[*_init()],
+        specs=[*_init(), *_strange_tokens()],
     )
     yield File(
         operation="prompt_forward",
         header=("y = [P; X], along the axis of tokens.",),
         source="minipeft.reference.prompt.forward",
         papers=PAPERS,
-        specs=[*_forward()],
+        specs=[*_forward(), *_misfits("prompt_forward")],
     )
     yield File(
         operation="prompt_backward",
         header=("grad_X is the text's part of grad_y, grad_P the sum of the rest.",),
         source="minipeft.reference.prompt.backward",
         papers=PAPERS,
-        specs=[*_backward()],
+        specs=[*_backward(), *_misfits("prompt_backward")],
     )
 
 
@@ -49,6 +50,25 @@ def _init() -> Iterator[Spec]:
     for comment, tokens in {"token 9 of 9": [1, 9], "none": []}.items():
         inputs = {"E": E, "tokens": np.array(tokens, np.uint8)}
         yield Spec(comment, ("OutOfRange",), inputs, {}, result="invalid")
+
+
+def _strange_tokens() -> Iterator[Spec]:
+    inputs = {
+        "E": gaussian("embeddings", (9, 5), 0.02),
+        "tokens": np.array([2, 255], np.uint8),
+    }
+    yield Spec("token 255 of 9", ("OutOfRange",), inputs, {}, result="invalid")
+
+
+def _misfits(operation: str) -> Iterator[Spec]:
+    shapes = {"X": (4, 3), "P": (2, 3)}
+    if operation == "prompt_backward":
+        shapes = {"grad_y": (6, 3), "P": (2, 3)}
+    fine = whole(operation, "fits", "ShapeMismatch", shapes, {})
+    yield from misfits(operation, fine, ())
+    if operation == "prompt_backward":
+        grad_y = integers("shorter than the prompt", (1, 3))
+        yield refused(fine, "grad_y is shorter than P", "ShapeMismatch", grad_y=grad_y)
 
 
 def _forward() -> Iterator[Spec]:

@@ -6,6 +6,7 @@ from dataclasses import replace
 import numpy as np
 
 from minipeft.golden.cases import File, Named, Spec, gaussian, integers
+from minipeft.golden.cases.build import bounded, given, misfits, refused
 from minipeft.golden.tensors import Array
 from minipeft.reference import blockwise, lora
 from minipeft.reference.codebook import NF4
@@ -45,13 +46,14 @@ def _cases(operation: str) -> Iterator[Spec]:
     yield _whole(operation, "16 in, 3 out", "Basic", (3, 16))
     if operation == "qlora_forward":
         spec = _whole(operation, "with bias", "Basic Bias", (5, 6))
-        yield replace(spec, inputs={**spec.inputs, "bias": integers("bias", (5,))})
+        yield given(spec, bias=integers("bias", (5,)))
     yield _normal(operation, "12 in, 7 out", "Normal MisalignedRows", (7, 12))
     # Here no block crosses rows, as kernels for decoding ask for.
     yield _normal(operation, "24 in, 5 out", "Normal", (5, 24))
     if operation == "qlora_forward":
         spec = _whole(operation, "24 in, 5 out, with bias", "Basic Bias", (5, 24))
-        yield replace(spec, inputs={**spec.inputs, "bias": integers("bias", (5,))})
+        yield given(spec, bias=integers("bias", (5,)))
+    yield from _invalid(operation)
 
 
 def _whole(operation: str, comment: str, flags: str, shape: tuple[int, int]) -> Spec:
@@ -81,8 +83,7 @@ def _normal(operation: str, comment: str, flags: str, shape: tuple[int, int]) ->
     absolute = {name: np.abs(value) for name, value in draw.items()}
     sizes = _answer(operation, np.abs(W), absolute)
     return replace(
-        spec,
-        roundings=dict.fromkeys(exact, sum(shape) + 2 + 2 + 5),
+        bounded(operation, spec, sum(shape) + 2 + 2 + 5),
         outputs={name: value.astype(np.float32) for name, value in exact.items()},
         magnitudes=sizes,
     )
@@ -114,6 +115,24 @@ def _requantized() -> Iterator[Spec]:
     ):
         B = np.full((4, 2), size, np.float32)
         yield _spec("qlora_requantize", comment, flags, base | {"A": A, "B": B})
+    yield from _invalid("qlora_requantize")
+
+
+def _invalid(operation: str) -> Iterator[Spec]:
+    """Change the adapter, whose sizes are those of the layer, and the base."""
+    fine = _whole(operation, "fits", "ShapeMismatch", (5, 24))
+    if operation == "qlora_requantize":
+        fine = replace(
+            fine, inputs={n: fine.inputs[n] for n in fine.inputs if n != "x"}
+        )
+    if operation == "qlora_forward":
+        fine = given(fine, bias=integers("qlora fits", (5,)))
+    yield from misfits(operation, fine, ())
+    for name in ("packed", "absmax"):
+        part = fine.inputs[name]
+        for comment, change in ((f"{name} is one short", -1), (f"{name} is longer", 1)):
+            other = {name: np.resize(part, len(part) + change)}
+            yield refused(fine, comment, "ShapeMismatch", **other)
 
 
 def _shapes(shape: tuple[int, int]) -> dict[str, tuple[int, ...]]:

@@ -1,12 +1,20 @@
 """Cases of vera_projections, vera_forward, vera_backward and vera_merge."""
 
 from collections.abc import Iterator
-from dataclasses import replace
 
 import numpy as np
 
-from minipeft.golden.cases import File, Spec, any_zero, gaussian, integers
-from minipeft.golden.tensors import Array
+from minipeft.golden.cases import File, Spec, any_zero, integers
+from minipeft.golden.cases.build import (
+    Shapes,
+    bounded,
+    given,
+    layer,
+    misfits,
+    normal,
+    refused,
+    whole,
+)
 
 PAPERS = ("https://arxiv.org/abs/2310.11454",)
 
@@ -29,13 +37,18 @@ def files() -> Iterator[File]:
         "merge": ("merged = W + diag(b) B diag(d) A.",),
     }
     for verb, header in headers.items():
-        specs = _projections() if verb == "projections" else _cases(f"vera_{verb}")
+        operation = f"vera_{verb}"
+        if verb == "projections":
+            specs = list(_projections())
+        else:
+            old = list(_cases(operation))
+            specs = [*old, *_later(operation, old)]
         yield File(
-            operation=f"vera_{verb}",
+            operation=operation,
             header=header,
             source=f"minipeft.reference.vera.{verb}",
             papers=PAPERS,
-            specs=[*specs],
+            specs=specs,
         )
 
 
@@ -63,7 +76,7 @@ def _parameters(seed: int, sizes: Sizes) -> dict[str, int]:
 
 
 def _refused(comment: str, flag: str, seed: int, sizes: Sizes) -> Spec:
-    return Spec(comment, (flag,), {}, _parameters(seed, sizes), result="policy")
+    return refused(Spec("", (), {}, _parameters(seed, sizes)), comment, flag)
 
 
 def _cases(operation: str) -> Iterator[Spec]:
@@ -76,64 +89,59 @@ def _cases(operation: str) -> Iterator[Spec]:
         yield _spec(operation, comment, flags, sizes)
     spec = _spec(operation, "a pair for larger layers", "Shared", SMALL)
     larger = {"A": integers("larger A", (3, 8)), "B": integers("larger B", (9, 3))}
-    yield replace(spec, inputs={**spec.inputs, **larger})
+    yield given(spec, **larger)
     spec = _spec(operation, "b is zero", "Start", SMALL)
-    yield replace(spec, inputs={**spec.inputs, "b": np.zeros(5, np.float32)})
+    spec = given(spec, b=np.zeros(5, np.float32))
+    # Every term of d's gradient is 0 or -0.
+    yield any_zero(operation, spec) if operation == "vera_backward" else spec
     if operation != "vera_merge":
         for comment, rows in [("x is a vector", ()), ("two leading axes", (2, 2))]:
             yield _spec(operation, comment, "LeadingAxes", SMALL, rows)
     if operation == "vera_forward":
         spec = _spec(operation, "with bias", "Bias", SMALL)
-        yield replace(spec, inputs={**spec.inputs, "bias": integers("vera bias", (5,))})
+        yield given(spec, bias=integers("vera bias", (5,)))
     yield _normal(operation, (15, 8, 5))
     for name, shape in [("A", (3, 5)), ("B", (4, 3)), ("d", (2,)), ("b", (4,))]:
         comment = f"{name} is one short"
         spec = _spec(operation, comment, "ShapeMismatch", SMALL)
-        inputs = {**spec.inputs, name: integers(comment, shape)}
-        yield replace(spec, inputs=inputs, result="invalid")
+        change = {name: integers(comment, shape)}
+        yield refused(spec, comment, "ShapeMismatch", **change)
 
 
-def _shapes(
-    operation: str, sizes: Sizes, rows: tuple[int, ...]
-) -> dict[str, tuple[int, ...]]:
+def _later(operation: str, old: list[Spec]) -> Iterator[Spec]:
+    yield _spec(operation, "6 in, 5 out, r 1", "RankOne Unscaled", (6, 5, 1))
+    fine = _spec(operation, "fits, r 1", "ShapeMismatch", (6, 5, 1))
+    b = integers(f"{operation} one row", (1, 1))
+    yield refused(fine, "B has one row, r 1", "ShapeMismatch RankOne", B=b)
+    fine = _spec(operation, "fits", "ShapeMismatch", SMALL)
+    if operation == "vera_forward":
+        fine = given(fine, bias=integers("vera fits", (5,)))
+    yield from misfits(operation, fine, old)
+
+
+def _shapes(operation: str, sizes: Sizes, rows: tuple[int, ...]) -> Shapes:
     in_features, out_features, r = sizes
-    weights: dict[str, tuple[int, ...]] = {
+    weights = {
         "W": (out_features, in_features),
         "A": (r, in_features),
         "B": (out_features, r),
         "d": (r,),
         "b": (out_features,),
     }
-    if operation == "vera_merge":
-        return weights
-    x = {"x": (*rows, in_features)}
-    grad_y = {"grad_y": (*rows, out_features)} if operation == "vera_backward" else {}
-    return grad_y | x | weights
+    return layer(operation, rows, weights)
 
 
 def _spec(
     operation: str, comment: str, flags: str, sizes: Sizes, rows: tuple[int, ...] = (2,)
 ) -> Spec:
-    seed, inputs = f"{operation} {comment}", dict[str, Array]()
-    for name, shape in _shapes(operation, sizes, rows).items():
-        inputs[name] = integers(f"{seed} {name}", shape)
-    spec = Spec(comment, tuple(flags.split()), inputs, {})
+    spec = whole(operation, comment, flags, _shapes(operation, sizes, rows), {})
     return spec if rows else any_zero(operation, spec)  # a product is the whole sum
 
 
 def _normal(operation: str, sizes: Sizes) -> Spec:
     """Compared with a bound: the three sums, the positions, and 6 roundings more."""
-    seed, rows = f"{operation} {sizes}", 4
+    rows = 4
+    comment = "normal values, {} in, {} out, r {}".format(*sizes)
     shapes = _shapes(operation, sizes, (rows,))
-    outputs = {
-        "vera_forward": ("y",),
-        "vera_backward": ("grad_x", "grad_d", "grad_b"),
-        "vera_merge": ("merged",),
-    }[operation]
-    return Spec(
-        comment="normal values, {} in, {} out, r {}".format(*sizes),
-        flags=("Normal",),
-        inputs={name: gaussian(f"{seed} {name}", s) for name, s in shapes.items()},
-        parameters={},
-        roundings=dict.fromkeys(outputs, sum(sizes) + rows + 6),
-    )
+    spec = normal(f"{operation} {sizes}", comment, "Normal", shapes, {})
+    return bounded(operation, spec, sum(sizes) + rows + 6)

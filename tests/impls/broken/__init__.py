@@ -1,7 +1,7 @@
 """Implementations with one bug each: every one of them has been somebody's.
 
-A bug is a function in place of an operation, and the flag that must name it. One file
-for each row of methods.
+A bug is a function in place of an operation, the flag that must name it, and, where few
+cases alone find it, their comments. One file for each row of methods.
 """
 
 from collections.abc import Callable
@@ -14,16 +14,17 @@ class Bug(NamedTuple):
     operation: str
     function: Function
     flag: str
+    only: tuple[str, ...]
 
 
 BUGS: dict[str, Bug] = {}
 
 
-def bug(operation: str, flag: str) -> Callable[[Function], Function]:
+def bug(operation: str, flag: str, *only: str) -> Callable[[Function], Function]:
     """Register a function as what `operation` does in a broken implementation."""
 
     def register(function: Function) -> Function:
-        BUGS[function.__name__] = Bug(operation, function, flag)
+        BUGS[function.__name__] = Bug(operation, function, flag, only)
         return function
 
     return register

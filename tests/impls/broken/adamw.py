@@ -37,6 +37,27 @@ def adds_eps_under_the_root(W, grad, m, v, **settings):
     return right.adamw_step(W, grad, m, v, **settings | {"eps": eps**0.5})
 
 
+@bug("adamw_step", "ZeroBeta", "beta1 is 0", "beta2 is 0")
+def takes_zero_for_missing(W, grad, m, v, **settings):
+    for name, usual in {"beta1": 0.9, "beta2": 0.999}.items():
+        settings[name] = settings[name] or usual
+    return right.adamw_step(W, grad, m, v, **settings)
+
+
+@bug("adamw_step", "OutOfRange", "beta1 is -0.5")
+def takes_a_negative_beta(W, grad, m, v, **settings):
+    return right.adamw_step(
+        W, grad, m, v, **settings | {"beta1": abs(settings["beta1"])}
+    )
+
+
+@bug("adamw_step", "ShapeMismatch", "grad has one row alone")
+def spreads_one_row_of_the_gradient(W, grad, m, v, **settings):
+    if len(grad) == 1:
+        grad = np.repeat(grad, len(W), axis=0)
+    return right.adamw_step(W, grad, m, v, **settings)
+
+
 @bug("adamw_step", "ZeroGradient")
 def has_a_small_gradient_everywhere(W, grad, m, v, **settings):
     return right.adamw_step(W, np.where(grad == 0, F32(1e-3), grad), m, v, **settings)
@@ -84,6 +105,18 @@ def stores_the_second_moment_with_a_sign(W, grad, **arguments):
         return out
     q = blockwise.quantize(v, dynamic_map(), adamw.BLOCKSIZE)
     return *out[:3], q.packed, q.absmax
+
+
+@bug(
+    "adamw8_step",
+    "ShapeMismatch",
+    "m_absmax has one number too many",
+    "v_absmax has one number too many",
+)
+def cuts_its_scales(W, grad, **arguments):
+    for name in ("m_absmax", "v_absmax"):
+        arguments[name] = arguments[name][: -(-W.size // 256)]
+    return right.adamw8_step(W, grad, **arguments)
 
 
 @bug("adamw8_step", "FirstStep")

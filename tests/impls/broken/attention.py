@@ -53,6 +53,41 @@ def sees_everything_where_it_may_see_nothing(Q, K, V, mask=None):
     return attend(Q, K, V, mask, low=-1e30)
 
 
+@bug("attention_forward", "BlindQuery", "query 2 of text 1 sees nothing")
+def looks_at_the_first_mask_alone(Q, K, V, mask=None):
+    if mask is None or mask.ndim < 3 or not mask[0].any(axis=-1).all():
+        return right.attention_forward(Q, K, V, mask)
+    blind = ~mask.any(axis=-1)
+    return right.attention_forward(Q, K, V, mask | blind[..., None].astype(np.uint8))
+
+
+@bug("attention_backward", "BlindQuery")
+def gives_blind_queries_no_gradient(grad_y, Q, K, V, mask=None):
+    if mask is None:
+        return right.attention_backward(grad_y, Q, K, V)
+    blind = ~mask.any(axis=-1)
+    seen = mask | blind[..., None].astype(np.uint8)
+    return right.attention_backward(grad_y * ~blind[..., None], Q, K, V, seen)
+
+
+@bug(
+    "attention_backward",
+    "EqualShares",
+    "2 keys, equal shares",
+    "4 keys, equal shares",
+)
+def divides_by_a_little_more_backward(grad_y, Q, K, V, mask=None):
+    grad_Q, *rest = right.attention_backward(grad_y, Q, K, V, mask)
+    return grad_Q / F32(1 + 1e-5), *rest
+
+
+@bug("attention_forward", "ShapeMismatch")
+def spreads_one_value_over_all_keys(Q, K, V, mask=None):
+    if len(V) == 1 < len(K):
+        V = np.repeat(V, len(K), axis=0)
+    return right.attention_forward(Q, K, V, mask)
+
+
 @bug("attention_forward", "Causal")
 def aligns_the_mask_at_the_first_key(Q, K, V, mask=None):
     right.attention_forward(Q, K, V, mask)

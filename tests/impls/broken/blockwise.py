@@ -70,9 +70,10 @@ def thresholds_of_seven_digits(W, blocksize):
 
 
 @bug("nf4_quantize", "ReciprocalMultiply")
-def divides(W, blocksize):
+def has_an_approximate_reciprocal(W, blocksize):
     def scale(blocks, absmax):
-        return blocks / np.where(absmax == 0, F32(1), absmax)[:, None]
+        exact = F32(1) / np.where(absmax == 0, F32(1), absmax)
+        return blocks * np.nextafter(exact, F32(0))[:, None]
 
     return quantize(W, blocksize, scale, nf4)
 
@@ -93,6 +94,31 @@ def flushes_the_reciprocal(W, blocksize):
         return blocks * inverse[:, None]
 
     return quantize(W, blocksize, scale, nf4)
+
+
+@bug(
+    "nf4_quantize",
+    "LiftedAbsmax",
+    "absmax 2**64 times 1.5",
+    "absmax 2**100 times 1.5",
+    "absmax 2**125 times 1.5",
+)
+def lifts_every_scale_but_the_largest(W, blocksize):
+    def scale(blocks, absmax):
+        lift = np.where(absmax < F32(2.0**126), F32(2.0**64), F32(1))
+        inverse = F32(1) / np.where(absmax == 0, F32(1), absmax * lift)
+        return np.nan_to_num(blocks * lift[:, None] * inverse[:, None])
+
+    return quantize(W, blocksize, scale, nf4)
+
+
+@bug("nf4_quantize", "OddLength", "9 values")
+def drops_the_value_after_eight(W, blocksize):
+    packed, absmax = right.nf4_quantize(W, blocksize)
+    tail = W.size % blocksize
+    if tail % 2 and tail > 8:
+        packed[-1] = 0x77
+    return packed, absmax
 
 
 @bug("nf4_quantize", "AbsmaxReciprocal")

@@ -58,6 +58,15 @@ def divides_zero_by_zero(W, A, B, magnitude, alpha):
         return np.asarray((magnitude / norm)[:, None] * V, F32)
 
 
+@bug("dora_merge", "NormBelowZero", "all rows cancel, and their squares are rounded")
+def takes_the_root_of_a_negative_number(W, A, B, magnitude, alpha):
+    merged = right.dora_merge(W, A, B, magnitude, alpha)
+    s, update = F32(alpha / len(A)), B @ A
+    squared = np.vecdot(W, W) + 2 * s * np.vecdot(W, update)
+    squared += s * s * np.vecdot(update, update)
+    return np.where(squared[:, None] < 0, F32(np.nan), merged)
+
+
 @bug("dora_backward", "ZeroMagnitude")
 def divides_by_the_magnitude(grad_y, x, W, A, B, magnitude, alpha):
     grads = right.dora_backward(grad_y, x, W, A, B, magnitude, alpha)
@@ -79,14 +88,13 @@ def starts_with_magnitudes_of_one(x, W, A, B, magnitude, alpha, bias=None):
 
 
 @bug("dora_backward", "Detached")
-def differentiates_the_norm(grad_y, x, W, A, B, magnitude, alpha):
+def takes_the_whole_row_off(grad_y, x, W, A, B, magnitude, alpha):
     grads = right.dora_backward(grad_y, x, W, A, B, magnitude, alpha)
     r = len(A)
     V = _sum(W, A, B, alpha)
     norm = np.linalg.norm(V, axis=1)
     unit = V / np.where(norm == 0, 1, norm)[:, None]
-    g = np.where(norm == 0, 0, magnitude / np.where(norm == 0, 1, norm))
-    rows, G = x.reshape(-1, x.shape[-1]), (grad_y * g).reshape(-1, len(W))
+    rows, G = x.reshape(-1, x.shape[-1]), grad_y.reshape(-1, len(W))
     along = unit * (unit * (G.T @ rows)).sum(axis=1, keepdims=True) * (alpha / r)
     grad_A, grad_B = grads[1] - B.T @ along, grads[2] - along @ A.T
     return grads[0], np.asarray(grad_A, F32), np.asarray(grad_B, F32), grads[3]

@@ -77,12 +77,19 @@ def pads_before_it_subtracts(W, blocksize, nested_blocksize):
 
 
 @bug("double_quant_quantize", "ZeroBlock")
-def divides_zero_by_zero_in_double_quant(W, blocksize, nested_blocksize):
+def gives_zero_over_zero_the_last_code(W, blocksize, nested_blocksize):
     packed, *rest = right.double_quant_quantize(W, blocksize, nested_blocksize)
     absmax = blockwise.quantize(W, NF4, blocksize).absmax
     codes = blockwise.unpack(packed, 4, W.size)
-    codes[np.repeat(absmax == 0, blocksize)[: W.size]] = 0
+    codes[np.repeat(absmax == 0, blocksize)[: W.size]] = 15
     return blockwise.pack(codes, 4, fill=7), *rest
+
+
+@bug("double_quant_quantize", "Empty", "shape [0]", "shape [0, 64]")
+def needs_a_first_scale(W, blocksize, nested_blocksize):
+    parts = right.double_quant_quantize(W, blocksize, nested_blocksize)
+    parts[1][0]
+    return parts
 
 
 @bug("double_quant_quantize", "NotFinite")

@@ -34,8 +34,8 @@ def adds_the_bias_last(x, W, l, side, bias=None):  # noqa: E741
 
 
 @bug("ia3_forward", "Start")
-def adds_one(x, W, l, side, bias=None):  # noqa: E741
-    return right.ia3_forward(x, W, l + F32((l == 1).all()), side, bias)
+def starts_at_zero(x, W, l, side, bias=None):  # noqa: E741
+    return right.ia3_forward(x, W, l - F32((l == 1).all()), side, bias)
 
 
 @bug("ia3_merge", "ZeroFactor")

@@ -1,9 +1,11 @@
 """Bugs of LoftQ."""
 
+from itertools import islice
+
 import numpy as np
 
 from minipeft.golden.drivers.reference import loftq as right
-from minipeft.reference import blockwise
+from minipeft.reference import blockwise, loftq, lora
 from minipeft.reference.codebook import NF4
 from tests.impls.broken import bug
 
@@ -64,3 +66,16 @@ def takes_any_alpha_in_loftq(W, r, alpha, blocksize, steps):
 def rounds_the_block_size(W, r, alpha, blocksize, steps):
     power = 2 ** (blocksize.bit_length() - 1)
     return right.loftq_init(W, r, alpha, power, steps)
+
+
+@bug("loftq_init", "Alternation", "3 steps, pair 2 is best")
+def ignores_the_number_of_steps(W, r, alpha, blocksize, steps):
+    return right.loftq_init(W, r, alpha, blocksize, min(steps, 1))
+
+
+@bug("loftq_init", "Alternation", "5 steps, pair 1 is best")
+def keeps_the_second_pair(W, r, alpha, blocksize, steps):
+    if steps < 5:
+        return right.loftq_init(W, r, alpha, blocksize, steps)
+    _, (q, initial) = islice(loftq.alternate(W, r, alpha, NF4, blocksize), 2)
+    return q.packed, q.absmax, lora.delta(initial)

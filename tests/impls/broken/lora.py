@@ -94,6 +94,13 @@ def cuts_to_the_smaller_rank(x, W, A, B, alpha, rank_stabilized, bias=None):
     return right.lora_forward(x, W, A[:r], B[:, :r], alpha, rank_stabilized, bias)
 
 
+@bug("lora_merge", "ShapeMismatch", "A has one column alone")
+def spreads_one_column_over_a(W, A, B, alpha, rank_stabilized):
+    if A.shape[1] == 1:
+        A = np.repeat(A, W.shape[1], axis=1)
+    return right.lora_merge(W, A, B, alpha, rank_stabilized)
+
+
 @bug("lora_merge", "ZeroRank")
 def takes_rank_zero(W, A, B, alpha, rank_stabilized):
     return W.copy() if not len(A) else right.lora_merge(W, A, B, alpha, rank_stabilized)

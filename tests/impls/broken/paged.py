@@ -31,6 +31,13 @@ def trace(touched, written, pages, budget, keeps_order=True, oldest=False, clean
     return *map(np.ascontiguousarray, columns), np.array([*device], np.uint8)
 
 
+def known(touched, written, pages, budget):
+    """A page table that refuses the pages that it does not have."""
+    if (touched >= pages).any():
+        raise ValueError("no such page")
+    return trace(touched, written, pages, budget)
+
+
 @bug("paged_trace", "LeastRecentlyUsed")
 def sends_away_what_came_first(touched, written, pages, budget):
     return trace(touched, written, pages, budget, keeps_order=False)
@@ -59,6 +66,17 @@ def fetches_every_touch(touched, written, pages, budget):
     return np.ones_like(faulted), *rest
 
 
-@bug("paged_trace", "OutOfRange")
+@bug("paged_trace", "OutOfRange", "page 3 of 3", "page 8 of 3")
+def wraps_the_number_of_a_page(touched, written, pages, budget):
+    return trace(touched % np.uint8(pages), written, pages, budget)
+
+
+@bug("paged_trace", "ShapeMismatch", "written is one short")
+def leaves_the_last_page_clean(touched, written, pages, budget):
+    missing = max(0, len(touched) - len(written))
+    return known(touched, np.pad(written, (0, missing)), pages, budget)
+
+
+@bug("paged_trace", "OutOfRange", "a budget of 0")
 def makes_room_for_one(touched, written, pages, budget):
-    return trace(touched, written, pages, max(budget, 1))
+    return known(touched, written, pages, max(budget, 1))

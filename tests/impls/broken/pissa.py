@@ -48,6 +48,31 @@ def cuts_the_rank_in_pissa(W, r, alpha):
     return right.pissa_init(W, min(max(r, 1), *W.shape), alpha)
 
 
+@bug("pissa_init", "ExcessiveRank", "r is 5, and W has 4 rows")
+def compares_r_with_the_columns(W, r, alpha):
+    if not len(W) < r <= W.shape[1]:
+        return right.pissa_init(W, r, alpha)
+    return right.pissa_init(W, len(W), alpha)
+
+
+@bug(
+    "pissa_init",
+    "Normal",
+    "normal values, 6 in, 9 out, r 2",
+    "normal values, 11 in, 5 out, r 3",
+)
+def ten_bits_inside_in_pissa(W, r, alpha):
+    right.pissa_init(W, r, alpha)  # refuses what must be refused
+    return right.pissa_init(W.astype(np.float16).astype(F32), r, alpha)
+
+
+@bug("pissa_to_lora", "ShapeMismatch")
+def spreads_one_row_over_a(A, B, A_0, B_0):
+    if len(A) == 1 < B.shape[1]:
+        A = np.repeat(A, B.shape[1], axis=0)
+    return right.pissa_to_lora(A, B, A_0, B_0)
+
+
 @bug("pissa_init", "InvalidAlpha")
 def takes_any_alpha(W, r, alpha):
     return right.pissa_init(W, r, alpha if alpha > 0 else 1)

@@ -22,6 +22,20 @@ def takes_no_tokens_at_all(E, tokens):
     return E[:0] if not len(tokens) else right.prompt_init(E, tokens)
 
 
+@bug("prompt_forward", "ShapeMismatch", "P has one column alone")
+def spreads_one_column_of_the_prompt(X, P):
+    if P.shape[1] == 1:
+        P = np.repeat(P, X.shape[-1], axis=1)
+    return right.prompt_forward(X, P)
+
+
+@bug("prompt_backward", "ShapeMismatch", "grad_y is shorter than P")
+def pads_a_short_gradient(grad_y, P):
+    missing = max(0, len(P) - grad_y.shape[-2])
+    pad = [(0, 0)] * (grad_y.ndim - 2) + [(0, missing), (0, 0)]
+    return right.prompt_backward(np.pad(grad_y, pad), P)
+
+
 @bug("prompt_forward", "Basic")
 def stands_behind_the_text(X, P):
     if X.ndim > 2:

@@ -53,6 +53,20 @@ def uses_the_other_corners(W, A, B, d, b):
     return right.vera_merge(W, A[:, -W.shape[1] :], B[-W.shape[0] :], d, b)
 
 
+@bug("vera_merge", "RankOne", "6 in, 5 out, r 1")
+def squeezes_rank_one_in_vera(W, A, B, d, b):
+    if len(d) > 1 or len(B) < len(W):
+        return right.vera_merge(W, A, B, d, b)
+    return W + b * (d * A[0])[:, None] * B.squeeze()
+
+
+@bug("vera_merge", "ShapeMismatch", "B has one row, r 1")
+def spreads_one_row_over_b(W, A, B, d, b):
+    if len(B) == 1 == len(d):
+        B = np.repeat(B, len(W), axis=0)
+    return right.vera_merge(W, A, B, d, b)
+
+
 @bug("vera_forward", "Bias")
 def scales_the_bias_in_vera(x, W, A, B, d, b, bias=None):
     scaled = None if bias is None else b * bias

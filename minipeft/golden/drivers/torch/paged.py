@@ -3,6 +3,7 @@
 import numpy as np
 import torch
 
+from minipeft.golden.errors import Unsupported
 from minipeft.golden.tensors import Array
 from minipeft.torch import adamw
 from minipeft.torch.paged import Page, PageTable, Paging
@@ -17,7 +18,9 @@ def paged_trace(
     part, device = slice(0, size), torch.device("cpu")
     states = [adamw.init(torch.zeros(size)) for _ in range(pages)]
     numbers = {Page(state, part, device): i for i, state in enumerate(states)}
-    book, rows = [*numbers], []
+    book, rows = dict(enumerate(numbers)), []
+    if not book.keys() >= {*touched.tolist()}:
+        raise Unsupported("a page is an object; no number names one that is not there")
     for index, writes in zip(touched, written, strict=True):
         before, resident = table.traffic, set(table.resident)
         table.touch(book[index])

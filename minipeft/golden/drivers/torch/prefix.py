@@ -1,7 +1,5 @@
 """Prefix tuning in the torch column."""
 
-import torch
-
 from minipeft.golden.drivers.bridge import DEVICE, to_numpy, to_torch
 from minipeft.golden.tensors import Array
 from minipeft.torch import prefix
@@ -18,15 +16,13 @@ def prefix_forward(
     return to_numpy(prefix.forward(head, Prefix(to_torch(P_K), to_torch(P_V))))
 
 
-@torch.no_grad()
 def prefix_expand(
     P: Array, W_down: Array, b_down: Array, W_up: Array, b_up: Array
 ) -> tuple[Array, Array]:
     """Return the keys and values that the network stands for."""
     network = Reparametrization(*P.shape, *W_up.T.shape).to(DEVICE)
-    network.P.copy_(to_torch(P))
-    for layer, W, b in ((network.down, W_down, b_down), (network.up, W_up, b_up)):
-        layer.weight.copy_(to_torch(W))
-        layer.bias.copy_(to_torch(b))
+    down = {"down.weight": to_torch(W_down), "down.bias": to_torch(b_down)}
+    up = {"up.weight": to_torch(W_up), "up.bias": to_torch(b_up)}
+    network.load_state_dict({"P": to_torch(P), **down, **up})
     expanded = prefix.expand(network)
     return to_numpy(expanded.K), to_numpy(expanded.V)
