@@ -157,6 +157,25 @@ def arguments(row: ModuleType, name: str) -> dict[str, object]:
     return {p: pool[p] if p == "p" else copy.deepcopy(pool[p]) for p in parameters}
 
 
+def variants(row: ModuleType, name: str) -> Iterator[dict[str, object]]:
+    """Yield the arguments, then those that lead to a function's other branches."""
+    given, pool = arguments(row, name), operands(row)
+    yield given
+    plain, coded = pool["states"]
+    others = {
+        ia3: {"adapter": ia3.IA3(f32(5), "input")},
+        qlora: {"q": double_quant.quantize(f32(4, 5), blocksize=4)},
+        adamw: {
+            **{"moment": plain.m, "like": plain.m},
+            **({"arrays": adamw.to_arrays(plain)} if name == "from_arrays" else {}),
+            **({"state": coded} if name == "to_arrays" else {}),
+        },
+    }
+    for parameter, value in others.get(row, {}).items():
+        if parameter in given:
+            yield {**given, parameter: copy.deepcopy(value)}
+
+
 def arrays(value: object) -> Iterator[np.ndarray]:
     """Yield every array inside a value."""
     if isinstance(value, np.ndarray):

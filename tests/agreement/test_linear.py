@@ -5,42 +5,20 @@ its weight: `nn.Linear`, GPT-2's `Conv1D` (transposed) and `nn.Embedding` (rows 
 up, which is a product with one-hot vectors).
 """
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from torch import nn
-from transformers.pytorch_utils import Conv1D
 
 from minipeft.reference import linear as reference
 from minipeft.torch.linear import weight_of, weight_view
+from tests.agreement.on_torch import conv1d, dense, numpy, tensor
+from tests.bounds import assert_both_within, counted
 from tests.strategies import gaussian_layers, integer_layers, seeds
-from tests.tolerance import assert_bits, assert_sums, assert_within, gamma
-
-
-def tensor(array):
-    return torch.from_numpy(np.array(array))
-
-
-def numpy(value):
-    return value.detach().numpy()
-
-
-def dense(t):
-    base = nn.Linear(t.W.shape[1], t.W.shape[0], t.bias is not None)
-    base.weight = nn.Parameter(tensor(t.W))
-    base.bias = None if t.bias is None else nn.Parameter(tensor(t.bias))
-    return base
-
-
-def conv1d(t):
-    base = Conv1D(*t.W.shape)
-    base.weight = nn.Parameter(tensor(t.W.T))
-    base.bias = nn.Parameter(torch.zeros(len(t.W)))
-    if t.bias is not None:
-        base.bias = nn.Parameter(tensor(t.bias))
-    return base
-
+from tests.tolerance import assert_bits, assert_sums
 
 both = pytest.mark.parametrize("base", [dense, conv1d])
 
@@ -65,28 +43,20 @@ def expected(t):
 @both
 @given(t=integer_layers)
 def test_forward_and_gradients_are_equal_in_bits(base, t):
-    for ours, theirs in zip(run(base(t), t), expected(t), strict=False):
+    for ours, theirs in zip(run(base(t.W, t.bias), t), expected(t), strict=False):
         assert_sums(numpy(ours), np.asarray(theirs))
-
-
-@both
-@given(t=integer_layers)
-def test_the_layer_itself_computes_the_same_bits(base, t):
-    y = base(t)(tensor(t.x))
-    assert_sums(numpy(y), reference.forward(t.x, t.W, t.bias))
 
 
 @both
 @given(t=gaussian_layers)
 def test_forward_and_gradients_differ_by_roundings_only(base, t):
-    rows = t.x.size // t.x.shape[-1]
-    bias = None if t.bias is None else abs(t.bias).astype(float)
-    x, W, G = (abs(v).astype(float) for v in (t.x, t.W, t.grad_y))
-    sizes = [reference.forward(x, W, bias), *reference.backward(G, x, W)]
-    roundings = [t.W.shape[1] + 1, len(t.W), rows, rows]
-    parts = zip(run(base(t), t), expected(t), sizes, roundings, strict=False)
-    for ours, theirs, size, n in parts:
-        assert_within(numpy(ours), theirs, 2 * gamma(n) * size)  # either side errs
+    parts = {name: counted(getattr(t, name)) for name in ("x", "W", "grad_y")}
+    bias = None if t.bias is None else counted(t.bias)
+    sizes = expected(replace(t, **parts, bias=bias))
+    for ours, theirs, size in zip(
+        run(base(t.W, t.bias), t), expected(t), sizes, strict=False
+    ):
+        assert_both_within(numpy(ours), theirs, size, size)
 
 
 @both
@@ -94,7 +64,7 @@ def test_forward_and_gradients_differ_by_roundings_only(base, t):
 def test_gradients_are_central_differences_in_float64(base, t, seed):
     # The loss is linear in x, in W and in the bias taken one at a time, and every
     # number is a small integer: the difference is the slope, exactly.
-    rng, layer = np.random.default_rng(seed), base(t)
+    rng, layer = np.random.default_rng(seed), base(t.W, t.bias)
     _, *gradients = run(layer, t, torch.float64)
     x, W = tensor(t.x).double(), weight_of(layer)
     grad_y = tensor(t.grad_y).double()
@@ -127,7 +97,7 @@ def test_an_embedding_is_the_layer_on_one_hot_rows(t, seed):
 @both
 @given(t=integer_layers)
 def test_a_plain_layer_of_another_weight_computes_with_it(base, t):
-    layer = base(t)
+    layer = base(t.W, t.bias)
     plain = weight_view(layer).plain(layer, tensor(2 * t.W))
     assert_sums(numpy(plain(tensor(t.x))), reference.forward(t.x, 2 * t.W, t.bias))
     assert not plain.weight.requires_grad
@@ -136,7 +106,7 @@ def test_a_plain_layer_of_another_weight_computes_with_it(base, t):
 @both
 @given(t=integer_layers)
 def test_the_form_is_that_of_the_weight(base, t):
-    layer = base(t).to(torch.bfloat16)
+    layer = base(t.W, t.bias).to(torch.bfloat16)
     form = weight_view(layer).form(layer)
     assert (form.out_features, form.in_features) == t.W.shape
     assert form.dtype is torch.bfloat16

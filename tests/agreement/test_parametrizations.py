@@ -9,7 +9,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from minipeft.torch.inject import inject, merge, unload, unmerge
+from minipeft.torch.inject import (
+    adapted,
+    inject,
+    merge,
+    trainable_parameters,
+    unload,
+    unmerge,
+)
+from tests.agreement.llama import TEXT, llama
 from tests.agreement.on_torch import (
     ADAPTED,
     CONFIGS,
@@ -133,6 +141,28 @@ def test_unmerging_gives_every_bit_back_however_often(row, dtype):
     assert torch.equal(model(x), y)
     for old, new in zip(before, unload(model).parameters(), strict=True):
         assert torch.equal(old, new)
+
+
+@pytest.mark.parametrize("row", CONFIGS)
+def test_a_llama_starts_unchanged_learns_and_merges(row):
+    model, targets = llama(), ["q_proj", "down_proj"]
+    expected = model(TEXT).logits
+    config = CONFIGS[row]
+    if row == "ia3":
+        config = replace(config, feedforward=targets[1:])
+    inject(model, config, targets)
+    assert torch.equal(model(TEXT).logits, expected)
+    first = model(TEXT, labels=TEXT).loss
+    trained = trainable_parameters(model)
+    before = [p.detach().clone() for p in trained]
+    optimizer = torch.optim.Adam(trained, lr=0.05)
+    for _ in range(3):
+        optimizer.zero_grad()
+        model(TEXT, labels=TEXT).loss.backward()
+        optimizer.step()
+    assert model(TEXT, labels=TEXT).loss < first
+    assert not any(torch.equal(a, b) for a, b in zip(before, trained, strict=True))
+    assert not adapted(unload(merge(model)))
 
 
 def test_every_row_is_here():
