@@ -362,7 +362,7 @@ chapter.show(
     figure,
     "minilm",
     alt="Relative error of 36 weight matrices, in the order of the network, as dots of three colours in three rows: NF4 near 9 percent, int4 near 11, FP4 near 13. Grey bars mark six matrices, one in each layer, where all dots lie a little higher.",
-    caption=f"NF4 has the smallest error on each of the {len(weights)} matrices: {100 * errors['NF4'].min():.1f} to {100 * errors['NF4'].max():.1f} %. Grey bars mark the matrices with enormous single weights.",
+    caption=f"NF4 has the smallest error on each of the {len(weights)} matrices: {100 * errors['NF4'].min():.1f} to {100 * errors['NF4'].max():.1f} %. Grey bars mark the matrices with the heaviest tails (excess kurtosis above 10).",
 )
 largest = [*weights.values()][int(kurtosis.argmax())].ravel()
 rest = np.delete(largest, np.abs(largest).argmax())
