@@ -142,7 +142,7 @@ print(f"LoRA of rank {adapter.r} trains {thin:.1%} of the parameters")
 # %% [markdown]
 # Does that fit? "24 GB" on the box of a graphics card means 24 **GiB**, that is $24 \cdot 2^{30}$ bytes or 25.8 GB. What a
 # program can use of them differs from card to card, since some keep a part for error correction. These are the sizes that
-# `nvidia-smi` reports ([one list](https://thundergolfer.com/blog/nvidia-gpu-memory-capacity)):
+# `nvidia-smi` reports (a [list](https://thundergolfer.com/blog/nvidia-gpu-memory-capacity) of those in data centres is online):
 
 # %%
 CARDS = {  # what nvidia-smi reports, in MiB

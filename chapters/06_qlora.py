@@ -28,7 +28,7 @@ chapter = start("06_qlora", steps=24, model="tiny")
 # ## The problem
 #
 # LoRA makes gradients and optimizer states small. What remains are the activations and the frozen base. The setting is that of
-# [chapter 0](00_why.md): 7 billion parameters, four sequences of 512 tokens, adapters of rank 64. A third column stores the base in NF4 without double quantization.
+# [chapter 0](00_why.md): 7 billion parameters, four sequences of 512 tokens, adapters of rank 64. The second bar below stores the base in NF4 without double quantization.
 
 # %%
 ways = memory.ways_to_train()
@@ -176,7 +176,7 @@ chapter.show(
 )
 
 # %% [markdown]
-# Storing four bits alone saves nothing during training. It is the second decoding that does, and it changes no bit of the gradient. Its price is time: each weight is decoded twice in a step.
+# Storing four bits does not save memory during training by itself. Decoding a second time does, and it changes no bit of the gradient. The price is time: each weight is decoded twice in a step.
 #
 # ## The experiment: does the adapter repair the base?
 #
@@ -241,7 +241,7 @@ chapter.claim(
 # %% [markdown]
 # Read the table by rows. On the **NF2** base its own adapter reaches {=f"{after['NF2', 'NF2']:.3f}"=}, one that was trained on float32 only {=f"{after['NF2', 'float32']:.3f}"=}: the difference of
 # {=f"{repair['NF2']:.2f}"=} nats is repair, about {=f"{repair['NF2'] / damage['NF2']:.0%}"=} of what two bits had cost. On the **NF4** base the two adapters differ by {=f"{repair['NF4']:.4f}"=} nats, where NF4 had cost
-# {=f"{damage['NF4']:.4f}"=}. So at four bits the adapter repairs {=f"{repair['NF4'] / damage['NF4']:.0%}"=} of the damage in this run, and there is not much to repair: training gains {=f"{before['NF4'] - after['NF4', 'NF4']:.2f}"=} nats on either base.
+# {=f"{damage['NF4']:.4f}"=}. So at four bits the adapter repairs {=f"{repair['NF4'] / damage['NF4']:.0%}"=} of the damage in this run, and there is not much to repair: training gains {=f"{before['NF4'] - after['NF4', 'NF4']:.2f}"=} nats on NF4, and {=f"{before['float32'] - after['float32', 'float32']:.2f}"=} on float32.
 #
 # This is one seed, one learning rate and {=chapter.steps=} steps on a small model. The paper reports that on models of 7 to 65 billion parameters 4-bit training matches 16-bit training; it does not measure how much
 # of that is repair.

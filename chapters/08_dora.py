@@ -233,7 +233,7 @@ chapter.claim(
 # the two changes are tied together less, as the authors of DoRA intended.
 #
 # The paper's own measure, over layers and moments, gives {=f"{across['full fine-tuning']:+.2f}"=}, {=f"{across['LoRA']:+.2f}"=} and {=f"{across['DoRA']:+.2f}"=} here, where
-# it reports −0.62, +0.83 and −0.31 on models thousands of times as large. We do not find its signs. There may be two reasons. In a run of
+# it reports −0.62, +0.83 and −0.31 on VL-BART, a model more than a hundred times as large. We do not find its signs. There may be two reasons. In a run of
 # {=chapter.steps=} steps all changes grow with time, which is a correlation by itself; and Adam moves DoRA's magnitudes at full speed from the first step.
 #
 # The held-out loss is {=f"{losses['LoRA']:.3f}"=} for LoRA and {=f"{losses['DoRA']:.3f}"=} for DoRA, from one seed: that is no ranking. DoRA trains

@@ -202,17 +202,26 @@ chapter.claim(
 figure, ax = plots.axes(
     "Gain after a short training", "trained parameters", "gain (nats per token)"
 )
-for color, (name, (count, gain)) in zip(plots.PALETTE, found.items(), strict=False):
-    ax.plot(count, gain, "o", color=color, markersize=8)
+ranks = [point for name, point in found.items() if name.startswith("VeRA")]
+ax.plot(*zip(*ranks, strict=True), "o-", color=plots.PALETTE[0], markersize=8)
+ax.plot(*found["LoRA, r = 1"], "o", color=plots.PALETTE[1], markersize=8)
+for name, point in found.items():
+    left = name.startswith("LoRA")
     ax.annotate(
-        name, (count, gain), xytext=(8, -3), textcoords="offset points", color=plots.INK
+        name,
+        point,
+        xytext=(-9 if left else 9, -3 if left else -13),
+        textcoords="offset points",
+        ha="right" if left else "left",
+        color=plots.INK,
     )
-ax.set_ylim(bottom=0)
+ax.set_ylim(0, 1.25 * max(gains.values()))
 ax.set_xlim(0, max(count for count, _ in found.values()) * 1.3)
+ax.xaxis.set_major_formatter("{x:,.0f}")
 chapter.show(
     figure,
     "gain",
-    alt="Gain in loss against the number of trained parameters: three points for VeRA, from left to right higher with the rank, and one point for LoRA of rank 1 between the second and the third, at the height of the third.",
+    alt="Gain in loss against the number of trained parameters: three joined points for VeRA, which rise from left to right with the rank, and one point for LoRA of rank 1, left of the third and at about its height.",
     caption=f"VeRA gains more as its rank grows from 4 to 256 ({gains['VeRA, r = 4']:.2f} to {gains['VeRA, r = 256']:.2f} nats). On this narrow model LoRA of rank 1 gains {gains['LoRA, r = 1']:.2f} with fewer parameters.",
 )
 

@@ -117,6 +117,7 @@ for name, (config, rates) in METHODS.items():
     chosen[name] = runs[best[name]]
 before = chosen["IA3"].before
 chapter.quantity(task.BEFORE, before, "nats per token")
+chapter.quantity("tiny, IA3: trained numbers", chosen["IA3"].trained, "", 0)
 for name, run in chosen.items():
     print(f"{name}: {run.trained:,} of {everything:,} parameters, loss {run.after:.3f}")
 ia3_gain, lora_gain = (before - run.after for run in chosen.values())

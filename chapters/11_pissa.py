@@ -1,10 +1,9 @@
 # %% [markdown]
 # # PiSSA: train what matters most
 #
-# LoRA starts with noise in $A$ and zeros in $B$. Its first steps are spent on finding a
-# direction at all. PiSSA [@meng2024] starts with the best directions there are, those of the
-# weight itself: it moves the largest singular values of $W$ into the adapter and freezes
-# the rest.
+# LoRA starts with random numbers in $A$ and zeros in $B$, so its first steps are spent on finding a direction. PiSSA [@meng2024] starts from the weight
+# itself: it moves the largest singular values of $W$, and the directions that belong to them, into the adapter and freezes the rest. These are the best directions
+# for rebuilding $W$ from a matrix of rank $r$. Whether they are also the best to learn in is a question for an experiment.
 
 # %%
 import copy
@@ -13,7 +12,7 @@ from fractions import Fraction
 import numpy as np
 import torch
 
-from minipeft.lab import data, models, plots, text, timing, train
+from minipeft.lab import models, plots, task, timing, tuning
 from minipeft.lab.chapter import start
 from minipeft.reference import blockwise, lora, pissa
 from minipeft.torch import pissa as pissa_torch
@@ -26,9 +25,8 @@ chapter = start("11_pissa", steps=32, model="tiny")
 # %% [markdown]
 # ## The problem
 #
-# The gradient of $B$ is $s\,G^T (x A^T)$ and that of $A$ is $s\,(G B)^T x$. While $B$ is zero, $A$ learns nothing; and what $B$
-# learns goes through a random $A$, which hears only a random part of the input. Both grow out of this, but it costs
-# steps, and steps are what fine-tuning has few of.
+# With $G$ for the gradient of the loss with respect to the output $y$, the gradient of $B$ is $s\,G^T (x A^T)$ and that of $A$ is $s\,(G B)^T x$. While $B$ is zero, the gradient of $A$ is zero too, and $B$
+# sees the input only through a random $A$: through $r$ random combinations of its features. Training mends both, but it takes steps, and fine-tuning has few of them.
 #
 # ## The formula
 #
@@ -36,12 +34,11 @@ chapter = start("11_pissa", steps=32, model="tiny")
 #
 # $$ A = \sqrt{S_r / s}\; V_r^T, \qquad B = U_r \sqrt{S_r / s}, \qquad W_{res} = W - s\,B A. $$
 #
-# The frozen base is now $W_{res}$, and $W_{res} + s\,BA = W$: training begins exactly at the base model, as with LoRA. But the
-# adapter holds the part of $W$ that acts most, and its gradients are as large as those of that part. The division by $s$ under the
-# root is easily forgotten, and then the split is right only for $\alpha = r$.
+# The frozen base is now $W_{res}$, and $W_{res} + s\,BA = W$: training begins exactly at the base model, as with LoRA. But neither $A$ nor $B$ is zero, so both have a gradient from the
+# first step. The split is right for every $\alpha$ only because of the division by $s$ under the root; without it, only for $\alpha = r$.
 #
 # Nothing of rank $r$ is nearer to $W$ than $U_r S_r V_r^T$: the theorem of Eckart and Young [@eckart1936]. What the adapter holds is therefore
-# the largest part of $W$ that an adapter *can* hold.
+# the largest part of $W$ that an adapter of this rank *can* hold.
 
 # %%
 models.fetch("minilm")
@@ -52,10 +49,12 @@ R = 16
 held = np.square(S[:R]).sum() / np.square(S).sum()
 print(f"query matrix of layer 3, {W.shape[0]} x {W.shape[1]}")
 print(f"largest singular value {S[0]:.2f}, median {np.median(S):.2f}")
-print(f"the first {R} of {len(S)} hold {held:.0%} of the square of the norm")
+print(f"the first {R} of {len(S)} hold {held:.1%} of the squared norm")
 
 # %% tags=["fold"]
-figure, ax = plots.axes(x="singular value, by size", y="", size=(6.4, 3.0))
+figure, ax = plots.axes(
+    x="number of the singular value", y="singular value", size=(6.4, 3.0)
+)
 ax.bar(np.arange(R), S[:R], width=1.0, color=plots.PALETTE[1])
 ax.bar(np.arange(R, len(S)), S[R:], width=1.0, color=plots.FAINT)
 ax.text(
@@ -65,12 +64,13 @@ ax.text(
     color=plots.PALETTE[1],
     weight="bold",
 )
-ax.text(150, S[120] * 1.5, "residual: the rest, frozen", color=plots.INK)
+ax.text(150, S[60] * 1.2, "residual: the rest, frozen", color=plots.INK)
 ax.grid(visible=False)
 chapter.show(
     figure,
     "spectrum",
-    alt="Singular values of a weight matrix in falling order: the first sixteen, coloured, stand far above the long grey tail that stays frozen.",
+    alt="Bars of the singular values of a weight matrix in falling order: the first sixteen are coloured, the long tail is grey.",
+    caption=f"The first {R} singular values are {S[0]:.1f} to {S[R - 1]:.1f}, the median of all {len(S)} is {np.median(S):.1f}. The adapter holds {R / len(S):.1%} of the values and {held:.0%} of the squared norm.",
 )
 
 # %% [markdown]
@@ -86,9 +86,9 @@ chapter.show(
 # @source minipeft.torch.pissa.residual
 #
 # An SVD of a large matrix takes long, and all but $r$ of its values are thrown away. The randomized version multiplies $W$ by a few
-# random vectors, lets $W W^T$ pull them towards the largest directions, and takes the SVD of what is left: a matrix
-# as thin as the adapter. Each pass of $W$ adds a block, and all blocks are kept, which is worth more than
-# the last one alone [@musco2015; @halko2011]. A start that depends on random numbers must have a seed, or it cannot be repeated: `Sketch` has one.
+# random vectors, multiplies the result by $W W^T$ again and again, so that the directions of the largest singular values grow, and takes the SVD of what $W$ is within the span of these products: a matrix
+# not much wider than the adapter. Each multiplication adds a block, and all blocks are kept, which is more accurate than
+# keeping the last one [@musco2015; @halko2011]. A start that depends on random numbers must have a seed, or it cannot be repeated: `Sketch` has one.
 #
 # @source minipeft.reference.pissa.Sketch
 #
@@ -105,17 +105,18 @@ chapter.show(
 # %% [markdown]
 # ## Giving the base back
 #
-# Once $W_{res}$ stands in the place of $W$, the original is gone. Adding $s\,B_0 A_0$ again gives almost $W$:
+# Once $W_{res}$ stands in the place of $W$, the original is gone. Adding $s\,B_0 A_0$ again gives $W$ only up to rounding:
 
 # %%
 base, initial = pissa.init(W, R, 32)
 again = lora.merge(base, initial)
 differing = np.mean(again != W)
+size, left = (float(np.linalg.norm(matrix)) for matrix in (W, base))
 print(f"{differing:.0%} of the weights differ, by up to {np.abs(again - W).max():.1e}")
-print(
-    f"switched off, the layer has lost {np.linalg.norm(base - W) / np.linalg.norm(W):.0%} of its weight"
-)
+print(f"norm of W {size:.1f}, of the residual alone {left:.1f}: {left / size:.0%}")
+print(f"the residual keeps {(left / size) ** 2:.1%} of the squared norm")
 assert 0 < differing < 1
+assert abs((left / size) ** 2 + held - 1) < 1e-5  # the two parts are orthogonal
 
 # %% [markdown]
 # Our layer in torch therefore never forms the residual. It computes
@@ -163,15 +164,8 @@ print("rank", len(after.A), "on the residual = rank", len(plain.A), "on W, exact
 
 # %%
 base_model = models.load(chapter.model, chapter.device)
-tokenizer = base_model.tokenizer
-pairs = {
-    split: [(entry.prompt, entry.answer) for entry in data.devils_dictionary(split)]
-    for split in ("train", "validation")
-}
-size = (6, 64)
-batches = text.examples(tokenizer, pairs["train"], size, seed=0)
-held_out = text.example_batches(tokenizer, pairs["validation"], (25, 64))
-tokens = held_out[0]["input_ids"]
+lesson = tuning.dictionary(base_model.tokenizer)
+tokens = lesson.held_out[0]["input_ids"]
 LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
@@ -188,49 +182,100 @@ print(f"{len(adapted(model))} layers adapted; every logit as before, bit for bit
 # %% [markdown]
 # ## The experiment: a faster start
 #
-# `tiny` learns the *Devil's Dictionary* once more: LoRA and PiSSA with the same rank, the same scaling, the same batches, the
-# same learning rates. Three rates for each, because the better start deserves no better tuning.
+# `tiny` learns the *Devil's Dictionary* once more: LoRA and PiSSA with the same rank, the same scaling, the same batches. Each tries rates two to a decade until the best one has a worse one on both sides.
+#
+# PiSSA differs from LoRA in two ways: its adapter points along the singular vectors of $W$, and its entries are large, so that the same step of Adam in $A$ moves the product $BA$ further. A control separates the
+# two. *Random directions* is PiSSA with other vectors: each singular vector is replaced by a random one, orthogonal to the others, and each singular value stays. Its adapter is as large, and its base is again $W$ minus its start.
+
 
 # %%
-RATES = (1e-3, 3e-3, 1e-2)
-CONFIGS = {"LoRA": LoRAConfig(r=8, alpha=16), "PiSSA": PiSSAConfig(r=8, alpha=16)}
-histories, last = {}, {}
-for name, config in CONFIGS.items():
-    for lr in RATES:
-        torch.manual_seed(0)
-        model = inject(copy.deepcopy(base_model.model), config, LINEARS)
-        setting = train.TrainConfig(chapter.steps, lr=lr, warmup=chapter.steps // 10)
-        histories[name, lr] = train.train(model, batches, setting, held_out)
-        last[name, lr] = histories[name, lr].validation[-1][1]
-        print(f"{name:5s} at {lr:.0e}: validation loss {last[name, lr]:.3f}")
-assert last["PiSSA", RATES[0]] < last["LoRA", RATES[0]]
-best = {name: min(RATES, key=lambda lr: last[name, lr]) for name in CONFIGS}
+@torch.no_grad()
+def random_directions(model):
+    """Replace the singular vectors of each PiSSA layer by random orthonormal ones."""
+    generator = torch.Generator().manual_seed(0)
+    for layer in adapted(model).values():
+        own = layer.adapters["default"]
+        for now, start_at, dim in ((own.A, own.A_0, 1), (own.B, own.B_0, 0)):
+            shape = now.shape if dim == 0 else now.T.shape
+            Q = torch.linalg.qr(torch.randn(shape, generator=generator)).Q.to(now)
+            other = now.norm(dim=dim, keepdim=True) * (Q if dim == 0 else Q.T)
+            now.copy_(other)
+            start_at.copy_(other)
+    return model
+
+
+def adapt(name):
+    """A copy of the base with one start."""
+    config = LoRAConfig(r=8, alpha=16) if name == "LoRA" else PiSSAConfig(r=8, alpha=16)
+    torch.manual_seed(0)
+    model = inject(copy.deepcopy(base_model.model), config, LINEARS)
+    return random_directions(model) if name == "random directions" else model
+
+
+SLOW = 1e-3
+STARTS = {
+    "LoRA": (SLOW, 3e-3, 1e-2, 3e-2),
+    "PiSSA": (SLOW, 3e-3, 1e-2),
+    "random directions": (SLOW, 3e-3, 1e-2),
+}
+last, best = {}, {}
+for name, rates in STARTS.items():
+    for lr in rates:
+        run = tuning.tune(adapt(name), lesson, chapter.steps, lr, checks=1)
+        last[name, lr] = run.after
+        print(f"{name} at {lr:g}: loss {run.after:.3f}")
+        if (name, lr) == ("PiSSA", SLOW):
+            model, before = run.model, run.before
+    best[name] = chapter.best(name, {lr: last[name, lr] for lr in rates})
+chapter.quantity(task.BEFORE, before, "nats per token")
+at_best = {name: last[name, best[name]] for name in STARTS}
+slow = {name: last[name, SLOW] for name in STARTS}
+lead, by_size = slow["LoRA"] - slow["PiSSA"], slow["LoRA"] - slow["random directions"]
+chapter.claim(
+    f"at the rate {SLOW:g}, PiSSA learns more",
+    lead > 0,
+    control="LoRA at that rate",
+)
+chapter.claim(
+    "its directions are part of the reason",
+    by_size < lead,
+    control="random directions of the same size, at that rate",
+)
+chapter.claim(
+    "PiSSA's lead does not survive tuning",
+    at_best["LoRA"] < at_best["PiSSA"],
+    control="each at its own best rate",
+)
 
 # %% tags=["fold"]
 figure, ax = plots.axes(
-    x="learning rate", y="validation loss (nats per token)", size=(6.4, 3.2)
+    x="learning rate", y="loss on held-out definitions", size=(6.4, 3.4)
 )
-for color, name in zip(plots.PALETTE, CONFIGS, strict=False):
-    points = [last[name, lr] for lr in RATES]
-    ax.plot(RATES, points, "o-", color=color)
-    ax.text(RATES[0] * 0.93, points[0], name, color=color, ha="right", weight="bold")
-    ax.plot(best[name], last[name, best[name]], "o", color=color, markersize=10)
-ax.set(xscale="log", xlim=(6.5e-4, 1.3e-2))
-ax.set_xticks(RATES, [f"{lr:g}" for lr in RATES])
+for color, (name, rates) in zip(plots.PALETTE, STARTS.items(), strict=False):
+    points = [last[name, lr] for lr in rates]
+    ax.plot(rates, points, "o-", color=color, label=name)
+    ax.plot(best[name], at_best[name], "o", color=color, markersize=10)
+ax.axhline(before, color=plots.INK, linestyle="--", linewidth=1)
+ax.text(SLOW, before, "before training", va="bottom", color=plots.INK)
+ax.set(xscale="log")
+ax.set_xticks(STARTS["LoRA"], [f"{lr:g}" for lr in STARTS["LoRA"]])
 ax.minorticks_off()
+ax.legend(loc="upper center")
 chapter.show(
     figure,
     "start",
-    alt="Validation loss against the learning rate: PiSSA lies below LoRA at the small rates and above it at the largest, and the best point of each is marked.",
+    alt="Loss on held-out definitions against the learning rate for LoRA, PiSSA and random directions of PiSSA's size. PiSSA is lowest at the two small rates, LoRA at the third, and random directions lie between them; the best point of each is marked.",
+    caption=f"At {SLOW:g} PiSSA is {lead:.2f} nats ahead of LoRA, and random directions of the same size are {by_size:.2f} ahead. At its own best rate LoRA reaches {at_best['LoRA']:.2f}, PiSSA {at_best['PiSSA']:.2f}.",
 )
 
 # %% [markdown]
-# At the smallest rate, {=f"{RATES[0]:.0e}"=}, PiSSA ends at {=f"{last['PiSSA', RATES[0]]:.3f}"=} nats and LoRA at
-# {=f"{last['LoRA', RATES[0]]:.3f}"=}: a clear lead. At the best rate of each it is {=f"{last['PiSSA', best['PiSSA']]:.3f}"=} for PiSSA
-# ({=f"{best['PiSSA']:.0e}"=}) and {=f"{last['LoRA', best['LoRA']]:.3f}"=} for LoRA ({=f"{best['LoRA']:.0e}"=}). The adapter of PiSSA has large entries from the
-# start, so the same step of Adam moves its product further: much of what looks like a better direction is a
-# larger effective step. This is one seed and a short run on a small model, while the paper's claim of faster convergence concerns models
-# thousands of times as large. What carries over is the caution: compare initializations at *their own* best rates.
+# At the smallest rate, {=f"{SLOW:g}"=}, PiSSA ends at {=f"{slow['PiSSA']:.3f}"=} nats and LoRA at
+# {=f"{slow['LoRA']:.3f}"=}. Random directions of the same size end at {=f"{slow['random directions']:.3f}"=}: {=f"{100 * by_size / lead:.0f}"=} % of the lead is there with directions that know nothing of $W$. It comes from larger entries, which make the
+# effective step larger. The rest, {=f"{slow['random directions'] - slow['PiSSA']:.3f}"=} nats, is what the directions are worth here.
+#
+# At the best rate of each it is {=f"{at_best['PiSSA']:.3f}"=} for PiSSA
+# (rate {=f"{best['PiSSA']:g}"=}) and {=f"{at_best['LoRA']:.3f}"=} for LoRA (rate {=f"{best['LoRA']:g}"=}): on this model LoRA, tuned, is ahead. This is one seed and {=chapter.steps=} steps on a model of one million parameters, while the paper's claim of faster convergence concerns models
+# thousands of times as large. [Chapter 17](17_side_by_side.md) repeats the comparison with more steps and three seeds. What carries over is the caution: compare starts at *their own* best rates.
 #
 # The base is still there:
 
@@ -245,12 +290,12 @@ given_back = unload(model).state_dict()
 assert all(
     torch.equal(given_back[k], v) for k, v in base_model.model.state_dict().items()
 )
-print("switched off, unmerged, unloaded: every weight bit for bit as it was")
+print("switched off, unmerged, unloaded: every weight is bit for bit as it was")
 
 # %% [markdown]
 # ## The experiment: less lost in four bits
 #
-# Freeze the residual *in NF4*, keep the adapter in full precision, and the part of $W$ that matters most is never quantized. The
+# Freeze the residual *in NF4* and keep the adapter in full precision: then the part of $W$ with the largest singular values is never quantized. The
 # residual has smaller values and loses less. The paper measures the gain by the nuclear norm, as an *error-reduction ratio*:
 #
 # $$ 1 - \frac{\lVert W - (\mathrm{nf4}(W_{res}) + s\,BA) \rVert_*}{\lVert W - \mathrm{nf4}(W) \rVert_*}. $$
@@ -303,12 +348,13 @@ ax.grid(visible=False, axis="y")
 chapter.show(
     figure,
     "reduction",
-    alt="Error-reduction ratio of QPiSSA at rank 32 for the six kinds of matrices of MiniLM, one dot a layer and a bar at the mean: queries and keys gain most.",
+    alt="Error-reduction ratio of QPiSSA at rank 32 for the six kinds of matrices of MiniLM, one dot a layer and a bar at the mean.",
+    caption=f"Queries and keys gain most: {np.mean(by_kind['query']):.0f} % and {np.mean(by_kind['key']):.0f} % of the error on average, the other kinds {min(map(np.mean, by_kind.values())):.0f} to {sorted(map(np.mean, by_kind.values()))[-3]:.0f} %.",
 )
 
 # %% [markdown]
 # At rank 32 of 384, QPiSSA removes {=f"{np.mean([*ratios.values()]):.1f}"=} % of NF4's error on average, most for queries
-# ({=f"{np.mean(by_kind['query']):.1f}"=} %) and keys ({=f"{np.mean(by_kind['key']):.1f}"=} %), whose spectra fall fastest. The paper finds the same order on Llama 2 7B
+# ({=f"{np.mean(by_kind['query']):.1f}"=} %) and keys ({=f"{np.mean(by_kind['key']):.1f}"=} %). The paper finds the same two ahead on Llama 2 7B
 # with rank 128 of 4096: 27.9 % for queries, 27.2 % for keys, 13.6 % to 18.7 % elsewhere. [LoftQ](12_loftq.md) aims at the same error directly.
 #
 # ## What the randomized SVD costs
@@ -342,22 +388,30 @@ for name in WAYS:
     print(
         f"{name:21s} {1000 * np.median(seconds[name]):7.1f} ms, residual {100 * excess[name]:.3f} % above the optimum"
     )
-assert excess["ours"] < excess["svd_lowrank, niter 4"]
-assert np.median(seconds["ours"]) < np.median(seconds["exact SVD"])
+chapter.claim(
+    "the randomized SVD is more accurate",
+    excess["ours"] < excess["svd_lowrank, niter 4"],
+    control="torch.svd_lowrank, 4 iterations",
+)
+chapter.claim(
+    "and faster",
+    np.median(seconds["ours"]) < np.median(seconds["exact SVD"]),
+    control="the exact SVD",
+)
 
 # %% [markdown]
 # Whatever the error, the split is exact: what the adapter misses stays in the residual.
 #
 # ## What goes wrong in practice
 #
-# - **The residual is what you get back.** In peft, `disable_adapter()` and `unload()` on a PiSSA model return $W_{res}$, not $W$: a model that has lost its most
-#   important directions. Above, that was {=f"{np.linalg.norm(base - W) / np.linalg.norm(W):.0%}"=} of the norm of one matrix. A
+# - **The residual is what you get back.** In peft, `disable_adapter()` and `unload()` on a PiSSA model return $W_{res}$, not $W$: a model without the directions of its largest
+#   singular values. In the matrix above they hold {=f"{held:.0%}"=} of the squared norm, and the norm of the residual is {=f"{left / size:.0%}"=} of that of $W$. A
 #   [discussion of the conversion](https://github.com/huggingface/peft/pull/1626) led to the rank-$2r$ form.
 # - **A start that cannot be repeated.** With `pissa_niter_N` the random projection comes from the global generator. Load the adapter in another process without converting it, and the
 #   SVD comes out differently, so that the residual no longer fits the adapter. Here the seed is part of the configuration, and a saved adapter carries $A_0$ and $B_0$.
 # - **Quantize, then start?** $\mathrm{nf4}(W_{res}) + s\,BA$ is not $\mathrm{nf4}(W)$ plus a change of the adapter. Converting to a plain LoRA on the 4-bit *original* gives another model.
-# - **The scaling.** An initializer that forgets to divide by $s$ gives a base that is wrong by $(s - 1)$ times the principal part, and is right for the default $\alpha = r$. [LoftQ](12_loftq.md) has
-#   the same story, unrepaired.
+# - **The scaling.** An initializer that forgets to divide by $s$ gives a base that is wrong by $(s - 1)$ times the principal part, and is right for the default $\alpha = r$. peft made the same mistake in
+#   [LoftQ](12_loftq.md).
 #
 # ## Exercises
 #
@@ -385,7 +439,7 @@ print(f"one step {one_step:.1%}, five steps {five_steps:.1%}")
 assert five_steps > one_step
 
 # %% [markdown]
-# 3. Is the better start a matter of *which* singular values? Start with the smallest $r$ instead, and compare how much of $W$ the adapter holds.
+# 3. Does it matter *which* singular values the adapter starts from? Start with the smallest $r$ instead, and compare how much of $W$ the adapter holds.
 
 # %% tags=["solution"]
 smallest = np.square(S[-R:]).sum() / np.square(S).sum()

@@ -1,9 +1,9 @@
 # %% [markdown]
-# # Prefix tuning: keys and values that nobody wrote
+# # Prefix tuning: keys and values that no text has
 #
 # Put a good instruction before a text and a language model behaves differently. No weight has changed; the
-# attention of every layer has met some more keys and values. Prefix tuning [@li2021] asks: if only
-# keys and values matter, why should they come from words? It trains them directly.
+# attention of every layer has met some more keys and values. Prefix tuning [@li2021] asks: if the text acts
+# through keys and values alone, why should they come from words? It trains them directly.
 
 # %%
 import copy
@@ -11,7 +11,7 @@ import copy
 import numpy as np
 import torch
 
-from minipeft.lab import models, plots, text, timing, train, tuning
+from minipeft.lab import models, plots, task, text, timing, train, tuning
 from minipeft.lab.chapter import start
 from minipeft.reference import attention, prefix
 from minipeft.reference.attention import Head
@@ -23,9 +23,9 @@ chapter = start("14_prefix", steps=40, model="tiny")
 # %% [markdown]
 # ## The problem
 #
-# Every method so far changes weights, if only by a thin product. Sometimes one may not touch them: one model serves many tasks at
-# once, and each request of a batch brings its own. An adapter that lives in the *activations* can differ from row to row of
-# a batch, for nothing is multiplied into a shared matrix.
+# Most methods so far change what a weight computes. Merged, such an adapter serves one task. Unmerged, it can serve another task in each row of a batch, but then every layer needs a kernel that picks the adapter of
+# each row ([ours](18_gpu_four_bits.md) are `shrink` and `expand`). Keys and values belong to a row of the batch anyhow: each request brings its own. So if a task lives in keys and values, one frozen model serves many tasks at
+# once, and no layer changes.
 #
 # ## The formula
 #
@@ -41,8 +41,8 @@ chapter = start("14_prefix", steps=40, model="tiny")
 #
 # ## The code
 #
-# First the head itself, with its gradient by hand. The line to look at is $S$: through a softmax, a share can only grow at the
-# expense of the others, so each gets its own gradient minus the mean of all.
+# First the head itself, with its gradient by hand. In `backward`, look at the line that computes `S`, the gradient of the scores. The weights of a query sum to 1, so one can only grow at the
+# expense of the others. Therefore each score gets the gradient of its own weight minus the weighted mean of all, times its weight.
 #
 # @source minipeft.reference.attention.Head
 #
@@ -71,15 +71,15 @@ chapter = start("14_prefix", steps=40, model="tiny")
 #
 # @source minipeft.reference.prefix.backward
 #
-# For a whole model of transformers there is a door made for this: `past_key_values`, the cache of a text that was read already. The prefix enters as such a
-# cache. So no layer is changed, and the model inside is at any time the model that was given.
+# A whole model of transformers takes keys and values from outside as `past_key_values`: the cache of a text that was read already. The prefix enters as such a
+# cache. So no layer is changed, and `model` inside is at any time the model that was given.
 #
 # @source minipeft.torch.prefix.PrefixModel
 #
 # ### The network that is thrown away
 #
 # Trained directly, keys and values are sensitive to the learning rate, the authors found, and they trained a small network instead whose *output* is the
-# prefix. After training it is run once more, its output kept, and the network dropped. It costs nothing afterwards, and it can be many times as large as what it makes.
+# prefix. After training it is run once more, its output kept, and the network dropped. It costs nothing afterwards, even if it has many times as many numbers as the prefix.
 #
 # @source minipeft.reference.prefix.Reparametrization
 #
@@ -96,7 +96,7 @@ chapter = start("14_prefix", steps=40, model="tiny")
 #
 # ## The proof
 #
-# *A prefix made of a text is that text.* Take the keys and values that three real tokens have, call them a prefix, and the rest of the text cannot tell:
+# *A prefix made of a text is that text.* Take the keys and values of three real tokens as a prefix, and the outputs of the four tokens behind them stay the same, bit for bit:
 
 # %%
 rng = np.random.default_rng(0)
@@ -113,8 +113,8 @@ print("seven tokens, or three of prefix and four of text: the same bits")
 # $$ Y = (1 - \lambda)\,\mathrm{attend}(Q, K, V) + \lambda\,\mathrm{attend}(Q, P_K, P_V), \qquad
 # \lambda = \frac{\sum_{i \in P} e^{q \cdot k_i / \sqrt d}}{\sum_{i \in P} e^{q \cdot k_i/ \sqrt d} + \sum_{i \in K} e^{q \cdot k_i/ \sqrt d}}. $$
 #
-# The prefix is a *gated* addition, and the gate depends on the query and on the text. A merged weight would be a matrix that multiplies every token alike. There is none: one head, one virtual
-# token, two queries.
+# The prefix is a *gated* addition, and the gate $\lambda$ depends on the query and on the text. A merged weight would multiply every token by the same matrix, whatever the text. The prefix does not act like that. Here is one head with one virtual
+# token and two queries: one query gives it less than 1 % of its attention, the other more than 99 %.
 #
 # @source minipeft.reference.prefix.gate
 # @source minipeft.torch.prefix.gate
@@ -136,94 +136,133 @@ assert gates[1] > 0.99
 # ## The experiment
 #
 # `tiny` and the *Devil's Dictionary*: ten virtual tokens, three ways to begin: from $N(0, 1)$, from the keys and values of ten words of Bierce, and through the
-# network. The learning rate of each is the best of a few that were tried; the network wants one fifteen times smaller.
+# network. Each tries learning rates, two to a decade, until the best one has a worse one on both sides.
 
 # %%
 base = models.load(chapter.model, chapter.device)
 tokenizer = base.tokenizer
-task = tuning.dictionary(tokenizer)
+lesson = tuning.dictionary(tokenizer)
 N = 10
-words = text.encode(tokenizer, ["".join(task.pairs[7])])[:N].tolist()
+words = text.encode(tokenizer, ["".join(lesson.pairs[7])])[:N].tolist()
 untouched = {k: v.clone() for k, v in base.model.state_dict().items()}
 WAYS = {
-    "random": (PrefixConfig(N), 0.15),
-    "from words": (PrefixConfig(tokens=words), 0.15),
-    "network": (PrefixConfig(N, hidden=64), 1e-2),
+    "random": (PrefixConfig(N), (0.1, 0.3, 1.0)),
+    "from words": (PrefixConfig(tokens=words), (0.03, 0.1, 0.3, 1.0)),
+    "network": (PrefixConfig(N, hidden=64), (3e-3, 1e-2, 3e-2)),
 }
-without = train.loss(base.model, task.held_out)
-hard = train.loss(PrefixModel(base.model, PrefixConfig(tokens=words)), task.held_out)
-print(f"no prefix {without:.3f}, ten words as a prefix, untrained {hard:.3f}")
-tuned = {}
-for name, (config, lr) in WAYS.items():
-    torch.manual_seed(0)
-    model = PrefixModel(base.model, config)
-    run = tuned[name] = tuning.tune(model, task, chapter.steps, lr)
+without = train.loss(base.model, lesson.held_out)
+chapter.quantity(task.BEFORE, without, "nats per token")
+tuned, rates = {}, {}
+for name, (config, tried) in WAYS.items():
+    runs = {}
+    for lr in tried:
+        torch.manual_seed(0)
+        model = PrefixModel(base.model, config)
+        runs[lr] = tuning.tune(model, lesson, chapter.steps, lr)
+    rates[name] = chapter.best(name, {lr: run.after for lr, run in runs.items()})
+    tuned[name] = runs[rates[name]]
+chapter.quantity("tiny, prefix of 10: trained numbers", tuned["random"].trained, "", 0)
+for name, run in tuned.items():
     print(
         f"{name:11s} {run.trained:7,} trained, {run.before:.3f} before, {run.after:.3f} after"
     )
-assert all(run.after < run.before for run in tuned.values())
+chapter.claim(
+    "every start ends below the base",
+    max(run.after for run in tuned.values()) < without,
+    control="the base without a prefix",
+)
+chapter.claim(
+    "training is worth more than the words",
+    tuned["from words"].after < tuned["from words"].before,
+    control="the same ten words as a prefix, untrained",
+)
 assert all(torch.equal(base.model.state_dict()[k], v) for k, v in untouched.items())
+
+# %% [markdown]
+# How large are real keys and values, beside numbers from $N(0, 1)$? And is it their size that makes the random start bad? The control gives random keys and values, layer by layer, the standard deviations of real ones.
+
+# %%
+with torch.no_grad():
+    torch.manual_seed(0)
+    scaled = PrefixModel(base.model, PrefixConfig(N))
+    own = PrefixModel(base.model, PrefixConfig(tokens=words)).P
+    sizes = own.std(dim=(2, 3, 4), keepdim=True)
+    scaled.P.mul_(sizes)
+    matched = train.loss(scaled, lesson.held_out)
+for part, row in (("keys", sizes[:, 0]), ("values", sizes[:, 1])):
+    deviations = ", ".join(f"{s:.2f}" for s in row.flatten().tolist())
+    print(f"standard deviation of real {part}, by layer: {deviations}")
+print(
+    f"random, deviation 1: {tuned['random'].before:.3f}, deviations as above: {matched:.3f}"
+)
+lost = tuned["random"].before - without
 
 # %% tags=["fold"]
 figure = tuning.curves(tuned, without, "no prefix")
 chapter.show(
     figure,
     "starts",
-    alt="Validation loss of a prefix of ten virtual tokens over the steps: begun from random numbers it starts far above the model without a prefix and ends below; begun from real words, or through the network, it starts level with it and falls at once.",
+    alt="Validation loss of a prefix of ten virtual tokens over the steps. The curve that begins from random numbers starts above the dashed line of the model without a prefix and crosses it; those that begin from real words and through the network start at the dashed line and fall from the first steps on.",
+    caption=f"Random keys and values cost {lost:.2f} nats before the first step. At the end the three starts lie at {min(r.after for r in tuned.values()):.2f} to {max(r.after for r in tuned.values()):.2f} nats, below the {without:.2f} of no prefix.",
 )
 
 # %% [markdown]
-# From random keys the model first loses {=f"{tuned['random'].before - without:.2f}"=} nats: ten loud strangers talk into every head. From real words it starts at
-# {=f"{tuned['from words'].before:.3f}"=}, near the {=f"{without:.3f}"=} of no prefix, and ends at {=f"{tuned['from words'].after:.3f}"=} against {=f"{tuned['random'].after:.3f}"=} from random numbers and
-# {=f"{tuned['network'].after:.3f}"=} through the network. The network trains {=f"{tuned['network'].trained / tuned['random'].trained:.1f}"=} times as many numbers to make the same prefix. Then it goes:
+# With random keys and values of deviation 1 the model first loses {=f"{lost:.2f}"=} nats; with random ones of the deviations that real ones have, {=f"{matched - without:.2f}"=}: their size is not the reason. From real words it starts at
+# {=f"{tuned['from words'].before:.3f}"=}, {=f"{abs(tuned['from words'].before - without):.3f}"=} from the {=f"{without:.3f}"=} of no prefix, and ends at {=f"{tuned['from words'].after:.3f}"=}, against {=f"{tuned['random'].after:.3f}"=} from random numbers and
+# {=f"{tuned['network'].after:.3f}"=} through the network. The best rates are {=f"{rates['from words']:g}"=}, {=f"{rates['random']:g}"=} and {=f"{rates['network']:g}"=}. The network trains {=f"{tuned['network'].trained / tuned['random'].trained:.1f}"=} times as many numbers to make a prefix of the same size. After training it is dropped:
 
 # %%
 model = tuned["network"].model
-ids = task.held_out[0]["input_ids"]
-before = model(ids).logits.detach()
+ids = lesson.held_out[0]["input_ids"].to(base.model.device)
+logits = model(ids).logits.detach()
 model.drop_network()
-assert torch.equal(model(ids).logits.detach(), before)
+assert torch.equal(model(ids).logits.detach(), logits)
 print(
     f"network dropped: {sum(p.numel() for p in trainable_parameters(model)):,} numbers are left, and no logit has changed"
 )
 
 # %% [markdown]
-# Where does the attention go? In each layer, the share $\lambda$ that the queries of a held-out text give to the prefix, head by head.
+# Where does the attention go? Here is the share $\lambda$ that each head gives to the prefix, averaged over the tokens of eight held-out definitions. The control is a head that looks at all keys alike: it would give the prefix its share of the keys.
 
 # %%
-model = tuned["from words"].model
 one = ids[:8]
+real = lesson.held_out[0]["attention_mask"][:8].to(one.device).bool()
 eager = copy.deepcopy(base.model)
 eager.set_attn_implementation("eager")
 watched = PrefixModel(eager, PrefixConfig(N))
-watched.P = model.P
+watched.P = tuned["from words"].model.P
 with torch.no_grad():
     cache = watched._cache(len(one))
     seen = watched._seen(one, None)
     shares = eager(
         one, attention_mask=seen, past_key_values=cache, output_attentions=True
     ).attentions
-gate = torch.stack([layer[..., :N].sum(-1).mean((0, 2)) for layer in shares]).numpy()
+to_prefix = torch.stack([layer[..., :N].sum(-1).movedim(1, -1) for layer in shares])
+gate = to_prefix[:, real].mean(1).cpu().numpy()  # layers, heads: over real tokens
+place = torch.arange(1, one.shape[1] + 1, device=one.device).expand_as(one)
+alike = float((N / (N + place))[real].mean())
+print(f"a head that looks at all keys alike would give {alike:.0%}")
 for number, row in enumerate(gate):
     print(f"layer {number}:", " ".join(f"{share:.0%}" for share in row))
-assert np.all((gate > 0) & (gate < 1))
 figure = plots.heat_map(
     100 * gate,
     [f"layer {i}" for i in range(len(gate))],
     [f"head {i}" for i in range(gate.shape[1])],
     scale="% of attention",
+    form="{:.0f}",
 )
 chapter.show(
     figure,
     "gate",
-    alt="A heat map of the share of attention that goes to the prefix, by layer and head: it differs widely from head to head.",
+    alt="A heat map, from zero, of the share of attention that goes to the prefix, by layer and head, with the percentage in each cell.",
+    caption=f"The prefix gets between {gate.min():.0%} and {gate.max():.0%} of a head's attention. A head that looks at all keys alike would give it {alike:.0%}: {int((gate > alike).sum())} of {gate.size} heads give more.",
 )
 
 # %% [markdown]
 # ## What it costs
 #
-# A prefix of $n$ tokens trains $2 \cdot n \cdot L \cdot d_{kv}$ numbers, with $L$ layers and key-value heads of $d_{kv}$ numbers in all, and it stays: every forward pass attends to $n$ more keys, every request
-# keeps them in its cache, and a context that ends at some length has $n$ fewer places for text.
+# A prefix of $n$ tokens trains $2 \cdot n \cdot L \cdot d_{kv}$ numbers, with $L$ layers and key-value heads of $d_{kv}$ numbers in all. It stays: every forward pass attends to $n$ more keys, every request
+# keeps them in its cache, and a context that ends at some length has $n$ fewer places for text. The times below are medians of twenty turns in which all lengths take part. The model without a prefix is timed twice; what the two differ by is noise.
 
 # %%
 c = base.model.config
@@ -234,31 +273,30 @@ print(
     f"Llama 3.2 3B, 50 tokens: {2 * 50 * 28 * 1024:,} numbers, {2 * 50 * 28 * 1024 * 2 / 1e6:.1f} MB a request in 16 bits"
 )
 assert 2 * 50 * 28 * 1024 == 2_867_200  # the count that peft's own benchmark reports
-ids = task.held_out[0]["input_ids"][:16]
-cost = {}
-for n in (0, 10, 50, 100):
-    model = PrefixModel(base.model, PrefixConfig(n)) if n else base.model
-    with torch.no_grad():
-        model(ids)
-        runs = []
-        for _ in range(5):
-            runs.append(timing.cost(chapter.device, model, ids))
-    cost[n] = float(np.median(runs))
-for n, seconds in cost.items():
-    print(
-        f"{n:3d} virtual tokens before {ids.shape[1]}: {1000 * seconds:5.1f} ms, x {seconds / cost[0]:.2f}"
-    )
+ids = ids[:16]
+timed = {"none": base.model, "none, again": base.model}
+timed |= {
+    f"{n} tokens": PrefixModel(base.model, PrefixConfig(n)) for n in (10, 50, 100)
+}
+runs = {name: [] for name in timed}
+with torch.no_grad():
+    for _ in range(20):
+        for name, model in timed.items():
+            runs[name].append(timing.cost(chapter.device, model, ids))
+cost = {name: float(np.median(seconds)) for name, seconds in runs.items()}
+print(f"{ids.shape[1]} tokens of text, prefix:")
+for name, seconds in cost.items():
+    print(f"{name:11s} {1000 * seconds:5.1f} ms, x {seconds / cost['none']:.2f}")
 
 # %% [markdown]
-# A merged LoRA costs nothing here. In return, a batch may hold as many prefixes as it has rows.
+# A merged LoRA costs nothing here. In return, each row of a batch may bring a prefix of its own.
 #
 # ## What goes wrong in practice
 #
-# - **The mask.** The prefix must be visible to every query. A causal mask built over prefix *and* text as if both were text hides virtual tokens from one another, which is harmless, but aligned at the wrong end it hides
-#   the prefix or shows the future. Here the mask is the text's own, and ones stand before it.
-# - **Positions.** With rotary embeddings the cached keys are already turned. The text begins at position $n$, and whoever begins it at 0 has changed the distance to every virtual token.
-# - **Gradient checkpointing switches the cache off**, and with it the prefix, in a library that says so only in a log: the run goes on and trains nothing. Here it is an error.
-# - **A random start is an attack** on the model, as the figure shows. Real words are better, and so are smaller numbers.
+# - **The mask.** The prefix must be visible to every query. A causal mask that is aligned at the wrong end hides the prefix, or shows tokens of the future. Here the mask is the text's own, and ones stand before it.
+# - **Positions.** With rotary embeddings the cached keys are already turned. The text begins at position $n$. If it begins at 0, its distance to every virtual token is wrong.
+# - **Gradient checkpointing switches the cache off**, and with it the prefix. transformers says so only in its log: the run goes on and trains nothing. Here it is an error.
+# - **A random start.** From $N(0, 1)$ the model above lost {=f"{lost:.2f}"=} nats before training, and from random numbers of the size of real keys and values {=f"{matched - without:.2f}"=}. From real words it lost {=f"{tuned['from words'].before - without:.3f}"=}.
 # - **The network was saved, or not dropped.** What is worth keeping are its outputs: peft folds it in when it saves, so a loaded prefix cannot be trained on through the network.
 #
 # ## Exercises

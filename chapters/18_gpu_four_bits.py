@@ -1,8 +1,8 @@
 # %% [markdown]
 # # What 4 bits cost on a GPU
 #
-# Four bits a weight save memory; that is arithmetic. Do they also save *time*? The answer is yes, no, or "it gets slower", and it depends on how many tokens are multiplied at
-# once. This chapter derives it: how the bytes lie, how a GPU fetches them, how many each of our kernels moves, and what follows from that on any device. What it does not do is claim a speed that nobody measured.
+# Four bits a weight save memory. Do they also save *time*? That depends on how many tokens are multiplied at
+# once: for one token they can be 3.5 times faster, for hundreds they are slower. This chapter derives it: how the bytes lie, how a GPU fetches them, how many each of our kernels moves, and what bound follows from that on any device. All speeds here are such bounds, and none is a measurement.
 
 # %%
 import re
@@ -57,8 +57,8 @@ A100 = DEVICES["A100"]
 ridge = A100.tensor / A100.bandwidth
 
 # %% [markdown]
-# While an A100 fetches one weight of two bytes, its tensor cores could do {=2 * ridge:.0f=} operations. Multiplying one token with that weight needs two. So whoever generates text for a single user waits for memory
-# nearly all the time, and a weight of half a byte is worth a lot. Whoever multiplies a thousand tokens with each weight does not wait for memory at all.
+# While an A100 fetches one weight of two bytes, its tensor cores could do {=2 * ridge:.0f=} operations. Multiplying one token with that weight needs two. So a GPU that generates text for one user waits for memory
+# {=f"{1 - 1 / ridge:.1%}"=} of the time at least, and a weight of half a byte instead of two shortens the wait. With a thousand tokens for each weight it calculates all the time and does not wait for memory.
 #
 # ## The formula
 #
@@ -93,7 +93,8 @@ def operations(*names, tokens=1, r=RANK):
     return sum(OPERATIONS[name](sizes) for name in names)
 
 
-# (bytes, operations) of one launch: what comes from memory or goes there, once.
+# (bytes, operations) of one launch. Vectors and thin matrices are left out: they are small
+# beside the weight, and stay in the caches.
 TRAFFIC = {
     "quantize": (half + codes + scales, operations("quantize")),
     "dequantize": (codes + scales + half, operations("dequantize")),
@@ -115,11 +116,11 @@ separate = nested_scales + scales  # a kernel of its own writes the scales as fl
 separate += codes + scales + half  # and the next one reads them
 
 # %% [markdown]
-# The same numbers stand in the comment that opens each kernel file, with their derivation. Three are worth a look.
+# The comment that opens each kernel file derives these counts for any dtype, code and block size. Three of them:
 #
-# - **Dequantizing writes far more than it reads**: {=per_weight["dequantize"] - 2:.4f=} bytes in, 2 out. Making the codes smaller still would hardly help it.
+# - **Dequantizing writes {=2 / (per_weight["dequantize"] - 2):.1f=} times as much as it reads**: {=per_weight["dequantize"] - 2:.4f=} bytes in, 2 out. Codes of two bits instead of four would save {=0.25 / per_weight["dequantize"]:.0%=} of its bytes.
 # - **Double quantization, fused.** Decoding the scales inside the kernel moves {=per_weight["dequantize_nested"]:.3f=} bytes a weight; decoding them first into an array of their own, {=separate / N:.3f=}.
-# - **AdamW with states of eight bits** moves {=per_weight["adamw_8bit"]:.2f=} bytes instead of {=per_weight["adamw"]:.0f=}, for about twice the operations. It is a method to save memory that moves fewer bytes too.
+# - **AdamW with states of eight bits** moves {=per_weight["adamw_8bit"]:.2f=} bytes instead of {=per_weight["adamw"]:.0f=}, for about twice the operations. It saves memory, and it moves fewer bytes too.
 
 # %% tags=["fold"]
 figure, ax = plots.axes(
@@ -166,12 +167,13 @@ ax.minorticks_off()
 chapter.show(
     figure,
     "roofline",
-    alt="Rooflines of a T4, an RTX 4090 and an A100 against operations a byte, and thin lines where our kernels lie. All but row_norm and the product of four rows stand under the slopes of all three devices, where memory is the bound.",
+    alt="Rooflines of a T4, an RTX 4090 and an A100 against operations a byte, and thin vertical lines where our kernels lie. All but row_norm and the product of four rows stand under the slopes of all three devices.",
+    caption=f"An A100 is bounded by memory below {A100.float32 / A100.bandwidth:.0f} operations a byte. {sum(done / moved < A100.float32 / A100.bandwidth for moved, done in TRAFFIC.values())} of our {len(TRAFFIC)} launches need fewer.",
 )
 
 # %% [markdown]
-# Each thin line is a kernel, and where it meets a device's roof is the most that the device can do of it. Almost all stand under the slope: **these kernels are paid by the byte**. What is left to the programmer is to move no
-# byte twice, and to move each in the way that the memory likes.
+# Each thin line is a kernel, and where it meets a device's roof is the most that the device can do of it. {=sum(done / moved < A100.float32 / A100.bandwidth for moved, done in TRAFFIC.values())=} of {=len(TRAFFIC)=} stand under the slope of the A100: **their time is the time of their bytes**. So a good kernel moves no
+# byte twice, and reads and writes neighbouring bytes together.
 #
 # ## The layout
 #
@@ -203,6 +205,7 @@ chapter.show(
     figure,
     "layout",
     alt="A matrix of 4 rows and 96 columns, coloured by block: block 0 fills the first 64 columns of row 0, block 1 the other 32 and the first 32 of row 1, and so on, six blocks in all.",
+    caption="Blocks of 64 do not end where rows of 96 end: 4 rows hold 6 blocks and 6 scales.",
 )
 
 # %%
@@ -213,7 +216,7 @@ assert small.packed.nbytes == 4 * 96 // 2
 assert small.absmax.size == 4 * 96 // 64
 
 # %% [markdown]
-# Why two arrays, and not each scale in front of its codes? Because of the next section.
+# Why two arrays, and not each scale in front of its codes? The next section compares the two.
 #
 # ## How a warp reads
 #
@@ -278,16 +281,17 @@ ax.grid(visible=False)
 chapter.show(
     figure,
     "sectors",
-    alt="Five ways to read packed codes, as rows of boxes, one for each sector of 32 bytes, filled as far as its bytes are wanted. Neighbouring 16-byte loads fill 16 boxes; single bytes fill one; reading one's own row half-fills 32; one byte of one's own block leaves 32 boxes nearly empty; scales between the codes leave 20 boxes a fifth full.",
+    alt="Five ways to read packed codes, as rows of boxes, one for each sector of 32 bytes, filled as far as its bytes are wanted. Neighbouring 16-byte loads fill 16 boxes; single bytes fill one; reading one's own row half-fills 32; one byte of one's own block fills a thirty-second of 32 boxes; scales between the codes leave 20 boxes a fifth full.",
+    caption=f"Of the bytes that a warp fetches it wants {shares['ours: lane i takes the i-th 16 bytes'].mean():.0%} if neighbours load neighbouring bytes, {shares['lane i takes 16 bytes of its own row'].mean():.0%} if each loads from its own row, and {shares['lane i takes a byte of its own block'].mean():.0%} if each loads a byte of its own block.",
 )
 
 # %% [markdown]
 # - **Neighbours take neighbouring 16 bytes**: everything fetched is wanted, and one instruction moves 512 bytes. 16 bytes are the most that a lane of these devices can load at once.
 # - **A byte each** wastes nothing either, but needs sixteen instructions and sixteen addresses for the same bytes.
-# - **Each lane its own row, or its own block**, is how one would write it for a CPU. Half of what is fetched is wanted, or a thirty-second part. The rest may be wanted by the next load of the same lane and still lie in a cache; or it may not.
-# - **Each scale in front of its codes** is the layout of many files: in GGUF's `Q4_1`, four bytes for scale and offset, then 16 of codes, for every 32 weights. It is pleasant for a CPU. Here a block begins at every 20th byte, so the codes of only one block in four begin at a multiple of 16, as a load of 16 bytes must, and a load of four finds {=f"{shares['each scale in front of its codes'].mean():.0%}"=} of its sectors useful.
+# - **Each lane its own row, or its own block**, is how one would write it for a CPU. Half of what is fetched is wanted, or a thirty-second part. The next load of the same lane may find the rest in a cache, if nothing has displaced it.
+# - **Each scale in front of its codes** is the layout of many files: in GGUF's `Q4_1`, four bytes for scale and offset, then 16 of codes, for every 32 weights. A CPU reads it well. On a GPU a block begins at every 20th byte, so the codes of only one block in four begin at a multiple of 16, as a load of 16 bytes must, and a load of four finds {=f"{shares['each scale in front of its codes'].mean():.0%}"=} of its sectors useful.
 #
-# Writing has the same law and a trap of its own. A lane that loaded 16 bytes holds 32 codes, which become 64 bytes of float16: four stores. If each lane stores its own, then in each of the four the lanes are 64 bytes apart.
+# Stores obey the same law, with one more difficulty. A lane that loaded 16 bytes holds 32 codes, which become 64 bytes of float16: four stores. If each lane stores its own, then in each of the four the lanes are 64 bytes apart.
 
 # %%
 own, _ = efficiency(64 * lane, 16)
@@ -295,7 +299,7 @@ neighbours, _ = efficiency(16 * lane, 16)
 print(f"stores: its own values {own:.0%}, neighbouring values {neighbours:.0%}")
 
 # %% [markdown]
-# Each store touches half of each of 32 sectors, where neighbouring stores fill 16: four stores either way, but every sector is visited twice. So our kernel lets the codes change hands between loading and storing, in *shared memory*: lane $i$ loads the $i$-th 16 bytes, and later stores the $i$-th 16 bytes, of other values.
+# Each store touches half of each of 32 sectors, where neighbouring stores fill 16: four stores either way, but every sector is visited twice. So our kernel exchanges the codes between lanes, after loading and before storing, in *shared memory*: lane $i$ loads the $i$-th 16 bytes, and later stores the $i$-th 16 bytes, of other values.
 #
 # ## The code
 #
@@ -303,13 +307,13 @@ print(f"stores: its own values {own:.0%}, neighbouring values {neighbours:.0%}")
 #
 # @source minipeft.kernels.unpack:unpack
 #
-# `dequantize` decodes a scale by reading it. `dequantize_nested` decodes it from eight bits on the way, and that is all the difference.
+# `dequantize` decodes a scale by reading it. `dequantize_nested` decodes it from eight bits on the way, and differs in nothing else.
 #
 # @source minipeft.kernels.blockwise:dequantize
 #
 # @source minipeft.kernels.double_quant:dequantize_nested
 #
-# For generating text, the weight is not written at all: each warp decodes 256 codes of a row in registers, multiplies, and forgets them. Up to four rows of $x$ share one decoding.
+# For generating text, the weight is not written at all: each warp decodes 256 codes of a row into registers, multiplies, and goes on to the next 256. Up to four rows of $x$ share one decoding.
 #
 # @source minipeft.kernels.qlora:product_of
 #
@@ -319,7 +323,7 @@ print(f"stores: its own values {own:.0%}, neighbouring values {neighbours:.0%}")
 #
 # ## The machine code
 #
-# Does the compiler do what the source means? NVRTC, NVIDIA's compiler as a library, needs no GPU, and neither does the disassembler. So we compile for an A100 (`sm_80`) and look. First the memory instructions of `dequantize<__half>`, in order:
+# Does the compiler do what the source means? NVRTC, NVIDIA's compiler as a library, needs no GPU, and neither does the disassembler. So we compile for an A100 (`sm_80`) and read the result. First the memory instructions of `dequantize<__half>`, in order:
 
 
 # %%
@@ -408,7 +412,7 @@ print("every byte once, every sector whole: 1 to 4 bits in, 2 and 4 bytes out")
 # 2. **dequantize, then multiply**: read the codes, write float16, read it again, multiply on tensor cores;
 # 3. **fused**: our `product`. It reads the codes, and multiplies by ordinary units in float32.
 #
-# Each has a bound by the formula above; for the third we grant that a weight is read once, whatever $T$. Bounds are no timings. But a kernel cannot beat its bound, and the shapes of the curves are what they are.
+# Each has a bound by the formula above; for the third we grant that a weight is read once, whatever $T$. Bounds are no timings. But no kernel is faster than its bound.
 
 
 # %%
@@ -497,7 +501,8 @@ ax.minorticks_off()
 chapter.show(
     figure,
     "tokens",
-    alt="Lower bounds of the time of one layer on an A100 against the number of tokens. Fused 4 bits begin well below a third of float16 and cross it at about ten tokens; dequantizing first costs more than twice as much as float16 until the tensor cores are busy at two hundred tokens, and then the two approach each other.",
+    alt="Lower bounds of the time of one layer on an A100 against the number of tokens, on logarithmic axes. The curve of fused 4 bits begins lowest and crosses that of float16; the curve of dequantizing first begins highest and approaches float16 at the right. Two vertical lines mark where fused crosses float16 and where the tensor cores are busy.",
+    caption=f"For one token, fused 4 bits are bounded at 1/{gain['A100']:.1f} of the time of float16 and dequantizing first at {slower['A100']:.1f} times it. Fused falls behind at {best_below['A100']} tokens; from {busy['A100']} on, the tensor cores are the bound.",
 )
 
 # %% [markdown]
@@ -511,8 +516,7 @@ chapter.show(
 # For a whole model the first regime reads like this. Generating one token means reading every weight of the linear layers once:
 
 # %%
-# Layers, width, feed-forward, heads of queries and of keys, vocabulary, a head's width.
-rest = 2 * LLAMA_7B.vocabulary * LLAMA_7B.width  # the output layer, in 16 bits
+rest = 2 * LLAMA_7B.vocabulary * LLAMA_7B.width  # bytes of the output layer, 16 bits
 FORMATS = {
     "float16": 16,
     "NF4": quantized_bits(4, 64),
@@ -543,7 +547,7 @@ else:
     assert not wrong
 
 # %% [markdown]
-# As this book is written, no kernel in it has run on a GPU. The report can be pasted into an issue; one from your machine would be the first.
+# As this book is written, no kernel in it has run on a GPU. The report is written so that it can be pasted into an issue.
 #
 # ## What goes wrong in practice
 #
@@ -554,7 +558,7 @@ else:
 # - **Fast maths.** `--use_fast_math` replaces division by an approximation and flushes small numbers to zero. bitsandbytes is built with it, so near a boundary its codes may differ. CuPy adds `-ftz=true` to everything that it compiles from source; our launcher
 #   compiles by itself for that reason.
 # - **Fused is not the same number.** A fused product adds in another order than dequantizing and multiplying; [differences of 6e-4](https://github.com/MakazhanAlpamys/Soup/issues/776) in float16 were reported. They are rounding, and have a bound.
-# - **Timings that are too good.** A launch returns before the kernel has run, so a stopwatch on the host times the launch. And a layer of 4096 × 4096 in 4 bits, {=IN_FOUR / 1e6:.1f=} MB, stays in the cache of an A100, which is larger: time it in a loop, and it "reads" faster than the memory can.
+# - **Timings that are too good.** A launch returns before the kernel has run, so a stopwatch on the host times the launch. And a layer of 4096 × 4096 in 4 bits, {=IN_FOUR / 1e6:.1f=} MB, stays in the cache of an A100, which is larger: timed in a loop, it is read from the cache, and the result is faster than the memory can be.
 #
 # ## Exercises
 #

@@ -1,8 +1,8 @@
 # %% [markdown]
 # # Testing a kernel with no GPU
 #
-# The CUDA kernels of this book were written on machines that have no GPU, and its tests run on such machines. That sounds like a bet. It is less of one than it seems: most mistakes in a kernel have nothing to do with the hardware. An index is off by one, a barrier is missing, an
-# argument has the wrong width, a sum is rounded twice. Each leaves a trace that needs no GPU to be seen, and sometimes is seen *better* without one. This chapter plants such mistakes in a small kernel and catches them, in five ways. Then it says what none of the five can catch.
+# The CUDA kernels of this book were written on machines that have no GPU, and its tests run on such machines. That finds more mistakes than one may think, because many do not depend on the hardware: an index is off by one, a barrier is missing, an
+# argument has the wrong width, a sum is rounded twice. A program on a CPU can find each of these, and some of them more reliably than a run on a GPU. This chapter plants such mistakes in a small kernel and finds them, in five ways. Then it says what none of the five can find.
 
 # %%
 import json
@@ -36,7 +36,7 @@ if NO_NVRTC:
 # %% [markdown]
 # ## The problem
 #
-# Here is the patient: 64 threads quantize a block of 64 weights to the even 4-bit grid from -7 to 7. Everything that makes kernels hard is in it. Threads share memory, wait for each other at three barriers, reduce
+# Here is the kernel that we test: 64 threads quantize a block of 64 weights to the even 4-bit grid from -7 to 7. Threads share memory, wait for each other at three barriers, reduce
 # pairwise to a maximum, write two codes into one byte, and must stop where the tensor ends.
 
 # %%
@@ -77,8 +77,8 @@ print(f"{W.size} weights, {packed.size} bytes, {absmax.size} scales")
 # %% [markdown]
 # ## The first check: compile it for what you do not have
 #
-# NVRTC compiles for any GPU on any machine. What can be learnt from that: that the source is CUDA at all, for an old generation and for a new one; and what it will use there. **Registers** decide how many threads fit, and too few of them
-# means **spilling**: values wait in memory instead. The [last chapter](18_gpu_four_bits.md) reads such numbers; here they are a test. A file holds them for each kernel, and whoever makes one worse must say so.
+# NVRTC compiles for any GPU on any machine. That shows whether the source is valid CUDA, for an old generation and for a new one, and what it will use there. **Registers** decide how many threads fit, and too few of them
+# means **spilling**: values wait in memory instead. The [last chapter](18_gpu_four_bits.md) reads such numbers; here they are a test. A file holds them for each kernel, and a change that makes one worse must change the file too.
 
 
 # %%
@@ -125,7 +125,7 @@ if not NO_NVRTC:
 #
 # $$ K_\pi(x) = R(x) \qquad \text{for all orders } \pi, $$
 #
-# with the same bits on both sides. A GPU tries one order, much the same each time. A CPU can try as many as one likes. All that is needed is a few lines around the *same source*: every CUDA thread becomes a *fiber*, a function that can be left in the middle and resumed. At a barrier
+# with the same bits on both sides. A GPU runs in one order, much the same each time. A program on a CPU can try as many as one likes. All that is needed is a few lines around the *same source*: every CUDA thread becomes a *fiber*, a function that can be left in the middle and resumed. At a barrier
 # a fiber leaves; when all have come, all go on, in an order drawn anew. The heart of it, in C++:
 
 # %%
@@ -216,17 +216,20 @@ if not NO_GXX:
     chapter.show(
         figure,
         "orders",
-        alt="Three panels, one for each missing barrier: sixteen orders down, the bytes of the result across, wrong bytes coloured. Without the barrier before the maxima only parts of some blocks are wrong, in some orders; without the one between the maxima nearly everything is; without the one before packing about half of all bytes, scattered like rain.",
+        alt="Three panels, one for each missing barrier: sixteen orders down, the bytes of the result across, wrong bytes coloured. Without the barrier before the maxima parts of some blocks are coloured, in some orders; without the one between the maxima most of the panel is; without the one before packing single bytes everywhere.",
+        caption="Wrong bytes in sixteen orders: "
+        + ", ".join(f"{wrong[name].mean():.0%} with {name}" for name in BARRIERS)
+        + ".",
     )
 
 # %% [markdown]
-# The pictures differ as the mistakes do. **Between the maxima**, the reduction compares halves that are not ready, and nearly everything is divided by a wrong scale. **Before packing**, it is a coin's toss which thread of a pair runs first, and every second byte is wrong. **Before the maxima** most bytes are *right*: what is read too early is what the block before left in
-# shared memory, and that is seldom larger than the true maximum. Such a kernel passes a careless test. (The real tests fill shared memory with a pattern before each block, so that nothing left over looks plausible.) On a GPU the threads of a warp mostly advance together, and all three may show rarely, or only on the next generation.
+# The pictures differ as the mistakes do. **Between the maxima**, the reduction compares halves that are not ready, and {=f"{wrong['no barrier between the maxima'].mean():.0%}" if wrong else 'most'=} of the bytes are wrong, because a wrong scale divides the weights. **Before packing**, either thread of a pair may run first, and {=f"{wrong['no barrier before packing'].mean():.0%}" if wrong else 'about half'=} of the bytes are wrong. **Before the maxima** most bytes are *right*: what is read too early is what the block before left in
+# shared memory, and that is seldom larger than the true maximum. Such a kernel passes a test that runs it once. (The real tests fill shared memory with a pattern before each block, so that a value left over is never plausible.) On a GPU the threads of a warp mostly advance together, so all three mistakes may show rarely, or only on the next generation.
 #
 # ## The third check: sanitizers
 #
-# An order that gives the right answer by luck still contains the mistake. Compilers for CPUs have tools that look for the *cause*. **ThreadSanitizer** [@serebryany2009] reports two accesses to one place, one of them a write, that no barrier orders, whatever values came out. **AddressSanitizer** [@serebryany2012] surrounds each
-# array with forbidden ground. We only have to tell the first one what a fiber is, and that a barrier orders while a mere switch does not.
+# A run in an order that gives the right answer still contains the mistake. Compilers for CPUs have tools that look for the *cause*. **ThreadSanitizer** [@serebryany2009] reports two accesses to one place, one of them a write, that no barrier orders, whatever values came out. **AddressSanitizer** [@serebryany2012] surrounds each
+# array with memory that must not be touched. ThreadSanitizer has to be told what a fiber is, and that a barrier orders accesses while a switch between fibers does not.
 
 
 # %%
@@ -337,11 +340,11 @@ def tests(which, *files):
 tests("refused", "test_interpreter.py")
 
 # %% [markdown]
-# What the interpreter does not know are races. It lets all threads advance together, so it sees exactly what a forgiving GPU would.
+# The interpreter does not find races: it lets all threads advance together, so it computes what a GPU computes if no race shows.
 #
 # ## The fifth check: the widths of arguments
 #
-# Between Python and a kernel lies a place where no compiler looks. The host hands over addresses of values; the kernel reads as many bytes as *it* believes in. If a Python float arrives as eight bytes where four are read, the kernel gets the lower half of the number. But PTX says what the kernel believes:
+# No compiler checks the call from Python to a kernel. The host hands over addresses of values; the kernel reads as many bytes as its own parameter types have. If a Python float arrives as eight bytes where four are read, the kernel gets the lower half of the number. PTX says how many bytes the kernel reads:
 
 # %%
 PTX_BYTES = {"u64": 8, "u32": 4, "f32": 4, "b64": 8, "b32": 4}
@@ -370,9 +373,9 @@ if not NO_NVRTC:
 # %% [markdown]
 # The host's list is not written for the test: it is the table from which the launchers pack their arguments.
 #
-# ## The proof: mistakes, and who saw them
+# ## The proof: mistakes, and which check saw them
 #
-# Are the checks good? Ask them as one asks a test: plant a mistake, and see who notices [@demillo1978]. Here is every mistake of the small kernel under the three checks that run on this CPU, in four orders each:
+# Are the checks good? Test them as one tests a test: plant a mistake, and see which check reports it [@demillo1978]. Here is every mistake of the small kernel under the three checks that run on this CPU, in four orders each:
 
 
 # %%
@@ -402,7 +405,7 @@ if not NO_GXX:
         assert "addresses" in seen["a weight too many"]
 
 # %% [markdown]
-# No column would do alone. A weight too many may well change *nothing*: the number that happens to lie there is small, and only the forbidden ground around the array gives it away. Swapped nibbles, on the other hand, are no crime to any sanitizer.
+# No check would do alone. A weight too many may well change *nothing*: the number that happens to lie there is small, and only the guarded memory around the array shows it. Swapped nibbles, on the other hand, break no rule that a sanitizer knows.
 #
 # The same trial for the kernels of this book takes minutes, so it has a long setting (`--full`), whose result is committed. It plants every mistake of the tests' list and tries all four checks that run the code, with three orders:
 
@@ -451,7 +454,7 @@ assert len(blind) > len(races) / 2
 # %% [markdown]
 # {=table=}
 #
-# Every one of the {=len(trials)=} mistakes is seen by at least one check. One, "{=alone[0]["mistake"]=}" in `{=alone[0]["row"]=}`, is seen by a single one: no order that we tried gave a wrong value, and ThreadSanitizer knew better. Of the {=len(races)=} races the interpreter of PTX sees {=len(races) - len(blind)=}: it lets all threads advance together, and that is what
+# Every one of the {=len(trials)=} mistakes is seen by at least one check. One, "{=alone[0]["mistake"]=}" in `{=alone[0]["row"]=}`, is seen by a single one: no order that we tried gave a wrong value, and ThreadSanitizer reported the race all the same. Of the {=len(races)=} races the interpreter of PTX sees {=len(races) - len(blind)=}: it lets all threads advance together, and that is what
 # hides a race. Swapped nibbles and wrong scales are seen by values alone, in g++'s version and in NVRTC's.
 #
 # ## The experiment: the real ones, now
@@ -489,7 +492,7 @@ if not NO_NVRTC:
 # - **The compiler hides it.** A benchmark's race was [invisible to the GPU's race checker](https://github.com/ORNL/HeCBench/issues/254), because the optimizer had moved the read to the other side of a later barrier. Another kernel was right with `-O3` and
 #   [wrong with debugging on](https://github.com/proteneer/timemachine/issues/344).
 # - **A barrier in a branch.** llama.cpp mended a race with a barrier that [only some of the warps reached](https://github.com/ggml-org/llama.cpp/pull/13469): warps then waited for each other at different places, and long contexts came out wrong.
-# - **A race with a pattern.** Packing 4-bit codes by `|=` from eight threads into one word kept [one code of eight](https://github.com/Blaizzy/mlx-vlm/pull/967). The symptom was a riddle: 4 bits came out *worse* than 2. The tests used the other path.
+# - **A race with a pattern.** Packing 4-bit codes by `|=` from eight threads into one word kept [one code of eight](https://github.com/Blaizzy/mlx-vlm/pull/967). The symptom was that 4 bits came out *worse* than 2. The tests used the other path.
 # - **The right code, the wrong width.** A Python float given to a CUDA parameter of type `float` is [read as garbage](https://github.com/cupy/cupy/issues/8485), a 64-bit count in an `int` [overflows](https://github.com/bitsandbytes-foundation/bitsandbytes/pull/1784), and only in the largest tensors.
 # - **Between blocks.** An output zeroed by *some* blocks while others already add to it ([sglang 29749](https://github.com/sgl-project/sglang/pull/29749)). A barrier orders one block only. This is on the list of what would slip through here, unless the shuffled order of blocks happens to show it.
 #

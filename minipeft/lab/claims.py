@@ -60,7 +60,7 @@ class Claims:
         if self.usual and not true:
             raise AssertionError(f"{sentence} (control: {control}): does not hold")
         verdict = "holds" if true else "does NOT hold with these options"
-        print(f"claim: {sentence}; control: {control}: {verdict}")
+        print(f"claim: {sentence}\n  control: {control}\n  {verdict}")
         return true
 
     def best(self, name: str, losses: Mapping[float, float]) -> float:

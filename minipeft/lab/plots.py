@@ -21,7 +21,6 @@ from matplotlib.figure import Figure
 from minipeft.errors import InputError
 from minipeft.lab.files import write_atomic
 from minipeft.lab.memory import Memory
-from minipeft.lab.train import History
 
 INK = "#24292f"
 FAINT = "#d0d7de"
@@ -34,9 +33,9 @@ PALETTE = (
     "#4999c6",
     "#9c942b",
 )
-HEAT = LinearSegmentedColormap.from_list(
-    "minipeft", (PALETTE[0], "#f6f6f6", PALETTE[1])
-)
+HEAT = LinearSegmentedColormap.from_list("minipeft", ("#eef4f9", PALETTE[0]))
+HEAT_TEXT = ("#1f2328", "#fcfcfc")
+"""On pale cells and on dark ones: cells look alike on both pages."""
 SIZE = (6.4, 3.6)
 """Width and height in inches: the width of the book's column."""
 NAME_SIZE = (95, 15)
@@ -107,30 +106,6 @@ def save(figure: Figure, path: Path) -> None:
     write_atomic(path, buffer.getvalue())
 
 
-def loss_curves(histories: Mapping[str, History], title: str = "") -> Figure:
-    """Draw each run's loss, smoothed and faint, and its validation losses as points."""
-    figure, ax = axes(title, "step", "loss (nats per token)")
-    with mpl.rc_context(STYLE):
-        for color, (label, history) in zip(
-            _colors(histories), histories.items(), strict=True
-        ):
-            losses = smooth(history.losses)
-            points = history.validation
-            alpha = 0.4 if points else 1.0
-            ax.plot(
-                np.arange(1, len(losses) + 1),
-                losses,
-                color=color,
-                alpha=alpha,
-                label=None if points else label,
-            )
-            if points:
-                steps, values = zip(*points, strict=True)
-                ax.plot(steps, values, "o-", color=color, markersize=3.5, label=label)
-        ax.legend()
-    return figure
-
-
 def smooth(values: Sequence[float], window: int | None = None) -> np.ndarray:
     """Return the mean of each value and those before it, up to `window` of them."""
     width = window or max(1, len(values) // 50)
@@ -141,13 +116,15 @@ def smooth(values: Sequence[float], window: int | None = None) -> np.ndarray:
     return mean
 
 
-def bars(values: Mapping[str, float], x: str = "", title: str = "") -> Figure:
-    """Draw one horizontal bar a name, the number at its end."""
+def bars(
+    values: Mapping[str, float], x: str = "", title: str = "", form: str = "{:.3g}"
+) -> Figure:
+    """Draw one horizontal bar a name, the number at its end in the given form."""
     names = list(values)
     figure, ax = axes(title, x, size=(SIZE[0], 1.0 + 0.36 * len(names)))
     with mpl.rc_context(STYLE):
         drawn = ax.barh(names, list(values.values()), color=PALETTE[0], height=0.62)
-        ax.bar_label(drawn, fmt="{:.3g}", padding=4, color=INK)
+        ax.bar_label(drawn, fmt=form, padding=4, color=INK)
         ax.margins(x=0.1)  # room for the numbers
         ax.invert_yaxis()
         ax.grid(visible=False)
@@ -175,16 +152,32 @@ def heat_map(
     values: np.ndarray,
     rows: Sequence[str] = (),
     columns: Sequence[str] = (),
-    title: str = "",
     scale: str = "",
+    form: str = "{:.2g}",
 ) -> Figure:
-    """Draw a matrix, zero in the middle of the colours; `scale` names the numbers."""
+    """Draw a matrix, pale at zero, dark at its largest value; each cell says its own.
+
+    Args:
+        values: (rows, columns), none negative.
+        rows: Their names.
+        columns: Their names.
+        scale: What the numbers are.
+        form: Of the number in a cell.
+    """
     if values.ndim != 2:
         raise InputError(f"a heat map needs a matrix; these values are {values.ndim}-d")
-    figure, ax = axes(title)
-    limit = float(np.abs(values).max()) or 1.0
+    if values.min() < 0:
+        raise InputError(
+            f"a heat map begins at 0; the smallest value is {values.min():g}"
+        )
+    figure, ax = axes(size=(SIZE[0], 0.9 + 0.5 * len(values)))
+    limit = float(values.max()) or 1.0
     with mpl.rc_context(STYLE):
-        image = ax.imshow(values, cmap=HEAT, vmin=-limit, vmax=limit, aspect="auto")
+        image = ax.imshow(values, cmap=HEAT, vmin=0, vmax=limit, aspect="auto")
+        for (row, column), value in np.ndenumerate(values):
+            color = HEAT_TEXT[int(value > 0.55 * limit)]
+            text = form.format(value)
+            ax.text(column, row, text, color=color, ha="center", va="center")
         ax.grid(visible=False)
         ax.set_yticks(range(len(rows)), rows)
         ax.set_xticks(range(len(columns)), columns)
@@ -242,15 +235,6 @@ def _apart(
                 heights[low] -= missing / 2
                 heights[high] += missing / 2
     return heights
-
-
-def _colors(names: Mapping[str, object]) -> tuple[str, ...]:
-    """Return a colour a name; more names than colours would be a riddle."""
-    if len(names) > len(PALETTE):
-        raise InputError(
-            f"{len(names)} curves in one figure; draw at most {len(PALETTE)}"
-        )
-    return PALETTE[: len(names)]
 
 
 def _unit(largest: float) -> tuple[float, str]:

@@ -1,15 +1,19 @@
 """A model tuned on The Devil's Dictionary from several starts, and a picture of it."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from matplotlib.figure import Figure
 from torch import nn
 
 from minipeft.lab import plots, task
 from minipeft.lab.checkpoint import trainable
 from minipeft.lab.train import Batch, Batches, History, TrainConfig, loss, train
+
+FARTHEST = 4
+"""Half decades that a sweep of rates may move from where it started."""
 
 
 @dataclass(frozen=True)
@@ -70,6 +74,38 @@ def tune(model: nn.Module, learn: Task, steps: int, lr: float, checks: int = 5) 
     history = train(model, learn.batches, config, learn.held_out)
     count = sum(parameter.numel() for parameter in trainable(model).values())
     return Run(model, count, before, history)
+
+
+def sweep(
+    make: Callable[[], nn.Module], learn: Task, steps: int, start: int, checks: int = 5
+) -> dict[float, Run]:
+    """Tune at rates of half a decade each until the best has worse ones on both sides.
+
+    Args:
+        make: returns a fresh model.
+        learn: the task.
+        steps: of training.
+        start: k of the first rate, 10^(k/2); its two neighbours follow.
+        checks: as `tune` takes it.
+
+    Returns:
+        The runs by rate, the rates rising; at most `FARTHEST` steps from the start.
+    """
+    runs: dict[int, Run] = {}
+    best = start
+    while missing := {best - 1, best, best + 1} - runs.keys():
+        for k in sorted(missing):
+            torch.manual_seed(0)
+            runs[k] = tune(make(), learn, steps, _rate(k), checks)
+        best = min(runs, key=lambda k: runs[k].after)
+        if abs(best - start) >= FARTHEST:
+            break
+    return {_rate(k): runs[k] for k in sorted(runs)}
+
+
+def _rate(k: int) -> float:
+    """10^(k/2) to one digit: 0.1, 0.3, 1, 3."""
+    return float(f"{10 ** (k / 2):.0e}")
 
 
 def curves(runs: Mapping[str, Run], without: float, label: str) -> Figure:

@@ -124,7 +124,9 @@ def words(node: ast.expr | None) -> str:
         return "".join(map(words, node.values))
     if isinstance(node, ast.Constant):
         return str(node.value)
-    return "{=" if isinstance(node, ast.FormattedValue) else ""
+    if isinstance(node, ast.BinOp):
+        return words(node.left) + words(node.right)
+    return "" if node is None else "{="
 
 
 def vague(text: str) -> list[str]:

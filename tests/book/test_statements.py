@@ -11,48 +11,6 @@ ROOT = Path(__file__).parents[2]
 CHAPTERS = chapter.read_all(Layout(ROOT).chapters)
 by_name = pytest.mark.parametrize("script", CHAPTERS, ids=lambda c: c.name)
 
-# Chapters that still break a rule: mend one and take it off. A line that is no longer
-# needed is an error.
-TO_MEND: dict[str, set[str]] = {
-    "asserts": {
-        "11_pissa",
-        "12_loftq",
-        "13_bottleneck",
-        "14_prefix",
-        "15_prompt",
-        "17_side_by_side",
-    },
-    "sweeps": {
-        "11_pissa",
-        "14_prefix",
-        "15_prompt",
-        "17_side_by_side",
-    },
-    "words": {
-        "11_pissa",
-        "12_loftq",
-        "14_prefix",
-        "16_merging",
-        "17_side_by_side",
-        "18_gpu_four_bits",
-        "19_kernels_without_a_gpu",
-    },
-    "captions": {script.name for script in CHAPTERS}
-    - {
-        "00_why",
-        "01_lora",
-        "02_nf4",
-        "03_double_quant",
-        "04_adamw",
-        "05_paged",
-        "06_qlora",
-        "07_rslora",
-        "08_dora",
-        "09_vera",
-        "10_ia3",
-    },
-}
-
 
 def code(script):
     return "\n".join(c.source for c in (*script.code, *script.solutions))
@@ -85,35 +43,27 @@ NO_SWEEP = {
 }
 
 
-def judge(rule, script, faults):
-    if script.name in TO_MEND[rule]:
-        assert faults, f"{script.name} is mended: take it off the list of {rule}"
-    else:
-        assert faults == []
-
-
 @by_name
 def test_what_depends_on_training_is_claimed_and_not_asserted(script):
-    judge("asserts", script, [*Asserts(code(script)).found])
+    assert [*Asserts(code(script)).found] == []
 
 
 @by_name
 def test_a_best_rate_is_found_inside_its_sweep(script):
     loops = sweeps(code(script))
     done = calls(code(script), "best") or script.name in NO_SWEEP
-    judge("sweeps", script, [] if done else loops)
+    assert done or loops == []
 
 
 @by_name
 def test_a_word_that_stands_for_a_number_has_one_in_its_sentence(script):
     text = "\n\n".join([prose(script), *map("\n\n".join, texts(script))])
-    judge("words", script, vague(text))
+    assert vague(text) == []
 
 
 @by_name
 def test_every_figure_has_a_caption_besides_its_alternative_text(script):
-    bare = [alt[:60] for alt, caption in texts(script) if not caption.strip()]
-    judge("captions", script, bare)
+    assert [alt[:60] for alt, caption in texts(script) if not caption.strip()] == []
 
 
 TRAINING = """

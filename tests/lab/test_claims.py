@@ -35,7 +35,7 @@ def test_only_the_default_model_and_steps_are_usual(line, usual, monkeypatch):
 def test_a_claim_that_holds_is_shown_with_its_control(capsys):
     for statements in (USUAL, OTHER):
         assert statements.claim("A learns more than B", 1 < 2, control="B")
-    line = "claim: A learns more than B; control: B: holds\n"
+    line = "claim: A learns more than B\n  control: B\n  holds\n"
     assert capsys.readouterr().out == 2 * line
 
 
@@ -43,7 +43,8 @@ def test_a_claim_that_does_not_hold_fails_in_the_usual_setting_only(capsys):
     with pytest.raises(AssertionError, match=r"A learns more than B \(control: B\)"):
         USUAL.claim("A learns more than B", 2 < 1, control="B")
     assert OTHER.claim("A learns more than B", 2 < 1, control="B") is False
-    said = "claim: A learns more than B; control: B: does NOT hold with these options\n"
+    said = "claim: A learns more than B\n  control: B\n"
+    said += "  does NOT hold with these options\n"
     assert capsys.readouterr().out == said
 
 

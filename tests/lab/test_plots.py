@@ -3,6 +3,7 @@ import itertools
 import os
 import re
 
+import matplotlib as mpl
 import numpy as np
 import pytest
 from matplotlib.text import Text
@@ -10,22 +11,16 @@ from matplotlib.text import Text
 from minipeft.errors import InputError
 from minipeft.lab import files, plots
 from minipeft.lab.memory import Memory
-from minipeft.lab.train import History
 
 DARK_PAGE = "#1b1d27"
 
 
 def figures():
-    histories = {
-        "LoRA": History([3.0, 2.5, 2.2], [(2, 2.6), (3, 2.4)]),
-        "full": History([3.0, 2.4, 2.0]),
-    }
     memories = {"full": Memory(4e6, 4e6, 8e6, 1e6), "LoRA": Memory(4e6, 1e5, 2e5, 9e5)}
     return {
-        "curves": plots.loss_curves(histories, "Loss"),
         "bars": plots.bars({"NF4": 0.0938, "FP4": 0.12}, "error"),
         "memory": plots.memory_bars(memories, "Memory"),
-        "heat": plots.heat_map(np.eye(3) - 0.5, "abc", "xyz", "Heat", "value"),
+        "heat": plots.heat_map(np.eye(3), "abc", "xyz", "value"),
     }
 
 
@@ -98,10 +93,20 @@ def test_smoothing_is_a_mean_of_the_past():
 
 
 def test_impossible_figures_are_refused():
-    with pytest.raises(InputError, match="8 curves in one figure"):
-        plots.loss_curves({str(i): History([1.0]) for i in range(8)})
     with pytest.raises(InputError, match="needs a matrix; these values are 1-d"):
         plots.heat_map(np.ones(3))
+    with pytest.raises(InputError, match=r"begins at 0; the smallest value is -0\.5"):
+        plots.heat_map(np.eye(3) - 0.5)
+
+
+def test_a_heat_map_begins_at_zero_and_says_its_values():
+    figure = plots.heat_map(np.array([[0.1, 0.4]]), ["row"], ["a", "b"], form="{:.0%}")
+    (image,) = figure.axes[0].images
+    assert image.get_clim() == (0, 0.4)
+    assert [text.get_text() for text in figure.axes[0].texts] == ["10%", "40%"]
+    for text, value in zip(figure.axes[0].texts, (0.25, 1.0), strict=True):
+        cell = mpl.colors.to_hex(plots.HEAT(value))
+        assert contrast(text.get_color(), cell) > 4.5
 
 
 def test_names_of_crowded_points_do_not_cover_each_other():

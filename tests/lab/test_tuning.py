@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from minipeft.lab import data, tuning
-from minipeft.lab.train import loss
+from minipeft.lab.train import History, loss
 
 
 def batch(seed):
@@ -74,3 +74,21 @@ def test_the_curves_begin_at_the_start_and_show_the_base(toy, task):
     assert one.get_ydata()[-1] == runs["one"].after
     assert set(base.get_ydata()) == {3.5}
     assert [text.get_text() for text in ax.texts] == ["nothing trained"]
+
+
+@pytest.mark.parametrize("start", [-6, -1])
+def test_a_sweep_walks_until_the_best_rate_has_worse_neighbours(toy, task, start):
+    runs = tuning.sweep(lambda: copy.deepcopy(toy), task, 5, start, checks=1)
+    rates = [*runs]
+    best = min(runs, key=lambda rate: runs[rate].after)
+    assert rates == sorted(rates)
+    assert rates[0] < best < rates[-1]
+
+
+def test_a_sweep_ends_even_if_every_larger_rate_is_better(toy, task, monkeypatch):
+    def larger_is_better(model, learn, steps, lr, checks):
+        return tuning.Run(model, 1, 0.0, History([], [(steps, -lr)]))
+
+    monkeypatch.setattr(tuning, "tune", larger_is_better)
+    runs = tuning.sweep(lambda: toy, task, 1, start=0)
+    assert [*runs] == [0.3, 1.0, 3.0, 10.0, 30.0, 100.0]

@@ -3,11 +3,9 @@
 from fractions import Fraction
 
 import numpy as np
-import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from minipeft.errors import InputError
 from minipeft.reference import bottleneck, linear
 from tests.exact import equal
 from tests.strategies import rationals, seeds
@@ -122,8 +120,3 @@ def test_a_unit_at_its_corner_passes_no_gradient(case):
     )
     grads = bottleneck.backward(grad, x, closed)
     assert not any(np.any(g != 0) for g in (grads.x, grads.down, grads.down_bias))
-
-
-def test_an_empty_bottleneck_is_refused():
-    with pytest.raises(InputError, match="bottleneck is 0"):
-        bottleneck.init(np.random.default_rng(0), 4, 0)

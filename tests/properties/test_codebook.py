@@ -3,7 +3,6 @@
 import numpy as np
 import pytest
 
-from minipeft.errors import InputError
 from minipeft.reference.codebook import FP4, NF2, NF3, NF4, dynamic_map, normal_float
 from tests.tolerance import UNIT_ROUNDOFF, assert_bits, assert_within
 
@@ -60,15 +59,3 @@ def test_unsigned_dynamic_map_starts_at_zero():
     values = dynamic_map(signed=False)
     assert values[0] == 0
     assert values[-2] == np.float32(0.9964844)
-
-
-@pytest.mark.parametrize("bits", [0, 1, 9])
-def test_a_width_out_of_range_is_refused(bits):
-    with pytest.raises(InputError, match=f"bits is {bits}"):
-        normal_float(bits)
-
-
-@pytest.mark.parametrize("offset", [0.5, 1.0, 2.0])
-def test_an_offset_out_of_range_is_refused(offset):
-    with pytest.raises(InputError, match="offset"):
-        normal_float(4, offset)

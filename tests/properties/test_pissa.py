@@ -179,26 +179,6 @@ def test_sixteen_bits_are_split_in_thirty_two(data):
     assert initial.A.dtype == initial.B.dtype == base.dtype == np.float32
 
 
-@pytest.mark.parametrize("r", [0, -1, 4])
-def test_a_rank_out_of_range_is_refused(r):
-    with pytest.raises(InputError, match=rf"r is {r}; choose 1 to 3"):
-        pissa.init(np.ones((5, 3), np.float32), r, 8)
-
-
-@pytest.mark.parametrize("alpha", [0, -2.0, float("nan")])
-def test_an_alpha_that_is_not_positive_is_refused(alpha):
-    with pytest.raises(InputError, match=f"alpha is {alpha}"):
-        pissa.init(np.ones((5, 3), np.float32), 2, alpha)
-
-
-@pytest.mark.parametrize("bad", [np.nan, -np.inf])
-def test_a_value_that_is_not_finite_is_named(bad):
-    W = np.ones((5, 3), np.float32)
-    W[3, 1] = bad
-    with pytest.raises(InputError, match=rf"W\[3, 1\] is {bad}"):
-        pissa.init_randomized(W, 2, 8)
-
-
 def test_another_scaling_cannot_be_converted():
     _, initial = pissa.init(np.ones((5, 3), np.float32), 2, 8)
     with pytest.raises(InputError, match=r"scaling is 1.0 after training and 4.0"):

@@ -1,11 +1,9 @@
 """Laws of prefix tuning: what it is, what its network is, and why nothing merges."""
 
 import numpy as np
-import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from minipeft.errors import InputError
 from minipeft.reference import attention, prefix
 from minipeft.reference.attention import Head
 from minipeft.reference.prefix import Prefix, Reparametrization
@@ -114,12 +112,3 @@ def test_starts_have_the_shape_that_was_asked_for():
     expanded = prefix.expand(prefix.init_reparametrized(rng, 5, 4, 16))
     assert expanded.K.shape == expanded.V.shape == (5, 4)
     assert expanded.K.dtype == np.float32
-
-
-@pytest.mark.parametrize("count", [0, -1])
-def test_no_virtual_token_is_refused(count):
-    rng = np.random.default_rng(0)
-    with pytest.raises(InputError, match=f"num_virtual_tokens is {count}"):
-        prefix.init(rng, count, 4)
-    with pytest.raises(InputError, match=f"num_virtual_tokens is {count}"):
-        prefix.init_reparametrized(rng, count, 4, 8)
