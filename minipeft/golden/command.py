@@ -263,7 +263,7 @@ def _write(options: argparse.Namespace, found: Run) -> str:
 
 
 def _replace(path: Path, text: str) -> None:
-    if path.exists() and not path.is_file():  # a pipe or a device
+    if path.is_symlink() or (path.exists() and not path.is_file()):  # /dev/stdout
         path.write_text(text, encoding="utf-8")
         return
     part = path.with_name(path.name + ".part")

@@ -161,6 +161,14 @@ def test_names_of_the_working_directory_stand_in_for_nothing(tmp_path):
         (tmp_path / f"{taken}.py").write_text("raise SystemExit('the wrong one')\n")
     code, stdout, stderr, _ = ask(tmp_path, module(tmp_path, RIGHT))
     assert code == 0, stdout + stderr
+    done = subprocess.run(
+        [sys.executable, "-m", "minipeft.cli", "verify", "stranger", *ONLY],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
     (tmp_path / "hypothesis.py").write_text(RIGHT)  # installed, and here
     code, stdout, stderr, _ = ask(tmp_path, "hypothesis")
     assert code == 0, stdout + stderr
@@ -292,6 +300,14 @@ def test_what_cannot_be_written_leaves_the_other_report(tmp_path):
     assert "cannot write /dev/full: No space left on device" in stderr
     assert "4 passed" in stdout
     assert json.loads((tmp_path / "a").read_text())["totals"]["pass"] == 4
+
+
+def test_a_link_stays_a_link(tmp_path):
+    (tmp_path / "link").symlink_to(tmp_path / "report.json")
+    process = start(tmp_path, "reference", *ONLY, "--json", "link")
+    process.communicate(timeout=60)
+    assert (tmp_path / "link").is_symlink()
+    assert json.loads((tmp_path / "report.json").read_text())["totals"]["pass"] == 4
 
 
 def judged(function):
