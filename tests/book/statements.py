@@ -5,7 +5,7 @@ import re
 from collections.abc import Iterator
 
 # What gives a number that depends on the model and on the steps.
-TRAINED = frozenset({"train.train", "train.loss", "tuning.tune"})
+TRAINED = frozenset({"train.train", "train.loss", "tuning.tune", "tuning.sweep"})
 ORDER = (ast.Lt, ast.LtE, ast.Gt, ast.GtE)
 MODULES = {"plots", "train", "tuning", "text", "np", "torch", "chapter"}
 RATES = {"lr", "rate"}

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from book import Layout, chapter
 
-from tests.book.statements import Asserts, calls, sweeps, vague, words
+from tests.book.statements import TRAINED, Asserts, calls, sweeps, vague, words
 
 ROOT = Path(__file__).parents[2]
 CHAPTERS = chapter.read_all(Layout(ROOT).chapters)
@@ -25,15 +25,15 @@ def prose(script):
     )
 
 
+WORDS = ("alt", "caption")
+
+
 def texts(script):
     """Return the alternative text and the caption of each figure."""
     return [
         [words({k.arg: k.value for k in call.keywords}.get(w)) for w in WORDS]
         for call in calls(code(script), "show")
     ]
-
-
-WORDS = ("alt", "caption")
 
 
 # Loops over rates that look for no best one.
@@ -46,6 +46,12 @@ NO_SWEEP = {
 @by_name
 def test_what_depends_on_training_is_claimed_and_not_asserted(script):
     assert [*Asserts(code(script)).found] == []
+
+
+@by_name
+def test_a_chapter_that_trains_names_a_control(script):
+    training = [name for name in TRAINED if f"{name}(" in code(script)]
+    assert not training or calls(code(script), "claim")
 
 
 @by_name
