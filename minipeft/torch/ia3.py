@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 from typing import ClassVar, Literal, cast, get_args
 
 import torch
@@ -22,6 +21,7 @@ from minipeft.torch.linear import (
     check_shape,
     weight_view,
 )
+from minipeft.torch.targets import matches
 
 Side = Literal["output", "input"]
 Vector = Float[Tensor, " features"]
@@ -141,7 +141,7 @@ class IA3Config:
                 embedding, whose input is no vector to scale.
         """
         for pattern in self.feedforward:
-            if not any(_matches(name, pattern) for name in layers):
+            if not any(matches(name, pattern) for name in layers):
                 raise InputError(
                     f"the feed-forward layer {pattern!r} is none of the targets; "
                     f"choose from {', '.join(layers)}."
@@ -150,7 +150,7 @@ class IA3Config:
 
     def _adapter(self, name: str, layer: nn.Module) -> IA3:
         view = weight_view(layer)
-        chosen = any(_matches(name, pattern) for pattern in self.feedforward)
+        chosen = any(matches(name, pattern) for pattern in self.feedforward)
         side: Side = "input" if chosen else "output"
         with naming(name):
             _check_side(view, side)
@@ -165,7 +165,3 @@ def _check_side(view: WeightView, side: Side) -> None:
             "the input of an embedding is an index, which cannot be scaled; scale its "
             "output, or leave it out of `feedforward`."
         )
-
-
-def _matches(name: str, pattern: str) -> bool:
-    return fnmatchcase(name, pattern) or fnmatchcase(name, f"*.{pattern}")

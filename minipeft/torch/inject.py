@@ -10,7 +10,6 @@ first change.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
-from fnmatch import fnmatchcase
 from typing import Any, ClassVar, Protocol, TypeVar, runtime_checkable
 
 import torch
@@ -18,7 +17,8 @@ from torch import Tensor, nn
 
 from minipeft.errors import InputError
 from minipeft.torch.adapted import Adapted, naming
-from minipeft.torch.linear import weight_view
+from minipeft.torch.targets import layers as layers_of
+from minipeft.torch.targets import replace
 
 Model = TypeVar("Model", bound=nn.Module)
 Layer = Adapted[Any]
@@ -39,7 +39,7 @@ class Config(Protocol):
 def inject(
     model: Model,
     config: Config,
-    targets: Sequence[str],
+    targets: Sequence[str] | str,
     name: str = "default",
     generator: torch.Generator | None = None,
 ) -> Model:
@@ -48,7 +48,8 @@ def inject(
     Args:
         model: changed in place.
         config: the method and its hyperparameters, such as `LoRAConfig(r=8, alpha=16)`.
-        targets: full names, last parts of names, or patterns with `*`, `?`, `[]`.
+        targets: full names, last parts of names, patterns with `*`, `?`, `[]`, or
+            `"all-linear"`: every linear layer except output heads and routers.
         name: of the new adapters.
         generator: for their random start, on the CPU; None for torch's own.
 
@@ -56,12 +57,12 @@ def inject(
         InputError: if a target matches nothing, or a layer that cannot be adapted, is
             adapted already, or shares its weight with another; if the method refuses.
     """
-    found = _matched(model, targets)
-    _refuse_tied(model, found)
-    adapters = config.adapters(found, generator)
+    found = layers_of(model, targets)
+    with torch.inference_mode(False):
+        adapters = config.adapters(found, generator)
     wrapped = {n: config.wrapper(found[n], adapters[n], name) for n in found}
     _freeze(model)
-    _replace(model, {id(found[n]): wrapped[n] for n in found})
+    replace(model, {id(found[n]): wrapped[n] for n in found})
     return model
 
 
@@ -86,7 +87,9 @@ def add(
         with naming(key):
             layer.check_new(name)
     bases = {key: layer.base for key, layer in layers.items()}
-    for key, adapter in config.adapters(bases, generator).items():
+    with torch.inference_mode(False):
+        adapters = config.adapters(bases, generator)
+    for key, adapter in adapters.items():
         layers[key].add(name, adapter)
     return model
 
@@ -120,7 +123,7 @@ def remove(model: Model, name: str) -> Model:
         if name in layer.adapters:
             layer.remove(name)
     bare = [layer for layer in layers.values() if not layer.adapters]
-    _replace(model, {id(layer): layer.unmerge().unload() for layer in bare})
+    replace(model, {id(layer): layer.unmerge().unload() for layer in bare})
     return model
 
 
@@ -143,7 +146,7 @@ def unload(model: Model) -> Model:
 
     The weights stay frozen; `model.requires_grad_(True)` thaws them.
     """
-    _replace(model, {id(a): a.unload() for a in adapted(model).values()})
+    replace(model, {id(a): a.unload() for a in adapted(model).values()})
     return model
 
 
@@ -198,105 +201,11 @@ def load_adapter_state_dict(
     return model
 
 
-def _matched(model: nn.Module, targets: Sequence[str]) -> dict[str, nn.Module]:
-    modules = dict(_outside_adapters(model))
-    found: dict[int, tuple[str, nn.Module]] = {}
-    for target in [targets] if isinstance(targets, str) else targets:
-        names = [name for name in modules if _matches(name, target)]
-        if _is_pattern(target):  # what a pattern sweeps in beside layers is passed over
-            names = [name for name in names if _is_adaptable(modules[name])]
-        if not names:
-            raise InputError(
-                f"the target {target!r} matches no layer; choose from "
-                f"{', '.join(_choices(modules)) or 'another model'}."
-            )
-        for name in names:
-            with naming(name):
-                _check_adaptable(modules[name])
-            found.setdefault(id(modules[name]), (name, modules[name]))
-    return dict(found.values())
-
-
-def _outside_adapters(model: nn.Module) -> Iterable[tuple[str, nn.Module]]:
-    inside: tuple[str, ...] = ()
-    for name, module in model.named_modules(remove_duplicate=False):
-        if name.startswith(inside):
-            continue
-        if isinstance(module, Adapted):
-            inside += (f"{name}.",)
-        if name:
-            yield name, module
-
-
-def _matches(name: str, target: str) -> bool:
-    if _is_pattern(target):
-        return fnmatchcase(name, target) or fnmatchcase(name, f"*.{target}")
-    return name == target or name.endswith(f".{target}")
-
-
-def _is_pattern(target: str) -> bool:
-    return any(c in target for c in "*?[")
-
-
-def _is_adaptable(module: nn.Module) -> bool:
-    try:
-        weight_view(module)
-    except InputError:
-        return isinstance(module, Adapted)  # which is worth an error of its own
-    return True
-
-
-def _check_adaptable(module: nn.Module) -> None:
-    if isinstance(module, Adapted):
-        raise InputError(
-            f"already adapted by {', '.join(module.adapters)}; use add() to give it "
-            "another adapter, or unload() to start again."
-        )
-    weight_view(module)
-
-
-def _choices(modules: Mapping[str, nn.Module]) -> list[str]:
-    layers = [n for n, module in modules.items() if _is_adaptable(module)]
-    return sorted({name.rpartition(".")[2] for name in layers})
-
-
-def _refuse_tied(model: nn.Module, found: Mapping[str, nn.Module]) -> None:
-    owners: dict[nn.Parameter, list[str]] = {}
-    for name, module in model.named_modules():
-        for kind, parameter in module.named_parameters(recurse=False):
-            if kind == "weight":
-                owners.setdefault(parameter, []).append(name)
-    for names in owners.values():
-        for name in names if len(names) > 1 else []:
-            if name in found:
-                others = ", ".join(n for n in names if n != name)
-                raise InputError(
-                    f"{name} shares its weight with {others}, and an adapter on one of "
-                    "them would pull them apart; leave it out of the targets, or untie "
-                    "it: layer.weight = nn.Parameter(layer.weight.clone()), and "
-                    "tie_word_embeddings = False in the config of a transformers model."
-                )
-
-
 def _freeze(model: nn.Module) -> None:
     kept = {id(p) for a in adapted(model).values() for p in a.adapters.parameters()}
     for parameter in model.parameters():
         if id(parameter) not in kept:
             parameter.requires_grad_(False)
-
-
-def _replace(model: nn.Module, replacements: Mapping[int, nn.Module]) -> None:
-    if id(model) in replacements:
-        raise InputError("the model is itself an adapted layer; call its own unload().")
-    # Every place that holds the layer: a layer may serve in several.
-    places = [
-        (parent, attribute, replacements[id(child)])
-        for parent in model.modules()
-        for attribute, child in parent._modules.items()
-        if id(child) in replacements
-    ]
-    for parent, attribute, layer in places:
-        setattr(parent, attribute, layer)
 
 
 def _check_known(layers: Mapping[str, Layer], names: Iterable[str]) -> None:

@@ -1,8 +1,8 @@
 """QLoRA's base: a frozen linear layer that keeps its weight in a few bits."""
 
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import fields
-from fnmatch import fnmatchcase
 from functools import partial
 from typing import Any, TypeVar, cast
 
@@ -14,6 +14,7 @@ from torch.overrides import handle_torch_function, has_torch_function_unary
 from minipeft.errors import InputError
 from minipeft.shapes import Float, Shaped
 from minipeft.torch import blockwise, double_quant
+from minipeft.torch.adapted import Adapted, naming
 from minipeft.torch.blockwise import Blockwise
 from minipeft.torch.codebook import NF4
 from minipeft.torch.deferred import Deferred
@@ -30,8 +31,10 @@ from minipeft.torch.linear import (
     weight_view,
 )
 from minipeft.torch.lora import LoRALinear
+from minipeft.torch.targets import all_linear, chosen, outside_adapters, replace, tied
 
 Model = TypeVar("Model", bound=nn.Module)
+logger = logging.getLogger(__name__)
 
 
 class QuantizedLinear(nn.Module):
@@ -213,38 +216,83 @@ def _(layer: QuantizedLinear) -> WeightView:
 
 def quantize_linears(
     model: Model,
-    skip: Sequence[str] = ("lm_head",),
+    skip: Sequence[str] = (),
     codebook: Float[Tensor, " codes"] = NF4,
     blocksize: int = 64,
     nested_blocksize: int | None = 256,
 ) -> Model:
     """Put a `QuantizedLinear` in the place of every linear layer; the rest stays.
 
+    Output heads and routers stay, as with the target `"all-linear"`, and so do layers
+    that share their weight. A layer that serves in several places stays one layer. What
+    stays is logged with its bytes; `unquantized` lists it.
+
     Args:
         model: changed in place and returned; not yet adapted.
-        skip: full names, last parts of names, or patterns of layers to leave alone; the
-            output layer often shares its weight with the embedding.
+        skip: full names, last parts of names, or patterns of layers to leave alone.
         codebook: of the weights.
         blocksize: weights that share a scale.
         nested_blocksize: scales that share a nested scale; None: scales of 32 bits.
 
     Raises:
-        InputError: if there is no such layer; if a weight cannot be quantized.
+        InputError: if there is no such layer, if `skip` means none, if the model has
+            adapters, or if a weight is not finite; nothing is changed then.
     """
-    found = [
-        (parent, attribute, child)
-        for name, parent in model.named_modules()
-        for attribute, child in parent.named_children()
-        if type(child) is nn.Linear and not _named(f"{name}.{attribute}", skip)
-    ]
+    found = _to_quantize(model, skip)
+    done: dict[int, nn.Module] = {}
+    for name, layer in found.items():
+        if id(layer) not in done:
+            with naming(name):
+                done[id(layer)] = QuantizedLinear.from_linear(
+                    layer, codebook, blocksize, nested_blocksize
+                )
+            replace(model, {id(layer): done[id(layer)]})
+    _say_what_stays(model)
+    return model
+
+
+def unquantized(model: nn.Module) -> dict[str, int]:
+    """Return the matrices of a model that are not quantized, with their bytes."""
+    return {
+        name: parameter.numel() * parameter.element_size()
+        for name, parameter in model.named_parameters()
+        if parameter.dim() > 1
+    }
+
+
+def _say_what_stays(model: nn.Module) -> None:
+    left = unquantized(model)
+    total = sum(p.numel() * p.element_size() for p in model.parameters())
+    most = sum(left.values()) > total / 2
+    largest = sorted(left, key=left.__getitem__, reverse=True)[:4]
+    logger.log(
+        logging.WARNING if most else logging.INFO,
+        "%d bytes in %d weights stay unquantized, the largest: %s",
+        sum(left.values()),
+        len(left),
+        ", ".join(f"{name} ({left[name]} bytes)" for name in largest) or "none",
+    )
+
+
+def _to_quantize(model: nn.Module, skip: Sequence[str]) -> dict[str, nn.Linear]:
+    if isinstance(skip, str):
+        raise InputError(f"skip is the string {skip!r}; give a list: [{skip!r}].")
+    for name, module in model.named_modules():
+        if isinstance(module, Adapted):
+            raise InputError(f"{name} has adapters; quantize first, then inject.")
+    named = dict(outside_adapters(model))
+    linear = {n: m for n, m in named.items() if type(m) is nn.Linear}
+    with naming("skip"):
+        left = {id(named[name]) for name in chosen(linear, skip)}
+    left |= {id(named[name]) for name in tied(model) if name}
+    wanted = all_linear(model)
+    found = {n: m for n, m in linear.items() if n in wanted and id(m) not in left}
     if not found:
         raise InputError("the model has no linear layer to quantize; give another one.")
-    for parent, attribute, layer in found:
-        frozen = QuantizedLinear.from_linear(
-            layer, codebook, blocksize, nested_blocksize
-        )
-        setattr(parent, attribute, frozen)
-    return model
+    for name, layer in found.items():
+        if not (layer.weight.is_meta or torch.isfinite(layer.weight).all()):
+            raise InputError(f"{name}: the weight is not finite; repair it first.")
+    return found
 
 
 def merge(layer: LoRALinear) -> nn.Linear:
@@ -282,11 +330,3 @@ def requantize(layer: LoRALinear) -> QuantizedLinear:
     plain, q = merge(layer), cast(QuantizedLinear, layer.base).q
     nested = q.nested_blocksize if isinstance(q, Nested) else None
     return QuantizedLinear.from_linear(plain, q.codebook, q.blocksize, nested)
-
-
-def _named(name: str, patterns: Sequence[str]) -> bool:
-    name = name.lstrip(".")
-    return any(
-        fnmatchcase(name, pattern) or fnmatchcase(name, f"*.{pattern}")
-        for pattern in patterns
-    )

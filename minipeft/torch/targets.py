@@ -1,0 +1,200 @@
+"""Which layers of a model are meant, and how they are exchanged.
+
+A target is a full name (`model.layers.0.mlp.up_proj`), the last parts of one
+(`up_proj`, `mlp.up_proj`), a pattern with `*`, `?` or `[]` (`layers.1?.mlp.*`), or
+`"all-linear"`: every linear layer except output heads and routers.
+"""
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from fnmatch import fnmatchcase
+
+from torch import nn
+
+from minipeft.errors import InputError
+from minipeft.torch.adapted import Adapted, naming
+from minipeft.torch.linear import Lookup, weight_view
+
+ALL_LINEAR = "all-linear"
+ROUTERS = ("gate", "router", "*_gate", "*_router")
+"""Parts of the names of layers that choose experts; `gate_proj` is none of them."""
+
+
+def matches(name: str, target: str) -> bool:
+    """Tell whether a target that is a name or a pattern means this name."""
+    if _is_pattern(target):
+        return fnmatchcase(name, target) or fnmatchcase(name, f"*.{target}")
+    return name == target or name.endswith(f".{target}")
+
+
+def chosen(names: Iterable[str], targets: Sequence[str]) -> list[str]:
+    """Return the names that the targets mean, in their order.
+
+    Raises:
+        InputError: if a target means none of them.
+    """
+    names = list(names)
+    for target in targets:
+        if not any(matches(name, target) for name in names):
+            choices = sorted({name.rpartition(".")[2] for name in names})
+            raise InputError(
+                f"the target {target!r} matches nothing; choose from "
+                f"{', '.join(choices) or 'another model'}."
+            )
+    return [name for name in names if any(matches(name, t) for t in targets)]
+
+
+def layers(model: nn.Module, targets: Sequence[str] | str) -> dict[str, nn.Module]:
+    """Return the layers to adapt, each once, though it may serve in several places.
+
+    Raises:
+        InputError: if a target matches nothing, or a layer that cannot be adapted, is
+            adapted already, or shares its weight with another.
+    """
+    modules = dict(outside_adapters(model))
+    found: dict[int, tuple[str, nn.Module]] = {}
+    for target in [targets] if isinstance(targets, str) else targets:
+        for name in _meant(model, modules, target):
+            with naming(name):
+                _check_adaptable(modules[name])
+            found.setdefault(id(modules[name]), (name, modules[name]))
+    chosen = dict(found.values())
+    _refuse_tied(model, chosen)
+    return chosen
+
+
+def all_linear(model: nn.Module) -> dict[str, nn.Module]:
+    """Return every linear layer except output heads and routers.
+
+    A head is what a transformers model returns from `get_output_embeddings()`, or puts
+    on top of its base model (a classifier), and what shares its weight with an
+    embedding. A router is a layer with a part of its name among `ROUTERS`, or inside a
+    module whose class is called a router; modules that hold a stack of experts are no
+    linear layers.
+    """
+    modules = dict(outside_adapters(model))
+    left = _heads(model) | _routers(modules)
+    return {n: m for n, m in modules.items() if _is_linear(m) and id(m) not in left}
+
+
+def outside_adapters(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Yield each module by each of its names, without what adapted layers hold."""
+    inside: tuple[str, ...] = ()
+    for name, module in model.named_modules(remove_duplicate=False):
+        if name.startswith(inside):
+            continue
+        if isinstance(module, Adapted):
+            inside += (f"{name}.",)
+        if name:
+            yield name, module
+
+
+def replace(model: nn.Module, replacements: Mapping[int, nn.Module]) -> None:
+    """Put modules in the place of others, given by their id, wherever these serve."""
+    if id(model) in replacements:
+        raise InputError("the model is itself an adapted layer; call its own unload().")
+    places = [
+        (parent, attribute, replacements[id(child)])
+        for parent in model.modules()
+        for attribute, child in parent._modules.items()
+        if id(child) in replacements
+    ]
+    for parent, attribute, module in places:
+        setattr(parent, attribute, module)
+
+
+def tied(model: nn.Module) -> dict[str, list[str]]:
+    """Return the names of the modules that share their weight, with those of others."""
+    owners: dict[nn.Parameter, list[str]] = {}
+    for name, module in model.named_modules():
+        weight = module._parameters.get("weight")
+        if weight is not None:
+            owners.setdefault(weight, []).append(name)
+    return {
+        name: [other for other in names if other != name]
+        for names in owners.values()
+        if len(names) > 1
+        for name in names
+    }
+
+
+def _meant(
+    model: nn.Module, modules: Mapping[str, nn.Module], target: str
+) -> list[str]:
+    if target == ALL_LINEAR:
+        names = list(all_linear(model))
+    else:
+        names = [name for name in modules if matches(name, target)]
+    if _is_pattern(target):  # what a pattern sweeps in beside layers is passed over
+        names = [name for name in names if _is_adaptable(modules[name])]
+    if not names:
+        raise InputError(
+            f"the target {target!r} matches no layer; choose from "
+            f"{', '.join(_choices(modules)) or 'another model'}."
+        )
+    return names
+
+
+def _is_pattern(target: str) -> bool:
+    return any(c in target for c in "*?[")
+
+
+def _is_adaptable(module: nn.Module) -> bool:
+    try:
+        weight_view(module)
+    except InputError:
+        return isinstance(module, Adapted)  # which is worth an error of its own
+    return True
+
+
+def _is_linear(module: nn.Module) -> bool:
+    if isinstance(module, Adapted):
+        return not isinstance(module.view, Lookup)
+    return _is_adaptable(module) and not isinstance(weight_view(module), Lookup)
+
+
+def _check_adaptable(module: nn.Module) -> None:
+    if isinstance(module, Adapted):
+        raise InputError(
+            f"already adapted by {', '.join(module.adapters)}; use add() to give it "
+            "another adapter, or unload() to start again."
+        )
+    weight_view(module)
+
+
+def _choices(modules: Mapping[str, nn.Module]) -> list[str]:
+    found = [n for n, module in modules.items() if _is_adaptable(module)]
+    return sorted({name.rpartition(".")[2] for name in found})
+
+
+def _heads(model: nn.Module) -> set[int]:
+    ask = getattr(model, "get_output_embeddings", lambda: None)
+    heads = {id(ask())}
+    base = getattr(model, "base_model", model)
+    if isinstance(base, nn.Module) and base is not model:
+        body = {id(module) for module in base.modules()}
+        heads |= {id(module) for module in model.modules()} - body
+    modules = dict(model.named_modules())
+    for name, others in tied(model).items():
+        if any(isinstance(modules[other], nn.Embedding) for other in others):
+            heads.add(id(modules[name]))
+    return heads
+
+
+def _routers(modules: Mapping[str, nn.Module]) -> set[int]:
+    routers = set()
+    for name, module in modules.items():
+        named = any(fnmatchcase(p, r) for p in name.split(".") for r in ROUTERS)
+        if named or "Router" in type(module).__name__:
+            routers |= {id(inner) for inner in module.modules()}
+    return routers
+
+
+def _refuse_tied(model: nn.Module, found: Mapping[str, nn.Module]) -> None:
+    for name, others in tied(model).items():
+        if name in found:
+            raise InputError(
+                f"{name} shares its weight with {', '.join(others)}, and an adapter on "
+                "one of them would pull them apart; leave it out of the targets, or "
+                "untie it: layer.weight = nn.Parameter(layer.weight.clone()), and "
+                "tie_word_embeddings = False in the config of a transformers model."
+            )
