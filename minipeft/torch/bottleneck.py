@@ -69,9 +69,10 @@ def init(
     """
     if bottleneck < 1:
         raise InputError(f"bottleneck is {bottleneck}; choose 1 or more features.")
-    down = torch.empty(bottleneck, features, device="cpu")
+    down = torch.empty(bottleneck, features, dtype=torch.float32, device="cpu")
     down.normal_(0, 0.02, generator=generator)
-    return Bottleneck(down, torch.zeros(features, bottleneck, device="cpu"), scaling)
+    up = torch.zeros(features, bottleneck, dtype=torch.float32, device="cpu")
+    return Bottleneck(down, up, scaling)
 
 
 class Serial(Adapted[Bottleneck]):

@@ -19,6 +19,9 @@ METADATA = frozenset(
 )
 """What is asked of a tensor without a value of it."""
 
+# Asked for in order to write, and then refused.
+_DATA = vars(torch._C.TensorBase)["data"].__get__
+
 WRITES = ("__set__", "__setitem__", "__iadd__", "__isub__", "__imul__", "__itruediv__")
 
 
@@ -58,6 +61,8 @@ class Deferred(Tensor):
         if function in METADATA:
             with torch._C.DisableTorchFunctionSubclass():
                 return function(*args)
+        if function == _DATA:
+            return args[0]
         name = getattr(function, "__name__", "")
         writes = name.endswith("_") and not name.endswith("__")
         if args and isinstance(args[0], cls) and (writes or name in WRITES):

@@ -3,7 +3,6 @@
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import fields
-from functools import partial
 from typing import Any, TypeVar, cast
 
 import torch
@@ -106,7 +105,7 @@ class QuantizedLinear(nn.Module):
         if torch.compiler.is_compiling():
             return self.dequantize(self.dtype)
         form = weight_view(self).form(self)
-        return Deferred(partial(self.dequantize, form.dtype), form.shape, form)
+        return Deferred(lambda: self.dequantize(form.dtype), form.shape, form)
 
     def dequantize(self, dtype: torch.dtype) -> Weight:
         r"""Return $\hat W$ in this dtype."""

@@ -73,10 +73,13 @@ class Projections(nn.Module):
     def _apply(
         self, fn: Callable[[Tensor], Tensor], recurse: bool = True
     ) -> "Projections":
-        empty = self.A.is_meta
+        probe = torch.arange(1.0, 9.0, dtype=self.A.dtype, device=self.A.device)
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        if empty and not self.A.is_meta:  # there is memory now, and nothing in it
-            self.draw(self.drawn, self.A.device)
+        if not self.A.is_meta:
+            moved = fn(probe)
+            # `to_empty` moves no values.
+            if probe.is_meta or not torch.equal(moved, probe.to(moved)):
+                self.draw(self.drawn, self.A.device)
         return self
 
 
