@@ -13,7 +13,14 @@ from minipeft.errors import InputError
 from minipeft.shapes import Inexact, Shaped, check_shapes
 from minipeft.torch import lora
 from minipeft.torch.adapted import Adapted, naming
-from minipeft.torch.linear import Form, Output, Product, Weight, weight_of
+from minipeft.torch.linear import (
+    Form,
+    Output,
+    Product,
+    Weight,
+    full_precision,
+    weight_of,
+)
 from minipeft.torch.lora import LoRA, check_dropout
 
 
@@ -233,10 +240,11 @@ class PiSSAConfig:
         check_dropout(self.dropout)
         W = weight_of(layer).detach()
         s = checked_scaling(W, self.r, self.alpha)
-        if self.sketch is None:
-            initial = principal(W, self.r, s)
-        else:
-            initial = principal_randomized(W, self.r, s, self.sketch)
+        with full_precision(W.device):
+            if self.sketch is None:
+                initial = principal(W, self.r, s)
+            else:
+                initial = principal_randomized(W, self.r, s, self.sketch)
         return PiSSA(initial, self.dropout)
 
 
@@ -259,9 +267,10 @@ def _krylov(
     W: Inexact[Tensor, "out_features in_features"], r: int, sketch: Sketch
 ) -> Inexact[Tensor, "out_features columns"]:
     # Drawn on the CPU, so that a seed means the same on every device.
-    generator = torch.Generator().manual_seed(sketch.seed)
+    generator = torch.Generator("cpu").manual_seed(sketch.seed)
     columns = min(r + sketch.oversampling, *W.shape)
-    Omega = torch.randn(W.shape[1], columns, generator=generator)
+    Omega = torch.empty(W.shape[1], columns, dtype=torch.float32, device="cpu")
+    Omega.normal_(generator=generator)
     blocks = [qr(W @ Omega.to(W)).Q]
     for _ in range(sketch.iterations):
         # A QR at every pass: else all columns turn to the largest singular vector.
