@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from hypothesis import assume, given
+from hypothesis import given
 from torch import nn
 
 from minipeft.errors import InputError
@@ -12,9 +12,9 @@ from minipeft.torch import bottleneck
 from minipeft.torch.bottleneck import BottleneckConfig, Parallel, place_beside
 from minipeft.torch.inject import inject, merge, trainable_parameters, unload
 from tests.agreement.llama import TEXT, llama
-from tests.properties.test_bottleneck import adapters, parts
-from tests.strategies import gaussians, integers
-from tests.tolerance import assert_bits, assert_within, gamma
+from tests.properties.test_bottleneck import adapters
+from tests.strategies import integers
+from tests.tolerance import assert_bits
 
 
 def tensor(array):
@@ -44,24 +44,6 @@ def test_values_and_gradients_agree_bit_for_bit(case):
     expected = [reference.forward(x, a), *reference.backward(grad, x, a)]
     for ours, theirs in zip(run(x, module(a), grad), expected, strict=True):
         assert_bits(ours + 0, theirs + 0)  # plus zero: which zero depends on the order
-
-
-@given(adapters(gaussians, 1.7))
-def test_values_and_gradients_agree_within_a_bound(case):
-    x, a, grad = case
-    size = reference.Bottleneck(*map(abs, parts(a)), a.scaling)
-    # A unit may be on in one and off in the other only if it is within rounding of 0.
-    before = np.float64(x) @ np.float64(a.down).T + a.down_bias
-    near = gamma(x.shape[-1] + 2) * (abs(x) @ abs(a.down).T + abs(a.down_bias))
-    assume(np.all(abs(before) > near))
-    expected = [reference.forward(x, a), *reference.backward(grad, x, a)]
-    bounds = [
-        reference.forward(abs(x), size),
-        *reference.backward(abs(grad), abs(x), size),
-    ]
-    roundings = 2 * x.shape[-1] + len(a.down) + x.size + 8
-    for ours, theirs, b in zip(run(x, module(a), grad), expected, bounds, strict=True):
-        assert_within(ours, theirs, 2 * gamma(roundings) * b.astype(np.float64))
 
 
 class Block(nn.Module):

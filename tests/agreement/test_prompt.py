@@ -20,15 +20,6 @@ batches = st.sampled_from([(), (3,), (2, 2)])
 
 
 @given(seeds, batches)
-def test_forward_agrees_bit_for_bit(seed, batch):
-    rng = np.random.default_rng(seed)
-    X = rng.standard_normal((*batch, 4, 3)).astype(np.float32)
-    P = rng.standard_normal((2, 3)).astype(np.float32)
-    ours = prompt.forward(torch.from_numpy(X), prompt.Prompt(torch.from_numpy(P)))
-    assert_bits(ours.numpy(), reference.forward(X, reference.Prompt(P)))
-
-
-@given(seeds, batches)
 def test_gradients_agree_bit_for_bit(seed, batch):
     rng = np.random.default_rng(seed)
     X = torch.zeros(*batch, 4, 3, requires_grad=True)
