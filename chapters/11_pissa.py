@@ -136,7 +136,7 @@ assert abs((left / size) ** 2 + held - 1) < 1e-5  # the two parts are orthogonal
 #
 # ## The proof
 #
-# The SVD needs roots, so it does not run on fractions. All that follows it does. For *any* two adapters, the plain LoRA of rank $2r$
+# The SVD needs roots, so it does not run on fractions. Everything after it does. For *any* two adapters, the plain LoRA of rank $2r$
 # on $W$ is the trained adapter on $W_{res}$:
 
 # %%
