@@ -111,8 +111,8 @@ for name, (config, rates) in METHODS.items():
         model = inject(copy.deepcopy(base.model), config, TARGETS)
         runs[lr] = tuning.tune(model, lesson, chapter.steps, lr, checks=1)
     sweeps[name] = {lr: run.after for lr, run in runs.items()}
-    losses = ", ".join(f"{lr:g}: {loss:.3f}" for lr, loss in sweeps[name].items())
-    print(f"{name}, loss at each rate: {losses}")
+    print(f"{name}, the loss at each rate:")
+    print("  " + ", ".join(f"{lr:g}: {loss:.2f}" for lr, loss in sweeps[name].items()))
     best[name] = chapter.best(name, sweeps[name])
     chosen[name] = runs[best[name]]
 before = chosen["IA3"].before
