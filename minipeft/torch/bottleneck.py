@@ -19,6 +19,7 @@ from minipeft.torch.linear import (
     check_shape,
     weight_view,
 )
+from minipeft.torch.targets import chosen
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -174,14 +175,15 @@ def place_beside(
     Args:
         model: changed in place.
         config: of the adapters.
-        targets: full names, or last parts of names, such as `["mlp"]`.
+        targets: full names, last parts of names, such as `["mlp"]`, or patterns.
         features: width of what the modules read and write.
         generator: for the random start; None for torch's own.
 
     Raises:
         InputError: if a target matches nothing, or what it matches has an adapter.
     """
-    found = _named(model, targets)
+    modules = {name: module for name, module in model.named_modules() if name}
+    found = {name: modules[name] for name in chosen(modules, targets)}
     adapters = {}
     for name, module in found.items():
         with naming(name):
@@ -193,21 +195,6 @@ def place_beside(
     for name, adapter in adapters.items():
         model.set_submodule(name, Parallel(found[name], adapter))
     return model
-
-
-def _named(model: nn.Module, targets: Sequence[str]) -> dict[str, nn.Module]:
-    modules = {name: module for name, module in model.named_modules() if name}
-    found: dict[str, nn.Module] = {}
-    for target in targets:
-        names = [n for n in modules if n == target or n.endswith(f".{target}")]
-        if not names:
-            choices = sorted({name.rpartition(".")[2] for name in modules})
-            raise InputError(
-                f"the target {target!r} matches nothing; choose from "
-                f"{', '.join(choices)}."
-            )
-        found |= {name: modules[name] for name in names}
-    return found
 
 
 def _where_it_lives(adapter: Bottleneck, module: nn.Module) -> Bottleneck:

@@ -1,0 +1,219 @@
+"""What a layer refuses: parts of another layer, and layers that are something else."""
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import utils
+from torch.nn.utils import parametrizations, prune
+
+from minipeft.errors import InputError
+from minipeft.torch import dora, ia3, linear, lora, vera
+from minipeft.torch.dora import DoRA, DoRALinear
+from minipeft.torch.ia3 import IA3, IA3Linear
+from minipeft.torch.inject import adapted, inject
+from minipeft.torch.linear import frozen
+from minipeft.torch.lora import LoRA, LoRAConfig, LoRALinear
+from minipeft.torch.qlora import QuantizedLinear
+from minipeft.torch.vera import Projections, VeRA, VeRALinear
+from tests.tolerance import assert_within, gamma
+
+IN, OUT, R = 6, 5, 2
+
+
+def parts_of_lora():
+    return {"A": torch.ones(R, IN), "B": torch.ones(OUT, R)}
+
+
+def parts_of_dora():
+    return parts_of_lora() | {"magnitude": torch.ones(OUT)}
+
+
+def parts_of_vera():
+    return {"d": torch.ones(R), "b": torch.ones(OUT)}
+
+
+def make_lora(A, B):
+    return LoRA(A, B, 2.0)
+
+
+def make_dora(A, B, magnitude):
+    return DoRA(LoRA(A, B, 2.0), magnitude)
+
+
+def make_vera(d, b):
+    return VeRA(d, b, Projections(0, R, IN, OUT))
+
+
+def make_ia3(l):  # noqa: E741
+    return IA3(l, "output")
+
+
+def make_ia3_input(l):  # noqa: E741
+    return IA3(l, "input")
+
+
+ROWS = {
+    "lora": (LoRALinear, make_lora, parts_of_lora),
+    "dora": (DoRALinear, make_dora, parts_of_dora),
+    "vera": (VeRALinear, make_vera, parts_of_vera),
+    "ia3": (IA3Linear, make_ia3, lambda: {"l": torch.ones(OUT)}),
+    "ia3 input": (IA3Linear, make_ia3_input, lambda: {"l": torch.ones(IN)}),
+}
+DAMAGES = {
+    "one row": lambda part: part[:1],
+    "one too many": lambda part: torch.cat([part, part[:1]]),
+    "one column": lambda part: part[..., :1] if part.dim() > 1 else part[None, :1],
+    "transposed": lambda part: part.T if part.dim() > 1 else part[:, None],
+}
+CASES = [
+    (row, name, damage)
+    for row, (_, _, parts) in ROWS.items()
+    for name in parts()
+    for damage in DAMAGES
+]
+each_case = pytest.mark.parametrize(("row", "name", "damage"), CASES)
+
+
+def base():
+    return frozen(torch.ones(OUT, IN), torch.ones(OUT))
+
+
+def damaged(row, name, damage):
+    """Return a sound layer of the row and one wrong part, unseen by the annotations."""
+    kind, make, parts = ROWS[row]
+    layer = kind(base(), make(**parts()))
+    adapter = layer.adapters["default"]
+    part = DAMAGES[damage](getattr(adapter, name).detach())
+    return layer, adapter, nn.Parameter(part)
+
+
+@each_case
+def test_a_part_of_another_layer_is_refused_in_every_way_in(row, name, damage):
+    layer, adapter, part = damaged(row, name, damage)
+    setattr(adapter, name, part)
+    for attempt in (
+        lambda: layer(torch.ones(3, IN)),
+        layer.merged,
+        layer.merge,
+        lambda: layer.add("other", adapter),
+        lambda: type(layer)(base(), adapter),
+    ):
+        with pytest.raises(InputError, match=r"has shape \(.*it must be \("):
+            attempt()
+
+
+@pytest.mark.parametrize(
+    "attempt",
+    [
+        lambda W, wrong: dora.row_norm(W, wrong),
+        lambda W, wrong: dora.merge(W, DoRA(wrong, torch.ones(OUT))),
+        lambda W, wrong: dora.over_norm(torch.ones(OUT), torch.ones(1)),
+        lambda W, wrong: vera.delta(make_vera(torch.ones(1), torch.ones(OUT)), IN),
+        lambda W, wrong: frozen(W, torch.ones(1)),
+    ],
+)
+def test_functions_refuse_what_is_not_their_layer_s(attempt):
+    wrong = LoRA(torch.ones(R, IN), torch.ones(1, R), 2.0)
+    with pytest.raises((InputError, TypeError), match=r"shape|Type-check"):
+        attempt(torch.ones(OUT, IN), wrong)
+
+
+def test_a_bias_that_would_broadcast_is_refused():
+    layer = LoRALinear(base(), make_lora(**parts_of_lora()))
+    layer.base.bias = nn.Parameter(torch.ones(1))
+    with pytest.raises(InputError, match=r"bias has shape \(1,\)"):
+        layer(torch.ones(3, IN))
+    q = QuantizedLinear.from_linear(base(), blocksize=2).q
+    with pytest.raises((InputError, TypeError), match=r"bias"):
+        QuantizedLinear(q, torch.ones(1))
+
+
+@pytest.mark.parametrize("side", ["inside", True])
+def test_a_side_that_no_layer_has_is_refused(side):
+    with pytest.raises((InputError, TypeError), match=r"side"):
+        IA3(torch.ones(OUT), side)
+    assert ia3.init(OUT).side == "output"
+
+
+@pytest.mark.parametrize(("alpha", "r"), [(4.0, 0), (4.0, -1), (float("nan"), 2)])
+def test_a_scaling_that_is_no_number_is_refused(alpha, r):
+    with pytest.raises(InputError, match=r"r is|alpha is"):
+        lora.scaling(alpha, r)
+
+
+# --- layers whose weight is something else -------------------------------------------
+
+
+def float8():
+    layer = nn.Linear(IN, OUT)
+    layer.weight = nn.Parameter(layer.weight.to(torch.float8_e4m3fn), False)
+    return layer
+
+
+def removed_by_a_new_style():
+    return parametrizations.spectral_norm(nn.Linear(IN, OUT)).eval()
+
+
+SOMETHING_ELSE = {
+    "weight_norm": lambda: parametrizations.weight_norm(nn.Linear(IN, OUT)),
+    "spectral_norm": removed_by_a_new_style,
+    "spectral_norm of old": lambda: utils.spectral_norm(nn.Linear(IN, OUT)),
+    "pruned": lambda: prune.l1_unstructured(nn.Linear(IN, OUT), "weight", 0.5),
+    "pruned embedding": lambda: prune.l1_unstructured(
+        nn.Embedding(IN, OUT), "weight", 0.5
+    ),
+    "lazy": lambda: nn.LazyLinear(OUT),
+    "float8": float8,
+}
+SENTENCES = {"lazy": "has no weight yet", "float8": "dtype torch.float8_e4m3fn"}
+
+
+@pytest.mark.parametrize("kind", list(SOMETHING_ELSE))
+def test_a_layer_whose_weight_is_something_else_is_refused_at_once(kind):
+    model = nn.ModuleDict({"up": nn.Linear(IN, IN), "down": SOMETHING_ELSE[kind]()})
+    sentence = SENTENCES.get(kind, "is no parameter: something computes it")
+    with pytest.raises(InputError, match=f"^down: .*{sentence}"):
+        inject(model, LoRAConfig(2, 4.0), ["up", "down"])
+    assert not adapted(model)
+    assert all(p.requires_grad for p in model["up"].parameters())
+
+
+def test_a_view_of_a_layer_is_known_before_it_is_wrapped():
+    with pytest.raises(InputError, match="Conv2d has no weight matrix"):
+        linear.weight_of(nn.Conv2d(1, 1, 1))
+
+
+# --- gradients of gradients ----------------------------------------------------------
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("gain", [1.0, 2.0**-6])
+def test_second_derivatives_of_dora_are_those_of_its_formula(bias, gain, monkeypatch):
+    """A gain below 1/16 takes the other branch: the columns of z that are kept."""
+    torch.manual_seed(0)
+    W = torch.randn(OUT, IN, dtype=torch.float64)
+    b = torch.randn(OUT, dtype=torch.float64) if bias else None
+    x = torch.randn(3, IN, dtype=torch.float64)
+    update = LoRA(torch.randn(R, IN).double(), torch.randn(OUT, R).double(), 2.0)
+    magnitude = torch.rand(OUT, dtype=torch.float64) + 1
+    magnitude[1:3] *= gain
+    layer = DoRALinear(frozen(W, b), DoRA(update, magnitude))
+    parts = list(layer.adapters.parameters())
+    directions = [torch.randn_like(p) for p in parts]
+
+    def second():
+        loss = (layer(x) ** 3).sum()
+        first = torch.autograd.grad(loss, parts, create_graph=True)
+        slope = sum((a * v).sum() for a, v in zip(first, directions, strict=True))
+        return torch.autograd.grad(slope, parts)
+
+    ours = second()
+    monkeypatch.setattr(dora, "_rescale", plainly)
+    for mine, right in zip(ours, second(), strict=True):
+        # Fewer than 2**16 roundings; a division by the smallest gain magnifies them.
+        bound = gamma(2**16, "float64") * float(right.abs().max()) / gain
+        assert_within(mine.numpy(), right.numpy(), bound)
+
+
+def plainly(z, magnitude, norm, bias, dtype):
+    return dora._rescaled(z, dora.over_norm(magnitude, norm), bias).to(dtype)
