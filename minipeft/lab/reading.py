@@ -162,7 +162,8 @@ def _cast(name: str, tensor: Tensor, place: tuple[torch.dtype, str]) -> Tensor:
     if not tensor.is_floating_point():
         return tensor.to(device)
     # Piece by piece: the test makes copies of what it looks at.
-    if not all(bool(p.isfinite().all()) for p in tensor.reshape(-1).split(PIECE)):
+    pieces = torch.split(tensor.reshape(-1), PIECE)
+    if not all(bool(piece.isfinite().all()) for piece in pieces):
         raise InputError(f"{name} holds values that are not finite; get it again")
     return tensor.to(device, dtype)
 

@@ -9,11 +9,18 @@ from math import lcm, prod
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 from torch.nn.functional import embedding, pad
 
 from minipeft.errors import InputError
 from minipeft.shapes import Float, Inexact, UInt8
+from minipeft.torch.bins import bins_of, pairs_of, search
 from minipeft.torch.codebook import NF4, code_bits
+
+SLICE = 2**18
+"""Values that eager code on a CPU takes at a time: 1 MB in float32."""
+FEW = 2**10
+"""Below so many numbers a search is as fast as a table."""
 
 
 @dataclass(frozen=True)
@@ -47,22 +54,36 @@ def quantize(
     Source: QLoRA (arXiv:2305.14314), section 3.
     """
     check_blocksize(blocksize)
-    codebook, flat = codebook.to(W.device), W.detach().float().reshape(-1)
+    codebook, flat = codebook.to(W.device), W.detach().reshape(-1)
     packed, absmax = encode(flat, codebook, blocksize)
     check_finite(flat, absmax)
     return Blockwise(packed, absmax, codebook, blocksize, tuple(W.shape))
 
 
 def encode(
-    flat: Float[Tensor, " n"], codebook: Float[Tensor, " codes"], blocksize: int
+    flat: Inexact[Tensor, " n"], codebook: Float[Tensor, " codes"], blocksize: int
 ) -> tuple[UInt8[Tensor, " bytes"], Float[Tensor, " blocks"]]:
     """Return codes and scales of values that are known to be finite.
 
     Args:
-        flat: the values, in float32.
+        flat: the values.
         codebook: on the same device.
         blocksize: values in a block.
     """
+    if not on_cpu(flat):
+        return _encode(flat.float(), codebook, blocksize)
+    # Slice by slice: what lies between two operations stays in the cache.
+    slices = torch.split(flat, max(SLICE, blocksize))
+    parts = [_encode(one.float(), codebook, blocksize) for one in slices]
+    if len(parts) == 1:
+        return parts[0]
+    packed, absmax = zip(*parts, strict=True)
+    return torch.cat(packed), torch.cat(absmax)
+
+
+def _encode(
+    flat: Float[Tensor, " n"], codebook: Float[Tensor, " codes"], blocksize: int
+) -> tuple[UInt8[Tensor, " bytes"], Float[Tensor, " blocks"]]:
     bits, n = code_bits(codebook), len(flat)
     # Zeros fill the last block and the last byte: blocks, bytes and spare codes alike.
     blocks = _fill(flat, max(blocksize, 8)).view(-1, blocksize)
@@ -86,12 +107,41 @@ def dequantize(
         InputError: if there are codes or scales too few or too many.
     """
     n, bits = check_parts(q), code_bits(q.codebook)
+    if bits == 4 and on_cpu(q.packed) and not n % q.blocksize:
+        return _dequantize_slices(q, dtype)
     decoded = _decode(q.packed, q.codebook, n)
     # By block and byte: a compiler then meets the values of a byte in one inner loop.
     width = min(8 // bits, q.blocksize)
     blocks = _fill(decoded, q.blocksize).view(-1, q.blocksize // width, width)
     blocks = blocks * q.absmax.float().view(-1, 1, 1)
     return blocks.to(dtype).view(-1)[:n].view(q.shape)
+
+
+def _dequantize_slices(q: Blockwise, dtype: torch.dtype) -> Inexact[Tensor, "..."]:
+    """Decode whole blocks of four bits, a slice at a time, two values a look-up."""
+    pairs = pairs_of(tuple(q.codebook.tolist()))
+    W = torch.empty(q.shape, dtype=dtype, device=q.packed.device)
+    size = max(SLICE, q.blocksize)
+    slices = (
+        torch.split(W.view(-1), size),
+        torch.split(q.packed, size // 2),
+        torch.split(q.absmax.float(), size // q.blocksize),
+    )
+    for values, packed, absmax in zip(*slices, strict=True):
+        decoded = pairs.index_select(0, packed.int()).view(torch.float32)
+        blocks = decoded.view(-1, q.blocksize).mul_(absmax[:, None])
+        values.copy_(blocks.view(-1))
+    return W
+
+
+def on_cpu(tensor: Tensor) -> bool:
+    """Tell whether tables pay: eager code on plain numbers of a CPU."""
+    plain = type(tensor) in (Tensor, Parameter) and tensor.device.type == "cpu"
+    return plain and not torch.compiler.is_compiling() and not _tracing()
+
+
+def _tracing() -> bool:
+    return bool(torch._C._get_tracing_state())
 
 
 def nearest(
@@ -102,6 +152,9 @@ def nearest(
     The boundaries are float32 midpoints of neighbouring values. Equal values keep
     their order (FP4 has two zeros), so a value above zero meets the second.
     """
+    many = scaled.dtype == torch.float32 and scaled.numel() >= FEW
+    if many and on_cpu(scaled) and (bins := bins_of(tuple(codebook.tolist()))):
+        return search(scaled, bins)
     values, order = codebook.sort(stable=True)
     midpoints = (values[:-1] + values[1:]) / 2
     if torch.compiler.is_compiling() and len(codebook) <= 16:
@@ -194,6 +247,8 @@ def _scaled(
     # Through float64, because GPU compilers may approximate a float32 division; the
     # second rounding never changes the result of the first.
     inverse = (1 / lifted.double()).float()
+    if on_cpu(blocks) and not bool((lift > 1).any()):
+        return blocks * inverse[:, None]
     return (blocks * lift[:, None]) * inverse[:, None]
 
 
