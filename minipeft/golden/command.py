@@ -11,13 +11,13 @@ from pathlib import Path
 from threading import current_thread, main_thread
 
 from minipeft.errors import InputError
-from minipeft.golden import known, processes, profiles, report
+from minipeft.golden import diagnosis, known, processes, profiles, report
 from minipeft.golden.drivers import need
 from minipeft.golden.errors import Unavailable, printable
 from minipeft.golden.implementations import BUILT_IN, Implementation
 from minipeft.golden.operations import OPERATIONS
 from minipeft.golden.report import Run
-from minipeft.golden.runner import Outcome, implementation, unasked, verify
+from minipeft.golden.runner import Outcome, implementation, judge, unasked, verify
 from minipeft.golden.vectors import VectorFile, load_all
 
 LONGEST_TIMEOUT = 24 * 60 * 60.0
@@ -84,6 +84,15 @@ def _add_choices(parser: argparse.ArgumentParser) -> None:
         metavar="NAME",
         help=f"make a library's choices the rule: {', '.join(profiles.load_all())}",
     )
+    _add_files(parser)
+    parser.add_argument(
+        "--explain",
+        metavar="CASE",
+        help="print one case in full, such as nf4_quantize:26, and the answer to it",
+    )
+
+
+def _add_files(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--known-failures",
         metavar="FILE",
@@ -100,12 +109,17 @@ def _add_choices(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    """Ask, report, and return the exit code."""
+    """Print a list or a case, or ask everything; return the exit code."""
     if options.list:
         print("\n".join(op.signature(name) for name, op in OPERATIONS.items()))
         return 0
-    files = list(load_all(options.only))
     name = _check(options)
+    return _explain(options) if options.explain else _ask(options, name)
+
+
+def _ask(options: argparse.Namespace, name: str) -> int:
+    """Ask, report, and return the exit code."""
+    files = list(load_all(options.only))
     rule = profiles.load(options.profile) if options.profile else None
     listed = _listed(options)
     outcomes: list[Outcome] = []
@@ -130,6 +144,21 @@ def run(options: argparse.Namespace) -> int:
     if stopped or unwritten:
         raise InputError(stopped or unwritten)
     return 1 if any(outcome.status == "fail" for outcome in outcomes) else 0
+
+
+def _explain(options: argparse.Namespace) -> int:
+    operation, _, number = options.explain.partition(":")
+    (file,) = load_all([operation]) if operation in OPERATIONS else (None,)
+    cases = {str(case.tcId): case for case in file.cases} if file else {}
+    if file is None or number not in cases:
+        raise InputError(
+            f"there is no case {options.explain!r}; write operation:tcId, such as "
+            "nf4_quantize:26."
+        )
+    with closing(_subject(options)) as subject:
+        outcome = judge(subject, file, cases[number])
+    _print(diagnosis.explain(outcome))
+    return 1 if outcome.status == "fail" else 0
 
 
 def _check(options: argparse.Namespace) -> str:

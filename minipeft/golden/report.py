@@ -9,7 +9,7 @@ from typing import Any
 from xml.etree import ElementTree
 
 from minipeft import __version__
-from minipeft.golden import known
+from minipeft.golden import diagnosis, known
 from minipeft.golden.profiles import followed
 from minipeft.golden.runner import Outcome
 
@@ -32,6 +32,7 @@ def text(run: Run) -> str:
     """Return the failures with their reasons, the latitude, the skips and the table."""
     outcomes = run.outcomes
     parts = [
+        _causes(outcomes),
         *_failures(outcomes),
         _mended(run),
         _ways(outcomes),
@@ -40,6 +41,15 @@ def text(run: Run) -> str:
         _verdicts(run),
     ]
     return "\n\n".join(part for part in parts if part)
+
+
+def _causes(outcomes: Sequence[Outcome]) -> str:
+    found = [f"  {cause}" for cause in diagnosis.causes(outcomes)]
+    return (
+        "\n".join(["Where the plainest cases fail, one cause:", *found])
+        if found
+        else ""
+    )
 
 
 def _failures(outcomes: Sequence[Outcome]) -> Iterator[str]:
@@ -63,6 +73,7 @@ def as_json(run: Run) -> str:
         "verdicts": _three(run.outcomes),
         "profile": run.profile,
         "choices": {"all": choices, "as": agreeing},
+        "causes": list(diagnosis.causes(run.outcomes)),
         "mended": known.mended(run.listed, run.outcomes),
         "stopped": run.stopped,
         "cases": [_case(outcome) for outcome in run.outcomes],

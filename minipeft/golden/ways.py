@@ -3,12 +3,14 @@
 WAYS: dict[str, str] = {
     # Blockwise quantization
     "division": "those who divide by absmax, as the paper's formula does",
+    "division-of-short-blocks": "bitsandbytes on a CPU, which divides by absmax in a "
+    "short last block and nowhere else",
     "cuda-thresholds": "bitsandbytes' CUDA kernel and onnxruntime, whose thresholds "
     "are decimals: four of them are one float32 step beside the midpoint",
     "zero-block-code-0": "bitsandbytes' CUDA kernel and torchao, where 0/0 is code 0",
     "zero-block-scale-1": "those who store 1 as the scale of a block of zeros",
-    "zero-block-scale-eps": "those who store float32's eps as the scale of a block of "
-    "zeros",
+    "zero-block-scale-eps": "bitsandbytes on a CPU, which stores 1e-38 as the scale of "
+    "a short block of zeros",
     "fp4-by-magnitude": "bitsandbytes' CUDA kernel, which compares magnitudes",
     "fp4-signed-zero": "those who give FP4's code 8 a sign",
     "unsigned-zero": "those whose zeros have no sign",

@@ -34,7 +34,8 @@ def flags(peer, row, folder):
 def test_bitsandbytes(tmp_path):
     found, policy = flags("bitsandbytes", "blockwise", tmp_path)
     # On CPUs with AVX-512 also MisalignedRows.
-    assert {"Subnormal", "ZeroBlock", "ReciprocalMultiply"} <= found
+    assert {"Subnormal", "ShapeMismatch"} <= found
+    assert not {"ZeroBlock", "ReciprocalMultiply"} & found  # a way of its own
     assert "NotFinite" in policy - found
     assert not {"Basic", "NibbleOrder", "Tie", "LargeBlock", "RoundOnce"} & found
 
@@ -46,20 +47,25 @@ def test_torchao(tmp_path):
     assert not {"NibbleOrder", "ZeroBlock"} & found
 
 
-@pytest.mark.parametrize("row", ["lora", "ia3"])
-def test_peft(row, tmp_path):
-    assert flags("peft", row, tmp_path)[0] == set()
+def test_peft_has_lora(tmp_path):
+    assert flags("peft", "lora", tmp_path)[0] == set()
+
+
+def test_peft_spreads_a_single_feature_in_ia3(tmp_path):
+    # l * x makes as many features as l has numbers.
+    assert flags("peft", "ia3", tmp_path)[0] == {"ShapeMismatch"}
 
 
 def test_peft_divides_by_the_norm_of_a_zero_row_in_dora(tmp_path):
     # And a vector comes back as a matrix of one row.
     found, _ = flags("peft", "dora", tmp_path)
-    assert found == {"ZeroRow", "LeadingAxes"}
+    assert found == {"ZeroRow", "NormBelowZero", "LeadingAxes"}
 
 
 def test_peft_takes_any_seed_in_vera(tmp_path):
     found, policy = flags("peft", "vera", tmp_path)
-    assert found == set()
+    # One row of B is spread over all outputs.
+    assert found == {"ShapeMismatch", "RankOne"}
     assert policy == {"SeedRange", "ZeroRank"}
 
 

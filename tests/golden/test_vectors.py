@@ -197,7 +197,7 @@ def test_what_a_flag_says_is_said_once_and_true_in_all_files():
 
 def test_a_way_has_one_name_and_every_name_is_used():
     ways = [w for f in load_all() for c in f.cases for w in c.alternatives]
-    assert {way.name for way in ways} <= set(WAYS)
+    assert {way.name for way in ways} == set(WAYS)
     assert all(WAYS[way.name] == way.by for way in ways)
 
 

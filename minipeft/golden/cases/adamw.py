@@ -66,6 +66,14 @@ def _plain() -> Iterator[Spec]:
     yield _bounded("a large eps", "Eps", later, _settings(2, eps=0.01))
     still = {**first, "grad": np.zeros_like(W)}
     yield _bounded("no gradient", "ZeroGradient Decay", still, _settings(3))
+    yield from _refusals(first, grad)
+    for name in ("beta1", "beta2"):
+        zero = _settings(7, **{name: 0.0})
+        yield _bounded(f"{name} is 0", "ZeroBeta LaterStep", later, zero)
+    yield from _later_refusals(_spec("", "", first, _settings(0)))
+
+
+def _refusals(first: dict[str, Array], grad: Array) -> Iterator[Spec]:
     fine = _spec("", "", first, _settings(0))
     for bad in (np.nan, np.inf):
         spoiled = grad.copy()
@@ -73,9 +81,9 @@ def _plain() -> Iterator[Spec]:
         yield refused(fine, f"{bad}", "NotFinite", grad=spoiled)
     for name, value in {"lr": -0.1, "beta2": 1.0}.items():
         yield refused(fine, f"{name} is {value}", "OutOfRange", **{name: value})
-    for name in ("beta1", "beta2"):
-        zero = _settings(7, **{name: 0.0})
-        yield _bounded(f"{name} is 0", "ZeroBeta LaterStep", later, zero)
+
+
+def _later_refusals(fine: Spec) -> Iterator[Spec]:
     for name, value in [
         ("beta1", -0.5),
         ("beta2", -0.5),

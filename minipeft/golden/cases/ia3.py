@@ -108,12 +108,16 @@ def _old(operation: str) -> Iterator[Spec]:
             zero = operation == "ia3_forward" and side == "output"
             yield any_zero(operation, biased) if zero else biased
         yield _normal(operation, flag, side)
-        # One less than there are outputs, or one more than inputs; and a single one.
-        for n in (SIZES[side == "output"] + (1 if side == "input" else -1), 1):
-            comment = f"l has {n} numbers"
-            spec = _spec(operation, comment, "ShapeMismatch", side)
-            l = integers("l", (n,))  # noqa: E741
-            yield refused(spec, spec.comment, "ShapeMismatch", l=l)
+        yield from _invalid(operation, side)
+
+
+def _invalid(operation: str, side: str) -> Iterator[Spec]:
+    # One less than there are outputs, or one more than inputs; and a single one.
+    for n in (SIZES[side == "output"] + (1 if side == "input" else -1), 1):
+        comment = f"l has {n} numbers"
+        spec = _spec(operation, comment, "ShapeMismatch", side)
+        l = integers("l", (n,))  # noqa: E741
+        yield refused(spec, spec.comment, "ShapeMismatch", l=l)
 
 
 def _shapes(

@@ -39,6 +39,10 @@ def ways(W: Array, codebook: Array, blocksize: int) -> Iterator[tuple[str, Parts
     divisor = np.where(zero, F32(1), absmax)[:, np.newaxis]
     codes = blockwise.nearest(blocks / divisor, codebook)
     yield "division", (_packed(codes, size), absmax)
+    if size % blocksize and (absmax >= 2.0**-126).all():
+        full = blockwise.nearest(blocks * (F32(1) / divisor), codebook)
+        full[-1] = codes[-1]
+        yield "division-of-short-blocks", (_packed(full, size), absmax)
     with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
         scaled = blocks * (F32(1) / absmax[:, np.newaxis])
     finite = np.where(np.isnan(scaled), F32(0), scaled)  # zero blocks
