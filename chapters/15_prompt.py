@@ -108,7 +108,7 @@ for name, config in STARTS.items():
         return PromptModel(base.model, config)
 
     first = -1 if name == "random numbers" else -2
-    tuned[name] = best_run(name, begin, first, chapter.steps, checks=4)
+    tuned[name] = best_run(name, begin, first, chapter.steps, checks=3)
 for name, run in tuned.items():
     print(f"{name:16s} {run.before:.3f} before, {run.after:.3f} after")
 assert all(run.trained == N * width for run in tuned.values())
@@ -228,7 +228,7 @@ chapter.show(
 # ## What it costs
 #
 # A prompt has $n \cdot d$ numbers to train and keep. With ten tokens that is {=f"{N * width:,}"=} here, fewer than any other method of this book trains on this model; with twenty it is more than the 2,048 of [IA3](10_ia3.md). But $n$ more tokens are computed, in every layer, for every request,
-# and the context has $n$ places fewer for text. Attention is quadratic in the length, so relative to the text the price is highest for short texts and long prompts. The times are medians of fifteen turns in which all take part.
+# and the context has $n$ places fewer for text. Attention is quadratic in the length, so relative to the text the price is highest for short texts and long prompts. The times are medians of nine turns in which all take part.
 
 # %%
 ids = lesson.held_out[0]["input_ids"][:16].to(base.model.device)
@@ -239,7 +239,7 @@ timed |= {
 timed["prefix, 100"] = PrefixModel(base.model, PrefixConfig(100))
 runs = {name: [] for name in timed}
 with torch.no_grad():
-    for _ in range(15):
+    for _ in range(9):
         for name, model in timed.items():
             runs[name].append(timing.cost(chapter.device, model, ids))
 cost = {name: float(np.median(seconds)) for name, seconds in runs.items()}
