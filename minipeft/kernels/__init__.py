@@ -263,7 +263,7 @@ PRODUCT = {
 
 
 def _of_few_rows(a: Mapping[str, Any], dtype: str) -> int:
-    return -(-a["out_features"] // WARPS) * -(-a["tokens"] // 4)
+    return -(-a["out_features"] // (2 * WARPS)) * -(-a["tokens"] // 4)
 
 
 PRODUCT_4BIT = Kernel(
@@ -295,7 +295,7 @@ ROW_NORM = Kernel(
         "r": "int32",
         "scaling": "float32",
     },
-    _tiles("out_features", WARPS),
+    _tiles("out_features", 16),
 )
 
 KERNELS = (

@@ -18,7 +18,8 @@
 // float32 at 1.5 TB/s: 18.7 ms a step, and 10.7 ms with states of eight bits.
 //
 // Launch: 256 threads.
-//   adamw       a thread takes 16 bytes of W
+//   adamw       a thread takes 4 neighbours at a time, so that a warp reads and writes
+//               whole lines of 128 bytes of each array; once in float32, twice in 16 bits
 //   adamw_8bit  a thread takes 4 values, two warps a block of 256, a CUDA block 8 times 1024
 //               values, so that the 4 KB of tables are loaded once for many
 #include "scale.cuh"
@@ -38,21 +39,56 @@ struct Step {
   }
 };
 
-template <int COUNT, class T>
+constexpr int GROUP = 4;  // neighbours of one thread
+constexpr int TILE = THREADS * GROUP;
+
+// A tile that lies within the tensor has no bounds to look at.
+template <bool WHOLE, class T>
+__device__ __forceinline__ void load(const T* from, i64 first, i64 n, float* to) {
+  load_padded<GROUP>(from, first, WHOLE ? first + GROUP : n, to);
+}
+
+template <bool WHOLE, class T>
 __device__ __forceinline__ void store(T* to, i64 first, i64 n, const float* from) {
-  constexpr int SIZE = vector_size<T, COUNT>;
-  if (first + COUNT <= n) {
+  if (WHOLE || first + GROUP <= n) {
+    Vector<T, GROUP> part;
 #pragma unroll
-    for (int v = 0; v < COUNT; v += SIZE) {
-      Vector<T, SIZE> part;
-#pragma unroll
-      for (int i = 0; i < SIZE; ++i) part.at[i] = from_float<T>(from[v + i]);
-      store_vector(to + first + v, part);
-    }
+    for (int i = 0; i < GROUP; i += 2) store_pair(part.at + i, from[i], from[i + 1]);
+    store_vector(to + first, part);
   } else {
 #pragma unroll
-    for (int i = 0; i < COUNT; ++i)
+    for (int i = 0; i < GROUP; ++i)
       if (first + i < n) to[first + i] = from_float<T>(from[i]);
+  }
+}
+
+template <bool WHOLE, class T>
+__device__ __forceinline__ void advance(const Step& step, const T* W,
+                                        const T* __restrict__ grad, const float* m_in,
+                                        const float* v_in, T* W_out, float* m_out,
+                                        float* v_out, u64* __restrict__ bad, i64 start,
+                                        i64 n) {
+  constexpr int GROUPS = 4 / sizeof(T);
+  float w[GROUPS][GROUP], g[GROUPS][GROUP], m[GROUPS][GROUP], v[GROUPS][GROUP];
+#pragma unroll
+  for (int k = 0; k < GROUPS; ++k) {
+    const i64 first = start + k * TILE + threadIdx.x * GROUP;
+    load<WHOLE>(W, first, n, w[k]);
+    load<WHOLE>(grad, first, n, g[k]);
+    load<WHOLE>(m_in, first, n, m[k]);
+    load<WHOLE>(v_in, first, n, v[k]);
+  }
+#pragma unroll
+  for (int k = 0; k < GROUPS; ++k) {
+    const i64 first = start + k * TILE + threadIdx.x * GROUP;
+#pragma unroll
+    for (int i = 0; i < GROUP; ++i) {
+      if (bad && !is_finite(g[k][i])) atomicMin(bad, u64(first + i));
+      step.update(w[k][i], g[k][i], m[k][i], v[k][i]);
+    }
+    store<WHOLE>(W_out, first, n, w[k]);
+    store<WHOLE>(m_out, first, n, m[k]);
+    store<WHOLE>(v_out, first, n, v[k]);
   }
 }
 
@@ -65,40 +101,48 @@ adamw(const T* W, const T* __restrict__ grad, const float* m_in, const float* v_
       T* W_out, float* m_out, float* v_out, u64* __restrict__ bad, i64 n, float decay,
       float new_m, float beta2, float new_v, float minus_step, float correction,
       float eps) {
-  constexpr int SIZE = Vector<T>::size;
+  constexpr int SPAN = TILE * (4 / sizeof(T));
   const Step step{decay, new_m, beta2, new_v, minus_step, correction, eps};
-  const i64 first = (i64(blockIdx.x) * THREADS + threadIdx.x) * SIZE;
-  if (first >= n) return;
-  float w[SIZE], g[SIZE], m[SIZE], v[SIZE];
-  load_padded<SIZE>(W, first, n, w);
-  load_padded<SIZE>(grad, first, n, g);
-  load_padded<SIZE>(m_in, first, n, m);
-  load_padded<SIZE>(v_in, first, n, v);
-#pragma unroll
-  for (int i = 0; i < SIZE; ++i) {
-    if (bad && !is_finite(g[i])) atomicMin(bad, u64(first + i));
-    step.update(w[i], g[i], m[i], v[i]);
-  }
-  store<SIZE>(W_out, first, n, w);
-  store<SIZE>(m_out, first, n, m);
-  store<SIZE>(v_out, first, n, v);
+  const i64 start = i64(blockIdx.x) * SPAN;
+  if (start + SPAN <= n)
+    advance<true>(step, W, grad, m_in, v_in, W_out, m_out, v_out, bad, start, n);
+  else
+    advance<false>(step, W, grad, m_in, v_in, W_out, m_out, v_out, bad, start, n);
 }
 
 // Eight bits ----------------------------------------------------------------------------
 
 constexpr int BLOCK = 256;  // values that share a scale
-constexpr int GROUP = 4;    // neighbours of one thread: 4 bytes of codes
-constexpr int TILE = THREADS * GROUP;
 
-// The values and the boundaries of both dynamic maps.
+// The values of both dynamic maps, and their boundaries as search trees: the children of
+// node k are nodes 2 k and 2 k + 1, and node 1 is the root.
 struct Maps {
-  float m[256], m_midpoints[256], v[256], v_midpoints[256];
+  float m[256], m_tree[256], v[256], v_tree[256];
 };
 
+// Position among the 256 sorted values, as `nearest` finds it, in eight steps. The nodes of
+// a level lie side by side, so up to the sixth no two lanes wait for each other; in a sorted
+// array the first steps all hit one bank. The first two levels are in registers.
+struct Tree {
+  const float* at;
+  float root, left, right;
+  __device__ __forceinline__ explicit Tree(const float* tree)
+      : at(tree), root(tree[1]), left(tree[2]), right(tree[3]) {}
+  __device__ __forceinline__ unsigned position(float x) const {
+    const bool above = x > root;
+    unsigned k = above ? 6 : 4;
+    k += x > (above ? right : left);
+#pragma unroll
+    for (int level = 2; level < 8; ++level) k = 2 * k + (x > at[k]);
+    return k - 256;
+  }
+};
+
+template <bool WHOLE>
 __device__ __forceinline__ void decode(const byte* codes, i64 first, i64 n, float scale,
                                        const float* map, float* to) {
   unsigned word = 0;
-  if (first + GROUP <= n)
+  if (WHOLE || first + GROUP <= n)
     word = *reinterpret_cast<const unsigned*>(codes + first);
   else
     for (int i = 0; i < GROUP && first + i < n; ++i)
@@ -106,17 +150,17 @@ __device__ __forceinline__ void decode(const byte* codes, i64 first, i64 n, floa
 #pragma unroll
   for (int i = 0; i < GROUP; ++i) {
     const float value = __fmul_rn(map[word >> 8 * i & 255], scale);
-    to[i] = first + i < n ? value : 0.0f;
+    to[i] = WHOLE || first + i < n ? value : 0.0f;
   }
 }
 
+template <bool WHOLE>
 __device__ __forceinline__ void encode(byte* codes, i64 first, i64 n, const Scale& scale,
-                                       const float* midpoints, const float* from) {
+                                       const Tree& tree, const float* from) {
   unsigned word = 0;
 #pragma unroll
-  for (int i = 0; i < GROUP; ++i)
-    word |= unsigned(nearest<256>(scale(from[i]), midpoints)) << 8 * i;
-  if (first + GROUP <= n)
+  for (int i = 0; i < GROUP; ++i) word |= tree.position(scale(from[i])) << 8 * i;
+  if (WHOLE || first + GROUP <= n)
     *reinterpret_cast<unsigned*>(codes + first) = word;
   else
     for (int i = 0; i < GROUP && first + i < n; ++i) codes[first + i] = byte(word >> 8 * i);
@@ -127,6 +171,55 @@ __device__ __forceinline__ float largest(const float* of) {
 #pragma unroll
   for (int i = 0; i < GROUP; ++i) m = fmaxf(m, fabsf(of[i]));
   return warp_max(m);
+}
+
+// All that the tiles of a CUDA block share.
+template <class T> struct Tensors {
+  const T *W, *grad;
+  const byte *m_codes, *v_codes;
+  const float *m_absmax, *v_absmax;
+  T* W_out;
+  byte *m_codes_out, *v_codes_out;
+  float *m_absmax_out, *v_absmax_out;
+  u64* bad;
+};
+
+template <bool WHOLE, class T>
+__device__ __forceinline__ void advance_8bit(const Step& step, const Tensors<T>& t,
+                                             const Maps& map, const Tree& m_tree,
+                                             const Tree& v_tree,
+                                             float (&part)[2][THREADS / WARP], i64 tile,
+                                             i64 n) {
+  const int warp = threadIdx.x / WARP;
+  const i64 first = tile + threadIdx.x * GROUP, block = first / BLOCK;
+  const bool inside = WHOLE || first < n;
+  float w[GROUP], g[GROUP], m[GROUP], v[GROUP];
+  load<WHOLE>(t.W, first, n, w);
+  load<WHOLE>(t.grad, first, n, g);
+  decode<WHOLE>(t.m_codes, first, n, inside ? t.m_absmax[block] : 0.0f, map.m, m);
+  decode<WHOLE>(t.v_codes, first, n, inside ? t.v_absmax[block] : 0.0f, map.v, v);
+#pragma unroll
+  for (int i = 0; i < GROUP; ++i) {
+    step.update(w[i], g[i], m[i], v[i]);
+    if (t.bad && !(is_finite(g[i]) && is_finite(m[i]) && is_finite(v[i])))
+      atomicMin(t.bad, u64(first + i));
+  }
+  const float m_here = largest(m), v_here = largest(v);
+  if (threadIdx.x % WARP == 0) {
+    part[0][warp] = m_here;
+    part[1][warp] = v_here;
+  }
+  __syncthreads();
+  const float m_scale = fmaxf(part[0][warp], part[0][warp ^ 1]);
+  const float v_scale = fmaxf(part[1][warp], part[1][warp ^ 1]);
+  __syncthreads();  // before the next tile writes `part`
+  store<WHOLE>(t.W_out, first, n, w);
+  encode<WHOLE>(t.m_codes_out, first, n, Scale(m_scale), m_tree, m);
+  encode<WHOLE>(t.v_codes_out, first, n, Scale(v_scale), v_tree, v);
+  if (first % BLOCK == 0 && inside) {
+    t.m_absmax_out[block] = m_scale;
+    t.v_absmax_out[block] = v_scale;
+  }
 }
 
 // As above; a block's scales are read by all its threads before a barrier and written after.
@@ -142,40 +235,15 @@ adamw_8bit(const T* W, const T* __restrict__ grad, const byte* m_codes,
   alignas(16) __shared__ Maps map;
   __shared__ float part[2][THREADS / WARP];
   const Step step{decay, new_m, beta2, new_v, minus_step, correction, eps};
-  const int warp = threadIdx.x / WARP;
+  const Tensors<T> t{W,     grad,        m_codes,     v_codes,      m_absmax,     v_absmax,
+                     W_out, m_codes_out, v_codes_out, m_absmax_out, v_absmax_out, bad};
   store_vector(reinterpret_cast<float*>(&map) + threadIdx.x * 4,
                load_vector(maps + threadIdx.x * 4));
   __syncthreads();
-
-  for (i64 tile = i64(blockIdx.x) * TILE; tile < n; tile += i64(gridDim.x) * TILE) {
-    const i64 first = tile + threadIdx.x * GROUP, block = first / BLOCK;
-    const bool inside = first < n;
-    float w[GROUP], g[GROUP], m[GROUP], v[GROUP];
-    load_padded<GROUP>(W, first, n, w);
-    load_padded<GROUP>(grad, first, n, g);
-    decode(m_codes, first, n, inside ? m_absmax[block] : 0.0f, map.m, m);
-    decode(v_codes, first, n, inside ? v_absmax[block] : 0.0f, map.v, v);
-#pragma unroll
-    for (int i = 0; i < GROUP; ++i) {
-      step.update(w[i], g[i], m[i], v[i]);
-      if (bad && !(is_finite(g[i]) && is_finite(m[i]) && is_finite(v[i])))
-        atomicMin(bad, u64(first + i));
-    }
-    const float m_here = largest(m), v_here = largest(v);
-    if (threadIdx.x % WARP == 0) {
-      part[0][warp] = m_here;
-      part[1][warp] = v_here;
-    }
-    __syncthreads();
-    const float m_scale = fmaxf(part[0][warp], part[0][warp ^ 1]);
-    const float v_scale = fmaxf(part[1][warp], part[1][warp ^ 1]);
-    __syncthreads();  // before the next tile writes `part`
-    store<GROUP>(W_out, first, n, w);
-    encode(m_codes_out, first, n, Scale(m_scale), map.m_midpoints, m);
-    encode(v_codes_out, first, n, Scale(v_scale), map.v_midpoints, v);
-    if (first % BLOCK == 0 && inside) {
-      m_absmax_out[block] = m_scale;
-      v_absmax_out[block] = v_scale;
-    }
-  }
+  const Tree m_tree(map.m_tree), v_tree(map.v_tree);
+  for (i64 tile = i64(blockIdx.x) * TILE; tile < n; tile += i64(gridDim.x) * TILE)
+    if (tile + TILE <= n)
+      advance_8bit<true>(step, t, map, m_tree, v_tree, part, tile, n);
+    else
+      advance_8bit<false>(step, t, map, m_tree, v_tree, part, tile, n);
 }

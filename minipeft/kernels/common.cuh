@@ -73,6 +73,18 @@ __device__ __forceinline__ void store_vector(T* to, Vector<T, SIZE> from) {
   copy_vector(reinterpret_cast<Vector<T, SIZE>*>(to), &from);
 }
 
+// Two values at once: one instruction converts both.
+__device__ __forceinline__ void store_pair(float* to, float first, float second) {
+  to[0] = first;
+  to[1] = second;
+}
+__device__ __forceinline__ void store_pair(__half* to, float first, float second) {
+  *reinterpret_cast<__half2*>(to) = __floats2half2_rn(first, second);
+}
+__device__ __forceinline__ void store_pair(__nv_bfloat16* to, float first, float second) {
+  *reinterpret_cast<__nv_bfloat162*>(to) = __floats2bfloat162_rn(first, second);
+}
+
 template <class T> __device__ __forceinline__ float round_to(float x) {
   return to_float(from_float<T>(x));
 }

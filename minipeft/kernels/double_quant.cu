@@ -48,7 +48,7 @@ nest(const float* __restrict__ absmax, const float* __restrict__ midpoints,
 }
 
 template <class T>
-__global__ void __launch_bounds__(THREADS)
+__global__ void __launch_bounds__(THREADS, 4)
 dequantize_nested(const byte* __restrict__ packed, const byte* __restrict__ absmax_codes,
                   const float* __restrict__ nested_absmax, const float* __restrict__ map,
                   const float* __restrict__ offset, int log2_nested_blocksize,

@@ -6,7 +6,6 @@ Whoever launches keeps the arrays alive until the stream has come past the launc
 import ctypes
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from contextvars import ContextVar
 from functools import cache
 from typing import Any, Protocol, runtime_checkable
 
@@ -69,17 +68,17 @@ def launch(kernel: Kernel, dtype: str, args: Sequence[Argument], stream: int) ->
         args: in the order of the table.
         stream: its handle; 0 is the default stream of the device.
     """
-    (_launcher.get() or _driver).launch(kernel, dtype, args, stream)
+    _launchers[-1].launch(kernel, dtype, args, stream)
 
 
 @contextmanager
 def use(launcher: Launcher) -> Iterator[Launcher]:
     """Launch elsewhere for a while."""
-    token = _launcher.set(launcher)
+    _launchers.append(launcher)  # for every thread: backward has its own
     try:
         yield launcher
     finally:
-        _launcher.reset(token)
+        _launchers.remove(launcher)
 
 
 @cache
@@ -155,5 +154,4 @@ def _cuda() -> Any:
     return driver
 
 
-_launcher: ContextVar[Launcher | None] = ContextVar("launcher", default=None)
-_driver = Driver()
+_launchers: list[Launcher] = [Driver()]

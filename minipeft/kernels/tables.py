@@ -51,9 +51,23 @@ def midpoints(values: np.ndarray) -> np.ndarray:
     return np.append(_between(values), np.float32(np.inf))
 
 
+def tree(values: np.ndarray) -> np.ndarray:
+    """Return the boundaries of ascending values as a search tree.
+
+    Breadth first, after Eytzinger: the children of node k are 2 k and 2 k + 1, node 1
+    is the root, and element 0 is not used. The count of values is a power of two.
+    """
+    depth = values.size.bit_length() - 1
+    nodes = np.zeros(values.size, np.float32)
+    for level in range(depth):
+        first, step = 1 << level, 1 << (depth - level)
+        nodes[first : 2 * first] = _between(values)[step // 2 - 1 :: step]
+    return nodes
+
+
 def moment_maps(signed: np.ndarray, unsigned: np.ndarray) -> np.ndarray:
-    """Return the values and the boundaries of the maps of m and v, as one array."""
-    parts = [f(v) for v in (signed, unsigned) for f in (np.asarray, midpoints)]
+    """Return the values and the search trees of the maps of m and v, as one array."""
+    parts = [f(v) for v in (signed, unsigned) for f in (np.asarray, tree)]
     return np.concatenate(parts)
 
 

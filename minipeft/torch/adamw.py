@@ -15,8 +15,9 @@ from torch import Tensor
 from torch.nn.utils import get_total_norm
 
 from minipeft.errors import InputError
+from minipeft.kernels.tables import adamw_settings
 from minipeft.shapes import Inexact
-from minipeft.torch import blockwise
+from minipeft.torch import blockwise, launches, operators
 from minipeft.torch.adamw_checks import (
     LIMIT,
     Parts,
@@ -126,6 +127,12 @@ def update(
     """
     span = span or slice(0, W.numel())
     t = state["step"] + 1
+    held = [value for value in state.values() if isinstance(value, Tensor)]
+    if W.dtype == grad.dtype and launches.available(W, grad, *held):
+        own_W, own_grad = (flat.detach().view(-1)[span] for flat in (W, grad))
+        _launch(own_W, own_grad, state, adamw_settings(group, t))
+        state["step"] = t
+        return
     for part in slices(span):
         own = slice(part.start - span.start, part.stop - span.start)
         old, slope = read(W, part), read(grad, part)
@@ -135,6 +142,16 @@ def update(
         for name, values in zip("mv", after, strict=True):
             _encode(state, name, own, values)
     state["step"] = t
+
+
+def _launch(W: Tensor, grad: Tensor, state: State, settings: list[float]) -> None:
+    if "m" in state:
+        operators.adamw_(W, grad, state["m"], state["v"], settings)
+        return
+    codes, absmax = (
+        [state[f"{moment}_{part}"] for moment in "mv"] for part in ("codes", "absmax")
+    )
+    operators.adamw_8bit_(W, grad, codes, absmax, settings)
 
 
 def following(

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from minipeft.shapes import Float
-from minipeft.torch import lora
+from minipeft.torch import launches, lora, operators
 from minipeft.torch.adapted import Adapted, mixed
 from minipeft.torch.linear import (
     Bias,
@@ -92,6 +92,14 @@ def _with_rows(
 
 def row_norm(W: Weight, update: LoRA) -> Rows:
     """Return the norm of each output row of W + s B A, over in_features."""
+    A, B = update.A.detach(), update.B.detach()
+    if (
+        isinstance(W, Tensor)
+        and W.dtype == A.dtype == B.dtype
+        and launches.available(W, A, B)
+    ):
+        norm: Tensor = operators.dora_row_norm(W.detach(), A, B, update.scaling)
+        return norm
     # Rounding can leave a row that cancels to zero slightly below it.
     return squared_row_norm(W, update).clamp(min=0).sqrt()
 

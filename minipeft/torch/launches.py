@@ -36,6 +36,11 @@ def available(*tensors: Tensor) -> bool:
     )
 
 
+def decodes(codebook: Tensor, dtype: torch.dtype) -> bool:
+    """Say whether the kernels decode codes of this codebook to this dtype."""
+    return len(codebook) in (2, 4, 8, 16) and _name(dtype) in kernels.CTYPES
+
+
 def dequantize(
     weight: Sequence[Tensor], layout: Sequence[int], dtype: torch.dtype
 ) -> Tensor:

@@ -12,7 +12,7 @@ from torch.overrides import handle_torch_function, has_torch_function_unary
 
 from minipeft.errors import InputError
 from minipeft.shapes import Float, Shaped
-from minipeft.torch import blockwise, double_quant
+from minipeft.torch import blockwise, double_quant, launches, operators
 from minipeft.torch.adapted import Adapted, naming
 from minipeft.torch.blockwise import Blockwise
 from minipeft.torch.codebook import NF4
@@ -110,6 +110,11 @@ class QuantizedLinear(nn.Module):
     def dequantize(self, dtype: torch.dtype) -> Weight:
         r"""Return $\hat W$ in this dtype."""
         q = self.q
+        nested = isinstance(q, Nested)
+        if self.runs_kernels(dtype):
+            decode = operators.dequantize_nested if nested else operators.dequantize
+            W: Tensor = decode(*operators.parts(q), dtype)
+            return W
         if isinstance(q, Nested):
             return double_quant.dequantize(q, dtype)
         return blockwise.dequantize(q, dtype)
@@ -119,6 +124,11 @@ class QuantizedLinear(nn.Module):
     ) -> Shaped[Tensor, "... out_features"]:
         """Apply the layer."""
         return quantized_linear(x, self, self.bias)
+
+    def runs_kernels(self, dtype: torch.dtype) -> bool:
+        """Say whether a kernel decodes the weight where it lies, to this dtype."""
+        weight, _ = operators.parts(self.q)
+        return launches.available(*weight) and launches.decodes(weight[-1], dtype)
 
     def _apply(
         self, fn: Callable[[Tensor], Tensor], recurse: bool = True
@@ -159,6 +169,9 @@ def quantized_linear(
         weight = weight.dequantize(x.dtype)
     if isinstance(weight, Tensor):
         return linear(x, weight.to(x.dtype), bias)
+    if weight.runs_kernels(x.dtype):
+        on_gpu: Output = operators.matmul_4bit(x, *operators.parts(weight.q), bias)
+        return on_gpu
     return cast(Tensor, _Frozen.apply(x, weight.dequantize, bias))  # type: ignore[no-untyped-call]
 
 

@@ -59,26 +59,26 @@ def small(dtypes: Collection[str] = tuple(DTYPES)) -> None:
 
 SYNC = "  __syncthreads();\n"
 MUTATIONS = (
-    Mutation("no barrier after the tables", SYNC, "", 1, ("values", "races")),
-    Mutation("no barrier after the maxima", "  " + SYNC, "", 1, ("values", "races")),
+    Mutation("no barrier after the tables", SYNC, "", 2, ("values", "races")),
+    Mutation("no barrier after the maxima", SYNC, "", 1, ("values", "races")),
     Mutation(
         "no barrier before the next tile",
-        "    __syncthreads();  // before the next tile writes `part`\n",
+        "  __syncthreads();  // before the next tile writes `part`\n",
         "",
         1,
         ("races",),
     ),
     Mutation(
         "a vector store one too far",
-        "if (first + COUNT <= n) {",
-        "if (first < n) {",
+        "if (WHOLE || first + GROUP <= n) {",
+        "if (WHOLE || first < n) {",
         1,
         ("addresses", "ptx"),
     ),
     Mutation(
         "a neighbour's absmax",
-        "inside ? m_absmax[block] : 0.0f",
-        "inside ? m_absmax[block / 2] : 0.0f",
+        "inside ? t.m_absmax[block] : 0.0f",
+        "inside ? t.m_absmax[block / 2] : 0.0f",
         1,
         ("values", "ptx"),
     ),

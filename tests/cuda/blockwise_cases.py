@@ -66,6 +66,7 @@ def small(dtypes: Collection[str] = tuple(DTYPES)) -> None:
         agree(gaussian(2 * 2048 + 1001, dtype), FP4, 1024, [dtype])  # shared memory
         agree(gaussian(4096 + 77, dtype), NF3, 4096, [dtype])  # many tiles, 3 bits
         agree(gaussian(65, dtype), NF4, 2, [dtype])  # several blocks a thread
+        agree(gaussian(8192 + 77, dtype), NF4, 32, [dtype])  # a whole tile
 
 
 SYNC = "  __syncthreads();\n"
@@ -88,8 +89,8 @@ MUTATIONS = (
     ),
     Mutation(
         "swapped nibbles",
-        "word >> bits * (7 - at % 8)",
-        "word >> bits * (7 - (at ^ 1) % 8)",
+        "word[pass] >> (4 * i + 4) & 15, low = word[pass] >> 4 * i & 15",
+        "word[pass] >> 4 * i & 15, low = word[pass] >> (4 * i + 4) & 15",
         1,
         ("values", "ptx"),
     ),

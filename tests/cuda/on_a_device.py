@@ -1,0 +1,102 @@
+"""The torch column on a pretended GPU: its layers and optimizers launch the kernels.
+
+A program that test_wired runs, because the device is registered for the whole process.
+Each recipe runs on the CPU, eagerly, and there, by what g++ made of the kernels: the
+same bits, and the launches that were expected.
+"""
+
+import sys
+
+import torch
+from torch import Tensor, nn
+
+from minipeft.kernels import driver
+from minipeft.torch import adamw, dora, launches, lora, operators, paged, qlora
+from tests.cuda.executors import CpuLauncher
+from tests.properties import device
+
+
+class Noting(CpuLauncher):
+    """Runs the kernels, and notes their names."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def launch(self, kernel, dtype, args, stream):
+        self.names.append(kernel.template)
+        super().launch(kernel, dtype, args, stream)
+
+
+def whole(*shape: int) -> Tensor:
+    """Draw small integers: every partial sum is exact, in any order."""
+    return torch.randint(-2, 3, shape).float()
+
+
+def quantized(there, nested=None, rows=2):
+    layer = nn.Linear(64, 24)
+    base = qlora.QuantizedLinear.from_linear(layer, nested_blocksize=nested).to(there)
+    x = torch.randn(rows, 64).to(there).requires_grad_()
+    y = base(x)
+    (grad,) = torch.autograd.grad(y.sum(), x)
+    return [base.weight, base.dequantize(torch.bfloat16), grad, y * 0]
+
+
+def optimizer(there, kind=adamw.AdamW, **settings):
+    p = nn.Parameter(torch.randn(70, 64).to(there))
+    ours = kind([p], lr=0.01, **settings)
+    for _ in range(2):
+        p.grad = torch.randn(70, 64).to(there)
+        ours.step()
+    saved = ours.state_dict()["state"][0]
+    return [p, *(v for v in saved.values() if isinstance(v, Tensor))]
+
+
+def norms(there):
+    W, adapter = whole(24, 64).to(there), lora.LoRA(whole(2, 64), whole(24, 2), 0.5)
+    norm = dora.row_norm(W, adapter.to(there))
+    return [(4 * norm.square()).round()]  # torch's root may be off by the last bit
+
+
+PAGING = paged.Paging(page_size=2048, budget=2)
+RECIPES = {
+    "a layer": (quantized, {"product", "dequantize"}),
+    "a nested layer": (
+        lambda there: quantized(there, 256),
+        {"product_nested", "dequantize_nested"},
+    ),
+    "many rows": (lambda there: quantized(there, rows=9), {"dequantize"}),
+    "AdamW": (optimizer, {"adamw"}),
+    "AdamW of 8 bits": (lambda there: optimizer(there, bits=8), {"adamw_8bit"}),
+    "paged": (
+        lambda there: optimizer(there, paged.PagedAdamW, bits=8, paging=PAGING),
+        {"adamw_8bit"},
+    ),
+    "norms": (norms, {"row_norm"}),
+}
+
+
+def check(recipe, expected_names):
+    torch.manual_seed(0)
+    expected = recipe(torch.device("cpu"))
+    torch.manual_seed(0)
+    launcher = Noting()
+    with device.pretending() as there, driver.use(launcher):
+        found = recipe(there)
+        for ours, theirs in zip(found, expected, strict=True):
+            assert torch.equal(ours.detach().cpu(), theirs.detach())
+    assert set(launcher.names) == expected_names, launcher.names
+
+
+def main():
+    torch.set_num_threads(1)
+    device.register()
+    device.KERNELS.update(operators.LAUNCHES)
+    launches.GPUS.add(device.NAME)
+    for name, (recipe, expected) in RECIPES.items():
+        check(recipe, expected)
+        print(f"passed {name}", flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
