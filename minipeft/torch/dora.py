@@ -18,6 +18,7 @@ from minipeft.torch.linear import (
     Weight,
     check_shape,
     full_precision,
+    transformed,
     weight_of,
 )
 from minipeft.torch.lora import LoRA, LoRAConfig, MatrixA
@@ -116,8 +117,7 @@ def _rescale(
 ) -> Output:
     # g (z - b) + b with g = m / |V|, where the norm is a constant; z holds the bias b,
     # which g must not scale. Rounded once, to `dtype`.
-    # A compiler decides for itself what to keep.
-    if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+    if transformed() or not torch.is_grad_enabled():
         return _rescaled(z, over_norm(magnitude, norm), bias).to(dtype)
     y, _ = _Rescale.apply(z, magnitude, norm, bias, dtype)  # type: ignore[no-untyped-call]
     return cast(Tensor, y)

@@ -213,9 +213,19 @@ class _Widened(torch.autograd.Function):
         return grad_x, G.T @ rows.to(A.dtype)
 
 
+def transformed() -> bool:
+    """Tell whether a compiler, a tracer, or a transform such as `vmap` reads the code.
+
+    They know torch's own operations, and decide for themselves what to keep.
+    """
+    tracing = torch._C._get_tracing_state() is not None
+    mapping = torch._C._are_functorch_transforms_active()
+    return torch.compiler.is_compiling() or tracing or mapping
+
+
 def _eager(x: Tensor) -> bool:
-    # A compiler decides for itself what to keep, autocast what to compute in.
-    return not torch.compiler.is_compiling() and not _autocast(x.device)
+    # Autocast decides what to compute in.
+    return not transformed() and not _autocast(x.device)
 
 
 def full_precision(device: torch.device) -> AbstractContextManager[Any]:

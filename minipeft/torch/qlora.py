@@ -27,6 +27,7 @@ from minipeft.torch.linear import (
     WeightView,
     check_shape,
     frozen,
+    transformed,
     weight_view,
 )
 from minipeft.torch.lora import LoRALinear
@@ -163,9 +164,7 @@ def quantized_linear(
     if has_torch_function_unary(x):
         y: Output = handle_torch_function(quantized_linear, (x,), x, weight, bias)
         return y
-    if not isinstance(weight, Tensor) and torch.compiler.is_compiling():
-        # A compiler looks for modes in torch's own functions alone, and decides for
-        # itself what to keep.
+    if not isinstance(weight, Tensor) and transformed():
         weight = weight.dequantize(x.dtype)
     if isinstance(weight, Tensor):
         return linear(x, weight.to(x.dtype), bias)
@@ -206,8 +205,9 @@ class _Quantized(WeightView):
         return layer
 
     def is_product(self, layer: Any, function: Any, args: Sequence[Any]) -> bool:
-        if torch.compiler.is_compiling():
-            return function is linear and args[1].shape == self.form(layer).shape
+        if torch.compiler.is_compiling() and function is linear:
+            # A compiler looks for modes in torch's own functions alone.
+            return args[1].shape == self.form(layer).shape
         return super().is_product(layer, function, args)
 
     def read(self, held: Any) -> Weight:

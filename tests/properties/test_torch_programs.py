@@ -36,6 +36,7 @@ from minipeft.torch.lora import LoRAConfig
 from minipeft.torch.pissa import PiSSAConfig
 from minipeft.torch.qlora import quantize_linears
 from minipeft.torch.vera import VeRAConfig
+from tests.tolerance import assert_within, gamma
 
 ROWS = {
     "lora": LoRAConfig(2, 4.0),
@@ -342,6 +343,53 @@ def test_training_mode_follows_the_layer(row, training):
     if row in MERGE:
         parts = unload(merge(model)).modules()
         assert {module.training for module in parts} == {training}
+
+
+# --- what reads the code -------------------------------------------------------------
+
+
+def mapped(model, x):
+    return torch.func.vmap(model)(x)
+
+
+def pushed(model, x):
+    """Forward mode; what is returned is the value."""
+    return torch.func.jvp(model, (x,), (x,))[0]
+
+
+def exported(model, x):
+    return torch.export.export(model, (x,), strict=False).module()(x)
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning")  # torch's
+@pytest.mark.parametrize("reads", [mapped, pushed, exported])
+@each_row
+def test_a_transform_computes_what_the_model_computes(row, reads):
+    x, model = torch.linspace(-1, 1, 18).reshape(3, 6), make(row)
+    y = model(x).detach()
+    largest = float(y.abs().max())
+    found = reads(model, x).detach()
+    # Sums of at most 8 products, in another order: with what adapters add, below 2**8
+    # roundings of numbers that are no larger than a few times the largest result.
+    assert_within(found.numpy(), y.numpy(), gamma(2**8) * largest)
+
+
+@each_row
+def test_gradients_of_single_samples_add_up_to_the_gradient(row):
+    x, model = torch.linspace(-1, 1, 18).reshape(3, 6), make(row)
+    trained_ = {n: p for n, p in model.named_parameters() if p.requires_grad}
+
+    def loss(parameters, sample):
+        y = torch.func.functional_call(model, parameters, (sample,))
+        return y.square().sum()
+
+    values = {n: p.detach() for n, p in trained_.items()}
+    slopes = torch.func.vmap(torch.func.grad(loss), (None, 0))(values, x)
+    model(x).square().sum().backward()
+    for name, parameter in trained_.items():
+        largest = float(parameter.grad.abs().max())
+        bound = gamma(2**10) * largest
+        assert_within(slopes[name].sum(0).numpy(), parameter.grad.numpy(), bound)
 
 
 # --- what is saved -------------------------------------------------------------------
