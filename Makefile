@@ -20,7 +20,7 @@ export NO_MKDOCS_2_WARNING := 1
 
 .DEFAULT_GOAL := help
 .PHONY: help setup chapter book serve test check fmt fmt-check lint types imports \
-	map golden golden-check vectors results bench test-gpu ci-deps clean
+	map golden golden-check vectors matrix results bench test-gpu ci-deps clean
 
 help:  ## print this table
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' Makefile
@@ -82,6 +82,9 @@ golden-check: $(SETUP)  ## write them elsewhere and compare
 
 vectors: $(SETUP)  ## pack the vectors for other languages, with checksums
 	@$(BIN)/python -m minipeft.golden.archive --out build
+
+matrix: $(SETUP)  ## run the vectors on other libraries (installs each apart; takes long)
+	@$(BIN)/python tools/matrix.py
 
 results: $(SETUP)  ## recompute chapters/results: seeds, sweeps, sizes (takes long)
 	@for script in $$(grep -l 'chapter\.full' chapters/[0-9]*.py); do \

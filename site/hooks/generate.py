@@ -17,6 +17,7 @@ from book import (
     Layout,
     api,
     figures,
+    matrix,
     methods,
     notebook,
     page,
@@ -139,6 +140,8 @@ def hand_written(book: Book, where: str) -> Page:
     setting.blocks = {
         "map": lambda: methods.table(book.layout.root, partial(map_link, book.layout)),
         "operations": lambda: vectors.table(book.layout.package / "golden" / "v1"),
+        "matrix": lambda: matrix.table(book.layout.root / "results"),
+        "matrix-details": lambda: matrix.details(book.layout.root / "results"),
         "figure": lambda chapter, name: figure(book, where, chapter, name),
         "glossary": lambda: expand(shelf.glossary(book.terms), setting),
         "bibliography": lambda: shelf.bibliography(

@@ -1,0 +1,110 @@
+"""What the golden vectors found in other libraries, drawn from `results/`."""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+Found = dict[str, Any]
+
+
+def read(folder: Path) -> dict[str, list[Found]]:
+    """Return each library's results, the newest version first; `none.json` last."""
+    libraries = {}
+    for library in sorted(path for path in folder.glob("*") if path.is_dir()):
+        paths = sorted(library.glob("*.json"), key=version, reverse=True)
+        libraries[library.name] = [json.loads(p.read_text("utf-8")) for p in paths]
+    return libraries
+
+
+def version(path: Path) -> list[int]:
+    """Return a version as numbers that can be ordered."""
+    return [int(digits) for digits in re.findall(r"\d+", path.stem)]
+
+
+def table(folder: Path) -> str:
+    """Draw operations by libraries: how many of the cases that are asked are right."""
+    newest = {
+        name: found[0] for name, found in read(folder).items() if "version" in found[0]
+    }
+    operations = sorted({op for found in newest.values() for op in found["operations"]})
+    heads = (f"[{name} {found['version']}](#{name})" for name, found in newest.items())
+    lines = [
+        f"| | {' | '.join(heads)} |",
+        f"|:--|{':-:|' * len(newest)}",
+        *(
+            f"| `{op}` | {' | '.join(cell(found, op) for found in newest.values())} |"
+            for op in operations
+        ),
+    ]
+    return "\n".join(lines)
+
+
+def cell(found: Found, operation: str) -> str:
+    """Say how many cases pass, of those that are right or wrong."""
+    count = found["operations"].get(operation)
+    if count is None:
+        return ""
+    right, wrong = count.get("pass", 0), count.get("fail", 0)
+    return f"{right} of {right + wrong}" if wrong else f"{right}"
+
+
+def details(folder: Path) -> str:
+    """List for each library where it was run, and of each failure the least case."""
+    return "\n\n".join(
+        section(name, versions) for name, versions in read(folder).items()
+    )
+
+
+def section(name: str, versions: list[Found]) -> str:
+    """Tell about one library, and what changed since the version before."""
+    found = versions[0]
+    if "reason" in found:
+        return f"## {name}\n\nNot run on {found['date']}: `{found['reason']}`"
+    agreeing = ", ".join(f"{k} {n}" for k, n in found["choices"]["as"].items())
+    parts = [
+        f"## {name} {{ #{name} }}",
+        f"Version {found['version']}, {found['date']}, Python {found['python']} on "
+        f"{found['system']} with {', '.join(found['cpu']) or 'no wide vectors'}.",
+        f"Choices as each profile makes them, of {found['choices']['all']}: {agreeing}."
+        if agreeing
+        else "",
+        "\n".join(failures(found)) or "Nothing fails.",
+        changes(*versions[:2]) if len(versions) > 1 else "",
+    ]
+    return "\n\n".join(part for part in parts if part)
+
+
+def failures(found: Found) -> list[str]:
+    """Show of each operation the failing case with the least input."""
+    lines = []
+    for operation, count in found["operations"].items():
+        if "smallest" in count:
+            case = count["smallest"]
+            links = "".join(f" <{link}>" for link in case["links"][:2])
+            lines.append(
+                f"- `{operation}` {count['fail']} fail; tcId {case['tcId']}, "
+                f"{case['comment']}: `{case['detail'].replace('`', '')}` "
+                f"({', '.join(case['flags'])}){links}"
+            )
+    return lines
+
+
+def changes(new: Found, old: Found) -> str:
+    """Name the cases that fail in one of two versions alone."""
+    failing = [
+        {
+            f"{op}:{number}"
+            for op, count in found.get("operations", {}).items()
+            for number in count.get("failed", ())
+        }
+        for found in (new, old)
+    ]
+    worse, better = failing[0] - failing[1], failing[1] - failing[0]
+    said = [
+        f"{what}: {', '.join(f'`{case}`' for case in sorted(cases))}"
+        for what, cases in (("newly failing", worse), ("mended", better))
+        if cases
+    ]
+    before = old.get("version", "the last attempt")
+    return f"Since {before}: {'; '.join(said) or 'no other failure'}."

@@ -1,0 +1,97 @@
+"""The matrix of libraries: drivers, committed results, and how they are drawn."""
+
+import importlib.util
+import json
+import sys
+from pathlib import Path
+
+import pytest
+from book import matrix
+
+from minipeft.golden.operations import OPERATIONS
+
+ROOT = Path(__file__).parents[2]
+RESULTS = ROOT / "results"
+
+
+@pytest.fixture(scope="module")
+def tool():
+    spec = importlib.util.spec_from_file_location("matrix", ROOT / "tools/matrix.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_drivers_are_short_and_name_their_versions(tool):
+    for path in tool.DRIVERS.glob("*.py"):
+        assert len(path.read_text().splitlines()) <= 80
+        assert path.stem in tool.LIBRARIES.values()
+    for name in tool.LIBRARIES:
+        packages = tool.requirements(name)
+        assert f"{name}==" in " ".join(packages)
+        assert all("==" in package or package == "scipy" for package in packages)
+
+
+def test_each_library_has_a_result_or_a_dated_reason(tool):
+    libraries = matrix.read(RESULTS)
+    assert set(libraries) == set(tool.LIBRARIES)
+    for name, versions in libraries.items():
+        newest = versions[0]
+        assert newest["library"] == name
+        assert newest["packages"] == tool.requirements(name)
+        assert newest["date"]
+        assert set(newest.get("operations", {})) <= set(OPERATIONS)
+
+
+def test_a_result_is_that_of_this_version(tool):
+    torch = pytest.importorskip("torch")
+    path = RESULTS / "torch" / f"{torch.__version__.partition('+')[0]}.json"
+    if not path.exists():
+        pytest.skip(f"there is no result of torch {torch.__version__}")
+    found = tool.condensed(tool.run(Path(sys.executable), "torch_itself"))
+    told = json.loads(path.read_text())
+    assert found["operations"] == told["operations"]
+    assert all("fail" not in count for count in found["operations"].values())
+
+
+def result(version, failed, **more):
+    smallest = {
+        **{"tcId": failed[0], "comment": "odd", "flags": ["OddLength"]},
+        **{"detail": "packed [0] is 0x01", "links": ["https://example.org/1"]},
+    }
+    count = {"pass": 9, "fail": len(failed), "failed": failed, "smallest": smallest}
+    choices = {"all": 2, "as": {"paper": 2}}
+    return {
+        **{"library": "lib", "version": version, "date": "2026-01-02"},
+        **{"python": "3.12", "system": "Linux x86_64", "cpu": ["avx2"]},
+        **{"choices": choices, "operations": {"nf4_quantize": count}, **more},
+    }
+
+
+def test_a_page_shows_counts_the_least_case_and_what_changed(tmp_path):
+    (tmp_path / "lib").mkdir()
+    for version, failed in {"1.9": [3, 4], "1.10": [4, 5]}.items():
+        path = tmp_path / "lib" / f"{version}.json"
+        path.write_text(json.dumps(result(version, failed)))
+    (tmp_path / "gone").mkdir()
+    reason = {"library": "gone", "date": "2026-01-02", "reason": "no wheel"}
+    (tmp_path / "gone" / "none.json").write_text(json.dumps(reason))
+    table = matrix.table(tmp_path)
+    assert "[lib 1.10](#lib)" in table
+    assert "| `nf4_quantize` | 9 of 11 |" in table
+    details = matrix.details(tmp_path)
+    assert "tcId 4, odd: `packed [0] is 0x01` (OddLength)" in details
+    assert "<https://example.org/1>" in details
+    assert "Since 1.9: newly failing: `nf4_quantize:5`; mended: `nf4_quantize:3`." in (
+        details
+    )
+    assert "Not run on 2026-01-02: `no wheel`" in details
+
+
+def test_a_smallest_case_has_the_least_input(tool):
+    failed = [
+        {"tcId": n, "comment": "c", "flags": ["Basic"], "detail": "d"} for n in (1, 7)
+    ]
+    found = tool.smallest("nf4_quantize", failed)
+    assert found["tcId"] == 7
+    assert set(found) == {"tcId", "comment", "flags", "detail", "links"}
