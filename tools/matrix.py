@@ -154,7 +154,8 @@ def condensed(report: dict[str, Any]) -> dict[str, Any]:
             asked[operation]["smallest"] = smallest(operation, entry["failed"])
     agreed = {name: n for name, n in report["choices"]["as"].items() if n}
     choices = {"all": report["choices"]["all"], "as": agreed}
-    return {"choices": choices, "operations": asked}
+    cases = len(report["cases"])
+    return {"cases": cases, "choices": choices, "operations": asked}
 
 
 def smallest(operation: str, failed: list[dict[str, Any]]) -> dict[str, Any]:

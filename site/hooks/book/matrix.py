@@ -64,8 +64,9 @@ def section(name: str, versions: list[Found]) -> str:
     agreeing = ", ".join(f"{k} {n}" for k, n in found["choices"]["as"].items())
     parts = [
         f"## {name} {{ #{name} }}",
-        f"Version {found['version']}, {found['date']}, Python {found['python']} on "
-        f"{found['system']} with {', '.join(found['cpu']) or 'no wide vectors'}.",
+        f"Version {found['version']} on {found['date']}, {found['cases']} cases, "
+        f"Python {found['python']} on {found['system']}"
+        f"{''.join(f', {feature}' for feature in found['cpu'])}.",
         f"Choices as each profile makes them, of {found['choices']['all']}: {agreeing}."
         if agreeing
         else "",
