@@ -101,8 +101,9 @@ def interpreter(name: str, packages: list[str]) -> Path:
     marker = folder / "packages.txt"
     if marker.exists() and marker.read_text() == wanted:
         return python
-    made = [[sys.executable, "-m", "venv", folder]]
-    made.append([python, "-m", "pip", "install", "-q", "numpy", "ml_dtypes", *packages])
+    made = [[sys.executable, "-m", "venv", str(folder)]]
+    install = ["-m", "pip", "install", "-q", "numpy", "ml_dtypes", *packages]
+    made.append([str(python), *install])
     for command in made:
         subprocess.run(command, check=True, capture_output=True, text=True)
     marker.write_text(wanted)
@@ -123,9 +124,9 @@ def run(python: Path, implementation: str) -> dict[str, Any]:
     """Return the report of `minipeft verify`."""
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder, "report.json")
-        command = [python, "-m", "minipeft", "verify", implementation]
+        command = [str(python), "-m", "minipeft", "verify", implementation]
         subprocess.run(
-            [*command, "--json", report],
+            [*command, "--json", str(report)],
             cwd=DRIVERS,
             env={**os.environ, "PYTHONPATH": str(ROOT), "TORCHDYNAMO_DISABLE": "1"},
             stdout=subprocess.DEVNULL,

@@ -2,13 +2,14 @@
 
 Where more than one answer is in use, a case names its alternatives. A profile lists
 names in order; of those that a case has, the first is expected, and ours where it has
-none of them.
+none of them. Where a library goes a way now and then, it names the cases.
 """
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from minipeft.errors import InputError
 from minipeft.golden.runner import OUR_WAY, Outcome, is_exact
@@ -24,9 +25,13 @@ class Profile:
     name: str
     description: str
     ways: tuple[str, ...]
+    cases: dict[str, str]  # the way by the case
 
     def expects(self, case: Case) -> str:
         """Return the name of the way that this profile goes in a case."""
+        own = self.cases.get(f"{case.operation}:{case.tcId}")
+        if own is not None:
+            return own
         offered = {way.name for way in case.alternatives}
         return next((way for way in self.ways if way in offered), OUR_WAY)
 
@@ -34,10 +39,13 @@ class Profile:
 def load_all() -> dict[str, Profile]:
     """Return every profile by its name."""
     content = json.loads(PROFILES.read_text(encoding="utf-8"))
-    return {
-        name: Profile(name, value["description"], tuple(value["ways"]))
-        for name, value in content.items()
-    }
+    return {name: _profile(name, value) for name, value in content.items()}
+
+
+def _profile(name: str, value: Mapping[str, Any]) -> Profile:
+    ways = value.get("cases", {})
+    cases = {case: way for way, cases in ways.items() for case in cases}
+    return Profile(name, value["description"], tuple(value["ways"]), cases)
 
 
 def load(name: str) -> Profile:

@@ -67,6 +67,10 @@ def test_who_goes_another_way_fails_only_under_the_profile(name):
 def test_profiles_name_ways_that_exist():
     for profile in PROFILES.values():
         assert set(profile.ways) <= set(WAYS)
+        assert set(profile.cases) <= {f"{c.operation}:{c.tcId}" for c in CASES}
+        for case in CASES:
+            ways = {way.name for way in case.alternatives}
+            assert profile.expects(case) in ways | {OUR_WAY}
     with pytest.raises(InputError, match="no profile 'cuda'; choose one of minipeft"):
         profiles.load("cuda")
 

@@ -29,5 +29,5 @@ def adamw_step(
     moments = {"mu": jnp.asarray(m), "nu": jnp.asarray(v)}
     held = first._replace(count=jnp.asarray(t, jnp.int32), **moments)
     updates, state = optimizer.update(jnp.asarray(grad), (held, *rest), weight)
-    found = optax.apply_updates(weight, updates), state[0].mu, state[0].nu
-    return tuple(np.asarray(array) for array in found)
+    updated = optax.apply_updates(weight, updates)
+    return np.asarray(updated), np.asarray(state[0].mu), np.asarray(state[0].nu)

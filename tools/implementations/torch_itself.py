@@ -1,5 +1,7 @@
 """torch's own linear layer, attention and AdamW. Packages: torch==2.13.0."""
 
+from collections.abc import Callable
+
 import torch
 from torch.nn.functional import linear, scaled_dot_product_attention
 
@@ -7,6 +9,7 @@ from minipeft.golden.drivers.bridge import to_numpy, to_torch
 from minipeft.golden.tensors import Array
 
 Arrays = tuple[Array, ...]
+Function = Callable[..., torch.Tensor]
 
 
 def linear_forward(x: Array, W: Array, bias: Array | None = None) -> Array:
@@ -48,20 +51,19 @@ def adamw_step(
     """One step of `torch.optim.AdamW` from a state that is handed in."""
     weight = torch.nn.Parameter(to_torch(W.copy()))
     weight.grad = to_torch(grad)
-    settings = {"lr": lr, "betas": (beta1, beta2), "eps": eps}
-    optimizer = torch.optim.AdamW([weight], weight_decay=weight_decay, **settings)
+    optimizer = torch.optim.AdamW([weight], lr, (beta1, beta2), eps, weight_decay)
     state = {"exp_avg": to_torch(m.copy()), "exp_avg_sq": to_torch(v.copy())}
     optimizer.state[weight] = {"step": torch.tensor(float(t)), **state}
     optimizer.step()
     return to_numpy(weight), *(to_numpy(tensor) for tensor in state.values())
 
 
-def _attention(mask: Array | None):
+def _attention(mask: Array | None) -> Function:
     allowed = None if mask is None else to_torch(mask).bool()
     return lambda Q, K, V: scaled_dot_product_attention(Q, K, V, allowed)
 
 
-def _gradients(grad_y: Array, leaves: list[torch.Tensor], function) -> Arrays:
+def _gradients(grad_y: Array, leaves: list[torch.Tensor], function: Function) -> Arrays:
     leaves = [leaf.clone().requires_grad_() for leaf in leaves]
     found = torch.autograd.grad(function(*leaves), leaves, to_torch(grad_y))
     return tuple(to_numpy(gradient) for gradient in found)
