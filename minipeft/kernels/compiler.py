@@ -8,7 +8,7 @@ from minipeft.errors import InputError
 from minipeft.kernels import OPTIONS, expressions, source
 
 BINDINGS = (
-    "NVIDIA's bindings are not installed: `pip install minipeft[cupy]` for CUDA 13, "
+    "NVIDIA's bindings are not installed: `pip install minipeft[kernels]` for CUDA 13, "
     "`pip install minipeft[cupy12]` for CUDA 12; minipeft.torch runs without them."
 )
 
