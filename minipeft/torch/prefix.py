@@ -7,11 +7,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import pad
 
 from minipeft.errors import InputError
-from minipeft.shapes import Inexact, Integer, check_shapes
+from minipeft.shapes import Inexact, check_shapes
 from minipeft.torch import attention
 from minipeft.torch.attention import Head, Mixed
+from minipeft.torch.virtual import VirtualTokens, check_count, undisturbed, wide
 
 
 @dataclass(frozen=True)
@@ -33,9 +35,12 @@ class Reparametrization(nn.Module):
 
     def __init__(self, num_virtual_tokens: int, d: int, hidden: int, both: int) -> None:
         super().__init__()
-        _check_count(num_virtual_tokens)
-        self.P = nn.Parameter(torch.randn(num_virtual_tokens, d))
-        self.down, self.up = nn.Linear(d, hidden), nn.Linear(hidden, both)
+        check_count(num_virtual_tokens)
+        # On the CPU and in float32, whatever the defaults are.
+        here: dict[str, Any] = {"device": "cpu", "dtype": torch.float32}
+        self.P = nn.Parameter(torch.randn(num_virtual_tokens, d, **here))
+        self.down = nn.Linear(d, hidden, **here)
+        self.up = nn.Linear(hidden, both, **here)
         for layer in (self.down, self.up):
             bound = layer.in_features**-0.5
             nn.init.uniform_(layer.weight, -bound, bound)
@@ -112,7 +117,7 @@ class PrefixConfig:
     hidden: int = 0
 
     def __post_init__(self) -> None:
-        _check_count(self.num_virtual_tokens)
+        check_count(self.num_virtual_tokens)
         if self.tokens and self.hidden:
             raise InputError(
                 f"hidden is {self.hidden}, and a network does not start from tokens; "
@@ -120,27 +125,38 @@ class PrefixConfig:
             )
 
 
-class PrefixModel(nn.Module):
+class PrefixModel(VirtualTokens):
     """A frozen causal model of transformers behind a trained prefix.
 
-    The prefix enters as `past_key_values`: for the model it is a text that it has read
-    already. So every layer's attention meets it, no layer is changed, and `self.model`
-    is at any time the model that was given.
+    The prefix enters the model's cache of keys and values: for the model it is a text
+    that it has read already. So every layer's attention meets it.
     """
 
     def __init__(self, model: Any, config: PrefixConfig) -> None:
-        super().__init__()
-        self.model = model.requires_grad_(False)
-        self.sizes = _sizes(model)
+        super().__init__(model)
+        pairs = _pairs(model, config.tokens or [0])
+        self.widths = [(K.shape[-1], V.shape[-1]) for K, V in pairs]
+        rows = _stack(pairs)
+        layers, _, heads, _, d = rows.shape
+        self.sizes = (layers, heads, d)
         self.network: Reparametrization | None = None
-        if config.hidden:
-            layers, heads, d = self.sizes
-            width = (config.num_virtual_tokens, model.config.hidden_size)
-            both = 2 * layers * heads * d
-            self.network = Reparametrization(*width, config.hidden, both)
-            self.network.to(model.device)
-        else:
-            self.P = nn.Parameter(_start(model, config, self.sizes))
+        with torch.inference_mode(False):  # else the prefix could not be trained
+            if config.hidden:
+                width = (config.num_virtual_tokens, model.config.hidden_size)
+                both = 2 * layers * heads * d
+                network = Reparametrization(*width, config.hidden, both)
+                self.network = network.to(model.device)
+            else:
+                if not config.tokens:
+                    shape = (layers, 2, heads, config.num_virtual_tokens, d)
+                    device = model.device
+                    rows = wide(torch.randn(shape, device=device, dtype=rows.dtype))
+                self.P = nn.Parameter(rows.clone())
+
+    @property
+    def num_virtual_tokens(self) -> int:
+        """How many tokens stand before the text."""
+        return self.P.shape[3] if self.network is None else len(self.network.P)
 
     def prefix(self) -> Inexact[Tensor, "layers 2 heads num_virtual_tokens d"]:
         """Return the keys and values of every head of every layer."""
@@ -156,100 +172,88 @@ class PrefixModel(nn.Module):
             self.P = nn.Parameter(self.prefix().detach().clone())
             self.network = None
 
-    def forward(
-        self,
-        input_ids: Integer[Tensor, "batch tokens"],
-        attention_mask: Integer[Tensor, "batch tokens"] | None = None,
-        labels: Integer[Tensor, "batch tokens"] | None = None,
-    ) -> Any:
-        """Run the model after its prefix; logits and loss are those of the text.
+    def enter(self, call: dict[str, Any]) -> int:
+        """Fill the cache with the prefix; the model reads none of its tokens.
 
         Raises:
-            InputError: while training with gradient checkpointing.
+            InputError: without a cache, and while training with gradient checkpointing.
         """
+        from transformers import DynamicCache
+
+        if call.get("use_cache") is False:
+            raise InputError("use_cache is False, and the prefix is in the cache.")
         if self.training and _checkpoints(self.model):
             raise InputError(
                 "gradient checkpointing switches off the cache that holds the prefix; "
                 "train without it."
             )
-        return self.model(
-            input_ids=input_ids,
-            attention_mask=self._seen(input_ids, attention_mask),
-            labels=labels,
-            past_key_values=self._cache(len(input_ids)),
-        )
-
-    def generate(
-        self,
-        input_ids: Integer[Tensor, "batch tokens"],
-        attention_mask: Integer[Tensor, "batch tokens"] | None = None,
-        **settings: Any,
-    ) -> Integer[Tensor, "batch more"]:
-        """Continue a text; `settings` are those of transformers' own `generate`."""
-        # It skips as many tokens as the cache holds; these stand there to be skipped.
-        n, zeros = self.prefix().shape[3], torch.zeros_like(input_ids[:, :1])
-        out: Tensor = self.model.generate(
-            torch.cat([zeros.expand(-1, n), input_ids], dim=1),
-            attention_mask=self._seen(input_ids, attention_mask),
-            past_key_values=self._cache(len(input_ids)),
-            **settings,
-        )
-        return out[:, n:]
-
-    @property
-    def device(self) -> torch.device:
-        """Where the model is."""
-        device: torch.device = self.model.device
-        return device
-
-    def _cache(self, batch: int) -> Any:
-        from transformers import DynamicCache
-
-        cache = DynamicCache()
-        for i, (K, V) in enumerate(self.prefix().to(self.model.dtype)):
-            cache.update(*(p.expand(batch, *p.shape) for p in (K, V)), i)
-        return cache
-
-    def _seen(self, input_ids: Tensor, attention_mask: Tensor | None) -> Tensor:
-        own = torch.ones_like(input_ids) if attention_mask is None else attention_mask
-        n = self.prefix().shape[3]
-        return torch.cat([own.new_ones(len(own), n), own], dim=1)
+        if call.get("past_key_values") is None:
+            call["past_key_values"] = DynamicCache(config=self.model.config)
+        batch = len(call["input_ids"])
+        rows = self.prefix().to(_computing(self.model))
+        for i, (pair, widths) in enumerate(zip(rows, self.widths, strict=True)):
+            # Some layers are narrower than the widest: what is beyond is not used.
+            parts = [p[..., :d] for p, d in zip(pair, widths, strict=True)]
+            K, V = (p.expand(batch, *p.shape) for p in parts)
+            call["past_key_values"].update(K, V, i)
+        return 0
 
 
-def _start(
-    model: Any, config: PrefixConfig, sizes: tuple[int, int, int]
-) -> Inexact[Tensor, "layers 2 heads num_virtual_tokens d"]:
-    layers, heads, d = sizes
-    if not config.tokens:
-        shape = (layers, 2, heads, config.num_virtual_tokens, d)
-        return torch.randn(shape, device=model.device)
-    text = torch.tensor([list(config.tokens)], device=model.device)
-    with torch.no_grad():
-        cache = model(input_ids=text, use_cache=True).past_key_values
-    rows = [torch.stack([layer.keys[0], layer.values[0]]) for layer in cache.layers]
-    return torch.stack(rows).float()
+Pair = tuple[Tensor, Tensor]  # keys and values of a layer: (heads, tokens, d)
 
 
-def _sizes(model: Any) -> tuple[int, int, int]:
-    """Return layers, key-value heads and width of a head; refuse what has none."""
-    c = getattr(model, "config", None)
-    heads = getattr(c, "num_key_value_heads", None)
-    if c is None or heads is None or not hasattr(model, "generate"):
+def _pairs(model: Any, tokens: Sequence[int]) -> list[Pair]:
+    """Return the keys and values that every layer of the model makes of a text.
+
+    Raises:
+        InputError: if a layer keeps something else, or not all of it.
+    """
+    text, name = torch.tensor([list(tokens)], device=model.device), type(model).__name__
+    with undisturbed(model):
+        cache = getattr(model(input_ids=text, use_cache=True), "past_key_values", None)
+    if cache is None:
+        raise InputError(f"{name} keeps no keys and values; give a causal model.")
+    pairs = []
+    for i, layer in enumerate(cache.layers):
+        K, V = (getattr(layer, part, None) for part in ("keys", "values"))
+        if K is None or V is None:
+            raise InputError(
+                f"layer {i} of {name} keeps another state than keys and values, and a "
+                "prefix would not reach it; use a prompt instead."
+            )
+        if K.shape[2] != len(tokens):
+            raise InputError(
+                f"layer {i} of {name} keeps {K.shape[2]} of {len(tokens)} tokens: its "
+                "window slides; start from a shorter text."
+            )
+        pairs.append((K[0], V[0]))
+    if len(heads := {len(part) for pair in pairs for part in pair}) > 1:
         raise InputError(
-            f"{type(model).__name__} is no causal model with a key-value cache; give a "
-            "prefix one, such as LlamaForCausalLM."
+            f"the layers of {name} have {sorted(heads)} heads of keys and values; a "
+            "prefix needs one number for all: use a prompt instead."
         )
-    d = getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads
-    return c.num_hidden_layers, heads, d
+    return pairs
+
+
+@torch.inference_mode(False)
+def _stack(pairs: list[Pair]) -> Inexact[Tensor, "layers 2 heads tokens d"]:
+    d = max(part.shape[-1] for pair in pairs for part in pair)
+    padded = [
+        torch.stack([pad(part, (0, d - part.shape[-1])) for part in pair])
+        for pair in pairs
+    ]
+    return wide(torch.stack(padded))
+
+
+def _computing(model: Any) -> torch.dtype:
+    """Return the dtype in which the model's attention computes."""
+    kind = model.device.type
+    if torch.is_autocast_enabled(kind):
+        return torch.get_autocast_dtype(kind)
+    dtype: torch.dtype = model.dtype
+    return dtype
 
 
 def _checkpoints(model: nn.Module) -> bool:
     # The attribute, and not a method: their names change from version to version.
     return any(getattr(m, "gradient_checkpointing", False) for m in model.modules())
-
-
-def _check_count(num_virtual_tokens: int) -> None:
-    if num_virtual_tokens < 1:
-        raise InputError(
-            f"num_virtual_tokens is {num_virtual_tokens}; choose at least 1."
-        )

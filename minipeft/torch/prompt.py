@@ -6,12 +6,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import pad
 
 from minipeft.errors import InputError
-from minipeft.shapes import Inexact, Integer, Shaped
-
-IGNORE = -100  # the label that torch's cross-entropy leaves out
+from minipeft.shapes import Integer, Shaped, check_shapes
+from minipeft.torch.virtual import VirtualTokens, check_count, undisturbed, wide
 
 
 @dataclass(frozen=True)
@@ -46,8 +44,10 @@ def init(E: Shaped[Tensor, "vocabulary d"], tokens: Integer[Tensor, " n"]) -> Pr
 
 def init_random(generator: torch.Generator, num_virtual_tokens: int, d: int) -> Prompt:
     """Start from U(-0.5, 0.5), the paper's baseline: slower, and needs more steps."""
-    _check_count(num_virtual_tokens)
-    return Prompt(torch.rand(num_virtual_tokens, d, generator=generator) - 0.5)
+    check_count(num_virtual_tokens)
+    shape = (num_virtual_tokens, d)
+    P = torch.rand(shape, generator=generator, device="cpu", dtype=torch.float32)
+    return Prompt(P - 0.5)
 
 
 def forward(
@@ -55,8 +55,14 @@ def forward(
 ) -> Shaped[Tensor, "*batch all_tokens d"]:
     """Put the prompt before every text: $[P; X]$. The model does the rest.
 
+    Raises:
+        InputError: if the prompt has another width than the text.
+
     Source: Prompt tuning (arXiv:2104.08691), section 2.
     """
+    check_shapes(
+        {"X": (X, "... tokens d"), "the prompt's P": (prompt.P, "num_virtual_tokens d")}
+    )
     P = prompt.P.expand(*X.shape[:-2], *prompt.P.shape)
     return torch.cat([P, X], dim=-2)
 
@@ -70,78 +76,43 @@ class PromptConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        _check_count(self.num_virtual_tokens)
+        check_count(self.num_virtual_tokens)
 
 
-class PromptModel(nn.Module):
+class PromptModel(VirtualTokens):
     """A frozen causal model of transformers behind a trained soft prompt.
 
     The prompt enters as `inputs_embeds`, in front of the text's own embeddings: only
-    the first layer meets it, no layer is changed, and `self.model` is at any time the
-    model that was given.
+    the first layer meets it.
     """
 
     def __init__(self, model: Any, config: PromptConfig) -> None:
-        super().__init__()
-        self.model = model.requires_grad_(False)
+        super().__init__(model)
+        if getattr(model.config, "hidden_size_per_layer_input", 0):
+            raise InputError(
+                f"{type(model).__name__} looks up more embeddings of a token in each "
+                "layer, and a virtual token has none; use a model without them."
+            )
         E = model.get_input_embeddings().weight
         if config.tokens:
-            start = init(E, torch.tensor(list(config.tokens), device=E.device))
+            tokens = torch.tensor(list(config.tokens), device=E.device)
+            init(E, tokens)  # refuses a token that is not in the vocabulary
+            with undisturbed(model):
+                # What the layer returns: some scale the rows of their table.
+                P = model.get_input_embeddings()(tokens)
         else:
             generator = torch.Generator().manual_seed(config.seed)
-            start = init_random(generator, config.num_virtual_tokens, E.shape[1])
-        self.P = nn.Parameter(start.P.detach().to(E.device, torch.float32))
-
-    def forward(
-        self,
-        input_ids: Integer[Tensor, "batch tokens"],
-        attention_mask: Integer[Tensor, "batch tokens"] | None = None,
-        labels: Integer[Tensor, "batch tokens"] | None = None,
-    ) -> Any:
-        """Run the model on prompt and text; logits and loss are those of the text."""
-        n = len(self.P)
-        if labels is not None:
-            # A text's first token is not predicted, with a prompt before it or without.
-            labels = pad(labels[:, 1:], (n + 1, 0), value=IGNORE)
-        out = self.model(
-            inputs_embeds=self._embedded(input_ids),
-            attention_mask=self._seen(input_ids, attention_mask),
-            labels=labels,
-        )
-        out.logits = out.logits[:, n:]
-        return out
-
-    def generate(
-        self,
-        input_ids: Integer[Tensor, "batch tokens"],
-        attention_mask: Integer[Tensor, "batch tokens"] | None = None,
-        **settings: Any,
-    ) -> Integer[Tensor, "batch more"]:
-        """Continue a text; `settings` are those of transformers' own `generate`."""
-        new: Tensor = self.model.generate(
-            inputs_embeds=self._embedded(input_ids),
-            attention_mask=self._seen(input_ids, attention_mask),
-            **settings,
-        )
-        return torch.cat([input_ids, new], dim=1)
+            P = init_random(generator, config.num_virtual_tokens, E.shape[1]).P
+        with torch.inference_mode(False):  # else the prompt could not be trained
+            self.P = nn.Parameter(wide(P.to(E.device, copy=True)))
 
     @property
-    def device(self) -> torch.device:
-        """Where the model is."""
-        device: torch.device = self.model.device
-        return device
+    def num_virtual_tokens(self) -> int:
+        """How many tokens stand before the text."""
+        return len(self.P)
 
-    def _embedded(self, input_ids: Tensor) -> Inexact[Tensor, "batch all_tokens d"]:
-        X = self.model.get_input_embeddings()(input_ids)
-        return forward(X, Prompt(self.P.to(X.dtype)))
-
-    def _seen(self, input_ids: Tensor, attention_mask: Tensor | None) -> Tensor:
-        own = torch.ones_like(input_ids) if attention_mask is None else attention_mask
-        return pad(own, (len(self.P), 0), value=1)
-
-
-def _check_count(num_virtual_tokens: int) -> None:
-    if num_virtual_tokens < 1:
-        raise InputError(
-            f"num_virtual_tokens is {num_virtual_tokens}; choose at least 1."
-        )
+    def enter(self, call: dict[str, Any]) -> int:
+        """Put the prompt before the embedded text; the model reads all of it."""
+        X = self.model.get_input_embeddings()(call.pop("input_ids"))
+        call["inputs_embeds"] = forward(X, Prompt(self.P.to(X.dtype)))
+        return len(self.P)

@@ -143,5 +143,5 @@ def test_the_same_input_is_refused():
         PrefixConfig(num_virtual_tokens=0)
     with pytest.raises(InputError, match="hidden is 8, and a network does not start"):
         PrefixConfig(tokens=[1, 2], hidden=8)
-    with pytest.raises(InputError, match="Linear is no causal model"):
+    with pytest.raises(InputError, match="Linear is no causal language model"):
         PrefixModel(torch.nn.Linear(2, 2), PrefixConfig())

@@ -12,6 +12,7 @@ from minipeft.errors import InputError
 from minipeft.reference import prompt as reference
 from minipeft.torch import prompt
 from minipeft.torch.prompt import PromptConfig, PromptModel
+from minipeft.torch.virtual import IGNORE
 from tests.agreement.llama import TEXT, llama, logit_bound
 from tests.strategies import seeds
 from tests.tolerance import assert_bits, assert_within
@@ -53,7 +54,7 @@ def test_the_loss_is_that_of_the_text():
     adapted = PromptModel(model, PromptConfig(tokens=[5, 6, 7]))
     mask = torch.ones_like(TEXT)
     mask[:, -2:] = 0
-    labels = TEXT.masked_fill(mask == 0, prompt.IGNORE)
+    labels = TEXT.masked_fill(mask == 0, IGNORE)
     with torch.no_grad():
         out = adapted(TEXT, mask, labels)
         # The same tokens are predicted as without a prompt: all but the first.

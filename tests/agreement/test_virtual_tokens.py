@@ -1,0 +1,253 @@
+"""Virtual tokens in transformers: made of a text, they are that text, in everything."""
+
+import functools
+from itertools import product
+
+import pytest
+import torch
+from transformers import LogitsProcessor, NoRepeatNGramLogitsProcessor
+from transformers import RepetitionPenaltyLogitsProcessor as Penalty
+
+from minipeft.errors import InputError
+from minipeft.torch.prefix import PrefixConfig, PrefixModel
+from minipeft.torch.prompt import PromptConfig, PromptModel
+from tests.agreement.architectures import SAY, WORK, build, causal
+from tests.operands import annotations_off
+from tests.tolerance import assert_within, gamma
+
+KINDS = {"prefix": (PrefixModel, PrefixConfig), "prompt": (PromptModel, PromptConfig)}
+BEFORE = [5, 9, 13, 2]
+N = len(BEFORE)
+AFTER = torch.tensor([[7, 3, 11, 5, 6], [4, 9, 9, 30, 8]])
+kinds = pytest.mark.parametrize("kind", KINDS)
+models = functools.cache(causal)
+
+
+def adapted(kind, model):
+    wrapper, config = KINDS[kind]
+    return wrapper(model, config(tokens=BEFORE))
+
+
+def whole(ids):
+    return torch.cat([torch.tensor([BEFORE]).expand(len(ids), -1), ids], dim=1)
+
+
+def assert_same_logits(found, expected):
+    """In float64, to better than a last bit of float32."""
+    found, expected = found.detach().numpy(), expected.detach().numpy()
+    assert_within(found, expected, gamma(1) * abs(expected).max())
+
+
+def assert_same_loss(found, expected, logits):
+    """As transformers takes it: in float32, of a few words of a small vocabulary.
+
+    Each logit is rounded; the exponentials of a row are added up, then the rows.
+    """
+    roundings = logits.shape[-1] + logits[..., 0].numel() + 4
+    bound = 2 * gamma(roundings) * abs(logits.detach().numpy()).max()
+    assert_within(found.item(), expected.item(), float(bound))
+
+
+@kinds
+@pytest.mark.parametrize("name", WORK)
+def test_made_of_a_text_it_is_that_text(kind, name):
+    model = models(name)
+    ours = adapted(kind, model)
+    out = ours(AFTER, labels=AFTER)
+    expected = model(whole(AFTER)).logits[:, N:]
+    assert_same_logits(out.logits, expected)
+    out.loss.backward()
+    assert ours.P.grad.abs().sum() > 0
+    ours.P.grad = None
+    loss = torch.nn.functional.cross_entropy(
+        expected[:, :-1].flatten(0, 1), AFTER[:, 1:].flatten()
+    )
+    assert_same_loss(out.loss, loss, expected)
+
+
+@kinds
+@pytest.mark.parametrize("name", WORK)
+def test_padding_on_the_left_is_not_there(kind, name):
+    ours = adapted(kind, models(name))
+    padded = torch.nn.functional.pad(AFTER, (3, 0))
+    mask = torch.nn.functional.pad(torch.ones_like(AFTER), (3, 0))
+    labels = padded.masked_fill(mask == 0, -100)
+    out, expected = ours(padded, mask, labels), ours(AFTER, labels=AFTER)
+    assert_same_logits(out.logits[:, 3:], expected.logits)
+    assert_same_loss(out.loss, expected.loss, out.logits)
+
+
+@kinds
+@pytest.mark.parametrize("name", WORK)
+def test_generation_goes_on_from_a_padded_batch(kind, name):
+    model = models(name)
+    ours = adapted(kind, model)
+    padded = torch.nn.functional.pad(AFTER, (2, 0))
+    padded[1, :4] = 0
+    settings = {"max_new_tokens": 6, "do_sample": False}
+    out = ours.generate(padded, (padded > 0).long(), **settings)
+    for row, found in zip(padded, out, strict=True):
+        alone = whole(row[row > 0][None])
+        expected = model.generate(
+            alone, attention_mask=torch.ones_like(alone), **settings
+        )
+        assert found[len(row) :].tolist() == expected[0, alone.shape[1] :].tolist()
+
+
+class OnlyTheText(LogitsProcessor):
+    """A processor that sees what was said after the tokens in front."""
+
+    def __init__(self, inner):
+        self.inner = inner
+
+    def __call__(self, input_ids, scores):
+        return self.inner(input_ids[:, N:], scores)
+
+
+class Streamer:
+    def __init__(self):
+        self.words = []
+
+    def put(self, ids):
+        self.words += ids.flatten().tolist()
+
+    def end(self):
+        self.words.append("end")
+
+
+# Settings, and what the text itself is given in their place.
+SETTINGS = {
+    "greedy": ({"do_sample": False}, {}),
+    "beams": ({"num_beams": 3, "do_sample": False}, {}),
+    "all beams": ({"num_beams": 3, "num_return_sequences": 3, "do_sample": False}, {}),
+    "sampling": ({"do_sample": True, "top_k": 20}, {}),
+    "sampled beams": ({"do_sample": True, "num_beams": 2}, {}),
+    "several": ({"do_sample": True, "num_return_sequences": 3}, {}),
+    "no cache": ({"do_sample": False, "use_cache": False}, {}),
+    "min_new_tokens": ({"do_sample": False, "min_new_tokens": 3}, {}),
+    "penalty": (
+        {"do_sample": False, "repetition_penalty": 3.0},
+        {"repetition_penalty": None, "logits_processor": [OnlyTheText(Penalty(3.0))]},
+    ),
+    "n-grams": (
+        {"do_sample": False, "no_repeat_ngram_size": 1},
+        {
+            "no_repeat_ngram_size": None,
+            "logits_processor": [OnlyTheText(NoRepeatNGramLogitsProcessor(1))],
+        },
+    ),
+}
+
+
+@pytest.mark.parametrize(
+    ("kind", "setting"), sorted({*product(KINDS, SETTINGS)} - {("prefix", "no cache")})
+)
+def test_generation_is_that_after_the_text(kind, setting):
+    model = models("Llama")
+    mine, instead = SETTINGS[setting]
+    torch.manual_seed(0)
+    ours = adapted(kind, model)
+    torch.manual_seed(1)
+    out = ours.generate(AFTER, torch.ones_like(AFTER), max_new_tokens=6, **mine)
+    torch.manual_seed(1)
+    text = whole(AFTER)
+    settings = {**mine, **instead, "max_new_tokens": 6}
+    expected = model.generate(text, attention_mask=torch.ones_like(text), **settings)
+    assert out.tolist() == expected[:, N:].tolist()
+
+
+@kinds
+def test_a_dict_a_stream_and_a_length_are_those_of_the_text(kind):
+    model = models("Llama")
+    ours, streamer = adapted(kind, model), Streamer()
+    settings = {"do_sample": False, "return_dict_in_generate": True}
+    out = ours.generate(
+        AFTER[:1], max_length=9, output_scores=True, streamer=streamer, **settings
+    )
+    text = whole(AFTER[:1])
+    expected = model.generate(text, max_length=9 + N, output_scores=True, **settings)
+    assert out.sequences.tolist() == expected.sequences[:, N:].tolist()
+    assert out.sequences.shape == (1, 9)
+    assert_same_logits(torch.stack(out.scores), torch.stack(expected.scores))
+    assert streamer.words == [*out.sequences[0].tolist(), "end"]
+
+
+@kinds
+def test_generation_leaves_the_model_as_it_was(kind):
+    model = models("Llama")
+    before = model.generate(AFTER, max_new_tokens=4, do_sample=False)
+    ours = adapted(kind, model)
+    with pytest.raises(ValueError, match="temperature"):
+        ours.generate(AFTER, max_new_tokens=4, do_sample=True, temperature=-1.0)
+    assert not model._forward_pre_hooks
+    after = model.generate(AFTER, max_new_tokens=4, do_sample=False)
+    assert after.tolist() == before.tolist()
+
+
+@kinds
+@pytest.mark.parametrize("name", SAY)
+def test_other_models_work_or_are_refused_by_one_true_sentence(kind, name):
+    settings, *sentences = SAY[name]
+    sentence = sentences[list(KINDS).index(kind)]
+    wrapper, config = KINDS[kind]
+    for start in (config(num_virtual_tokens=4), config(tokens=BEFORE)):
+        if sentence is None:
+            ours = wrapper(build(name, settings), start)
+            ours(AFTER, labels=AFTER).loss.backward()
+            assert ours.P.grad.abs().sum() > 0
+        else:
+            with pytest.raises(InputError, match=sentence):
+                wrapper(build(name, settings), start)
+
+
+def test_layers_of_several_widths_take_a_prefix():
+    model = build("Gemma4ForCausalLM", SAY["Gemma4ForCausalLM"][0])
+    ours = adapted("prefix", model)
+    assert len(set(ours.widths)) > 1
+    assert_same_logits(ours(AFTER).logits, model(whole(AFTER)).logits[:, N:])
+
+
+def test_a_prompt_works_beside_layers_that_keep_another_state():
+    model = build("Lfm2ForCausalLM", SAY["Lfm2ForCausalLM"][0])
+    out = adapted("prompt", model)(AFTER)
+    assert_same_logits(out.logits, model(whole(AFTER)).logits[:, N:])
+
+
+def test_a_prefix_cannot_do_without_a_cache():
+    ours = adapted("prefix", models("Llama"))
+    with pytest.raises(InputError, match="use_cache is False"):
+        ours.generate(AFTER, max_new_tokens=2, use_cache=False)
+
+
+def test_a_text_longer_than_a_window_is_refused():
+    model = build("MistralForCausalLM", {**WORK["Mistral"], "sliding_window": 4})
+    with pytest.raises(InputError, match="its window slides; start from a shorter"):
+        adapted("prefix", model)
+
+
+@kinds
+@pytest.mark.parametrize(
+    ("setting", "sentence"),
+    [
+        ({"past_key_values": object()}, "the cache begins with the virtual tokens"),
+        ({"inputs_embeds": AFTER}, "the text is given by its token ids"),
+        ({"assistant_model": object()}, "a second model would not see"),
+        ({"prompt_lookup_num_tokens": 2}, "prompt_lookup_num_tokens cannot be given"),
+        ({"cache_implementation": "static"}, "a cache of fixed size has no room"),
+    ],
+)
+def test_settings_that_cannot_be_there_are_refused_by_name(kind, setting, sentence):
+    ours = adapted(kind, models("Llama"))
+    with pytest.raises(InputError, match=sentence):
+        ours.generate(AFTER, max_new_tokens=2, **setting)
+
+
+@kinds
+def test_operands_of_another_text_are_refused(kind):
+    ours = adapted(kind, models("Llama"))
+    for wrong, sentence in (
+        ({"labels": AFTER[:, 1:]}, "labels has shape"),
+        ({"attention_mask": whole(AFTER)}, "virtual tokens are not counted"),
+    ):
+        with annotations_off(), pytest.raises(InputError, match=sentence):
+            ours(AFTER, **wrong)
