@@ -24,6 +24,8 @@ NOT_ON_A_DEVICE = {
     "inject.Config.adapters": "a protocol; each method has its own",
     "paged.Lanes.computing": "runs on pretended streams, in on_streams",
     "paged.Lanes.on": "runs on pretended streams, in on_streams",
+    "virtual.VirtualTokens.enter": "has no body; each row has its own",
+    "virtual.VirtualTokens.num_virtual_tokens": "has no body; each row has its own",
 }
 
 # Functions with a branch for CUDA alone: a pretended device takes the other. A GPU runs
