@@ -13,7 +13,7 @@ from torch.nn import Parameter
 from torch.nn.functional import embedding, pad
 
 from minipeft.errors import InputError
-from minipeft.shapes import Float, Inexact, UInt8
+from minipeft.shapes import Float, Inexact, UInt8, check_floats, check_shapes
 from minipeft.torch.bins import bins_of, pairs_of, search
 from minipeft.torch.codebook import NF4, code_bits
 
@@ -53,7 +53,9 @@ def quantize(
 
     Source: QLoRA (arXiv:2305.14314), section 3.
     """
+    check_floats("W", W)
     check_blocksize(blocksize)
+    _check_codebook(codebook)
     codebook, flat = codebook.to(W.device), W.detach().reshape(-1)
     packed, absmax = encode(flat, codebook, blocksize)
     check_finite(flat, absmax)
@@ -104,8 +106,11 @@ def dequantize(
         dtype: of the result.
 
     Raises:
-        InputError: if there are codes or scales too few or too many.
+        InputError: if there are codes or scales too few or too many, or the result
+            would hold no floats.
     """
+    if not dtype.is_floating_point:
+        raise InputError(f"the result has dtype {dtype}; choose a float dtype.")
     n, bits = check_parts(q), code_bits(q.codebook)
     if bits == 4 and on_cpu(q.packed) and not n % q.blocksize:
         return _dequantize_slices(q, dtype)
@@ -208,6 +213,10 @@ def check_blocksize(blocksize: int) -> None:
 def check_parts(q: Blockwise) -> int:
     """Return the number of weights; refuse codes or scales that are not theirs."""
     check_blocksize(q.blocksize)
+    if min(q.shape, default=0) < 0:
+        raise InputError(f"shape is {q.shape}; choose lengths of 0 or more.")
+    check_bytes("packed", q.packed)
+    check_shapes({"absmax": (q.absmax, "blocks")})
     n, bits = prod(q.shape), code_bits(q.codebook)
     needed = {"packed": -(-n * bits // 8), "absmax": -(-n // q.blocksize)}
     for name, wanted in needed.items():
@@ -217,6 +226,28 @@ def check_parts(q: Blockwise) -> int:
                 f"{q.blocksize} need {wanted}; pass the parts of one quantized tensor."
             )
     return n
+
+
+def check_bytes(name: str, tensor: Tensor) -> None:
+    """Refuse codes that are no list of bytes."""
+    if tensor.dtype != torch.uint8 or tensor.dim() != 1:
+        raise InputError(
+            f"{name} has dtype {tensor.dtype} and shape {tuple(tensor.shape)}; give a "
+            "list of bytes (uint8)."
+        )
+
+
+def _check_codebook(codebook: Float[Tensor, " codes"]) -> None:
+    code_bits(codebook)
+    # On a device nobody looks: it came from here.
+    if codebook.device.type != "cpu" or torch.compiler.is_compiling():
+        return
+    bad = torch.nonzero(~torch.isfinite(codebook))
+    if len(bad):
+        i = int(bad[0])
+        raise InputError(
+            f"the codebook holds {codebook[i].item()} at code {i}; give finite values."
+        )
 
 
 def check_finite(flat: Float[Tensor, " n"], absmax: Float[Tensor, " blocks"]) -> None:

@@ -2,14 +2,15 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, TypeVar, cast
+from math import isfinite
+from typing import Any, ClassVar, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear, relu
 
 from minipeft.errors import InputError
-from minipeft.shapes import Float
+from minipeft.shapes import Float, check_shapes
 from minipeft.torch.adapted import Adapted, naming
 from minipeft.torch.linear import (
     Form,
@@ -24,49 +25,77 @@ from minipeft.torch.targets import chosen
 Model = TypeVar("Model", bound=nn.Module)
 
 
+Stream = Float[Tensor, "... features"]
+Down = Float[Tensor, "bottleneck features"]
+DownBias = Float[Tensor, " bottleneck"]
+Up = Float[Tensor, "features bottleneck"]
+UpBias = Float[Tensor, " features"]
+
+
 class Bottleneck(nn.Module):
     """Down to few features, a ReLU, and up again."""
 
-    down: Float[Tensor, "bottleneck features"]
-    up: Float[Tensor, "features bottleneck"]
+    down: Down
+    up: Up
+    down_bias: DownBias
+    up_bias: UpBias
 
     def __init__(
         self,
-        down: Float[Tensor, "bottleneck features"],
-        up: Float[Tensor, "features bottleneck"],
+        down: Down,
+        up: Up,
         scaling: float = 1.0,
+        down_bias: DownBias | None = None,
+        up_bias: UpBias | None = None,
     ):
         super().__init__()
+        if not isfinite(scaling):
+            raise InputError(f"scaling is {scaling}; choose a finite number.")
         self.down, self.up = nn.Parameter(down), nn.Parameter(up)
-        self.down_bias = nn.Parameter(down.new_zeros(len(down)))
-        self.up_bias = nn.Parameter(up.new_zeros(len(up)))
+        zeros = down.new_zeros(len(down)) if down_bias is None else down_bias
+        self.down_bias = nn.Parameter(zeros)
+        self.up_bias = nn.Parameter(
+            up.new_zeros(len(up)) if up_bias is None else up_bias
+        )
         self.scaling = scaling
+        self.check_fits()
 
-    def forward(
-        self, x: Float[Tensor, "... features"]
-    ) -> Float[Tensor, "... features"]:
+    def forward(self, x: Stream) -> Stream:
         r"""Return what the adapter adds: $s\,(\mathrm{ReLU}(x D^T + c)\,U^T + e)$.
 
-        Source: Houlsby et al. (arXiv:1902.00751), figure 2.
+        In the dtype of the adapter, whatever x has.
+
+        Raises:
+            InputError: if an operand has another adapter's shape, or no float dtype.
         """
+        self.check_fits(x)
         h = relu(linear(x.to(self.down.dtype), self.down, self.down_bias))
         return self.scaling * linear(h, self.up, self.up_bias)
 
+    def check_fits(self, x: Stream | None = None) -> None:
+        """Refuse an input or a part of another adapter: torch would broadcast it."""
+        check_shapes(
+            {
+                "down": (self.down, "bottleneck features"),
+                "down_bias": (self.down_bias, "bottleneck"),
+                "up": (self.up, "features bottleneck"),
+                "up_bias": (self.up_bias, "features"),
+                "x": (x, "... features"),
+            }
+        )
 
+
+@torch.inference_mode(False)  # else nothing could be trained
 def init(
     generator: torch.Generator | None,
     features: int,
     bottleneck: int,
     scaling: float = 1.0,
 ) -> Bottleneck:
-    r"""Start at no change: down from $N(0, 0.02^2)$, everything else zero.
-
-    Houlsby et al. draw both matrices near zero; with up at zero the start is exact.
+    """Start at no change, in float32 on the CPU, whatever the defaults are.
 
     Raises:
-        InputError: if the bottleneck is empty.
-
-    Source: Houlsby et al. (arXiv:1902.00751), section 2.1.
+        InputError: if the bottleneck is empty, or the scaling not finite.
     """
     if bottleneck < 1:
         raise InputError(f"bottleneck is {bottleneck}; choose 1 or more features.")
@@ -154,15 +183,35 @@ class Parallel(nn.Module):
         super().__init__()
         self.base = base.requires_grad_(False)
         self.adapter = adapter
+        self.train(base.training)
 
-    def forward(
-        self, x: Float[Tensor, "... features"]
-    ) -> Float[Tensor, "... features"]:
-        """Apply the sublayer, and add what the adapter adds."""
-        h = self.base(x)
-        return cast(Tensor, (h + self.adapter(x)).to(h.dtype))
+    def forward(self, x: Stream) -> Stream:
+        """Apply the sublayer, and add what the adapter adds.
+
+        Raises:
+            InputError: if the sublayer writes another width than the adapter.
+        """
+        h, change = self.base(x), self.adapter(x)
+        if h.shape != change.shape:
+            raise InputError(
+                f"the sublayer returns shape {tuple(h.shape)}, and the adapter beside "
+                f"it {tuple(change.shape)}; place it beside a module that reads and "
+                "writes one width."
+            )
+        return cast(Tensor, (h + change).to(h.dtype))
+
+    def __getattr__(self, name: str) -> Any:
+        """Answer for the sublayer, but for its weights: they know of no adapter."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            base = self.__dict__.get("_modules", {}).get("base")
+            if base is None or name.startswith("_") or name in base._parameters:
+                raise
+            return getattr(base, name)
 
 
+@torch.inference_mode(False)
 def place_beside(
     model: Model,
     config: BottleneckConfig,

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from minipeft.errors import InputError
-from minipeft.shapes import Float
+from minipeft.shapes import Float, check_shapes
 
 Codebook = Float[Tensor, " codes"]
 
@@ -112,7 +112,12 @@ def dynamic_map_on(device: torch.device, signed: bool = True) -> Codebook:
 
 
 def code_bits(codebook: Float[Tensor, " codes"]) -> int:
-    """Return the width of a code; refuse a codebook whose length is no power of two."""
+    """Return the width of a code; no value is looked at.
+
+    Raises:
+        InputError: if the codebook is no list of 2, 4, 8, 16 … 256 floats.
+    """
+    check_shapes({"the codebook": (codebook, "codes")})
     bits = len(codebook).bit_length() - 1
     if len(codebook) != 2**bits or not 1 <= bits <= 8:
         raise InputError(

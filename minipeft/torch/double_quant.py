@@ -89,6 +89,10 @@ def unnest(q: Nested) -> Blockwise:
         InputError: if there are codes or nested scales too few or too many.
     """
     blockwise.check_blocksize(q.blocksize)
+    if q.offset.shape != ():
+        raise InputError(
+            f"offset has shape {tuple(q.offset.shape)}; give one number, their mean."
+        )
     scales = Blockwise(
         q.absmax_codes,
         q.nested_absmax,

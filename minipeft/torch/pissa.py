@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from math import inf
 from typing import ClassVar
 
 import torch
@@ -84,7 +85,18 @@ def init_randomized(
 def residual(
     W: Shaped[Tensor, "out_features in_features"], initial: LoRA
 ) -> Shaped[Tensor, "out_features in_features"]:
-    """Return what the adapter leaves of the weight: $W_{res} = W - s B A$."""
+    """Return what the adapter leaves of the weight: $W_{res} = W - s B A$.
+
+    Raises:
+        InputError: if the adapter is of another layer.
+    """
+    check_shapes(
+        {
+            "W": (W, "out_features in_features"),
+            "B": (initial.B, "out_features r"),
+            "A": (initial.A, "r in_features"),
+        }
+    )
     return torch.addmm(W, initial.B, initial.A, alpha=-initial.scaling)
 
 
@@ -253,7 +265,7 @@ def checked_scaling(
 ) -> float:
     """Return alpha / r, or refuse what no split can be made of."""
     lora.check_rank(r, W.shape[1], W.shape[0])
-    if not alpha > 0:
+    if not 0 < alpha < inf:
         raise InputError(f"alpha is {alpha}; a split of W needs a positive one.")
     if not torch.isfinite(W).all():
         i, j = (int(index) for index in torch.nonzero(~torch.isfinite(W))[0])

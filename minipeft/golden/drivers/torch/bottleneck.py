@@ -34,8 +34,5 @@ def bottleneck_backward(
 def _adapter(
     down: Array, down_bias: Array, up: Array, up_bias: Array, scaling: float
 ) -> Bottleneck:
-    adapter = Bottleneck(to_torch(down), to_torch(up), scaling)
-    biases = {"down_bias": to_torch(down_bias), "up_bias": to_torch(up_bias)}
-    # This refuses a bias of another shape; torch refuses matrices that do not fit.
-    adapter.load_state_dict(biases | {"down": adapter.down, "up": adapter.up})
-    return adapter
+    biases = to_torch(down_bias), to_torch(up_bias)
+    return Bottleneck(to_torch(down), to_torch(up), scaling, *biases)
