@@ -183,7 +183,8 @@ def rehearse(job: Job, grad: Weight, state: State) -> bool:
     W, large, t = job.p, False, state.get("step", 0) + 1
     for part in slices(slice(0, W.numel())):
         old, slope = read(W, part), read(grad, part)
-        before = moments(state or init(old), part, W.device)
+        own = part if state else slice(0, len(old))
+        before = moments(state or init(old), own, W.device)
         moved, after = following(old, slope, before, t, job.group)
         moved = moved.to(W.dtype)
         check_result((old, slope, *before), (moved, *after), part.start, job.name)
