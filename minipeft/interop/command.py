@@ -191,15 +191,15 @@ def _export(options: argparse.Namespace) -> int:
 
     if options.to == "safetensors":
         return _merge(options)
-    adapter, config = _adapter(options), _config(options.base)
+    adapter = _adapter(options)
     if options.to == "gguf" and not options.merged:
+        config = gguf_format.read_config(options.base)
         gguf_format.write_lora(options.out, adapter, config)
         print(f"wrote {options.out}: llama-server --lora {options.out}")
         return 0
     path = options.out / "model.gguf" if options.to == "ollama" else options.out
     base = open_tensors(options.base)
-    where = (path, base, options.base, config)
-    gguf_format.write_model(*where, adapter=adapter, kind=options.kind)
+    gguf_format.write_model(path, base, options.base, adapter, options.kind)
     if options.to == "ollama":
         merging.write_text(options.out / "Modelfile", "FROM ./model.gguf\n")
         print(
@@ -232,19 +232,6 @@ def _model(path: Path) -> Any:
     from minipeft.interop.tensors import open_tensors
 
     return GgufTensors(path) if path.suffix == ".gguf" else open_tensors(path)
-
-
-def _config(folder: Path) -> dict[str, Any]:
-    path = folder / "config.json"
-    try:
-        config = json.loads(path.read_text("utf-8"))
-    except (OSError, ValueError) as error:
-        raise InputError(
-            f"{path} cannot be read ({error}); give a model's folder"
-        ) from None
-    if not isinstance(config, dict):
-        raise InputError(f"{path} is no JSON object; give a model's folder")
-    return config
 
 
 def _write_json(path: Path, value: Any) -> None:

@@ -5,6 +5,7 @@ It knows neither rank-stabilized scales nor patterns. So every scale is folded i
 here, and alpha is written as 0, which llama.cpp takes for "scale 1".
 """
 
+import json
 import os
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -37,6 +38,7 @@ FILE_TYPES = {
     "Q8_0": gguf.LlamaFileType.MOSTLY_Q8_0,
 }
 Config = Mapping[str, Any]
+Plan = dict[str, tuple[tuple[int, ...], gguf.GGMLQuantizationType]]
 
 
 def write_lora(path: Path, adapter: Adapter, config: Config) -> None:
@@ -92,7 +94,6 @@ def write_model(
     path: Path,
     base: Tensors,
     folder: Path,
-    config: Config,
     adapter: Adapter | None = None,
     kind: str = "F16",
 ) -> None:
@@ -104,8 +105,7 @@ def write_model(
     Args:
         path: of the file.
         base: the model's tensors.
-        folder: where its tokenizer lies.
-        config: as in its config.json.
+        folder: where its config.json and its tokenizer lie.
         adapter: what to merge.
         kind: F32, F16, BF16 or Q8_0.
 
@@ -115,23 +115,17 @@ def write_model(
     """
     if kind not in TYPES:
         raise InputError(f"kind is {kind!r}; choose one of {', '.join(TYPES)}")
+    config = read_config(folder)
     arch = family(config)
     theirs = names(arch, int(config["num_hidden_layers"]))
     adapter = (adapter or Adapter({})).renamed(base.about)
+    plan = _plan(base, adapter, theirs, kind)
     with _writing(path, arch) as writer:
         _hyperparameters(writer, config)
         writer.add_file_type(FILE_TYPES[kind])
         gguf_vocabulary.write(writer, folder, config)
-        plan = _plan(base, adapter, theirs, kind)
-        for name, (shape, type_) in plan.items():
-            _announce(writer, theirs[name], shape, type_)
-        if (factors := rope_factors(config)) is not None:
-            writer.add_tensor_info(
-                "rope_freqs.weight", factors.shape, factors.dtype, factors.nbytes
-            )
-        writer.write_header_to_file()
-        writer.write_kv_data_to_file()
-        writer.write_ti_data_to_file()
+        factors = rope_factors(config)
+        _announce_all(writer, theirs, plan, factors)
         for name, (_, type_) in plan.items():
             values = _values(name, base, adapter)
             if heads := heads_turned(name, arch, config):
@@ -141,9 +135,43 @@ def write_model(
             writer.write_tensor_data(factors)
 
 
+def read_config(folder: Path) -> dict[str, Any]:
+    """Return a model's config.json.
+
+    Raises:
+        InputError: it is absent, no JSON, or no object.
+    """
+    path = folder / "config.json"
+    try:
+        config = json.loads(path.read_text("utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(
+            f"{path} cannot be read ({error}); give a model's folder"
+        ) from None
+    if not isinstance(config, dict):
+        raise InputError(f"{path} is no JSON object; give a model's folder")
+    return config
+
+
+def _announce_all(
+    writer: gguf.GGUFWriter,
+    theirs: Mapping[str, str],
+    plan: Plan,
+    factors: np.ndarray | None,
+) -> None:
+    for name, (shape, type_) in plan.items():
+        _announce(writer, theirs[name], shape, type_)
+    if factors is not None:
+        size, dtype = factors.nbytes, factors.dtype
+        writer.add_tensor_info("rope_freqs.weight", factors.shape, dtype, size)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_ti_data_to_file()
+
+
 def _plan(
     base: Tensors, adapter: Adapter, theirs: Mapping[str, str], kind: str
-) -> dict[str, tuple[tuple[int, ...], gguf.GGMLQuantizationType]]:
+) -> Plan:
     """Return shape and type of every tensor, in the order of the file."""
     plan = {}
     for name in [*base.about, *(n for n in adapter.saved if n not in base.about)]:

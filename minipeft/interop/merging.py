@@ -51,7 +51,8 @@ def merge(
     try:
         places = _files(source, adapter)
         for file, names in places.items():
-            _write(folder / file, source, adapter, names, dtype, step)
+            about = {n: _about(n, source, adapter, dtype) for n in names}
+            _write(folder / file, source, adapter, about, step)
         if len(places) > 1:
             _write_index(folder, places, source)
         _copy_others(base, folder)
@@ -104,13 +105,11 @@ def _write(
     path: Path,
     source: Shards,
     adapter: Adapter,
-    names: list[str],
-    dtype: torch.dtype | None,
+    about: Mapping[str, About],
     step: Callable[[str], None],
 ) -> None:
-    about = {name: _about(name, source, adapter, dtype) for name in names}
     with writing(path, about, {"format": "pt"}) as writer:
-        for name in names:
+        for name in about:
             _write_one(writer, name, source, adapter, about[name])
             step(name)
 

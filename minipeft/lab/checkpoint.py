@@ -7,7 +7,8 @@ file and one rename: a checkpoint is the old one or the new one, never half of e
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -86,12 +87,7 @@ def save_checkpoint(
     numbers, tensors = _optimizer_state(optimizer)
     tensors |= {f"parameter/{n}": p.detach() for n, p in trainable(model).items()}
     tensors |= {f"buffer/{n}": b for n, b in identity.moved(model).items()}
-    for name, tensor in tensors.items():
-        if not bool(tensor.isfinite().all()):
-            raise InputError(
-                f"{name} is not finite, so {path} was not written and holds the last "
-                "good state"
-            )
+    _check_finite(path, tensors)
     random = generators.states(model)
     tensors |= {f"random/{name}": state for name, state in random.items()}
     header = {
@@ -103,11 +99,19 @@ def save_checkpoint(
         "numbers": numbers,
     }
     # safetensors writes no two tensors that share memory, and no views.
-    plain = {name: tensor.detach().cpu().clone() for name, tensor in tensors.items()}
+    plain = {n: t.detach().cpu().clone().contiguous() for n, t in tensors.items()}
     text = json.dumps(header)
     metadata = {"minipeft": text, "sha256": _checksum(text, plain)}
-    contiguous = {name: tensor.contiguous() for name, tensor in plain.items()}
-    write_atomic(path, safetensors.torch.save(contiguous, metadata=metadata))
+    write_atomic(path, safetensors.torch.save(plain, metadata=metadata))
+
+
+def _check_finite(path: Path, tensors: Tensors) -> None:
+    for name, tensor in tensors.items():
+        if not bool(tensor.isfinite().all()):
+            raise InputError(
+                f"{name} is not finite, so {path} was not written and holds the last "
+                "good state"
+            )
 
 
 def load_checkpoint(
@@ -131,7 +135,7 @@ def load_checkpoint(
             f"{path} is not a checkpoint of this program ({FORMAT} version {VERSION}); "
             "start again without it"
         )
-    try:
+    with _naming(path):
         _check_kinds(header)
         progress = _progress(header)
         own = _own(model, identity or Identity(model), header, tensors)
@@ -141,6 +145,17 @@ def load_checkpoint(
             generators.check(random, model)
             optimizer.load_state_dict(state)
             generators.restore(random, model)
+    with torch.no_grad():
+        for name, tensor in own.items():
+            tensor.copy_(tensors[name])
+    return progress
+
+
+@contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    """Put the file in front of what is wrong with it."""
+    try:
+        yield
     except InputError as error:
         raise InputError(
             f"{path} does not fit: {error}; use what it was made with, or start again "
@@ -151,10 +166,6 @@ def load_checkpoint(
             f"{path} has a malformed field ({type(error).__name__}: {error}); start "
             "again without it"
         ) from error
-    with torch.no_grad():
-        for name, tensor in own.items():
-            tensor.copy_(tensors[name])
-    return progress
 
 
 def _read(path: Path) -> tuple[dict[str, Any], Tensors]:

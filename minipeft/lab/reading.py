@@ -112,7 +112,8 @@ def fill(
         InputError: a weight is missing or not finite.
     """
     output = _output_layer(model)
-    for name, module in list(model.named_modules()):
+    for name in [name for name, _ in model.named_modules()]:
+        module = model.get_submodule(name)  # a list of modules would keep them all
         prefix = f"{name}." if name else ""
         for key in [k for k in _own(module) if prefix + k in names]:
             tensor = tensors.read(names[prefix + key])
@@ -134,7 +135,8 @@ def fill(
 def quantized(model: Any, quantize: Quantize | None) -> Any:
     """Quantize every linear layer but the output layer, in place."""
     output = _output_layer(model)
-    for name, module in list(model.named_modules()):
+    for name in [name for name, _ in model.named_modules()]:
+        module = model.get_submodule(name)
         if quantize and type(module) is nn.Linear and module is not output:
             _replace(model, name, quantize(module))
     return model

@@ -4,7 +4,7 @@ Its weights were rounded to 4 bits when the file was made: never a measure of wh
 quantization costs.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -84,17 +84,17 @@ def tokenizer(path: Path) -> Any:
     found.decoder = decoders.ByteLevel()
     special = [t for t, one in zip(tokens, types, strict=True) if one == 3]
     found.add_special_tokens([AddedToken(t, normalized=False) for t in special])
-    named = {
-        f"{name}_token": tokens[content[f"tokenizer.ggml.{key}_token_id"]]
-        for name, key in (
-            ("bos", "bos"),
-            ("eos", "eos"),
-            ("pad", "padding"),
-            ("unk", "unknown"),
-        )
-        if f"tokenizer.ggml.{key}_token_id" in content
-    }
     template = content.get("tokenizer.chat_template")
     return transformers.PreTrainedTokenizerFast(
-        tokenizer_object=found, chat_template=template, **named
+        tokenizer_object=found, chat_template=template, **_named(content, tokens)
     )
+
+
+def _named(content: Mapping[str, Any], tokens: Sequence[str]) -> dict[str, str]:
+    """Return the tokens that have a role, by the name that transformers gives it."""
+    roles = {"bos": "bos", "eos": "eos", "padding": "pad", "unknown": "unk"}
+    return {
+        f"{name}_token": tokens[content[f"tokenizer.ggml.{role}_token_id"]]
+        for role, name in roles.items()
+        if f"tokenizer.ggml.{role}_token_id" in content
+    }

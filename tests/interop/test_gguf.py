@@ -1,6 +1,7 @@
 """What we write for llama.cpp is what llama.cpp computes with."""
 
 import json
+import shutil
 from dataclasses import replace
 
 import gguf
@@ -79,7 +80,7 @@ def differs(theirs, ours):
 
 def test_llama_cpp_and_we_compute_the_same_base(tmp_path, base):
     path = tmp_path / "base.gguf"
-    gguf_format.write_model(path, base, models.TINY, CONFIG, kind="F32")
+    gguf_format.write_model(path, base, models.TINY, kind="F32")
     reference = ours(base)
     spread = float(reference.max() - reference.topk(50).values[-1])
     assert differs(log_probabilities(path), reference) < SHARE * spread
@@ -88,7 +89,7 @@ def test_llama_cpp_and_we_compute_the_same_base(tmp_path, base):
 @pytest.mark.parametrize("kind", ["F32", "F16", "BF16", "Q8_0"])
 def test_llama_cpp_computes_our_merge(tmp_path, base, adapter, kind):
     path = tmp_path / "merged.gguf"
-    gguf_format.write_model(path, base, models.TINY, CONFIG, adapter, kind)
+    gguf_format.write_model(path, base, models.TINY, adapter, kind)
     theirs = log_probabilities(path)
     effect = differs(theirs, ours(base))
     # The file's dtype is accounted for: our weights are those read back from it. What
@@ -99,7 +100,7 @@ def test_llama_cpp_computes_our_merge(tmp_path, base, adapter, kind):
 
 def test_llama_cpp_applies_our_lora(tmp_path, base, adapter):
     path, lora = tmp_path / "base.gguf", tmp_path / "lora.gguf"
-    gguf_format.write_model(path, base, models.TINY, CONFIG, kind="F32")
+    gguf_format.write_model(path, base, models.TINY, kind="F32")
     gguf_format.write_lora(lora, adapter, CONFIG)
     theirs = log_probabilities(path, lora)
     effect = differs(theirs, ours(base))
@@ -112,7 +113,7 @@ def test_llama_cpp_applies_our_lora(tmp_path, base, adapter):
 @pytest.mark.parametrize("kind", ["F32", "F16", "BF16", "Q8_0"])
 def test_a_model_reads_back_as_it_was_rounded(tmp_path, base, adapter, kind):
     path = tmp_path / "model.gguf"
-    gguf_format.write_model(path, base, models.TINY, CONFIG, adapter, kind)
+    gguf_format.write_model(path, base, models.TINY, adapter, kind)
     found = GgufTensors(path)
     assert found.about.keys() == base.about.keys()
     for name in base.about:
@@ -187,21 +188,20 @@ def test_dora_is_refused_with_the_alternative(tmp_path, adapter):
     ],
 )
 def test_another_architecture_is_refused(tmp_path, base, change, sentence):
+    folder = shutil.copytree(models.TINY, tmp_path / "model")
+    (folder / "config.json").write_text(json.dumps({**CONFIG, **change}))
     with pytest.raises(InputError, match=sentence):
-        gguf_format.write_model(
-            tmp_path / "x.gguf", base, models.TINY, {**CONFIG, **change}
-        )
-    assert not list(tmp_path.iterdir())
+        gguf_format.write_model(tmp_path / "x.gguf", base, folder)
+    assert not list(tmp_path.glob("*.gguf"))
 
 
 def test_an_unknown_split_of_texts_is_refused(tmp_path, base):
-    folder = tmp_path / "model"
-    folder.mkdir()
+    folder = shutil.copytree(models.TINY, tmp_path / "model")
     tokenizer = json.loads((models.TINY / "tokenizer.json").read_text())
     tokenizer["pre_tokenizer"] = {"type": "Whitespace"}
     (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
     with pytest.raises(InputError, match=r"splits a text in a way .Whitespace. for"):
-        gguf_format.write_model(tmp_path / "x.gguf", base, folder, CONFIG)
+        gguf_format.write_model(tmp_path / "x.gguf", base, folder)
 
 
 def test_llama_3_factors_are_those_of_transformers():
@@ -228,7 +228,7 @@ def test_llama_3_factors_are_those_of_transformers():
 @pytest.mark.parametrize("keep", [0, 3, 40, 3000])
 def test_a_damaged_file_is_one_sentence(tmp_path, base, keep):
     path = tmp_path / "model.gguf"
-    gguf_format.write_model(path, base, models.TINY, CONFIG, kind="F16")
+    gguf_format.write_model(path, base, models.TINY, kind="F16")
     path.write_bytes(path.read_bytes()[:keep])
     with pytest.raises(InputError, match="is damaged or no GGUF file") as caught:
         GgufTensors(path)
