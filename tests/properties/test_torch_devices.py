@@ -14,10 +14,27 @@ import pytest
 import torch
 
 import minipeft.torch
+from tests.cuda import test_operators
 from tests.properties import modules, on_a_device
+
+# What launches a kernel; tests/cuda/test_operators.py and test_wired.py run it on a
+# pretended device with the CPU build of the kernels.
+LAUNCHES = (
+    "launches.adamw_",
+    "launches.adamw_8bit_",
+    "launches.check_indices",
+    "launches.decodes",
+    "launches.dequantize",
+    "launches.dora_row_norm",
+    "launches.layout_of",
+    "launches.lora_batched",
+    "launches.matmul_4bit",
+    "launches.quantize",
+)
 
 # Public functions that no recipe runs on the device.
 NOT_ON_A_DEVICE = {
+    **dict.fromkeys(LAUNCHES, "runs on another pretended device, in tests/cuda"),
     "codebook.normal_float": "makes a table on the CPU; quantize moves it",
     "adapted.Adapted.change": "has no body; each row has its own",
     "adapted.Adapted.check_fits": "has no body; each row has its own",
@@ -31,6 +48,8 @@ NOT_ON_A_DEVICE = {
 # Functions with a branch for CUDA alone: a pretended device takes the other. A GPU runs
 # them in tests/agreement, test_paged.py and test_torch_on_cuda.py.
 FOR_CUDA_ALONE = {
+    "launches._stream": "asks torch for the stream that computes",
+    "operators._register": "names the device whose kernels these are",
     "adamw._root": "there, torch's float32 root is rounded correctly",
     "paged.PagedAdamW.placed": "pins host memory, which needs the driver",
 }
@@ -87,14 +106,12 @@ def test_every_branch_for_cuda_alone_is_listed():
     assert found == set(FOR_CUDA_ALONE)
 
 
-def test_there_is_no_operator_of_our_own():
-    """Then `torch.library.opcheck` has nothing to check.
-
-    The column is written in torch's operators alone, which bring their own gradients,
-    shapes and devices. An operator of ours would need opcheck, in a recipe of its own.
-    """
+def test_every_operator_of_our_own_is_checked():
+    """`torch.library.opcheck` runs on each, with samples in tests/cuda."""
     assert list(modules.members())  # all of the column is imported
-    registered = torch._C._dispatch_get_all_op_names()
-    assert not [name for name in registered if name.startswith("minipeft")]
-    for file in Path(minipeft.torch.__path__[0]).glob("*.py"):
-        assert "torch.library" not in file.read_text(), file.name
+    registered = {
+        name.removeprefix("minipeft::").partition(".")[0]
+        for name in torch._C._dispatch_get_all_op_names()
+        if name.startswith("minipeft::")
+    }
+    assert registered == set(test_operators.samples())
