@@ -4,7 +4,6 @@ Only safetensors and JSON are read. The keys are peft's: `base_model.model.` bef
 path of the module, `.lora_A.weight` and so on behind it.
 """
 
-import json
 import math
 import re
 from collections.abc import Mapping
@@ -14,12 +13,11 @@ from typing import Any
 from torch import Tensor
 
 from minipeft.errors import InputError
+from minipeft.interop import peft_folder
 from minipeft.interop.adapter import Adapter
-from minipeft.interop.tensors import SafeTensors
+from minipeft.interop.peft_folder import CONFIG, PREFIX, Contents
 from minipeft.interop.update import Update
 
-CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-PREFIX = "base_model.model."
 KEY = re.compile(
     r"(?P<module>.+)\.(?P<part>lora_A|lora_B|lora_magnitude_vector|"
     r"lora_embedding_A|lora_embedding_B)(?:\.(?P<kind>weight|bias))?"
@@ -33,36 +31,14 @@ def read(folder: Path) -> Adapter:
         InputError: a file is absent or damaged, holds a number that is not finite, or
             the method is one that changes no weight.
     """
-    config = read_config(folder)
-    file = SafeTensors(folder / WEIGHTS)
-    tensors = {name: file.read(name) for name in file.about}
-    for name, tensor in tensors.items():
-        if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
-            raise InputError(f"{name} in {file.path} is not finite; train it again")
+    contents = peft_folder.read(folder)
+    config = contents.config
     if config.get("peft_type") != "LORA":
         raise InputError(
             f"{folder} holds an adapter of type {config.get('peft_type')!r}, which has "
             "no matrices A and B; only LoRA and DoRA are merged from files"
         )
-    return _adapter(config, tensors, file.metadata)
-
-
-def read_config(folder: Path) -> dict[str, Any]:
-    """Return the adapter's configuration.
-
-    Raises:
-        InputError: it is absent, no JSON, or no object.
-    """
-    path = folder / CONFIG
-    try:
-        config = json.loads(path.read_text("utf-8"))
-    except FileNotFoundError:
-        raise InputError(f"there is no {path}; give the folder of an adapter") from None
-    except (OSError, ValueError, RecursionError) as error:
-        raise InputError(f"{path} is damaged ({error}); get the folder again") from None
-    if not isinstance(config, dict):
-        raise InputError(f"{path} is no JSON object; get the folder again")
-    return config
+    return _adapter(contents)
 
 
 def matched(patterns: Mapping[str, Any], module: str, default: Any) -> Any:
@@ -73,12 +49,11 @@ def matched(patterns: Mapping[str, Any], module: str, default: Any) -> Any:
     return default
 
 
-def _adapter(
-    config: Mapping[str, Any], tensors: dict[str, Tensor], metadata: Mapping[str, str]
-) -> Adapter:
+def _adapter(contents: Contents) -> Adapter:
+    config = contents.config
     parts: dict[str, dict[str, Tensor]] = {}
     saved: dict[str, Tensor] = {}
-    for key, tensor in tensors.items():
+    for key, tensor in contents.tensors.items():
         found = KEY.fullmatch(key.removeprefix(PREFIX))
         if found is None:
             saved[_plain(key)] = tensor
@@ -93,7 +68,7 @@ def _adapter(
             biases[f"{module}.bias"] = (
                 update.scaling * found_parts["lora_B.bias"].float()
             )
-    return Adapter(updates, biases, saved, config, metadata)
+    return Adapter(updates, biases, saved, config, contents.metadata)
 
 
 def _update(

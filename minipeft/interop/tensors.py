@@ -85,7 +85,7 @@ class SafeTensors:
                 pass
             with path.open("rb") as file:
                 length = int.from_bytes(file.read(8), "little")
-                header = json.loads(file.read(length), object_pairs_hook=_unique)
+                header = json.loads(file.read(length), object_pairs_hook=unique)
         except FileNotFoundError:
             raise InputError(f"there is no file {path}; check the path") from None
         except (safetensors.SafetensorError, ValueError, OSError) as error:
@@ -196,7 +196,7 @@ def _places(folder: Path, index: str) -> dict[str, str]:
         return dict.fromkeys(single.about, single.path.name)
     try:
         text = (folder / index).read_text("utf-8")
-        places = json.loads(text, object_pairs_hook=_unique)["weight_map"]
+        places = json.loads(text, object_pairs_hook=unique)["weight_map"]
         odd = [
             f for f in places.values() if Path(f).name != f or not isinstance(f, str)
         ]
@@ -213,7 +213,12 @@ def _places(folder: Path, index: str) -> dict[str, str]:
     return dict(places)
 
 
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Return a JSON object as a dict; for `object_pairs_hook`.
+
+    Raises:
+        ValueError: a key stands twice, and readers would differ about which holds.
+    """
     found = dict(pairs)
     if len(found) < len(pairs):
         names = [name for name, _ in pairs]

@@ -1,0 +1,155 @@
+"""The two files of an adapter's folder, as they lie there: a configuration and tensors.
+
+Only safetensors and JSON are read and written. A folder is judged whole before anything
+is made of it, and it appears whole, or not at all.
+"""
+
+import json
+import shutil
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from minipeft.errors import InputError
+from minipeft.interop.tensors import About, SafeTensors, unique, writing
+
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+PREFIX = "base_model.model."
+LARGEST_CONFIG = 2**24
+LARGEST_WEIGHTS = 2**36
+"""Bytes of the two files; what is larger is no adapter."""
+
+
+@dataclass(frozen=True)
+class Contents:
+    """What the two files hold.
+
+    Args:
+        config: of `adapter_config.json`.
+        tensors: by their names in the file.
+        metadata: text by name, of the header.
+    """
+
+    config: Mapping[str, Any]
+    tensors: Mapping[str, Tensor]
+    metadata: Mapping[str, str] = field(default_factory=dict)
+
+
+def read(folder: Path) -> Contents:
+    """Return what an adapter's folder holds.
+
+    Raises:
+        InputError: a file is absent, damaged, too large to be one of an adapter, or a
+            pickle, or a number in it is not finite.
+    """
+    config = read_config(folder)
+    path = folder / WEIGHTS
+    if not path.exists() and (folder / "adapter_model.bin").exists():
+        raise InputError(
+            f"{folder} holds adapter_model.bin, a pickle, which can run any program "
+            "when it is opened; convert it to safetensors where it was made"
+        )
+    _check_size(path, LARGEST_WEIGHTS)
+    file = SafeTensors(path)
+    tensors = {name: file.read(name) for name in file.about}
+    if not tensors:
+        raise InputError(f"{path} holds no tensor; get the file again")
+    for name, tensor in tensors.items():
+        check_finite(f"{name} in {path}", tensor)
+    return Contents(config, tensors, file.metadata)
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """Return the adapter's configuration.
+
+    Raises:
+        InputError: it is absent, no JSON, no object, has a key twice, or a number in it
+            is not finite.
+    """
+    path = folder / CONFIG
+    _check_size(path, LARGEST_CONFIG)
+    try:
+        text = path.read_text("utf-8")
+        config = json.loads(
+            text, object_pairs_hook=unique, parse_constant=_refuse_constant
+        )
+    except (OSError, ValueError, RecursionError) as error:
+        raise InputError(f"{path} is damaged ({error}); get the folder again") from None
+    if not isinstance(config, dict):
+        raise InputError(f"{path} is no JSON object; get the folder again")
+    return config
+
+
+def write(folder: Path, contents: Contents) -> None:
+    """Write an adapter's folder; it appears whole, or not at all.
+
+    Raises:
+        InputError: the folder exists, a tensor is not finite, or the disk is full.
+    """
+    if folder.exists() or folder.is_symlink():
+        raise InputError(f"{folder} exists; choose another folder, or remove it")
+    for name, tensor in contents.tensors.items():
+        check_finite(name, tensor)
+    text = json.dumps(dict(contents.config), indent=2, sort_keys=True, allow_nan=False)
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        part = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
+    except OSError as error:
+        raise _cannot_write(folder, error) from error
+    try:
+        _write_tensors(part / WEIGHTS, contents)
+        (part / CONFIG).write_text(text + "\n", "utf-8")
+        part.chmod(0o755)
+        part.rename(folder)
+    except OSError as error:
+        raise _cannot_write(folder, error) from error
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+
+
+def check_finite(name: str, tensor: Tensor) -> None:
+    """Refuse numbers that would spread through the whole model.
+
+    Raises:
+        InputError: the tensor holds NaN or an infinity.
+    """
+    if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
+        raise InputError(f"{name} is not finite; train it again")
+
+
+def _write_tensors(path: Path, contents: Contents) -> None:
+    names = sorted(contents.tensors)
+    tensors = {n: contents.tensors[n].detach() for n in names}
+    about = {n: About(t.dtype, tuple(t.shape)) for n, t in tensors.items()}
+    with writing(path, about, {"format": "pt", **contents.metadata}) as file:
+        for name, tensor in tensors.items():
+            file.write(name, tensor)
+
+
+def _check_size(path: Path, most: int) -> None:
+    try:
+        size = path.stat().st_size
+    except FileNotFoundError:
+        raise InputError(f"there is no {path}; give the folder of an adapter") from None
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path} cannot be read ({error}); check the path") from None
+    if not path.is_file():
+        raise InputError(f"{path} is no file; give the folder of an adapter")
+    if size > most:
+        raise InputError(
+            f"{path} has {size} bytes, and no adapter has more than {most}; give the "
+            "folder of an adapter"
+        )
+
+
+def _refuse_constant(text: str) -> Any:
+    raise ValueError(f"it holds the number {text}")
+
+
+def _cannot_write(folder: Path, error: OSError) -> InputError:
+    reason = error.strerror or str(error)
+    return InputError(f"cannot write {folder}: {reason}; free some space")
