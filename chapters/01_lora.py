@@ -24,8 +24,8 @@ chapter = start("01_lora", steps=40, model="tiny")
 # ## The problem
 #
 # Training every weight keeps a gradient and two optimizer states for every weight ([chapter 0](00_why.md) counts them). If most numbers stayed
-# frozen, most of that memory would not be needed. But which few should be trained? LoRA picks no layer and no entry. It changes
-# every layer by a matrix that few numbers describe.
+# frozen, most of that memory would not be needed. But which few should be trained? LoRA does not choose among the entries of a weight. It changes
+# all of them, by a matrix that few numbers describe.
 #
 # ## The formula
 #
@@ -164,7 +164,7 @@ assert (adapted == merged).all()
 # 3. **full training of random weights**;
 # 4. **LoRA on random weights**.
 #
-# A contender with a bad learning rate loses for that reason alone, so each gets three rates, and the best of them counts.
+# A method can lose only because its learning rate is bad, so each of the four gets three rates, and the best of them counts.
 
 # %%
 base = models.load(chapter.model, chapter.device)
@@ -246,7 +246,7 @@ chapter.claim(
 )
 from_random = last["full training of random weights"]
 chapter.claim(
-    f"{chapter.steps} steps teach little from random weights, to all weights as well",
+    f"{chapter.steps} steps from random weights end below the token frequencies, and above tiny",
     start_loss < from_random < unigram,
     control="tiny before training, and token frequencies alone",
 )
@@ -286,8 +286,8 @@ chapter.show(
 # LoRA trains {=f"{100 * count['LoRA, r = 8'] / count['full fine-tuning']:.1f}"=} % of the parameters (the
 # share falls as a model gets wider: in [chapter 0](00_why.md) it is 2.4 % at eight times the rank) and reaches {=f"{100 * share:.0f}"=} % of the gain of full fine-tuning.
 #
-# What do the frozen weights contribute? On random weights LoRA ends at {=f"{last['LoRA on random weights']:.2f}"=}. It has not even learned how often each token
-# occurs, which would give {=f"{unigram:.2f}"=}: its targets are the linear layers of the blocks, while the random table that turns the last activations into tokens stays frozen. The control
+# What do the frozen weights contribute? On random weights LoRA ends at {=f"{last['LoRA on random weights']:.2f}"=}. It has not even reached the loss of the token
+# frequencies, {=f"{unigram:.2f}"=}: its targets are the linear layers of the blocks, while the random table that turns the last activations into tokens stays frozen. The control
 # puts this into proportion. Full training of the *same* random weights trains that table too, and still ends at {=f"{from_random:.2f}"=}, hardly better than the
 # token frequencies. {=chapter.steps=} steps on {=8 * chapter.steps=} definitions are too few to learn the language from random weights, with an adapter or without.
 #

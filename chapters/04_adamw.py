@@ -2,8 +2,8 @@
 # # AdamW, and its state in eight bits
 #
 # The optimizer keeps two numbers for every weight it trains. In float32 these take eight bytes, beside the four bytes of
-# the weight itself. This chapter writes AdamW, compares it with torch's, and stores its two numbers in two bytes instead of eight. The
-# steps of most weights stay as they were. Those of some weights become up to thirty times too long, and the chapter shows which.
+# the weight itself. This chapter writes AdamW, compares it with torch's, and stores its two numbers in two bytes instead of eight. Where
+# the gradients of a block are of similar size, the steps of its weights keep about their length. Weights with much smaller gradients than their neighbours take steps up to thirty times too long.
 
 # %%
 import copy

@@ -223,7 +223,7 @@ for name in ("NF4", "NF2"):
         f"{name}: damage {damage[name]:.4f}, repaired by its own adapter {repair[name]:.4f}"
     )
 chapter.claim(
-    "an adapter trained on NF2 repairs a good part of the damage of NF2",
+    "an adapter trained on NF2 repairs over a quarter of the damage of NF2",
     repair["NF2"] > damage["NF2"] / 4,
     control="the adapter trained on float32, put on the NF2 base",
 )

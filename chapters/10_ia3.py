@@ -2,7 +2,7 @@
 # # IA3: train one vector
 #
 # IA3, "infused adapter by inhibiting and amplifying inner activations" [@liu2022], multiplies activations by trained vectors: one factor for each feature of the keys, of the values and
-# of the feed-forward layer. No method of this book that merges into a weight trains fewer numbers.
+# of the feed-forward layer. Of the methods that [chapter 17](17_side_by_side.md) compares and that merge into a weight, it trains the fewest numbers.
 
 # %%
 import copy
@@ -151,7 +151,7 @@ chapter.show(
 # %% [markdown]
 # {=f"{chosen['IA3'].trained:,}"=} numbers, {=f"{100 * chosen['IA3'].trained / everything:.2f}"=} % of the model, bring the held-out loss from {=f"{before:.3f}"=} to
 # {=f"{chosen['IA3'].after:.3f}"=}. LoRA of rank 1 trains {=f"{chosen['LoRA, r = 1'].trained / chosen['IA3'].trained:.1f}"=} times as many and reaches {=f"{chosen['LoRA, r = 1'].after:.3f}"=}. Its best rate is {=f"{best['LoRA, r = 1']:g}"=}, that of IA3 {=f"{best['IA3']:g}"=}:
-# Adam moves each number by about one learning rate a step, and a factor that starts at 1 must move by a good part of 1 to change anything. (One seed and {=chapter.steps=} steps; [chapter 17](17_side_by_side.md) compares over three seeds.)
+# Adam moves each number by about one learning rate a step, and a factor that starts at 1 must move by a good part of 1 to change much. (One seed and {=chapter.steps=} steps; [chapter 17](17_side_by_side.md) compares over three seeds.)
 #
 # What have the vectors become? Here is the run at the best rate, block by block:
 

@@ -1,7 +1,7 @@
 # %% [markdown]
 # # PiSSA: train what matters most
 #
-# LoRA starts with random numbers in $A$ and zeros in $B$, so its first steps are spent on finding a direction. PiSSA [@meng2024] starts from the weight
+# LoRA starts with random numbers in $A$ and zeros in $B$. Its first steps, say the authors of PiSSA [@meng2024], are spent on finding a direction. PiSSA starts from the weight
 # itself: it moves the largest singular values of $W$, and the directions that belong to them, into the adapter and freezes the rest. These are the best directions
 # for rebuilding $W$ from a matrix of rank $r$. Whether they are also the best to learn in is a question for an experiment.
 
@@ -270,7 +270,7 @@ chapter.show(
 
 # %% [markdown]
 # At the smallest rate, {=f"{SLOW:g}"=}, PiSSA ends at {=f"{slow['PiSSA']:.3f}"=} nats and LoRA at
-# {=f"{slow['LoRA']:.3f}"=}. Random directions of the same size end at {=f"{slow['random directions']:.3f}"=}: {=f"{100 * by_size / lead:.0f}"=} % of the lead is there with directions that know nothing of $W$. It comes from larger entries, which make the
+# {=f"{slow['LoRA']:.3f}"=}. Random directions of the same size end at {=f"{slow['random directions']:.3f}"=}: {=f"{100 * by_size / lead:.0f}"=} % of the lead is there with directions that were drawn without looking at $W$. That part comes from larger entries, which make the
 # effective step larger. The rest, {=f"{slow['random directions'] - slow['PiSSA']:.3f}"=} nats, is what the directions are worth here.
 #
 # At the best rate of each it is {=f"{at_best['PiSSA']:.3f}"=} for PiSSA

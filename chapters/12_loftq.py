@@ -53,9 +53,9 @@ assert lost(W, NF2) > 4 * lost(W, NF4)
 # ## The formula
 #
 # Look for both at once: $\min_{Q, A, B} \lVert W - Q - s\,BA \rVert_F$, with $Q$ restricted to what the codes can say and $BA$ to rank $r$.
-# There is no formula for the answer. But with $Q$ fixed, the best $BA$ is known, and with $BA$ fixed, $q$ gives a good $Q$. So alternate, beginning with $s\,BA = 0$:
+# There is no formula for the answer. But with $Q$ fixed, the best $BA$ is known, and with $BA$ fixed, rounding to the codes, written $\mathrm{quant}$, gives a good $Q$. So alternate, beginning with $s\,BA = 0$:
 #
-# $$ Q_t = q(W - s\,B_{t-1} A_{t-1}), \qquad s\,B_t A_t = \mathrm{SVD}_r(W - Q_t). $$
+# $$ Q_t = \mathrm{quant}(W - s\,B_{t-1} A_{t-1}), \qquad s\,B_t A_t = \mathrm{SVD}_r(W - Q_t). $$
 #
 # The adapter of the second half divides by $s$ under the root, exactly as in [PiSSA](11_pissa.md). So training, which multiplies by
 # $s$, gets the product that was meant.
@@ -246,7 +246,7 @@ for name in ("NF4", "NF2"):
 
 # %% [markdown]
 # Four bits cost {=f"{loss['QLoRA, NF4'][0] - loss['32 bits'][0]:.3f}"=} nats on Austen, two bits {=f"{loss['QLoRA, NF2'][0] - loss['32 bits'][0]:.3f}"=}. LoftQ wins back
-# {=f"{100 * (loss['QLoRA, NF2'][0] - loss['LoftQ, NF2'][0]) / (loss['QLoRA, NF2'][0] - loss['32 bits'][0]):.0f}"=} % of what two bits lost, without having seen a word of text.
+# {=f"{100 * (loss['QLoRA, NF2'][0] - loss['LoftQ, NF2'][0]) / (loss['QLoRA, NF2'][0] - loss['32 bits'][0]):.0f}"=} % of what two bits lost. It is computed from the weights alone, without any text.
 #
 # The last row mixes. With an average of three bits per weight to spend, {=len(mixed)=} of {=len(LINEAR)=} layers get four and the others two. The paper gives four to the
 # first layers of the model; here they go to the layers where two more bits remove most error for each value.
@@ -254,7 +254,7 @@ for name in ("NF4", "NF2"):
 # @source minipeft.reference.loftq.plan
 # @source minipeft.torch.loftq.plan
 #
-# Then training, with the same batches for all, and three rates for each start. A start that already holds a repair may want a smaller one.
+# Then training, with the same batches for all, and three rates for each start. An adapter that already contains part of the repair may need a smaller rate.
 
 # %%
 SWEEPS = {

@@ -203,7 +203,7 @@ chapter.claim(
 # spends its time on starting operations, not on arithmetic, and an adapter starts three or four more. On a GPU it is similar as long as the batch is small: Hu and others [@hu2021, table 1] measured 20.7 % and 30.3 % more time for
 # two kinds of adapters in GPT-2 medium at batch size 1, and 2.2 % and 3.0 % at batch size 32. A parallel adapter could run at the same time as its sublayer; nothing here arranges that.
 #
-# Merging refuses, and says why:
+# `merge` raises an error for such a model, and the message gives the reason:
 
 # %%
 from minipeft.errors import InputError

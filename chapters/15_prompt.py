@@ -227,7 +227,7 @@ chapter.show(
 # %% [markdown]
 # ## What it costs
 #
-# A prompt has $n \cdot d$ numbers to train and keep. With ten tokens that is {=f"{N * width:,}"=} here, fewer than any other method of this book trains on this model; with twenty it is more than the 2,048 of [IA3](10_ia3.md). But $n$ more tokens are computed, in every layer, for every request,
+# A prompt has $n \cdot d$ numbers to train and keep. With ten tokens that is {=f"{N * width:,}"=} here, fewer than any method of chapters 1 to 14 trains on this model; with twenty it is more than the 2,048 of [IA3](10_ia3.md). But $n$ more tokens are computed, in every layer, for every request,
 # and the context has $n$ places fewer for text. Attention is quadratic in the length, so relative to the text the price is highest for short texts and long prompts. The times are medians of nine turns in which all take part.
 
 # %%

@@ -2,7 +2,7 @@
 # # What 4 bits cost on a GPU
 #
 # Four bits a weight save memory. Do they also save *time*? That depends on how many tokens are multiplied at
-# once: for one token they can be 3.5 times faster, for hundreds they are slower. This chapter derives it: how the bytes lie, how a GPU fetches them, how many each of our kernels moves, and what bound follows from that on any device. All speeds here are such bounds, and none is a measurement.
+# once: for one token the bound is 3.5 times lower than that of 16 bits, for hundreds of tokens it is higher. This chapter derives these bounds: how the bytes lie, how a GPU fetches them, how many each of our kernels moves, and what bound follows from that on any device. All speeds here are such bounds, and none is a measurement.
 
 # %%
 import re
@@ -29,7 +29,7 @@ chapter = start("18_gpu_four_bits", steps=1)
 # %% [markdown]
 # ## The problem
 #
-# A GPU calculates much faster than it reads. Three devices, from a card that is lent for free to one that is not, with the numbers that their maker publishes
+# A GPU calculates much faster than it reads. Here are three devices: a T4, which free notebooks offer, an RTX 4090, made for games, and an A100, made for data centres. The numbers are those that their maker publishes
 # [@nvidia2018; @nvidia2022; @nvidia2020]: bytes a second from memory, and floating-point operations a second, in float32 by the ordinary units and in float16 by the tensor cores.
 
 
@@ -403,7 +403,7 @@ for size in (2, 4):  # bytes of a result
 print("every byte once, every sector whole: 1 to 4 bits in, 2 and 4 bytes out")
 
 # %% [markdown]
-# That the *values* are right, bit for bit, is proved elsewhere, on machines without a GPU: again the [next chapter](19_kernels_without_a_gpu.md).
+# That the *values* are right, bit for bit, is tested on machines without a GPU: see the [next chapter](19_kernels_without_a_gpu.md).
 #
 # ## The experiment: one token, or a thousand
 #
@@ -507,9 +507,10 @@ chapter.show(
 )
 
 # %% [markdown]
-# Three regimes, on every device:
+# Three regimes, on each of the three devices:
 #
-# - **One token**: memory bounds everything, and 4.5 bits against 16 are a factor of {=gain["A100"]:.2f=}. But only if the kernel is fused: dequantizing first takes {=slower["A100"]:.1f=} times as long as float16, since the weight is read, written and read again.
+# - **One token**: the bytes give the bound, and 4.5 bits against 16 are a factor of {=gain["A100"]:.2f=}. A real kernel also issues instructions that the bound leaves out: the comment at the head of `qlora.cu` counts five to decode a weight. On a device with faster memory, such as an H100, they take longer than the bytes.
+#   And the factor holds only if the kernel is fused: dequantizing first takes {=slower["A100"]:.1f=} times as long as float16, since the weight is read, written and read again.
 # - **Tens of tokens**: our fused kernel multiplies by ordinary units. On an A100 it falls behind float16 at {=best_below["A100"]=} tokens, on an RTX 4090, whose ordinary units are faster, at {=best_below["RTX 4090"]=}. A kernel that decodes *into tensor cores* keeps the gain
 #   for longer; ours is for decoding.
 # - **From {=busy["A100"]=} tokens on**, as in training, an A100 is busy calculating, and the width of the weights no longer matters. Dequantizing is then overhead: {=f"{late['dequantize, multiply'] / late['float16'] - 1:.0%}"=} of the layer at {=T[-1]=} tokens. QLoRA saves memory in training, and pays for it in time.

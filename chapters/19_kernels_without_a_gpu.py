@@ -223,7 +223,7 @@ if not NO_GXX:
     )
 
 # %% [markdown]
-# The pictures differ as the mistakes do. **Between the maxima**, the reduction compares halves that are not ready, and {=f"{wrong['no barrier between the maxima'].mean():.0%}" if wrong else 'most'=} of the bytes are wrong, because a wrong scale divides the weights. **Before packing**, either thread of a pair may run first, and {=f"{wrong['no barrier before packing'].mean():.0%}" if wrong else 'about half'=} of the bytes are wrong. **Before the maxima** most bytes are *right*: what is read too early is what the block before left in
+# Each missing barrier gives another picture. **Between the maxima**, the reduction compares halves that are not ready, and {=f"{wrong['no barrier between the maxima'].mean():.0%}" if wrong else 'most'=} of the bytes are wrong, because a wrong scale divides the weights. **Before packing**, either thread of a pair may run first, and {=f"{wrong['no barrier before packing'].mean():.0%}" if wrong else 'about half'=} of the bytes are wrong. **Before the maxima** most bytes are *right*: what is read too early is what the block before left in
 # shared memory, and that is seldom larger than the true maximum. Such a kernel passes a test that runs it once. (The real tests fill shared memory with a pattern before each block, so that a value left over is never plausible.) On a GPU the threads of a warp mostly advance together, so all three mistakes may show rarely, or only on the next generation.
 #
 # ## The third check: sanitizers
@@ -475,7 +475,7 @@ if not NO_NVRTC:
 #
 # Plainly: **no kernel of this book has run on a GPU yet.** What the five checks say about one, and what they do not:
 #
-# - **Speed.** Nothing here takes the time that it takes there. Counts of registers and of wide loads are hints. The rooflines of the [last chapter](18_gpu_four_bits.md) are bounds from above.
+# - **Speed.** Nothing here takes the time that it takes there. Counts of registers and of wide loads are hints. The rooflines of the [last chapter](18_gpu_four_bits.md) are upper bounds of the speed.
 # - **Approximate maths.** `__expf`, `rsqrtf` and their like are hardware; no CPU has their bits. The kernels here use none, and a test looks for them in the PTX.
 # - **Memory ordering between blocks.** Blocks run one after another here, and memory is as orderly as a CPU's. A kernel whose blocks talk to each other through memory could pass everything and fail. Ours only meet in `atomicMin`.
 # - **What comes after PTX.** A second compiler, `ptxas`, turns PTX into machine code. We count its registers and read its output, but do not run it.
@@ -498,7 +498,7 @@ if not NO_NVRTC:
 #
 # ## Exercises
 #
-# 1. *The last five steps.* Old kernels left out the barriers once only 32 threads were at work, because a warp advances together. It no longer must. Skip the barrier for `half < 32` and ask the checks.
+# 1. *The last five steps.* Old kernels left out the barriers once only 32 threads were at work, because a warp advances together. It no longer must. Skip the barrier for `half < 32` and run the checks.
 
 # %% tags=["solution"]
 old = nth(

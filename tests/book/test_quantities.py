@@ -24,9 +24,15 @@ def test_one_label_with_two_values_fails_the_build(book_of_quantities):
     assert "and 18.9 GB in 02_two: compute one value" in said
 
 
+def test_a_bare_print_below_a_known_label_is_compared_too(small, book_of_quantities):
+    small.chapter("# %%\nprint('LoRA 7B: memory in all: 18.9 GB')\n", "03_three")
+    with pytest.raises(BookError, match=r"25\.4 GB in 01_one and 18\.9 GB in 03_three"):
+        book_of_quantities(25.44, 25.44)
+
+
 def test_one_chapter_may_not_contradict_itself_either(tmp_path):
     pairs = [["the loss before", "4.325"], ["the loss before", "4.293"]]
-    result = Result(tmp_path, 1.0, {"quantities": pairs})
+    result = Result(tmp_path, 1.0, {"quantities": pairs, "cells": [], "solutions": []})
     with pytest.raises(BookError, match=r"is 4\.325 in 01_one and 4\.293 in 01_one"):
         quantities.check({"01_one": result})
 
