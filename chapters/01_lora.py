@@ -339,7 +339,7 @@ print("unmerged: every weight and every logit as before, bit for bit")
 #
 # - **The scaling.** `scale = alpha` instead of `alpha / r` is $r$ times too much
 #   ([mlx-vlm 841](https://github.com/Blaizzy/mlx-vlm/issues/841)). Libraries whose default is `alpha = r` have a scaling of exactly 1, and a merge
-#   that forgets it passes their tests ([peft 2489](https://github.com/huggingface/peft/pull/2489)). No test of an adapter in this project has a scaling of 0 or 1.
+#   that leaves it out passes their tests ([peft 2489](https://github.com/huggingface/peft/pull/2489)). No test of an adapter in this project has a scaling of 0 or 1.
 # - **Which is A?** Three conventions are in use: $A$ as (r, in), as (in, r), and with the roles of $A$ and $B$ exchanged. Only a layer that is not square tells them apart, so
 #   the tests draw layers that are not square.
 # - **Merge and unmerge by addition and subtraction** loses bits, in bfloat16 many. [The chapter on merging](16_merging.md) measures the drift over 1,000

@@ -165,8 +165,8 @@ NORMAL = NormalDist().inv_cdf(929 / 960)
 # @source minipeft.reference.blockwise.nearest
 #
 # ??? note "The small functions around them"
-#     Packing writes the first code into the high bits; the checks refuse what has
-#     no answer.
+#     Packing writes the first code into the high bits; the checks raise an error for an
+#     input that has no answer.
 #
 #     @source minipeft.reference.blockwise.pack
 #

@@ -313,7 +313,7 @@ back_to_zero = double_quant.unnest(double_quant.quantize(example)).absmax[-1]
 #   {=f"{back_to_zero:.4f}"=} back. The weights stay zero, because the code of 0 is 0; but do not test for `absmax == 0` after decoding.
 # - **Not idempotent.** Plain NF4 may be quantized again without a change. Nested, the *codes* stay, but the mean of the decoded scales is not the mean
 #   of the scales, and so all values move in the last bits.
-# - **A decoder that forgets the second level** uses the codes of the scales as if they were scales ([bitsandbytes 1549](https://github.com/bitsandbytes-foundation/bitsandbytes/issues/1549)).
+# - **A decoder that leaves out the second level** uses the codes of the scales as if they were scales ([bitsandbytes 1549](https://github.com/bitsandbytes-foundation/bitsandbytes/issues/1549)).
 #
 # ## Exercises
 #

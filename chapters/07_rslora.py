@@ -235,7 +235,7 @@ assert lora.scaling(7.0, 1) == lora.scaling(7.0, 1, rank_stabilized=True)
 print("only at r = 1")
 
 # %% [markdown]
-# 2. An adapter of rank 64 was trained with rsLoRA at $\alpha = 16$. A loader knows only $\alpha/r$. Which $\alpha$ must it be told?
+# 2. An adapter of rank 64 was trained with rsLoRA at $\alpha = 16$. A loader can only compute $\alpha/r$. Which $\alpha$ must it be told?
 
 # %% tags=["solution"]
 wanted = lora.scaling(16, 64, rank_stabilized=True)

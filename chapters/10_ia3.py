@@ -178,12 +178,12 @@ ax.axhline(1, color=plots.INK, linewidth=0.8)
 ax.set_xticks(range(len(base.model.model.layers)))
 ax.legend(ncols=3, loc="upper left")
 ax.margins(y=0.15)
-widest = max(spread, key=spread.get)
+deviations = ", ".join(f"{part[:-5]} {s:.2f}" for part, s in spread.items())
 chapter.show(
     figure,
     "vectors",
     alt="Values of the trained vectors by block, in three columns of dots a block: keys, values and the feed-forward layer. All began at 1 and are scattered around it now.",
-    caption=f"After {chapter.steps} steps the factors have left 1 by up to {max(moved.values()):.2f}. Those of {widest.removesuffix('_proj')} spread most, with a standard deviation of {spread[widest]:.2f}.",
+    caption=f"After {chapter.steps} steps the factors have left 1 by up to {max(moved.values()):.2f}. Their standard deviations: {deviations}.",
 )
 
 # %% [markdown]

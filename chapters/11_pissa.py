@@ -410,7 +410,7 @@ chapter.claim(
 # - **A start that cannot be repeated.** With `pissa_niter_N` the random projection comes from the global generator. Load the adapter in another process without converting it, and the
 #   SVD comes out differently, so that the residual no longer fits the adapter. Here the seed is part of the configuration, and a saved adapter carries $A_0$ and $B_0$.
 # - **Quantize, then start?** $\mathrm{nf4}(W_{res}) + s\,BA$ is not $\mathrm{nf4}(W)$ plus a change of the adapter. Converting to a plain LoRA on the 4-bit *original* gives another model.
-# - **The scaling.** An initializer that forgets to divide by $s$ gives a base that is wrong by $(s - 1)$ times the principal part, and is right for the default $\alpha = r$. peft made the same mistake in
+# - **The scaling.** An initializer that does not divide by $s$ gives a base that is wrong by $(s - 1)$ times the principal part, and is right for the default $\alpha = r$. peft made the same mistake in
 #   [LoftQ](12_loftq.md).
 #
 # ## Exercises

@@ -52,7 +52,7 @@ assert lost(W, NF2) > 4 * lost(W, NF4)
 # %% [markdown]
 # ## The formula
 #
-# Look for both at once: $\min_{Q, A, B} \lVert W - Q - s\,BA \rVert_F$, with $Q$ restricted to what the codes can say and $BA$ to rank $r$.
+# Look for both at once: $\min_{Q, A, B} \lVert W - Q - s\,BA \rVert_F$, with $Q$ restricted to matrices that the codes can represent, and $BA$ to rank $r$.
 # There is no formula for the answer. But with $Q$ fixed, the best $BA$ is known, and with $BA$ fixed, rounding to the codes, written $\mathrm{quant}$, gives a good $Q$. So alternate, beginning with $s\,BA = 0$:
 #
 # $$ Q_t = \mathrm{quant}(W - s\,B_{t-1} A_{t-1}), \qquad s\,B_t A_t = \mathrm{SVD}_r(W - Q_t). $$
@@ -118,7 +118,7 @@ print(f"seed {example[0]}:", " ".join(f"{e:.3f}" for e in example[1]))
 assert found > 0
 
 # %% [markdown]
-# *Any scaling gives the same error*, because the adapter divides by it. And if an adapter forgets to divide? Write $R = W - Q = \sum_i \sigma_i u_i v_i^T$. An adapter that
+# *Any scaling gives the same error*, because the adapter divides by it. And if that division is left out? Write $R = W - Q = \sum_i \sigma_i u_i v_i^T$. An adapter that
 # ignores $s$ contributes $s$ times the largest terms, so that $\sigma_i$ becomes $(1 - s)\,\sigma_i$. Of what one step could win in the squared norm, the share
 # $1 - (1 - s)^2$ is left: {=100 * (1 - (1 - 1 / 4) ** 2):.0f=} % for $s = 1/4$, nothing at all for $s = 2$, and beyond it a loss.
 

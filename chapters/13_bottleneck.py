@@ -150,12 +150,12 @@ spread = max(three) - min(three)
 # %% [markdown]
 # From {=f"{before:.3f}"=} nats, Houlsby's placement reaches {=f"{losses['Houlsby']:.3f}"=}, Pfeiffer's {=f"{losses['Pfeiffer']:.3f}"=}, the parallel one {=f"{losses['parallel']:.3f}"=} and LoRA {=f"{losses['LoRA']:.3f}"=}. The placements lie
 # {=f"{spread:.3f}"=} nats apart, all four methods {=f"{max(losses.values()) - min(losses.values()):.3f}"=}. One seed and {=chapter.steps=} steps cannot rank them: in [chapter 17](17_side_by_side.md) the three seeds of LoRA alone lie 0.02 nats apart. What they show is that every placement learns, and that the
-# nonlinearity brings no large gain over LoRA on this task. So the cost decides.
+# nonlinearity brings no large gain over LoRA on this task. So the choice depends on the cost.
 #
 # ## The experiment: what they cost
 #
-# A language model writes one token at a time, so we time exactly that: one token through the model, again and again, all models in turn so that they
-# meet the same machine, on one thread, in CPU time, so that other programs do not count. LoRA is measured merged and unloaded, as one would serve it.
+# A language model writes one token at a time, so we time exactly that: one token through the model, again and again, all models in turn, so that
+# a busy moment slows all of them, on one thread, in CPU time, so that other programs do not count. LoRA is measured merged and unloaded, as one would serve it.
 
 # %%
 timed = {"base": copy.deepcopy(base.model), **trained}

@@ -295,7 +295,7 @@ for name, seconds in cost.items():
 #
 # - **The mask.** The prefix must be visible to every query. A causal mask that is aligned at the wrong end hides the prefix, or shows tokens of the future. Here the mask is the text's own, and ones stand before it.
 # - **Positions.** With rotary embeddings the cached keys are already turned. The text begins at position $n$. If it begins at 0, its distance to every virtual token is wrong.
-# - **Gradient checkpointing switches the cache off**, and with it the prefix. transformers says so only in its log: the run goes on and trains nothing. Here it is an error.
+# - **Gradient checkpointing switches the cache off**, and with it the prefix. transformers only writes this to its log: the run goes on and trains nothing. Here it is an error.
 # - **A random start.** From $N(0, 1)$ the model above lost {=f"{lost:.2f}"=} nats before training, and from random numbers of the size of real keys and values {=f"{matched - without:.2f}"=}. From real words it lost {=f"{tuned['from words'].before - without:.3f}"=}.
 # - **The network was saved, or not dropped.** What is worth keeping are its outputs: peft folds it in when it saves, so a loaded prefix cannot be trained on through the network.
 #

@@ -127,7 +127,7 @@ assert all(caught[8])
 assert not all(caught[4096])
 
 # %% [markdown]
-# For 8 features the bound sees both mistakes; for 4,096 it has grown so far that a mistake is lost in it. A bound does not show that two programs compute the same. It shows that they differ by no more than so much.
+# For 8 features both mistakes change an output by more than the bound. For 4,096 the bound has grown so far that not both of them do. A bound does not show that two programs compute the same. It shows that they differ by no more than so much.
 # The tests of this book therefore use it on small layers only, and use fractions and integers, where the bound is zero, for everything that those can express.
 #
 # ## The experiment: a thousand cycles in bfloat16
@@ -404,9 +404,9 @@ chapter.show(
 # ## What goes wrong in practice
 #
 # - **Unmerge by subtraction** drifts in bfloat16 ([trl 6688](https://github.com/huggingface/trl/issues/6688)), as measured above.
-# - **Merging twice.** A second call adds the update again, unless the layer knows that it is merged. Here merging starts from the base each time.
+# - **Merging twice.** A second call adds the update again, unless the layer keeps a record that it is merged. Here merging starts from the base each time.
 # - **The update in sixteen bits before the sum**: two roundings. In peft `safe_merge=True` and `False` differ in this, so the careful setting is the less exact one.
-# - **The bias forgets the scaling** ([peft 2489](https://github.com/huggingface/peft/pull/2489)). It passed every test, because the default has $s = 1$. The tests of this book never use $s = 1$.
+# - **A bias that is merged without the scaling** ([peft 2489](https://github.com/huggingface/peft/pull/2489)). It passed every test, because the default has $s = 1$. The tests of this book never use $s = 1$.
 # - **A merged checkpoint with tied embeddings**: the update of the input table reached the output layer too, or was lost. Tied layers are refused here.
 # - **Merged into the wrong base.** $W$, $\hat W$ and $\hat W$ quantized again are three models. If the file of an adapter does not name its base, it will be merged into one of the others.
 #

@@ -399,7 +399,7 @@ chapter.show(
     figure,
     "cost",
     alt="Loss on definitions against trained parameters, on a logarithmic axis, one point a method with its range over three seeds. IA3, prompt, prefix and VeRA lie at the upper left; from the bottleneck to full fine-tuning the points fall slowly to the right, and the relatives of LoRA lie above each other.",
-    caption=f"Methods with 2,000 to 12,000 parameters end at {min(learned[n] for n in FEW):.2f} to {max(learned[n] for n in FEW):.2f} nats, those with 34,000 or more at {min(learned[n] for n in MANY):.2f} to {max(learned[n] for n in MANY):.2f}. The relatives of LoRA at rank 8 lie within {max(learned[n] for n in EIGHT) - min(learned[n] for n in EIGHT):.2f} nats.",
+    caption=f"Methods with {min(trained[n] for n in FEW):,} to {max(trained[n] for n in FEW):,} parameters end at {min(learned[n] for n in FEW):.2f} to {max(learned[n] for n in FEW):.2f} nats, those with {min(trained[n] for n in MANY):,} or more at {min(learned[n] for n in MANY):.2f} to {max(learned[n] for n in MANY):.2f}. The relatives of LoRA at rank 8 lie within {max(learned[n] for n in EIGHT) - min(learned[n] for n in EIGHT):.2f} nats.",
 )
 
 # %% [markdown]
@@ -511,9 +511,9 @@ def check(setting, losses, untrained):
         control="the untrained base",
     )
     chapter.claim(
-        f"{setting}: methods with 34,000 parameters or more learn more",
+        f"{setting}: methods with over 33,000 parameters learn more",
         max(learned[name] for name in MANY) < min(learned[name] for name in FEW),
-        control="those with 12,000 or fewer",
+        control="those with under 13,000",
     )
     chapter.claim(
         f"{setting}: full fine-tuning forgets most",

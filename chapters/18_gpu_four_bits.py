@@ -172,7 +172,7 @@ chapter.show(
 )
 
 # %% [markdown]
-# Each thin line is a kernel, and where it meets a device's roof is the most that the device can do of it. {=sum(done / moved < A100.float32 / A100.bandwidth for moved, done in TRAFFIC.values())=} of {=len(TRAFFIC)=} stand under the slope of the A100: **their time is the time of their bytes**. So a good kernel moves no
+# Each thin line is a kernel. The height at which it meets the roof of a device is the largest number of its operations that the device can do in a second. {=sum(done / moved < A100.float32 / A100.bandwidth for moved, done in TRAFFIC.values())=} of {=len(TRAFFIC)=} stand under the slope of the A100: **their time is the time of their bytes**. So a good kernel moves no
 # byte twice, and reads and writes neighbouring bytes together.
 #
 # ## The layout

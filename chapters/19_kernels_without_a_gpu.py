@@ -373,7 +373,7 @@ if not NO_NVRTC:
 # %% [markdown]
 # The host's list is not written for the test: it is the table from which the launchers pack their arguments.
 #
-# ## The proof: mistakes, and which check saw them
+# ## The proof: mistakes, and which check found them
 #
 # Are the checks good? Test them as one tests a test: plant a mistake, and see which check reports it [@demillo1978]. Here is every mistake of the small kernel under the three checks that run on this CPU, in four orders each:
 
@@ -405,7 +405,7 @@ if not NO_GXX:
         assert "addresses" in seen["a weight too many"]
 
 # %% [markdown]
-# No check would do alone. A weight too many may well change *nothing*: the number that happens to lie there is small, and only the guarded memory around the array shows it. Swapped nibbles, on the other hand, break no rule that a sanitizer knows.
+# No check would do alone. A weight too many may well change *nothing*: the number that happens to lie there is small, and only the guarded memory around the array shows it. Swapped nibbles, on the other hand, break no rule that a sanitizer checks.
 #
 # The same trial for the kernels of this book takes minutes, so it has a long setting (`--full`), whose result is committed. It plants every mistake of the tests' list and tries all four checks that run the code, with three orders:
 
@@ -454,8 +454,8 @@ assert len(blind) > len(races) / 2
 # %% [markdown]
 # {=table=}
 #
-# Every one of the {=len(trials)=} mistakes is seen by at least one check. One, "{=alone[0]["mistake"]=}" in `{=alone[0]["row"]=}`, is seen by a single one: no order that we tried gave a wrong value, and ThreadSanitizer reported the race all the same. Of the {=len(races)=} races the interpreter of PTX sees {=len(races) - len(blind)=}: it lets all threads advance together, and that is what
-# hides a race. Swapped nibbles and wrong scales are seen by values alone, in g++'s version and in NVRTC's.
+# Every one of the {=len(trials)=} mistakes is found by at least one check. One, "{=alone[0]["mistake"]=}" in `{=alone[0]["row"]=}`, is found by a single one: no order that we tried gave a wrong value, and ThreadSanitizer reported the race all the same. Of the {=len(races)=} races the interpreter of PTX finds {=len(races) - len(blind)=}: it lets all threads advance together, and that is what
+# hides a race. Swapped nibbles and wrong scales are found by comparing values alone, in g++'s version and in NVRTC's.
 #
 # ## The experiment: the real ones, now
 #
@@ -477,7 +477,7 @@ if not NO_NVRTC:
 #
 # - **Speed.** Nothing here takes the time that it takes there. Counts of registers and of wide loads are hints. The rooflines of the [last chapter](18_gpu_four_bits.md) are upper bounds of the speed.
 # - **Approximate maths.** `__expf`, `rsqrtf` and their like are hardware; no CPU has their bits. The kernels here use none, and a test looks for them in the PTX.
-# - **Memory ordering between blocks.** Blocks run one after another here, and memory is as orderly as a CPU's. A kernel whose blocks talk to each other through memory could pass everything and fail. Ours only meet in `atomicMin`.
+# - **Memory ordering between blocks.** Blocks run one after another here, and memory is as orderly as a CPU's. A kernel whose blocks talk to each other through memory could pass everything and fail. The blocks of our kernels share memory only through `atomicMin`.
 # - **What comes after PTX.** A second compiler, `ptxas`, turns PTX into machine code. We count its registers and read its output, but do not run it.
 # - **Real paging.** [Paged optimizers](05_paged.md) use managed memory. Which page moves when is the driver's affair; here a copy is a copy.
 # - **Streams.** Two kernels that overlap, or a copy that overtakes a kernel, do not exist in a program that does one thing at a time.
@@ -511,7 +511,7 @@ if not NO_GXX:
     assert np.any(outputs != packed)
 
 # %% [markdown]
-# 2. *What the data do not reach.* Remove the question `a > 0` from the kernel. Which of our checks notices, with the weights above? With which weights does one notice?
+# 2. *What the data do not reach.* Remove the question `a > 0` from the kernel. Which of our checks reports this, with the weights above? With which weights does one report it?
 
 # %% tags=["solution"]
 careless = nth("a > 0 ? int(rintf(w / a * 7)) + 8 : 8", "int(rintf(w / a * 7)) + 8", 1)
@@ -528,7 +528,7 @@ for flavour in usable:
         assert unseen == (flavour != "addresses" or weights is W)
 
 # %% [markdown]
-# Zero by zero is NaN, and NaN as an integer is undefined: this CPU happens to make a number of it whose lowest byte is right. A check sees only what the data reach: that is why the tests draw zero blocks, ties, subnormal numbers and ragged ends on purpose.
+# Zero by zero is NaN, and NaN as an integer is undefined: this CPU happens to make a number of it whose lowest byte is right. A check tests only the code that the data reach. That is why the tests draw zero blocks, ties, subnormal numbers and ragged ends on purpose.
 #
 # 3. *Half a number.* What does a kernel read if it expects `float` and is handed the eight bytes of Python's 2.0? And of 0.1?
 
