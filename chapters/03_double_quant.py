@@ -42,7 +42,7 @@ print(f"standard deviation {absmax.std():.3f}")
 #
 # Quantize the scales as if they were weights. Subtract their mean $\bar a$, because a codebook with two signs would waste half of its codes on numbers that are all positive.
 # Cut the differences into blocks of $N' = 256$, give each block a scale $a' = \max |a - \bar a|$, and round to a codebook $q'$ of 256 values. The primes mark the second level;
-# $c_i$ is the code of weight $i$, and $q$ is the codebook of the weights, NF4:
+# $c_i$ is the code of weight $i$, $a_j$ is the scale of its block $j$, and $q$ is the codebook of the weights, NF4:
 #
 # $$ c'_j = \arg\min_k \left| q'_k - \frac{a_j - \bar a}{a'} \right|, \qquad
 #    \hat a_j = q'_{c'_j} \, a' + \bar a, \qquad \hat W_i = q_{c_i} \, \hat a_j. $$

@@ -124,7 +124,7 @@ for name, (layers, width), rank, printed in rows:
     assert abs(explained - printed) < 0.02 * printed
 
 # %% [markdown]
-# The comparison shows two things. The rows of RoBERTa count what is trained; those of GPT-3 match only if the shared, frozen pair is counted too. And for RoBERTa large at
+# The comparison shows two things. The rows of RoBERTa count what is trained; those of GPT-3 at ranks 16 and 256 match only if the shared, frozen pair is counted too. And for RoBERTa large at
 # rank 16 the formula gives {=f"{2 * 24 * (1024 + 16):,}"=}, where the table prints 49.5 thousand. Either way of counting is right if it is said, but a ratio
 # between methods should use one of them.
 #

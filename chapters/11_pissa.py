@@ -260,7 +260,7 @@ ax.text(SLOW, before, "before training", va="bottom", color=plots.INK)
 ax.set(xscale="log")
 ax.set_xticks(STARTS["LoRA"], [f"{lr:g}" for lr in STARTS["LoRA"]])
 ax.minorticks_off()
-ax.legend(loc="upper center")
+plots.legend_below(figure, columns=3)
 chapter.show(
     figure,
     "start",
@@ -400,7 +400,7 @@ chapter.claim(
 )
 
 # %% [markdown]
-# Whatever the error, the split is exact: what the adapter misses stays in the residual.
+# Ours took {=f"{np.median(seconds['ours']) / np.median(seconds['svd_lowrank, niter 4']):.1f}"=} times as long as `svd_lowrank` here. Whatever the error, the split is exact: what the adapter misses stays in the residual.
 #
 # ## What goes wrong in practice
 #

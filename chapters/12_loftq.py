@@ -118,7 +118,7 @@ print(f"seed {example[0]}:", " ".join(f"{e:.3f}" for e in example[1]))
 assert found > 0
 
 # %% [markdown]
-# *Any scaling gives the same error*, because the adapter divides by it. And if that division is left out? Write $R = W - Q = \sum_i \sigma_i u_i v_i^T$. An adapter that
+# *Any scaling gives the same error*, because the adapter divides by it. And if that division is left out? Write $R = W - Q = \sum_i \sigma_i u_i v_i^T$, with the singular values $\sigma_i$ and the singular vectors $u_i$ and $v_i$. An adapter that
 # ignores $s$ contributes $s$ times the largest terms, so that $\sigma_i$ becomes $(1 - s)\,\sigma_i$. Of what one step could win in the squared norm, the share
 # $1 - (1 - s)^2$ is left: {=100 * (1 - (1 - 1 / 4) ** 2):.0f=} % for $s = 1/4$, nothing at all for $s = 2$, and beyond it a loss.
 

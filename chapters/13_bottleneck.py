@@ -32,7 +32,7 @@ chapter = start("13_bottleneck", steps=25, model="tiny")
 #
 # $$ f(x) = s\,\big(\mathrm{ReLU}(x D^T + c)\,U^T + e\big), $$
 #
-# with $D$ of shape $(b, \text{features})$ and $U$ of shape $(\text{features}, b)$. $U$, $c$ and $e$ start at zero, so the start is the base model, exactly. There are three places for it:
+# with $D$ of shape $(b, \text{features})$ $U$ of shape $(\text{features}, b)$, the biases $c$ and $e$, and a scaling $s$ that is chosen before training. $U$, $c$ and $e$ start at zero, so the start is the base model, exactly. There are three places for it:
 #
 # | placement | in a block with attention $S$ and feed-forward $F$ | adapters |
 # |---|---|---|

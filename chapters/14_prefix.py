@@ -29,7 +29,7 @@ chapter = start("14_prefix", steps=40, model="tiny")
 #
 # ## The formula
 #
-# One head of attention mixes values by how well their keys fit a query:
+# One head of attention mixes values by how well their keys fit a query. With the queries as the rows of $Q$, the keys as those of $K$, the values as those of $V$, and $d$ features in a key, the output is
 #
 # $$ Y = \mathrm{softmax}\!\Big(\frac{Q K^T}{\sqrt d}\Big) V. $$
 #
@@ -108,7 +108,7 @@ assert attached.tobytes() == whole[3:].tobytes()
 print("seven tokens, or three of prefix and four of text: the same bits")
 
 # %% [markdown]
-# *Nothing merges.* Split the softmax into the share $\lambda$ that goes to the prefix, and the rest [@he2021]:
+# *Nothing merges.* Write $\mathrm{attend}(Q, K, V)$ for the formula above. Split the softmax into the share $\lambda$ that goes to the prefix, and the rest [@he2021]. For a query $q$ and keys $k_i$ of the prefix $P$ and of the text $K$:
 #
 # $$ Y = (1 - \lambda)\,\mathrm{attend}(Q, K, V) + \lambda\,\mathrm{attend}(Q, P_K, P_V), \qquad
 # \lambda = \frac{\sum_{i \in P} e^{q \cdot k_i / \sqrt d}}{\sum_{i \in P} e^{q \cdot k_i/ \sqrt d} + \sum_{i \in K} e^{q \cdot k_i/ \sqrt d}}. $$

@@ -26,7 +26,7 @@ chapter = start("15_prompt", steps=24, model="tiny")
 #
 # ## The formula
 #
-# For an embedded text $X$ of shape (tokens, $d$) and $n$ trained vectors $P$ of shape ($n$, $d$):
+# Let $d$ be the width of the model. For an embedded text $X$ of shape (tokens, $d$) and $n$ trained vectors $P$ of shape ($n$, $d$):
 #
 # $$ X' = \begin{bmatrix} P \\ X \end{bmatrix}. $$
 #
