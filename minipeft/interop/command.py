@@ -1,4 +1,4 @@
-"""`minipeft merge`, `audit` and `export`: what one does with adapters in files.
+"""`minipeft merge`, `inspect`, `audit`, `export`: what one does with adapters in files.
 
 Exit code 0: done, or exact; 1: the audit found something wrong; 2: the input was wrong,
 and one sentence on stderr says why.
@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from minipeft.errors import InputError
+from minipeft.interop import inspect_command
 
 if TYPE_CHECKING:
     from minipeft.interop.adapter import Adapter
@@ -28,6 +29,7 @@ KINDS = ("F32", "F16", "BF16", "Q8_0")
 def add(commands: Any) -> None:
     """Add the subcommands."""
     _add_merge(commands)
+    _add_inspect(commands)
     _add_audit(commands)
     _add_export(commands)
 
@@ -43,6 +45,17 @@ def _add_merge(commands: Any) -> None:
     _add_base_and_adapter(parser)
     _add_out(parser, "the new folder")
     _add_dtype(parser)
+
+
+def _add_inspect(commands: Any) -> None:
+    parser = _command(
+        commands,
+        "inspect",
+        "say what an adapter does, and what other programs will do with it",
+        "minipeft inspect adapter --base llama --for vllm",
+        inspect_command.run,
+    )
+    inspect_command.add_arguments(parser)
 
 
 def _add_audit(commands: Any) -> None:
@@ -139,7 +152,7 @@ def _merge(options: argparse.Namespace) -> int:
 
     adapter = _adapter(options)
     dtype = getattr(torch, options.dtype) if options.dtype else None
-    with _progress("merging") as step:
+    with progress("merging") as step:
         merging.merge(options.base, adapter, options.out, dtype, step)
     print(f"merged {len(adapter.updates)} weights into {options.out}")
     return 0
@@ -147,17 +160,17 @@ def _merge(options: argparse.Namespace) -> int:
 
 def _audit(options: argparse.Namespace) -> int:
     from minipeft.interop.audit import WRONG, audit
-    from minipeft.interop.tensors import open_tensors
+    from minipeft.interop.opening import open_model
 
     adapter = _adapter(options)
-    base, merged = open_tensors(options.base), _model(options.merged)
+    base, merged = open_model(options.base), open_model(options.merged)
     findings = []
-    with _progress("auditing") as step:
+    with progress("auditing") as step:
         for finding in audit(base, adapter, merged):
             findings.append(finding)
             step(finding.tensor)
     if options.json:
-        _write_json(options.json, [asdict(finding) for finding in findings])
+        write_json(options.json, [asdict(finding) for finding in findings])
     for line in report(findings):
         print(line)
     return int(any(finding.verdict == WRONG for finding in findings))
@@ -227,14 +240,12 @@ def _adapter(options: argparse.Namespace) -> "Adapter":
     return adapter
 
 
-def _model(path: Path) -> Any:
-    from minipeft.interop.gguf_format import GgufTensors
-    from minipeft.interop.tensors import open_tensors
+def write_json(path: Path, value: Any) -> None:
+    """Write a value as JSON.
 
-    return GgufTensors(path) if path.suffix == ".gguf" else open_tensors(path)
-
-
-def _write_json(path: Path, value: Any) -> None:
+    Raises:
+        InputError: the file cannot be written.
+    """
     try:
         path.write_text(json.dumps(value, indent=1) + "\n", "utf-8")
     except OSError as error:
@@ -242,7 +253,7 @@ def _write_json(path: Path, value: Any) -> None:
 
 
 @contextmanager
-def _progress(what: str) -> Iterator[Callable[[str], None]]:
+def progress(what: str) -> Iterator[Callable[[str], None]]:
     """Show the tensor in work on a terminal; say nothing elsewhere."""
     from rich.console import Console
 

@@ -1,0 +1,259 @@
+"""What is in an adapter: method, scales, sizes, dead layers, and what does not fit.
+
+The norm of s B A needs no product of the size of a weight: |BA|² is the trace of
+(BᵀB)(AAᵀ), two matrices of r × r.
+"""
+
+import re
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from math import nan, sqrt
+
+import torch
+from torch import Tensor
+
+from minipeft.interop import fingerprint
+from minipeft.interop.adapter import counterpart
+from minipeft.interop.contents import MAGNITUDE, A, B, Contents
+from minipeft.interop.fingerprint import Fingerprint
+from minipeft.interop.loaders import LOADERS, Judgement, judge
+from minipeft.interop.merging import BASE
+from minipeft.interop.tensors import Tensors
+
+WIDE = torch.float64
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One update.
+
+    Args:
+        module: its path in the model.
+        r: its rank.
+        scaling: what B A is multiplied by.
+        norm: Frobenius norm of the change of the weight; NaN where it needs the base.
+        share: norm / norm of the base's weight; NaN without the base.
+        dead: whether B = 0, so that the layer changes nothing.
+    """
+
+    module: str
+    r: int
+    scaling: float
+    norm: float
+    share: float
+    dead: bool
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """What a folder holds, and what others do with it.
+
+    Args:
+        method: LoRA, rsLoRA, DoRA, or peft's name of another.
+        layers: one for each pair A, B.
+        not_finite: tensors that hold NaN or infinity.
+        incomplete: modules without their A or their B.
+        matched: modules that the base has, in the right shape; None without a base.
+        unmatched: modules that the base does not have, or has in another shape.
+        missing: what the configuration names and the file does not hold.
+        others: tensors that belong to no pair.
+        base: what is known about the base.
+        loaders: a judgement for each.
+    """
+
+    method: str
+    layers: tuple[Layer, ...]
+    not_finite: tuple[str, ...]
+    incomplete: tuple[str, ...]
+    matched: int | None
+    unmatched: tuple[str, ...]
+    missing: tuple[str, ...]
+    others: tuple[str, ...]
+    base: str
+    loaders: tuple[Judgement, ...] = field(default=())
+
+
+def inspect(
+    contents: Contents,
+    base: Tensors | None = None,
+    step: Callable[[str], None] = lambda name: None,
+) -> Inspection:
+    """Read every tensor of an adapter once, and the weights that it changes.
+
+    Args:
+        contents: of the adapter's folder.
+        base: the model that it belongs to, if it is there.
+        step: is called with each module, for progress.
+    """
+    whole = {m for m, parts in contents.modules.items() if A in parts and B in parts}
+    fits = _fits(contents, base) if base else {}
+    layers = []
+    for module in contents.modules:
+        if module in whole:
+            layers.append(_layer(contents, module, base, fits.get(module)))
+            step(module)
+    return Inspection(
+        method(contents),
+        tuple(layers),
+        tuple(contents.not_finite()),
+        tuple(m for m in contents.modules if m not in whole),
+        None if base is None else sum(name is not None for name in fits.values()),
+        tuple(m for m, name in fits.items() if name is None),
+        tuple(missing(contents, base)),
+        contents.others,
+        about_base(contents, base),
+        tuple(judge(loader, contents) for loader in LOADERS.values()),
+    )
+
+
+def method(contents: Contents) -> str:
+    """Return the name of the method, as the field has it."""
+    c = contents.config
+    if c.get("peft_type") != "LORA":
+        return str(c.get("peft_type"))
+    parts = {part for module in contents.modules.values() for part in module}
+    name = "DoRA" if MAGNITUDE in parts else "LoRA"
+    return f"{name} with rsLoRA's scale" if c.get("use_rslora") else name
+
+
+def _layer(
+    contents: Contents, module: str, base: Tensors | None, weight: str | None
+) -> Layer:
+    down, up = contents.tensor(module, A), contents.tensor(module, B)
+    assert down is not None
+    assert up is not None
+    s = contents.scaling(module)
+    W = None
+    if base is not None and weight is not None:
+        W = _rows(base.read(weight), contents, module)
+    magnitude = contents.tensor(module, MAGNITUDE)
+    if contents.rank(module) != len(down):
+        norm = nan  # stacked experts: A and B hold several updates
+    elif magnitude is None:
+        norm = delta_norm(down, up, s)
+    else:
+        norm = nan if W is None else dora_norm(W, down, up, s, magnitude)
+    share = nan if W is None else norm / float(W.norm(dtype=WIDE))
+    dead = not bool(up.count_nonzero())
+    return Layer(module, contents.rank(module), s, norm, share, dead)
+
+
+def delta_norm(down: Tensor, up: Tensor, scaling: float) -> float:
+    r"""Return $|s BA| = |s| \sqrt{\operatorname{tr}((B^T B)(A A^T))}$, in float64.
+
+    Args:
+        down: A, (r, in_features).
+        up: B, (out_features, r).
+        scaling: s.
+    """
+    left, right = up.to(WIDE).flatten(1), down.to(WIDE).flatten(1)
+    square = ((left.T @ left) * (right @ right.T)).sum()
+    return abs(scaling) * sqrt(max(float(square), 0.0)) if square == square else nan
+
+
+def dora_norm(
+    W: Tensor, down: Tensor, up: Tensor, scaling: float, magnitude: Tensor
+) -> float:
+    r"""Return $|m V / |V| - W|$ with $V = W + s BA$, without forming $BA$.
+
+    Row by row: $|V|^2 = |w|^2 + 2 s\,(WA^T)\cdot B + s^2\, B (AA^T) B^T$.
+
+    Args:
+        W: (out_features, in_features), of the base.
+        down: A, (r, in_features).
+        up: B, (out_features, r).
+        scaling: s.
+        magnitude: m, (out_features,).
+    """
+    left, right, wide = scaling * up.to(WIDE), down.to(WIDE), W.to(WIDE)
+    own = (wide * wide).sum(dim=1)
+    cross = ((wide @ right.T) * left).sum(dim=1)
+    square = own + 2 * cross + ((left @ (right @ right.T)) * left).sum(dim=1)
+    length = square.clamp(min=0).sqrt()
+    m = torch.where(length == 0, 0, magnitude.reshape(-1).to(WIDE))
+    along = (own + cross) / torch.where(length == 0, 1, length)
+    return float((m * m - 2 * m * along + own).sum().clamp(min=0).sqrt())
+
+
+def _rows(W: Tensor, contents: Contents, module: str) -> Tensor:
+    flipped = contents.embedding(module) or contents.config.get("fan_in_fan_out")
+    return W.T if flipped else W
+
+
+def _fits(contents: Contents, base: Tensors) -> dict[str, str | None]:
+    """Return {whole module: the base's name of its weight, or None}."""
+    found: dict[str, str | None] = {}
+    for module, parts in contents.modules.items():
+        if A not in parts or B not in parts:
+            continue
+        name = counterpart(f"{module}.weight", base.about)
+        if name is not None:
+            up, down = (contents.file.about[parts[part]].shape for part in (B, A))
+            shape = (up[0], *down[1:])
+            flipped = contents.embedding(module) or contents.config.get(
+                "fan_in_fan_out"
+            )
+            wanted = shape[::-1] if flipped else shape
+            name = name if base.about[name].shape == wanted else None
+        found[module] = name
+    return found
+
+
+def missing(contents: Contents, base: Tensors | None) -> Iterator[str]:
+    """Yield what `target_modules` names and the file does not hold.
+
+    With a base: each of its modules that is a target. Without: each target that no
+    module of the file ends with.
+    """
+    targets = contents.config.get("target_modules") or []
+    held = [*contents.modules]
+    if base is None:
+        for target in targets if isinstance(targets, list) else []:
+            if not any(_ends(module, target) for module in held):
+                yield target
+        return
+    known = {counterpart(f"{module}.weight", base.about) for module in held}
+    for name in base.about:
+        module = name.removesuffix(".weight")
+        if module != name and name not in known and targeted(module, contents.config):
+            yield module
+
+
+def targeted(module: str, config: Mapping[str, object]) -> bool:
+    """Return whether peft would adapt a module of this name."""
+    targets, spared = config.get("target_modules"), config.get("exclude_modules")
+    if targets == "all-linear" or not _named(module, targets):
+        return False  # which modules are linear stands in no file
+    layers = config.get("layers_to_transform")
+    number = re.search(r"\.(\d+)\.", f".{module}")
+    chosen = [layers] if isinstance(layers, int) else layers
+    if isinstance(chosen, list) and (not number or int(number[1]) not in chosen):
+        return False
+    return not _named(module, spared)
+
+
+def _named(module: str, names: object) -> bool:
+    if isinstance(names, str):
+        return re.fullmatch(names, module) is not None
+    return isinstance(names, list) and any(_ends(module, name) for name in names)
+
+
+def _ends(module: str, name: str) -> bool:
+    return module == name or module.endswith(f".{name}")
+
+
+def about_base(contents: Contents, base: Tensors | None) -> str:
+    """Return a line about the base: its fingerprint, and whether it is this one."""
+    text = contents.file.metadata.get(BASE)
+    if text is None:
+        named = contents.config.get("base_model_name_or_path")
+        return f"no fingerprint in the file; the configuration names {named!r}"
+    saved = Fingerprint.from_json(text)
+    if base is None:
+        return f"made for the base {saved.whole[:12]}"
+    own = fingerprint.of_files(base)
+    if own.whole == saved.whole:
+        return f"made for this base, {saved.whole[:12]}"
+    names = sorted(saved.tensors.keys() | own.tensors.keys())
+    first = next(n for n in names if saved.tensors.get(n) != own.tensors.get(n))
+    return f"made for the base {saved.whole[:12]}; this one differs in {first}"

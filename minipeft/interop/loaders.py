@@ -1,0 +1,341 @@
+"""What other programs do with an adapter's folder: their rules, each with its source.
+
+A rule stands here only if it was read in the program's source or in the thread that
+changed it; a file is named with the commit that was read. What no rule covers is said
+to be not known.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from minipeft.interop.contents import BIAS, MAGNITUDE, Contents
+
+PEFT_TYPES = {
+    *("ADALORA", "ADAMSS", "ADAPTION_PROMPT", "BEFT", "BOFT", "C3A"),
+    *("CARTRIDGE", "CPT", "DEFT", "DELORA", "FOURIERFT", "FROD"),
+    *("GLORA", "GRALORA", "HIRA", "HRA", "IA3", "LILY"),
+    *("LN_TUNING", "LOHA", "LOKR", "LORA", "MISS", "MULTITASK_PROMPT_TUNING"),
+    *("OFT", "OSF", "PEANUT", "POLY", "PREFIX_TUNING", "PROMPT_TUNING"),
+    *("PSOFT", "PVERA", "P_TUNING", "RANDLORA", "ROAD", "SHADOW"),
+    *("SHIRA", "SUPERTUNING", "TINYLORA", "TRAINABLE_TOKENS", "UNILORA", "VBLORA"),
+    *("VERA", "WAVEFT", "XLORA"),
+}
+EXACT, SCALED, IGNORED, REFUSED = "exact", "scaled", "ignored", "refused"
+UNKNOWN = "not known"
+Scale = Callable[[Contents, str], float]
+
+
+@dataclass(frozen=True)
+class Rule:
+    """What a loader does with one feature.
+
+    Args:
+        outcome: EXACT, IGNORED, REFUSED or UNKNOWN.
+        reason: in words, behind "because".
+        source: file and commit, or thread and date.
+    """
+
+    outcome: str
+    reason: str
+    source: str
+
+
+@dataclass(frozen=True)
+class Loader:
+    """One program that reads adapters in peft's format.
+
+    Args:
+        name: of the program.
+        scale: the scale that it computes for a module; NaN where it is not known.
+        scale_rule: the same in words, with its source.
+        rules: by feature, a key of FEATURES; "any" stands for every adapter.
+    """
+
+    name: str
+    scale: Scale
+    scale_rule: Rule
+    rules: dict[str, Rule]
+
+
+def present(contents: Contents) -> dict[str, str]:
+    """Return the features of an adapter besides plain pairs A, B: {feature: words}."""
+    c = contents.config
+    modules = contents.modules
+    parts = {part for module in modules.values() for part in module}
+    found = {
+        "method": c.get("peft_type") != "LORA",
+        "unknown method": c.get("peft_type") not in PEFT_TYPES,
+        "dora": MAGNITUDE in parts or bool(c.get("use_dora")),
+        "bias": BIAS in parts,
+        "trained bias": c.get("bias", "none") != "none",
+        "saved modules": bool(c.get("modules_to_save")),
+        "token rows": bool(c.get("trainable_token_indices")),
+        "embedding": any(map(contents.embedding, modules)),
+        "transposed": bool(c.get("fan_in_fan_out")),
+        "experts": bool(c.get("target_parameters"))
+        or any(".experts" in module for module in modules),
+        "rank pattern": len({contents.rank(m) for m in modules} - {c.get("r")}) > 0,
+        "alpha pattern": any(contents.alpha(m) != c.get("lora_alpha") for m in modules),
+    }
+    return {feature: FEATURES[feature] for feature, there in found.items() if there}
+
+
+FEATURES = {
+    "method": "a method other than LoRA",
+    "unknown method": "a method that peft does not have",
+    "dora": "DoRA's magnitudes",
+    "bias": "the biases beside B",
+    "trained bias": "the base's trained biases",
+    "saved modules": "the modules that are saved whole",
+    "token rows": "the trained token rows",
+    "embedding": "the update of the embedding",
+    "transposed": "weights stored as (in, out)",
+    "experts": "the updates of experts",
+    "rank pattern": "ranks that differ",
+    "alpha pattern": "alphas that differ",
+}
+
+
+def _right(contents: Contents, module: str) -> float:
+    return contents.scaling(module)
+
+
+def _config_rank(contents: Contents, module: str) -> float:
+    """Alpha and rank of the configuration alone; the root where it says so."""
+    c = contents.config
+    return c["lora_alpha"] / (math.sqrt(c["r"]) if c.get("use_rslora") else c["r"])
+
+
+def _plain_config(contents: Contents, module: str) -> float:
+    return float(contents.config["lora_alpha"] / contents.config["r"])
+
+
+def _plain_tensor(contents: Contents, module: str) -> float:
+    return float(contents.config["lora_alpha"] / contents.rank(module))
+
+
+def _tensor_rank(contents: Contents, module: str) -> float:
+    r = contents.rank(module)
+    root = math.sqrt(r) if contents.config.get("use_rslora") else r
+    return float(contents.config["lora_alpha"] / root)
+
+
+def _one(contents: Contents, module: str) -> float:
+    return 1.0
+
+
+def _not_known(contents: Contents, module: str) -> float:
+    return math.nan
+
+
+_TYPES = "peft 0.21.2: src/peft/utils/peft_types.py"
+_PEFT = "peft 0.21.2: src/peft/tuners/lora/model.py"
+_VLLM = "vllm/lora/peft_helper.py, read in 2026"
+_VLLM_NAMES = "vllm/lora/utils.py: parse_fine_tuned_lora_name, read in 2026"
+_SGLANG = "sglang/srt/lora/lora_config.py @ 0ceb81fe"
+_LLAMA = "llama.cpp: convert_lora_to_gguf.py @ 0b03adaa"
+_TENSORRT = "tensorrt_llm/lora_manager.py @ 007e181b"
+_DIFFUSERS = (
+    "diffusers: src/diffusers/utils/peft_utils.py, get_peft_kwargs, read in 2026"
+)
+_MLX = "mlx-lm: mlx_lm/tuner/utils.py, load_adapters @ 03672867"
+_OLLAMA = (
+    "generative-computing/mellea issue 1651, 2026-09-18; ollama pull request 14969"
+)
+
+_NO_PAIRS = "it expects pairs A, B"
+
+LOADERS = {
+    loader.name: loader
+    for loader in (
+        Loader(
+            "peft",
+            _right,
+            Rule(EXACT, "it wrote the format", _PEFT),
+            {
+                **dict.fromkeys(FEATURES, Rule(EXACT, "its own format", _PEFT)),
+                "unknown method": Rule(REFUSED, "it has no such peft_type", _TYPES),
+            },
+        ),
+        Loader(
+            "vLLM",
+            _config_rank,
+            Rule(SCALED, "it takes r and lora_alpha for all modules", _VLLM),
+            {
+                "method": Rule(REFUSED, "it needs r and lora_alpha of LoRA", _VLLM),
+                "dora": Rule(REFUSED, "it does not support DoRA", _VLLM),
+                "saved modules": Rule(REFUSED, "modules_to_save must be None", _VLLM),
+                "trained bias": Rule(REFUSED, "adapter bias is not supported", _VLLM),
+                "bias": Rule(REFUSED, "it knows no tensor lora_B.bias", _VLLM_NAMES),
+                "alpha pattern": Rule(IGNORED, "it reads no alpha_pattern", _VLLM),
+            },
+        ),
+        Loader(
+            "SGLang",
+            _plain_config,
+            Rule(
+                SCALED,
+                "it computes lora_alpha / r for all modules",
+                "sglang/srt/lora/lora.py: LoRAAdapter @ 002c60aa",
+            ),
+            {
+                "method": Rule(
+                    REFUSED,
+                    "peft_type must be LORA",
+                    "sglang/srt/lora/lora.py @ 002c60aa",
+                ),
+                "dora": Rule(
+                    REFUSED,
+                    "it does not support DoRA",
+                    "sglang pull request 22125, 2026-04-04",
+                ),
+                "rank pattern": Rule(REFUSED, "it admits one rank", _SGLANG),
+                "alpha pattern": Rule(REFUSED, "it admits one alpha", _SGLANG),
+            },
+        ),
+        Loader(
+            "llama.cpp",
+            _plain_tensor,
+            Rule(SCALED, "its converter writes lora_alpha alone", _LLAMA),
+            {
+                "method": Rule(REFUSED, _NO_PAIRS, _LLAMA),
+                "dora": Rule(REFUSED, "a magnitude is no A and no B", _LLAMA),
+                "bias": Rule(REFUSED, "a bias is no A and no B", _LLAMA),
+                "trained bias": Rule(REFUSED, "a bias is no A and no B", _LLAMA),
+                "saved modules": Rule(REFUSED, "a whole tensor is no A, no B", _LLAMA),
+                "rank pattern": Rule(EXACT, "the rank is that of the tensor", _LLAMA),
+                "alpha pattern": Rule(IGNORED, "it reads no alpha_pattern", _LLAMA),
+                "embedding": Rule(EXACT, "it turns lora_embedding_A", _LLAMA),
+            },
+        ),
+        Loader(
+            "Ollama",
+            _not_known,
+            Rule(UNKNOWN, "", ""),
+            {"any": Rule(REFUSED, "0.34.1 and later build no ADAPTER line", _OLLAMA)},
+        ),
+        Loader(
+            "TensorRT-LLM",
+            _tensor_rank,
+            Rule(SCALED, "it takes lora_alpha for all modules", _TENSORRT),
+            {
+                "bias": Rule(REFUSED, "it knows no key lora_B.bias", _TENSORRT),
+                "rank pattern": Rule(
+                    EXACT, "the rank is that of the tensor", _TENSORRT
+                ),
+                "alpha pattern": Rule(IGNORED, "it reads no alpha_pattern", _TENSORRT),
+                "embedding": Rule(IGNORED, "it skips keys of embed_tokens", _TENSORRT),
+            },
+        ),
+        Loader(
+            "diffusers",
+            _one,
+            Rule(
+                SCALED,
+                "it reads no adapter_config.json and takes alpha = r",
+                "diffusers pull request 14409, 2026-08-06",
+            ),
+            {
+                "any": Rule(
+                    UNKNOWN,
+                    "whether it finds keys that begin with base_model.model.",
+                    "diffusers: src/diffusers/loaders/peft.py @ 01e87ccf",
+                ),
+                "dora": Rule(EXACT, "it finds magnitudes by their names", _DIFFUSERS),
+                "bias": Rule(EXACT, "it finds lora_B.bias by its name", _DIFFUSERS),
+                "rank pattern": Rule(
+                    EXACT, "the rank is that of the tensor", _DIFFUSERS
+                ),
+                "alpha pattern": Rule(
+                    IGNORED, "it reads no adapter_config.json", _DIFFUSERS
+                ),
+            },
+        ),
+        Loader(
+            "MLX",
+            _not_known,
+            Rule(UNKNOWN, "", ""),
+            {"any": Rule(REFUSED, "it needs num_layers and its own file names", _MLX)},
+        ),
+    )
+}
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """What one loader makes of an adapter.
+
+    Args:
+        loader: its name.
+        verdict: the worst of exact, scaled, ignored, not known, refused.
+        sentence: what happens, with the reason.
+        sources: of the rules that were used.
+    """
+
+    loader: str
+    verdict: str
+    sentence: str
+    sources: tuple[str, ...]
+
+    @property
+    def lost(self) -> bool:
+        """Whether something would be lost, as far as is known."""
+        return self.verdict != EXACT
+
+
+def judge(loader: Loader, contents: Contents) -> Judgement:
+    """Say what a loader does with an adapter: exactly, changed, or not at all."""
+    features = present(contents)
+    rules = {f: loader.rules[f] for f in ("any", *features) if f in loader.rules}
+    refused = [rule for rule in rules.values() if rule.outcome == REFUSED]
+    if refused:
+        reasons = "; ".join(dict.fromkeys(rule.reason for rule in refused))
+        return Judgement(loader.name, REFUSED, f"refuses: {reasons}", _sources(refused))
+    wrong = scales(loader, contents)
+    # A pattern that is ignored shows as a wrong scale, layer by layer.
+    lost = [
+        feature
+        for feature, rule in rules.items()
+        if rule.outcome == IGNORED and feature != "alpha pattern"
+    ]
+    unclear = [feature for feature in features if feature not in rules]
+    parts = [f"ignores {features[f]}: {rules[f].reason}" for f in lost]
+    parts += [f"not known for {features[f]}" for f in unclear]
+    doubts = [rule.reason for rule in rules.values() if rule.outcome == UNKNOWN]
+    parts += [f"not known {doubt}" for doubt in doubts]
+    if wrong:
+        parts.insert(0, f"loads with {_factors(wrong)}: {loader.scale_rule.reason}")
+    open_ = UNKNOWN if unclear or doubts else EXACT
+    verdict = IGNORED if lost else SCALED if wrong else open_
+    sentence = "; ".join(parts) or "loads exactly"
+    used = [loader.scale_rule, *rules.values()]
+    return Judgement(loader.name, verdict, sentence, _sources(used))
+
+
+def _sources(rules: list[Rule]) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(rule.source for rule in rules))
+
+
+def scales(loader: Loader, contents: Contents) -> dict[str, float]:
+    """Return {module: factor} where a loader's scale is not the adapter's."""
+    found: dict[str, float] = {}
+    if contents.config.get("peft_type") != "LORA":
+        return found
+    for module in contents.modules:
+        right = contents.scaling(module)
+        factor = loader.scale(contents, module) / right if right else 1.0
+        if abs(factor - 1) > 2.0**-40:  # two quotients of the same numbers, in float64
+            found[module] = factor
+    return found
+
+
+def _factors(wrong: dict[str, float]) -> str:
+    """Return "scale × 4 on 6 layers (first NAME)", for each factor."""
+    groups: dict[str, list[str]] = {}
+    for module, factor in wrong.items():
+        groups.setdefault(f"{factor:.4g}", []).append(module)
+    return ", ".join(
+        f"scale × {factor} on {len(modules)} layers (first {modules[0]})"
+        for factor, modules in groups.items()
+    )

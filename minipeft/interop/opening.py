@@ -1,0 +1,21 @@
+"""Open whatever holds a model's tensors: safetensors, folders, 4 bits, GGUF."""
+
+from pathlib import Path
+
+from minipeft.interop.bitsandbytes_format import STATE, FourBitTensors
+from minipeft.interop.tensors import Tensors, open_tensors
+
+
+def open_model(path: Path) -> Tensors:
+    """Return a model's tensors by transformers' names, decoded where they are packed.
+
+    Raises:
+        InputError: there is nothing that can be read, or it is damaged.
+    """
+    if path.suffix == ".gguf":
+        from minipeft.interop.gguf_format import GgufTensors
+
+        return GgufTensors(path)
+    tensors = open_tensors(path)
+    packed = any(STATE in name for name in tensors.about)
+    return FourBitTensors(tensors) if packed else tensors

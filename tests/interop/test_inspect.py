@@ -1,0 +1,249 @@
+"""`minipeft inspect`: what is in an adapter, and what others will do with it."""
+
+import json
+import math
+import re
+
+import pytest
+import safetensors.torch
+import torch
+
+from minipeft import cli
+from minipeft.errors import InputError
+from minipeft.interop import contents, fingerprint, inspecting, loaders, peft_format
+from minipeft.interop.inspect_command import TARGETS
+from minipeft.interop.loaders import EXACT, IGNORED, LOADERS, REFUSED, SCALED, UNKNOWN
+from minipeft.interop.merging import BASE
+from minipeft.interop.update import exact
+from tests.interop.folders import (
+    InMemory,
+    adapter_tensors,
+    base_tensors,
+    write_adapter,
+    write_model,
+)
+
+KEY = "base_model.model.model.layers.0.wide"
+MODULE = "model.layers.0.wide"
+
+
+def opened(path, tensors=None, **config):
+    return contents.read(write_adapter(path, tensors or adapter_tensors(), **config))
+
+
+def judged(found, loader):
+    return loaders.judge(LOADERS[loader], found)
+
+
+@pytest.mark.parametrize("dora", [False, True])
+@pytest.mark.parametrize("stabilized", [False, True])
+def test_the_norm_is_that_of_the_change_that_is_never_formed(
+    tmp_path, dora, stabilized
+):
+    base, tensors = base_tensors(), adapter_tensors(dora=dora)
+    found = opened(tmp_path / "a", tensors, use_rslora=stabilized)
+    layers = {x.module: x for x in inspecting.inspect(found, InMemory(base)).layers}
+    updates = peft_format.read(tmp_path / "a").updates
+    assert layers.keys() == {name.removesuffix(".weight") for name in updates}
+    for name, update in updates.items():
+        W = base[name].double()
+        change = float((exact(W, update, torch.float64) - W).norm())
+        layer = layers[name.removesuffix(".weight")]
+        assert math.isclose(layer.norm, change, rel_tol=2.0**-30)
+        assert math.isclose(layer.share, change / float(W.norm()), rel_tol=2.0**-30)
+        assert (layer.r, layer.scaling) == (update.r, update.scaling)
+
+
+def test_dora_without_its_base_has_no_norm(tmp_path):
+    found = inspecting.inspect(opened(tmp_path / "a", adapter_tensors(dora=True)))
+    assert all(math.isnan(layer.norm) for layer in found.layers)
+    assert found.method == "DoRA"
+
+
+def test_what_does_not_fit_is_named(tmp_path):
+    tensors = adapter_tensors()
+    tensors[f"{KEY}.lora_B.weight"].zero_()
+    tensors["base_model.model.model.layers.0.tall.lora_A.weight"][0, 0] = torch.nan
+    tensors["base_model.model.model.layers.7.wide.lora_A.weight"] = torch.ones(4, 32)
+    tensors["base_model.model.model.layers.7.wide.lora_B.weight"] = torch.ones(16, 4)
+    del tensors["base_model.model.model.layers.1.square.lora_B.weight"]
+    del tensors["base_model.model.model.layers.1.tall.lora_A.weight"]
+    del tensors["base_model.model.model.layers.1.tall.lora_B.weight"]
+    tensors["base_model.model.lm_head.weight"] = torch.ones(2, 2)
+    targets = ["wide", "tall", "square", "gate"]
+    found = opened(tmp_path / "a", tensors, target_modules=targets)
+    report = inspecting.inspect(found, InMemory(base_tensors()))
+    assert [x.module for x in report.layers if x.dead] == [MODULE]
+    assert len(report.not_finite) == 1
+    assert "layers.0.tall.lora_A" in report.not_finite[0]
+    assert report.incomplete == ("model.layers.1.square",)
+    assert report.unmatched == ("model.layers.7.wide",)
+    assert report.matched == 4
+    assert report.missing == ("model.layers.1.tall",)
+    assert report.others == ("base_model.model.lm_head.weight",)
+    assert inspecting.inspect(found).missing == ("gate",)
+
+
+@pytest.mark.parametrize(
+    ("config", "adapted"),
+    [
+        ({"target_modules": ["q"]}, {"layers.0.q", "layers.1.q"}),
+        ({"target_modules": r"layers\.\d\.k"}, {"layers.0.k", "layers.1.k"}),
+        ({"target_modules": ["q"], "layers_to_transform": 1}, {"layers.1.q"}),
+        ({"target_modules": ["q"], "layers_to_transform": [0]}, {"layers.0.q"}),
+        (
+            {"target_modules": ["q"], "exclude_modules": ["layers.0.q"]},
+            {"layers.1.q"},
+        ),
+        ({"target_modules": "all-linear"}, set()),
+        ({}, set()),
+    ],
+)
+def test_targets_are_those_of_peft(config, adapted):
+    modules = [f"layers.{i}.{part}" for i in (0, 1) for part in ("q", "k")]
+    assert {m for m in modules if inspecting.targeted(m, config)} == adapted
+
+
+@pytest.mark.parametrize(
+    ("config", "loader", "verdict", "words"),
+    [
+        ({}, "vLLM", EXACT, "loads exactly"),
+        ({"use_rslora": True}, "vLLM", EXACT, "loads exactly"),
+        ({"use_rslora": True}, "TensorRT-LLM", EXACT, "loads exactly"),
+        ({"use_rslora": True}, "SGLang", SCALED, "scale × 0.5 on 6 layers"),
+        ({"use_rslora": True}, "llama.cpp", SCALED, "scale × 0.5 on 6 layers"),
+        ({"use_rslora": True}, "diffusers", SCALED, "scale × 0.1667 on 6 layers"),
+        ({"alpha_pattern": {"tall": 24}}, "vLLM", SCALED, "× 0.5 on 2 layers"),
+        ({"alpha_pattern": {"tall": 24}}, "llama.cpp", SCALED, "× 0.5 on 2 layers"),
+        ({"alpha_pattern": {"tall": 24}}, "SGLang", REFUSED, "one alpha"),
+        ({"alpha_pattern": {"tall": 24}}, "peft", EXACT, "loads exactly"),
+        ({"alpha_pattern": {"tall": 12}}, "vLLM", EXACT, "loads exactly"),
+        ({"modules_to_save": ["lm_head"]}, "vLLM", REFUSED, "must be None"),
+        ({"modules_to_save": ["lm_head"]}, "SGLang", UNKNOWN, "saved whole"),
+        ({"bias": "all"}, "vLLM", REFUSED, "bias is not supported"),
+        ({"peft_type": "IA3"}, "peft", EXACT, "loads exactly"),
+        ({"peft_type": "IA3"}, "SGLang", REFUSED, "must be LORA"),
+        ({"peft_type": "NEW"}, "peft", REFUSED, "no such peft_type"),
+        ({"fan_in_fan_out": True}, "vLLM", UNKNOWN, "not known for weights stored"),
+        ({}, "Ollama", REFUSED, "no ADAPTER line"),
+        ({}, "MLX", REFUSED, "num_layers"),
+    ],
+)
+def test_what_a_loader_does_follows_from_its_rules(
+    tmp_path, config, loader, verdict, words
+):
+    found = judged(opened(tmp_path / "a", **config), loader)
+    assert (found.verdict, words in found.sentence) == (verdict, True), found
+    assert found.lost == (verdict != EXACT)
+
+
+def test_dora_biases_and_embeddings(tmp_path):
+    dora = opened(tmp_path / "a", adapter_tensors(dora=True), use_dora=True)
+    for loader in ("vLLM", "SGLang", "llama.cpp"):
+        assert judged(dora, loader).verdict == REFUSED
+    assert judged(dora, "TensorRT-LLM").verdict == UNKNOWN
+    bias = opened(
+        tmp_path / "b", {**adapter_tensors(), f"{KEY}.lora_B.bias": torch.ones(16)}
+    )
+    for loader in ("vLLM", "llama.cpp", "TensorRT-LLM"):
+        assert judged(bias, loader).verdict == REFUSED
+    key = "base_model.model.model.embed_tokens.lora_embedding_"
+    pair = {f"{key}A": torch.ones(4, 40), f"{key}B": torch.ones(16, 4)}
+    embedding = opened(tmp_path / "c", {**adapter_tensors(), **pair})
+    assert judged(embedding, "llama.cpp").verdict == EXACT
+    assert judged(embedding, "TensorRT-LLM").verdict == IGNORED
+    assert judged(embedding, "vLLM").verdict == UNKNOWN
+
+
+def test_ranks_that_differ(tmp_path):
+    wide = adapter_tensors(r=8, layers=(1,))
+    tensors = {**adapter_tensors(layers=(0,)), **wide}
+    pattern = {r"layers\.1\..*": 8}
+    found = opened(tmp_path / "a", tensors, rank_pattern=pattern)
+    assert judged(found, "SGLang").verdict == REFUSED
+    assert judged(found, "llama.cpp").verdict == EXACT
+    assert judged(found, "vLLM").verdict == SCALED
+    assert "scale × 2 on 3 layers" in judged(found, "vLLM").sentence
+
+
+def test_every_rule_names_what_was_read():
+    assert tuple(LOADERS) == TARGETS
+    for loader in LOADERS.values():
+        rules = [loader.scale_rule, *loader.rules.values()]
+        for rule in rules:
+            if (rule.outcome, rule.reason) != (UNKNOWN, ""):
+                assert re.search(r"@ [0-9a-f]{8}|20\d\d|\d+\.\d+\.\d+", rule.source)
+                assert rule.outcome in (EXACT, SCALED, IGNORED, REFUSED, UNKNOWN)
+        assert set(loader.rules) <= {*loaders.FEATURES, "any"}
+
+
+def test_our_scales_are_those_of_the_installed_peft(tmp_path):
+    peft = pytest.importorskip("peft", reason="peft is not installed")
+    layers = torch.nn.ModuleDict(
+        {name: torch.nn.Linear(16, 16, bias=False) for name in ("q", "k", "v")}
+    )
+    config = peft.LoraConfig(
+        target_modules=["q", "k", "v"],
+        r=4,
+        lora_alpha=12,
+        use_rslora=True,
+        alpha_pattern={"k": 32},
+        rank_pattern={"v": 8},
+    )
+    model = peft.get_peft_model(torch.nn.Sequential(layers), config)
+    model.save_pretrained(tmp_path)
+    found = contents.read(tmp_path)
+    theirs = {
+        name: model.base_model.model[0][name].scaling["default"] for name in layers
+    }
+    assert {m[2:]: found.scaling(m) for m in found.modules} == theirs
+    assert len(set(theirs.values())) == 3
+
+
+def test_the_base_is_recognized(tmp_path):
+    base = write_model(tmp_path / "base", base_tensors())
+    own = fingerprint.of_files(contents.SafeTensors(base / "model.safetensors"))
+    folder = write_adapter(tmp_path / "a", adapter_tensors())
+    file = folder / "adapter_model.safetensors"
+    safetensors.torch.save_file(adapter_tensors(), file, metadata={BASE: own.to_json()})
+    found = contents.read(folder)
+    tensors = base_tensors()
+    assert "made for this base" in inspecting.about_base(found, InMemory(tensors))
+    tensors["model.norm.weight"] += 1
+    assert inspecting.about_base(found, InMemory(tensors)).endswith(
+        "this one differs in model.norm.weight"
+    )
+
+
+@pytest.mark.parametrize(
+    ("config", "sentence"),
+    [
+        ({"r": 0}, "r in .* is 0"),
+        ({"lora_alpha": "12"}, "lora_alpha in .* is '12'"),
+        ({"alpha_pattern": {"q": math.inf}}, "lora_alpha in .* is inf"),
+        ({"rank_pattern": [1]}, "is no JSON object"),
+    ],
+)
+def test_a_configuration_without_a_scale_is_refused(tmp_path, config, sentence):
+    with pytest.raises(InputError, match=sentence):
+        opened(tmp_path / "a", **config)
+
+
+def test_the_command(tmp_path, capsys):
+    base = write_model(tmp_path / "base", base_tensors())
+    folder = write_adapter(tmp_path / "a", adapter_tensors(dora=True), use_rslora=True)
+    report = tmp_path / "report.json"
+    arguments = ["inspect", str(folder), "--json", str(report)]
+    assert cli.main([*arguments, "--base", str(base)]) == 0
+    said = capsys.readouterr().out
+    assert "method: DoRA with rsLoRA's scale; 6 updates" in said
+    assert "modules that fit the base: 6" in said
+    assert all(f"\n{name}: " in said for name in TARGETS)
+    assert cli.main([*arguments]) == 0
+    assert json.loads(report.read_text())["layers"][0]["norm"] is None
+    assert cli.main([*arguments, "--for", "peft"]) == 0
+    capsys.readouterr()
+    assert cli.main([*arguments, "--for", "VLLM"]) == 1
+    assert "  source: vllm/lora/peft_helper.py" in capsys.readouterr().out
+    assert cli.main(["inspect", str(tmp_path / "none")]) == 2
+    assert "there is no" in capsys.readouterr().err
