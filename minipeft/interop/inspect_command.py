@@ -54,11 +54,11 @@ def _target(text: str) -> str:
 
 def run(options: argparse.Namespace) -> int:
     """Print the report; return the exit code."""
-    from minipeft.interop import contents, fixing, inspecting
+    from minipeft.interop import fixing, inspecting, parts
     from minipeft.interop.command import progress, write_json
     from minipeft.interop.opening import open_model
 
-    read = contents.read(options.adapter)
+    read = parts.read(options.adapter)
     base = open_model(options.base) if options.base else None
     with progress("inspecting") as step:
         found = inspecting.inspect(read, base, step)

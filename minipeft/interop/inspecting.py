@@ -14,10 +14,10 @@ from torch import Tensor
 
 from minipeft.interop import fingerprint
 from minipeft.interop.adapter import counterpart
-from minipeft.interop.contents import MAGNITUDE, A, B, Contents
 from minipeft.interop.fingerprint import Fingerprint
 from minipeft.interop.loaders import LOADERS, Judgement, judge
 from minipeft.interop.merging import BASE
+from minipeft.interop.parts import MAGNITUDE, A, B, Parts
 from minipeft.interop.tensors import Tensors
 
 WIDE = torch.float64
@@ -74,7 +74,7 @@ class Inspection:
 
 
 def inspect(
-    contents: Contents,
+    contents: Parts,
     base: Tensors | None = None,
     step: Callable[[str], None] = lambda name: None,
 ) -> Inspection:
@@ -106,7 +106,7 @@ def inspect(
     )
 
 
-def method(contents: Contents) -> str:
+def method(contents: Parts) -> str:
     """Return the name of the method, as the field has it."""
     c = contents.config
     if c.get("peft_type") != "LORA":
@@ -117,7 +117,7 @@ def method(contents: Contents) -> str:
 
 
 def _layer(
-    contents: Contents, module: str, base: Tensors | None, weight: str | None
+    contents: Parts, module: str, base: Tensors | None, weight: str | None
 ) -> Layer:
     down, up = contents.tensor(module, A), contents.tensor(module, B)
     assert down is not None
@@ -175,12 +175,12 @@ def dora_norm(
     return float((m * m - 2 * m * along + own).sum().clamp(min=0).sqrt())
 
 
-def _rows(W: Tensor, contents: Contents, module: str) -> Tensor:
+def _rows(W: Tensor, contents: Parts, module: str) -> Tensor:
     flipped = contents.embedding(module) or contents.config.get("fan_in_fan_out")
     return W.T if flipped else W
 
 
-def _fits(contents: Contents, base: Tensors) -> dict[str, str | None]:
+def _fits(contents: Parts, base: Tensors) -> dict[str, str | None]:
     """Return {whole module: the base's name of its weight, or None}."""
     found: dict[str, str | None] = {}
     for module, parts in contents.modules.items():
@@ -199,7 +199,7 @@ def _fits(contents: Contents, base: Tensors) -> dict[str, str | None]:
     return found
 
 
-def missing(contents: Contents, base: Tensors | None) -> Iterator[str]:
+def missing(contents: Parts, base: Tensors | None) -> Iterator[str]:
     """Yield what `target_modules` names and the file does not hold.
 
     With a base: each of its modules that is a target. Without: each target that no
@@ -242,7 +242,7 @@ def _ends(module: str, name: str) -> bool:
     return module == name or module.endswith(f".{name}")
 
 
-def about_base(contents: Contents, base: Tensors | None) -> str:
+def about_base(contents: Parts, base: Tensors | None) -> str:
     """Return a line about the base: its fingerprint, and whether it is this one."""
     text = contents.file.metadata.get(BASE)
     if text is None:

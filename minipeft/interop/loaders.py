@@ -9,7 +9,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from minipeft.interop.contents import BIAS, MAGNITUDE, Contents
+from minipeft.interop.parts import BIAS, MAGNITUDE, Parts
 
 PEFT_TYPES = {
     *("ADALORA", "ADAMSS", "ADAPTION_PROMPT", "BEFT", "BOFT", "C3A"),
@@ -23,7 +23,7 @@ PEFT_TYPES = {
 }
 EXACT, SCALED, IGNORED, REFUSED = "exact", "scaled", "ignored", "refused"
 UNKNOWN = "not known"
-Scale = Callable[[Contents, str], float]
+Scale = Callable[[Parts, str], float]
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ class Loader:
     rules: dict[str, Rule]
 
 
-def present(contents: Contents) -> dict[str, str]:
+def present(contents: Parts) -> dict[str, str]:
     """Return the features of an adapter besides plain pairs A, B: {feature: words}."""
     c = contents.config
     modules = contents.modules
@@ -97,35 +97,35 @@ FEATURES = {
 }
 
 
-def _right(contents: Contents, module: str) -> float:
+def _right(contents: Parts, module: str) -> float:
     return contents.scaling(module)
 
 
-def _config_rank(contents: Contents, module: str) -> float:
+def _config_rank(contents: Parts, module: str) -> float:
     """Alpha and rank of the configuration alone; the root where it says so."""
     c = contents.config
     return c["lora_alpha"] / (math.sqrt(c["r"]) if c.get("use_rslora") else c["r"])
 
 
-def _plain_config(contents: Contents, module: str) -> float:
+def _plain_config(contents: Parts, module: str) -> float:
     return float(contents.config["lora_alpha"] / contents.config["r"])
 
 
-def _plain_tensor(contents: Contents, module: str) -> float:
+def _plain_tensor(contents: Parts, module: str) -> float:
     return float(contents.config["lora_alpha"] / contents.rank(module))
 
 
-def _tensor_rank(contents: Contents, module: str) -> float:
+def _tensor_rank(contents: Parts, module: str) -> float:
     r = contents.rank(module)
     root = math.sqrt(r) if contents.config.get("use_rslora") else r
     return float(contents.config["lora_alpha"] / root)
 
 
-def _one(contents: Contents, module: str) -> float:
+def _one(contents: Parts, module: str) -> float:
     return 1.0
 
 
-def _not_known(contents: Contents, module: str) -> float:
+def _not_known(contents: Parts, module: str) -> float:
     return math.nan
 
 
@@ -284,7 +284,7 @@ class Judgement:
         return self.verdict != EXACT
 
 
-def judge(loader: Loader, contents: Contents) -> Judgement:
+def judge(loader: Loader, contents: Parts) -> Judgement:
     """Say what a loader does with an adapter: exactly, changed, or not at all."""
     features = present(contents)
     rules = {f: loader.rules[f] for f in ("any", *features) if f in loader.rules}
@@ -317,7 +317,7 @@ def _sources(rules: list[Rule]) -> tuple[str, ...]:
     return tuple(dict.fromkeys(rule.source for rule in rules))
 
 
-def scales(loader: Loader, contents: Contents) -> dict[str, float]:
+def scales(loader: Loader, contents: Parts) -> dict[str, float]:
     """Return {module: factor} where a loader's scale is not the adapter's."""
     found: dict[str, float] = {}
     if contents.config.get("peft_type") != "LORA":

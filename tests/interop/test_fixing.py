@@ -8,7 +8,7 @@ import torch
 
 from minipeft import cli
 from minipeft.errors import InputError
-from minipeft.interop import contents, fixing, loaders, peft_format
+from minipeft.interop import fixing, loaders, parts, peft_format
 from minipeft.interop.audit import BOUND, EXACT, WRONG, audit
 from minipeft.interop.loaders import LOADERS
 from minipeft.interop.update import merged
@@ -46,7 +46,7 @@ def merge(base, adapter):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_effect_is_that_of_the_first_adapter(tmp_path, dora, dtype):
     first = write_adapter(tmp_path / "a", mixed(dora), lora_bias=True, **PATTERNS)
-    fixing.fix(contents.read(first), tmp_path / "b")
+    fixing.fix(parts.read(first), tmp_path / "b")
     base = base_tensors(dtype)
     before, after = peft_format.read(first), peft_format.read(tmp_path / "b")
     found = list(audit(InMemory(base), before, InMemory(merge(base, after))))
@@ -62,7 +62,7 @@ def test_the_effect_is_that_of_the_first_adapter(tmp_path, dora, dtype):
 def test_a_scale_that_is_a_power_of_two_changes_no_bit(tmp_path):
     tensors = {n: t.bfloat16() for n, t in adapter_tensors().items()}
     first = write_adapter(tmp_path / "a", tensors, lora_alpha=8)
-    fixing.fix(contents.read(first), tmp_path / "b")
+    fixing.fix(parts.read(first), tmp_path / "b")
     found = safetensors.torch.load_file(tmp_path / "b" / "adapter_model.safetensors")
     for name, tensor in tensors.items():
         scale = 2 if "lora_B" in name else 1
@@ -72,9 +72,9 @@ def test_a_scale_that_is_a_power_of_two_changes_no_bit(tmp_path):
 def test_every_loader_of_pairs_computes_its_scale(tmp_path):
     tensors = {n: t for n, t in mixed().items() if "bias" not in n}
     first = write_adapter(tmp_path / "a", tensors, **PATTERNS)
-    read = contents.read(first)
+    read = parts.read(first)
     fixing.fix(read, tmp_path / "b")
-    fixed = contents.read(tmp_path / "b")
+    fixed = parts.read(tmp_path / "b")
     for name in ("peft", "vLLM", "SGLang", "llama.cpp", "TensorRT-LLM"):
         assert not loaders.judge(LOADERS[name], fixed).lost, name
     assert loaders.judge(LOADERS["SGLang"], read).lost
@@ -106,7 +106,7 @@ def test_the_installed_peft_merges_it_alike(tmp_path):
         if "lora_" in name:
             parameter.data = torch.randn(parameter.shape, generator=draw) * 0.2
     theirs.save_pretrained(tmp_path / "a")
-    fixing.fix(contents.read(tmp_path / "a"), tmp_path / "b")
+    fixing.fix(parts.read(tmp_path / "a"), tmp_path / "b")
     loaded = peft.PeftModel.from_pretrained(model(), tmp_path / "b")
     found = {
         f"{name}.weight": layer.weight.detach()
@@ -121,10 +121,10 @@ def test_the_installed_peft_merges_it_alike(tmp_path):
 def test_nothing_is_replaced_and_nothing_else_is_rewritten(tmp_path, capsys):
     folder = write_adapter(tmp_path / "a", adapter_tensors())
     with pytest.raises(InputError, match="exists; choose another folder"):
-        fixing.fix(contents.read(folder), folder)
+        fixing.fix(parts.read(folder), folder)
     other = write_adapter(tmp_path / "b", {"x": torch.ones(2)}, peft_type="IA3")
     with pytest.raises(InputError, match="'IA3' has no scale to fold"):
-        fixing.fix(contents.read(other), tmp_path / "c")
+        fixing.fix(parts.read(other), tmp_path / "c")
     assert not (tmp_path / "c").exists()
     out = str(tmp_path / "d")
     assert cli.main(["inspect", str(folder), "--fix", out]) == 0
@@ -139,4 +139,4 @@ def test_experts_of_ranks_that_differ_are_refused(tmp_path):
     config = {"rank_pattern": {r"layers\.1\..*": 8}}
     folder = write_adapter(tmp_path / "a", {**stacked, **large}, **config)
     with pytest.raises(InputError, match="holds experts of rank 4"):
-        fixing.fix(contents.read(folder), tmp_path / "b")
+        fixing.fix(parts.read(folder), tmp_path / "b")

@@ -10,7 +10,7 @@ import torch
 
 from minipeft import cli
 from minipeft.errors import InputError
-from minipeft.interop import contents, fingerprint, inspecting, loaders, peft_format
+from minipeft.interop import fingerprint, inspecting, loaders, parts, peft_format
 from minipeft.interop.inspect_command import TARGETS
 from minipeft.interop.loaders import EXACT, IGNORED, LOADERS, REFUSED, SCALED, UNKNOWN
 from minipeft.interop.merging import BASE
@@ -28,7 +28,7 @@ MODULE = "model.layers.0.wide"
 
 
 def opened(path, tensors=None, **config):
-    return contents.read(write_adapter(path, tensors or adapter_tensors(), **config))
+    return parts.read(write_adapter(path, tensors or adapter_tensors(), **config))
 
 
 def judged(found, loader):
@@ -192,7 +192,7 @@ def test_our_scales_are_those_of_the_installed_peft(tmp_path):
     )
     model = peft.get_peft_model(torch.nn.Sequential(layers), config)
     model.save_pretrained(tmp_path)
-    found = contents.read(tmp_path)
+    found = parts.read(tmp_path)
     theirs = {
         name: model.base_model.model[0][name].scaling["default"] for name in layers
     }
@@ -202,11 +202,11 @@ def test_our_scales_are_those_of_the_installed_peft(tmp_path):
 
 def test_the_base_is_recognized(tmp_path):
     base = write_model(tmp_path / "base", base_tensors())
-    own = fingerprint.of_files(contents.SafeTensors(base / "model.safetensors"))
+    own = fingerprint.of_files(parts.SafeTensors(base / "model.safetensors"))
     folder = write_adapter(tmp_path / "a", adapter_tensors())
     file = folder / "adapter_model.safetensors"
     safetensors.torch.save_file(adapter_tensors(), file, metadata={BASE: own.to_json()})
-    found = contents.read(folder)
+    found = parts.read(folder)
     tensors = base_tensors()
     assert "made for this base" in inspecting.about_base(found, InMemory(tensors))
     tensors["model.norm.weight"] += 1
@@ -220,7 +220,8 @@ def test_the_base_is_recognized(tmp_path):
     [
         ({"r": 0}, "r in .* is 0"),
         ({"lora_alpha": "12"}, "lora_alpha in .* is '12'"),
-        ({"alpha_pattern": {"q": math.inf}}, "lora_alpha in .* is inf"),
+        ({"alpha_pattern": {"q": None}}, "lora_alpha in .* is None"),
+        ({"alpha_pattern": {"q": math.inf}}, "holds the number Infinity"),
         ({"rank_pattern": [1]}, "is no JSON object"),
     ],
 )

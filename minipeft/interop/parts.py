@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from minipeft.errors import InputError
-from minipeft.interop.peft_format import CONFIG, PREFIX, WEIGHTS, matched, read_config
+from minipeft.interop.peft_folder import CONFIG, PREFIX, WEIGHTS, read_config
+from minipeft.interop.peft_format import matched
 from minipeft.interop.tensors import SafeTensors
 
 PART = re.compile(
@@ -35,7 +36,7 @@ NAMES = {
 
 
 @dataclass(frozen=True)
-class Contents:
+class Parts:
     """The configuration, the open file, and its tensors by module.
 
     Args:
@@ -91,7 +92,7 @@ class Contents:
                 yield name
 
 
-def read(folder: Path) -> Contents:
+def read(folder: Path) -> Parts:
     """Open an adapter's folder.
 
     Raises:
@@ -109,7 +110,7 @@ def read(folder: Path) -> Contents:
             others.append(name)
         else:
             modules.setdefault(found["module"], {})[NAMES[found["part"]]] = name
-    return Contents(config, file, modules, tuple(others))
+    return Parts(config, file, modules, tuple(others))
 
 
 def _check(folder: Path, config: Mapping[str, Any]) -> None:
