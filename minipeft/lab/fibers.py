@@ -1,7 +1,7 @@
 """A GPU made of fibers: small CUDA kernels run on a CPU, their threads in any order.
 
-For chapter 19. One block of 64 threads at a time, one signature; the tests have a
-larger model of the same kind, for every kernel of this library.
+For chapter 19: kernels of one signature, in blocks of 64 threads. The execution model
+is that of the tests, `minipeft/kernels/cpu/`; here it needs no header of NVIDIA's.
 """
 
 import os
@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
+from minipeft import kernels
 from minipeft.errors import InputError
 from minipeft.shapes import Float, UInt8
 
@@ -26,145 +27,49 @@ FLAVOURS = {
         "-fno-sanitize-recover=all",
     ),
 }
-GXX = ("g++", "-std=c++17", "-O1", "-g1", "-ffp-contract=off", "-x", "c++", "-")
+CPU = Path(kernels.__file__).with_name("cpu")
+GXX = ("g++", "-std=c++20", "-O1", "-g1", "-ffp-contract=off", f"-I{CPU}", "-x", "c++")
 
 CUDA = """
 #include <cmath>
+#include "model.hpp"
 #define __global__
 #define __shared__ static
-struct Index { int x; };
-extern Index threadIdx, blockIdx;
-void __syncthreads();
-typedef void (*Kernel)(const float*, unsigned char*, float*, int);
-"""
-
-# Every thread is a fiber: a function with a stack of its own, which can be left in the
-# middle and resumed. At a barrier a fiber leaves; when all have come, all go on.
-MODEL = r"""
-void __syncthreads() {
-  Fiber& f = fibers[threadIdx.x];
-  char* here = &barrier[f.turn++ % 2];
-  __tsan_release(here);  // for ThreadSanitizer: what came before a barrier …
-  f.state = WAITING;
-  leave(f);
-  __tsan_acquire(here);  // … happened before all that comes after it
-}
-
-static void run_block(std::vector<int>& order, std::mt19937& random) {
-  for (Fiber& f : fibers) start(f);
-  __tsan_release(&starts);
-  while (count(DONE) < T) {
-    std::shuffle(order.begin(), order.end(), random);
-    for (int t : order)
-      if (fibers[t].state == READY) resume(t);
-    if (count(DONE) && count(WAITING)) stop("a barrier that not every thread reaches");
-    for (Fiber& f : fibers)
-      if (f.state == WAITING) f.state = READY;
-  }
-  __tsan_acquire(&ends);
-}
-"""
-
-# A switch between fibers orders nothing in ThreadSanitizer's eyes: flag 1.
-MACHINERY = r"""
-#include <ucontext.h>
-#include <algorithm>
-#include <cstdio>
-#include <cstdlib>
-#include <random>
-#include <vector>
-#ifdef RACES
-extern "C" {
-void* __tsan_get_current_fiber();
-void* __tsan_create_fiber(unsigned);
-void __tsan_switch_to_fiber(void*, unsigned);
-void __tsan_acquire(void*);
-void __tsan_release(void*);
-}
-#else
-static void* __tsan_get_current_fiber() { return nullptr; }
-static void* __tsan_create_fiber(unsigned) { return nullptr; }
-static void __tsan_switch_to_fiber(void*, unsigned) {}
-static void __tsan_acquire(void*) {}
-static void __tsan_release(void*) {}
-#endif
-
-constexpr int T = 64;
-enum State { READY, WAITING, DONE };
-struct Fiber {
-  ucontext_t context;
-  char stack[32768];
-  State state;
-  int turn;
-  void* tsan;
-};
-Index threadIdx, blockIdx;
-extern Kernel kernels[];
-static Kernel kernel;
-static Fiber fibers[T];
-static ucontext_t scheduler;
-static void* scheduler_tsan;
-static char starts, ends, barrier[2];
-static const float* W;
-static unsigned char* packed;
-static float* absmax;
-static int n;
-
-static void leave(Fiber& f) {
-  __tsan_switch_to_fiber(scheduler_tsan, 1);
-  swapcontext(&f.context, &scheduler);
-}
-
-static void body() {
-  __tsan_acquire(&starts);
-  kernel(W, packed, absmax, n);
-  __tsan_release(&ends);
-  fibers[threadIdx.x].state = DONE;
-  leave(fibers[threadIdx.x]);
-}
-
-static void start(Fiber& f) {
-  getcontext(&f.context);
-  f.context.uc_stack = {f.stack, 0, sizeof f.stack};
-  makecontext(&f.context, body, 0);
-  if (!f.tsan) f.tsan = __tsan_create_fiber(0);
-  f.state = READY;
-  f.turn = 0;
-}
-
-static void resume(int t) {
-  threadIdx.x = t;
-  __tsan_switch_to_fiber(fibers[t].tsan, 1);
-  swapcontext(&scheduler, &fibers[t].context);
-}
-
-static int count(State state) {
-  return std::count_if(fibers, fibers + T, [=](Fiber& f) { return f.state == state; });
-}
-
-static void stop(const char* what) {
-  std::fprintf(stderr, "%s\n", what);
-  std::exit(3);
-}
+#define threadIdx (::shim::thread)
+#define blockIdx (::shim::block)
+inline void __syncthreads() { ::shim::sync_block(); }
 """
 
 MAIN = r"""
-int main(int, char** arguments) {  // variant, n, seed; the weights come from stdin
-  kernel = kernels[std::atoi(arguments[1])];
-  n = std::atoi(arguments[2]);
-  std::mt19937 random(std::atoi(arguments[3]));
-  const int blocks = (n + T - 1) / T, bytes = (n + 1) / 2;
+#include <cstdio>
+#include <cstdlib>
+int main(int, char** words) {  // variant, n, seed; the weights come from stdin
+  int n = std::atoi(words[2]);
+  const int blocks = (n + 63) / 64, bytes = (n + 1) / 2;
   float* weights = new float[n];  // as long as the tensor: sanitizers see the ends
-  if (std::fread(weights, 4, n, stdin) != size_t(n)) stop("the weights end early");
-  W = weights, packed = new unsigned char[bytes](), absmax = new float[blocks]();
-  scheduler_tsan = __tsan_get_current_fiber();
-  std::vector<int> order(T);
-  for (int t = 0; t < T; ++t) order[t] = t;
-  for (blockIdx.x = 0; blockIdx.x < blocks; ++blockIdx.x) run_block(order, random);
+  if (std::fread(weights, 4, n, stdin) != size_t(n)) shim::stop("too few weights");
+  const float* W = weights;
+  unsigned char* packed = new unsigned char[bytes]();
+  float* absmax = new float[blocks]();
+  void* arguments[] = {&W, &packed, &absmax, &n};
+  const unsigned seed = std::atoi(words[3]);
+  shim::launch(registry().at(words[1]), blocks, 64, seed, arguments);
   std::fwrite(packed, 1, bytes, stdout);
   std::fwrite(absmax, 4, blocks, stdout);
+  delete[] weights, delete[] packed, delete[] absmax;
 }
 """
+
+
+def heart() -> str:
+    """Return the part of the model that runs a block, as it is compiled."""
+    text = (CPU / "fibers.cpp").read_text("utf-8")
+    parts = ("void wait_as", "void open_barriers", "void run_block", "void sync_block")
+    found = []
+    for part in parts:
+        begin = text.index(part)
+        found.append(text[begin : text.index("\n}\n", begin) + 2])
+    return "\n\n".join(found)
 
 
 @dataclass(frozen=True)
@@ -190,7 +95,7 @@ class Program:
 
         A launch that is stopped leaves zeros.
         """
-        arguments = (self.variants.index(variant), W.size, seed)
+        arguments = (f"v{self.variants.index(variant)}", W.size, seed)
         # ThreadSanitizer waits a second at the end, for threads that are not there.
         environment = os.environ | {"TSAN_OPTIONS": "atexit_sleep_ms=0"}
         ended = subprocess.run(
@@ -235,20 +140,22 @@ def build(variants: Mapping[str, str], flavour: str, folder: Path) -> Program:
     parts = [CUDA]
     for number, text in enumerate(variants.values()):
         parts.append(f'namespace v{number} {{\n#line 0 "kernel.cu"\n{text}\n}}')
-    table = ", ".join(f"v{number}::quantize" for number in range(len(variants)))
-    parts.append(f"Kernel kernels[] = {{{table}}};")
+    names = [f"v{number}" for number in range(len(variants))]
+    entries = ", ".join(f'{{"{v}", shim::describe(&{v}::quantize)}}' for v in names)
+    parts.append(f"Registry registry() {{ return {{{entries}}}; }}")
     path = folder / f"{flavour}-{len(list(folder.iterdir()))}"
     # The model is compiled without a sanitizer: it is not what is looked at.
     model = path.with_suffix(".o")
-    races = ("-DRACES",) if flavour == "races" else ()
-    _compile(CUDA + MACHINERY + MODEL + MAIN, ("-c", *races), model)
+    races = ("-DSHIM_RACES",) if flavour == "races" else ()
+    sources = f'#include "{CPU / "fibers.cpp"}"\n{MAIN}'
+    _compile(sources, ("-c", *races), model)
     flags = (*FLAVOURS[flavour], "-x", "none", str(model))
     _compile("\n".join(parts), flags, path)
     return Program(path, tuple(variants))
 
 
 def _compile(text: str, flags: tuple[str, ...], path: Path) -> None:
-    command = [*GXX, *flags, "-o", str(path)]
+    command = [*GXX, "-", *flags, "-o", str(path)]
     done = subprocess.run(command, input=text, text=True, capture_output=True)
     if done.returncode:
         raise InputError(f"g++ refuses the kernel: {done.stderr.splitlines()[0]}")

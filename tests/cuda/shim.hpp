@@ -1,7 +1,7 @@
 // Run CUDA C++ on a CPU: the same kernel source, compiled by g++ behind this header.
 //
 // dtypes, vector types and conversions come from NVIDIA's own headers, which hold a host
-// version of each. The execution model is ours, in shim.cpp: every CUDA thread is a
+// version of each. The execution model is ours, in fibers.cpp: every CUDA thread is a
 // fiber, and between two synchronizations the fibers of a block run in an order that a
 // seed shuffles, as do the blocks of a grid. It is stricter than hardware: it stops where
 // CUDA leaves the result undefined (a barrier that some threads do not reach, a shuffle

@@ -21,7 +21,8 @@ from minipeft.kernels import compiler
 
 HERE = Path(__file__).parent
 BUILD = HERE.parents[1] / "build" / "cuda"
-MODEL = HERE / "model.hpp"
+CPU = Path(kernels.__file__).with_name("cpu")
+MODEL = CPU / "model.hpp"
 ARCHITECTURES = ("75", "80", "90", "100")
 
 # Each way of building the CPU program, and what it makes visible: wrong values; races
@@ -173,7 +174,7 @@ def precompile(flavour: str) -> Path:
 
 def compile_runner(flavour: str) -> Path:
     """Build what all rows share: the execution model, and the program around it."""
-    sources = [HERE / "shim.cpp", HERE / "runner.cpp"]
+    sources = [CPU / "fibers.cpp", HERE / "runner.cpp"]
     parts = [MODEL.read_text(), *(s.read_text() for s in sources)]
     # ThreadSanitizer is to see the kernels and not the scheduler.
     flags = "-DSHIM_RACES" if flavour == "races" else FLAVOURS[flavour]
@@ -183,7 +184,7 @@ def compile_runner(flavour: str) -> Path:
 
 
 def gxx(command: list[str | Path], output: Path, program: str = "") -> None:
-    include = ["-isystem", str(cuda_folder() / "include")]
+    include = [f"-I{CPU}", "-isystem", str(cuda_folder() / "include")]
     line = ["g++", *GXX_FLAGS.split(), *command, *include, "-o", output]
     built = subprocess.run(line, input=program, text=True, capture_output=True)
     assert built.returncode == 0, f"g++ fails:\n{built.stderr}"

@@ -25,7 +25,7 @@ VARIANTS = {
 W = (np.arange(64 * 3 - 1) % 16).astype(np.float32)
 PACKED = np.append(W, 0).astype(np.uint8).reshape(-1, 2) @ np.uint8([1, 16])
 REPORTS = {
-    "values": "a barrier that not every thread reaches",
+    "values": "__syncthreads not reached by every thread",
     "races": "ThreadSanitizer: data race",
     "addresses": "AddressSanitizer: heap-buffer-overflow",
 }

@@ -1,4 +1,4 @@
-// The execution model behind shim.hpp: one fiber a CUDA thread.
+// The execution model of CUDA on a CPU: one fiber a CUDA thread.
 //
 // A missing __syncthreads shows in two ways. Under a shuffled order a thread reads what
 // another has not written yet, and the values are wrong. And under ThreadSanitizer, which

@@ -1,4 +1,4 @@
-// The execution model of CUDA on a CPU: what shim.cpp offers to kernels and to the runner.
+// The execution model of CUDA on a CPU: what fibers.cpp offers to kernels and to the runner.
 //
 // Nothing of NVIDIA's is included here, so that what is not a kernel compiles fast.
 #ifndef MODEL_HPP
