@@ -181,7 +181,7 @@ for name, config, rates in [
     counts[name] = sum(p.numel() for p in trainable_parameters(fresh(config)))
     runs = {rate: run(fresh(config), rate) for rate in rates}
     tried = {rate: history.validation[-1][1] for rate, (history, _) in runs.items()}
-    chosen = chapter.best(name, tried)
+    chosen = chapter.best(f"{name}, {chapter.steps} steps", tried)
     snapshots, losses[name] = runs[chosen][1], tried[chosen]
     rows = [changes(snapshots[-1][layer], before[layer]) for layer in before]
     within[name] = [correlation(torch.stack(pair, dim=1).tolist()) for pair in rows]

@@ -119,7 +119,8 @@ before = chosen["IA3"].before
 chapter.quantity(task.BEFORE, before, "nats per token")
 chapter.quantity("tiny, IA3: trained numbers", chosen["IA3"].trained, "", 0)
 for name, run in chosen.items():
-    print(f"{name}: {run.trained:,} of {everything:,} parameters, loss {run.after:.3f}")
+    print(f"{name}, on keys, values and down_proj:")
+    print(f"  {run.trained:,} of {everything:,} parameters, loss {run.after:.3f}")
 ia3_gain, lora_gain = (before - run.after for run in chosen.values())
 chapter.claim("IA3 lowers the loss", ia3_gain > 0, control="the base before training")
 chapter.claim(

@@ -226,7 +226,8 @@ for name, rates in STARTS.items():
         print(f"{name} at {lr:g}: loss {run.after:.3f}")
         if (name, lr) == ("PiSSA", SLOW):
             model, before = run.model, run.before
-    best[name] = chapter.best(name, {lr: last[name, lr] for lr in rates})
+    losses = {lr: last[name, lr] for lr in rates}
+    best[name] = chapter.best(f"{name}, {chapter.steps} steps", losses)
 chapter.quantity(task.BEFORE, before, "nats per token")
 at_best = {name: last[name, best[name]] for name in STARTS}
 slow = {name: last[name, SLOW] for name in STARTS}

@@ -133,7 +133,8 @@ for name in ("Houlsby", "Pfeiffer", "parallel", "LoRA"):
         lr: tuning.tune(adapted(name), lesson, chapter.steps, lr, checks=1)
         for lr in RATES
     }
-    best = runs[chapter.best(name, {lr: run.after for lr, run in runs.items()})]
+    tried = {lr: run.after for lr, run in runs.items()}
+    best = runs[chapter.best(f"{name}, {chapter.steps} steps", tried)]
     trained[name], losses[name], counts[name] = best.model, best.after, best.trained
 before = best.before
 chapter.quantity(task.BEFORE, before, "nats per token")

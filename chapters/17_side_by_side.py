@@ -322,7 +322,10 @@ FEW = ["VeRA", "IA3", "prefix", "prompt"]
 MANY = [name for name in METHODS if name not in FEW]
 learned = {name: mean(name, "validation") for name in METHODS}
 rates = {
-    name: chapter.best(name, {rate: losses["tuning"] for rate, losses in m["tried"]})
+    name: chapter.best(
+        f"{name}, {full['steps']} steps",
+        {rate: loss["tuning"] for rate, loss in m["tried"]},
+    )
     for name, m in full["methods"].items()
 }
 assert rates == {name: method["rate"] for name, method in full["methods"].items()}
