@@ -2,7 +2,7 @@
 # # Double quantization: the scales cost too
 #
 # NF4 spends four bits on a weight, and then half a bit more on the scale of its block. On a model of 65 billion
-# parameters that half bit is four gigabytes. QLoRA [@dettmers2023] quantizes the scales as well, and pays an eighth of a bit.
+# parameters that half bit is four gigabytes. QLoRA [@dettmers2023] quantizes the scales as well, and then they cost an eighth of a bit.
 # This chapter measures what that costs in accuracy, and which 8-bit codebook suits the scales.
 
 # %%
