@@ -2,13 +2,14 @@
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from minipeft.errors import InputError
+from minipeft.interop.adapter import counterpart
 from minipeft.interop.tensors import About, Tensors
 
 
@@ -81,8 +82,15 @@ def _begun(about: About) -> "hashlib._Hash":
     return hashlib.sha256(f"{about.dtype} {[*about.shape]}\n".encode())
 
 
-def check(saved: Fingerprint, own: Fingerprint) -> None:
+def check(saved: Fingerprint, own: Fingerprint, without: Collection[str] = ()) -> None:
     """Refuse another base.
+
+    Checkpoints of transformers 4 and 5 name the same tensors differently.
+
+    Args:
+        saved: of the base that a file was made for.
+        own: of the base at hand.
+        without: names of tensors that the file brings itself.
 
     Raises:
         InputError: a tensor differs, is missing or is new; the sentence names the
@@ -90,11 +98,17 @@ def check(saved: Fingerprint, own: Fingerprint) -> None:
     """
     if saved.whole == own.whole:
         return
-    for name in sorted(saved.tensors.keys() | own.tensors.keys()):
-        then, now = saved.tensors.get(name), own.tensors.get(name)
-        if then != now:
+    then = {counterpart(n, own.tensors) or n: h for n, h in saved.tensors.items()}
+    brought = {counterpart(n, own.tensors) for n in without}
+    now = {n: h for n, h in own.tensors.items() if n not in brought or n in then}
+    for name in sorted(then.keys() | now.keys()):
+        if then.get(name) != now.get(name):
             what = (
-                "is missing" if now is None else "is new" if then is None else "differs"
+                "is missing"
+                if name not in now
+                else "is new"
+                if name not in then
+                else "differs"
             )
             raise InputError(
                 f"the adapter was made for another base: {name} {what} here; load the "

@@ -74,7 +74,7 @@ def check_base(adapter: Adapter, base: Fingerprint) -> str:
     if BASE not in adapter.metadata:
         return "the adapter does not say which base it was made for"
     saved = Fingerprint.from_json(adapter.metadata[BASE])
-    fingerprint.check(saved, base)
+    fingerprint.check(saved, base, adapter.saved)
     return f"the base is the one that the adapter was made for ({saved.whole[:12]})"
 
 

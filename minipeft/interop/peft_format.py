@@ -62,18 +62,23 @@ def _adapter(contents: Contents) -> Adapter:
             parts.setdefault(found["module"], {})[part] = tensor
     updates, biases = {}, {}
     for module, found_parts in parts.items():
-        update = _update(module, found_parts, config)
-        updates[f"{module}.weight"] = update
+        found_update = update(module, found_parts, config)
+        updates[f"{module}.weight"] = found_update
         if "lora_B.bias" in found_parts:
             biases[f"{module}.bias"] = (
-                update.scaling * found_parts["lora_B.bias"].float()
+                found_update.scaling * found_parts["lora_B.bias"].float()
             )
     return Adapter(updates, biases, saved, config, contents.metadata)
 
 
-def _update(
+def update(
     module: str, parts: Mapping[str, Tensor], config: Mapping[str, Any]
 ) -> Update:
+    """Return the change that a layer's parts make, with its own rank and alpha.
+
+    Raises:
+        InputError: a part is missing, or the parts and the settings differ.
+    """
     embedding = "lora_embedding_A" in parts
     names = (
         ("lora_embedding_A", "lora_embedding_B") if embedding else ("lora_A", "lora_B")

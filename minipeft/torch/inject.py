@@ -61,7 +61,7 @@ def inject(
     with torch.inference_mode(False):
         adapters = config.adapters(found, generator)
     wrapped = {n: config.wrapper(found[n], adapters[n], name) for n in found}
-    _freeze(model)
+    freeze(model)
     replace(model, {id(found[n]): wrapped[n] for n in found})
     return model
 
@@ -201,7 +201,8 @@ def load_adapter_state_dict(
     return model
 
 
-def _freeze(model: nn.Module) -> None:
+def freeze(model: nn.Module) -> None:
+    """Train nothing but adapters from now on."""
     kept = {id(p) for a in adapted(model).values() for p in a.adapters.parameters()}
     for parameter in model.parameters():
         if id(parameter) not in kept:

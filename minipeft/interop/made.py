@@ -1,0 +1,119 @@
+"""What made a file, in its own metadata: base, method, constants, data, seed, versions.
+
+An adapter on another base is another function. So a file names the base it was made
+for, tensor by tensor, and whoever loads it elsewhere is told which tensor differs.
+"""
+
+import json
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import safetensors
+import torch
+from torch import Tensor, nn
+
+from minipeft import __version__
+from minipeft.interop import fingerprint
+from minipeft.interop.fingerprint import Fingerprint, of_tensor
+from minipeft.interop.merging import BASE
+from minipeft.torch.inject import adapted
+
+METHOD, CONSTANTS = "minipeft.method", "minipeft.constants"
+DATA, SEED, VERSIONS = "minipeft.data", "minipeft.seed", "minipeft.versions"
+
+
+@dataclass(frozen=True)
+class Made:
+    """What only the caller knows of a training.
+
+    Args:
+        data: a hash of the training data; empty: not known.
+        seed: of the training; None: not known.
+    """
+
+    data: str = ""
+    seed: int | None = None
+
+
+def metadata(
+    base: Fingerprint, method: str, constants: Mapping[str, Any], made: Made
+) -> dict[str, str]:
+    """Return what a file's header carries about its making."""
+    versions = {
+        "minipeft": __version__,
+        "torch": torch.__version__,
+        "safetensors": safetensors.__version__,
+    }
+    found = {
+        BASE: base.to_json(),
+        METHOD: method,
+        CONSTANTS: json.dumps(dict(constants), sort_keys=True),
+        VERSIONS: json.dumps(versions, sort_keys=True),
+    }
+    if made.data:
+        found[DATA] = made.data
+    if made.seed is not None:
+        found[SEED] = str(made.seed)
+    return found
+
+
+def base_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Return the live tensors of a model without its adapters, by the names of files.
+
+    A tensor that serves in several places stands under the first name alone, as files
+    of transformers have it.
+    """
+    layers = adapted(model)
+    found: dict[int, tuple[str, Tensor]] = {}
+    for key, tensor in model.state_dict(keep_vars=True).items():
+        name = _own_name(key, layers)
+        if name is not None:
+            found.setdefault(id(tensor), (name, tensor))
+    return dict(found.values())
+
+
+def of_base(model: nn.Module, without: Collection[str] = ()) -> Fingerprint:
+    """Hash the tensors of a model without its adapters.
+
+    Args:
+        model: adapted or not.
+        without: names of tensors that were trained and go with the file.
+    """
+    tensors = base_tensors(model)
+    return Fingerprint(
+        {name: of_tensor(tensors[name]) for name in sorted(tensors.keys() - {*without})}
+    )
+
+
+def checked(
+    found: Mapping[str, str], model: nn.Module, brought: Collection[str] = ()
+) -> str:
+    """Refuse a base that is not the file's; return a line about what is known.
+
+    Args:
+        found: the metadata of a file.
+        model: that the file is to be loaded onto.
+        brought: names of the model's tensors that the file replaces.
+
+    Raises:
+        InputError: the file was made for another base; the sentence names the first
+            tensor that differs.
+    """
+    if BASE not in found:
+        return "the adapter does not say which base it was made for"
+    saved = Fingerprint.from_json(found[BASE])
+    fingerprint.check(saved, of_base(model), brought)
+    return f"the base is the one that the adapter was made for ({saved.whole[:12]})"
+
+
+def _own_name(key: str, layers: Collection[str]) -> str | None:
+    """Return the name in the model's own files, or None for a part of an adapter."""
+    for layer in layers:
+        prefix = f"{layer}." if layer else ""
+        if key.startswith(prefix):
+            rest = key.removeprefix(prefix)
+            if rest.startswith("adapters."):
+                return None
+            return prefix + rest.removeprefix("base.")
+    return key

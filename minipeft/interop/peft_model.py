@@ -1,0 +1,308 @@
+"""Models and adapters in peft's format: load a folder onto a model, save one of it.
+
+load(model, Path("adapter"))
+save(model, Path("trained"))
+"""
+
+import re
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from minipeft.errors import InputError
+from minipeft.interop import made as making
+from minipeft.interop import peft_folder, peft_virtual, peft_write
+from minipeft.interop.adapter import counterpart
+from minipeft.interop.made import Made
+from minipeft.interop.peft_folder import PREFIX, Contents
+from minipeft.interop.peft_read import adapters, check_config, split
+from minipeft.interop.peft_rows import TokenRows
+from minipeft.torch import inject, targets
+from minipeft.torch.adapted import naming
+from minipeft.torch.virtual import VirtualTokens
+
+WHOLE = ".modules_to_save."
+TASKS = {
+    "ForCausalLM": "CAUSAL_LM",
+    "LMHeadModel": "CAUSAL_LM",
+    "ForSequenceClassification": "SEQ_CLS",
+    "ForTokenClassification": "TOKEN_CLS",
+    "ForQuestionAnswering": "QUESTION_ANS",
+    "ForConditionalGeneration": "SEQ_2_SEQ_LM",
+}
+"""peft's names of tasks, by the ends of the names of transformers' classes."""
+
+
+def warn(line: str) -> None:
+    """Say a line on stderr."""
+    print(line, file=sys.stderr)
+
+
+def load(
+    model: nn.Module,
+    folder: Path,
+    name: str = "default",
+    allow_base_mismatch: bool = False,
+    say: Callable[[str], None] = warn,
+) -> nn.Module:
+    """Put the adapter of a folder onto a model: all of it, or nothing.
+
+    Layers are wrapped in place. Modules that the file brings whole replace the model's
+    values and are trainable. A soft prompt or a prefix comes as the `PromptModel` or
+    `PrefixModel` around the model.
+
+    Args:
+        model: as it was before training, or with an adapter on the same layers.
+        folder: in peft's format.
+        name: of the new adapter.
+        allow_base_mismatch: do not compare the base with the one that the file names.
+        say: is called with a line about the base.
+
+    Raises:
+        InputError: the files are damaged, were made for another base, do not fit the
+            model, or hold what minipeft has no adapter for.
+    """
+    contents = peft_folder.read(folder)
+    if contents.config.get("peft_type") in peft_virtual.KINDS:
+        _check_base(contents, model, (), allow_base_mismatch, say)
+        return peft_virtual.load(contents, model)
+    check_config(contents.config)
+    parts, others = split(contents)
+    own = _unwrapped(model)
+    places = {key: _place(key, own) for key in parts}
+    _check_complete(contents.config, own, set(places.values()))
+    brought = _brought(contents.config, others, model)
+    _check_base(contents, model, brought, allow_base_mismatch, say)
+    built = adapters(
+        contents, parts, {key: own[place] for key, place in places.items()}
+    )
+    _attach(model, {places[key]: pair for key, pair in built.items()}, name)
+    with torch.no_grad():
+        own_tensors = making.base_tensors(model)
+        for key, values in brought.items():
+            own_tensors[key].copy_(values)
+            if own_tensors[key].is_floating_point():
+                own_tensors[key].requires_grad_(True)
+    return model
+
+
+def save(
+    model: nn.Module, folder: Path, name: str = "default", made: Made | None = None
+) -> None:
+    """Write one adapter of a model as a new folder in peft's format.
+
+    The folder appears whole, or not at all. PiSSA becomes plain LoRA of rank 2r. What
+    is trained beside the adapter goes with it, module by module.
+
+    Args:
+        model: with adapters, or behind virtual tokens.
+        folder: a new one.
+        name: of the adapter.
+        made: what only the caller knows of the training.
+
+    Raises:
+        InputError: the folder exists, peft has no format for the adapter, or a number
+            is not finite.
+    """
+    peft_folder.write(folder, contents_of(model, name, made))
+
+
+def contents_of(
+    model: nn.Module, name: str = "default", made: Made | None = None
+) -> Contents:
+    """Return what the two files of one adapter hold.
+
+    Raises:
+        InputError: peft has no format for the adapter.
+    """
+    if isinstance(model, VirtualTokens):
+        result, base, trained = peft_virtual.written(model), model.model, {}
+    else:
+        layers = inject.adapted(model)
+        mine = {key: layer for key, layer in layers.items() if name in layer.adapters}
+        inject.adapter_state_dict(model, name)  # refuses a name that no layer holds
+        result, base, trained = peft_write.written(mine, name), model, _trained(model)
+        result.config["target_modules"] = _target_modules(mine, name, model)
+    config = {
+        "base_model_name_or_path": _path_of(base),
+        "task_type": _task_of(base),
+        "inference_mode": True,
+        "modules_to_save": sorted({_module(key) for key in trained}) or None,
+        **result.config,
+    }
+    own = making.of_base(base, trained)
+    facts = making.metadata(own, config["peft_type"], result.constants, made or Made())
+    tensors = {f"{PREFIX}{key}": tensor for key, tensor in trained.items()}
+    tensors |= result.tensors
+    return Contents(config, {k: t.detach().cpu() for k, t in tensors.items()}, facts)
+
+
+def _check_base(
+    contents: Contents,
+    model: nn.Module,
+    brought: Mapping[str, Tensor] | tuple[()],
+    allow_base_mismatch: bool,
+    say: Callable[[str], None],
+) -> None:
+    if allow_base_mismatch:
+        say("the base was not compared: --allow-base-mismatch")
+    else:
+        say(making.checked(contents.metadata, model, brought))
+
+
+def _unwrapped(model: nn.Module) -> dict[str, nn.Module]:
+    """Return the modules by name; of adapted layers, those that are wrapped."""
+    layers = inject.adapted(model)
+    outside = dict(targets.outside_adapters(model))
+    return {n: layers[n].base if n in layers else m for n, m in outside.items()}
+
+
+def _place(key: str, own: Mapping[str, nn.Module]) -> str:
+    found = counterpart(key, own)
+    if found is None:
+        raise InputError(
+            f"the adapter changes {key}, which the model does not have; give the model "
+            "that it was trained on"
+        )
+    return found
+
+
+def _check_complete(
+    config: Mapping[str, Any], own: Mapping[str, nn.Module], found: set[str]
+) -> None:
+    """Refuse a file without tensors for a layer that its settings name."""
+    wanted = config.get("target_modules")
+    narrowed = ("layers_to_transform", "exclude_modules", "layers_pattern")
+    if not isinstance(wanted, list) or any(config.get(key) for key in narrowed):
+        return
+    for name, module in own.items():
+        named = any(name == w or name.endswith(f".{w}") for w in wanted)
+        if named and name not in found and hasattr(module, "weight"):
+            raise InputError(
+                f"the settings name {name}, and the file has no tensors for it; get "
+                "the adapter again"
+            )
+
+
+def _brought(
+    config: Mapping[str, Any], others: Mapping[str, Tensor], model: nn.Module
+) -> dict[str, Tensor]:
+    """Return the tensors that the file brings whole, by the model's names."""
+    own, tied = making.base_tensors(model), targets.tied(model)
+    saved = config.get("modules_to_save") or []
+    found = {}
+    for key, tensor in others.items():
+        if key in ("base_model.vera_A", "base_model.vera_B"):
+            continue
+        plain = key.replace(WHOLE, ".").replace(".base_layer.", ".")
+        place = counterpart(plain, own)
+        if ".base_layer." in key and place is not None:
+            _check_same_table(place, tensor, own[place])
+            continue
+        module = plain.rpartition(".")[0]
+        if not any(
+            f".{module}".endswith(f".{s}") or f".{s}." in f".{module}." for s in saved
+        ):
+            raise InputError(
+                f"the file holds {key}, for which minipeft has no adapter; merge it "
+                "with the library that trained it"
+            )
+        if place is None or _module(place) in tied:
+            raise InputError(
+                f"the file brings {plain}, which the model does not have alone; untie "
+                "it, or give the model that the adapter was trained on"
+            )
+        if own[place].shape != tensor.shape:
+            raise InputError(
+                f"the file brings {plain} with shape {tuple(tensor.shape)}, and the "
+                f"model has {tuple(own[place].shape)}; give the model that it was "
+                "trained on"
+            )
+        found[place] = tensor
+    return found
+
+
+def _check_same_table(name: str, table: Tensor, own: Tensor) -> None:
+    here = own.detach().cpu()
+    if table.shape != here.shape or not torch.equal(table.to(here.dtype), here):
+        raise InputError(
+            f"the file holds {name} of another base; give the base that the adapter "
+            "was trained on"
+        )
+
+
+def _attach(
+    model: nn.Module, built: Mapping[str, tuple[type[Any], nn.Module]], name: str
+) -> None:
+    """Wrap the layers, or refuse with nothing changed."""
+    layers = inject.adapted(model)
+    if layers:
+        _add(layers, built, name)
+        return
+    found = targets.layers(model, list(built))
+    kept = {p: p.requires_grad for p in model.parameters()}
+    wrapped = {}
+    try:
+        for key, (wrapper, adapter) in built.items():
+            with naming(key):
+                wrapped[id(found[key])] = wrapper(found[key], adapter, name)
+    except InputError:
+        for parameter, trained in kept.items():
+            parameter.requires_grad_(trained)
+        raise
+    inject.freeze(model)
+    targets.replace(model, wrapped)
+
+
+def _add(
+    layers: Mapping[str, inject.Layer],
+    built: Mapping[str, tuple[type[Any], nn.Module]],
+    name: str,
+) -> None:
+    kinds = {key: type(layer) for key, layer in layers.items()}
+    if kinds != {key: wrapper for key, (wrapper, _) in built.items()}:
+        raise InputError(
+            "the model has adapters on other layers, or of another method, than the "
+            "file; unload the model and load again"
+        )
+    for key, layer in layers.items():
+        with naming(key):
+            layer.check_new(name)
+    for key, (_, adapter) in built.items():
+        layers[key].add(name, adapter)
+
+
+def _trained(model: nn.Module) -> dict[str, Tensor]:
+    """Return the tensors of each module that is trained beside the adapters."""
+    own = making.base_tensors(model)
+    modules = {_module(n) for n, t in own.items() if t.requires_grad}
+    return {n: t for n, t in own.items() if _module(n) in modules}
+
+
+def _target_modules(
+    layers: Mapping[str, inject.Layer], name: str, model: nn.Module
+) -> list[str] | str:
+    rows = {k for k, a in layers.items() if isinstance(a.adapters[name], TokenRows)}
+    chosen = [key for key in layers if key not in rows]
+    others = [key for key in _unwrapped(model) if key not in chosen]
+    found = peft_write.shortest(chosen, others)
+    if any(other.endswith(f".{end}") for other in others for end in found):
+        return "|".join(re.escape(key) for key in chosen)
+    return found
+
+
+def _module(tensor: str) -> str:
+    return tensor.rpartition(".")[0]
+
+
+def _path_of(model: nn.Module) -> str:
+    return str(getattr(getattr(model, "config", None), "name_or_path", "") or "")
+
+
+def _task_of(model: nn.Module) -> str | None:
+    kind = type(model).__name__
+    return next((task for end, task in TASKS.items() if kind.endswith(end)), None)

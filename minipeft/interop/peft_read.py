@@ -1,0 +1,332 @@
+"""From the tensors of peft's files to the adapters of a model's layers.
+
+What a file says and minipeft has no adapter for is refused: a setting that would change
+the function and is passed over gives an adapter that does something else.
+"""
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from copy import deepcopy
+from functools import partial
+from typing import Any, TypeGuard
+
+import torch
+from torch import Tensor, nn
+
+from minipeft.errors import InputError
+from minipeft.interop import peft_format
+from minipeft.interop.peft_folder import Contents
+from minipeft.interop.peft_rows import (
+    BiasedLoRA,
+    BiasedLoRALinear,
+    TokenRows,
+    TokenRowsEmbedding,
+)
+from minipeft.torch import lora, pissa
+from minipeft.torch.adapted import Adapted, naming
+from minipeft.torch.dora import DoRA, DoRALinear
+from minipeft.torch.ia3 import IA3, IA3Linear, Side
+from minipeft.torch.linear import (
+    Form,
+    check_shape,
+    full_precision,
+    weight_of,
+    weight_view,
+)
+from minipeft.torch.lora import LoRA, LoRALinear, check_dropout
+from minipeft.torch.pissa import PiSSA, PiSSALinear
+from minipeft.torch.vera import Projections, VeRA, VeRALinear
+
+Parts = Mapping[str, Tensor]
+Built = tuple[type[Adapted[Any]], nn.Module]
+
+TOKENS = "token_adapter.trainable_tokens_delta"
+KEY = re.compile(
+    r"(?P<module>.+?)\.(?P<part>lora_A\.weight|lora_B\.weight|lora_B\.bias|"
+    r"lora_embedding_A|lora_embedding_B|lora_magnitude_vector(?:\.weight)?|"
+    r"vera_lambda_b|vera_lambda_d|ia3_l|token_adapter\.trainable_tokens_delta)"
+)
+
+COMMON = """
+    auto_mapping base_model_name_or_path bias exclude_modules inference_mode
+    layers_pattern layers_to_transform modules_to_save peft_type peft_version revision
+    target_modules task_type
+"""
+FIELDS = {
+    "LORA": """
+        alpha_pattern corda_config ensure_weight_tying eva_config fan_in_fan_out
+        init_lora_weights loftq_config lora_alpha lora_bias lora_dropout lora_ga_config
+        megatron_core qalora_group_size r rank_pattern trainable_token_indices use_dora
+        use_rslora
+    """,
+    "VERA": """
+        d_initial fan_in_fan_out init_weights projection_prng_key r save_projection
+        vera_dropout
+    """,
+    "IA3": "fan_in_fan_out feedforward_modules init_ia3_weights",
+}
+"""Settings that are read, or that say nothing about the function."""
+LARGEST_RANK = 2**16
+PLAIN_STARTS = (True, False, None, "gaussian", "eva", "orthogonal")
+"""Ways to start A and B that leave the base as it is."""
+
+
+def adapters(
+    contents: Contents, parts: Mapping[str, Parts], layers: Mapping[str, nn.Module]
+) -> dict[str, Built]:
+    """Return the adapter of each layer, and the class that wraps the layer.
+
+    Args:
+        contents: of the folder, for its configuration and VeRA's pair.
+        parts: of each layer, by the file's name of it.
+        layers: by the same names.
+
+    Raises:
+        InputError: a part is missing or of another shape, or a setting is one that
+            minipeft has no adapter for.
+    """
+    check_config(contents.config)
+    build = _METHODS[contents.config["peft_type"]](contents, layers)
+    found = {}
+    for name, layer in layers.items():
+        with naming(name):
+            wrapper, adapter = build(name, parts[name], layer)
+            form = weight_view(layer).form(layer)
+            wrapper.check_fits(form, adapter)
+            found[name] = wrapper, adapter.to(form.device)
+    return found
+
+
+def check_config(config: Mapping[str, Any]) -> None:
+    """Refuse a method or a setting that minipeft has no adapter for.
+
+    Raises:
+        InputError: the sentence names the first.
+    """
+    kind = config.get("peft_type")
+    if not isinstance(kind, str) or kind not in FIELDS:
+        raise InputError(
+            f"the adapter is of type {kind!r}, for which minipeft has no method; it "
+            f"reads {', '.join(FIELDS)}, PROMPT_TUNING and PREFIX_TUNING"
+        )
+    known = f"{COMMON} {FIELDS[kind]}".split()
+    for name, value in config.items():
+        if name not in known and value not in (None, False, {}, [], "", 0):
+            raise InputError(
+                f"the adapter was made with {name} = {value!r}, for which minipeft has "
+                "no method; merge it with the library that trained it"
+            )
+    if config.get("bias", "none") != "none":
+        raise InputError(
+            f"the adapter was made with bias = {config['bias']!r} and trains biases of "
+            "the base; merge it with the library that trained it"
+        )
+    start = config.get("init_lora_weights")
+    if start not in PLAIN_STARTS and start != "pissa":
+        raise InputError(
+            f"init_lora_weights is {start!r}, which changed the base, and the file "
+            "does not hold that base; save it again with "
+            "path_initial_model_for_weight_conversion"
+        )
+
+
+def split(contents: Contents) -> tuple[dict[str, dict[str, Tensor]], dict[str, Tensor]]:
+    """Return the parts of each layer, and all other tensors by their keys."""
+    parts: dict[str, dict[str, Tensor]] = {}
+    others: dict[str, Tensor] = {}
+    for key, tensor in contents.tensors.items():
+        plain = key.removeprefix("base_model.model.")
+        found = KEY.fullmatch(plain)
+        if found is None:
+            others[plain] = tensor
+        else:
+            parts.setdefault(found["module"], {})[found["part"]] = tensor
+    return parts, others
+
+
+Builder = Callable[[str, Parts, nn.Module], Built]
+
+
+def _lora(contents: Contents, layers: Mapping[str, nn.Module]) -> Builder:
+    return partial(_lora_layer, contents.config)
+
+
+def _lora_layer(
+    config: Mapping[str, Any], name: str, parts: Parts, layer: nn.Module
+) -> Built:
+    form = weight_view(layer).form(layer)
+    if TOKENS in parts:
+        return TokenRowsEmbedding, _token_rows(name, parts, form, config)
+    names = {key.removesuffix(".weight"): tensor for key, tensor in parts.items()}
+    update = peft_format.update(name, names, config)
+    magnitude, bias = update.magnitude, parts.get("lora_B.bias")
+    _check_agrees(config, "use_dora", "a magnitude", magnitude)
+    _check_agrees(config, "lora_bias", "a bias of B", bias)
+    A, B = (_wide(M, form) for M in (update.A, update.B))
+    plain = LoRA(A, B, update.scaling, _dropout(config, "lora_dropout"))
+    lora.check_fits(form, plain)
+    if config.get("init_lora_weights") == "pissa":
+        _check_alone(magnitude, bias)
+        return PiSSALinear, _pissa(plain, layer)
+    if magnitude is not None:
+        _check_alone(bias)
+        return DoRALinear, DoRA(plain, _wide(magnitude, form))
+    if bias is not None:
+        return BiasedLoRALinear, BiasedLoRA(plain, _wide(bias, form))
+    return LoRALinear, plain
+
+
+def _check_agrees(
+    config: Mapping[str, Any], name: str, what: str, part: Tensor | None
+) -> None:
+    if bool(config.get(name)) != (part is not None):
+        found = f"has {what}" if part is not None else f"does not have {what}"
+        raise InputError(
+            f"{name} is {config.get(name)!r}, and the file {found}; get it again"
+        )
+
+
+def _check_alone(*parts: Tensor | None) -> None:
+    if any(part is not None for part in parts):
+        raise InputError(
+            "PiSSA, DoRA and a bias of B come together in this file, for which "
+            "minipeft has no method; merge it with the library that trained it"
+        )
+
+
+def _pissa(trained: LoRA, layer: nn.Module) -> PiSSA:
+    # The residual was never saved: the SVD of the base says what was taken from it.
+    W, r = weight_of(layer).detach(), len(trained.A)
+    lora.check_rank(r, W.shape[1], W.shape[0])
+    if not trained.scaling > 0 or not bool(W.isfinite().all()):
+        raise InputError("PiSSA takes a finite base and a positive lora_alpha")
+    with full_precision(W.device):
+        initial = pissa.principal(W, r, trained.scaling)
+    adapter = PiSSA(initial, trained.dropout)
+    adapter.A, adapter.B = trained.A, trained.B
+    return adapter
+
+
+def _token_rows(
+    name: str, parts: Parts, form: Form, config: Mapping[str, Any]
+) -> TokenRows:
+    if len(parts) > 1:
+        raise InputError("rows of tokens are trained beside LoRA; train one of the two")
+    given = config.get("trainable_token_indices")
+    tokens = (
+        peft_format.matched({re.escape(k): v for k, v in given.items()}, name, None)
+        if isinstance(given, dict)
+        else given
+    )
+    if not isinstance(tokens, list) or not all(type(t) is int for t in tokens):
+        raise InputError(
+            f"trainable_token_indices is {given!r}, which does not say which rows of "
+            f"{name} the file holds; get it again"
+        )
+    inside = all(0 <= t < form.in_features for t in tokens)
+    numbers = torch.tensor(tokens if inside else [-1] * len(tokens), dtype=torch.int64)
+    return TokenRows(_wide(parts[TOKENS], form), numbers)
+
+
+def _vera(contents: Contents, layers: Mapping[str, nn.Module]) -> Builder:
+    forms = {name: weight_view(layer).form(layer) for name, layer in layers.items()}
+    pairs: dict[tuple[torch.device, torch.dtype], Projections] = {}
+    shared = _pair(contents, list(forms.values()))
+    dropout = _dropout(contents.config, "vera_dropout")
+
+    def build(name: str, parts: Parts, layer: nn.Module) -> Built:
+        d, b = (_part(parts, f"vera_lambda_{which}") for which in "db")
+        form = forms[name]
+        place = form.device, form.wide
+        if place not in pairs:
+            pairs[place] = deepcopy(shared).to(*place)
+        d, b = _wide(d, form), _wide(b, form)
+        return VeRALinear, VeRA(d, b, pairs[place], dropout)
+
+    return build
+
+
+def _pair(contents: Contents, forms: Sequence[Form]) -> Projections:
+    config = contents.config
+    r, seed = config.get("r"), config.get("projection_prng_key")
+    A, B = (contents.tensors.get(f"base_model.vera_{M}") for M in "AB")
+    if not _is_count(r) or not 0 < r <= LARGEST_RANK:
+        raise InputError(f"r is {r!r}; VeRA takes 1 to {LARGEST_RANK}; get it again")
+    if not _is_count(seed):
+        raise InputError(f"projection_prng_key is {seed!r}; it must be a whole number")
+    widest = max(form.in_features for form in forms)
+    tallest = max(form.out_features for form in forms)
+    if A is None and B is None and not config.get("save_projection", True):
+        return Projections(seed, r, widest, tallest)
+    if A is None or B is None:
+        raise InputError("vera_A or vera_B is missing in the file; get it again")
+    check_shape("vera_A", A, r, A.shape[-1])
+    check_shape("vera_B", B, B.shape[0], r)
+    if 0 <= seed < 2**32:
+        drawn = Projections(seed, r, A.shape[1], B.shape[0])
+        if torch.equal(drawn.A, A) and torch.equal(drawn.B, B):
+            return drawn
+    return Projections.given(A, B)
+
+
+def _ia3(contents: Contents, layers: Mapping[str, nn.Module]) -> Builder:
+    given = contents.config.get("feedforward_modules") or []
+
+    def build(name: str, parts: Parts, layer: nn.Module) -> Built:
+        vector, side = _part(parts, "ia3_l"), _side(given, name)
+        if vector.ndim != 2 or vector.shape[0 if side == "input" else 1] != 1:
+            raise InputError(
+                f"l has shape {tuple(vector.shape)}, which does not scale the {side}, "
+                "as feedforward_modules says; get it again"
+            )
+        form = weight_view(layer).form(layer)
+        return IA3Linear, IA3(_wide(vector.reshape(-1), form), side)
+
+    return build
+
+
+def _side(feedforward: Any, name: str) -> Side:
+    if isinstance(feedforward, str):
+        chosen = re.fullmatch(feedforward, name) is not None
+    else:
+        chosen = any(name.endswith(str(f)) for f in feedforward)
+    return "input" if chosen else "output"
+
+
+_METHODS: Mapping[str, Callable[[Contents, Mapping[str, nn.Module]], Builder]] = {
+    "LORA": _lora,
+    "VERA": _vera,
+    "IA3": _ia3,
+}
+
+
+def _part(parts: Parts, name: str) -> Tensor:
+    if set(parts) - {name} - _WITH.get(name, set()) or name not in parts:
+        raise InputError(
+            f"the file has {', '.join(sorted(parts))} and should have {name}; get it "
+            "again"
+        )
+    return parts[name]
+
+
+_WITH = {"vera_lambda_d": {"vera_lambda_b"}, "vera_lambda_b": {"vera_lambda_d"}}
+
+
+def _wide(tensor: Tensor, form: Form) -> Tensor:
+    """Return the tensor in a dtype in which small steps are not rounded away."""
+    if not tensor.is_floating_point():
+        raise InputError(f"a part has dtype {tensor.dtype}; get the adapter again")
+    dtype = torch.promote_types(tensor.dtype, form.wide)
+    return tensor.to(form.device, dtype).clone(memory_format=torch.contiguous_format)
+
+
+def _dropout(config: Mapping[str, Any], name: str) -> float:
+    p = config.get(name) or 0.0
+    if isinstance(p, bool) or not isinstance(p, int | float):
+        raise InputError(f"{name} is {p!r}; it must be a chance in [0, 1)")
+    check_dropout(p)
+    return float(p)
+
+
+def _is_count(value: Any) -> TypeGuard[int]:
+    return isinstance(value, int) and not isinstance(value, bool)

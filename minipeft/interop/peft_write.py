@@ -1,0 +1,254 @@
+"""From the adapters of a model's layers to the tensors and settings of peft's files."""
+
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from math import inf, nextafter, sqrt
+from typing import Any
+
+from torch import Tensor, nn
+
+from minipeft.errors import InputError
+from minipeft.interop import peft_format
+from minipeft.interop.peft_folder import PREFIX
+from minipeft.interop.peft_read import TOKENS
+from minipeft.interop.peft_rows import BiasedLoRA, TokenRows
+from minipeft.torch import pissa
+from minipeft.torch.adapted import Adapted
+from minipeft.torch.dora import DoRA
+from minipeft.torch.ia3 import IA3
+from minipeft.torch.linear import Lookup, Transposed
+from minipeft.torch.loftq import LoftQ
+from minipeft.torch.lora import LoRA
+from minipeft.torch.pissa import PiSSA
+from minipeft.torch.vera import VeRA
+
+Layers = Mapping[str, Adapted[Any]]
+
+TABLES = ("embed_tokens", "lm_head")
+"""Adapted layers of these names stand in peft's files with their own weights too."""
+
+
+@dataclass(frozen=True)
+class Written:
+    """The settings and tensors of one method.
+
+    Args:
+        config: what peft's configuration says of the method.
+        tensors: by their names in the file.
+        constants: that the function depends on and no tensor holds.
+    """
+
+    config: dict[str, Any]
+    tensors: dict[str, Tensor]
+    constants: dict[str, Any] = field(default_factory=dict)
+
+
+def written(layers: Layers, name: str) -> Written:
+    """Return one adapter of all layers as peft's file has it.
+
+    PiSSA becomes plain LoRA of rank 2r on the base that was never touched.
+
+    Raises:
+        InputError: peft has no format for the method, or none for such a mixture.
+    """
+    found = {key: _plain(layer.adapters[name]) for key, layer in layers.items()}
+    rows = {key: a for key, a in found.items() if isinstance(a, TokenRows)}
+    others = {key: a for key, a in found.items() if key not in rows}
+    kinds = {type(a) for a in others.values()} or {LoRA}
+    if len(kinds) > 1:
+        names = ", ".join(sorted(kind.__name__ for kind in kinds))
+        raise InputError(
+            f"the layers hold {names}, and one file of peft holds one method; save "
+            "them under several names of adapters"
+        )
+    (kind,) = kinds
+    if kind not in _METHODS or (rows and kind in (VeRA, IA3)):
+        raise InputError(
+            f"peft has no format for {kind.__name__}"
+            + " with trained rows of tokens" * bool(rows)
+            + "; save the model's state dict instead"
+        )
+    result = _METHODS[kind](others, layers)
+    for key, adapter in rows.items():
+        result.tensors[f"{PREFIX}{key}.{TOKENS}"] = adapter.rows
+        tokens = result.config.setdefault("trainable_token_indices", {})
+        tokens[key] = adapter.tokens.tolist()
+    return result
+
+
+def _plain(adapter: nn.Module) -> nn.Module:
+    """Return an adapter of a kind that has a format; LoftQ's is LoRA on its base."""
+    if isinstance(adapter, PiSSA):
+        return pissa.to_lora(adapter, adapter.initial)
+    if isinstance(adapter, LoftQ):
+        return LoRA(adapter.A, adapter.B, adapter.scaling, adapter.dropout)
+    return adapter
+
+
+def _lora(found: Mapping[str, Any], layers: Layers) -> Written:
+    tensors: dict[str, Tensor] = {}
+    for key, adapter in found.items():
+        for part, tensor in _lora_parts(adapter, layers[key]).items():
+            tensors[f"{PREFIX}{key}.{part}"] = tensor
+        if key.rpartition(".")[2] in TABLES:
+            for part, tensor in layers[key].base.state_dict().items():
+                tensors[f"{PREFIX}{key}.base_layer.{part}"] = tensor
+    kinds = {type(adapter) for adapter in found.values()}
+    views = {type(layers[key].view) for key in found}
+    config = {
+        "peft_type": "LORA",
+        "bias": "none",
+        **scales({key: (len(a.A), a.scaling) for key, a in found.items()}),
+        "lora_dropout": common("dropout", [a.dropout for a in found.values()]),
+        "use_dora": DoRA in kinds,
+        "lora_bias": BiasedLoRA in kinds,
+        "fan_in_fan_out": views == {Transposed},
+        "init_lora_weights": True,
+    }
+    constants = {f"{key}.scaling": a.scaling for key, a in found.items()}
+    return Written(config, tensors, constants)
+
+
+def _lora_parts(adapter: LoRA, layer: Adapted[Any]) -> dict[str, Tensor]:
+    parts: dict[str, Tensor]
+    if isinstance(layer.view, Lookup):
+        parts = {"lora_embedding_A": adapter.A, "lora_embedding_B": adapter.B}
+    else:
+        parts = {"lora_A.weight": adapter.A, "lora_B.weight": adapter.B}
+    if isinstance(adapter, DoRA):
+        parts["lora_magnitude_vector"] = adapter.magnitude
+    if isinstance(adapter, BiasedLoRA):
+        parts["lora_B.bias"] = adapter.c
+    return parts
+
+
+def _vera(found: Mapping[str, VeRA], layers: Layers) -> Written:
+    pairs = {a.projections.drawn: a.projections for a in found.values()}
+    if len(pairs) != 1:
+        raise InputError(
+            "the layers do not share one pair of VeRA; inject them at once"
+        )
+    ((seed, r, _, _), pair) = next(iter(pairs.items()))
+    tensors = {"base_model.vera_A": pair.A, "base_model.vera_B": pair.B}
+    for key, adapter in found.items():
+        tensors[f"{PREFIX}{key}.vera_lambda_b"] = adapter.b
+        tensors[f"{PREFIX}{key}.vera_lambda_d"] = adapter.d
+    config = {
+        "peft_type": "VERA",
+        "bias": "none",
+        "r": r,
+        "projection_prng_key": max(seed, 0),  # a pair that was given has none
+        "save_projection": True,
+        "vera_dropout": common("dropout", [a.dropout for a in found.values()]),
+        "fan_in_fan_out": {type(layers[key].view) for key in found} == {Transposed},
+    }
+    return Written(config, tensors, {"seed": seed})
+
+
+def _ia3(found: Mapping[str, IA3], layers: Layers) -> Written:
+    tensors = {
+        f"{PREFIX}{key}.ia3_l": a.l[None] if a.side == "input" else a.l[:, None]
+        for key, a in found.items()
+    }
+    inputs = [key for key, a in found.items() if a.side == "input"]
+    outputs = [key for key, a in found.items() if a.side == "output"]
+    config = {
+        "peft_type": "IA3",
+        "feedforward_modules": shortest(inputs, outputs),
+        "fan_in_fan_out": {type(layers[key].view) for key in found} == {Transposed},
+    }
+    return Written(config, tensors, {f"{key}.side": a.side for key, a in found.items()})
+
+
+_METHODS: Mapping[type[nn.Module], Callable[[Any, Layers], Written]] = {
+    LoRA: _lora,
+    DoRA: _lora,
+    BiasedLoRA: _lora,
+    VeRA: _vera,
+    IA3: _ia3,
+}
+
+
+def scales(found: Mapping[str, tuple[int, float]]) -> dict[str, Any]:
+    """Return r, alpha and their patterns, so that peft computes these scalings.
+
+    Args:
+        found: rank and scaling of each layer.
+    """
+    stabilized = _is_stabilized(found.values())
+    alphas = {key: alpha_of(r, s, stabilized) for key, (r, s) in found.items()}
+    r, rank_pattern = patterns({key: r for key, (r, _) in found.items()}, 8)
+    alpha, alpha_pattern = patterns(alphas, 8)
+    return {
+        "r": r,
+        "rank_pattern": rank_pattern,
+        "lora_alpha": alpha,
+        "alpha_pattern": alpha_pattern,
+        "use_rslora": stabilized,
+    }
+
+
+def _is_stabilized(found: Iterable[tuple[int, float]]) -> bool:
+    """Tell whether the scalings are those of whole alphas over the root of the rank."""
+    found = list(found)
+    return not _are_whole(found, False) and _are_whole(found, True)
+
+
+def _are_whole(found: Iterable[tuple[int, float]], stabilized: bool) -> bool:
+    return all(isinstance(alpha_of(r, s, stabilized), int) for r, s in found)
+
+
+def alpha_of(r: int, s: float, stabilized: bool) -> int | float:
+    r"""Return the alpha with $\alpha / r = s$, or $\alpha / \sqrt r = s$, bit for bit.
+
+    A whole number, where one does it. A scaling that no alpha gives exactly is met
+    within one unit in the last place of float64.
+    """
+    divisor = sqrt(r) if stabilized else r
+    near = s * divisor
+    whole = round(near)
+    if whole / divisor == s:
+        return whole
+    others = (near, nextafter(near, -inf), nextafter(near, inf))
+    return min(others, key=lambda alpha: abs(alpha / divisor - s))
+
+
+def patterns(values: Mapping[str, Any], default: Any) -> tuple[Any, dict[str, Any]]:
+    """Return the most frequent value, and the others by the names of their layers."""
+    if not values:
+        return default, {}
+    usual = Counter(values.values()).most_common(1)[0][0]
+    pattern = {key: value for key, value in values.items() if value != usual}
+    if all(peft_format.matched(pattern, key, usual) == v for key, v in values.items()):
+        return usual, pattern
+    # A name is the end of another one, so each is held to its beginning.
+    return usual, {f"^{re.escape(key)}": value for key, value in pattern.items()}
+
+
+def common(what: str, values: Sequence[Any]) -> Any:
+    """Return the one value that all layers have.
+
+    Raises:
+        InputError: they differ, and the format has one for all.
+    """
+    different = sorted({*values})
+    if len(different) > 1:
+        raise InputError(
+            f"{what} is {different[0]} in one layer and {different[1]} in another, and "
+            "peft's file has one for all; set the same"
+        )
+    return different[0] if different else 0.0
+
+
+def shortest(chosen: Sequence[str], others: Iterable[str]) -> list[str]:
+    """Return last parts of names that mean the chosen and none of the others.
+
+    The full names, if last parts do not tell them apart.
+    """
+    others = list(others)
+    ends = sorted({name.rpartition(".")[2] for name in chosen})
+    if not any(name.endswith(end) for name in others for end in ends):
+        return ends
+    return sorted(chosen)

@@ -1,0 +1,271 @@
+"""peft's files, read and written, against the library itself."""
+
+import json
+
+import pytest
+import torch
+
+from minipeft.errors import InputError
+from minipeft.interop import peft_folder, peft_model
+from minipeft.torch import inject
+from minipeft.torch.dora import DoRAConfig
+from minipeft.torch.ia3 import IA3Config
+from minipeft.torch.lora import LoRAConfig
+from minipeft.torch.pissa import PiSSAConfig
+from minipeft.torch.prefix import PrefixConfig, PrefixModel
+from minipeft.torch.prompt import PromptConfig, PromptModel
+from minipeft.torch.vera import VeRAConfig
+from tests.agreement.llama import llama, logit_bound
+from tests.interop import peers
+from tests.interop.peers import TARGETS
+from tests.tolerance import assert_within
+
+peft = pytest.importorskip("peft")
+
+LORA = {
+    "plain": {},
+    "rank-stabilized": {"use_rslora": True, "r": 5},
+    "patterns": {
+        "rank_pattern": {"layers.1.self_attn.q_proj": 3},
+        "alpha_pattern": {"v_proj": 7},
+    },
+    "patterns, rank-stabilized": {"use_rslora": True, "rank_pattern": {"v_proj": 3}},
+    "DoRA": {"use_dora": True},
+    "DoRA, rank-stabilized": {"use_dora": True, "use_rslora": True, "r": 3},
+    "embeddings": {"target_modules": ["embed_tokens", "q_proj"]},
+    "embeddings, DoRA": {
+        "target_modules": ["embed_tokens", "q_proj"],
+        "use_dora": True,
+    },
+    "head": {"target_modules": ["lm_head", "q_proj"]},
+    "saved whole": {"modules_to_save": ["lm_head"]},
+    "rows of tokens": {"trainable_token_indices": [3, 5]},
+    "every linear layer": {"target_modules": "all-linear"},
+    "one layer": {"layers_to_transform": [1]},
+    "a pattern": {"target_modules": r".*layers\.0\.mlp\.(up|down)_proj"},
+}
+VERA = {"r": 8, "target_modules": TARGETS, "projection_prng_key": 3}
+
+
+def config(case):
+    if case in LORA:
+        return peers.lora(**LORA[case])
+    task = {"task_type": "CAUSAL_LM"}
+    return {
+        "VeRA": lambda: peft.VeraConfig(**VERA, **task),
+        "IA3": lambda: peft.IA3Config(
+            target_modules=["k_proj", "v_proj", "down_proj"],
+            feedforward_modules=["down_proj"],
+            **task,
+        ),
+        "prompt": lambda: peft.PromptTuningConfig(num_virtual_tokens=3, **task),
+        "prefix": lambda: peft.PrefixTuningConfig(num_virtual_tokens=3, **task),
+    }[case]()
+
+
+CASES = [*LORA, "VeRA", "IA3", "prompt", "prefix"]
+
+
+def silent(line):
+    pass
+
+
+def assert_same_logits(model, found, expected):
+    bound = logit_bound(model, expected)
+    assert_within(found.numpy(), expected.numpy(), bound)
+
+
+def assert_same_tensors(one, other):
+    assert one.keys() == other.keys()
+    for name, tensor in one.items():
+        assert tensor.dtype == other[name].dtype, name
+        assert torch.equal(tensor, other[name]), name
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_folder_of_peft_gives_its_logits_and_is_written_back_bit_for_bit(
+    case, tmp_path
+):
+    base = llama()
+    theirs = peers.trained(base, config(case))
+    folder = peers.saved(theirs, tmp_path / "theirs")
+    expected = peers.logits(theirs, 3 if case == "prompt" else 0)
+    assert not torch.equal(expected, peers.logits(base))
+    mine = peft_model.load(llama(), folder, say=silent).eval()
+    assert_same_logits(base, peers.logits(mine), expected)
+    peft_model.save(mine, tmp_path / "mine")
+    one, other = (peft_folder.read(tmp_path / f) for f in ("theirs", "mine"))
+    assert_same_tensors(one.tensors, other.tensors)
+    again = peers.reloaded(base, tmp_path / "mine")
+    found = peers.logits(again, 3 if case == "prompt" else 0)
+    assert torch.equal(found, expected)
+
+
+def test_the_settings_are_written_back(tmp_path):
+    theirs = peers.trained(llama(), config("patterns, rank-stabilized"))
+    folder = peers.saved(theirs, tmp_path / "theirs")
+    peft_model.save(peft_model.load(llama(), folder, say=silent), tmp_path / "mine")
+    one, other = (peft_folder.read_config(tmp_path / f) for f in ("theirs", "mine"))
+    for name in ("peft_type", "r", "lora_alpha", "use_rslora", "use_dora", "task_type"):
+        assert one[name] == other[name], name
+    assert sorted(one["target_modules"]) == sorted(other["target_modules"])
+    assert set(other["rank_pattern"].values()) == {3}
+
+
+@pytest.mark.parametrize(
+    ("make", "settings"),
+    [
+        (peers.biased, {"lora_bias": True, "target_modules": ["q_proj", "o_proj"]}),
+        (peers.gpt2, {"target_modules": ["c_attn", "c_proj"], "fan_in_fan_out": True}),
+        (peers.gpt2, {"target_modules": ["c_fc"], "use_dora": True, "r": 3}),
+    ],
+)
+def test_biases_and_transposed_layers(make, settings, tmp_path):
+    base = make()
+    theirs = peers.trained(base, peers.lora(**settings))
+    folder = peers.saved(theirs, tmp_path / "theirs")
+    mine = peft_model.load(make(), folder, say=silent).eval()
+    assert_same_logits(base, peers.logits(mine), peers.logits(theirs))
+    assert_same_logits(base, peers.logits(inject.merge(mine)), peers.logits(theirs))
+    peft_model.save(mine, tmp_path / "mine")
+    one, other = (peft_folder.read(tmp_path / f) for f in ("theirs", "mine"))
+    assert_same_tensors(one.tensors, other.tensors)
+    again = peers.reloaded(base, tmp_path / "mine")
+    assert torch.equal(peers.logits(again), peers.logits(theirs))
+
+
+def test_pissa_of_peft_needs_its_base_and_leaves_as_plain_lora(tmp_path):
+    base = llama()
+    theirs = peers.trained(base, peers.lora(init_lora_weights="pissa"))
+    folder = peers.saved(theirs, tmp_path / "theirs")
+    mine = peft_model.load(llama(), folder, say=silent).eval()
+    assert_same_logits(base, peers.logits(mine), peers.logits(theirs))
+    peft_model.save(mine, tmp_path / "mine")
+    written = peft_folder.read_config(tmp_path / "mine")
+    assert (written["r"], written["lora_alpha"]) == (8, 12)
+    assert written["init_lora_weights"] is True
+    again = peers.reloaded(base, tmp_path / "mine")
+    assert_same_logits(base, peers.logits(again), peers.logits(theirs))
+
+
+OURS = {
+    "LoRA": LoRAConfig(r=3, alpha=7, rank_stabilized=True, dropout=0.1),
+    "DoRA": DoRAConfig(r=3, alpha=7),
+    "VeRA": VeRAConfig(r=8, seed=4),
+    "IA3": IA3Config(feedforward=["down_proj"]),
+    "PiSSA": PiSSAConfig(r=3, alpha=7),
+    "prompt": PromptConfig(num_virtual_tokens=3),
+    "prefix": PrefixConfig(num_virtual_tokens=3, hidden=5),
+}
+
+
+def ours(method):
+    if method == "prompt":
+        model = PromptModel(llama(), OURS[method])
+    elif method == "prefix":
+        model = PrefixModel(llama(), OURS[method])
+    else:
+        model = inject.inject(llama(), OURS[method], TARGETS)
+    torch.manual_seed(3)
+    for parameter in inject.trainable_parameters(model):
+        parameter.data += 0.1 * torch.randn_like(parameter)
+    return model.eval()
+
+
+@pytest.mark.parametrize("method", OURS)
+def test_what_minipeft_trained_is_loaded_by_peft_and_by_minipeft(method, tmp_path):
+    base, model = llama(), ours(method)
+    peft_model.save(model, tmp_path / "adapter")
+    theirs = peers.reloaded(base, tmp_path / "adapter")
+    expected = peers.logits(model)
+    found = peers.logits(theirs, 3 if method == "prompt" else 0)
+    assert_same_logits(base, found, expected)
+    mine = peft_model.load(llama(), tmp_path / "adapter", say=silent).eval()
+    assert_same_logits(base, peers.logits(mine), expected)
+
+
+@pytest.mark.parametrize("r", [1, 2, 3, 4, 5, 6, 7, 8, 12, 24, 48])
+@pytest.mark.parametrize("stabilized", [False, True])
+def test_an_alpha_gives_the_scaling_bit_for_bit(r, stabilized, tmp_path):
+    from minipeft.interop.peft_write import scales
+    from minipeft.torch.lora import scaling
+
+    for alpha in (1, 6, 7, 0.3, 16.5, 1e-3):
+        s = scaling(alpha, r, stabilized)
+        fields = scales({"layer": (r, s)})
+        found = scaling(fields["lora_alpha"], r, fields["use_rslora"])
+        assert torch.tensor(found) == torch.tensor(s)  # as float32 computes
+        if alpha in (1, 6, 7):
+            assert found == s
+
+
+def test_names_of_transformers_4_are_found(tmp_path):
+    folder = peers.saved(peers.trained(llama(), peers.lora()), tmp_path / "theirs")
+    contents = peft_folder.read(folder)
+    older = {
+        k.replace(".model.model.", ".model."): t for k, t in contents.tensors.items()
+    }
+    assert older.keys() != contents.tensors.keys()
+    renamed = peft_folder.Contents(contents.config, older)
+    peft_folder.write(tmp_path / "older", renamed)
+    models = [
+        peft_model.load(llama(), tmp_path / f, say=silent) for f in ("theirs", "older")
+    ]
+    assert torch.equal(*(peers.logits(model) for model in models))
+
+
+REFUSED = {
+    "use_qalora": ({"use_qalora": True}, "use_qalora"),
+    "a1": ({"alora_invocation_tokens": [1, 2]}, "alora_invocation_tokens"),
+    "replicated": ({"layer_replication": [[0, 2]]}, "layer_replication"),
+    "experts": ({"target_parameters": ["experts.up"]}, "target_parameters"),
+    "unknown": ({"a_setting_of_tomorrow": 3}, "a_setting_of_tomorrow"),
+    "biases": ({"bias": "all"}, "bias = 'all'"),
+    "a changed base": ({"init_lora_weights": "olora"}, "olora"),
+    "a random SVD": ({"init_lora_weights": "pissa_niter_4"}, "pissa_niter_4"),
+    "another method": ({"peft_type": "LOHA"}, "LOHA"),
+    "a lost magnitude": ({"use_dora": True}, "use_dora"),
+    "a lost bias": ({"lora_bias": True}, "lora_bias"),
+    "another rank": ({"r": 8}, "rank 4 in the file and 8"),
+    "no alpha": ({"lora_alpha": None}, "lora_alpha"),
+    "more targets": ({"target_modules": [*TARGETS, "k_proj"]}, "k_proj"),
+    "dropout": ({"lora_dropout": 1.5}, "1.5"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_minipeft_has_no_method_for_is_refused(case, tmp_path):
+    change, words = REFUSED[case]
+    folder = peers.saved(peers.trained(llama(), peers.lora()), tmp_path / "theirs")
+    path = folder / peft_folder.CONFIG
+    path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
+    model = llama()
+    with pytest.raises(InputError, match=r"\A.+\Z") as refusal:
+        peft_model.load(model, folder, say=silent)
+    assert words in str(refusal.value)
+    assert not inject.adapted(model)
+    assert all(p.requires_grad for p in model.parameters())
+
+
+def test_a_second_adapter_joins_the_first(tmp_path):
+    one, two = (
+        peers.saved(peers.trained(llama(), peers.lora(), seed), tmp_path / str(seed))
+        for seed in (5, 6)
+    )
+    model = peft_model.load(llama(), one, "one", say=silent)
+    peft_model.load(model, two, "two", say=silent)
+    alone = peft_model.load(llama(), two, say=silent)
+    assert torch.equal(peers.logits(inject.activate(model, "two")), peers.logits(alone))
+    other = ours("IA3")
+    with pytest.raises(InputError, match="another method"):
+        peft_model.load(other, one, "one", say=silent)
+
+
+def test_a_folder_is_never_overwritten(tmp_path):
+    model = ours("LoRA")
+    peft_model.save(model, tmp_path / "adapter")
+    before = {p.name: p.read_bytes() for p in (tmp_path / "adapter").iterdir()}
+    with pytest.raises(InputError, match="exists"):
+        peft_model.save(model, tmp_path / "adapter")
+    assert before == {p.name: p.read_bytes() for p in (tmp_path / "adapter").iterdir()}
+    assert [p.name for p in tmp_path.iterdir()] == ["adapter"]
