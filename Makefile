@@ -9,6 +9,7 @@ JOBS ?= 2
 # Continuous integration also runs the tests that compare with other libraries.
 WITH_PEERS := $(VENV)/.setup-peers
 SETUP := $(if $(CI),$(WITH_PEERS),$(VENV)/.setup)
+ON_GPU := $(firstword $(wildcard $(BIN)/python) $(PYTHON))
 comma := ,
 # KaTeX's script travels in this wheel; its own dependencies are not wanted.
 KATEX := pelican-katex==1.8.9
@@ -20,7 +21,7 @@ export NO_MKDOCS_2_WARNING := 1
 
 .DEFAULT_GOAL := help
 .PHONY: help setup chapter book serve test check fmt fmt-check lint types imports \
-	map golden golden-check vectors matrix results bench test-gpu ci-deps clean
+	map golden golden-check vectors matrix results bench gpu test-gpu ci-deps clean
 
 help:  ## print this table
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' Makefile
@@ -97,8 +98,12 @@ results: $(SETUP)  ## recompute chapters/results: seeds, sweeps, sizes (takes lo
 bench: $(WITH_PEERS)  ## time against peft and bitsandbytes, in pairs, as ratios
 	@$(BIN)/python -m minipeft.lab.bench
 
-test-gpu: $(SETUP)  ## all that needs a CUDA device: tests, vectors, compute-sanitizer
-	@$(BIN)/python -m tests.cuda.on_gpu
+# These two install nothing: a machine with a GPU has its own torch and CuPy.
+gpu:  ## all that only a CUDA device can show: make gpu [STAGE=bench-kernels]
+	@$(ON_GPU) tools/gpu.py $(STAGE)
+
+test-gpu:  ## the tests, the vectors, compute-sanitizer on a CUDA device
+	@$(ON_GPU) tools/gpu.py tests vectors sanitizers
 
 ci-deps:  ## Debian packages that the full test run uses
 	@if command -v apt-get >/dev/null && [ "$$(id -u)" = 0 ]; then \

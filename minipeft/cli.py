@@ -74,6 +74,16 @@ def _add_gpu_report(
         metavar="FOLDER",
         help="where gpu-report.md and gpu-report.json go (default: here)",
     )
+    parser.add_argument(
+        "--size",
+        type=int,
+        default=4096,
+        metavar="N",
+        help="rows and columns of the weights (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--resume", action="store_true", help="go on with the report in FOLDER"
+    )
     parser.set_defaults(run=_gpu_report)
 
 
@@ -96,9 +106,13 @@ def _fetch_model(options: argparse.Namespace) -> int:
 def _gpu_report(options: argparse.Namespace) -> int:
     from minipeft.cupy.executor import current
     from minipeft.lab.gpu import device, report
+    from minipeft.lab.gpu.trials import Sizes
 
     current()  # says what is missing
-    return report.run(options.out, device.CupyDevice())
+    if options.size < 256 or options.size % 256:
+        raise InputError(f"--size is {options.size}; give a multiple of 256")
+    sizes = Sizes(options.size, options.size)
+    return report.run(options.out, device.CupyDevice(), sizes, options.resume)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,10 @@
-"""`make test-gpu`, with the GPU and the programs that it starts replaced by notes."""
+"""`make gpu`, with the GPU, the programs that it starts and the clock replaced."""
 
+import importlib.util
+import json
 import subprocess
+import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -10,90 +14,248 @@ from minipeft.cupy import executor
 from tests.cuda import on_gpu
 
 ROOT = Path(__file__).parents[2]
+FACTS = {"minipeft": "1", "name": "A CPU"}
 
 
 @pytest.fixture
-def started(monkeypatch):
-    """Note what is started; a program whose name is in `failing` fails."""
-    commands, failing = [], set()
-
-    def run(command, check):
-        commands.append(command)
-        return SimpleNamespace(returncode=int(bool(failing & set(command))))
-
-    monkeypatch.setattr(subprocess, "run", run)
-    monkeypatch.setattr(on_gpu, "missing", lambda: None)
-    return SimpleNamespace(commands=commands, failing=failing)
-
-
-def test_without_a_gpu_one_line_and_no_failure(started, monkeypatch, capsys):
-    monkeypatch.setattr(on_gpu, "missing", lambda: "There is no GPU.")
-    for arguments, code in (([], 0), (["--small"], 1)):  # lost under a sanitizer
-        assert on_gpu.main(arguments) == code
-        assert capsys.readouterr().out == "test-gpu: nothing ran. There is no GPU.\n"
-    assert started.commands == []
+def gpu(monkeypatch, tmp_path):
+    """Load the tool, on a device that is not there."""
+    spec = importlib.util.spec_from_file_location("gpu_tool", ROOT / "tools/gpu.py")
+    tool = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, "gpu_tool", tool)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    spec.loader.exec_module(tool)
+    monkeypatch.setattr(tool, "RESULTS", tmp_path / "gpu")
+    monkeypatch.setattr(tool.executor, "missing", lambda: None)
+    monkeypatch.setattr(tool, "too_old", lambda: None)
+    monkeypatch.setattr(tool, "facts", lambda: dict(FACTS))
+    monkeypatch.setattr(tool, "find_sanitizer", lambda: Path("/cuda/sanitizer"))
+    return tool
 
 
-def test_with_a_gpu_everything_runs(started, monkeypatch, capsys):
-    monkeypatch.setattr(on_gpu, "find_sanitizer", lambda: Path("/cuda/sanitizer"))
-    assert on_gpu.main([]) == 0
-    texts = [" ".join(command) for command in started.commands]
-    for expected in (
+@pytest.fixture
+def started(gpu, monkeypatch):
+    """Note what is started, at a clock of its own; a step takes what `takes` says."""
+    told = SimpleNamespace(now=0.0, names=[], takes={}, failing=set())
+
+    def run(step, seconds):
+        told.names.append(step.name)
+        wanted = told.takes.get(step.name, 10.0)
+        told.now += min(wanted, seconds)
+        if wanted > seconds:
+            if step.goes_on:
+                told.takes[step.name] = wanted - seconds
+            return gpu.Record("unfinished", seconds)
+        verdict = "failed" if step.name in told.failing else "passed"
+        return gpu.Record(verdict, wanted, said=["the last | line"])
+
+    monkeypatch.setattr(gpu, "run", run)
+    monkeypatch.setattr(gpu, "time", SimpleNamespace(monotonic=lambda: told.now))
+    return told
+
+
+def written(gpu):
+    found = json.loads((gpu.RESULTS / "gpu.json").read_text("utf-8"))
+    assert found["facts"] == FACTS
+    return {name: step["verdict"] for name, step in found["steps"].items()}
+
+
+def test_without_a_gpu_one_line_and_no_failure(gpu, started, monkeypatch, capsys):
+    monkeypatch.setattr(gpu.executor, "missing", lambda: "There is no GPU.")
+    assert gpu.main([]) == 0
+    assert capsys.readouterr().out == "gpu: nothing ran. There is no GPU.\n"
+    assert started.names == []
+    assert not gpu.RESULTS.exists()
+
+
+@pytest.mark.parametrize(
+    ("package", "found", "sentence"),
+    [
+        ("torch", "2.10.1+cu130", "torch is 2.10.1+cu130; version 2.11 or newer is"),
+        ("transformers", "4.57.0", "transformers is 4.57.0; version 5 or newer is"),
+        ("transformers", None, "transformers is not installed; version 5 or newer is"),
+        ("torch", "2.13.0", "has no CUDA; a build with CUDA is needed."),
+    ],
+)
+def test_what_is_missing_is_one_sentence(monkeypatch, gpu, package, found, sentence):
+    torch = pytest.importorskip("torch")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+
+    def version(name):
+        if name == package and found is None:
+            raise gpu.PackageNotFoundError
+        return found if name == package else "9.0"
+
+    monkeypatch.undo()
+    spec = importlib.util.spec_from_file_location("gpu_tool", ROOT / "tools/gpu.py")
+    tool = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, "gpu_tool", tool)
+    spec.loader.exec_module(tool)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(tool, "version", version)
+    assert sentence in tool.too_old()
+
+
+def test_a_stage_that_is_not_there_names_those_that_are(gpu, started, capsys):
+    assert gpu.main(["bench"]) == 2
+    said = capsys.readouterr().out
+    assert "There is no stage 'bench'. Stages: tests, vectors, sanitizers," in said
+    assert started.names == []
+
+
+def test_with_a_gpu_everything_runs_once_and_is_written(gpu, started):
+    assert gpu.main([]) == 0
+    steps = [step for stage in gpu.stages().values() for step in stage]
+    assert started.names == [step.name for step in steps]
+    assert written(gpu) == dict.fromkeys(started.names, "passed")
+    assert gpu.main([]) == 0
+    assert len(started.names) == len(steps)  # nothing is left
+    text = (gpu.RESULTS / "gpu.md").read_text("utf-8")
+    assert text.startswith("## minipeft on A CPU\n\n- minipeft: 1\n")
+    assert "| racecheck | passed | 10 | the last \\| line |" in text
+
+
+def test_the_stages_hold_what_only_a_device_can_show(gpu):
+    stages = gpu.stages()
+    texts = [" ".join(s.command) for stage in stages.values() for s in stage]
+    for end in (
         "pytest -q -m gpu tests",
         "minipeft.cli verify cupy",
         "minipeft.cli verify torch --device cuda",
         *(
             f"/cuda/sanitizer --error-exitcode 1 --tool {tool} "
-            f"{on_gpu.PYTHON} -m tests.cuda.on_gpu --small"
+            f"{gpu.PYTHON} -m tests.cuda.on_gpu"
             for tool in ("memcheck", "racecheck", "synccheck", "initcheck")
         ),
     ):
-        assert sum(text.endswith(expected) for text in texts) == 1
-    assert capsys.readouterr().out.endswith("all passed\n")
+        assert sum(text.endswith(end) for text in texts) == 1
+    for file in (ROOT / "chapters").glob("[0-9]*.py"):
+        assert sum(f"{file} --device cuda" in text for text in texts) == 1
+    for size in (1024, 2048, 4096, 8192):
+        assert sum(f"--size {size} " in text for text in texts) == 1
+    benches = [s.name for name in ("kernels", "steps") for s in stages[f"bench-{name}"]]
+    assert sorted(benches) == sorted(f"bench {name}" for name in gpu.bench.PAIRS)
+    names = [step.name for stage in stages.values() for step in stage]
+    assert len(names) == len(set(names))
 
 
-@pytest.mark.parametrize(
-    ("word", "name"),
-    [
-        ("pytest", "agreement"),
-        ("cupy", "vectors, cupy"),
-        ("torch", "vectors, torch"),
-        ("racecheck", "racecheck"),
-    ],
-)
-def test_one_failure_is_named_and_the_rest_runs(
-    started, monkeypatch, capsys, word, name
+def test_one_failure_is_named_and_the_rest_runs(gpu, started, capsys):
+    started.failing.add("vectors, torch")
+    assert gpu.main([]) == 1
+    found = written(gpu)
+    assert [n for n, v in found.items() if v != "passed"] == ["vectors, torch"]
+    said = capsys.readouterr().out
+    assert "\nfailed: vectors, torch\n" in said
+    text = (gpu.RESULTS / "gpu.md").read_text("utf-8")
+    assert "What vectors, torch said last:\n\n```text\nthe last | line\n```" in text
+
+
+def test_a_stage_lasts_nine_minutes_at_most_and_the_next_go_takes_the_rest(
+    gpu, started, capsys
 ):
-    monkeypatch.setattr(on_gpu, "find_sanitizer", lambda: Path("/cuda/sanitizer"))
-    started.failing.add(word)
-    assert on_gpu.main([]) == 1
-    assert len(started.commands) == 7
-    assert capsys.readouterr().out.endswith(f"failed: {name}\n")
+    started.takes = {"memcheck": 300.0, "racecheck": 400.0}
+    assert gpu.main(["sanitizers"]) == 0
+    assert started.now == gpu.LIMIT
+    assert started.names == ["memcheck", "racecheck"]
+    assert "\nunfinished: racecheck, synccheck, initcheck\n" in capsys.readouterr().out
+    assert gpu.main(["sanitizers"]) == 0
+    assert started.names[2:] == ["racecheck", "synccheck", "initcheck"]
+    assert set(written(gpu).values()) == {"passed"}
+    gpu.main(["sanitizers"])  # all of it stands there: asked for, it runs anew
+    assert started.names[5:] == ["memcheck", "racecheck"]
 
 
-def test_a_missing_sanitizer_is_one_line(started, monkeypatch, capsys):
-    monkeypatch.setattr(on_gpu, "find_sanitizer", lambda: None)
-    assert on_gpu.main([]) == 0
-    assert len(started.commands) == 3
-    lines = [x for x in capsys.readouterr().out.splitlines() if "sanitizer" in x]
-    assert len(lines) == 1
-    assert "`pip install nvidia-cuda-sanitizer-api`" in lines[0]
+def test_a_step_longer_than_a_stage_fails(gpu, started):
+    started.takes = {"agreement": 1e4}
+    assert gpu.main(["tests"]) == 1
+    assert written(gpu) == {"agreement": "failed"}
+    text = (gpu.RESULTS / "gpu.md").read_text("utf-8")
+    assert "does not end within 540 seconds a go" in text
 
 
-def test_the_sanitizer_of_the_wheel_is_found(monkeypatch, tmp_path):
-    monkeypatch.setattr(on_gpu.shutil, "which", lambda _: None)
-    monkeypatch.setattr(on_gpu, "TOOLKIT", tmp_path / "no toolkit")
-    monkeypatch.setattr(on_gpu, "TOOLS", tmp_path)
-    binary = tmp_path / "compute-sanitizer"
-    assert on_gpu.find_sanitizer() is None
-    binary.touch()
-    assert on_gpu.find_sanitizer() == binary
+@pytest.mark.parametrize(("seconds", "code"), [(1500.0, 0), (1e5, 1)])
+def test_a_report_goes_on_where_it_stopped_but_not_for_ever(
+    gpu, started, seconds, code
+):
+    started.takes = {"report 8192": seconds}
+    assert gpu.main([]) == code
+    goes = 3 if code == 0 else gpu.GOES
+    assert started.names.count("report 8192") == goes
+    record = json.loads((gpu.RESULTS / "gpu.json").read_text())["steps"]["report 8192"]
+    assert record["goes"] == goes
+    assert record["seconds"] == min(seconds, gpu.GOES * gpu.LIMIT)
 
 
-def test_under_a_sanitizer_every_row_runs_without_a_pool(started, monkeypatch):
+def test_results_of_another_device_or_a_damaged_file_are_not_taken_up(gpu, started):
+    gpu.main(["tests"])
+    assert set(gpu.Results.read(FACTS).records) == {"agreement"}
+    assert gpu.Results.read(FACTS | {"name": "Another"}).records == {}
+    (gpu.RESULTS / "gpu.json").write_text("{")
+    assert gpu.Results.read(FACTS).records == {}
+
+
+def test_benches_and_reports_stand_in_the_page(gpu, started):
+    row = gpu.bench.Row("LoRA", "peft", 1.0, 2.0, 0.5, 0.4, 0.6, 3, 4)
+    gpu.RESULTS.mkdir()
+    name = f"bench-{next(iter(gpu.bench.PAIRS))}.json"
+    (gpu.RESULTS / name).write_text(json.dumps(vars(row)))
+    (gpu.RESULTS / "report-1024").mkdir()
+    (gpu.RESULTS / "report-1024" / "gpu-report.md").write_text("## 1024\n")
+    gpu.main(["tests"])
+    text = (gpu.RESULTS / "gpu.md").read_text("utf-8")
+    assert "| LoRA | peft | 1.000 | 2.000 | 0.50 | 0.40 to 0.60 |" in text
+    assert text.endswith("\n\n## 1024\n")
+
+
+# A program
+
+
+def test_a_program_passes_or_fails_and_its_last_words_are_kept(gpu):
+    said = "import os; print(1); print(os.environ['HF_HUB_OFFLINE'])"
+    passed = gpu.run(gpu.Step("x", (sys.executable, "-c", said)), 60)
+    assert (passed.verdict, passed.said) == ("passed", ["1"])
+    failing = "import sys; print('a'); sys.exit('b')"
+    failed = gpu.run(gpu.Step("x", (sys.executable, "-c", failing)), 60)
+    assert failed.verdict == "failed"
+    assert set(failed.said) == {"a", "b"}
+
+
+def test_when_the_time_is_over_all_that_a_program_started_ends(gpu, tmp_path):
+    child = "import time; time.sleep(60)"
+    parent = (
+        "import subprocess, sys\n"
+        f"p = subprocess.Popen([sys.executable, '-c', {child!r}])\n"
+        "print(p.pid, flush=True)\n"
+        "p.wait()\n"
+    )
+    record = gpu.run(gpu.Step("x", (sys.executable, "-c", parent)), 3)
+    assert record.verdict == "unfinished"
+    status = Path(f"/proc/{record.said[0]}/stat")
+    if sys.platform == "linux":
+        for _ in range(100):
+            if not status.exists() or status.read_text().split()[2] == "Z":
+                return
+            time.sleep(0.05)
+        pytest.fail("the child lives")
+
+
+def test_a_step_whose_needs_are_not_met_is_left_out(gpu, monkeypatch):
+    monkeypatch.setattr(subprocess, "Popen", None)
+    record = gpu.run(gpu.Step("x", ("y",), ("sys", "no_such_module")), 60)
+    assert record == gpu.Record("left out", said=["no_such_module is not installed"])
+    monkeypatch.setattr(gpu, "find_sanitizer", lambda: None)
+    (step,) = gpu.stages()["sanitizers"]
+    assert gpu.run(step, 60).said == ["nvidia-cuda-sanitizer-api is not installed"]
+
+
+# Under a sanitizer
+
+
+def test_under_a_sanitizer_every_row_runs_without_a_pool(monkeypatch):
     told, ran = [], []
     cuda = SimpleNamespace(set_allocator=told.append)
-    monkeypatch.setitem(on_gpu.sys.modules, "cupy", SimpleNamespace(cuda=cuda))
+    monkeypatch.setitem(sys.modules, "cupy", SimpleNamespace(cuda=cuda))
+    monkeypatch.setattr(on_gpu, "missing", lambda: None)
 
     def small(dtypes):
         assert isinstance(executor.current(), on_gpu.DeviceExecutor)
@@ -101,12 +263,23 @@ def test_under_a_sanitizer_every_row_runs_without_a_pool(started, monkeypatch):
 
     rows = {name: SimpleNamespace(small=small) for name in on_gpu.ROWS}
     monkeypatch.setattr(on_gpu, "ROWS", rows)
-    assert on_gpu.main(["--small"]) == 0
+    assert on_gpu.main() == 0
     assert told == [None]
     assert ran == [{"float32", "float16", "bfloat16"}] * len(rows)
 
 
-def test_make_starts_it():
+def test_a_gpu_that_is_lost_under_a_sanitizer_is_a_failure(monkeypatch, capsys):
+    monkeypatch.setattr(on_gpu, "missing", lambda: "There is no GPU.")
+    assert on_gpu.main() == 1
+    assert capsys.readouterr().out == "nothing ran. There is no GPU.\n"
+
+
+def test_make_starts_it_and_installs_nothing():
     makefile = (ROOT / "Makefile").read_text()
-    recipe = makefile.split("\ntest-gpu:")[1].split("\n\n")[0]
-    assert recipe.splitlines()[1:] == ["\t@$(BIN)/python -m tests.cuda.on_gpu"]
+    for target, names in (
+        ("gpu", "$(STAGE)"),
+        ("test-gpu", "tests vectors sanitizers"),
+    ):
+        head, recipe = makefile.split(f"\n{target}:")[1].split("\n\n")[0].split("\n")
+        assert head.strip().startswith("##")  # it needs no target that runs pip
+        assert recipe == f"\t@$(ON_GPU) tools/gpu.py {names}"

@@ -12,11 +12,12 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from minipeft import cli
+from minipeft import cli, kernels
 from minipeft.cupy.executor import missing, use
 from minipeft.errors import InputError
-from minipeft.lab.gpu import device, examination, peers, report
+from minipeft.lab.gpu import device, examination, peers, report, trials
 from minipeft.lab.gpu.examination import Ceilings, Row
+from minipeft.lab.gpu.launches import Launch
 from minipeft.lab.gpu.report import Report
 from minipeft.lab.gpu.trials import TABLE, Sizes
 from tests.cuda.executors import CpuExecutor
@@ -69,7 +70,7 @@ def _short(monkeypatch):
     monkeypatch.setattr(device, "ROUNDS", 3)
     monkeypatch.setattr(device, "WARM_UPS", 1)
     monkeypatch.setattr(device, "CupyDevice", FakeDevice)
-    monkeypatch.setattr(report, "Sizes", lambda: SIZES)
+    monkeypatch.setattr(trials, "Sizes", lambda *of: SIZES)
     monkeypatch.setattr(examination, "isolated", here)
 
 
@@ -105,6 +106,7 @@ def test_the_whole_report(tmp_path, capsys):
     assert found["products"]["float16"] == 2 * examination.MATRIX**3 / TICK
     assert found["products"]["tf32"] == "needs torch with CUDA"
     assert {k["seconds"] for k in found["kernels"]} == {TICK}
+    assert {k["in_a_row"] for k in found["kernels"]} == {TICK / examination.LAYERS}
     assert "WRONG" not in said.out
     beside = {k["kernel"] for k in found["kernels"] if k["peer"] is not None}
     assert beside == COUNTERPARTS
@@ -205,6 +207,61 @@ def test_a_kernel_that_kills_its_process_spoils_no_other(tmp_path, monkeypatch):
         "does not end within 3 seconds",
     ]
     assert [k["wrong"] for k in found] == verdicts * 2
+
+
+def test_a_report_goes_on_where_it_stopped(tmp_path, monkeypatch):
+    table = [row for row in TABLE if row[0].template in ("shrink", "expand")]
+    monkeypatch.setattr(examination, "TABLE", table)
+    asked = []
+
+    def examine(task):
+        asked.append(task.dtype)
+        if len(asked) == 4:
+            raise KeyboardInterrupt
+        return Row(task.name, task.dtype, seconds=TICK)
+
+    def rows(**how):
+        report.run(tmp_path, FakeDevice(), **how)
+        return json.loads((tmp_path / "gpu-report.json").read_text())["kernels"]
+
+    monkeypatch.setattr(examination, "isolated", examine)
+    with pytest.raises(KeyboardInterrupt):
+        rows(sizes=SIZES)
+    assert len(rows(sizes=SIZES, resume=True)) == 6
+    assert len(asked) == 4 + 3
+    rows(sizes=SIZES, resume=True)
+    assert len(asked) == 7  # nothing is left
+    rows(sizes=Sizes(), resume=True)  # other sizes: anew
+    rows(sizes=SIZES)  # not asked to go on: anew
+    assert len(asked) == 7 + 6 + 6
+
+
+def test_a_size_that_no_kernel_takes_is_one_sentence(capsys):
+    with use(CpuExecutor()):
+        assert cli.main(["gpu-report", "--size", "100"]) == 2
+    assert "--size is 100; give a multiple of 256" in capsys.readouterr().err
+
+
+class Noting(CpuExecutor):
+    """Launches nothing, and notes what it was given."""
+
+    def __init__(self):
+        super().__init__()
+        self.launched = []
+
+    def launch(self, kernel, dtype, args):
+        self.launched.append(args)
+
+
+def test_launches_in_a_row_have_arrays_of_their_own():
+    gpu, x = Noting(), np.arange(4, dtype=np.float32)
+    given = {"x": x, "bad": None, "n": 4, "limit": 1.0}
+    with use(gpu):
+        Launch(kernels.FIRST_BAD, "float32", given, lambda: None).in_a_row(3)()
+    arrays = [args[0] for args in gpu.launched]
+    assert [args[1:] for args in gpu.launched] == [[None, 4, 1.0]] * 3
+    assert all(np.array_equal(array, x) for array in arrays)
+    assert len({array.ctypes.data for array in arrays}) == 3
 
 
 def test_the_process_gets_the_task_and_gives_the_row(monkeypatch, capsys):
@@ -335,16 +392,16 @@ def test_the_median_after_the_warm_up():
 
 
 ROWS = (
-    Row("a.b", "float32", None, 4e-6, 8_000_000, 1e6, 1e-6, "memory", 8e-6, 0.5),
-    Row("a.c", "float16", None, 4e-6, 8_000_000, 1e6, 3e-6, "memory", "no torch"),
-    Row("a.d", "float16", None, 4e-6, 8_000_000, 1e6, 3e-6, "arithmetic"),
+    Row("a.b", "float32", None, 4e-6, 3e-6, 8_000_000, 1e6, 1e-6, "memory", 8e-6, 0.5),
+    Row("a.c", "float16", None, 4e-6, 0.0, 8_000_000, 1e6, 3e-6, "memory", "no torch"),
+    Row("a.d", "float16", None, 4e-6, 3e-6, 8_000_000, 1e6, 3e-6, "arithmetic"),
     Row("a.e", "bfloat16", "all differ"),
 )
 
 
 def test_the_numbers_of_the_table():
     text = report.markdown(Report({"name": "X"}, Ceilings(1e12, {}), ROWS))
-    assert "| a.b | float32 | 4.0 | 8.00 | 2000 | 1.0 | 25% | memory " in text
+    assert "| a.b | float32 | 4.0 | 3.0 | 8.00 | 2000 | 1.0 | 25% | memory " in text
     assert "| memory | 8.0 | 0.50 | 50.0000% |" in text
     assert "| memory | not measured |  |  |" in text
     assert "| 75% | arithmetic |  |  |  |" in text

@@ -13,13 +13,14 @@ from minipeft.errors import InputError
 Call = Callable[[], object]
 
 WARM_UPS, ROUNDS = 5, 50
-# Overwritten before every measured call: more than L2 holds, and enough for the host to
-# have launched the call before the device has finished writing.
+# Read before every measured call: more than L2 holds, and enough for the host to have
+# launched the call before the device has finished reading. Had it been written, L2
+# would be full of lines that the measured call must first send to memory.
 FLUSH = 512 * 2**20
 METHOD = (
     f"Median of {ROUNDS} calls after {WARM_UPS}, each between two CUDA events. Before "
-    "each, a buffer of at least 512 MB and four times L2 is overwritten, so that no "
-    "input lies in L2."
+    "each, a buffer of at least 512 MB and four times L2 is read, so that no input "
+    "lies in L2, and nothing there waits to be written."
 )
 
 
@@ -67,7 +68,11 @@ class CupyDevice:
 
     @cached_property
     def _buffer(self) -> Any:  # as late as all that memory may be too little for
-        return self._cupy.empty(self._flushed, "uint8").data
+        return self._cupy.zeros(self._flushed // 4, "float32")
+
+    @cached_property
+    def _largest(self) -> Any:
+        return self._cupy.zeros((), "float32")
 
     def facts(self) -> dict[str, str]:
         """Ask the runtime, the driver and the packages."""
@@ -85,10 +90,10 @@ class CupyDevice:
         }
 
     def elapsed(self, call: Call) -> float:
-        """Overwrite L2, then time the call between two events."""
+        """Fill L2 with what nobody needs, then time the call between two events."""
         cuda = self._cupy.cuda
         start, stop = cuda.Event(), cuda.Event()
-        self._buffer.memset_async(0, self._flushed)
+        self._buffer.max(out=self._largest)
         start.record()
         call()
         stop.record()

@@ -24,6 +24,7 @@ COPIED = 512 * 2**20
 MATRIX = 8192
 MATRIX_DTYPES = ("float32", "tf32", "float16", "bfloat16")
 WORKER = (sys.executable, "-m", "minipeft.lab.gpu.examination")
+LAYERS = 4  # in a row, as in a model
 LIMIT = 300  # seconds of a trial, compiling included
 
 
@@ -63,6 +64,8 @@ class Row:
         dtype: of its instance.
         wrong: how it differs from the reference; then it is not timed.
         seconds: of a launch.
+        in_a_row: of one of `LAYERS` launches on arrays of their own, back to back; 0.0
+            where memory is too little for them.
         bytes_moved: every array once.
         operations: as the head of its file counts them.
         bound: the roofline's seconds.
@@ -76,6 +79,7 @@ class Row:
     dtype: str
     wrong: str | None = None
     seconds: float = 0.0
+    in_a_row: float = 0.0
     bytes_moved: int = 0
     operations: float = 0.0
     bound: float = 0.0
@@ -189,6 +193,7 @@ def examine(
         kernel=trial.name,
         dtype=trial.dtype,
         seconds=measure(device, launch.again),
+        in_a_row=_in_a_row(launch, device),
         bytes_moved=launch.bytes_moved,
         operations=launch.operations,
         bound=bound,
@@ -196,6 +201,13 @@ def examine(
         peer=peer,
         agreement=agreement,
     )
+
+
+def _in_a_row(launch: Launch, device: Device) -> float:
+    try:
+        return measure(device, launch.in_a_row(LAYERS)) / LAYERS
+    except MemoryError:
+        return 0.0
 
 
 def beside(

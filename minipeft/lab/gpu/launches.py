@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from minipeft.cupy.executor import Array, Executor
+from minipeft.cupy.executor import Array, Executor, current
 from minipeft.kernels import POINTER, Kernel
 from minipeft.kernels.checks import Facts
 
@@ -24,6 +24,19 @@ class Launch:
     arguments: Mapping[str, Any]
     again: Callable[[], None]
 
+    def in_a_row(self, layers: int) -> Callable[[], None]:
+        """Return as many launches, each on arrays of its own, one after another."""
+        gpu = current()
+        packs = [list(self.arguments.values())]
+        for _ in range(layers - 1):
+            packs.append([_copied(gpu, a, self) for a in self.arguments.items()])
+
+        def all_of_them() -> None:
+            for arguments in packs:
+                gpu.launch(self.kernel, self.dtype, arguments)
+
+        return all_of_them
+
     @property
     def bytes_moved(self) -> int:
         """Count every array once: what any kernel for this must move."""
@@ -35,6 +48,13 @@ class Launch:
     def operations(self) -> float:
         """Count as the head of the kernel's file does."""
         return OPERATIONS[self.kernel.template](self.arguments)
+
+
+def _copied(gpu: Executor, argument: tuple[str, Any], launch: Launch) -> Any:
+    name, value = argument
+    if launch.kernel.arguments[name] != POINTER or value is None:
+        return value
+    return gpu.upload(gpu.download(value), gpu.facts(value).device)
 
 
 def _product(a: Mapping[str, Any]) -> float:

@@ -11,7 +11,7 @@ from minipeft.errors import InputError
 from minipeft.lab.files import write_atomic
 from minipeft.lab.gpu import examination
 from minipeft.lab.gpu.device import METHOD, Device
-from minipeft.lab.gpu.examination import Ceilings, Row, measure_ceilings, tasks
+from minipeft.lab.gpu.examination import LAYERS, Ceilings, Row, measure_ceilings, tasks
 from minipeft.lab.gpu.trials import Sizes
 
 
@@ -29,13 +29,16 @@ class Report:
         return [row for row in self.rows if row.wrong]
 
 
-def run(folder: Path, device: Device, sizes: Sizes | None = None) -> int:
+def run(
+    folder: Path, device: Device, sizes: Sizes | None = None, resume: bool = False
+) -> int:
     """Make the report, written after each kernel; print it.
 
     Args:
         folder: of `gpu-report.md` and `gpu-report.json`.
         device: measured for its ceilings; each kernel runs in a process of its own.
         sizes: of the tensors.
+        resume: go on with the report in the folder, if it is of this device and sizes.
 
     Returns:
         The exit code: 0, or 1 if a kernel was wrong.
@@ -50,16 +53,33 @@ def run(folder: Path, device: Device, sizes: Sizes | None = None) -> int:
             f"the device has too little free memory ({error}); end other programs that "
             "use it, or take a larger one."
         ) from error
-    rows: list[Row] = []
-    for task in tasks(sizes or Sizes(), ceilings):
+    about = dict(device.facts()) | _described(sizes or Sizes())
+    rows = _written(folder, about) if resume else []
+    for task in tasks(sizes or Sizes(), ceilings)[len(rows) :]:
         row = examination.isolated(task)
         verdict = "WRONG" if row.wrong else f"{1e6 * row.seconds:.1f} µs"
         print(f"{row.kernel} {row.dtype}: {verdict}", file=sys.stderr)
         rows.append(row)
-        report = Report(device.facts(), ceilings, rows)
-        write(folder, report)  # after each: what comes may end the machine
+        # After each: what comes may end the machine.
+        write(folder, Report(about, ceilings, rows))
+    report = Report(about, ceilings, rows)
     print(markdown(report), end="")
     return 1 if report.wrong else 0
+
+
+def _described(sizes: Sizes) -> dict[str, str]:
+    shape = " × ".join(map(str, sizes.weights))
+    return {"weights": f"{shape}, rank {sizes.r}, {sizes.adapters} adapters"}
+
+
+def _written(folder: Path, about: Mapping[str, str]) -> list[Row]:
+    """Read the rows of an earlier report, which are the first of a longer one."""
+    try:
+        found = json.loads((folder / "gpu-report.json").read_text("utf-8"))
+        same = (found["minipeft"], found["device"]) == (__version__, about)
+        return [Row(**row) for row in found["kernels"]] if same else []
+    except (OSError, ValueError, KeyError, TypeError):
+        return []  # there is none, or what is there is not one
 
 
 def write(folder: Path, report: Report) -> None:
@@ -116,9 +136,9 @@ def _ceilings(ceilings: Ceilings) -> str:
 
 def _kernels(rows: Sequence[Row]) -> str:
     lines = [
-        "| kernel | dtype | µs | MB | GB/s | bound, µs | reached | bound by "
-        "| bitsandbytes, µs | ours / theirs | same values |",
-        "|:--|:--|--:|--:|--:|--:|--:|:--|--:|--:|--:|",
+        "| kernel | dtype | µs | in a row, µs | MB | GB/s | bound, µs | reached "
+        "| bound by | bitsandbytes, µs | ours / theirs | same values |",
+        "|:--|:--|--:|--:|--:|--:|--:|--:|:--|--:|--:|--:|",
     ]
     return "\n".join([*lines, *map(_line, rows)])
 
@@ -126,9 +146,10 @@ def _kernels(rows: Sequence[Row]) -> str:
 def _line(row: Row) -> str:
     cells = [row.kernel, row.dtype]
     if row.wrong:
-        return _cells([*cells, "**WRONG**", *[""] * 8])
+        return _cells([*cells, "**WRONG**", *[""] * 9])
     cells += [
         f"{1e6 * row.seconds:.1f}",
+        f"{1e6 * row.in_a_row:.1f}" if row.in_a_row else "",
         f"{row.bytes_moved / 1e6:.2f}",
         f"{row.rate / 1e9:.0f}",
         f"{1e6 * row.bound:.1f}",
@@ -156,9 +177,10 @@ def _explanation(report: Report) -> str:
     return "\n".join(
         [
             f"{METHOD} Checked first: every byte that a kernel wrote is the "
-            "reference's. MB counts every array once. The bound is the longer of the "
-            "bytes at the speed of the copy and the operations at the rate of the "
-            "float32 product.",
+            "reference's. In a row: one of "
+            f"{LAYERS} launches on arrays of their own, back to back. MB counts every "
+            "array once. The bound is the longer of the bytes at the speed of the copy "
+            "and the operations at the rate of the float32 product.",
             *(f"bitsandbytes was not measured: {reason}." for reason in reasons),
         ]
     )

@@ -1,0 +1,352 @@
+"""`make gpu`: what only a CUDA device can show, in stages of at most nine minutes.
+
+    python tools/gpu.py                  every stage, as often as it takes
+    python tools/gpu.py STAGE [STAGE …]  one go at each of these
+
+A stage is a list of steps, each a program of its own: a fault of one spoils no other.
+What a step said is written to `chapters/results/gpu/` as soon as it ends. What stands
+there for this version on this device is not run again, unless its stage is asked for
+when all of it has been run.
+"""
+
+import importlib.util
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT))  # nothing is installed here, not even this
+
+from minipeft import __version__  # noqa: E402
+from minipeft.cupy import executor  # noqa: E402
+from minipeft.lab.files import write_atomic  # noqa: E402
+from minipeft.lab.gpu import bench, device  # noqa: E402
+
+RESULTS = ROOT / "chapters" / "results" / "gpu"
+LIMIT = 540.0  # seconds of a go at a stage
+GOES = 4  # at a step that goes on where it stopped
+KEPT = 30  # lines of what a failed step said
+PYTHON = sys.executable
+SIZES = (1024, 2048, 4096, 8192)
+# What compute-sanitizer looks for: wild and misaligned addresses; races in shared
+# memory; barriers that some threads miss; reads of what nobody wrote.
+SANITIZERS = ("memcheck", "racecheck", "synccheck", "initcheck")
+TESTING = ("pytest", "jaxtyping", "beartype", "hypothesis", "ml_dtypes")
+
+
+@dataclass(frozen=True)
+class Step:
+    """One program.
+
+    Args:
+        name: of the step, within all stages.
+        command: to run.
+        needs: modules without which it is left out.
+        goes_on: whether it continues where it was stopped.
+    """
+
+    name: str
+    command: Sequence[str]
+    needs: Sequence[str] = ()
+    goes_on: bool = False
+
+
+@dataclass
+class Record:
+    """What came of a step: `passed`, `failed`, `left out` or `unfinished`."""
+
+    verdict: str
+    seconds: float = 0.0
+    goes: int = 1
+    said: list[str] = field(default_factory=list)
+
+    @property
+    def ended(self) -> bool:
+        """Whether there is nothing more to do."""
+        return self.verdict != "unfinished"
+
+
+@dataclass
+class Results:
+    """All records of one version on one device, by the name of the step."""
+
+    facts: Mapping[str, str]
+    records: dict[str, Record]
+
+    @classmethod
+    def read(cls, facts: Mapping[str, str]) -> "Results":
+        """Take up what was written for these facts; of others nothing is kept."""
+        with suppress(OSError, ValueError, KeyError, TypeError):
+            found = json.loads((RESULTS / "gpu.json").read_text("utf-8"))
+            if found["facts"] == facts:
+                records = {n: Record(**r) for n, r in found["steps"].items()}
+                return cls(facts, records)
+        return cls(facts, {})
+
+    def write(self) -> None:
+        """Write the JSON and the Markdown, each whole or not at all."""
+        steps = {name: asdict(record) for name, record in self.records.items()}
+        content = {"facts": self.facts, "steps": steps}
+        text = json.dumps(content, indent=1, ensure_ascii=False) + "\n"
+        write_atomic(RESULTS / "gpu.json", text.encode())
+        write_atomic(RESULTS / "gpu.md", markdown(self).encode())
+
+
+def main(names: Sequence[str]) -> int:
+    """Return 0 if all passed or there is no GPU, 1 if a step failed, 2 if none ran."""
+    if reason := executor.missing():
+        print(f"gpu: nothing ran. {reason}")
+        return 0
+    all_stages = stages()
+    unknown = [name for name in names if name not in all_stages]
+    reason = f"There is no stage {unknown[0]!r}." if unknown else too_old()
+    if reason:
+        print(f"gpu: nothing ran. {reason} Stages: {', '.join(all_stages)}.")
+        return 2
+    results = Results.read(facts())
+    for name in names or all_stages:
+        steps = all_stages[name]
+        if names and all(_record(results, step).ended for step in steps):
+            for step in steps:
+                results.records.pop(step.name, None)
+        go(name, steps, results)
+        while not names and any(not _record(results, s).ended for s in steps):
+            go(name, steps, results)
+    return _verdict(results, [s for n in names or all_stages for s in all_stages[n]])
+
+
+def _verdict(results: Results, steps: Sequence[Step]) -> int:
+    found = {step.name: _record(results, step).verdict for step in steps}
+    for verdict in ("failed", "unfinished"):
+        if those := [name for name, this in found.items() if this == verdict]:
+            print(f"{verdict}: {', '.join(those)}")
+    print(f"written: {RESULTS}")
+    return int("failed" in found.values())
+
+
+def _record(results: Results, step: Step) -> Record:
+    return results.records.get(step.name, Record("unfinished", goes=0))
+
+
+def go(name: str, steps: Sequence[Step], results: Results) -> None:
+    """Run what is left of a stage, for at most `LIMIT` seconds."""
+    began = time.monotonic()
+    for step in steps:
+        before = _record(results, step)
+        left = LIMIT - (time.monotonic() - began)
+        if before.ended:
+            continue
+        if left <= 0:
+            return
+        print(f"== {name}: {step.name}", flush=True)
+        record = run(step, left)
+        record.goes = before.goes + 1
+        record.seconds += before.seconds
+        if not record.ended and _late(step, record, left):
+            record.verdict = "failed"
+            record.said.append(f"does not end within {LIMIT:.0f} seconds a go")
+        results.records[step.name] = record
+        results.write()  # after each: what comes may end the machine
+        print(f"   {record.verdict} in {record.seconds:.0f} s", flush=True)
+
+
+def _late(step: Step, record: Record, left: float) -> bool:
+    """Say whether a step that was stopped has had all the time that it gets."""
+    return record.goes >= GOES if step.goes_on else left >= LIMIT - 1
+
+
+def run(step: Step, seconds: float) -> Record:
+    """Run a step's program; end it, and all that it started, when the time is over."""
+    absent = [m for m in step.needs if importlib.util.find_spec(m) is None]
+    if absent:
+        return Record("left out", said=[f"{absent[0]} is not installed"])
+    offline = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
+    paths = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    environment = os.environ | offline | {"PYTHONPATH": paths}
+    began = time.monotonic()
+    process = subprocess.Popen(
+        step.command,
+        cwd=ROOT,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        errors="replace",
+        start_new_session=True,
+    )
+    try:
+        said, _ = process.communicate(timeout=seconds)
+        verdict = "failed" if process.returncode else "passed"
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        said, _ = process.communicate()
+        verdict = "unfinished"
+    kept = KEPT if verdict == "failed" else 1
+    lines = [line.rstrip() for line in said.splitlines() if line.strip()][-kept:]
+    return Record(verdict, time.monotonic() - began, said=lines)
+
+
+# What there is to run
+
+
+def stages() -> dict[str, list[Step]]:
+    """Name the stages, in the order in which they run."""
+    verify = (PYTHON, "-m", "minipeft.cli", "verify")
+    agreement = (PYTHON, "-m", "pytest", "-q", "-m", "gpu", "tests")
+    return {
+        "tests": [Step("agreement", agreement, TESTING)],
+        "vectors": [
+            Step("vectors, torch", (*verify, "torch", "--device", "cuda")),
+            Step("vectors, cupy", (*verify, "cupy")),
+        ],
+        "sanitizers": _sanitizers(),
+        **_chapters(),
+        **{f"report-{size}": [_report(size)] for size in SIZES},
+        **{f"bench-{name}": steps for name, steps in _bench().items()},
+    }
+
+
+def _sanitizers() -> list[Step]:
+    found = find_sanitizer()
+    small = (PYTHON, "-m", "tests.cuda.on_gpu")
+    options = ("--error-exitcode", "1", "--tool")
+    if found is None:
+        # Nothing of this name can be imported, so the step is left out, and says why.
+        needs = ("nvidia-cuda-sanitizer-api",)
+        return [Step("sanitizers", (), needs)]
+    return [Step(t, (str(found), *options, t, *small), TESTING) for t in SANITIZERS]
+
+
+def find_sanitizer() -> Path | None:
+    """Look where a CUDA toolkit and where the wheel put it."""
+    with suppress(ImportError):
+        from cuda.pathfinder import find_nvidia_binary_utility
+
+        if found := find_nvidia_binary_utility("compute-sanitizer"):
+            return Path(found)
+    return None
+
+
+def _chapters() -> dict[str, list[Step]]:
+    files = sorted((ROOT / "chapters").glob("[0-9][0-9]_*.py"))
+    steps = [
+        Step(
+            f"chapter {file.stem}",
+            (PYTHON, str(file), "--device", "cuda", "--out", _built(file.stem)),
+            ("matplotlib", "safetensors", "tokenizers"),
+        )
+        for file in files
+    ]
+    return {f"chapters-{i // 5 + 1}": steps[i : i + 5] for i in range(0, len(steps), 5)}
+
+
+def _built(name: str) -> str:
+    return str(ROOT / "build" / "gpu" / name)
+
+
+def _report(size: int) -> Step:
+    name, out = f"report {size}", str(RESULTS / f"report-{size}")
+    report = (PYTHON, "-m", "minipeft.cli", "gpu-report", "--resume")
+    return Step(name, (*report, "--size", str(size), "--out", out), goes_on=True)
+
+
+def _bench() -> dict[str, list[Step]]:
+    """Give each pair a process of its own; the steps of models take the longest."""
+    parts: dict[str, list[Step]] = {"kernels": [], "steps": []}
+    for name in bench.PAIRS:
+        out = str(RESULTS / f"bench-{name}.json")
+        command = (PYTHON, "-m", "minipeft.lab.gpu.bench", name, "--out", out)
+        part = "steps" if name.endswith(bench.OF_MODELS) else "kernels"
+        parts[part].append(Step(f"bench {name}", command))
+    return parts
+
+
+# What it runs on
+
+
+def too_old() -> str | None:
+    """Say in one sentence what is missing beside a GPU and CuPy; None if nothing is."""
+    for package, least in {"torch": (2, 11), "transformers": (5,)}.items():
+        needed = ".".join(map(str, least))
+        try:
+            found = version(package)
+        except PackageNotFoundError:
+            return f"{package} is not installed; version {needed} or newer is needed."
+        if tuple(map(int, found.split("+")[0].split(".")[:2])) < least:
+            return f"{package} is {found}; version {needed} or newer is needed."
+    import torch
+
+    if not torch.cuda.is_available():
+        return f"torch {torch.__version__} has no CUDA; a build with CUDA is needed."
+    return None
+
+
+def facts() -> dict[str, str]:
+    """Describe the device and all software whose numbers are taken."""
+    found = {"minipeft": __version__, **device.CupyDevice().facts()}
+    for package in ("torch", "transformers", "bitsandbytes", "peft"):
+        with suppress(PackageNotFoundError):
+            found[package] = version(package)
+    return found | _code()
+
+
+def _code() -> dict[str, str]:
+    """Name the state of the library, which is what a result belongs to."""
+    command = ("git", "rev-parse", "--short=12", "HEAD:minipeft")
+    try:
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    except OSError:
+        return {}
+    return {} if done.returncode else {"minipeft's tree in git": done.stdout.strip()}
+
+
+# Writing
+
+
+def markdown(results: Results) -> str:
+    """Return everything, as chapter 18 shows it."""
+    rest = {k: v for k, v in results.facts.items() if k != "name"}
+    head = f"## minipeft on {results.facts['name']}"
+    listed = "\n".join(f"- {name}: {fact}" for name, fact in rest.items())
+    parts = [head, listed, _steps(results), _failures(results), _benches()]
+    return "\n\n".join([*filter(None, parts), *_reports()]) + "\n"
+
+
+def _steps(results: Results) -> str:
+    lines = ["| step | verdict | seconds | |", "|:--|:--|--:|:--|"]
+    for name, record in results.records.items():
+        last = record.said[-1].replace("|", "\\|") if record.said else ""
+        lines.append(f"| {name} | {record.verdict} | {record.seconds:.0f} | {last} |")
+    return "\n".join(lines)
+
+
+def _failures(results: Results) -> str:
+    told = [
+        f"What {name} said last:\n\n```text\n{chr(10).join(record.said)}\n```"
+        for name, record in results.records.items()
+        if record.verdict == "failed"
+    ]
+    return "\n\n".join(told)
+
+
+def _benches() -> str:
+    files = [RESULTS / f"bench-{name}.json" for name in bench.PAIRS]
+    rows = [bench.Row(**json.loads(f.read_text("utf-8"))) for f in files if f.is_file()]
+    return bench.table(rows) if rows else ""
+
+
+def _reports() -> list[str]:
+    files = [RESULTS / f"report-{size}" / "gpu-report.md" for size in SIZES]
+    return [file.read_text("utf-8").rstrip() for file in files if file.is_file()]
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
