@@ -4,7 +4,7 @@ Tensor by tensor: bit for bit the merge that is rounded once; else within the bo
 any order of sums can reach; else the mistake that comes nearest, by name.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -12,7 +12,14 @@ from torch import Tensor
 
 from minipeft.interop.adapter import Adapter, counterpart
 from minipeft.interop.bound import ROUNDOFF, allowed
-from minipeft.interop.mistakes import MISTAKES, Mistake, other_alphas
+from minipeft.interop.mistakes import (
+    MISTAKES,
+    Mistake,
+    experts,
+    other_alphas,
+    other_expert,
+)
+from minipeft.interop.rounding import Cast, Rounded, Rounding, of
 from minipeft.interop.tensors import Tensors
 from minipeft.interop.update import Update, exact, merged, stored
 
@@ -41,6 +48,14 @@ class Finding:
     adapted: bool = False
 
 
+@dataclass(frozen=True)
+class Stored:
+    """A tensor to judge, and how its file rounds it."""
+
+    values: Tensor
+    rounding: Rounding
+
+
 def audit(base: Tensors, adapter: Adapter, found: Tensors) -> Iterator[Finding]:
     """Yield a finding for each tensor of the base, and for each that is too many.
 
@@ -63,6 +78,24 @@ def audit(base: Tensors, adapter: Adapter, found: Tensors) -> Iterator[Finding]:
     known = {counterpart(name, found.about) for name in expected}
     for name in sorted(found.about.keys() - known):
         yield _surplus(name, base, found)
+
+
+def concluded(findings: list[Finding]) -> list[Finding]:
+    """Say once that the base is another, in place of once for every tensor.
+
+    It is another where more than half of the tensors that the adapter leaves alone are
+    not the base's; then nothing can be said about the others.
+    """
+    alone = [f for f in findings if not f.adapted]
+    other = [f for f in alone if f.mistake == "wrong base"]
+    if 2 * len(other) <= len(alone):
+        return findings
+    sentence = (
+        f"{len(other)} of the {len(alone)} tensors that the adapter leaves alone are "
+        "not those of this base; give the base that was merged"
+    )
+    kept = [f for f in findings if f.verdict != WRONG]
+    return [Finding(other[0].tensor, WRONG, "wrong base", sentence, 1.0), *kept]
 
 
 def _missing(name: str, adapter: Adapter) -> Finding:
@@ -89,15 +122,35 @@ def _judged(
         wanted = _shape(name, base, adapter)
         sentence = f"its shape is {found.about[place].shape}, not {wanted}"
         return Finding(name, WRONG, "reshaped", sentence, 1.0, name in adapter.updates)
+    if name not in {*adapter.saved, *adapter.biases, *adapter.updates}:
+        return _unchanged(name, base, found, place)
+    held = Stored(found.read(place), of(found, place, found.about[place].dtype))
     if name in adapter.saved:
-        return _replaced(name, base, adapter.saved[name], found.read(place))
+        return _replaced(name, base, adapter.saved[name], held)
     if name in adapter.biases:
-        return _bias(name, base.read(name), adapter.biases[name], found.read(place))
-    if name in adapter.updates:
-        alphas = {update.alpha for update in adapter.updates.values()}
-        update = adapter.updates[name]
-        return judge(name, base.read(name), update, found.read(place), alphas)
-    return _unchanged(name, base, found, place)
+        return _bias(name, base.read(name), adapter.biases[name], held.values)
+    alphas = {update.alpha for update in adapter.updates.values()}
+    finding = judge(name, base.read(name), adapter.updates[name], held, alphas)
+    if finding.verdict == WRONG and finding.residual:
+        return _of_another_expert(finding, base, adapter, held)
+    return finding
+
+
+def _of_another_expert(
+    finding: Finding, base: Tensors, adapter: Adapter, held: Stored
+) -> Finding:
+    """Return the finding of another expert's update, if that explains more."""
+    name = finding.tensor
+    W, update = held.rounding.wide(base.read(name)), adapter.updates[name]
+    mistakes = [
+        mistake
+        for other in experts(name, adapter.updates)
+        for mistake in other_expert(
+            other, held.rounding.wide(base.read(other)), adapter.updates[other]
+        )
+    ]
+    found = nearest(name, W, update, held, mistakes) if mistakes else finding
+    return min(finding, found, key=lambda one: one.residual)
 
 
 def _shape(name: str, base: Tensors, adapter: Adapter) -> tuple[int, ...]:
@@ -107,7 +160,7 @@ def _shape(name: str, base: Tensors, adapter: Adapter) -> tuple[int, ...]:
 
 
 def judge(
-    name: str, W: Tensor, update: Update, found: Tensor, alphas: set[float]
+    name: str, W: Tensor, update: Update, found: Tensor | Stored, alphas: set[float]
 ) -> Finding:
     """Say whether one tensor is W merged with its update.
 
@@ -118,30 +171,39 @@ def judge(
         found: the tensor to judge.
         alphas: every alpha of the adapter: taking another layer's is a mistake.
     """
-    # In the wider of the two dtypes nothing is lost before the one rounding.
-    W = W.to(torch.promote_types(W.dtype, found.dtype))
-    right = merged(W, update).to(found.dtype)
-    if same(right, found):
+    held = found if isinstance(found, Stored) else Stored(found, Cast(found.dtype))
+    W = held.rounding.wide(W)  # nothing is lost before the one rounding
+    if same(held.rounding.round(merged(W, update)), held.values):
         return Finding(name, EXACT, adapted=True)
-    wanted = stored(exact(W, update, torch.float64), update)
-    difference = (found.to(torch.float64) - wanted).abs()
-    rounded = W.to(found.dtype)  # only its dtype matters: one rounding to it
-    limit = stored(allowed(rounded, update, exact(W, update, torch.float64)), update)
-    if bool((difference <= limit).all()):
+    if _within(W, update, held):
         return Finding(name, BOUND, adapted=True)
-    return _nearest(name, W, update, found, alphas)
+    mistakes = (*MISTAKES, *other_alphas(W, update, alphas))
+    return nearest(name, W, update, held, mistakes)
 
 
-def _nearest(
-    name: str, W: Tensor, update: Update, found: Tensor, alphas: set[float]
+def _within(W: Tensor, update: Update, held: Stored) -> bool:
+    """Return whether another order of sums may have given the tensor."""
+    exactly = exact(W, update, torch.float64)
+    if type(held.rounding) is not Cast:
+        slack = stored(allowed(W, update, exactly), update)
+        return held.rounding.reachable(held.values, stored(exactly, update), slack)
+    difference = (held.values.to(torch.float64) - stored(exactly, update)).abs()
+    rounded = W.to(held.values.dtype)  # only its dtype matters: one rounding to it
+    return bool((difference <= stored(allowed(rounded, update, exactly), update)).all())
+
+
+def nearest(
+    name: str, W: Tensor, update: Update, held: Stored, mistakes: Iterable[Mistake]
 ) -> Finding:
+    """Return the finding of the mistake that explains a wrong tensor best."""
     size = float((merged(W, update).double() - W.double()).norm()) or 1.0
     best: tuple[float, Mistake] | None = None
-    for mistake in (*MISTAKES, *other_alphas(W, update, alphas)):
+    for mistake in mistakes:
         made = mistake.make(W, update)
         if made is None:
             continue
-        rest = float((made.to(found.dtype).double() - found.double()).norm()) / size
+        made = held.rounding.round(made)
+        rest = float((made.double() - held.values.double()).norm()) / size
         rest = rest if rest == rest else float("inf")
         if best is None or rest < best[0]:
             best = (rest, mistake)
@@ -150,10 +212,11 @@ def _nearest(
     return Finding(name, WRONG, mistake.name, mistake.sentence, rest, adapted=True)
 
 
-def _replaced(name: str, base: Tensors, saved: Tensor, found: Tensor) -> Finding:
-    if same(saved.to(found.dtype), found):
+def _replaced(name: str, base: Tensors, saved: Tensor, held: Stored) -> Finding:
+    found = held.values
+    if same(held.rounding.round(saved), found):
         return Finding(name, EXACT, adapted=True)
-    if name in base.about and same(base.read(name).to(found.dtype), found):
+    if name in base.about and same(held.rounding.round(base.read(name)), found):
         sentence = "the adapter brings this tensor whole, and the base's stands here"
         return Finding(name, WRONG, "saved module ignored", sentence, 1.0, adapted=True)
     return Finding(
@@ -178,11 +241,13 @@ def _bias(name: str, bias: Tensor, added: Tensor, found: Tensor) -> Finding:
 
 
 def _unchanged(name: str, base: Tensors, found: Tensors, place: str) -> Finding:
-    if base.about[name] == found.about[place]:
-        if _same_bytes(base, name, found, place):
-            return Finding(name, EXACT)
-    elif same(base.read(name).to(found.about[place].dtype), found.read(place)):
-        return Finding(name, EXACT, sentence=f"cast to {found.about[place].dtype}")
+    about = found.about[place]
+    if base.about[name] == about and _same_bytes(base, name, found, place):
+        return Finding(name, EXACT)
+    if base.about[name] != about or isinstance(found, Rounded):
+        rounded = of(found, place, about.dtype).round(base.read(name))
+        if same(rounded, found.read(place)):
+            return Finding(name, EXACT, sentence="the base's, as this file rounds")
     return Finding(
         name, WRONG, "wrong base", "the adapter leaves it alone, and it is another", 1.0
     )

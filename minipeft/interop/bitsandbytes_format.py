@@ -7,7 +7,7 @@ shape.
 
 import json
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -19,6 +19,9 @@ from minipeft.torch import blockwise, double_quant
 from minipeft.torch.blockwise import Blockwise
 from minipeft.torch.codebook import FP4, NF4, dynamic_map
 from minipeft.torch.double_quant import Nested
+
+if TYPE_CHECKING:
+    from minipeft.interop.rounding import Rounding
 
 STATE = ".quant_state.bitsandbytes__"
 KINDS = {"nf4": NF4, "fp4": FP4}
@@ -123,6 +126,14 @@ class FourBitTensors:
     def _decoded(self, name: str) -> About:
         state = _state(name, self._tensors)
         return About(getattr(torch, state["dtype"]), tuple(state["shape"]))
+
+    def rounding(self, name: str) -> "Rounding":
+        """Return how the file rounds one tensor."""
+        from minipeft.interop.rounding import Cast, FourBits
+
+        if name not in self.quantized:
+            return Cast(self.about[name].dtype)
+        return FourBits(*read(name, self._tensors))
 
     def read(self, name: str) -> Tensor:
         """Return one tensor, decoded if it is a 4-bit weight."""

@@ -159,7 +159,7 @@ def _merge(options: argparse.Namespace) -> int:
 
 
 def _audit(options: argparse.Namespace) -> int:
-    from minipeft.interop.audit import WRONG, audit
+    from minipeft.interop.audit import WRONG, audit, concluded
     from minipeft.interop.opening import open_model
 
     adapter = _adapter(options)
@@ -169,6 +169,7 @@ def _audit(options: argparse.Namespace) -> int:
         for finding in audit(base, adapter, merged):
             findings.append(finding)
             step(finding.tensor)
+    findings = concluded(findings)
     if options.json:
         write_json(options.json, [asdict(finding) for finding in findings])
     for line in report(findings):

@@ -22,6 +22,7 @@ from minipeft.errors import InputError
 from minipeft.interop import gguf_vocabulary
 from minipeft.interop.adapter import Adapter
 from minipeft.interop.gguf_names import family, heads_turned, names, turn, turn_back
+from minipeft.interop.rounding import Q8, Cast, Rounding, Through
 from minipeft.interop.tensors import About, Tensors
 from minipeft.interop.update import merged
 
@@ -348,11 +349,31 @@ class GgufTensors:
         """Yield the bytes of one tensor, decoded."""
         yield self.read(name).numpy().tobytes()
 
+    def rounding(self, name: str) -> Rounding:
+        """Return how the file rounds one tensor.
+
+        Raises:
+            InputError: the kind is one to which no merge is rounded here.
+        """
+        kind = self.kind(name)
+        if kind not in ROUNDINGS:
+            raise InputError(
+                f"{name} in {self.path} is stored as {kind.name}; only merges in "
+                f"{', '.join(TYPES)} are judged"
+            )
+        return ROUNDINGS[kind]
+
     def kind(self, name: str) -> gguf.GGMLQuantizationType:
         """Return how the file stores a tensor."""
         return self._found[name].tensor_type
 
 
+ROUNDINGS: dict[gguf.GGMLQuantizationType, Rounding] = {
+    TYPES["F32"]: Cast(torch.float32),
+    TYPES["F16"]: Through(torch.float32, torch.float16),
+    TYPES["BF16"]: Through(torch.float32, torch.bfloat16),
+    TYPES["Q8_0"]: Q8(),
+}
 FAMILIES_READ = {"llama", "qwen2", "qwen3"}
 
 

@@ -5,7 +5,8 @@ with this mistake would have written. A function that does not apply (no magnitu
 square) returns None. The audit tries them all on a tensor that is not right.
 """
 
-from collections.abc import Callable, Iterator
+import re
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from math import sqrt
 
@@ -273,6 +274,35 @@ def other_alphas(W: Tensor, update: Update, alphas: set[float]) -> Iterator[Mist
 
         sentence = f"alpha is {alpha:g} of another layer, not {update.alpha:g}"
         yield Mistake("another layer's alpha", sentence, make)
+
+
+def experts(name: str, names: Iterable[str]) -> list[str]:
+    """Return the same weight of the other experts of a layer."""
+    place = re.search(r"(?<=\.experts\.)\d+(?=\.)", name)
+    if place is None:
+        return []
+    before, after = re.escape(name[: place.start()]), re.escape(name[place.end() :])
+    return [n for n in names if n != name and re.fullmatch(rf"{before}\d+{after}", n)]
+
+
+def other_expert(name: str, V: Tensor, other: Update) -> Iterator[Mistake]:
+    """Yield what puts an expert, or its update alone, in the place of another.
+
+    Args:
+        name: of the other expert's weight.
+        V: that weight, in the base.
+        other: its update.
+    """
+
+    def moved(W: Tensor, update: Update) -> Tensor | None:
+        return merged(V, other) if V.shape == W.shape else None
+
+    def crossed(W: Tensor, update: Update) -> Tensor | None:
+        return merged(W, other) if V.shape == W.shape else None
+
+    yield Mistake("experts in the wrong order", f"it is {name}, merged", moved)
+    sentence = f"the update of {name} was added here"
+    yield Mistake("experts in the wrong order", sentence, crossed)
 
 
 def _scaled(update: Update, scaling: float) -> Update:
