@@ -567,7 +567,7 @@ if chapter.model == full["model"]:
 # tune its rate. That is what this page supports. It does not support a ranking, for these reasons:
 #
 # - **A tiny model.** With a million parameters, activations are most of the memory and the embedding is a good part of the weights. At 7 billion the columns of memory and file spread by orders of magnitude
-#   ([chapter 0](00_why.md) counts them), and a rank of 8 is far below 1 % of the parameters, not {=f"{100 * trained['LoRA'] / trained['full fine-tuning']:.0f}"=} %.
+#   ([chapter 0](00_why.md) counts them), and a rank of 8 is 0.3 % of the parameters, not {=f"{100 * trained['LoRA'] / trained['full fine-tuning']:.0f}"=} %.
 # - **A short run.** {=full["steps"]=} steps do not show who would win in the end. A method with few parameters may need more of them: prompt tuning takes tens of thousands in its paper [@lester2021].
 # - **One dataset, one base.** The task is to change manner, which needs little new knowledge. That may favour small adapters; nothing here tests it.
 # - **One size each.** A prefix of 100 tokens or a bottleneck of 64 would give other numbers.

@@ -1,4 +1,4 @@
-"""minipeft: parameter-efficient fine-tuning, written twice and proved equal.
+"""minipeft: parameter-efficient fine-tuning, written twice and compared bit by bit.
 
 reference/   NumPy: the definition of every method
 torch/       the same names as modules and autograd, plus `inject`
