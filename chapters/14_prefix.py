@@ -232,11 +232,8 @@ eager.set_attn_implementation("eager")
 watched = PrefixModel(eager, PrefixConfig(N))
 watched.P = tuned["from words"].model.P
 with torch.no_grad():
-    cache = watched._cache(len(one))
-    seen = watched._seen(one, None)
-    shares = eager(
-        one, attention_mask=seen, past_key_values=cache, output_attentions=True
-    ).attentions
+    call, _ = watched.ahead({"input_ids": one})
+    shares = eager(**call, output_attentions=True).attentions
 to_prefix = torch.stack([layer[..., :N].sum(-1).movedim(1, -1) for layer in shares])
 gate = to_prefix[:, real].mean(1).cpu().numpy()  # layers, heads: over real tokens
 place = torch.arange(1, one.shape[1] + 1, device=one.device).expand_as(one)

@@ -68,6 +68,18 @@ def test_chapters_have_one_shape(script):
         assert first == sorted(first), headings
 
 
+# Private names that a chapter may use, and why.
+PRIVATE = {"08_dora": {"_merge", "_forward"}}  # with any norms: fractions have no root
+
+
+@pytest.mark.parametrize("script", CHAPTERS, ids=lambda c: c.name)
+def test_a_chapter_uses_public_names(script):
+    code = "\n".join(c.source for c in (*script.code, *script.solutions))
+    used = {n.attr for n in ast.walk(ast.parse(code)) if isinstance(n, ast.Attribute)}
+    private = {name for name in used if re.match("_[^_]", name)}
+    assert private == PRIVATE.get(script.name, set())
+
+
 def test_every_chapter_is_in_the_navigation_in_the_order_of_the_files():
     nav = book_nav(group(CHAPTERS, PARTS))
     pages = [
