@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from minipeft.interop.audit import Finding
 
 Commands = "argparse._SubParsersAction[argparse.ArgumentParser]"
-TARGETS = ("gguf", "ollama", "safetensors")
+TARGETS = ("peft", "gguf", "ollama", "safetensors", "bitsandbytes")
 DTYPES = ("float32", "float16", "bfloat16")
 KINDS = ("F32", "F16", "BF16", "Q8_0")
 
@@ -200,17 +200,35 @@ def report(findings: "list[Finding]") -> Iterator[str]:
 
 
 def _export(options: argparse.Namespace) -> int:
-    from minipeft.interop import gguf_format, merging
-    from minipeft.interop.tensors import open_tensors
-
     if options.to == "safetensors":
         return _merge(options)
     adapter = _adapter(options)
+    if options.to == "peft":
+        from minipeft.interop import fixing, parts
+
+        fixing.fix(parts.read(options.adapter), options.out)
+        print(f"wrote {options.out}: alpha = r, no patterns, every scale in B")
+    elif options.to == "bitsandbytes":
+        from minipeft.interop import bitsandbytes_export
+
+        with progress("writing") as step:
+            where = (options.base, adapter, options.out)
+            count = bitsandbytes_export.write_model(*where, step)
+        print(f"wrote {options.out}: {count} weights in 4 bits (NF4), merged first")
+    else:
+        _export_gguf(options, adapter)
+    return 0
+
+
+def _export_gguf(options: argparse.Namespace, adapter: "Adapter") -> None:
+    from minipeft.interop import gguf_format, merging
+    from minipeft.interop.tensors import open_tensors
+
     if options.to == "gguf" and not options.merged:
         config = gguf_format.read_config(options.base)
         gguf_format.write_lora(options.out, adapter, config)
         print(f"wrote {options.out}: llama-server --lora {options.out}")
-        return 0
+        return
     path = options.out / "model.gguf" if options.to == "ollama" else options.out
     base = open_tensors(options.base)
     gguf_format.write_model(path, base, options.base, adapter, options.kind)
@@ -222,7 +240,6 @@ def _export(options: argparse.Namespace) -> int:
         )
     else:
         print(f"wrote {path}: llama-server --model {path}")
-    return 0
 
 
 def _adapter(options: argparse.Namespace) -> "Adapter":
