@@ -124,10 +124,10 @@ for k in (8, 64, 512, 4096):
     )
     assert np.all(off["right"] <= bound)
 assert all(caught[8])
-assert not all(caught[4096])
+assert not any(caught[4096])
 
 # %% [markdown]
-# For 8 features both mistakes change an output by more than the bound. For 4,096 the bound has grown so far that not both of them do. A bound does not show that two programs compute the same. It shows that they differ by no more than so much.
+# For 8 features both mistakes change an output by more than the bound. For 4,096 the bound has grown so far that neither does. A bound does not show that two programs compute the same. It shows that they differ by no more than so much.
 # The tests of this book therefore use it on small layers only, and use fractions and integers, where the bound is zero, for everything that those can express.
 #
 # ## The experiment: a thousand cycles in bfloat16
