@@ -6,7 +6,7 @@ save(model, Path("trained"))
 
 import re
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from minipeft.interop.adapter import counterpart
 from minipeft.interop.made import Made
 from minipeft.interop.peft_folder import PREFIX, Contents
 from minipeft.interop.peft_read import adapters, check_config, split
-from minipeft.interop.peft_rows import TokenRows
+from minipeft.interop.peft_write import Written
 from minipeft.torch import inject, targets
 from minipeft.torch.adapted import naming
 from minipeft.torch.virtual import VirtualTokens
@@ -119,14 +119,30 @@ def contents_of(
     Raises:
         InputError: peft has no format for the adapter.
     """
+    made = made or Made()
     if isinstance(model, VirtualTokens):
-        result, base, trained = peft_virtual.written(model), model.model, {}
-    else:
-        layers = inject.adapted(model)
-        mine = {key: layer for key, layer in layers.items() if name in layer.adapters}
-        inject.adapter_state_dict(model, name)  # refuses a name that no layer holds
-        result, base, trained = peft_write.written(mine, name), model, _trained(model)
-        result.config["target_modules"] = _target_modules(mine, name, model)
+        return contents_with(peft_virtual.written(model), model.model, {}, made)
+    inject.adapter_state_dict(model, name)  # refuses a name that no layer holds
+    layers = inject.adapted(model)
+    mine = {key: layer for key, layer in layers.items() if name in layer.adapters}
+    result = peft_write.written(mine, name)
+    rows = result.config.get("trainable_token_indices", {})
+    chosen = [key for key in mine if key not in rows]
+    result.config["target_modules"] = target_modules(chosen, model)
+    return contents_with(result, model, trained_beside(model), made)
+
+
+def contents_with(
+    result: Written, base: nn.Module, trained: Mapping[str, Tensor], made: Made
+) -> Contents:
+    """Return the contents of the two files, with all that says what made them.
+
+    Args:
+        result: settings and tensors of the method.
+        base: the model, adapted or not.
+        trained: tensors beside the adapters.
+        made: what only the caller knows of the training.
+    """
     config = {
         "base_model_name_or_path": _path_of(base),
         "task_type": _task_of(base),
@@ -135,7 +151,7 @@ def contents_of(
         **result.config,
     }
     own = making.of_base(base, trained)
-    facts = making.metadata(own, config["peft_type"], result.constants, made or Made())
+    facts = making.metadata(own, config["peft_type"], result.constants, made)
     tensors = {f"{PREFIX}{key}": tensor for key, tensor in trained.items()}
     tensors |= result.tensors
     return Contents(config, {k: t.detach().cpu() for k, t in tensors.items()}, facts)
@@ -193,7 +209,6 @@ def _brought(
 ) -> dict[str, Tensor]:
     """Return the tensors that the file brings whole, by the model's names."""
     own, tied = making.base_tensors(model), targets.tied(model)
-    saved = config.get("modules_to_save") or []
     found = {}
     for key, tensor in others.items():
         if key in ("base_model.vera_A", "base_model.vera_B"):
@@ -203,10 +218,7 @@ def _brought(
         if ".base_layer." in key and place is not None:
             _check_same_table(place, tensor, own[place])
             continue
-        module = plain.rpartition(".")[0]
-        if not any(
-            f".{module}".endswith(f".{s}") or f".{s}." in f".{module}." for s in saved
-        ):
+        if not _is_named(plain, config.get("modules_to_save") or []):
             raise InputError(
                 f"the file holds {key}, for which minipeft has no adapter; merge it "
                 "with the library that trained it"
@@ -216,14 +228,23 @@ def _brought(
                 f"the file brings {plain}, which the model does not have alone; untie "
                 "it, or give the model that the adapter was trained on"
             )
-        if own[place].shape != tensor.shape:
-            raise InputError(
-                f"the file brings {plain} with shape {tuple(tensor.shape)}, and the "
-                f"model has {tuple(own[place].shape)}; give the model that it was "
-                "trained on"
-            )
+        _check_same_shape(plain, tensor, own[place])
         found[place] = tensor
     return found
+
+
+def _is_named(tensor: str, modules: Any) -> bool:
+    """Tell whether a tensor is one of a module that the settings name."""
+    inside = f".{_module(tensor)}."
+    return isinstance(modules, list) and any(f".{m}." in inside for m in modules)
+
+
+def _check_same_shape(name: str, tensor: Tensor, own: Tensor) -> None:
+    if own.shape != tensor.shape:
+        raise InputError(
+            f"the file brings {name} with shape {tuple(tensor.shape)}, and the model "
+            f"has {tuple(own.shape)}; give the model that it was trained on"
+        )
 
 
 def _check_same_table(name: str, table: Tensor, own: Tensor) -> None:
@@ -276,18 +297,15 @@ def _add(
         layers[key].add(name, adapter)
 
 
-def _trained(model: nn.Module) -> dict[str, Tensor]:
+def trained_beside(model: nn.Module) -> dict[str, Tensor]:
     """Return the tensors of each module that is trained beside the adapters."""
     own = making.base_tensors(model)
     modules = {_module(n) for n, t in own.items() if t.requires_grad}
     return {n: t for n, t in own.items() if _module(n) in modules}
 
 
-def _target_modules(
-    layers: Mapping[str, inject.Layer], name: str, model: nn.Module
-) -> list[str] | str:
-    rows = {k for k, a in layers.items() if isinstance(a.adapters[name], TokenRows)}
-    chosen = [key for key in layers if key not in rows]
+def target_modules(chosen: Sequence[str], model: nn.Module) -> list[str] | str:
+    """Return what peft's settings say to mean these layers of a model, and no other."""
     others = [key for key in _unwrapped(model) if key not in chosen]
     found = peft_write.shortest(chosen, others)
     if any(other.endswith(f".{end}") for other in others for end in found):

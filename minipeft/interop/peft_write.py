@@ -87,7 +87,8 @@ def _plain(adapter: nn.Module) -> nn.Module:
     return adapter
 
 
-def _lora(found: Mapping[str, Any], layers: Layers) -> Written:
+def lora(found: Mapping[str, Any], layers: Layers) -> Written:
+    """Return what the file of LoRA, or DoRA, holds for these layers."""
     tensors: dict[str, Tensor] = {}
     for key, adapter in found.items():
         for part, tensor in _lora_parts(adapter, layers[key]).items():
@@ -163,9 +164,9 @@ def _ia3(found: Mapping[str, IA3], layers: Layers) -> Written:
 
 
 _METHODS: Mapping[type[nn.Module], Callable[[Any, Layers], Written]] = {
-    LoRA: _lora,
-    DoRA: _lora,
-    BiasedLoRA: _lora,
+    LoRA: lora,
+    DoRA: lora,
+    BiasedLoRA: lora,
     VeRA: _vera,
     IA3: _ia3,
 }

@@ -23,6 +23,9 @@ from minipeft.torch.targets import replace
 Model = TypeVar("Model", bound=nn.Module)
 Layer = Adapted[Any]
 
+CONSTANTS = ("scaling", "side")
+"""Attributes of adapters that are no tensors and change what they compute."""
+
 
 @runtime_checkable
 class Config(Protocol):
@@ -169,13 +172,43 @@ def adapter_state_dict(model: nn.Module, name: str = "default") -> dict[str, Ten
     return {key: tensor.detach() for key, tensor in _tensors(model, name).items()}
 
 
+def constants(model: nn.Module, name: str = "default") -> dict[str, float | str]:
+    """Return what an adapter's function depends on and no tensor holds.
+
+    `<layer>.scaling`, in which alpha and rsLoRA come together, and `<layer>.side` of
+    IA3. Save it beside `adapter_state_dict`.
+
+    Raises:
+        InputError: if no layer holds an adapter of this name.
+    """
+    layers = adapted(model)
+    _check_known(layers, [name])
+    return {
+        f"{key}.{constant}".lstrip("."): getattr(layer.adapters[name], constant)
+        for key, layer in layers.items()
+        if name in layer.adapters
+        for constant in CONSTANTS
+        if hasattr(layer.adapters[name], constant)
+    }
+
+
 def load_adapter_state_dict(
-    model: Model, tensors: Mapping[str, Tensor], name: str = "default"
+    model: Model,
+    tensors: Mapping[str, Tensor],
+    name: str = "default",
+    saved: Mapping[str, float | str] | None = None,
 ) -> Model:
     """Copy saved tensors into an adapter: all of them, or none.
 
+    Args:
+        model: with an adapter of the same configuration.
+        tensors: what `adapter_state_dict` returned.
+        name: of the adapter.
+        saved: what `constants` returned then; None: they are not compared.
+
     Raises:
-        InputError: if a tensor is missing, unexpected, or of another shape.
+        InputError: if a tensor is missing, unexpected, of another shape or kind of
+            dtype, or not finite; if a constant is another one.
     """
     own = _tensors(model, name)
     problems = [f"{key} is missing" for key in own if key not in tensors]
@@ -185,6 +218,8 @@ def load_adapter_state_dict(
         for key in own
         if key in tensors and tensors[key].shape != own[key].shape
     ]
+    problems += _odd_values(tensors, own)
+    problems += _other_constants({} if saved is None else saved, constants(model, name))
     if problems:
         raise InputError(
             f"the file does not fit adapter {name!r}: {problems[0]}"
@@ -207,6 +242,24 @@ def freeze(model: nn.Module) -> None:
     for parameter in model.parameters():
         if id(parameter) not in kept:
             parameter.requires_grad_(False)
+
+
+def _odd_values(tensors: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> list[str]:
+    problems = []
+    for key in (key for key in own if key in tensors):
+        dtype = tensors[key].dtype
+        if dtype.is_floating_point != own[key].dtype.is_floating_point:
+            problems.append(f"{key} has dtype {dtype}, not {own[key].dtype}")
+        elif not tensors[key].is_meta and not bool(tensors[key].isfinite().all()):
+            problems.append(f"{key} is not finite")
+    return problems
+
+
+def _other_constants(
+    saved: Mapping[str, float | str], own: Mapping[str, float | str]
+) -> list[str]:
+    keys = [key for key in {**own, **saved} if saved and saved.get(key) != own.get(key)]
+    return [f"{key} is {saved.get(key)}, not {own.get(key)}" for key in keys]
 
 
 def _check_known(layers: Mapping[str, Layer], names: Iterable[str]) -> None:

@@ -1,0 +1,243 @@
+"""Weighted sums of adapters in peft's format, exact: what is not linear is refused."""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from math import isfinite
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from minipeft.errors import InputError
+from minipeft.interop import fingerprint, peft_format
+from minipeft.interop.fingerprint import Fingerprint
+from minipeft.interop.merging import BASE
+from minipeft.interop.peft_folder import PREFIX, Contents
+from minipeft.interop.peft_read import split
+from minipeft.interop.peft_write import alpha_of, patterns
+from minipeft.interop.update import Update
+
+Part = tuple[Contents, float]
+Tables = dict[str, Tensor]
+
+WEIGHTS = "minipeft.weights"
+"""Where a file's metadata keeps the weights of the adapters that it is the sum of."""
+
+
+def concatenate(adapters: Sequence[Contents]) -> Contents:
+    """Return one adapter that does what all of them do together.
+
+    Raises:
+        InputError: as `weighted_sum`.
+    """
+    return weighted_sum([(adapter, 1.0) for adapter in adapters])
+
+
+def weighted_sum(parts: Sequence[Part]) -> Contents:
+    r"""Return one adapter whose update is the sum of the others, each times its weight.
+
+    LoRA: $\sum_i w_i s_i B_i A_i = s [w_1 B_1, w_2 s_2 / s\,B_2, …] [A_1; A_2; …]$ with
+    $s = s_1$: the ranks add up, and no product of one adapter's B with another one's A
+    appears. IA3: $l = 1 + \sum_i w_i (l_i - 1)$. One adapter at weight 1 gives itself
+    back, bit for bit.
+
+    Args:
+        parts: the adapters, each with its weight.
+
+    Raises:
+        InputError: there is none, a weight is not finite, they are of several methods
+            or bases, or the method is not linear: DoRA, VeRA, virtual tokens, modules
+            saved whole.
+    """
+    _check(parts)
+    first, weight = parts[0]
+    if len(parts) == 1 and weight == 1:
+        return first
+    sums = {"LORA": _sum_of_lora, "IA3": _sum_of_ia3}
+    kind = first.config["peft_type"]
+    if kind not in sums:
+        raise InputError(
+            f"the update of {kind} is not linear in what it trains, so no file of the "
+            "kind is the sum; write each as plain LoRA first (to_lora)"
+        )
+    result = sums[kind](parts)
+    weights = json.dumps([weight for _, weight in parts])
+    return replace(result, metadata={**_base(parts), WEIGHTS: weights})
+
+
+def _check(parts: Sequence[Part]) -> None:
+    if not parts:
+        raise InputError("there is no adapter to sum; give at least one")
+    for _, weight in parts:
+        if not isfinite(weight):
+            raise InputError(f"the weight {weight} is not finite; give a finite one")
+    kinds = sorted({str(contents.config.get("peft_type")) for contents, _ in parts})
+    if len(kinds) > 1:
+        raise InputError(
+            f"the adapters are {' and '.join(kinds)}; write each as plain LoRA first "
+            "(to_lora)"
+        )
+    layouts = {bool(contents.config.get("fan_in_fan_out")) for contents, _ in parts}
+    if len(layouts) > 1:
+        raise InputError(
+            "fan_in_fan_out is true in one adapter and false in another, so their "
+            "bases differ; sum adapters of one base"
+        )
+
+
+def _base(parts: Sequence[Part]) -> dict[str, str]:
+    """Return the fingerprint that all agree on; refuse adapters of several bases."""
+    texts = [c.metadata[BASE] for c, _ in parts if BASE in c.metadata]
+    prints = [Fingerprint.from_json(text) for text in texts]
+    for other in prints[1:]:
+        fingerprint.check(prints[0], other)
+    return {BASE: texts[0]} if len(texts) == len(parts) else {}
+
+
+def _sum_of_lora(parts: Sequence[Part]) -> Contents:
+    first = parts[0][0]
+    updates, biases, tables = _read(parts)
+    tensors: Tables = {PREFIX + key: table for key, table in tables.items()}
+    scales: dict[str, tuple[int, int | float]] = {}
+    stabilized = bool(first.config.get("use_rslora"))
+    for module, found in updates.items():
+        s = next((u.scaling for u, _ in found if u.scaling), 1.0)
+        r = sum(u.r for u, _ in found)
+        scales[module] = r, alpha_of(r, s, stabilized)
+        names = _names(parts, module)
+        tensors[f"{PREFIX}{module}.{names[0]}"] = torch.cat([u.A for u, _ in found])
+        B = [_times(u.B, _factor(u.scaling, w, s)) for u, w in found]
+        tensors[f"{PREFIX}{module}.{names[1]}"] = torch.cat(B, dim=1)
+        if biases:
+            c = [_times(b, _factor(t, w, s)) for b, t, w in biases.get(module, [])]
+            c = c or [found[0][0].B.new_zeros(len(found[0][0].B))]
+            tensors[f"{PREFIX}{module}.lora_B.bias"] = torch.stack(c).sum(dim=0)
+    config = {**first.config, **_scales(first.config, scales)}
+    config["target_modules"] = _targets([c.config for c, _ in parts], updates)
+    config["lora_bias"] = bool(biases)
+    return Contents(config, tensors)
+
+
+Updates = dict[str, list[tuple[Update, float]]]
+Biases = dict[str, list[tuple[Tensor, float, float]]]
+
+
+def _read(parts: Sequence[Part]) -> tuple[Updates, Biases, Tables]:
+    """Return the updates and biases of each module, and the tables of the base."""
+    updates: Updates = {}
+    biases: Biases = {}
+    tables: Tables = {}
+    for contents, weight in parts:
+        found, others = split(contents)
+        _check_linear(contents, found)
+        for key, table in others.items():
+            if ".base_layer." not in key:
+                raise InputError(
+                    f"one adapter brings {key} whole, and a sum of whole modules needs "
+                    "the base; merge the adapters into it one by one"
+                )
+            if key in tables and not torch.equal(tables[key], table):
+                raise InputError(
+                    f"{key} differs between the adapters, so their bases differ; sum "
+                    "adapters of one base"
+                )
+            tables[key] = table
+        for module, tensors in found.items():
+            plain = {k.removesuffix(".weight"): t for k, t in tensors.items()}
+            update = peft_format.update(module, plain, contents.config)
+            updates.setdefault(module, []).append((update, weight))
+            if "lora_B.bias" in plain:
+                entry = plain["lora_B.bias"], update.scaling, weight
+                biases.setdefault(module, []).append(entry)
+    return updates, biases, tables
+
+
+def _check_linear(
+    contents: Contents, found: Mapping[str, Mapping[str, Tensor]]
+) -> None:
+    start = contents.config.get("init_lora_weights")
+    if isinstance(start, str) and start not in ("gaussian", "orthogonal", "eva"):
+        raise InputError(
+            f"init_lora_weights is {start!r}, which changed the base, so the adapter "
+            "is no update of it; write it as plain LoRA first (to_lora)"
+        )
+    for module, tensors in found.items():
+        for part in tensors:
+            if not part.startswith(("lora_A", "lora_B", "lora_embedding")):
+                raise InputError(
+                    f"{module} has {part.removesuffix('.weight')}, in which the update "
+                    "is not linear; write the adapter as plain LoRA first (to_lora)"
+                )
+
+
+def _factor(own: float, weight: float, s: float) -> float:
+    return weight if own == s else weight * own / s
+
+
+def _times(tensor: Tensor, factor: float) -> Tensor:
+    return tensor if factor == 1 else (factor * tensor.double()).to(tensor.dtype)
+
+
+def _names(parts: Sequence[Part], module: str) -> tuple[str, str]:
+    table = f"{PREFIX}{module}.lora_embedding_A"
+    if any(table in contents.tensors for contents, _ in parts):
+        return "lora_embedding_A", "lora_embedding_B"
+    return "lora_A.weight", "lora_B.weight"
+
+
+def _scales(
+    config: Mapping[str, Any], scales: Mapping[str, tuple[int, int | float]]
+) -> dict[str, Any]:
+    r, ranks = patterns({m: r for m, (r, _) in scales.items()}, config.get("r"))
+    alpha, alphas = patterns(
+        {m: a for m, (_, a) in scales.items()}, config.get("lora_alpha")
+    )
+    return {"r": r, "rank_pattern": ranks, "lora_alpha": alpha, "alpha_pattern": alphas}
+
+
+def _targets(
+    configs: Sequence[Mapping[str, Any]], modules: Mapping[str, object]
+) -> list[str]:
+    # The same layers keep their short names; else every layer is named in full.
+    given = [config.get("target_modules") for config in configs]
+    if all(isinstance(g, list) and sorted(g) == sorted(given[0] or []) for g in given):
+        return sorted(given[0] or [])
+    return sorted(modules)
+
+
+def _sum_of_ia3(parts: Sequence[Part]) -> Contents:
+    found: dict[str, list[tuple[Tensor, float]]] = {}
+    for contents, weight in parts:
+        for key, l in contents.tensors.items():  # noqa: E741  # the paper's name
+            if not key.endswith(".ia3_l"):
+                raise InputError(
+                    f"one adapter brings {key} whole, and a sum of whole modules needs "
+                    "the base; merge the adapters into it one by one"
+                )
+            found.setdefault(key, []).append((l, weight))
+    tensors = {key: _around_one(key, vectors) for key, vectors in found.items()}
+    configs = [contents.config for contents, _ in parts]
+    modules = {key.removeprefix(PREFIX).removesuffix(".ia3_l"): 0 for key in tensors}
+    inputs = {m: 0 for m in modules if tensors[f"{PREFIX}{m}.ia3_l"].shape[0] == 1}
+    config = {**configs[0], "target_modules": _targets(configs, modules)}
+    if any(
+        c.get("feedforward_modules") != configs[0].get("feedforward_modules")
+        for c in configs
+    ):
+        config["feedforward_modules"] = sorted(inputs)
+    return Contents(config, tensors)
+
+
+def _around_one(key: str, vectors: Sequence[tuple[Tensor, float]]) -> Tensor:
+    shape = vectors[0][0].shape
+    total = torch.zeros(shape, dtype=torch.float64)
+    for vector, weight in vectors:
+        if vector.shape != shape:
+            raise InputError(
+                f"{key} has shape {tuple(shape)} in one adapter and "
+                f"{tuple(vector.shape)} in another; sum adapters of one base"
+            )
+        total += weight * vector.double()
+    rest = 1 - sum(weight for _, weight in vectors)
+    return (total + rest).to(vectors[0][0].dtype)

@@ -1,0 +1,133 @@
+"""Any method that changes weights, written as plain LoRA: by SVD, with what is lost."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from minipeft.errors import InputError
+from minipeft.interop import peft_write
+from minipeft.interop.made import Made
+from minipeft.interop.peft_folder import Contents
+from minipeft.interop.peft_model import contents_with, target_modules, trained_beside
+from minipeft.interop.peft_rows import BiasedLoRA
+from minipeft.torch import inject, lora
+from minipeft.torch.adapted import Adapted, naming
+from minipeft.torch.linear import full_precision
+from minipeft.torch.lora import LoRA
+
+
+@dataclass(frozen=True)
+class Approximation:
+    r"""A plain LoRA and how far it is from what it stands for.
+
+    Args:
+        contents: of the adapter's folder; `peft_folder.write` writes it.
+        errors: of each layer, $\|\Delta W - B A\|_F / \|\Delta W\|_F$; 0 for no change.
+        ranks: of each layer.
+    """
+
+    contents: Contents
+    errors: Mapping[str, float]
+    ranks: Mapping[str, int]
+
+
+def to_lora(
+    model: nn.Module,
+    rank: int | None = None,
+    share: float | None = None,
+    made: Made | None = None,
+) -> Approximation:
+    r"""Return the active update of every layer as plain LoRA of scaling 1.
+
+    $\Delta W = U S V^T$ is cut after the largest singular values: no LoRA of that rank
+    is nearer (Eckart, Young, Mirsky). What the method changes of biases is kept whole.
+
+    Args:
+        model: with active adapters of any method that changes weights.
+        rank: of every layer; or
+        share: of $\|\Delta W\|_F^2$ that each layer keeps, above 0, at most 1: each
+            layer gets the smallest rank that does.
+        made: what only the caller knows of the training.
+
+    Raises:
+        InputError: not one of rank and share is given, one is out of range, or the
+            method changes no weight.
+    """
+    choose = _chooser(rank, share)
+    layers = inject.adapted(model)
+    if not layers:
+        raise InputError(
+            f"{type(model).__name__} has no adapter that changes weights; inject one"
+        )
+    found, errors = {}, {}
+    for key, layer in layers.items():
+        with naming(key):
+            found[key], errors[key] = _nearest(layer, choose)
+    plain = _with_biases(found, layers)
+    result = peft_write.lora(plain, layers)
+    result.config["target_modules"] = target_modules(list(layers), model)
+    contents = contents_with(result, model, trained_beside(model), made or Made())
+    return Approximation(contents, errors, {k: len(a.A) for k, a in found.items()})
+
+
+Chooser = Callable[[Tensor], int]
+
+
+def _chooser(rank: int | None, share: float | None) -> Chooser:
+    """Return what gives the rank of an update with these singular values."""
+    if (rank is None) == (share is None):
+        raise InputError(
+            f"rank is {rank} and share is {share}; give one of the two, not both"
+        )
+    if rank is not None:
+        wanted = rank
+        return lambda S: wanted
+    least = share or 0.0
+    if not 0 < least <= 1:
+        raise InputError(f"share is {share}; choose above 0, at most 1")
+
+    def of_share(S: Tensor) -> int:
+        kept = S.double().square().cumsum(0)
+        return int((kept < least * kept[-1]).sum()) + 1
+
+    return of_share
+
+
+@torch.no_grad()
+def _nearest(layer: Adapted[Any], choose: Chooser) -> tuple[LoRA, float]:
+    delta = layer.delta()
+    with full_precision(delta.device):
+        U, S, Vt = torch.linalg.svd(delta, full_matrices=False)
+        r = choose(S)
+        lora.check_rank(r, delta.shape[1], delta.shape[0])
+        root = S[:r].sqrt()
+        found = LoRA(root[:, None] * Vt[:r], U[:, :r] * root, 1.0)
+        norm = torch.linalg.matrix_norm(delta.double())
+        left = delta.double() - found.B.double() @ found.A.double()
+        error = torch.linalg.matrix_norm(left) / norm if norm else norm
+    return found, float(error)
+
+
+@torch.no_grad()
+def _with_biases(
+    found: Mapping[str, LoRA], layers: Mapping[str, Adapted[Any]]
+) -> dict[str, LoRA]:
+    changes = {}
+    for key, layer in layers.items():
+        own = getattr(layer.base, "bias", None)
+        changes[key] = None if own is None else layer.adapt_bias(own) - own
+    if not any(c is not None and bool(c.any()) for c in changes.values()):
+        return dict(found)
+    bare = [key for key, change in changes.items() if change is None]
+    if bare:
+        raise InputError(
+            f"the method changes biases, and {bare[0]} has none, so that no file of "
+            "peft holds both; save it in the format of its own method"
+        )
+    return {
+        key: BiasedLoRA(found[key], cast(Tensor, change).to(found[key].B.dtype))
+        for key, change in changes.items()
+    }

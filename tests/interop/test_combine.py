@@ -1,0 +1,140 @@
+"""Sums of adapters: what one does alone it does in a sum, and a sum is a sum."""
+
+import pytest
+import torch
+
+from minipeft.errors import InputError
+from minipeft.interop import peft_folder, peft_model
+from minipeft.interop.combine import concatenate, weighted_sum
+from minipeft.interop.merging import BASE
+from minipeft.torch import inject
+from minipeft.torch.ia3 import IA3
+from minipeft.torch.lora import LoRAConfig
+from tests.agreement.llama import llama, logit_bound
+from tests.interop import peers
+from tests.interop.test_peft_model import LORA, assert_same_tensors, config, silent
+from tests.tolerance import assert_within, gamma
+
+peft = pytest.importorskip("peft")
+
+LINEAR = ["plain", "rank-stabilized", "patterns", "patterns, rank-stabilized"]
+
+
+def contents(settings, folder, seed=5, model=llama):
+    """Return an adapter that peft made, as its folder holds it."""
+    peers.saved(peers.trained(model(), settings, seed), folder)
+    return peft_folder.read(folder)
+
+
+def loaded(*adapters, folder, model=llama):
+    """Return a model with all of these adapters, by the names 0, 1, …"""
+    made = model()
+    for i, adapter in enumerate(adapters):
+        peft_folder.write(folder / str(i), adapter)
+        peft_model.load(made, folder / str(i), str(i), say=silent)
+    return made.eval()
+
+
+@pytest.mark.parametrize("case", [*LORA, "VeRA", "IA3", "prompt", "prefix"])
+def test_one_adapter_at_weight_1_gives_itself_back(case, tmp_path):
+    one = contents(config(case), tmp_path / "one")
+    same = weighted_sum([(one, 1.0)])
+    assert_same_tensors(one.tensors, same.tensors)
+    assert dict(one.config) == dict(same.config)
+
+
+@pytest.mark.parametrize("case", [*LINEAR, "embeddings", "IA3"])
+def test_an_adapter_joined_by_one_at_weight_0_does_what_it_did(case, tmp_path):
+    # Nothing comes back untouched here: the general way is taken.
+    one, other = (contents(config(case), tmp_path / str(s), s) for s in (5, 6))
+    both = loaded(weighted_sum([(one, 1.0), (other, 0.0)]), folder=tmp_path / "a")
+    alone = loaded(one, folder=tmp_path / "b")
+    expected = peers.logits(alone)
+    bound = logit_bound(llama(), expected)
+    assert_within(peers.logits(both).numpy(), expected.numpy(), bound)
+
+
+def size_of(adapter, W):
+    """Return the sum of the sizes of what an update is summed from."""
+    if isinstance(adapter, IA3):
+        return 2 * (1 + adapter.l.abs().max()) * W.abs()
+    return adapter.scaling * (adapter.B.abs() @ adapter.A.abs())
+
+
+@pytest.mark.parametrize("case", [*LINEAR, "embeddings", "every linear layer", "IA3"])
+def test_a_sum_is_the_sum_of_its_active_adapters(case, tmp_path):
+    seeds, shares = (5, 6, 7), (0.5, -1.25, 2.0)
+    parts = [contents(config(case), tmp_path / str(seed), seed) for seed in seeds]
+    summed = loaded(
+        weighted_sum([*zip(parts, shares, strict=True)]), folder=tmp_path / "s"
+    )
+    several = loaded(*parts, folder=tmp_path / "several")
+    inject.activate(several, {str(i): share for i, share in enumerate(shares)})
+    for key, layer in inject.adapted(several).items():
+        exact = layer.delta().detach()
+        found = inject.adapted(summed)[key].delta().detach()
+        assert not torch.equal(exact, torch.zeros_like(exact))
+        sizes = [abs(share) * size_of(a, layer.W) for share, a in layer.shares()]
+        # A sum over all ranks, each term with four more roundings: the factor, the
+        # scaling, the share, the sum of shares.
+        terms = sum(len(getattr(a, "A", "1")) for _, a in layer.shares()) + 4
+        bound = 2 * gamma(terms) * sum(sizes).detach().double().numpy()
+        assert_within(found.numpy(), exact.numpy(), bound)
+
+
+def test_biases_are_summed_as_updates_are(tmp_path):
+    given = {"lora_bias": True, "target_modules": ["q_proj"]}
+    one = contents(peers.lora(**given), tmp_path / "1", 5, peers.biased)
+    two = contents(peers.lora(**given, r=3), tmp_path / "2", 6, peers.biased)
+    both = concatenate([one, two])
+    key = "base_model.model.model.layers.0.self_attn.q_proj.lora_B.bias"
+    # s c, with s = 6 / 4 and 6 / 3; the sum keeps s = 6 / 4.
+    expected = one.tensors[key] + (2 / 1.5 * two.tensors[key].double()).float()
+    assert torch.equal(both.tensors[key], expected)
+    assert both.config["lora_bias"] is True
+    same = weighted_sum([(one, 1.0)])
+    assert_same_tensors(one.tensors, same.tensors)
+
+
+def test_adapters_of_different_layers_keep_their_own(tmp_path):
+    one = contents(peers.lora(target_modules=["q_proj"]), tmp_path / "1")
+    two = contents(peers.lora(target_modules=["v_proj"], r=2), tmp_path / "2")
+    both = concatenate([one, two])
+    kept = {**one.tensors, **two.tensors}
+    assert_same_tensors(kept, both.tensors)  # each at its own scaling
+    model = loaded(both, folder=tmp_path)
+    assert len(inject.adapted(model)) == 4
+
+
+def test_adapters_of_different_bases_are_refused(tmp_path):
+    found = []
+    for i in range(2):
+        model = llama()
+        model.model.norm.weight.data += i
+        inject.inject(model, LoRAConfig(r=2, alpha=3), ["q_proj"])
+        found.append(peft_model.contents_of(model))
+    with pytest.raises(InputError, match=r"model\.norm\.weight differs"):
+        concatenate(found)
+    assert concatenate([found[0], found[0]]).metadata[BASE] == found[0].metadata[BASE]
+
+
+def test_several_layouts_and_methods_are_refused(tmp_path):
+    plain = contents(config("plain"), tmp_path / "plain")
+    dora = contents(config("DoRA"), tmp_path / "dora")
+    vera = contents(config("VeRA"), tmp_path / "vera")
+    rows = contents(config("rows of tokens"), tmp_path / "rows")
+    head = contents(config("saved whole"), tmp_path / "head")
+    pissa = contents(peers.lora(init_lora_weights="pissa"), tmp_path / "pissa")
+    for parts, words in [
+        ([], "no adapter"),
+        ([(plain, float("nan"))], "not finite"),
+        ([(dora, 0.5)], "lora_magnitude_vector"),
+        ([(plain, 1.0), (dora, 1.0)], "lora_magnitude_vector"),
+        ([(vera, 2.0)], "VERA"),
+        ([(plain, 1.0), (vera, 1.0)], "LORA and VERA"),
+        ([(rows, 0.5)], "trainable_tokens"),
+        ([(head, 0.5)], "whole"),
+        ([(pissa, 0.5)], "pissa"),
+    ]:
+        with pytest.raises(InputError, match=words):
+            weighted_sum(parts)

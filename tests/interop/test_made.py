@@ -1,0 +1,158 @@
+"""What made a file, and onto what it is loaded."""
+
+import json
+
+import pytest
+import torch
+
+from minipeft.errors import InputError
+from minipeft.interop import fingerprint, made, peft_folder, peft_format, peft_model
+from minipeft.interop.made import Made
+from minipeft.interop.merging import check_base
+from minipeft.interop.tensors import open_tensors
+from minipeft.torch import inject
+from minipeft.torch.ia3 import IA3Config
+from minipeft.torch.lora import LoRAConfig
+from tests.agreement.llama import llama
+from tests.interop import peers
+
+TARGETS = ["q_proj", "down_proj"]
+LORA = LoRAConfig(r=3, alpha=7)
+
+
+def adapted(config=LORA):
+    model = inject.inject(llama(), config, TARGETS)
+    for parameter in inject.trainable_parameters(model):
+        torch.nn.init.normal_(parameter, std=0.1)
+    return model
+
+
+def test_a_file_says_what_made_it(tmp_path):
+    given = Made(data="0badcafe", seed=7)
+    peft_model.save(adapted(), tmp_path / "adapter", made=given)
+    found = peft_folder.read(tmp_path / "adapter").metadata
+    assert found["format"] == "pt"
+    assert found[made.METHOD] == "LORA"
+    assert found[made.DATA] == "0badcafe"
+    assert found[made.SEED] == "7"
+    constants = json.loads(found[made.CONSTANTS])
+    assert set(constants.values()) == {7 / 3}
+    assert json.loads(found[made.VERSIONS]).keys() == {
+        "minipeft",
+        "torch",
+        "safetensors",
+    }
+
+
+def test_the_base_in_a_file_is_the_base_in_its_own_files(tmp_path):
+    peft_model.save(adapted(), tmp_path / "adapter")
+    with peers.quiet():
+        llama().save_pretrained(tmp_path / "base")
+    own = fingerprint.of_files(open_tensors(tmp_path / "base"))
+    adapter = peft_format.read(tmp_path / "adapter")
+    assert "is the one" in check_base(adapter, own)
+
+
+def test_another_base_is_refused_by_its_first_tensor(tmp_path):
+    peft_model.save(adapted(), tmp_path / "adapter")
+    other = llama()
+    with torch.no_grad():
+        other.model.layers[1].mlp.up_proj.weight[3, 5] += 1e-7
+    said = []
+    with pytest.raises(InputError, match=r"layers\.1\.mlp\.up_proj\.weight differs"):
+        peft_model.load(other, tmp_path / "adapter", say=said.append)
+    assert not inject.adapted(other)
+    assert said == []
+    peft_model.load(
+        other, tmp_path / "adapter", allow_base_mismatch=True, say=said.append
+    )
+    assert inject.adapted(other)
+    assert said == ["the base was not compared: --allow-base-mismatch"]
+
+
+def test_a_missing_and_a_new_tensor_are_named(tmp_path):
+    small, large = llama(), llama()
+    large.extra = torch.nn.Linear(2, 2)
+    for one, other, words in ((small, large, "is new"), (large, small, "is missing")):
+        model = inject.inject(one, LORA, TARGETS)
+        folder = tmp_path / words
+        peft_model.save(model, folder)
+        with pytest.raises(InputError, match=f"extra.bias {words}"):
+            peft_model.load(inject.unload(other), folder, say=lambda line: None)
+        inject.unload(one)
+
+
+def test_a_file_without_a_fingerprint_is_accepted_with_a_line(tmp_path):
+    peft_model.save(adapted(), tmp_path / "adapter")
+    contents = peft_folder.read(tmp_path / "adapter")
+    foreign = peft_folder.Contents(contents.config, contents.tensors)
+    peft_folder.write(tmp_path / "foreign", foreign)
+    said = []
+    peft_model.load(llama(), tmp_path / "foreign", say=said.append)
+    assert said == ["the adapter does not say which base it was made for"]
+
+
+def test_modules_that_were_trained_are_no_part_of_the_base(tmp_path):
+    model = adapted()
+    model.lm_head.requires_grad_(True)
+    with torch.no_grad():
+        model.lm_head.weight += 1
+    peft_model.save(model, tmp_path / "adapter")
+    said = []
+    found = peft_model.load(llama(), tmp_path / "adapter", say=said.append)
+    assert torch.equal(found.lm_head.weight, model.lm_head.weight)
+    assert "is the one" in said[0]
+    with peers.quiet():
+        llama().save_pretrained(tmp_path / "base")
+    own = fingerprint.of_files(open_tensors(tmp_path / "base"))
+    assert "is the one" in check_base(peft_format.read(tmp_path / "adapter"), own)
+
+
+@pytest.mark.parametrize(
+    ("other", "words"),
+    [
+        (LoRAConfig(r=3, alpha=8), "q_proj.scaling is 2.33"),
+        (LoRAConfig(r=3, alpha=7, rank_stabilized=True), "not 4.04"),
+    ],
+)
+def test_constants_beside_a_state_dict_are_compared(other, words):
+    saved, model = adapted(), adapted(other)
+    tensors = inject.adapter_state_dict(saved)
+    before = inject.adapter_state_dict(model)
+    before = {key: tensor.clone() for key, tensor in before.items()}
+    with pytest.raises(InputError, match=words):
+        inject.load_adapter_state_dict(model, tensors, saved=inject.constants(saved))
+    after = inject.adapter_state_dict(model)
+    assert all(torch.equal(before[key], after[key]) for key in before)
+    inject.load_adapter_state_dict(model, tensors)  # not compared where not given
+
+
+def test_the_side_of_ia3_is_a_constant():
+    saved = adapted(IA3Config())
+    model = adapted(IA3Config(feedforward=["down_proj"]))
+    found = inject.constants(model)
+    assert set(found.values()) == {"input", "output"}
+    saved_too = inject.constants(saved)
+    tensors = inject.adapter_state_dict(model)
+    with pytest.raises(InputError, match=r"down_proj\.side is output, not input"):
+        inject.load_adapter_state_dict(model, tensors, saved=saved_too)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "words"),
+    [
+        (lambda t: t.fill_(float("nan")), "is not finite"),
+        (lambda t: t.fill_(float("inf")), "is not finite"),
+        (lambda t: t.to(torch.int64), "has dtype torch.int64"),
+    ],
+)
+def test_a_state_dict_with_odd_values_is_refused(spoil, words):
+    model = adapted()
+    tensors = {k: t.clone() for k, t in inject.adapter_state_dict(model).items()}
+    last = [*tensors][-1]
+    before = {k: t.clone() for k, t in tensors.items()}
+    tensors[last] = spoil(tensors[last])
+    with pytest.raises(InputError, match=f"{last} {words}"):
+        inject.load_adapter_state_dict(model, tensors)
+    after = inject.adapter_state_dict(model)
+    assert all(torch.equal(before[key], after[key]) for key in before)
