@@ -601,13 +601,13 @@ assert down == 1 / 32
 assert blocks_met == 32
 
 # %% [markdown]
-# 4. *Fewer registers.* To how many registers would `product<__half>` have to shrink for an A100 to hold all 64 warps? (Its launch bounds promise 64 or fewer.)
+# 4. *Fewer registers.* To how many registers would `product<__half>` have to shrink for an A100 to hold all 64 warps? (The table above says how many it uses now.)
 
 # %% tags=["solution"]
 full_house = [r for r in range(16, 256) if MachineCode(r, 64, 0, ()).occupancy() == 1]
 most = max(full_house)
 print(
-    f"{most} registers a thread for a full house; 64 give {MachineCode(64, 64, 0, ()).occupancy():.0%}"
+    f"{most} registers a thread for all 64 warps; 64 registers give {MachineCode(64, 64, 0, ()).occupancy():.0%}"
 )
 assert most == 32
 
