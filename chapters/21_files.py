@@ -1,0 +1,234 @@
+# %% [markdown]
+# # Files: what an adapter will do elsewhere
+#
+# An adapter leaves the program that trained it as two files: a configuration and the matrices. Another program reads them, and may compute another scale, or nothing. A merged model leaves as one file, and nobody can see what was merged into it. This chapter asks two questions of files: *what will this adapter do there?* and *is this model really base + adapter?*
+
+# %%
+import atexit
+import shutil
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+from textwrap import fill
+
+import safetensors.torch
+import torch
+
+from minipeft.interop import (
+    fixing,
+    inspecting,
+    loaders,
+    parts,
+    peft_folder,
+    peft_format,
+)
+from minipeft.interop.audit import EXACT, WRONG, audit
+from minipeft.interop.tensors import open_tensors
+from minipeft.interop.update import merged
+from minipeft.lab import models
+from minipeft.lab.chapter import start
+from minipeft.torch import blockwise
+
+chapter = start("21_files", steps=1)
+
+# %% [markdown]
+# ## The problem
+#
+# A weight of the base is $W$, the adapter brings $A$, $B$ and numbers from which the scale follows: `lora_alpha`, `r`, `use_rslora`, and patterns that give some layers other values. The matrices look the same under every scale. So a program that does not read one of these numbers loads the file without a word, and the model answers a little differently.
+#
+# Here is such an adapter, for the small model of this book: rank-stabilized, with ranks and alphas that differ from layer to layer.
+
+# %%
+folder = Path(tempfile.mkdtemp())
+atexit.register(shutil.rmtree, folder)
+base = open_tensors(models.TINY)
+draw = torch.Generator().manual_seed(0)
+tensors = {}
+for name, about in base.about.items():
+    if name.endswith("_proj.weight"):
+        r = 8 if ".mlp." in name else 4
+        key = f"base_model.model.{name.removesuffix('.weight')}"
+        A = torch.randn(r, about.shape[1], generator=draw) / about.shape[1] ** 0.5
+        B = torch.randn(about.shape[0], r, generator=draw) * 0.01
+        tensors |= {f"{key}.lora_A.weight": A, f"{key}.lora_B.weight": B}
+config = {
+    "peft_type": "LORA",
+    "r": 4,
+    "lora_alpha": 12,
+    "use_rslora": True,
+    "rank_pattern": {r".*\.mlp\..*": 8},
+    "alpha_pattern": {"q_proj": 7},
+    "target_modules": sorted({name.split(".")[-3] for name in tensors}),
+}
+peft_folder.write(folder / "adapter", peft_folder.Contents(config, tensors))
+adapter = peft_format.read(folder / "adapter")
+print(f"{len(adapter.updates)} updates, scales", end=" ")
+print(*sorted({f"{update.scaling:.3f}" for update in adapter.updates.values()}))
+
+# %% [markdown]
+# ## The formula: one rounding
+#
+# The right merge is $W + s\,BA$, computed in float32 and rounded once to the dtype of the file [@hu2021]. That is a definition that bytes can be compared with: a file has these bits, or it has not. Another program may add in another order. So bits that differ are allowed as far as any order of the sums can reach [@higham2002], and no further. What lies beyond is a mistake.
+#
+# The size of an update needs no product as large as a weight, because of $|BA|^2 = \operatorname{tr}\big((B^TB)(AA^T)\big)$: two matrices of $r \times r$.
+#
+# ## The code
+#
+# The merge, a block of rows at a time:
+#
+# @source minipeft.interop.update.merged
+#
+# The judgement of one tensor:
+#
+# @source minipeft.interop.audit.judge
+#
+# ## The proof: a right merge is never accused
+#
+# Our merge is exact by definition. The control adds in another order: it splits the rank in two halves and adds one after the other.
+
+
+# %%
+def save(name, change):
+    """Write a model whose adapted weights went through `change`; open it."""
+    changed = {
+        n: change(base.read(n), adapter.updates[n])
+        if n in adapter.updates
+        else base.read(n)
+        for n in base.about
+    }
+    path = folder / f"{name}.safetensors"
+    safetensors.torch.save_file({n: t.contiguous() for n, t in changed.items()}, path)
+    return open_tensors(path)
+
+
+def in_halves(W, update):
+    """The same merge, summed in another order."""
+    half = update.r // 2
+    total = W.float()
+    for part in (slice(half, None), slice(half)):
+        total = total + update.scaling * (update.B[:, part] @ update.A[part])
+    return total.to(W.dtype)
+
+
+def verdicts(found):
+    """Count the verdicts over the adapted weights."""
+    findings = [f for f in audit(base, adapter, found) if f.adapted]
+    return {
+        v: sum(f.verdict == v for f in findings) for v in {f.verdict for f in findings}
+    }
+
+
+ours, halves = (
+    verdicts(save(name, change))
+    for name, change in (("right", merged), ("halves", in_halves))
+)
+print("our merge:       ", ours)
+print("another order:   ", halves)
+assert ours == {EXACT: len(adapter.updates)}
+assert WRONG not in halves
+
+# %% [markdown]
+# ## The experiment: five ways to break it
+#
+# Each of these has happened to somebody. The audit gets the file and is not told what was done to it. It makes every mistake of its list itself and names the one that comes closest. The number says what the mistake leaves unexplained, relative to the size of the update.
+
+
+# %%
+def through_four_bits(W):
+    """What NF4 leaves of a weight."""
+    return blockwise.dequantize(blockwise.quantize(W.float()), W.dtype)
+
+
+BROKEN = {
+    "not applied": lambda W, u: W.clone(),
+    "applied twice": lambda W, u: merged(merged(W, u), u),
+    "1/r for 1/√r, or the reverse": lambda W, u: merged(
+        W, replace(u, rank_stabilized=False)
+    ),
+    "merged into dequantized NF4": lambda W, u: merged(through_four_bits(W), u),
+    "rounded to bfloat16": lambda W, u: merged(W, u).bfloat16().to(W.dtype),
+}
+named = {}
+for number, (name, change) in enumerate(BROKEN.items()):
+    findings = [
+        f for f in audit(base, adapter, save(f"broken{number}", change)) if f.adapted
+    ]
+    named[name] = {f.mistake for f in findings}
+    worst = max(f.residual for f in findings)
+    print(f"{name}:")
+    print(f"  named: {', '.join(sorted(named[name]))}; unexplained {worst:.1g}")
+chapter.claim(
+    "the audit names each of five mistakes, in every adapted weight",
+    all(named[name] == {name} for name in BROKEN),
+    control="the right merge and the same merge in another order, which it does not accuse",
+)
+
+# %% [markdown]
+# ### What eight programs make of the file
+#
+# The same for the adapter. Each program computes its scale from some of the numbers. The rules were read in the source of each program and stand in one file, with the place where they were read. Where no source was read for a feature, the answer is "not known".
+
+# %%
+contents = parts.read(folder / "adapter")
+for loader in loaders.LOADERS.values():
+    said = f"{loader.name}: {loaders.judge(loader, contents).sentence}"
+    print(fill(said, 88, subsequent_indent="  "))
+
+# %% [markdown]
+# A scale that is folded into $B$ cannot be lost. `minipeft inspect --fix` writes $B' = s B$ and $\alpha = r$, fills smaller ranks up with zeros, and needs no pattern:
+
+# %%
+fixing.fix(contents, folder / "fixed")
+fixed = parts.read(folder / "fixed")
+before, after = (
+    [n for n, loader in loaders.LOADERS.items() if not loaders.judge(loader, one).lost]
+    for one in (contents, fixed)
+)
+print("exact before:", ", ".join(before))
+print("exact after: ", ", ".join(after))
+rewritten = peft_format.read(folder / "fixed")
+merge = {n: merged(base.read(n), rewritten.updates[n]) for n in rewritten.updates}
+path = folder / "fixed.safetensors"
+safetensors.torch.save_file({**{n: base.read(n) for n in base.about}, **merge}, path)
+same = verdicts(open_tensors(path))
+print("the rewritten adapter, audited against the first:", same)
+assert WRONG not in same
+assert set(before) < set(after)
+
+# %% [markdown]
+# ## What goes wrong in practice
+#
+# - **A server ignores `use_rslora`** ([vLLM 6909](https://github.com/vllm-project/vllm/pull/6909), mended there in 2024): every update is divided by $\sqrt r$ once too often.
+# - **A converter writes `lora_alpha` alone.** llama.cpp's file format has no place for patterns, and its converter does not read them.
+# - **Mixed ranks get the alpha of the first layer** ([diffusers 14409](https://github.com/huggingface/diffusers/pull/14409)): a quarter of the scale on most layers of a published adapter.
+# - **An adapter with magnitudes is refused**: vLLM, SGLang and llama.cpp say so. A refusal is the better outcome: merge first.
+# - **The base is not the base.** More than half of the weights that the adapter leaves alone differ: then the audit says that once, and judges nothing else.
+#
+# ## Exercises
+#
+# 1. Merge with the alpha of another layer. Does the audit name it, and what does it say about the layers whose alpha is right?
+
+# %% tags=["solution"]
+found = save("alpha", lambda W, u: merged(W, replace(u, alpha=12.0)))
+findings = [f for f in audit(base, adapter, found) if f.adapted]
+wrong = [f for f in findings if f.verdict == WRONG]
+print(len(wrong), "wrong:", {f.mistake for f in wrong})
+assert {f.mistake for f in wrong} == {"another layer's alpha"}
+assert all("q_proj" in f.tensor for f in wrong)
+
+# %% [markdown]
+# 2. Compute the norm of one update with the product $BA$ and without it. How many multiplications does each need?
+
+# %% tags=["solution"]
+update = adapter.updates["model.layers.0.mlp.up_proj.weight"]
+formed = float((update.scaling * update.B.double() @ update.A.double()).norm())
+traced = inspecting.delta_norm(update.A, update.B, update.scaling)
+rows, columns, r = len(update.B), update.A.shape[1], update.r
+print(f"{formed:.6f} with {rows * columns * r:,} multiplications")
+print(f"{traced:.6f} with {(rows + columns + 1) * r * r:,}")
+assert abs(formed - traced) < 2.0**-40 * formed
+
+# %% [markdown]
+# ## References
+#
+# The update is LoRA's [@hu2021], its rank-stabilized scale is from [@kalajdzievski2023], and the bounds are Higham's [@higham2002].

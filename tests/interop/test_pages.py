@@ -1,0 +1,81 @@
+"""The pages about files are true: their commands are run, and say what they say."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from minipeft.interop.tensors import open_tensors
+from minipeft.lab import models
+from tests.interop.folders import write_adapter
+
+ROOT = Path(__file__).parents[2]
+BLOCK = re.compile(r'^```(\w+)(?: title="([^"]*)")?\n(.*?)^```$', re.DOTALL | re.M)
+NEEDS = {"peft": "peft", "llama_cpp": "xllamacpp", "transformers": "bitsandbytes"}
+PAGES = ("peft", "transformers", "vllm", "llama_cpp", "ollama")
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A base and an adapter beside it, and the commands of this source."""
+    (tmp_path / "base").symlink_to(models.TINY)
+    draw = torch.Generator().manual_seed(0)
+    tensors = {}
+    for name, about in open_tensors(models.TINY).about.items():
+        if name.endswith("_proj.weight"):
+            key = f"base_model.model.{name.removesuffix('.weight')}.lora_"
+            A = torch.randn(4, about.shape[1], generator=draw) * 0.1
+            tensors[f"{key}A.weight"] = A
+            B = torch.randn(about.shape[0], 4, generator=draw) * 0.1
+            tensors[f"{key}B.weight"] = B
+    targets = sorted({name.split(".")[-3] for name in tensors})
+    config = {"use_rslora": True, "alpha_pattern": {"q_proj": 7}}
+    write_adapter(tmp_path / "adapter", tensors, target_modules=targets, **config)
+    (tmp_path / "bin").mkdir()
+    for name, how in {"minipeft": "-m minipeft", "python": ""}.items():
+        command = tmp_path / "bin" / name
+        command.write_text(f'#!/bin/sh\nexec "{sys.executable}" {how} "$@"\n')
+        command.chmod(0o755)
+    return tmp_path
+
+
+def shell(folder, script):
+    """Run what a reader would type."""
+    paths = {"PATH": f"{folder / 'bin'}:{os.environ['PATH']}", "PYTHONPATH": str(ROOT)}
+    return subprocess.run(
+        ["bash", "-eu", "-c", script],
+        cwd=folder,
+        env={**os.environ, **paths},
+        capture_output=True,
+        text=True,
+        timeout=200,
+        check=False,
+    )
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_what_a_page_shows_is_what_happens(folder, page):
+    pytest.importorskip(NEEDS.get(page, "torch"), reason=f"{page} needs it")
+    text = (ROOT / "site" / f"{page}.md").read_text("utf-8")
+    said, ran = "", 0
+    for language, title, block in BLOCK.findall(text):
+        if language == "python":
+            (folder / title).write_text(block)
+        elif title == "not run here":
+            assert "not run here" in text.replace(title, "", 1)
+        elif language == "sh":
+            done = shell(folder, block)
+            assert f"exit code {done.returncode}" == title, block + done.stderr
+            said, ran = done.stdout, ran + 1
+        else:
+            assert block.strip() in said
+    assert ran >= 3
+
+
+def test_every_page_is_in_the_navigation():
+    text = (ROOT / "mkdocs.yml").read_text("utf-8")
+    assert all(f": {page}.md\n" in text for page in PAGES)
