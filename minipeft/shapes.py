@@ -63,8 +63,11 @@ def check_floats(name: str, array: Operand) -> None:
     """Refuse numbers that are no floats: products of others overflow or mean nothing.
 
     Raises:
-        InputError: if the dtype is complex, boolean or an integer.
+        InputError: if it is no array, or its dtype is complex, boolean or an integer.
     """
+    if not hasattr(array, "dtype") or not hasattr(array, "shape"):
+        kind = type(array).__name__
+        raise InputError(f"{name} is of type {kind}; give an array of floats.")
     dtype = str(array.dtype).removeprefix("torch.")
     if dtype not in FLOATS:
         raise InputError(f"{name} has dtype {dtype}; convert it to a float dtype.")

@@ -89,10 +89,29 @@ class VectorFile:
 
 
 def load(path: Path) -> VectorFile:
-    """Read one file."""
+    """Read one file.
+
+    Raises:
+        InputError: it is absent or damaged.
+    """
     if not path.exists():
         raise InputError(f"{path} is missing; run: python -m minipeft.golden.generate")
-    content = json.loads(path.read_text(encoding="utf-8"))
+    try:
+        return _file(path.name, json.loads(path.read_text(encoding="utf-8")))
+    except (
+        ValueError,
+        LookupError,
+        TypeError,
+        AttributeError,
+        RecursionError,
+    ) as error:
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        raise InputError(
+            f"{path} is damaged ({reason[:200]}); install minipeft again"
+        ) from None
+
+
+def _file(name: str, content: Mapping[str, Any]) -> VectorFile:
     notes = {
         flag: Note(n["kind"], n["description"], n["effect"], tuple(n["links"]))
         for flag, n in content["notes"].items()
@@ -102,7 +121,7 @@ def load(path: Path) -> VectorFile:
         for group in content["testGroups"]
         for test in group["tests"]
     )
-    return VectorFile(path.name, notes, cases)
+    return VectorFile(name, notes, cases)
 
 
 def load_all(only: Iterable[str] = ()) -> Iterator[VectorFile]:

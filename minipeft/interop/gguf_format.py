@@ -164,7 +164,7 @@ def _announce_all(
         _announce(writer, theirs[name], shape, type_)
     if factors is not None:
         size, dtype = factors.nbytes, factors.dtype
-        writer.add_tensor_info("rope_freqs.weight", factors.shape, dtype, size)
+        writer.add_tensor_info(FACTORS, factors.shape, dtype, size)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
@@ -310,40 +310,58 @@ class GgufTensors:
     def __init__(self, path: Path):
         self.path = path
         self._reader = _opened(path)
-        fields = self._reader.fields
-        self.metadata: Mapping[str, str] = {
-            key: str(field.contents())
-            for key, field in fields.items()
-            if not key.startswith("tokenizer.")
-        }
-        self.arch = self.metadata["general.architecture"]
+        with _decoding(path):
+            self.metadata: Mapping[str, str] = {
+                key: str(field.contents())
+                for key, field in self._reader.fields.items()
+                if not key.startswith("tokenizer.")
+            }
+        self.arch = self.metadata.get("general.architecture", "none")
         if self.arch not in FAMILIES_READ:
             raise InputError(
                 f"{path} holds a model of the family {self.arch!r}; only "
                 f"{', '.join(sorted(FAMILIES_READ))} are read"
             )
-        layers = int(self.metadata[f"{self.arch}.block_count"])
+        layers = self._count("block_count")
+        if layers > LAYERS:
+            raise InputError(f"{path} has {layers} layers; get the file again")
         ours = {theirs: name for name, theirs in names(self.arch, layers).items()}
+        self.stored = [tensor.name for tensor in self._reader.tensors]
+        if odd := set(self.stored) - ours.keys() - {FACTORS}:
+            raise InputError(f"{path} holds {min(odd)}, which no {self.arch} has")
+        self._heads = {
+            "num_attention_heads": self._count("attention.head_count"),
+            "num_key_value_heads": self._count("attention.head_count_kv"),
+        }
         self._found = {ours[t.name]: t for t in self._reader.tensors if t.name in ours}
         self.about: Mapping[str, About] = {
             name: About(torch.float32, tuple(int(n) for n in reversed(t.shape)))
             for name, t in self._found.items()
         }
 
+    def _count(self, key: str) -> int:
+        """Return a number of layers or heads."""
+        text = self.metadata.get(f"{self.arch}.{key}", "none")
+        if not text.isdecimal():
+            raise InputError(
+                f"{self.path} says {text!r} for {self.arch}.{key}, which is no count; "
+                "get the file again"
+            )
+        return int(text)
+
     def read(self, name: str) -> Tensor:
-        """Return one tensor in float32, in transformers' order of rows."""
+        """Return one tensor in float32, in transformers' order of rows.
+
+        Raises:
+            InputError: its values do not fit its shape, its kind or the heads.
+        """
         tensor = self._found[name]
-        values = gguf.dequantize(tensor.data, tensor.tensor_type)
-        values = np.asarray(values, np.float32).reshape(self.about[name].shape)
-        config = {
-            "num_attention_heads": self.metadata[f"{self.arch}.attention.head_count"],
-            "num_key_value_heads": self.metadata[
-                f"{self.arch}.attention.head_count_kv"
-            ],
-        }
-        if heads := heads_turned(name, self.arch, config):
-            values = turn_back(values, heads)
-        return torch.from_numpy(np.array(values))
+        turned = heads_turned(name, self.arch, self._heads)
+        with _decoding(self.path):
+            values = gguf.dequantize(tensor.data, tensor.tensor_type)
+            values = np.asarray(values, np.float32).reshape(self.about[name].shape)
+            values = turn_back(values, turned) if turned else values
+            return torch.from_numpy(np.array(values))
 
     def pieces(self, name: str) -> Iterator[bytes]:
         """Yield the bytes of one tensor, decoded."""
@@ -375,17 +393,27 @@ ROUNDINGS: dict[gguf.GGMLQuantizationType, Rounding] = {
     TYPES["Q8_0"]: Q8(),
 }
 FAMILIES_READ = {"llama", "qwen2", "qwen3"}
+LAYERS = 10_000
+FACTORS = "rope_freqs.weight"
+
+
+@contextmanager
+def _decoding(path: Path) -> Iterator[None]:
+    """Turn what the package raises on damaged files, of many kinds, into a sentence."""
+    try:
+        yield
+    except FileNotFoundError:
+        raise InputError(f"there is no file {path}; check the path") from None
+    except Exception as error:
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        raise InputError(
+            f"{path} is damaged or no GGUF file ({reason}); get the file again"
+        ) from None
 
 
 def _opened(path: Path) -> gguf.GGUFReader:
-    try:
+    with _decoding(path):
         reader = gguf.GGUFReader(path)
-    except FileNotFoundError:
-        raise InputError(f"there is no file {path}; check the path") from None
-    except Exception as error:  # the reader raises many kinds on damaged files
-        raise InputError(
-            f"{path} is damaged or no GGUF file ({error}); get the file again"
-        ) from None
     if reader.byte_order != "I":
         raise InputError(f"{path} is big-endian; convert it to little-endian first")
     return reader

@@ -43,9 +43,14 @@ def read(folder: Path) -> Adapter:
 
 def matched(patterns: Mapping[str, Any], module: str, default: Any) -> Any:
     """Return what a pattern says of a module: peft tries them in order, at the end."""
-    for pattern, value in patterns.items():
-        if re.match(rf"(.*\.)?({pattern})$", module):
-            return value
+    try:
+        for pattern, value in patterns.items():
+            if re.match(rf"(.*\.)?({pattern})$", module):
+                return value
+    except (AttributeError, re.error):
+        raise InputError(
+            f"{patterns!r} is no object of patterns and values; mend {CONFIG}"
+        ) from None
     return default
 
 

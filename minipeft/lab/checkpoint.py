@@ -7,6 +7,7 @@ file and one rename: a checkpoint is the old one or the new one, never half of e
 
 import hashlib
 import json
+import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields
@@ -220,10 +221,16 @@ def _progress(header: dict[str, Any]) -> Progress:
         raise ValueError(f"progress has other fields than expected: {odd}")
     validation = [(int(step), float(loss)) for step, loss in found.pop("validation")]
     losses = [float(loss) for loss in found.pop("losses")]
-    progress = Progress(losses=losses, validation=validation, **found)
-    if not isinstance(progress.step, int) or progress.step < 0:
-        raise ValueError(f"step is {progress.step!r}")
-    return progress
+    step, seconds, settings = (found[k] for k in ("step", "seconds", "settings"))
+    if type(step) is not int or step < 0:
+        raise ValueError(f"step is {step!r}")
+    if type(seconds) not in (int, float) or not 0 <= seconds < math.inf:
+        raise ValueError(f"seconds is {seconds!r}")
+    if not isinstance(settings, dict) or not all(
+        isinstance(value, str) for value in settings.values()
+    ):
+        raise ValueError(f"settings is {settings!r}")
+    return Progress(step, losses, validation, float(seconds), settings)
 
 
 def _own(

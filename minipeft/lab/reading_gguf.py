@@ -15,7 +15,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from torch import nn
 
 from minipeft.errors import InputError
-from minipeft.interop.gguf_format import GgufTensors
+from minipeft.interop.gguf_format import FACTORS, GgufTensors
 from minipeft.lab.reading import empty, fill
 
 
@@ -41,6 +41,12 @@ def _config(metadata: Mapping[str, str], tensors: GgufTensors) -> Any:
         for key, value in metadata.items()
         if key.startswith("llama.")
     }
+    scaled = fields.get("rope.scaling.type", "none") != "none"
+    if FACTORS in tensors.stored or scaled:
+        raise InputError(
+            f"{tensors.path} scales its rotary frequencies, which is not read here; "
+            "load the model from safetensors"
+        )
     heads = int(fields["attention.head_count"])
     embeddings = tensors.about["model.embed_tokens.weight"].shape
     return transformers.LlamaConfig(

@@ -59,6 +59,11 @@ def projections(seed: int, r: int, in_features: int, out_features: int) -> Proje
     """
     if not 0 <= seed < 2**32:
         raise InputError(f"seed is {seed}; choose 0 to {2**32 - 1}.")
+    if in_features < 1 or out_features < 1:
+        raise InputError(
+            f"the largest layer is ({out_features}, {in_features}); its sizes are 1 or "
+            "more."
+        )
     if r < 1:
         raise InputError(f"r is {r}; choose 1 or more.")
     # Not a Generator: this stream is frozen by NumPy's promise, and it is torch's.
@@ -92,6 +97,10 @@ def fit(pair: Projections, in_features: int, out_features: int) -> Projections:
             f"the projections serve weights up to ({tallest}, {widest}); draw them for "
             f"the largest layer, here ({out_features}, {in_features})."
         )
+    if in_features < 0 or out_features < 0:
+        raise InputError(
+            f"the layer is ({out_features}, {in_features}); its sizes are 0 or more."
+        )
     A = pair.A[:, :in_features].copy()
     return Projections(A, pair.B[:out_features].copy())
 
@@ -100,12 +109,14 @@ def init(r: int, out_features: int, d_initial: float = 0.1) -> VeRA:
     """Start at zero update: every d is `d_initial`, every b is zero.
 
     Raises:
-        InputError: if r is below 1, or `d_initial` is not finite.
+        InputError: if r is below 1, out_features below 0, or `d_initial` not finite.
 
     Source: VeRA (arXiv:2310.11454), section 3.2.
     """
     if r < 1:
         raise InputError(f"r is {r}; choose 1 or more.")
+    if out_features < 0:
+        raise InputError(f"out_features is {out_features}; choose 0 or more.")
     if not isfinite(d_initial):
         raise InputError(f"d_initial is {d_initial}; choose a finite number.")
     d = np.full(r, d_initial, np.float32)

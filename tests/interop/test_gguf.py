@@ -17,7 +17,7 @@ from minipeft.interop.gguf_format import GgufTensors
 from minipeft.interop.gguf_names import turn, turn_back
 from minipeft.interop.tensors import open_tensors
 from minipeft.interop.update import Update, merged
-from minipeft.lab import models
+from minipeft.lab import models, reading_gguf
 
 CONFIG = json.loads((models.TINY / "config.json").read_text())
 PROMPT = "It is a truth universally acknowledged, that"
@@ -235,3 +235,16 @@ def test_a_damaged_file_is_one_sentence(tmp_path, base, keep):
     assert "\n" not in str(caught.value)
     with pytest.raises(InputError, match="there is no file"):
         GgufTensors(tmp_path / "none.gguf")
+
+
+@pytest.mark.parametrize("name", ["blk.9.attn_q.weight", "rope_freqs.weight"])
+def test_a_tensor_that_a_loaded_model_has_no_place_for_is_refused(tmp_path, name):
+    path = tmp_path / "model.gguf"
+    with gguf_format._writing(path, "llama") as writer:
+        gguf_format._hyperparameters(writer, CONFIG)
+        writer.add_tensor(name, np.ones((4, 4), np.float32))
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+    with pytest.raises(InputError, match=r"holds blk\.9|scales its rotary frequencies"):
+        reading_gguf.read(path, torch.float32, "cpu")

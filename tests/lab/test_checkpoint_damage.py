@@ -81,6 +81,14 @@ FORGERIES = {
         {**h, "progress": {**h["progress"], "step": -1}},
         t,
     ),
+    "seconds are a word": lambda h, t: (
+        {**h, "progress": {**h["progress"], "seconds": "("}},
+        t,
+    ),
+    "a setting is a number": lambda h, t: (
+        {**h, "progress": {**h["progress"], "settings": {"batch": 1}}},
+        t,
+    ),
     "identity is a list": lambda h, t: ({**h, "identity": []}, t),
     "no generator": lambda h, t: (h, without(t, "random/torch")),
     "a generator of another kind": lambda h, t: (

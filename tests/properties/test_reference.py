@@ -2,10 +2,12 @@
 
 import re
 
+import jaxtyping
 import numpy as np
 import pytest
 
 from minipeft.errors import InputError
+from minipeft.reference import linear
 from tests.operands import (
     OUT_OF_RANGE,
     ROWS,
@@ -74,3 +76,11 @@ def test_numbers_out_of_range_are_refused(row, name):
                 said = getattr(value, "__name__", str(value))  # the value is named
                 with pytest.raises(InputError, match=re.escape(said)):
                     call(row, name, {**given, parameter: value})
+
+
+def test_what_is_no_array_is_refused_by_name(monkeypatch):
+    # The tests' own check of annotations would come first.
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
+    for odd in ([[1.0, 2.0]], "ab", 1.0):
+        with pytest.raises(InputError, match=r"^x is of type \w+; give an array"):
+            linear.forward(odd, np.ones((3, 2)))

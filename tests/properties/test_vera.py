@@ -88,3 +88,16 @@ def test_a_pair_that_is_too_small_is_refused():
     pair, v = vera.projections(0, 2, 3, 4), vera.init(2, 5)
     with pytest.raises(InputError, match=r"up to \(4, 3\).*here \(5, 3\)"):
         vera.forward(np.ones(3), np.ones((5, 3)), pair, v)
+
+
+@pytest.mark.parametrize("sizes", [(-1, 4), (4, -1)])
+def test_a_layer_without_a_size_is_refused(sizes):
+    pair = vera.projections(0, 2, 6, 5)
+    for call in (
+        lambda: vera.projections(0, 2, *sizes),
+        lambda: vera.projections(0, 2, *(max(0, n) for n in sizes)),
+        lambda: vera.fit(pair, *sizes),
+        lambda: vera.init(2, min(sizes)),
+    ):
+        with pytest.raises(InputError, match=r"or more\.$"):
+            call()
