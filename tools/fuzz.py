@@ -50,7 +50,7 @@ NUMBERS = (
     2**64 - 1,
 )
 VALUES: tuple[Any, ...] = (
-    *(None, True, False, -1, 0, 1, 0.5, 2**31, 2**63, -(2**70), math.inf, math.nan),
+    *(None, True, False, -1, 0, 1, 0.5, 2**31, -(2**70), 10**400, math.inf, math.nan),
     *("", "x", "F32", "../x", "\0", "\ud800", "(", "(a+)+$", [], {}, [[]], {"": None}),
 )
 

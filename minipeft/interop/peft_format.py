@@ -4,8 +4,8 @@ Only safetensors and JSON are read. The keys are peft's: `base_model.model.` bef
 path of the module, `.lora_A.weight` and so on behind it.
 """
 
-import math
 import re
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,8 @@ KEY = re.compile(
     r"(?P<module>.+)\.(?P<part>lora_A|lora_B|lora_magnitude_vector|"
     r"lora_embedding_A|lora_embedding_B)(?:\.(?P<kind>weight|bias))?"
 )
+
+LARGEST = sys.float_info.max
 
 
 def read(folder: Path) -> Adapter:
@@ -41,7 +43,7 @@ def read(folder: Path) -> Adapter:
     return _adapter(contents)
 
 
-def matched(patterns: Mapping[str, Any], module: str, default: Any) -> Any:
+def matched(patterns: Any, module: str, default: Any) -> Any:
     """Return what a pattern says of a module: peft tries them in order, at the end."""
     try:
         for pattern, value in patterns.items():
@@ -94,7 +96,7 @@ def update(
     A, B = (parts[name] for name in names)
     magnitude = parts.get("lora_magnitude_vector")
     alpha = matched(config.get("alpha_pattern") or {}, module, config.get("lora_alpha"))
-    if not isinstance(alpha, int | float) or not math.isfinite(alpha):
+    if not isinstance(alpha, int | float) or not abs(alpha) <= LARGEST:
         raise InputError(f"lora_alpha of {module} is {alpha!r}; give a finite number")
     if A.ndim != 2 or B.ndim != 2 or A.shape[0] != B.shape[1] or not len(A):
         raise InputError(
