@@ -26,6 +26,12 @@ def read(path: Path, dtype: torch.dtype, device: str) -> nn.Module:
         InputError: the file is damaged, or holds another architecture.
     """
     tensors = GgufTensors(path)
+    scaling = tensors.metadata.get("llama.rope.scaling.type", "none")
+    if FACTORS in tensors.stored or scaling != "none":
+        raise InputError(
+            f"{path} scales its rotary frequencies, which is not read here; load the "
+            "model from safetensors"
+        )
     config = _config(tensors.metadata, tensors)
     model = empty(transformers.AutoModelForCausalLM, config, dtype)
     names = {name: name for name in tensors.about}
@@ -41,12 +47,6 @@ def _config(metadata: Mapping[str, str], tensors: GgufTensors) -> Any:
         for key, value in metadata.items()
         if key.startswith("llama.")
     }
-    scaled = fields.get("rope.scaling.type", "none") != "none"
-    if FACTORS in tensors.stored or scaled:
-        raise InputError(
-            f"{tensors.path} scales its rotary frequencies, which is not read here; "
-            "load the model from safetensors"
-        )
     heads = int(fields["attention.head_count"])
     embeddings = tensors.about["model.embed_tokens.weight"].shape
     return transformers.LlamaConfig(
