@@ -39,7 +39,7 @@ class Adapter:
         """
         return Adapter(
             {_found(n, names): u for n, u in self.updates.items()},
-            {_found(n, names, new=True): b for n, b in self.biases.items()},
+            {_found(n, names): b for n, b in self.biases.items()},
             {_found(n, names, new=True): t for n, t in self.saved.items()},
             self.config,
             self.metadata,
