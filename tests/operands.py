@@ -7,26 +7,27 @@ function needs an entry here only where a parameter has a new name.
 import contextlib
 import copy
 import inspect
+import pkgutil
 import typing
 from collections.abc import Iterator, Mapping
 from dataclasses import fields, is_dataclass, replace
 from functools import cache
+from importlib import import_module
 from itertools import islice
 from types import ModuleType
 
 import jaxtyping
 import numpy as np
 
+import minipeft.reference
 from minipeft.reference import (
     adamw,
     attention,
     blockwise,
     bottleneck,
     codebook,
-    dora,
     double_quant,
     ia3,
-    linear,
     loftq,
     lora,
     paged,
@@ -36,10 +37,11 @@ from minipeft.reference import (
     qlora,
     vera,
 )
+from tests.parametrizations import ROWS as PARAMETRIZATIONS
 
-ROWS = (
-    *(codebook, blockwise, double_quant, adamw, paged, linear, lora, dora, vera, ia3),
-    *(pissa, loftq, qlora, attention, bottleneck, prefix, prompt),
+ROWS = tuple(
+    import_module(f"minipeft.reference.{found.name}")
+    for found in pkgutil.iter_modules(minipeft.reference.__path__)
 )
 
 # A number outside of these is out of range for every function that takes it.
@@ -73,6 +75,10 @@ MAY_BE_LONGER = {("pair", "in_features"), ("pair", "out_features")}
 
 def f32(*shape: int) -> np.ndarray:
     return np.random.default_rng(len(shape)).standard_normal(shape).astype(np.float32)
+
+
+def new_adapter(row) -> object:
+    return row.start(np.random.default_rng(0), f32(4, 5), 2)[2]
 
 
 @cache
@@ -112,11 +118,7 @@ def operands(row: ModuleType) -> dict[str, object]:
     small = bottleneck.Bottleneck(f32(2, 5), f32(2), f32(5, 2), f32(5), 0.5)
     mask = attention.causal(3, 4)
     own: dict[ModuleType, dict[str, object]] = {
-        lora: {"adapter": update},
-        qlora: {"adapter": update},
-        dora: {"adapter": dora.DoRA(update.A, update.B, 0.5, f32(4))},
-        vera: {"adapter": vera.VeRA(f32(2), f32(4))},
-        ia3: {"adapter": ia3.IA3(f32(4), "output")},
+        **{row.module: {"adapter": new_adapter(row)} for row in PARAMETRIZATIONS},
         bottleneck: {"adapter": small, "grad_y": f32(3, 5), "adapters": (small, small)},
         loftq: {"q": q},
         double_quant: {"q": double_quant.quantize(f32(4, 5), blocksize=4)},

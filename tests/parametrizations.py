@@ -1,10 +1,10 @@
 """Every parametrization, as the contract of its kind sees it.
 
 A new row adds one entry: its module, its trained fields, how an adapter of a drawn
-layer is made, and how a new one starts.
+layer is made, how a new one starts, and how torch's config is called.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from inspect import signature
 from types import SimpleNamespace
@@ -17,9 +17,11 @@ from minipeft.reference import (
     blockwise,
     dora,
     double_quant,
+    hira,
     ia3,
     linear,
     lora,
+    miss,
     qlora,
     vera,
 )
@@ -51,6 +53,14 @@ class Parametrization:
     formula: Any = None  # the same formula on a dequantized base
     fractions: bool = True  # whether the formula runs on fractions
     exact: Callable | None = None  # a case without roundings, where integers have some
+    # Of torch's config, for a model of two layers; None: there is none.
+    hyper: Mapping[str, Any] | None = None
+
+    @property
+    def kind(self) -> str:
+        """Return the name of the adapter's class, which is the same in each column."""
+        rng, W = np.random.default_rng(0), np.ones((4, 5), np.float32)
+        return type(self.start(rng, W, 2)[2]).__name__
 
     def case(self, data, kind: str) -> "Case":
         """Draw a layer with this adapter, of one kind of numbers."""
@@ -243,17 +253,39 @@ def _qlora_start(rng, W, r):
     return quantized(W, r % 2 == 0), (), adapter
 
 
+def _make_hira(draw, tensor, t):
+    return t.W, (), hira.HiRA(t.A, t.B, t.scaling)
+
+
+def _hira_start(rng, W, r):
+    return W, (), hira.init(rng, W.shape[1], W.shape[0], r, 0.5)
+
+
+def _make_miss(draw, tensor, t):
+    return t.W, (), miss.MiSS(draw(tensor((len(t.A), len(t.W))).filter(np.any)))
+
+
+def _miss_start(rng, W, r):
+    return W, (), miss.init(W.shape[1], W.shape[0], r)
+
+
 AB = ("A", "B")
+RANK = {"r": 4, "alpha": 8}
 ROWS = (
-    Parametrization("lora", lora, AB, _make_lora, _lora_start),
+    Parametrization("lora", lora, AB, _make_lora, _lora_start, hyper=RANK),
     Parametrization(
         *("dora", dora, (*AB, "magnitude"), _make_dora, _dora_start),
         proof=_dora,
         exact=_exact_dora,
+        hyper=RANK,
     ),
-    Parametrization("vera", vera, ("d", "b"), _make_vera, _vera_start),
-    Parametrization("ia3", ia3, ("l",), _make_ia3, _ia3_start),
+    Parametrization("vera", vera, ("d", "b"), _make_vera, _vera_start, hyper={"r": 6}),
+    Parametrization(
+        "ia3", ia3, ("l",), _make_ia3, _ia3_start, hyper={"feedforward": ["1"]}
+    ),
     Parametrization(
         "qlora", qlora, AB, _make_qlora, _qlora_start, formula=lora, fractions=False
     ),
+    Parametrization("hira", hira, AB, _make_hira, _hira_start, hyper={"r": 4}),
+    Parametrization("miss", miss, ("D",), _make_miss, _miss_start, hyper={"r": 4}),
 )

@@ -47,6 +47,7 @@ _DEQUANTIZE = Operation(
     parameters={"blocksize": a.BLOCKSIZE, "shape": a.SHAPE, "dtype": a.DTYPE},
     outputs={"W": exact(a.VALUES)},
 )
+_MISS = {"W": a.W, "D": tensor("(r, out_features)", "What r inputs add, in turn.")}
 OPERATIONS: dict[str, Operation] = {
     "codebook_table": Operation(
         row="codebook",
@@ -284,6 +285,39 @@ OPERATIONS: dict[str, Operation] = {
     ),
     "ia3_merge": Operation(
         row="ia3", tensors=a.IA3, parameters=a.SIDE_ONLY, outputs={"merged": a.MERGED}
+    ),
+    "hira_forward": Operation(
+        row="hira",
+        tensors={"x": a.X, **a.LORA, "bias": a.BIAS},
+        parameters={"scaling": a.SCALING},
+        outputs={"y": a.Y},
+    ),
+    "hira_backward": Operation(
+        row="hira",
+        tensors={"grad_y": a.GRAD_Y, "x": a.X, **a.LORA},
+        parameters={"scaling": a.SCALING},
+        outputs=a.LORA_GRADIENTS,
+    ),
+    "hira_merge": Operation(
+        row="hira",
+        tensors=a.LORA,
+        parameters={"scaling": a.SCALING},
+        outputs={"merged": a.MERGED},
+    ),
+    "miss_forward": Operation(
+        row="miss",
+        tensors={"x": a.X, **_MISS, "bias": a.BIAS},
+        parameters={},
+        outputs={"y": a.Y},
+    ),
+    "miss_backward": Operation(
+        row="miss",
+        tensors={"grad_y": a.GRAD_Y, "x": a.X, **_MISS},
+        parameters={},
+        outputs={"grad_x": a.GRAD_X, "grad_D": a.gradient("D", _MISS["D"])},
+    ),
+    "miss_merge": Operation(
+        row="miss", tensors=_MISS, parameters={}, outputs={"merged": a.MERGED}
     ),
     "bottleneck_forward": Operation(
         row="bottleneck",

@@ -1,5 +1,7 @@
 """The reference's layers as modules of the torch column."""
 
+from importlib import import_module
+
 import numpy as np
 import torch
 from torch import nn
@@ -7,11 +9,11 @@ from transformers.pytorch_utils import Conv1D
 
 from minipeft.reference import blockwise as reference_blockwise
 from minipeft.torch import blockwise, double_quant
-from minipeft.torch.dora import DoRA, DoRAConfig, DoRALinear
-from minipeft.torch.ia3 import IA3, IA3Config, IA3Linear
-from minipeft.torch.lora import LoRA, LoRAConfig, LoRALinear
+from minipeft.torch.dora import DoRA, DoRALinear
+from minipeft.torch.lora import LoRA, LoRALinear
 from minipeft.torch.qlora import QuantizedLinear
-from minipeft.torch.vera import Projections, VeRA, VeRAConfig, VeRALinear
+from minipeft.torch.vera import Projections, VeRA, VeRALinear
+from tests.parametrizations import ROWS
 
 
 def tensor(array):
@@ -58,24 +60,36 @@ def _vera(base, case):
     return VeRALinear(base, VeRA(tensor(case.adapter.d), tensor(case.adapter.b), pair))
 
 
-def _ia3(base, case):
-    return IA3Linear(base, IA3(tensor(case.adapter.l), case.adapter.side))
+def _same_fields(base, case):
+    """Return a layer whose adapter has the fields of the reference's."""
+    wrapper = CONFIGS[case.row.name].wrapper
+    kind = getattr(_column(case.row), case.row.kind)
+    parts = {k: _part(v) for k, v in vars(case.adapter).items()}
+    return wrapper(base, kind(**parts))
 
 
-ADAPTED = {
-    "lora": lambda base, case: LoRALinear(base, lora(case.adapter)),
-    "dora": _dora,
-    "vera": _vera,
-    "ia3": _ia3,
-    "qlora": lambda base, case: LoRALinear(base, lora(case.adapter)),
-}
+def _part(value):
+    if isinstance(value, np.ndarray):
+        return tensor(value)
+    return value if isinstance(value, str) else float(value)
+
+
+def _column(row):
+    return import_module(f"minipeft.torch.{row.name}")
+
 
 # How a model gets the adapters of a row, and which of two layers learn.
 CONFIGS = {
-    "lora": LoRAConfig(r=4, alpha=8),
-    "dora": DoRAConfig(r=4, alpha=8),
-    "vera": VeRAConfig(r=6),
-    "ia3": IA3Config(feedforward=["1"]),
+    row.name: getattr(_column(row), f"{row.kind}Config")(**row.hyper)
+    for row in ROWS
+    if row.hyper is not None
+}
+
+# How a base gets the adapter of a case.
+ADAPTED = dict.fromkeys(CONFIGS, _same_fields) | {
+    "dora": _dora,
+    "vera": _vera,
+    "qlora": lambda base, case: LoRALinear(base, lora(case.adapter)),
 }
 
 

@@ -47,8 +47,9 @@ def test_torchao(tmp_path):
     assert not {"NibbleOrder", "ZeroBlock"} & found
 
 
-def test_peft_has_lora(tmp_path):
-    assert flags("peft", "lora", tmp_path)[0] == set()
+@pytest.mark.parametrize("row", ["lora", "hira", "miss"])
+def test_peft(row, tmp_path):
+    assert flags("peft", row, tmp_path)[0] == set()
 
 
 def test_peft_spreads_a_single_feature_in_ia3(tmp_path):

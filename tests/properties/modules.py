@@ -20,15 +20,16 @@ from minipeft.torch.bottleneck import Bottleneck, BottleneckConfig, Parallel, Se
 from minipeft.torch.dora import DoRAConfig, DoRALinear
 from minipeft.torch.ia3 import IA3Config, IA3Linear
 from minipeft.torch.loftq import LoftQConfig, LoftQLinear
-from minipeft.torch.lora import LoRAConfig, LoRALinear
 from minipeft.torch.pissa import PiSSAConfig, PiSSALinear
 from minipeft.torch.prefix import PrefixConfig, PrefixModel, Reparametrization
 from minipeft.torch.prompt import PromptConfig, PromptModel
 from minipeft.torch.qlora import QuantizedLinear
-from minipeft.torch.vera import VeRAConfig, VeRALinear
 from tests.agreement.llama import TEXT, llama
+from tests.agreement.on_torch import CONFIGS
+from tests.parametrizations import ROWS
 
 IN, OUT = 12, 7
+PLAIN = [row for row in ROWS if row.name in CONFIGS.keys() - {"dora", "ia3"}]
 
 
 @dataclass(frozen=True)
@@ -60,13 +61,8 @@ def members():
 
 # What is called with the product of a layer, or by what is: the layer calls it.
 INSIDE_A_LAYER = {
-    "lora.LoRA",
-    "dora.DoRA",
-    "vera.VeRA",
-    "vera.Projections",
-    "ia3.IA3",
-    "pissa.PiSSA",
-    "loftq.LoftQ",
+    *(f"{row.name}.{row.kind}" for row in ROWS if row.hyper is not None),
+    *("vera.Projections", "pissa.PiSSA", "loftq.LoftQ"),
 }
 
 
@@ -103,8 +99,15 @@ def wrapped(kind, config, device, features=OUT):
     return Example(layer, {"x": x})
 
 
-def lora(device):
-    return wrapped(LoRALinear, LoRAConfig(3, 6.0), device)
+def adapted_by(row):
+    """Return an example of a parametrization, at the hyperparameters of its entry."""
+
+    def build(device):
+        config = CONFIGS[row.name]
+        return wrapped(config.wrapper, config, device)
+
+    build.__name__ = row.name
+    return build
 
 
 def dora(device):
@@ -118,10 +121,6 @@ def dora(device):
         layer.base.weight.copy_(V.to(device) - 2.0 * (adapter.B @ adapter.A))
         adapter.magnitude.copy_(2.0 ** torch.arange(OUT).flip(0).sub(3))
     return example
-
-
-def vera(device):
-    return wrapped(VeRALinear, VeRAConfig(5), device)
 
 
 def ia3(device):
@@ -195,9 +194,8 @@ def causal(kind, config, device):
 EIGHTHS = (torch.arange(16) - 8) / 8
 
 EXAMPLES: dict[str, tuple[Callable[[Any], Example], ...]] = {
-    "lora.LoRALinear": (lora,),
+    **{f"{row.name}.{row.kind}Linear": (adapted_by(row),) for row in PLAIN},
     "dora.DoRALinear": (dora,),
-    "vera.VeRALinear": (vera,),
     "ia3.IA3Linear": (ia3,),
     "pissa.PiSSALinear": (pissa,),
     "loftq.LoftQLinear": (loftq,),

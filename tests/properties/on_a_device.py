@@ -42,6 +42,7 @@ from minipeft.torch import (
     vera,
 )
 from tests.agreement.llama import llama
+from tests.agreement.on_torch import CONFIGS
 from tests.properties import device, modules
 
 
@@ -297,9 +298,7 @@ RECIPES: list[Callable[[Any], Any]] = [
     one_tensor_of_adamw,
     *(attended, attended_with_a_prefix, a_prompt_before_a_text, generated),
     *(four_bits, beside_a_sublayer),
-    adapted(lora.LoRAConfig(2, 4.0, dropout=0.0), ALL),
-    adapted(dora.DoRAConfig(2, 4.0), ALL),
-    adapted(vera.VeRAConfig(3), ALL),
+    *(adapted(config, ALL) for row, config in CONFIGS.items() if row != "ia3"),
     adapted(ia3.IA3Config(["down"]), ALL),
     adapted(pissa.PiSSAConfig(2, 4.0), ALL),
     adapted(pissa.PiSSAConfig(2, 4.0, sketch=None), ["up"]),

@@ -20,7 +20,6 @@ from torch.nn.utils import parametrize
 from minipeft.errors import InputError
 from minipeft.torch.adapted import Adapted
 from minipeft.torch.bottleneck import BottleneckConfig
-from minipeft.torch.dora import DoRAConfig
 from minipeft.torch.ia3 import IA3Config
 from minipeft.torch.inject import (
     adapted,
@@ -35,13 +34,10 @@ from minipeft.torch.inject import (
 from minipeft.torch.lora import LoRAConfig
 from minipeft.torch.pissa import PiSSAConfig
 from minipeft.torch.qlora import quantize_linears
-from minipeft.torch.vera import VeRAConfig
+from tests.agreement.on_torch import CONFIGS
 from tests.tolerance import assert_within, gamma
 
-ROWS = {
-    "lora": LoRAConfig(2, 4.0),
-    "dora": DoRAConfig(2, 4.0),
-    "vera": VeRAConfig(4),
+ROWS = CONFIGS | {
     "ia3": IA3Config(["2"]),
     "pissa": PiSSAConfig(2, 4.0),
     "bottleneck": BottleneckConfig(3),
@@ -395,7 +391,9 @@ def test_gradients_of_single_samples_add_up_to_the_gradient(row):
 # --- what is saved -------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("row", ["lora", "vera", "ia3", "bottleneck"])
+@pytest.mark.parametrize(
+    "row", [name for name in ROWS if name not in ("dora", "pissa", "lora on four bits")]
+)
 def test_a_model_without_memory_is_filled_by_assignment(row):
     """Rows that need no value of the weight at their start."""
     source = make(row)

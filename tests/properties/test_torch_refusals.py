@@ -9,80 +9,55 @@ from torch.nn.utils import parametrizations, prune
 from minipeft.errors import InputError
 from minipeft.torch import dora, ia3, linear, lora, vera
 from minipeft.torch.dora import DoRA, DoRALinear
-from minipeft.torch.ia3 import IA3, IA3Linear
+from minipeft.torch.ia3 import IA3, IA3Config
 from minipeft.torch.inject import adapted, inject
 from minipeft.torch.linear import frozen
 from minipeft.torch.lora import LoRA, LoRAConfig, LoRALinear
 from minipeft.torch.qlora import QuantizedLinear
-from minipeft.torch.vera import Projections, VeRA, VeRALinear
+from minipeft.torch.vera import Projections, VeRA
+from tests.agreement.on_torch import CONFIGS
 from tests.tolerance import assert_within, gamma
 
 IN, OUT, R = 6, 5, 2
-
-
-def parts_of_lora():
-    return {"A": torch.ones(R, IN), "B": torch.ones(OUT, R)}
-
-
-def parts_of_dora():
-    return parts_of_lora() | {"magnitude": torch.ones(OUT)}
-
-
-def parts_of_vera():
-    return {"d": torch.ones(R), "b": torch.ones(OUT)}
-
-
-def make_lora(A, B):
-    return LoRA(A, B, 2.0)
-
-
-def make_dora(A, B, magnitude):
-    return DoRA(LoRA(A, B, 2.0), magnitude)
 
 
 def make_vera(d, b):
     return VeRA(d, b, Projections(0, R, IN, OUT))
 
 
-def make_ia3(l):  # noqa: E741
-    return IA3(l, "output")
-
-
-def make_ia3_input(l):  # noqa: E741
-    return IA3(l, "input")
-
-
-ROWS = {
-    "lora": (LoRALinear, make_lora, parts_of_lora),
-    "dora": (DoRALinear, make_dora, parts_of_dora),
-    "vera": (VeRALinear, make_vera, parts_of_vera),
-    "ia3": (IA3Linear, make_ia3, lambda: {"l": torch.ones(OUT)}),
-    "ia3 input": (IA3Linear, make_ia3_input, lambda: {"l": torch.ones(IN)}),
-}
+ROWS = CONFIGS | {"ia3": IA3Config(), "ia3 input": IA3Config(["0"])}
 DAMAGES = {
     "one row": lambda part: part[:1],
     "one too many": lambda part: torch.cat([part, part[:1]]),
     "one column": lambda part: part[..., :1] if part.dim() > 1 else part[None, :1],
     "transposed": lambda part: part.T if part.dim() > 1 else part[:, None],
 }
-CASES = [
-    (row, name, damage)
-    for row, (_, _, parts) in ROWS.items()
-    for name in parts()
-    for damage in DAMAGES
-]
-each_case = pytest.mark.parametrize(("row", "name", "damage"), CASES)
 
 
 def base():
     return frozen(torch.ones(OUT, IN), torch.ones(OUT))
 
 
+def new_adapter(row):
+    return ROWS[row].adapters({"0": base()})["0"]
+
+
+def cases():
+    """Yield what to damage; r is free where one matrix alone has it."""
+    for row in ROWS:
+        parts = dict(new_adapter(row).named_parameters())
+        for name, part in parts.items():
+            free = ("one row", "one too many") if len(parts) < part.dim() else ()
+            yield from ((row, name, damage) for damage in DAMAGES if damage not in free)
+
+
+each_case = pytest.mark.parametrize(("row", "name", "damage"), list(cases()))
+
+
 def damaged(row, name, damage):
     """Return a sound layer of the row and one wrong part, unseen by the annotations."""
-    kind, make, parts = ROWS[row]
-    layer = kind(base(), make(**parts()))
-    adapter = layer.adapters["default"]
+    adapter = new_adapter(row)
+    layer = ROWS[row].wrapper(base(), adapter)
     part = DAMAGES[damage](getattr(adapter, name).detach())
     return layer, adapter, nn.Parameter(part)
 
@@ -119,7 +94,7 @@ def test_functions_refuse_what_is_not_their_layer_s(attempt):
 
 
 def test_a_bias_that_would_broadcast_is_refused():
-    layer = LoRALinear(base(), make_lora(**parts_of_lora()))
+    layer = LoRALinear(base(), new_adapter("lora"))
     layer.base.bias = nn.Parameter(torch.ones(1))
     with pytest.raises(InputError, match=r"bias has shape \(1,\)"):
         layer(torch.ones(3, IN))

@@ -6,7 +6,16 @@ from typing import Any
 
 import numpy as np
 
-from minipeft.golden.cases import POLICIES, Alternative, Named, Spec, gaussian, integers
+from minipeft.golden.cases import (
+    POLICIES,
+    Alternative,
+    Named,
+    Spec,
+    any_zero,
+    gaussian,
+    integers,
+    reference,
+)
 from minipeft.golden.operations import OPERATIONS
 from minipeft.golden.tensors import Array
 
@@ -37,6 +46,13 @@ def whole(
     """Small whole numbers: sums of products are exact, in any order."""
     inputs = drawn(integers, f"{operation} {comment}", shapes)
     return Spec(comment, tuple(flags.split()), inputs, parameters)
+
+
+def either_zero(operation: str, spec: Spec) -> Spec:
+    """Accept 0 for -0 if an output holds one: a factor, or the order, decides."""
+    outputs = reference(operation, spec.inputs, spec.parameters).values()
+    zero = any((output == 0).any() for output in outputs)
+    return any_zero(operation, spec) if zero else spec
 
 
 def normal(

@@ -15,8 +15,8 @@ ROWS += ["dora", "vera", "ia3", "pissa", "loftq", "qlora"]
 ROWS += ["attention", "bottleneck", "prefix", "prompt"]
 COLUMNS = ("reference", "torch", "cupy", "laws", "agreement", "vectors", "chapter")
 # A column of kernels is written only where memory layout is the point.
-NO_LAYOUT = {"linear", "vera", "ia3", "pissa", "loftq"}
-NO_LAYOUT |= {"attention", "bottleneck", "prefix", "prompt"}
+LAYOUT = {"codebook", "blockwise", "double_quant", "adamw", "paged"}
+LAYOUT |= {"lora", "dora", "qlora"}
 DASH = "–"
 NOTE = f"{DASH} means: no memory layout of its own; its code for a GPU is `torch`."
 BEGIN, END = "<!-- map -->", "<!-- /map -->"
@@ -55,7 +55,7 @@ def table(root: Path, link: Callable[[str, Path], str] | None = None) -> str:
         marks = []
         for column, paths in cells(root, row).items():
             mark = _mark(column, paths)
-            missing = DASH if column == "cupy" and row in NO_LAYOUT else ""
+            missing = DASH if column == "cupy" and row not in LAYOUT else ""
             marks.append(f"[{mark}]({link(column, paths[0])})" if paths else missing)
         lines.append(f"| `{row}` | {' | '.join(marks)} |")
     return "\n".join([*lines, "", NOTE])

@@ -1,0 +1,87 @@
+"""HiRA: an update of high rank, the frozen weight times a product of thin matrices."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from math import isfinite
+from typing import ClassVar
+
+import torch
+from torch import nn
+
+from minipeft.errors import InputError
+from minipeft.torch import lora
+from minipeft.torch.adapted import Adapted
+from minipeft.torch.linear import Form, Output, Product, Weight
+from minipeft.torch.lora import LoRA, LoRAConfig
+
+
+class HiRA(LoRA):
+    """The trained factor of one weight: scaling * B A, entry by entry."""
+
+    def forward(self, product: Product) -> Output:
+        r"""Return what is added to the output, $s\,x (W \odot B A)^T$.
+
+        It costs as much as the frozen product, and a copy of W, also in training.
+        """
+        check_fits(product.form, self)
+        return product.project(delta(product.W, self), self.dropout)
+
+
+def delta(W: Weight, adapter: HiRA) -> Weight:
+    r"""Return the update, $\Delta W = s\,W \odot B A$, in float32 or wider."""
+    check_fits(Form.of(W), adapter)
+    product = lora.delta(adapter)
+    return W.to(product.dtype) * product
+
+
+check_fits = lora.check_fits
+
+
+class HiRALinear(Adapted[HiRA]):
+    r"""A frozen layer and its update: $y = x W^T + b + s\,x (W \odot B A)^T$.
+
+    Each of several active adapters multiplies the frozen weight, never the sum so far.
+
+    Source: HiRA (ICLR 2025, openreview TwJrTz9cRS), equation 4.
+    """
+
+    check_fits = staticmethod(check_fits)
+
+    def change(self, adapter: HiRA, W: Weight) -> Weight:
+        r"""Return $\Delta W = s\,W \odot B A$."""
+        return delta(W, adapter)
+
+
+@dataclass(frozen=True)
+class HiRAConfig:
+    """HiRA for the layers of a model, which start as LoRA's do.
+
+    Args:
+        r: rank of B A.
+        scaling: the factor of the update; the paper has 1.
+        dropout: as in `LoRA`.
+    """
+
+    r: int
+    scaling: float = 1.0
+    dropout: float = 0.0
+
+    wrapper: ClassVar[type[Adapted[HiRA]]] = HiRALinear
+
+    def adapters(
+        self, layers: Mapping[str, nn.Module], generator: torch.Generator | None = None
+    ) -> dict[str, HiRA]:
+        """Return a new adapter for each layer, where the layer lives.
+
+        Raises:
+            InputError: if r, the scaling or dropout is out of range.
+        """
+        if not isfinite(self.scaling):
+            raise InputError(f"scaling is {self.scaling}; choose a finite number.")
+        thin = LoRAConfig(self.r, self.r, dropout=self.dropout)
+        found = thin.adapters(layers, generator)
+        return {name: self._adapter(found[name]) for name in layers}
+
+    def _adapter(self, new: LoRA) -> HiRA:
+        A, B = new.A.detach(), new.B.detach()
+        return HiRA(A, B, self.scaling, new.dropout)
