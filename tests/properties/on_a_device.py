@@ -34,6 +34,7 @@ from minipeft.torch import (
     inject,
     loftq,
     lora,
+    lora_plus,
     paged,
     pissa,
     prefix,
@@ -240,6 +241,11 @@ def layers(model):
     return inject.adapted(model).values()
 
 
+def two_rates(there):
+    model = inject.inject(Small().to(there), lora.LoRAConfig(2, 4.0), ["embed", "up"])
+    return [group["params"] for group in lora_plus.parameter_groups(model, 0.1)]
+
+
 def tables_of_the_host_are_refused(there):
     x, at, table = torch.ones(3).to(there), torch.arange(3).to(there), torch.ones(3, 2)
     for mixture in (
@@ -297,7 +303,7 @@ RECIPES: list[Callable[[Any], Any]] = [
     *(adamw_with_states_of_32_bits, adamw_with_states_of_8_bits, paged_adamw),
     one_tensor_of_adamw,
     *(attended, attended_with_a_prefix, a_prompt_before_a_text, generated),
-    *(four_bits, beside_a_sublayer),
+    *(four_bits, beside_a_sublayer, two_rates),
     *(adapted(config, ALL) for row, config in CONFIGS.items() if row != "ia3"),
     adapted(ia3.IA3Config(["down"]), ALL),
     adapted(pissa.PiSSAConfig(2, 4.0), ALL),
