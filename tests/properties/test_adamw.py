@@ -1,6 +1,4 @@
-"""Laws of AdamW and of its states in eight bits."""
-
-import io
+"""Laws of AdamW alone: its formula, its symmetries, its states in eight bits."""
 
 import ml_dtypes
 import numpy as np
@@ -11,17 +9,10 @@ from hypothesis import strategies as st
 from minipeft.errors import InputError
 from minipeft.reference import adamw, blockwise
 from minipeft.reference.adamw import MIN_8BIT_SIZE, AdamW
+from tests.states import SETTINGS, assert_same, bits
 from tests.strategies import seeds
 from tests.tolerance import assert_bits, assert_within, gamma
 
-SETTINGS = st.builds(
-    AdamW,
-    lr=st.sampled_from([1e-3, 0.02, 1.0]),
-    betas=st.sampled_from([(0.9, 0.999), (0.9, 0.95), (0.0, 0.99)]),
-    eps=st.sampled_from([1e-8, 1e-4]),
-    weight_decay=st.sampled_from([0.0, 0.01, 0.3]),
-)
-bits = st.sampled_from([8, 32])
 half_dtypes = st.sampled_from([np.float16, ml_dtypes.bfloat16])
 
 
@@ -38,29 +29,6 @@ def run(W, grads, config, state):
     for grad in grads:
         W, state = adamw.step(W, grad, state, config)
     return W, state
-
-
-def assert_same(a, b):
-    """Two states are the same, bit for bit."""
-    first, second = adamw.to_arrays(a), adamw.to_arrays(b)
-    assert first.keys() == second.keys()
-    for name in first:
-        assert_bits(first[name], second[name])
-
-
-@given(seeds, SETTINGS, bits, st.integers(0, 5), st.integers(0, 5))
-def test_saving_and_loading_between_two_steps_changes_nothing(seed, config, b, j, k):
-    W, grads = tensors(seed, j + k)
-    whole = run(W, grads, config, adamw.init(W, b))
-
-    part, state = run(W, grads[:j], config, adamw.init(W, b))
-    file = io.BytesIO()
-    np.savez(file, W=part, **adamw.to_arrays(state))
-    file.seek(0)
-    with np.load(file) as saved:
-        resumed = run(saved["W"], grads[j:], config, adamw.from_arrays(saved))
-    assert_bits(resumed[0], whole[0])
-    assert_same(resumed[1], whole[1])
 
 
 @given(seeds, SETTINGS, st.integers(1, 5), bits)

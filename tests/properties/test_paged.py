@@ -12,20 +12,10 @@ from hypothesis.stateful import (
 
 from minipeft.reference import adamw, paged
 from minipeft.reference.adamw import AdamW
-from tests.strategies import seeds
+from tests.states import SHAPES, assert_same, page_sizes
 from tests.tolerance import assert_bits
 
 CONFIG = AdamW(lr=0.02, weight_decay=0.1)
-SHAPES = [(17, 31), (64, 66), (1,)]  # 8 bits take hold at 4,096 values
-page_sizes = st.sampled_from([256, 512, 1024, 8192])
-
-
-def assert_same(a, b):
-    """Two states are the same, bit for bit."""
-    first, second = adamw.to_arrays(a), adamw.to_arrays(b)
-    assert first.keys() == second.keys()
-    for name in first:
-        assert_bits(first[name], second[name])
 
 
 class AnyOrder(RuleBasedStateMachine):
@@ -137,19 +127,6 @@ class AnyOrder(RuleBasedStateMachine):
 
 TestAnyOrder = AnyOrder.TestCase
 TestAnyOrder.settings = settings(max_examples=30, stateful_step_count=30)
-
-
-@given(seeds, page_sizes, st.integers(1, 40), st.sampled_from([8, 32]))
-def test_any_budget_gives_the_bits_of_plain_adamw(seed, page_size, budget, bits):
-    rng = np.random.default_rng(seed)
-    W = plain_W = rng.standard_normal((90, 50)).astype(np.float32)
-    state = adamw.init(W, bits)
-    p = paged.init([state], page_size, budget)
-    for grad in rng.standard_normal((3, 90, 50)).astype(np.float32):
-        W, p = paged.step(p, 0, W, grad, CONFIG)
-        plain_W, state = adamw.step(plain_W, grad, state, CONFIG)
-    assert_bits(W, plain_W)
-    assert_same(paged.gather(p, 0), state)
 
 
 @given(st.integers(1, 12), st.integers(1, 12), st.integers(1, 4))

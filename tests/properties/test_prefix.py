@@ -50,6 +50,8 @@ def test_a_prefix_is_a_gate_that_depends_on_the_query(head, count, seed):
     blended = (1 - gate) * alone + gate * virtual
     attached = prefix.attach(head, p)
     size = max(float(abs(attached.V).max()), 1)
+    # Four softmaxes err: the gate's, that of the text, of the prefix, and of both. The
+    # blend adds 1 - gate, two products and a sum on one side, and its sums' last bits.
     bound = 4 * rounding(attached) * size + gamma(8) * size
     assert_within(prefix.forward(head, p), blended, bound)
 
