@@ -84,6 +84,28 @@ def test_a_mistake_is_named_through_the_rounding(kind, name):
     assert finding.residual == 0
 
 
+def test_one_integer_of_q8_that_no_sum_gives_is_wrong():
+    W, update = drawn(5, SHAPE)
+    one = held("Q8_0", merged(W, update))
+    row = one.values[0, :32]
+    place = int(row.abs().argmin())  # the scale stays that of the largest
+    row[place] += 2 * float(row.abs().max()) / 127
+    assert judge("W", W, update, one, {7.5}).verdict == WRONG
+
+
+@pytest.mark.parametrize("nested", [False, True])
+def test_one_code_that_no_sum_gives_is_wrong(nested):
+    W, update = drawn(5, SHAPE)
+    right = merged(W, update)
+    q = (double_quant if nested else blockwise).quantize(right)
+    packed = q.packed.clone()
+    packed[0] ^= 2  # the second code of the first block, by two steps
+    changed = replace(q, packed=packed)
+    values = bitsandbytes_format.decode(changed, torch.float32)
+    one = Stored(values, FourBits(changed, torch.float32))
+    assert judge("W", W, update, one, {7.5}).verdict == WRONG
+
+
 @pytest.mark.parametrize("kind", ["F16", "BF16", "Q8_0"])
 def test_we_round_as_the_package_gguf_does(kind):
     draw = torch.Generator().manual_seed(3)
