@@ -18,7 +18,7 @@ from minipeft import kernels
 from minipeft.cupy import executor
 from minipeft.lab import machine_code, plots
 from minipeft.lab.chapter import start
-from minipeft.lab.gpu import report
+from minipeft.lab.gpu import report, slots
 from minipeft.lab.gpu.device import CupyDevice
 from minipeft.lab.gpu.launches import OPERATIONS
 from minipeft.lab.machine_code import MachineCode
@@ -173,8 +173,8 @@ chapter.show(
 )
 
 # %% [markdown]
-# Each thin line is a kernel. The height at which it meets the roof of a device is the largest number of its operations that the device can do in a second. {=sum(done / moved < A100.float32 / A100.bandwidth for moved, done in TRAFFIC.values())=} of {=len(TRAFFIC)=} stand under the slope of the A100: **their time is the time of their bytes**. So a good kernel moves no
-# byte twice, and reads and writes neighbouring bytes together.
+# Each thin line is a kernel. The height at which it meets the roof of a device is the largest number of its operations that the device can do in a second. {=sum(done / moved < A100.float32 / A100.bandwidth for moved, done in TRAFFIC.values())=} of {=len(TRAFFIC)=} stand under the slope of the A100: counted like this, their time is the time of their bytes. So a good kernel moves no
+# byte twice, and reads and writes neighbouring bytes together. But the count is a lenient one: it takes a shift or a conversion for half of a fused multiply-add, and leaves out addresses and look-ups. What the instructions cost stands in their machine code, [below](#what-the-instructions-cost).
 #
 # ## The layout
 #
@@ -333,7 +333,7 @@ UNREAD = machine_code.missing()
 if UNREAD:
     print(f"not read here: {UNREAD}")
 else:
-    code = machine_code.disassemble("blockwise")["dequantize<__half>"]
+    code = slots.disassembled("blockwise", "80")["dequantize<__half>"]
     memory = re.compile(r"\b(LDG|STG|LDS|STS|BAR)\.\S+")
     seen = [found[0] for i in code.instructions if (found := memory.search(i))]
     runs = [(name, len(list(same))) for name, same in groupby(seen)]
@@ -368,7 +368,7 @@ if not UNREAD:
     )
     for kernel, dtype in CHOSEN:
         expression = kernel.expression(dtype)
-        code = machine_code.disassemble(kernel.row)[expression]
+        code = slots.disassembled(kernel.row, "80")[expression]
         wide = [code.count(name, 128) for name in ("LDG", "STG")]
         print(
             f"{expression:26s}  {code.registers:9d}  {code.local:7d}  {code.shared:6d}  {wide[0]:7d}  {wide[1]:7d}  {code.occupancy():9.0%}"
@@ -379,6 +379,44 @@ if not UNREAD:
 # %% [markdown]
 # No register is spilled to memory anywhere, and each kernel leaves room for at least a quarter of the warps. More is not always better: what counts is how many bytes are on their way at once, and a thread that loads 16 bytes at a time
 # needs fewer neighbours to keep the memory busy. These counts are kept in a file for every kernel, dtype and four generations of GPUs, and a test fails when one gets worse. The [next chapter](19_kernels_without_a_gpu.md) is about such tests.
+#
+# ### What the instructions cost
+#
+# A multiprocessor has four schedulers, and each issues one instruction of one warp a cycle: that is a bound, too. So we look in the machine code for the shortest run that does a thread's work, without the slow paths and the ends of tensors, and divide its instructions by the thread's values. Each instruction also goes to a pipe, and a pipe of 16 lanes is busy for two cycles with the 32 lanes of a warp [@nvidia2026].
+# The larger of the two numbers of cycles is what the instructions cost. The *cap* is the share of the memory's speed that they leave. An A100 has {=slots.A100.multiprocessors=} multiprocessors at {=slots.A100.clock / 1e9:.2f=} GHz, an H100 has {=slots.H100.multiprocessors=} at {=slots.H100.clock / 1e9:.2f=} GHz.
+
+
+# %%
+# Bytes a value that move through memory, in bfloat16.
+MOVED = (
+    (kernels.DEQUANTIZE, 0.5 + 4 / 64 + 2),
+    (kernels.DEQUANTIZE_NESTED, 0.5 + 1 / 64 + 4 / (64 * 256) + 2),
+    (kernels.ADAMW, 3 * 2 + 4 * 4),
+    (kernels.ADAMW_8BIT, 3 * 2 + 4 + 16 / 256),
+    (kernels.PRODUCT_4BIT, 0.5 + 4 / 64),
+    (kernels.ROW_NORM, 2),
+)
+caps = {}
+if not UNREAD:
+    print("                    instructions a value         cap       bound by")
+    print("kernel, bfloat16    sm_80   sm_90  sm_100   A100  H100    on an H100")
+    for kernel, moved in MOVED:
+        costs = {a: slots.cost(kernel, "bfloat16", a) for a in slots.ARCHITECTURES}
+        shares = []
+        for gpu in (slots.A100, slots.H100):
+            taken = costs[gpu.architecture].seconds(1, gpu)
+            shares.append(min(1, moved / gpu.bandwidth / taken))
+        caps[kernel.template] = shares
+        issued = "  ".join(f"{cost.issue:6.1f}" for cost in costs.values())
+        limit = "memory" if shares[1] == 1 else costs["90"].limit
+        print(
+            f"{kernel.template:17s}  {issued}   {shares[0]:4.0%}  {shares[1]:4.0%}    {limit}"
+        )
+    assert caps["dequantize"] == caps["adamw"] == [1, 1]
+    assert max(caps[name][1] for name in ("product", "adamw_8bit", "row_norm")) < 1
+
+# %% [markdown]
+# On an H100, decoding and AdamW with states of 32 bits are bounded by memory. The product of one row, AdamW with states of eight bits and DoRA's norms are not: their instructions take longer than their bytes. The norms are counted at rank {=slots.RANK=}, where most of the instructions are the products themselves.
 #
 # ## The proof
 #

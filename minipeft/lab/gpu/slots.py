@@ -1,0 +1,278 @@
+"""What a kernel costs in instructions: the other half of its bound, from machine code.
+
+A multiprocessor has four schedulers, and each issues one instruction of one warp a
+cycle. Bytes alone say "bound by memory" of nearly every kernel; decoding a weight takes
+ten instructions, and those have to be issued.
+
+Of all ways through a kernel's machine code that do the work of a thread, the cheapest
+is looked for. What counts as the work is a sequence of instructions that no way can do
+without: `WORK`. So the count is a bound, like that of the bytes; slow paths of a
+division, other dtypes and the ends of tensors are not in it.
+"""
+
+import heapq
+import re
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from typing import NamedTuple
+
+from minipeft.kernels import SIZES, Kernel
+from minipeft.lab import machine_code
+
+WIDTH = 4096  # columns of the weight, where the count depends on them
+RANK = 16
+ARCHITECTURES = ("80", "90", "100")
+SCHEDULERS = 4
+BYTES_OF_AN_INSTRUCTION = 16
+
+
+class Work(NamedTuple):
+    """What one thread does: instructions in their order, and for how many values."""
+
+    phases: tuple[tuple[str, int], ...]
+    values: int
+
+
+class Gpu(NamedTuple):
+    """Peak rates as published.
+
+    Args:
+        architecture: as in "90".
+        multiprocessors: how many.
+        clock: cycles a second.
+        bandwidth: bytes a second.
+    """
+
+    architecture: str
+    multiprocessors: int
+    clock: float
+    bandwidth: float
+
+
+A100 = Gpu("80", 108, 1.41e9, 1555e9)
+H100 = Gpu("90", 132, 1.98e9, 3350e9)
+
+# Cycles for which an instruction of a warp keeps a pipe of its scheduler busy: 32 lanes
+# over the lanes of the pipe. 9.0 and 10.0 have twice the float32 lanes of 8.0.
+# Source: CUDA C++ Programming Guide, throughput of native arithmetic instructions.
+PIPES: tuple[tuple[str, str, Mapping[str, int]], ...] = (
+    ("float32", r"FFMA|FMUL|FADD", {"80": 2, "90": 1, "100": 1}),
+    ("multiply", r"IMAD", dict.fromkeys(ARCHITECTURES, 2)),
+    ("special", r"MUFU|F2F\b|F2I|I2F\b|FRND", dict.fromkeys(ARCHITECTURES, 8)),
+    ("memory", r"LDG|STG|LDS|STS|SHFL|ATOM|RED", dict.fromkeys(ARCHITECTURES, 4)),
+    (
+        "integer",
+        r"IADD3|LOP3|SHF|ISETP|FSETP|I?F?SEL|FMNMX|V?IMNMX|PRMT|LEA|VIADD|F2FP|I2FP|MOV",
+        dict.fromkeys(ARCHITECTURES, 2),
+    ),
+)
+# A warp's 4 or 16 bytes a lane pass in portions of 128 bytes.
+PORTIONS = {"64": 2, "128": 4}
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Cycles of one scheduler for one value of each of a warp's 32 lanes.
+
+    Args:
+        issue: as many as there are instructions.
+        pipes: of the busiest pipes, by name.
+    """
+
+    issue: float
+    pipes: Mapping[str, float]
+
+    @property
+    def cycles(self) -> float:
+        """Return what no warp can be faster than."""
+        return max(self.issue, *self.pipes.values())
+
+    @property
+    def limit(self) -> str:
+        """Name what takes longest: `issue`, or a pipe."""
+        return max({**self.pipes, "issue": self.issue}.items(), key=lambda p: p[1])[0]
+
+    def seconds(self, values: float, gpu: Gpu) -> float:
+        """Return the time of so many values on all schedulers of a device."""
+        warps = values / machine_code.WARP
+        return warps * self.cycles / (gpu.multiprocessors * SCHEDULERS * gpu.clock)
+
+
+def cost(kernel: Kernel, dtype: str, architecture: str) -> Cost | None:
+    """Return a kernel's cost; None where nothing is known of its work.
+
+    Args:
+        kernel: from the table.
+        dtype: of its instance.
+        architecture: as in "90".
+
+    Raises:
+        InputError: the sentence of `machine_code.missing`.
+    """
+    work = work_of(kernel, dtype)
+    if work is None:
+        return None
+    code = disassembled(kernel.row, architecture)[kernel.expression(dtype)]
+    way = cheapest(code.instructions, work.phases)
+    return Cost(len(way) / work.values, pipes(way, architecture, work.values))
+
+
+@cache
+def disassembled(row: str, architecture: str) -> Mapping[str, machine_code.MachineCode]:
+    """Return `machine_code.disassemble`, each row compiled once."""
+    return machine_code.disassemble(row, architecture)
+
+
+def work_of(kernel: Kernel, dtype: str) -> Work | None:
+    """Say what a thread does, from the geometry at the head of the kernel's file."""
+    size = SIZES[dtype]
+    vector = 16 // size
+    # Two stretches of two rows of W: look up 32 weights; multiply by one row of x.
+    trips = WIDTH // (2 * 8 * machine_code.WARP)
+    product = Work((("LDS", 32), ("FFMA", 8)) * trips, 32 * trips)
+    stretch = (("FFMA", 8 * vector * RANK), (r"LDG.E.128", 8), ("FFMA", 2 * vector))
+    groups = 4 // size
+    return {
+        "dequantize": Work((("STG.E.128", 32 // vector),), 32),
+        "dequantize_nested": Work((("STG.E.128", 32 // vector),), 32),
+        "adamw": Work((("STG.E.128", groups * (2 if size == 2 else 3)),), 4 * groups),
+        "adamw_8bit": Work((("MUFU.RSQ", 32),), 32),
+        "product": product,
+        "product_nested": product,
+        "row_norm": Work(stretch, 8 * vector),
+    }.get(kernel.template)
+
+
+def pipes(way: Sequence[str], architecture: str, values: int) -> dict[str, float]:
+    """Add up how long the instructions keep each pipe busy, a value."""
+    busy: Counter[str] = Counter()
+    for instruction in way:
+        name = _name(instruction)
+        for pipe, form, cycles in PIPES:
+            if re.match(form, name):
+                busy[pipe] += cycles[architecture] * _portions(pipe, name)
+                break
+    return {pipe: busy[pipe] / values for pipe, _, _ in PIPES}
+
+
+def _portions(pipe: str, name: str) -> int:
+    if pipe != "memory":
+        return 1
+    return next((PORTIONS[part] for part in name.split(".") if part in PORTIONS), 1)
+
+
+def _name(instruction: str) -> str:
+    words = instruction.split()
+    return words[1] if words[0].startswith("@") else words[0]
+
+
+# The cheapest way
+
+
+@dataclass(frozen=True)
+class Block:
+    """Instructions without a jump between them, and the blocks that may follow."""
+
+    instructions: tuple[str, ...]
+    following: tuple[int, ...]
+    ends: bool
+
+
+def cheapest(
+    instructions: Sequence[str], phases: Sequence[tuple[str, int]]
+) -> list[str]:
+    """Return the instructions of the shortest run that does all phases in their order.
+
+    Args:
+        instructions: of a kernel, from its entry on.
+        phases: forms of instructions, and how often each must have been executed
+            before the next one counts.
+    """
+    wanted = [form for form, times in phases for _ in range(times)]
+    blocks = _blocks(instructions)
+    marks = [_marked(block, {form for form, _ in phases}) for block in blocks]
+    start = (0, 0)  # a block, and how much was done before it
+    best, came = {start: 0}, {start: start}
+    queue = [(0, start)]
+    while queue:
+        length, state = heapq.heappop(queue)
+        block, done = state
+        if length > best[state]:
+            continue
+        after = _advanced(done, marks[block], wanted)
+        if blocks[block].ends and after == len(wanted):
+            return _way(blocks, came, state)
+        for following in blocks[block].following:
+            there = (following, after)
+            total = length + len(blocks[block].instructions)
+            if total < best.get(there, total + 1):
+                best[there], came[there] = total, state
+                heapq.heappush(queue, (total, there))
+    raise ValueError(f"no way through the kernel does {phases}")
+
+
+def _marked(block: Block, forms: set[str]) -> list[str]:
+    names = [_name(instruction) for instruction in block.instructions]
+    return [form for name in names for form in forms if name.startswith(form)]
+
+
+def _advanced(done: int, marks: Sequence[str], wanted: Sequence[str]) -> int:
+    for mark in marks:
+        if done < len(wanted) and mark == wanted[done]:
+            done += 1
+    return done
+
+
+def _way(
+    blocks: Sequence[Block],
+    came: Mapping[tuple[int, int], tuple[int, int]],
+    state: tuple[int, int],
+) -> list[str]:
+    visited = [state]
+    while came[visited[-1]] != visited[-1]:
+        visited.append(came[visited[-1]])
+    return [i for block, _ in reversed(visited) for i in blocks[block].instructions]
+
+
+def _blocks(instructions: Sequence[str]) -> list[Block]:
+    targets = {at: _target(i) for at, i in enumerate(instructions)}
+    jumps = {at for at, i in enumerate(instructions) if _leaves(i)}
+    starts = {0, *(at + 1 for at in jumps)}
+    starts |= {target for target in targets.values() if target is not None}
+    ordered = sorted(start for start in starts if start < len(instructions))
+    number = {start: i for i, start in enumerate(ordered)}
+    ends = [*ordered[1:], len(instructions)]
+    made = []
+    for start, end in zip(ordered, ends, strict=True):
+        last = instructions[end - 1]
+        after = _after(end - 1, last, targets[end - 1])
+        following = [number[at] for at in after if at in number]
+        inside = tuple(instructions[start:end])
+        made.append(Block(inside, tuple(following), "EXIT" in last))
+    return made
+
+
+def _after(at: int, instruction: str, target: int | None) -> Iterator[int]:
+    name = _name(instruction)
+    if name.startswith(("CALL", "RET")) and not instruction.startswith("@"):
+        return  # the slow path of a division or of a root
+    sometimes = instruction.startswith("@") or "UP" in instruction or ".DIV" in name
+    if target is not None:
+        yield target
+    if sometimes or not _leaves(instruction):
+        yield at + 1
+
+
+def _leaves(instruction: str) -> bool:
+    return _name(instruction).startswith(("BRA", "EXIT", "CALL", "RET"))
+
+
+def _target(instruction: str) -> int | None:
+    found = re.search(r"0x([0-9a-f]+)$", instruction)
+    # On 8.0 a loop may be left by a call that depends on a predicate.
+    jumps = ("BRA", "CALL") if instruction.startswith("@") else ("BRA",)
+    if not found or not _name(instruction).startswith(jumps):
+        return None
+    return int(found[1], 16) // BYTES_OF_AN_INSTRUCTION
