@@ -16,6 +16,7 @@ from minipeft.lab import models, plots, task, text, train
 from minipeft.lab.chapter import start
 from minipeft.reference import linear, lora
 from minipeft.torch.inject import inject, merge, trainable_parameters, unmerge
+from minipeft.torch.linear import weight_of
 from minipeft.torch.lora import LoRAConfig, LoRALinear
 
 chapter = start("01_lora", steps=40, model="tiny")
@@ -152,8 +153,8 @@ assert (adapted == merged).all()
 # ## The experiment
 #
 # `tiny`, the model of this book, has read five novels of Jane Austen. Now it is trained on Ambrose Bierce's
-# *Devil's Dictionary*: on {=len(task.pairs("train"))=} definitions, of which each step sees eight. It is judged on
-# {=len(task.pairs("validation"))=} others, which no chapter of this book trains on, by the loss in nats for each token.
+# *Devil's Dictionary*: on {=len(chapter.task.train)=} definitions, of which each step sees eight. It is judged on
+# {=len(chapter.task.validation)=} others, which no chapter of this book trains on, by the loss in nats for each token.
 #
 # How much does LoRA of rank 8 on every linear layer reach of what training all weights reaches? And how much of that comes from the frozen weights?
 # Four contenders see the same batches in the same order. Two start from `tiny`, and two, as a control, from a model of the same shape
@@ -167,16 +168,18 @@ assert (adapted == merged).all()
 # A method can lose only because its learning rate is bad, so each of the four gets three rates, and the best of them counts.
 
 # %%
-base = models.load(chapter.model, chapter.device)
+base = chapter.load()
 tokenizer = base.tokenizer
-batches, held_out = task.training(tokenizer), task.held_out(tokenizer)
-LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+batches, held_out = chapter.task.training(tokenizer), chapter.task.held_out(tokenizer)
+places = chapter.places(base.model)
 
 
 def contender(trained, low_rank):
     """A fresh model: with the weights of the base or random ones, adapted or not."""
     model = copy.deepcopy(base.model) if trained else models.random_like(base.model)
-    return inject(model, LoRAConfig(r=8, alpha=16), LINEARS) if low_rank else model
+    return (
+        inject(model, LoRAConfig(r=8, alpha=16), places.linears) if low_rank else model
+    )
 
 
 def run(model, lr, points):
@@ -188,7 +191,7 @@ def run(model, lr, points):
         warmup=chapter.steps // 10,
         validate_every=max(1, chapter.steps // points),
     )
-    return train.train(model, batches, config, held_out)
+    return train.train(model, batches, config, held_out, chapter.kept())
 
 
 CONTENDERS = {
@@ -198,7 +201,7 @@ CONTENDERS = {
     "LoRA on random weights": (False, True, (4e-3, 8e-3, 32e-3)),
 }
 start_loss = train.loss(base.model, held_out)
-chapter.quantity(task.BEFORE, start_loss, "nats per token")
+chapter.quantity(chapter.before, start_loss, "nats per token")
 histories, made = {}, {}
 for name, (trained, low_rank, rates) in CONTENDERS.items():
     tried = {}
@@ -221,7 +224,7 @@ def predicted_tokens(examples):
 
 
 size = (50, task.LENGTH)
-seen = predicted_tokens(text.example_batches(tokenizer, task.pairs("train"), size))
+seen = predicted_tokens(text.example_batches(tokenizer, chapter.task.train, size))
 counts = torch.bincount(seen, minlength=len(tokenizer)).double() + 1  # none at zero
 frequencies = counts / counts.sum()
 unigram = float(-frequencies[predicted_tokens(held_out)].log().mean())
@@ -299,7 +302,7 @@ chapter.show(
 
 # %%
 adapted = made["LoRA, r = 8"]
-for seed, (prompt, _) in enumerate(task.pairs("validation")[5:50:9]):
+for seed, (prompt, _) in enumerate(chapter.task.validation[5:50:9]):
     sampling = text.Sampling(tokens=36, temperature=0.7, top_k=20, seed=seed)
     print(prompt)
     for name, model in (("before", base.model), ("after ", adapted)):
@@ -317,7 +320,7 @@ for seed, (prompt, _) in enumerate(task.pairs("validation")[5:50:9]):
 
 # %%
 layer = next(m for m in adapted.modules() if isinstance(m, LoRALinear))
-weight = layer.base.weight.clone()
+weight = weight_of(layer.base).clone()
 tokens = held_out[0]["input_ids"].to(base.device)
 with torch.no_grad():
     separate = adapted(tokens).logits
@@ -330,7 +333,7 @@ print(f"merging changed {changed:.0%} of the first layer's weights")
 print(
     f"largest difference of a logit: {(separate - joined).abs().max():.1e}, logits up to {separate.abs().max():.1f}"
 )
-assert torch.equal(layer.base.weight, weight)
+assert torch.equal(weight_of(layer.base), weight)
 assert torch.equal(again, separate)
 print("unmerged: every weight and every logit as before, bit for bit")
 

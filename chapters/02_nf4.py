@@ -15,7 +15,7 @@ from minipeft.lab.chapter import start
 from minipeft.reference import blockwise
 from minipeft.reference.codebook import FP4, NF4, normal_float
 
-chapter = start("02_nf4", steps=1, model="minilm")
+chapter = start("02_nf4", steps=1, model=None)
 
 # %% [markdown]
 # ## The problem

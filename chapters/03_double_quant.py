@@ -14,7 +14,7 @@ from minipeft.lab.memory import quantized_bits
 from minipeft.reference import blockwise, double_quant
 from minipeft.reference.codebook import NF4, dynamic_map
 
-chapter = start("03_double_quant", steps=1, model="minilm")
+chapter = start("03_double_quant", steps=1, model=None)
 
 # %% [markdown]
 # ## The problem

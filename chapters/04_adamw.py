@@ -11,7 +11,7 @@ import copy
 import numpy as np
 import torch
 
-from minipeft.lab import models, plots, task, train
+from minipeft.lab import plots, train
 from minipeft.lab.chapter import start
 from minipeft.reference import adamw
 from minipeft.torch.adamw import AdamW
@@ -154,8 +154,11 @@ assert per_parameter == 2 + 8 / 256
 # All of `tiny` learns the *Devil's Dictionary*, every weight, with 32 and with 8 bits.
 
 # %%
-base = models.load(chapter.model, chapter.device)
-batches, held_out = task.training(base.tokenizer), task.held_out(base.tokenizer)
+base = chapter.load()
+batches, held_out = (
+    chapter.task.training(base.tokenizer),
+    chapter.task.held_out(base.tokenizer),
+)
 made = {}
 
 
@@ -186,14 +189,14 @@ BITS = {
     "8 bits, embeddings 32": (8, 32),
 }
 before = train.loss(base.model, held_out)
-chapter.quantity(task.BEFORE, before, "nats per token")
+chapter.quantity(chapter.before, before, "nats per token")
 histories = {}
 for name, bits in BITS.items():
     model = copy.deepcopy(base.model).requires_grad_(True)
     setting = train.TrainConfig(
         chapter.steps, lr=2e-3, warmup=4, optimizer=optimizer(name, *bits)
     )
-    histories[name] = train.train(model, batches, setting, held_out)
+    histories[name] = train.train(model, batches, setting, held_out, chapter.kept())
     final = histories[name].validation[-1][1]
     size = state_bytes(made[name]) / 1e6
     print(f"{name:21s} loss {final:.4f}, state {size:.2f} MB")
@@ -202,7 +205,9 @@ gap = final["8 bits"] - final["32 bits"]
 gained = before - final["32 bits"]
 shrunk = state_bytes(made["32 bits"]) / state_bytes(made["8 bits"])
 print(f"{shrunk:.2f} times smaller; the losses differ by {gap:+.4f}")
-assert shrunk > 3.5
+chapter.claim(
+    "8 bits take less than 1 / 3.5 of the state", shrunk > 3.5, control="32 bits"
+)
 chapter.claim(
     f"with 8 bits the loss after {chapter.steps} steps differs by under 2 % of the gain",
     abs(gap) < 0.02 * gained,

@@ -24,7 +24,7 @@ from minipeft.reference import adamw, paged
 from minipeft.torch.adamw import AdamW
 from minipeft.torch.paged import PagedAdamW, Paging
 
-chapter = start("05_paged", steps=40, model="tiny")
+chapter = start("05_paged", steps=40, model=None)
 
 # %% [markdown]
 # ## The problem

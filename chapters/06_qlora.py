@@ -7,14 +7,13 @@
 # quantization has damaged.
 
 # %%
-import copy
 
 import numpy as np
 import torch
 from torch import nn
 from torch.nn.functional import linear
 
-from minipeft.lab import memory, models, plots, task, train
+from minipeft.lab import memory, models, plots, train
 from minipeft.lab.chapter import start
 from minipeft.reference import blockwise, lora, qlora
 from minipeft.reference.codebook import NF2
@@ -185,15 +184,19 @@ chapter.show(
 # quantization, and NF2, whose two bits damage a lot.
 
 # %%
-base = models.load(chapter.model, chapter.device)
-batches, held_out = task.training(base.tokenizer), task.held_out(base.tokenizer)
-LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+base = chapter.load()
+batches, held_out = (
+    chapter.task.training(base.tokenizer),
+    chapter.task.held_out(base.tokenizer),
+)
+places = chapter.places(base.model)
 CONFIG = LoRAConfig(r=8, alpha=16)
+del base  # from here on each base is read when its turn comes: one at a time
 BASES = {
-    "float32": lambda: copy.deepcopy(base.model),
-    "NF4": lambda: quantize_linears(copy.deepcopy(base.model)),
+    "float32": lambda: chapter.load().model,
+    "NF4": lambda: quantize_linears(chapter.load().model),
     "NF2": lambda: quantize_linears(
-        copy.deepcopy(base.model), codebook=torch.from_numpy(NF2)
+        chapter.load().model, codebook=torch.from_numpy(NF2)
     ),
 }
 before, adapters = {}, {}
@@ -201,21 +204,23 @@ for name, make in BASES.items():
     model = make()
     before[name] = train.loss(model, held_out)
     torch.manual_seed(0)
-    inject(model, CONFIG, LINEARS)
+    inject(model, CONFIG, places.linears)
     setting = train.TrainConfig(chapter.steps, lr=8e-3, warmup=3)
-    train.train(model, batches, setting)
-    adapters[name] = adapter_state_dict(model)
-chapter.quantity(task.BEFORE, before["float32"], "nats per token")
+    train.train(model, batches, setting, checkpoint=chapter.kept())
+    adapters[name] = {k: v.clone() for k, v in adapter_state_dict(model).items()}
+    del model
+chapter.quantity(chapter.before, before["float32"], "nats per token")
 after = {}
 print(f"{'base':8s} {'before':>7s}   with the adapter that was trained on")
 print(f"{'':16s}   {'   '.join(f'{name:>7s}' for name in BASES)}")
 for name, make in BASES.items():
+    model = inject(make(), CONFIG, places.linears)
     for trained_on, state in adapters.items():
-        model = inject(make(), CONFIG, LINEARS)
         load_adapter_state_dict(model, state)
         after[name, trained_on] = train.loss(model, held_out)
     losses = "   ".join(f"{after[name, other]:7.4f}" for other in BASES)
     print(f"{name:8s} {before[name]:7.4f}   {losses}")
+    del model
 damage = {name: before[name] - before["float32"] for name in BASES}
 repair = {name: after[name, "float32"] - after[name, name] for name in BASES}
 for name in ("NF4", "NF2"):

@@ -11,7 +11,7 @@ import copy
 import numpy as np
 import torch
 
-from minipeft.lab import models, plots, task, train
+from minipeft.lab import plots, train
 from minipeft.lab.chapter import start
 from minipeft.reference import lora
 from minipeft.torch.inject import inject
@@ -180,11 +180,14 @@ assert abs(adam_stable[0] - 0.5) < 0.15
 # learning rate as many times larger as the scaling of rsLoRA is.
 
 # %%
-base = models.load(chapter.model, chapter.device)
-batches, held_out = task.training(base.tokenizer), task.held_out(base.tokenizer)
-LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+base = chapter.load()
+batches, held_out = (
+    chapter.task.training(base.tokenizer),
+    chapter.task.held_out(base.tokenizer),
+)
+places = chapter.places(base.model)
 before = chapter.quantity(
-    task.BEFORE, train.loss(base.model, held_out), "nats per token"
+    chapter.before, train.loss(base.model, held_out), "nats per token"
 )
 results, times = {}, 8**0.5
 for name, config, lr in [
@@ -194,9 +197,11 @@ for name, config, lr in [
     ("r = 64, alpha/sqrt(r)", LoRAConfig(64, times, rank_stabilized=True), 2e-3),
 ]:
     generator = torch.Generator().manual_seed(0)
-    model = inject(copy.deepcopy(base.model), config, LINEARS, generator=generator)
+    model = inject(
+        copy.deepcopy(base.model), config, places.linears, generator=generator
+    )
     settings = train.TrainConfig(chapter.steps, lr=lr, warmup=3)
-    history = train.train(model, batches, settings, held_out)
+    history = train.train(model, batches, settings, held_out, chapter.kept())
     results[name] = history.validation[-1][1]
     print(f"{name:23s} held-out loss {results[name]:.3f}")
 by_rank = results["r = 64, alpha/r"] - results["r = 8"]

@@ -11,12 +11,14 @@ import numpy as np
 import torch
 from torch import nn
 
-from minipeft.lab import models, plots, task, timing, train
+from minipeft.lab import plots, timing, train
 from minipeft.lab.chapter import start
 from minipeft.reference import dora, linear, lora
 from minipeft.torch.dora import DoRAConfig
 from minipeft.torch.inject import adapted, inject, trainable_parameters
+from minipeft.torch.linear import weight_of
 from minipeft.torch.lora import LoRAConfig
+from minipeft.torch.targets import layers
 
 chapter = start("08_dora", steps=40, model="tiny")
 
@@ -121,21 +123,21 @@ print("squared norms:", *dora.squared_row_norm(W, update))
 # over the rows of each layer.
 
 # %%
-base = models.load(chapter.model, chapter.device)
-batches, held_out = task.training(base.tokenizer), task.held_out(base.tokenizer)
-LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+base = chapter.load()
+batches, held_out = (
+    chapter.task.training(base.tokenizer),
+    chapter.task.held_out(base.tokenizer),
+)
+places = chapter.places(base.model)
 MOMENTS = [max(1, chapter.steps * k // 4) for k in (1, 2, 3, 4)]
 
 
 def weights(model):
     """The weight that each linear layer computes with now."""
-    if layers := adapted(model):
-        return {name: layer.merged().detach() for name, layer in layers.items()}
-    return {
-        name: m.weight.detach().clone()
-        for name, m in model.named_modules()
-        if isinstance(m, nn.Linear) and name.endswith(tuple(LINEARS))
-    }
+    if adapters := adapted(model):
+        return {name: layer.merged().detach() for name, layer in adapters.items()}
+    found = layers(model, places.linears)
+    return {name: weight_of(layer).detach().clone() for name, layer in found.items()}
 
 
 def changes(now, before):
@@ -155,7 +157,7 @@ def run(model, lr):
 
     torch.manual_seed(0)
     config = train.TrainConfig(chapter.steps, lr=lr, warmup=chapter.steps // 10)
-    history = train.train(model, watched, config, held_out)
+    history = train.train(model, watched, config, held_out, chapter.kept())
     return history, [*snapshots, weights(model)]
 
 
@@ -167,11 +169,11 @@ def correlation(pairs):
 def fresh(config):
     """The base, adapted or as it is."""
     model = copy.deepcopy(base.model)
-    return inject(model, config, LINEARS) if config else model
+    return inject(model, config, places.linears) if config else model
 
 
 untrained = train.loss(base.model, held_out)
-chapter.quantity(task.BEFORE, untrained, "nats per token")
+chapter.quantity(chapter.before, untrained, "nats per token")
 before, within, across, losses, counts = weights(base.model), {}, {}, {}, {}
 for name, config, rates in [
     ("full fine-tuning", None, (1e-3, 2e-3, 4e-3)),

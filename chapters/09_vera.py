@@ -11,7 +11,7 @@ import copy
 import numpy as np
 import torch
 
-from minipeft.lab import models, plots, task, train
+from minipeft.lab import plots, train
 from minipeft.lab.chapter import start
 from minipeft.reference import linear, vera
 from minipeft.torch.inject import inject, trainable_parameters
@@ -158,19 +158,24 @@ print("merged[0]:", *merged[0])
 # `tiny` learns the *Devil's Dictionary* with VeRA at three ranks, and, as a control, with LoRA of rank 1, the smallest that there is. Each gets the best of three learning rates.
 
 # %%
-base = models.load(chapter.model, chapter.device)
-batches, held_out = task.training(base.tokenizer), task.held_out(base.tokenizer)
-LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+base = chapter.load()
+batches, held_out = (
+    chapter.task.training(base.tokenizer),
+    chapter.task.held_out(base.tokenizer),
+)
+places = chapter.places(base.model)
 before = train.loss(base.model, held_out)
-chapter.quantity(task.BEFORE, before, "nats per token")
+chapter.quantity(chapter.before, before, "nats per token")
 
 
 def run(config, rate):
     """Train an adapter; return how many numbers that trained, and the loss."""
     generator = torch.Generator().manual_seed(0)
-    model = inject(copy.deepcopy(base.model), config, LINEARS, generator=generator)
+    model = inject(
+        copy.deepcopy(base.model), config, places.linears, generator=generator
+    )
     settings = train.TrainConfig(chapter.steps, lr=rate, warmup=chapter.steps // 10)
-    history = train.train(model, batches, settings, held_out)
+    history = train.train(model, batches, settings, held_out, chapter.kept())
     count = sum(p.numel() for p in trainable_parameters(model))
     return count, history.validation[-1][1]
 

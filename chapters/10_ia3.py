@@ -10,8 +10,9 @@ import copy
 import numpy as np
 import torch
 
-from minipeft.lab import models, plots, task, tuning
+from minipeft.lab import plots, tuning
 from minipeft.lab.chapter import start
+from minipeft.lab.places import block_of
 from minipeft.reference import ia3, linear
 from minipeft.torch.ia3 import IA3Config, IA3Linear
 from minipeft.torch.inject import adapted, inject, merge, unmerge
@@ -95,11 +96,14 @@ for side, features in (("output", 4), ("input", 5)):
 # decade, until the best one has a worse one on both sides.
 
 # %%
-base = models.load(chapter.model, chapter.device)
-lesson = tuning.dictionary(base.tokenizer)
-TARGETS = ["k_proj", "v_proj", "down_proj"]
+base = chapter.load()
+lesson = tuning.lesson(chapter.task, base.tokenizer, kept=chapter.kept)
+places = chapter.places(base.model)
 METHODS = {
-    "IA3": (IA3Config(feedforward=["down_proj"]), (1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1)),
+    "IA3": (
+        IA3Config(feedforward=places.feedforward),
+        (1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1),
+    ),
     "LoRA, r = 1": (LoRAConfig(r=1, alpha=2), (1e-3, 3e-3, 1e-2, 3e-2, 1e-1)),
 }
 everything = sum(p.numel() for p in base.model.parameters())
@@ -108,7 +112,7 @@ for name, (config, rates) in METHODS.items():
     runs = {}
     for lr in rates:
         torch.manual_seed(0)
-        model = inject(copy.deepcopy(base.model), config, TARGETS)
+        model = inject(copy.deepcopy(base.model), config, places.scaled)
         runs[lr] = tuning.tune(model, lesson, chapter.steps, lr, checks=1)
     sweeps[name] = {lr: run.after for lr, run in runs.items()}
     print(f"{name}, the loss at each rate:")
@@ -116,8 +120,8 @@ for name, (config, rates) in METHODS.items():
     best[name] = chapter.best(name, sweeps[name])
     chosen[name] = runs[best[name]]
 before = chosen["IA3"].before
-chapter.quantity(task.BEFORE, before, "nats per token")
-chapter.quantity("tiny, IA3: trained numbers", chosen["IA3"].trained, "", 0)
+chapter.quantity(chapter.before, before, "nats per token")
+chapter.quantity(f"{chapter.model}, IA3: trained numbers", chosen["IA3"].trained, "", 0)
 for name, run in chosen.items():
     print(f"{name}, on keys, values and down_proj:")
     print(f"  {run.trained:,} of {everything:,} parameters, loss {run.after:.3f}")
@@ -160,12 +164,15 @@ chapter.show(
 model = chosen["IA3"].model
 figure, ax = plots.axes(x="block", y="values of l", size=(6.4, 3.6))
 spread, moved = {}, {}
-for place, (part, color) in enumerate(zip(TARGETS, plots.PALETTE, strict=False)):
-    layers = {n: layer for n, layer in adapted(model).items() if n.endswith(part)}
+parts = dict.fromkeys(name.rpartition(".")[2] for name in adapted(model))
+for place, (part, color) in enumerate(zip(parts, plots.PALETTE, strict=False)):
+    layers = {n: layer for n, layer in adapted(model).items() if n.endswith(f".{part}")}
     vectors = [layer.adapters["default"].l.detach().cpu() for layer in layers.values()]
     for name, vector in zip(layers, vectors, strict=True):
-        block = int(name.split(".")[2])
-        shift = 0.25 * (place - 1) + 0.02 * rng.standard_normal(len(vector))
+        block = block_of(name)
+        shift = 0.75 / len(parts) * (
+            place - (len(parts) - 1) / 2
+        ) + 0.02 * rng.standard_normal(len(vector))
         ax.plot(
             block + shift, vector.numpy(), ".", color=color, alpha=0.4, markersize=4
         )
@@ -176,7 +183,7 @@ for place, (part, color) in enumerate(zip(TARGETS, plots.PALETTE, strict=False))
         f"{part:9s} standard deviation {spread[part]:.3f}, largest distance from 1: {moved[part]:.2f}"
     )
 ax.axhline(1, color=plots.INK, linewidth=0.8)
-ax.set_xticks(range(len(base.model.model.layers)))
+ax.set_xticks(sorted(set(map(block_of, adapted(model)))))
 ax.legend(ncols=3, loc="upper left")
 ax.margins(y=0.15)
 deviations = ", ".join(f"{part[:-5]} {s:.2f}" for part, s in spread.items())

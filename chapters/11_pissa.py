@@ -12,7 +12,7 @@ from fractions import Fraction
 import numpy as np
 import torch
 
-from minipeft.lab import models, plots, task, timing, tuning
+from minipeft.lab import models, plots, timing, tuning
 from minipeft.lab.chapter import start
 from minipeft.reference import blockwise, lora, pissa
 from minipeft.torch import pissa as pissa_torch
@@ -163,10 +163,10 @@ print("rank", len(after.A), "on the residual = rank", len(plain.A), "on W, exact
 # And the bits, on a whole model: inject, train, switch off.
 
 # %%
-base_model = models.load(chapter.model, chapter.device)
-lesson = tuning.dictionary(base_model.tokenizer)
+base_model = chapter.load()
+lesson = tuning.lesson(chapter.task, base_model.tokenizer, kept=chapter.kept)
 tokens = lesson.held_out[0]["input_ids"]
-LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+places = chapter.places(base_model.model)
 
 
 @torch.no_grad()
@@ -175,7 +175,9 @@ def logits(model):
 
 
 untouched = logits(base_model.model)
-model = inject(copy.deepcopy(base_model.model), PiSSAConfig(r=8, alpha=16), LINEARS)
+model = inject(
+    copy.deepcopy(base_model.model), PiSSAConfig(r=8, alpha=16), places.linears
+)
 assert torch.equal(logits(model), untouched)
 print(f"{len(adapted(model))} layers adapted; every logit as before, bit for bit")
 
@@ -208,7 +210,7 @@ def adapt(name):
     """A copy of the base with one start."""
     config = LoRAConfig(r=8, alpha=16) if name == "LoRA" else PiSSAConfig(r=8, alpha=16)
     torch.manual_seed(0)
-    model = inject(copy.deepcopy(base_model.model), config, LINEARS)
+    model = inject(copy.deepcopy(base_model.model), config, places.linears)
     return random_directions(model) if name == "random directions" else model
 
 
@@ -228,7 +230,7 @@ for name, rates in STARTS.items():
             model, before = run.model, run.before
     losses = {lr: last[name, lr] for lr in rates}
     best[name] = chapter.best(f"{name}, {chapter.steps} steps", losses)
-chapter.quantity(task.BEFORE, before, "nats per token")
+chapter.quantity(chapter.before, before, "nats per token")
 at_best = {name: last[name, best[name]] for name in STARTS}
 slow = {name: last[name, SLOW] for name in STARTS}
 lead, by_size = slow["LoRA"] - slow["PiSSA"], slow["LoRA"] - slow["random directions"]

@@ -11,16 +11,18 @@ from itertools import islice, pairwise
 import numpy as np
 import torch
 
-from minipeft.lab import data, models, plots, task, text, train
+from minipeft.lab import data, models, plots, text, train
 from minipeft.lab.chapter import start
 from minipeft.reference import blockwise, loftq, lora
 from minipeft.reference.codebook import NF2, NF4, normal_float
 from minipeft.torch import codebook
 from minipeft.torch import loftq as loftq_torch
 from minipeft.torch.inject import inject
+from minipeft.torch.linear import weight_of
 from minipeft.torch.loftq import LoftQConfig
 from minipeft.torch.lora import LoRAConfig
 from minipeft.torch.qlora import QuantizedLinear
+from minipeft.torch.targets import layers
 
 chapter = start("12_loftq", steps=24, model="tiny")
 NF3 = normal_float(3)
@@ -189,34 +191,35 @@ chapter.show(
 # prose in the manner that it was trained on (*Persuasion*, the one novel of Austen's that it has not read) and on the task (Bierce)?
 
 # %%
-base = models.load(chapter.model, chapter.device)
+base = chapter.load()
 tokenizer = base.tokenizer
-batches, held_out = task.training(tokenizer, rows=6), task.held_out(tokenizer)
+batches, held_out = (
+    chapter.task.training(tokenizer, rows=6),
+    chapter.task.held_out(tokenizer),
+)
 novel = text.encode(tokenizer, [data.austen(data.HELD_OUT)[:20_000]])
-austen = text.consecutive(novel, (16, 128), tokenizer.bos_token_id)
-LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+austen = text.consecutive(novel, (16, 128), text.opening(tokenizer))
+places = chapter.places(base.model)
 R = 16
 
 
 def qlora(values):
     """Quantize every linear layer and inject a LoRA that starts at zero."""
     model = copy.deepcopy(base.model)
-    for name, layer in list(model.named_modules()):
-        if name.split(".")[-1] in LINEARS:
-            model.set_submodule(name, QuantizedLinear.from_linear(layer, values))
-    return inject(model, LoRAConfig(r=R, alpha=2 * R), LINEARS)
+    for name, layer in layers(model, places.linears).items():
+        model.set_submodule(name, QuantizedLinear.from_linear(layer, values))
+    return inject(model, LoRAConfig(r=R, alpha=2 * R), places.linears)
 
 
 def with_loftq(values, steps=5, plan=None):
     """Start base and adapter together."""
     config = LoftQConfig(R, 2 * R, values, steps=steps, codebooks=plan or {})
-    return inject(copy.deepcopy(base.model), config, LINEARS)
+    return inject(copy.deepcopy(base.model), config, places.linears)
 
 
 LINEAR = {
-    name: layer.weight.detach()
-    for name, layer in base.model.named_modules()
-    if name.split(".")[-1] in LINEARS
+    name: weight_of(layer).detach()
+    for name, layer in layers(base.model, places.linears).items()
 }
 bits = loftq_torch.plan(LINEAR, 3)
 mixed = {name: codebook.NF4 for name, b in bits.items() if b == 4}
@@ -236,7 +239,7 @@ loss = {
 print("before training        Austen   Bierce")
 for name, values in loss.items():
     print(f"{name:20s}   {values[0]:6.3f}   {values[1]:6.3f}")
-chapter.quantity(task.BEFORE, loss["32 bits"][1], "nats per token")
+chapter.quantity(chapter.before, loss["32 bits"][1], "nats per token")
 for name in ("NF4", "NF2"):
     chapter.claim(
         f"LoftQ in {name} starts nearer to the model in 32 bits",
@@ -270,7 +273,7 @@ for name, rates in SWEEPS.items():
         torch.manual_seed(0)
         setting = train.TrainConfig(chapter.steps, lr=lr, warmup=chapter.steps // 10)
         model = copy.deepcopy(candidates[name])
-        tried[lr] = train.train(model, batches, setting, held_out)
+        tried[lr] = train.train(model, batches, setting, held_out, chapter.kept())
     losses = {lr: history.validation[-1][1] for lr, history in tried.items()}
     rate = chapter.best(name, losses)
     histories[name], after[name] = tried[rate], losses[rate]

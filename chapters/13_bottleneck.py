@@ -11,9 +11,10 @@ from functools import partial
 import numpy as np
 import torch
 
-from minipeft.lab import models, plots, task, timing, tuning
+from minipeft.lab import plots, timing, tuning
 from minipeft.lab.chapter import start
 from minipeft.reference import bottleneck
+from minipeft.torch.adapted import Adapted
 from minipeft.torch.bottleneck import BottleneckConfig, place_beside
 from minipeft.torch.inject import inject, merge, unload
 from minipeft.torch.lora import LoRAConfig
@@ -105,10 +106,10 @@ print("f(x) + f(-x):", *both[0], " (a linear layer would give zeros)")
 # method tries learning rates, two to a decade, until the best one has a worse one on both sides.
 
 # %%
-base = models.load(chapter.model, chapter.device)
-lesson = tuning.dictionary(base.tokenizer)
+base = chapter.load()
+lesson = tuning.lesson(chapter.task, base.tokenizer, kept=chapter.kept)
 width = base.model.config.hidden_size
-LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+places = chapter.places(base.model)
 
 
 def adapted(name):
@@ -116,14 +117,14 @@ def adapted(name):
     model, generator = copy.deepcopy(base.model), torch.Generator().manual_seed(0)
     if name == "Houlsby":
         config = BottleneckConfig(bottleneck=16)
-        return inject(model, config, ["o_proj", "down_proj"], generator=generator)
+        return inject(model, config, places.ends, generator=generator)
     if name == "Pfeiffer":
         config = BottleneckConfig(bottleneck=32)
-        return inject(model, config, ["down_proj"], generator=generator)
+        return inject(model, config, places.feedforward, generator=generator)
     if name == "parallel":
         config = BottleneckConfig(bottleneck=32, scaling=4.0)
-        return place_beside(model, config, ["mlp"], width, generator)
-    return inject(model, LoRAConfig(r=4, alpha=8), LINEARS, generator=generator)
+        return place_beside(model, config, places.beside, width, generator)
+    return inject(model, LoRAConfig(r=4, alpha=8), places.linears, generator=generator)
 
 
 RATES = (3e-3, 1e-2, 3e-2, 1e-1)
@@ -137,8 +138,8 @@ for name in ("Houlsby", "Pfeiffer", "parallel", "LoRA"):
     best = runs[chapter.best(f"{name}, {chapter.steps} steps", tried)]
     trained[name], losses[name], counts[name] = best.model, best.after, best.trained
 before = best.before
-chapter.quantity(task.BEFORE, before, "nats per token")
-label = "tiny, bottleneck of 16 in two places: trained numbers"
+chapter.quantity(chapter.before, before, "nats per token")
+label = f"{chapter.model}, bottleneck of 16 in two places: trained numbers"
 chapter.quantity(label, counts["Houlsby"], "", 0)
 for name, loss in losses.items():
     print(f"{name:9s} {counts[name]:6,} trained, loss after training {loss:.3f}")
@@ -200,7 +201,7 @@ chapter.claim(
 # Houlsby's placement adds {=f"{added['Houlsby']:.0f}"=} %, Pfeiffer's {=f"{added['Pfeiffer']:.0f}"=} %, the parallel one {=f"{added['parallel']:.0f}"=} %. Merged and unloaded, LoRA leaves plain layers, so it adds nothing; the measured {=f"{added['LoRA, merged']:+.0f}"=} %
 # shows how far two measurements of the same work lie apart.
 #
-# Why so much, for so few multiplications? An adapter of this size has {=f"{100 * 2 * 32 * width / sum(p.numel() for p in base.model.model.layers[0].parameters()):.0f}"=} % of the weights of a block. But a model this small
+# Why so much, for so few multiplications? An adapter of this size has {=f"{100 * 2 * 32 * width / sum(p.numel() for p in first_block(base.model).parameters()):.0f}"=} % of the weights of a block. But a model this small
 # spends its time on starting operations, not on arithmetic, and an adapter starts three or four more. On a GPU it is similar as long as the batch is small: Hu and others [@hu2021, table 1] measured 20.7 % and 30.3 % more time for
 # two kinds of adapters in GPT-2 medium at batch size 1, and 2.2 % and 3.0 % at batch size 32. A parallel adapter could run at the same time as its sublayer; nothing here arranges that.
 #
@@ -248,7 +249,7 @@ print("the same as W = 0.5 U D with the bias 0.5 U c")
 # 3. How many of the trained units make the adapter nonlinear? Count, over the held-out text, the units of the first Pfeiffer adapter that are on for 1 % to 99 % of the tokens.
 
 # %% tags=["solution"]
-layer = trained["Pfeiffer"].model.layers[0].mlp.down_proj
+layer = next(m for m in trained["Pfeiffer"].modules() if isinstance(m, Adapted))
 adapter, states = layer.adapters["default"], []
 hook = layer.base.register_forward_hook(
     lambda module, inputs, output: states.append(

@@ -10,7 +10,7 @@
 import numpy as np
 import torch
 
-from minipeft.lab import models, plots, task, text, timing, train, tuning
+from minipeft.lab import plots, text, timing, train, tuning
 from minipeft.lab.chapter import start
 from minipeft.reference import prompt
 from minipeft.torch.prefix import PrefixConfig, PrefixModel
@@ -77,13 +77,15 @@ assert (grads.P == 2).all()
 # decade, until the best one has a worse one on both sides.
 
 # %%
-base = models.load(chapter.model, chapter.device)
+base = chapter.load()
 tokenizer = base.tokenizer
-lesson = tuning.dictionary(tokenizer)
+lesson = tuning.lesson(chapter.task, tokenizer, kept=chapter.kept)
 N = 10
 table = base.model.get_input_embeddings().weight.detach()
 width = table.shape[1]
-bierce = text.encode(tokenizer, ["".join(lesson.pairs[7])])[:N].tolist()
+bierce = text.encode(tokenizer, ["".join(pair) for pair in lesson.pairs[7:27]])[
+    :N
+].tolist()
 drawn = torch.randint(3, len(table), (N,), generator=torch.Generator().manual_seed(0))
 STARTS = {
     "words of Bierce": PromptConfig(tokens=bierce),
@@ -99,7 +101,7 @@ def best_run(name, make, start, steps, checks=1):
 
 
 without = train.loss(base.model, lesson.held_out)
-chapter.quantity(task.BEFORE, without, "nats per token")
+chapter.quantity(chapter.before, without, "nats per token")
 print(f"the entries of the table have a standard deviation of {table.std():.2f}")
 tuned = {}
 for name, config in STARTS.items():
@@ -169,7 +171,7 @@ print(
 
 # %%
 LENGTHS = (1, 5, 20)
-long = text.encode(tokenizer, ["".join(pair) for pair in lesson.pairs[7:12]]).tolist()
+long = text.encode(tokenizer, ["".join(pair) for pair in lesson.pairs[7:27]]).tolist()
 MADE = {
     "prompt": (PromptModel, PromptConfig, -2),
     "prefix": (PrefixModel, PrefixConfig, -1),

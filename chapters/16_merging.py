@@ -18,7 +18,7 @@ from minipeft.reference import blockwise, linear, lora, qlora
 from minipeft.torch import lora as lora_torch
 from minipeft.torch.lora import LoRALinear
 
-chapter = start("16_merging", steps=1, model="minilm")
+chapter = start("16_merging", steps=1, model=None)
 
 # %% [markdown]
 # ## The problem

@@ -5,7 +5,6 @@
 # number of steps, three seeds, and for each method a learning rate that suits *it*. Which differences are left?
 
 # %%
-import copy
 import itertools
 import json
 import platform
@@ -19,7 +18,7 @@ import safetensors.torch
 import torch
 from torch import nn
 
-from minipeft.lab import data, models, plots, task, text, timing, train
+from minipeft.lab import data, plots, task, text, timing, train
 from minipeft.lab.chapter import start
 from minipeft.lab.files import write_atomic
 from minipeft.lab.memory_peak import peak_bytes
@@ -38,6 +37,7 @@ from minipeft.torch.pissa import PiSSAConfig
 from minipeft.torch.prefix import PrefixConfig, PrefixModel
 from minipeft.torch.prompt import PromptConfig, PromptModel
 from minipeft.torch.qlora import quantize_linears
+from minipeft.torch.targets import all_linear
 from minipeft.torch.vera import VeRAConfig
 
 chapter = start("17_side_by_side", steps=10, model="tiny")
@@ -66,25 +66,28 @@ chapter = start("17_side_by_side", steps=10, model="tiny")
 # a definition.
 
 # %%
-base = models.load(chapter.model, chapter.device)
-entries = [(e.prompt, e.answer) for e in data.devils_dictionary("train")]
-LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+base = chapter.load()
+tokenizer = base.tokenizer
+layers = len(all_linear(base.model))
+entries = chapter.task.train
+places = chapter.places(base.model)
+del base  # each method reads it again, so that one is kept at a time
 Wrap = Callable[[nn.Module, int], nn.Module]
 
 
-def beside(config, targets=LINEARS) -> Wrap:
+def beside(config, targets=places.linears) -> Wrap:
     """Adapters on the layers of the model as it is."""
     return lambda model, seed: inject(model, config, targets)
 
 
 def on_four_bits(model, seed):
     """QLoRA: every linear layer in nested NF4, then LoRA."""
-    return inject(quantize_linears(model), LoRAConfig(r=8, alpha=16), LINEARS)
+    return inject(quantize_linears(model), LoRAConfig(r=8, alpha=16), places.linears)
 
 
 def first_tokens(count, seed):
     """A text that virtual tokens start from: the beginning of some definition."""
-    return tuple(base.tokenizer.encode(" ".join(entries[seed]) * 2)[:count])
+    return tuple(tokenizer.encode(" ".join(entries[seed]) * 2)[:count])
 
 
 METHODS: dict[str, Wrap] = {
@@ -95,11 +98,11 @@ METHODS: dict[str, Wrap] = {
     "PiSSA": beside(PiSSAConfig(r=8, alpha=16)),
     "LoftQ": beside(LoftQConfig(r=8, alpha=16)),
     "QLoRA": on_four_bits,
-    "VeRA": lambda model, seed: inject(model, VeRAConfig(r=256, seed=seed), LINEARS),
-    "IA3": beside(
-        IA3Config(feedforward=["down_proj"]), ["k_proj", "v_proj", "down_proj"]
+    "VeRA": lambda model, seed: inject(
+        model, VeRAConfig(r=256, seed=seed), places.linears
     ),
-    "bottleneck": beside(BottleneckConfig(16), ["o_proj", "down_proj"]),
+    "IA3": beside(IA3Config(feedforward=places.feedforward), places.scaled),
+    "bottleneck": beside(BottleneckConfig(16), places.ends),
     "prefix": lambda model, seed: PrefixModel(
         model, PrefixConfig(tokens=first_tokens(10, seed))
     ),
@@ -110,9 +113,10 @@ METHODS: dict[str, Wrap] = {
 
 
 def adapt(name, seed=0):
-    """Return a fresh copy of the base under one method."""
+    """Return the base under one method, read again: one base is kept at a time."""
+    model = chapter.load().model
     torch.manual_seed(seed)
-    return METHODS[name](copy.deepcopy(base.model), seed)
+    return METHODS[name](model, seed)
 
 
 # %% [markdown]
@@ -122,19 +126,18 @@ def adapt(name, seed=0):
 
 # %%
 SIZE = (8, 64)
-tuning_entries, entries = entries[-100:], entries[:-100]
-validation_entries = [
-    (e.prompt, e.answer) for e in data.devils_dictionary("validation")
-]
-novel_tokens = text.encode(base.tokenizer, [data.austen(data.HELD_OUT)])
+hundred = min(100, len(entries) // 2)
+tuning_entries, entries = entries[-hundred:], entries[:-hundred]
+validation_entries = chapter.task.validation
+novel_tokens = text.encode(tokenizer, [data.austen(data.HELD_OUT)])
 
 
 def judges(examples, windows):
     """Return what a model is judged on: validation examples, and windows of a novel."""
-    bos = base.tokenizer.bos_token_id
+    bos = text.opening(tokenizer)
     return {
         "validation": text.example_batches(
-            base.tokenizer, validation_entries[:examples], (25, 64)
+            tokenizer, validation_entries[:examples], (25, 64)
         ),
         "novel": text.consecutive(novel_tokens[: windows * 127], (16, 128), bos),
     }
@@ -143,8 +146,9 @@ def judges(examples, windows):
 def run(name, rate, seed, steps, judges):
     """Train one method once; return its losses after training."""
     model = adapt(name, seed)
-    batches = text.examples(base.tokenizer, entries, SIZE, seed)
-    train.train(model, batches, train.TrainConfig(steps, rate, warmup=steps // 10))
+    batches = text.examples(tokenizer, entries, SIZE, seed)
+    config = train.TrainConfig(steps, rate, warmup=steps // 10)
+    train.train(model, batches, config, checkpoint=chapter.kept())
     return {judge: train.loss(model, held) for judge, held in judges.items()}
 
 
@@ -157,7 +161,7 @@ def run(name, rate, seed, steps, judges):
 # - **Time** of a step, on one CPU thread. The methods take turns, step by step, and the median counts, so that a busy minute of the machine harms all alike.
 
 # %%
-BATCH = text.examples(base.tokenizer, entries, SIZE, seed=0)(0)
+BATCH = text.examples(tokenizer, entries, SIZE, seed=0)(0)
 
 
 def one_step(name):
@@ -204,12 +208,13 @@ def sizes(name):
 
 def step_seconds(rounds):
     """Return the median CPU time of a step; the methods take turns, round by round."""
-    steps = {name: one_step(name)[0] for name in METHODS}
     times = {name: [] for name in METHODS}
-    for _ in range(rounds + 1):
-        for name, step in steps.items():
+    for _ in range(rounds):
+        for name in METHODS:
+            step = one_step(name)[0]
+            step()  # what is made once and kept
             times[name].append(timing.cost(chapter.device, step))
-    return {name: statistics.median(t[1:]) for name, t in times.items()}
+    return {name: statistics.median(t) for name, t in times.items()}
 
 
 # %% [markdown]
@@ -238,7 +243,7 @@ def tune(name, judges):
 def in_full(name):
     """Tune one method, then repeat it with the other seeds."""
     began = time.perf_counter()
-    tuning = text.example_batches(base.tokenizer, tuning_entries, (25, 64))
+    tuning = text.example_batches(tokenizer, tuning_entries, (25, 64))
     use = judges(len(validation_entries), 40) | {"tuning": tuning}
     fresh = adapt(name)
     tried = tune(name, use)
@@ -254,7 +259,8 @@ def in_full(name):
 
 
 COMMITTED = Path(__file__).with_name("results") / f"{chapter.name}.json"
-RESULTS = COMMITTED if chapter.model == "tiny" else chapter.out / "full.json"
+as_in_the_book = chapter.before == task.BEFORE and chapter.targets is None
+RESULTS = COMMITTED if as_in_the_book else chapter.out / "full.json"
 if chapter.full:
     partial = chapter.out / "methods.json"  # what an interrupted run goes on from
     done = json.loads(partial.read_text()) if partial.exists() else {}
@@ -349,14 +355,13 @@ print(f"{full['steps']} steps of {full['batch'][0]} examples, seeds {full['seeds
 print(f"{full['seconds'] / 60:.0f} minutes: {full['command']}")
 print(", ".join(f"{library} {v}" for library, v in full["versions"].items()))
 if full["model"] == "tiny":
-    chapter.quantity(task.BEFORE, before["validation"], "nats per token")
+    chapter.quantity(chapter.before, before["validation"], "nats per token")
     for name, label in {
         "IA3": "IA3",
         "bottleneck": "bottleneck of 16 in two places",
         "prefix": "prefix of 10",
     }.items():
         chapter.quantity(f"tiny, {label}: trained numbers", trained[name], "", 0)
-layers = sum(isinstance(module, nn.Linear) for module in base.model.model.modules())
 inner = BATCH["input_ids"].numel() * 256 * 4 * layers
 print(f"VeRA, 256 numbers a token in each of {layers} layers: {inner / 1e6:.1f} MB")
 memory = {
@@ -483,7 +488,9 @@ chapter.show(
 
 # %%
 use = judges(examples=50, windows=12)
-untrained = {judge: train.loss(base.model, held) for judge, held in use.items()}
+model = chapter.load().model
+untrained = {judge: train.loss(model, held) for judge, held in use.items()}
+del model
 quick = {
     name: run(name, method["rate"], 0, chapter.steps, use)
     for name, method in full["methods"].items()
@@ -525,7 +532,7 @@ def check(setting, losses, untrained):
     )
 
 
-if chapter.model == full["model"]:
+if as_in_the_book:
     means = {n: {j: mean(n, j) for j in untrained} for n in METHODS}
     check("long", means, before)
     chapter.claim(

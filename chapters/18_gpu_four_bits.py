@@ -25,7 +25,7 @@ from minipeft.lab.machine_code import MachineCode
 from minipeft.lab.memory import LLAMA_7B, quantized_bits
 from minipeft.reference import blockwise, double_quant
 
-chapter = start("18_gpu_four_bits", steps=1)
+chapter = start("18_gpu_four_bits", steps=1, model=None)
 
 # %% [markdown]
 # ## The problem

@@ -25,7 +25,7 @@ from minipeft.lab import fibers, plots
 from minipeft.lab.chapter import start
 from minipeft.lab.files import write_atomic
 
-chapter = start("19_kernels_without_a_gpu", steps=1)
+chapter = start("19_kernels_without_a_gpu", steps=1, model=None)
 FOLDER = Path(tempfile.mkdtemp(prefix="kernels-"))
 NO_GXX, NO_NVRTC = fibers.missing(), compiler.missing()
 if NO_GXX:

@@ -64,14 +64,15 @@ def _bench(options: argparse.Namespace) -> None:
 
 def _chosen(only: str) -> list[Callable[[], Pair]]:
     try:
-        from minipeft.lab.bench_pairs import PAIRS
+        from minipeft.lab import bench_model, bench_pairs
     except ModuleNotFoundError as error:
         raise InputError(
             f"{error.name} is not installed; `pip install minipeft[peers]` brings it"
         ) from None
-    chosen = [build for name, build in PAIRS.items() if only in name]
+    pairs = bench_pairs.PAIRS | bench_model.PAIRS
+    chosen = [build for name, build in pairs.items() if only in name]
     if not chosen:
-        raise InputError(f"no pair's name contains {only!r}; choose of {list(PAIRS)}")
+        raise InputError(f"no pair's name contains {only!r}; choose of {list(pairs)}")
     return chosen
 
 

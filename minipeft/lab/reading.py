@@ -19,9 +19,9 @@ from transformers.models.auto import modeling_auto
 
 from minipeft.errors import InputError
 from minipeft.interop.tensors import INDEX, Tensors, open_tensors
-from minipeft.torch.qlora import QuantizedLinear
+from minipeft.torch.qlora import QuantizedLinear, quantizable
 
-Quantize = Callable[[nn.Linear], QuantizedLinear]
+Quantize = Callable[[nn.Module], QuantizedLinear]
 PIECE = 2**20
 DTYPES = {
     "float32": torch.float32,
@@ -30,12 +30,12 @@ DTYPES = {
 }
 
 
-def nf4(layer: nn.Linear) -> QuantizedLinear:
+def nf4(layer: nn.Module) -> QuantizedLinear:
     """Quantize to NF4 in blocks of 64."""
     return QuantizedLinear.from_linear(layer)
 
 
-def nf4_double(layer: nn.Linear) -> QuantizedLinear:
+def nf4_double(layer: nn.Module) -> QuantizedLinear:
     """Quantize to NF4 in blocks of 64, and the scales in blocks of 256."""
     return QuantizedLinear.from_linear(layer, nested_blocksize=256)
 
@@ -118,7 +118,7 @@ def fill(
         for key in [k for k in _own(module) if prefix + k in names]:
             tensor = tensors.read(names[prefix + key])
             _put(module, key, _cast(prefix + key, tensor, place))
-        if quantize and type(module) is nn.Linear and module is not output:
+        if quantize and quantizable(module) and module is not output:
             _replace(model, name, quantize(module))
     model.tie_weights()
     left = [n for n, p in model.named_parameters() if p.is_meta]
@@ -137,7 +137,7 @@ def quantized(model: Any, quantize: Quantize | None) -> Any:
     output = _output_layer(model)
     for name in [name for name, _ in model.named_modules()]:
         module = model.get_submodule(name)
-        if quantize and type(module) is nn.Linear and module is not output:
+        if quantize and quantizable(module) and module is not output:
             _replace(model, name, quantize(module))
     return model
 

@@ -20,6 +20,12 @@ def encode(tokenizer: Any, texts: Sequence[str]) -> torch.Tensor:
     return torch.tensor(ids)
 
 
+def opening(tokenizer: Any) -> int:
+    """Return the token that opens a text: the begin token, or the end token."""
+    begin = tokenizer.bos_token_id
+    return int(tokenizer.eos_token_id if begin is None else begin)
+
+
 def windows(
     tokens: torch.Tensor, size: tuple[int, int], bos: int, seed: int
 ) -> Batches:

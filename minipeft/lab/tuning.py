@@ -1,4 +1,4 @@
-"""A model tuned on The Devil's Dictionary from several starts, and a picture of it."""
+"""A model tuned on one task from several starts, and a picture of it."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -8,21 +8,39 @@ import torch
 from matplotlib.figure import Figure
 from torch import nn
 
-from minipeft.lab import plots, task
+from minipeft.lab import plots
 from minipeft.lab.checkpoint import trainable
-from minipeft.lab.train import Batch, Batches, History, TrainConfig, loss, train
+from minipeft.lab.task import Task
+from minipeft.lab.train import (
+    Batch,
+    Batches,
+    Checkpoint,
+    History,
+    TrainConfig,
+    loss,
+    train,
+)
 
 FARTHEST = 4
 """Half decades that a sweep of rates may move from where it started."""
 
 
+def nowhere() -> Checkpoint | None:
+    """Keep no checkpoint."""
+    return None
+
+
 @dataclass(frozen=True)
-class Task:
-    """What to learn: the pairs of the training split, and both splits in batches."""
+class Lesson:
+    """What to learn: the pairs of the training split, and both splits in batches.
+
+    `kept` says where a run keeps its state, once for each run.
+    """
 
     pairs: list[tuple[str, str]]
     batches: Batches
     held_out: list[Batch]
+    kept: Callable[[], Checkpoint | None] = nowhere
 
 
 @dataclass(frozen=True)
@@ -40,21 +58,27 @@ class Run:
         return self.history.validation[-1][1]
 
 
-def dictionary(tokenizer: Any, rows: int = 6) -> Task:
-    """Return the task for a tokenizer.
+def lesson(
+    task: Task,
+    tokenizer: Any,
+    rows: int = 6,
+    kept: Callable[[], Checkpoint | None] = nowhere,
+) -> Lesson:
+    """Return a task for a tokenizer.
 
     Args:
+        task: the examples.
         tokenizer: of the model that will learn.
-        rows: definitions in a batch.
+        rows: examples in a batch.
+        kept: where a run keeps its state.
     """
-    return Task(
-        task.pairs("train"),
-        task.training(tokenizer, rows),
-        task.held_out(tokenizer),
-    )
+    batches, held_out = task.training(tokenizer, rows), task.held_out(tokenizer)
+    return Lesson(task.train, batches, held_out, kept)
 
 
-def tune(model: nn.Module, learn: Task, steps: int, lr: float, checks: int = 5) -> Run:
+def tune(
+    model: nn.Module, learn: Lesson, steps: int, lr: float, checks: int = 5
+) -> Run:
     """Train what requires gradients: a tenth of the steps warms up, a cosine follows.
 
     Args:
@@ -71,13 +95,17 @@ def tune(model: nn.Module, learn: Task, steps: int, lr: float, checks: int = 5) 
     config = TrainConfig(
         steps, lr, warmup=steps // 10, validate_every=max(1, steps // checks)
     )
-    history = train(model, learn.batches, config, learn.held_out)
+    history = train(model, learn.batches, config, learn.held_out, learn.kept())
     count = sum(parameter.numel() for parameter in trainable(model).values())
     return Run(model, count, before, history)
 
 
 def sweep(
-    make: Callable[[], nn.Module], learn: Task, steps: int, start: int, checks: int = 5
+    make: Callable[[], nn.Module],
+    learn: Lesson,
+    steps: int,
+    start: int,
+    checks: int = 5,
 ) -> dict[float, Run]:
     """Tune at rates of half a decade each until the best has worse ones on both sides.
 

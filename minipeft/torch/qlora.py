@@ -77,22 +77,22 @@ class QuantizedLinear(nn.Module):
     @classmethod
     def from_linear(
         cls,
-        layer: nn.Linear,
+        layer: nn.Module,
         codebook: Float[Tensor, " codes"] = NF4,
         blocksize: int = 64,
         nested_blocksize: int | None = None,
     ) -> "QuantizedLinear":
-        """Quantize the weight of a linear layer; the layer itself is left alone.
+        """Quantize the weight of an `nn.Linear` or a Conv1D, which is left alone.
 
         With `nested_blocksize` (256) the scales are quantized too.
         """
-        W = layer.weight
+        W = weight_view(layer).turn(cast(Tensor, layer.weight))
         q: Blockwise | Nested
         if nested_blocksize is None:
             q = blockwise.quantize(W, codebook, blocksize)
         else:
             q = double_quant.quantize(W, codebook, blocksize, nested_blocksize)
-        return cls(q, layer.bias, W.dtype).train(layer.training)
+        return cls(q, cast(Any, layer.bias), W.dtype).train(layer.training)
 
     @property
     def q(self) -> Blockwise | Nested:
@@ -286,14 +286,49 @@ def _say_what_stays(model: nn.Module) -> None:
     )
 
 
-def _to_quantize(model: nn.Module, skip: Sequence[str]) -> dict[str, nn.Linear]:
+def prepare(model: Model) -> Model:
+    """Freeze a model with 4-bit layers and keep the rest of it in 32 bits.
+
+    What is stored in 16 bits and not quantized (norms, embeddings, biases, the output
+    layer) goes to float32, as peft's `prepare_model_for_kbit_training` does. Then
+    activations are float32 too: under `torch.autocast` the products are of 16 bits.
+    Unlike peft's, it leaves gradient checkpointing alone.
+
+    Args:
+        model: changed in place and returned; not yet adapted.
+
+    Raises:
+        InputError: if no layer is quantized, or the model has adapters.
+    """
+    for name, module in model.named_modules():
+        if isinstance(module, Adapted):
+            raise InputError(f"{name} has adapters; prepare first, then inject.")
+    layers = [m for m in model.modules() if isinstance(m, QuantizedLinear)]
+    if not layers:
+        raise InputError("no layer is quantized; call quantize_linears(model) first.")
+    model.requires_grad_(False)
+    for parameter in model.parameters():
+        if parameter.dtype in (torch.float16, torch.bfloat16):
+            parameter.data = parameter.data.float()
+    for layer in layers:
+        layer.dtype = torch.float32
+    return model
+
+
+def quantizable(layer: nn.Module) -> bool:
+    """Tell whether a layer is an `nn.Linear`, or GPT-2's Conv1D, itself."""
+    conv1d = type(layer).__name__ == "Conv1D" and hasattr(layer, "nf")
+    return type(layer) is nn.Linear or conv1d
+
+
+def _to_quantize(model: nn.Module, skip: Sequence[str]) -> dict[str, nn.Module]:
     if isinstance(skip, str):
         raise InputError(f"skip is the string {skip!r}; give a list: [{skip!r}].")
     for name, module in model.named_modules():
         if isinstance(module, Adapted):
             raise InputError(f"{name} has adapters; quantize first, then inject.")
     named = dict(outside_adapters(model))
-    linear = {n: m for n, m in named.items() if type(m) is nn.Linear}
+    linear = {n: m for n, m in named.items() if quantizable(m)}
     with naming("skip"):
         left = {id(named[name]) for name in chosen(linear, skip)}
     left |= {id(named[name]) for name in tied(model) if name}
@@ -302,7 +337,10 @@ def _to_quantize(model: nn.Module, skip: Sequence[str]) -> dict[str, nn.Linear]:
     if not found:
         raise InputError("the model has no linear layer to quantize; give another one.")
     for name, layer in found.items():
-        if not (layer.weight.is_meta or torch.isfinite(layer.weight).all()):
+        if not (
+            cast(Tensor, layer.weight).is_meta
+            or torch.isfinite(cast(Tensor, layer.weight)).all()
+        ):
             raise InputError(f"{name}: the weight is not finite; repair it first.")
     return found
 

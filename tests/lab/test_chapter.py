@@ -108,6 +108,9 @@ def test_help_names_every_option(capsys):
         (["--steps", "many"], "invalid int value: 'many'"),
         (["--device", "tpu"], "invalid choice: 'tpu'"),
         (["--speed"], "unrecognized arguments: --speed"),
+        (["--threads", "0"], "--threads is 0; give at least 1"),
+        (["--dtype", "int8"], "invalid choice: 'int8'"),
+        (["--resume"], "--resume needs --checkpoint FOLDER"),
     ],
 )
 def test_bad_options_are_one_sentence(line, sentence):

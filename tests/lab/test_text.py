@@ -112,10 +112,11 @@ def test_generation_is_decided_by_its_seed(tiny):
 
 def test_no_chapter_is_judged_on_what_it_trains_on(tiny):
     tokenizer = tiny.tokenizer
-    train, held_out = (task.pairs(split) for split in ("train", "validation"))
+    shared = task.dictionary()
+    train, held_out = shared.train, shared.validation
     assert not {prompt for prompt, _ in train} & {prompt for prompt, _ in held_out}
-    batches = task.held_out(tokenizer)
+    batches = shared.held_out(tokenizer)
     assert sum(len(batch["input_ids"]) for batch in batches) == len(held_out)
-    assert task.training(tokenizer, rows=3)(0)["input_ids"].shape[0] == 3
+    assert shared.training(tokenizer, rows=3)(0)["input_ids"].shape[0] == 3
     longest = max(batch["input_ids"].shape[1] for batch in batches)
     assert longest == task.LENGTH

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from minipeft.lab import data, tuning
+from minipeft.lab.task import dictionary
 from minipeft.lab.train import History, loss
 
 
@@ -17,11 +18,11 @@ def batch(seed):
 
 @pytest.fixture
 def task():
-    return tuning.Task([], batch, [batch(-1), batch(-2)])
+    return tuning.Lesson([], batch, [batch(-1), batch(-2)])
 
 
 def test_the_dictionary_is_batched_for_a_tokenizer(tiny):
-    task = tuning.dictionary(tiny.tokenizer, rows=3)
+    task = tuning.lesson(dictionary(), tiny.tokenizer, rows=3)
     entries = data.devils_dictionary("train")
     assert task.pairs == [(entry.prompt, entry.answer) for entry in entries]
     first = task.batches(0)
@@ -29,7 +30,7 @@ def test_the_dictionary_is_batched_for_a_tokenizer(tiny):
     assert first["input_ids"].shape[1] <= 64
     judged = sum(len(part["input_ids"]) for part in task.held_out)
     assert judged == len(data.devils_dictionary("validation"))
-    again = tuning.dictionary(tiny.tokenizer, rows=3).batches(0)
+    again = tuning.lesson(dictionary(), tiny.tokenizer, rows=3).batches(0)
     assert torch.equal(again["input_ids"], first["input_ids"])
 
 
