@@ -42,6 +42,7 @@ class VirtualTokens(nn.Module, ABC):
         super().__init__()
         check_causal(model)
         self.model = model.requires_grad_(False)
+        self.train(model.training)
         self.takes_positions = "position_ids" in signature(model.forward).parameters
 
     @property

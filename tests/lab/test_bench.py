@@ -118,6 +118,8 @@ def test_a_pair_from_its_check_to_the_file(tmp_path):
 def test_an_unknown_pair_names_the_choices(monkeypatch, capsys):
     pairs = SimpleNamespace(PAIRS={"lora": None, "dora": None})
     monkeypatch.setitem(sys.modules, "minipeft.lab.bench_pairs", pairs)
+    other = SimpleNamespace(PAIRS={})
+    monkeypatch.setitem(sys.modules, "minipeft.lab.bench_model", other)
     assert bench.main(["--only", "lorra"]) == 2
     said = capsys.readouterr().err
     assert "no pair's name contains 'lorra'; choose of ['lora', 'dora']" in said

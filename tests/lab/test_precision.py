@@ -1,6 +1,4 @@
-"""Training in 16 bits with adapters in 32: plain, under autocast, checkpointed."""
-
-import copy
+"""Training a base in 16 bits with adapters in 32, and preparing one in 4 bits."""
 
 import pytest
 import torch
@@ -15,30 +13,12 @@ from minipeft.torch.qlora import QuantizedLinear, prepare, quantize_linears
 
 TEXT = torch.arange(400) * 7 % 29 + 2
 BATCHES = windows(TEXT, (4, 12), bos=1, seed=3)
-HALF = windows(TEXT, (2, 12), bos=1, seed=3)
-VALIDATION = consecutive(TEXT, (4, 12), bos=1)
+VALIDATION = consecutive(TEXT, (4, 12), bos=1)[:2]
 
 
 def adapted(model, method=LoRAConfig):
     torch.manual_seed(0)
     return inject(model, method(r=4, alpha=8), "all-linear")
-
-
-def gradients(model, enable=None):
-    """Return the gradients of one batch, with checkpointing if it is asked for."""
-    model.train()
-    if enable:
-        enable(model)
-    model(**BATCHES(0)).loss.backward()
-    return [p.grad for p in trainable_parameters(model)]
-
-
-def checkpointed(reentrant):
-    def enable(model):
-        settings = {"use_reentrant": reentrant}
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=settings)
-
-    return enable
 
 
 @pytest.mark.parametrize("quantized", [False, True])
@@ -48,7 +28,7 @@ def test_a_base_in_bfloat16_trains_adapters_in_float32(toy, method, quantized):
     model = adapted(quantize_linears(base) if quantized else base, method)
     before = loss(model, VALIDATION)
     fixed = {k: v.clone() for k, v in model.state_dict().items() if "adapter" not in k}
-    history = train(model, BATCHES, TrainConfig(12, lr=3e-2), VALIDATION)
+    history = train(model, BATCHES, TrainConfig(5, lr=3e-2), VALIDATION)
     assert history.validation[-1][1] < before
     assert {p.dtype for p in trainable_parameters(model)} == {torch.float32}
     assert all(torch.equal(model.state_dict()[k], v) for k, v in fixed.items())
@@ -62,57 +42,9 @@ def test_an_update_below_the_steps_of_bfloat16_is_kept(toy):
     train(model, BATCHES, TrainConfig(2, lr=1e-5))
     for name, parameter in model.named_parameters():
         if name in before and "magnitude" in name:
-            assert not torch.equal(parameter, before[name])
-            assert torch.equal(parameter.bfloat16(), before[name].bfloat16())
-
-
-@pytest.mark.parametrize("quantized", [False, True])
-def test_under_autocast_a_model_in_float32_trains(toy, quantized):
-    model = adapted(quantize_linears(toy) if quantized else toy)
-    before = loss(model, VALIDATION)
-    seen = []
-    layer = model.model.layers[0].self_attn.q_proj
-    hook = layer.register_forward_hook(lambda *given: seen.append(given[-1].dtype))
-    with torch.autocast("cpu", torch.bfloat16):
-        train(model, BATCHES, TrainConfig(12, lr=3e-2))
-    hook.remove()
-    assert set(seen) == {torch.bfloat16}
-    assert loss(model, VALIDATION) < before
-    assert {p.dtype for p in trainable_parameters(model)} == {torch.float32}
-
-
-def test_accumulation_in_bfloat16_takes_the_steps_of_the_run(toy):
-    model = adapted(toy.to(torch.bfloat16))
-    before = loss(model, VALIDATION)
-    history = train(model, HALF, TrainConfig(8, lr=3e-2, accumulate=2), VALIDATION)
-    assert len(history.losses) == 8
-    assert history.validation[-1][1] < before
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("quantized", [False, True])
-@pytest.mark.parametrize("reentrant", [False, True])
-def test_checkpointing_changes_no_bit_of_a_gradient(toy, dtype, quantized, reentrant):
-    base = toy.to(dtype)
-    base = quantize_linears(base) if quantized else base
-    plain = gradients(adapted(copy.deepcopy(base)))
-    other = adapted(base)
-    if reentrant:
-        other.enable_input_require_grads()
-    again = gradients(other, checkpointed(reentrant))
-    assert all(torch.equal(a, b) for a, b in zip(plain, again, strict=True))
-
-
-def test_checkpointing_that_would_train_nothing_is_refused(toy):
-    model = adapted(toy)
-    checkpointed(True)(model)
-    with (
-        pytest.warns(UserWarning, match="None of the inputs have requires_grad"),
-        pytest.raises(InputError, match="pass use_reentrant=False, or call"),
-    ):
-        train(model, BATCHES, TrainConfig(2))
-    model.enable_input_require_grads()
-    assert len(train(model, BATCHES, TrainConfig(2)).losses) == 2
+            moved = parameter != before[name]
+            unseen = parameter.bfloat16() == before[name].bfloat16()
+            assert (moved & unseen).any()
 
 
 def test_preparing_keeps_in_float32_what_is_not_quantized(toy):
@@ -132,7 +64,7 @@ def test_preparing_keeps_in_float32_what_is_not_quantized(toy):
     model = adapted(model)
     before = loss(model, VALIDATION)
     with torch.autocast("cpu", torch.bfloat16):
-        train(model, BATCHES, TrainConfig(12, lr=3e-2))
+        train(model, BATCHES, TrainConfig(5, lr=3e-2))
     assert loss(model, VALIDATION) < before
 
 
