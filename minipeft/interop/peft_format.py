@@ -18,12 +18,11 @@ from minipeft.interop.adapter import Adapter
 from minipeft.interop.peft_folder import CONFIG, PREFIX, Contents
 from minipeft.interop.update import Update
 
+LARGEST = sys.float_info.max
 KEY = re.compile(
     r"(?P<module>.+)\.(?P<part>lora_A|lora_B|lora_magnitude_vector|"
     r"lora_embedding_A|lora_embedding_B)(?:\.(?P<kind>weight|bias))?"
 )
-
-LARGEST = sys.float_info.max
 
 
 def read(folder: Path) -> Adapter:
@@ -78,6 +77,13 @@ def _adapter(contents: Contents) -> Adapter:
     return Adapter(updates, biases, saved, config, contents.metadata)
 
 
+def is_number(value: Any) -> bool:
+    """Tell whether a setting is a number that float64 holds."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return False
+    return abs(value) <= LARGEST
+
+
 def update(
     module: str, parts: Mapping[str, Tensor], config: Mapping[str, Any]
 ) -> Update:
@@ -96,7 +102,7 @@ def update(
     A, B = (parts[name] for name in names)
     magnitude = parts.get("lora_magnitude_vector")
     alpha = matched(config.get("alpha_pattern") or {}, module, config.get("lora_alpha"))
-    if not isinstance(alpha, int | float) or not abs(alpha) <= LARGEST:
+    if not is_number(alpha):
         raise InputError(f"lora_alpha of {module} is {alpha!r}; give a finite number")
     if A.ndim != 2 or B.ndim != 2 or A.shape[0] != B.shape[1] or not len(A):
         raise InputError(

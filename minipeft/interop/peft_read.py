@@ -159,7 +159,7 @@ def _lora_layer(
         return TokenRowsEmbedding, _token_rows(name, parts, form, config)
     names = {key.removesuffix(".weight"): tensor for key, tensor in parts.items()}
     update = peft_format.update(name, names, config)
-    magnitude, bias = update.magnitude, parts.get("lora_B.bias")
+    magnitude, bias = names.get("lora_magnitude_vector"), parts.get("lora_B.bias")
     _check_agrees(config, "use_dora", "a magnitude", magnitude)
     _check_agrees(config, "lora_bias", "a bias of B", bias)
     A, B = (_wide(M, form) for M in (update.A, update.B))
@@ -170,9 +170,9 @@ def _lora_layer(
         return PiSSALinear, _pissa(plain, layer)
     if magnitude is not None:
         _check_alone(bias)
-        return DoRALinear, DoRA(plain, _wide(magnitude, form))
+        return DoRALinear, DoRA(plain, _per_row(magnitude, form))
     if bias is not None:
-        return BiasedLoRALinear, BiasedLoRA(plain, _wide(bias, form))
+        return BiasedLoRALinear, BiasedLoRA(plain, _per_row(bias, form))
     return LoRALinear, plain
 
 
@@ -223,6 +223,7 @@ def _token_rows(
             f"trainable_token_indices is {given!r}, which does not say which rows of "
             f"{name} the file holds; get it again"
         )
+    check_shape("the trained rows", parts[TOKENS], len(tokens), form.out_features)
     inside = all(0 <= t < form.in_features for t in tokens)
     numbers = torch.tensor(tokens if inside else [-1] * len(tokens), dtype=torch.int64)
     return TokenRows(_wide(parts[TOKENS], form), numbers)
@@ -240,7 +241,8 @@ def _vera(contents: Contents, layers: Mapping[str, nn.Module]) -> Builder:
         place = form.device, form.wide
         if place not in pairs:
             pairs[place] = deepcopy(shared).to(*place)
-        d, b = _wide(d, form), _wide(b, form)
+        check_shape("d", d, len(shared.A))
+        d, b = _wide(d, form), _per_row(b, form)
         return VeRALinear, VeRA(d, b, pairs[place], dropout)
 
     return build
@@ -252,17 +254,19 @@ def _pair(contents: Contents, forms: Sequence[Form]) -> Projections:
     A, B = (contents.tensors.get(f"base_model.vera_{M}") for M in "AB")
     if not _is_count(r) or not 0 < r <= LARGEST_RANK:
         raise InputError(f"r is {r!r}; VeRA takes 1 to {LARGEST_RANK}; get it again")
-    if not _is_count(seed):
-        raise InputError(f"projection_prng_key is {seed!r}; it must be a whole number")
+    if not _is_count(seed) or not 0 <= seed < 2**64:
+        raise InputError(
+            f"projection_prng_key is {seed!r}; it must be a whole number of 64 bits"
+        )
     widest = max(form.in_features for form in forms)
     tallest = max(form.out_features for form in forms)
     if A is None and B is None and not config.get("save_projection", True):
         return Projections(seed, r, widest, tallest)
     if A is None or B is None:
         raise InputError("vera_A or vera_B is missing in the file; get it again")
-    check_shape("vera_A", A, r, A.shape[-1])
-    check_shape("vera_B", B, B.shape[0], r)
-    if 0 <= seed < 2**32:
+    check_shape("vera_A", A, r, widest)
+    check_shape("vera_B", B, tallest, r)
+    if seed < 2**32:
         drawn = Projections(seed, r, A.shape[1], B.shape[0])
         if torch.equal(drawn.A, A) and torch.equal(drawn.B, B):
             return drawn
@@ -318,6 +322,11 @@ def _wide(tensor: Tensor, form: Form) -> Tensor:
         raise InputError(f"a part has dtype {tensor.dtype}; get the adapter again")
     dtype = torch.promote_types(tensor.dtype, form.wide)
     return tensor.to(form.device, dtype).clone(memory_format=torch.contiguous_format)
+
+
+def _per_row(tensor: Tensor, form: Form) -> Tensor:
+    check_shape("a number for each output", tensor, form.out_features)
+    return _wide(tensor, form)
 
 
 def _dropout(config: Mapping[str, Any], name: str) -> float:

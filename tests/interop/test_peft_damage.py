@@ -1,0 +1,294 @@
+"""Damaged and foreign folders: one sentence each, and nothing is loaded."""
+
+import json
+import random
+import shutil
+
+import pytest
+import torch
+
+from minipeft.errors import InputError
+from minipeft.interop import peft_folder, peft_model
+from minipeft.torch import inject
+from minipeft.torch.dora import DoRAConfig
+from minipeft.torch.ia3 import IA3Config
+from minipeft.torch.lora import LoRAConfig
+from minipeft.torch.prefix import PrefixConfig, PrefixModel
+from minipeft.torch.prompt import PromptConfig, PromptModel
+from minipeft.torch.vera import VeRAConfig
+from tests.agreement.llama import llama
+
+TARGETS = ["q_proj", "v_proj"]
+METHODS = {
+    "LoRA": LoRAConfig(r=2, alpha=3),
+    "DoRA": DoRAConfig(r=2, alpha=3),
+    "VeRA": VeRAConfig(r=4),
+    "IA3": IA3Config(),
+    "prompt": PromptConfig(3),
+    "prefix": PrefixConfig(3),
+}
+EACH = 90
+"""Damaged folders of each method; 540 in all."""
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    found = {}
+    for method, config in METHODS.items():
+        if method == "prompt":
+            model = PromptModel(llama(), config)
+        elif method == "prefix":
+            model = PrefixModel(llama(), config)
+        else:
+            model = inject.inject(llama(), config, TARGETS)
+        found[method] = tmp_path_factory.mktemp("sound") / method
+        peft_model.save(model, found[method])
+    return found
+
+
+def truncated(folder, draw):
+    path = folder / draw.choice([peft_folder.CONFIG, peft_folder.WEIGHTS])
+    data = path.read_bytes()
+    # The end of the text is a line's end, without which it is as sound.
+    path.write_bytes(data[: draw.randrange(len(data) - 2)])
+
+
+def longer(folder, draw):
+    path = folder / peft_folder.WEIGHTS
+    path.write_bytes(path.read_bytes() + bytes(draw.randrange(1, 9)))
+
+
+def broken_header(folder, draw):
+    path = folder / peft_folder.WEIGHTS
+    data = bytearray(path.read_bytes())
+    data[draw.randrange(8)] ^= 1 << draw.randrange(8)  # the length of the header
+    path.write_bytes(data)
+
+
+def broken_text(folder, draw):
+    path = folder / peft_folder.CONFIG
+    data = bytearray(path.read_bytes())
+    data[draw.randrange(len(data) - 1)] = 0xFF  # no UTF-8 has it
+    path.write_bytes(data)
+
+
+def key_twice(folder, draw):
+    path = folder / peft_folder.CONFIG
+    fields = json.loads(path.read_text())
+    name = draw.choice(sorted(fields))
+    entry = f"{json.dumps(name)}: {json.dumps(fields[name])}"
+    path.write_text("{" + entry + ", " + path.read_text().strip()[1:])
+
+
+def tensor_twice(folder, draw):
+    path = folder / peft_folder.WEIGHTS
+    data = path.read_bytes()
+    length = int.from_bytes(data[:8], "little")
+    header = json.loads(data[8 : 8 + length])
+    name = draw.choice([n for n in header if n != "__metadata__"])
+    entry = f"{json.dumps(name)}:{json.dumps(header[name])},"
+    text = b"{" + entry.encode() + data[9 : 8 + length]
+    path.write_bytes(len(text).to_bytes(8, "little") + text + data[8 + length :])
+
+
+def rewritten(folder, change):
+    contents = peft_folder.read(folder)
+    tensors = dict(contents.tensors)
+    changed = change(tensors)
+    shutil.rmtree(folder)
+    folder.mkdir()
+    (folder / peft_folder.CONFIG).write_text(json.dumps(contents.config))
+    import safetensors.torch
+
+    path = folder / peft_folder.WEIGHTS
+    safetensors.torch.save_file(changed, path, metadata=dict(contents.metadata))
+
+
+def not_finite(folder, draw):
+    def change(tensors):
+        name = draw.choice(sorted(tensors))
+        spoilt = tensors[name].clone()
+        flat = spoilt.view(-1)
+        bad = draw.choice([float("nan"), float("inf"), -float("inf")])
+        flat[draw.randrange(len(flat))] = bad
+        return {**tensors, name: spoilt}
+
+    rewritten(folder, change)
+
+
+def lost_tensor(folder, draw):
+    def change(tensors):
+        name = draw.choice(sorted(tensors))
+        return {n: t for n, t in tensors.items() if n != name}
+
+    rewritten(folder, change)
+
+
+def foreign_tensor(folder, draw):
+    names = ["../../etc/passwd", "/root/x.lora_A.weight", "base_model.model.x", "x", ""]
+    name = draw.choice(names) + str(draw.randrange(9))
+    rewritten(folder, lambda tensors: {**tensors, name: torch.ones(2, 2)})
+
+
+def other_shape(folder, draw):
+    def change(tensors):
+        name = draw.choice(sorted(tensors))
+        old = tensors[name]
+        new = draw.choice([torch.ones(()), torch.ones(1), torch.ones(*old.shape, 1)])
+        return {**tensors, name: draw.choice([new, torch.cat([old, old])])}
+
+    rewritten(folder, change)
+
+
+def whole_numbers(folder, draw):
+    def change(tensors):
+        name = draw.choice(sorted(tensors))
+        return {**tensors, name: torch.ones(tensors[name].shape, dtype=torch.int32)}
+
+    rewritten(folder, change)
+
+
+def renamed(folder, draw):
+    def change(tensors):
+        name = draw.choice(sorted(tensors))
+        return {(n + "." if n == name else n): t for n, t in tensors.items()}
+
+    rewritten(folder, change)
+
+
+NEEDED = {
+    "LORA": ["peft_type", "r", "lora_alpha"],
+    "VERA": ["peft_type", "r", "projection_prng_key"],
+    "IA3": ["peft_type"],
+    "PROMPT_TUNING": ["peft_type", "num_virtual_tokens"],
+    "PREFIX_TUNING": ["peft_type", "num_virtual_tokens"],
+}
+STRANGE = ["8", "a/../b", -1, 0, 10**400, [], {}, None, True, [1], {"a": 1}, 1.5, [[]]]
+
+
+def odd_setting(folder, draw):
+    path = folder / peft_folder.CONFIG
+    fields = json.loads(path.read_text())
+    name = draw.choice(NEEDED[fields["peft_type"]])
+    allowed = {"lora_alpha": [-1, 0, 1.5], "projection_prng_key": [0]}
+    values = [
+        v
+        for v in STRANGE
+        if type(v) is bool or not any(v == a for a in allowed.get(name, []))
+    ]
+    fields[name] = draw.choice(values)
+    path.write_text(json.dumps(fields))
+
+
+def odd_json(folder, draw):
+    texts = ["", "[]", "3", "null", "{" * 10**5, "[" * 10**5, '{"r": NaN}', "\x00"]
+    texts += ['{"r": Infinity}', '{"r": 1' + "0" * 5000 + "}", '"{}"', "{'r': 1}"]
+    (folder / peft_folder.CONFIG).write_text(draw.choice(texts))
+
+
+def absent(folder, draw):
+    path = folder / draw.choice([peft_folder.CONFIG, peft_folder.WEIGHTS])
+    path.unlink()
+    kind = draw.randrange(4)
+    if kind == 1:
+        path.mkdir()
+    elif kind == 2:
+        path.symlink_to("/nowhere/at/all")
+    elif kind == 3:
+        path.symlink_to(path)
+
+
+def pickled(folder, draw):
+    (folder / peft_folder.WEIGHTS).unlink()
+    torch.save({}, folder / "adapter_model.bin")
+
+
+def oversized(folder, draw):
+    path, most = draw.choice(
+        [
+            (folder / peft_folder.CONFIG, peft_folder.LARGEST_CONFIG),
+            (folder / peft_folder.WEIGHTS, peft_folder.LARGEST_WEIGHTS),
+        ]
+    )
+    with path.open("r+b") as file:
+        file.truncate(most + 1)  # a hole: nothing is written
+
+
+DAMAGES = [
+    truncated,
+    longer,
+    broken_header,
+    broken_text,
+    key_twice,
+    tensor_twice,
+    not_finite,
+    lost_tensor,
+    foreign_tensor,
+    other_shape,
+    whole_numbers,
+    renamed,
+    odd_setting,
+    odd_json,
+    absent,
+    pickled,
+    oversized,
+]
+
+
+def refusal_of(model, folder, damage):
+    try:
+        peft_model.load(model, folder, say=lambda line: None)
+    except InputError as error:
+        return str(error)
+    pytest.fail(f"{damage} was loaded")
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_damaged_folder_is_refused_in_one_sentence(method, folders, tmp_path):
+    model = llama()
+    draw = random.Random(method)
+    names = [name for name, _ in model.named_modules()]
+    values = {n: t.clone() for n, t in model.state_dict().items()}
+    for i in range(EACH):
+        damage = DAMAGES[i % len(DAMAGES)]
+        folder = tmp_path / str(i)
+        shutil.copytree(folders[method], folder)
+        damage(folder, draw)
+        sentence = refusal_of(model, folder, f"{damage.__name__} {i}")
+        assert "\n" not in sentence, (damage.__name__, sentence)
+        assert 20 < len(sentence) < 600, (damage.__name__, sentence)
+        assert [name for name, _ in model.named_modules()] == names, damage.__name__
+        assert all(p.requires_grad for p in model.parameters()), damage.__name__
+        shutil.rmtree(folder, ignore_errors=True)
+    assert all(torch.equal(values[n], t) for n, t in model.state_dict().items())
+    said = []
+    peft_model.load(llama(), folders[method], say=said.append)  # sound, it loads
+    assert "is the one" in said[0]
+
+
+def test_a_crash_while_writing_leaves_nothing(tmp_path, monkeypatch):
+    contents = peft_model.contents_of(inject.inject(llama(), METHODS["LoRA"], TARGETS))
+    for place in ("mkdir", "rename", "write_text", "chmod"):
+        with monkeypatch.context() as patch:
+
+            def full(*args, **settings):
+                raise OSError(28, "No space left on device")
+
+            patch.setattr(peft_folder.Path, place, full)
+            with pytest.raises(InputError, match="No space left"):
+                peft_folder.write(tmp_path / "adapter", contents)
+        assert list(tmp_path.iterdir()) == []
+    peft_folder.write(tmp_path / "adapter", contents)
+    assert sorted(p.name for p in (tmp_path / "adapter").iterdir()) == [
+        peft_folder.CONFIG,
+        peft_folder.WEIGHTS,
+    ]
+
+
+def test_what_is_not_finite_is_not_written(tmp_path):
+    model = inject.inject(llama(), METHODS["LoRA"], TARGETS)
+    with torch.no_grad():
+        inject.trainable_parameters(model)[0][0, 0] = float("nan")
+    with pytest.raises(InputError, match="is not finite"):
+        peft_model.save(model, tmp_path / "adapter")
+    assert list(tmp_path.iterdir()) == []
