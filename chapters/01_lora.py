@@ -338,6 +338,93 @@ assert torch.equal(again, separate)
 print("unmerged: every weight and every logit as before, bit for bit")
 
 # %% [markdown]
+# ## Models with experts
+#
+# In some models each token uses only a part of the weights. A *router* chooses a few *experts* for each token, and only these compute. `transformers` keeps the weights of all
+# experts of a layer in one tensor of shape (experts, out, in). Each expert gets an $A$ and a $B$ of its own, so $A$ is (experts, r, in) and $B$ is (experts, out, r). A token with the
+# expert $e$ gets
+#
+# $$y = W_e x + b_e + s\,B_e (A_e x)$$
+#
+# @source minipeft.reference.experts.ExpertsLoRA
+#
+# @source minipeft.reference.experts.init
+#
+# @source minipeft.reference.experts.forward
+# @source minipeft.torch.experts.StackLoRA
+#
+# An expert that no token has chosen gets a gradient of zero; where several tokens have chosen one, their gradients add up:
+#
+# @source minipeft.reference.experts.backward
+#
+# @source minipeft.reference.experts.delta
+#
+# @source minipeft.reference.experts.merge
+#
+# ??? note "The checks"
+#     @source minipeft.reference.experts.check_fits
+#
+#     @source minipeft.reference.experts.check_tokens
+#
+# In torch the module of experts is called as it is. It indexes the tensor by an expert, or takes runs of tokens; the two thin matrices go along with the weight to the product, and
+# the update of a whole stack is never formed. The target is the name of the module. Routers are no target of `"all-linear"`, and neither are experts: their adapters would
+# be many times the others.
+#
+# How much of a model lies in its experts? The count needs no memory, because the model is built without its weights:
+
+# %%
+from transformers import MixtralConfig, MixtralForCausalLM
+
+from minipeft.torch.qlora import quantize_linears, unquantized
+
+with torch.device("meta"):
+    mixtral = MixtralForCausalLM(MixtralConfig())
+everything = sum(p.numel() for p in mixtral.parameters())
+in_experts = sum(p.numel() for n, p in mixtral.named_parameters() if p.dim() == 3)
+print(f"Mixtral 8x7B: {everything / 1e9:.1f} billion parameters")
+print(f"in experts:   {in_experts / 1e9:.1f} billion, {in_experts / everything:.0%}")
+
+sizes = dict(
+    vocab_size=256,
+    hidden_size=64,
+    intermediate_size=96,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    num_local_experts=4,
+)
+torch.manual_seed(0)
+small = MixtralForCausalLM(MixtralConfig(**sizes)).eval()
+print("\na small one; left as it was:")
+for name, size in unquantized(quantize_linears(small)).items():
+    print(f"  {name:30s} {size:6d} bytes")
+
+ids = torch.arange(24).reshape(2, 12)
+plain = small(ids).logits
+inject(small, LoRAConfig(r=3, alpha=6), ["experts", "q_proj"])
+assert torch.equal(small(ids).logits, plain)
+optimizer = torch.optim.SGD(trainable_parameters(small), lr=1.0)
+for _ in range(3):
+    loss_of_experts = small(ids, labels=ids).loss
+    optimizer.zero_grad()
+    loss_of_experts.backward()
+    optimizer.step()
+trained = small(ids).logits
+merge(small)
+moved, apart = (trained - plain).abs().max(), (small(ids).logits - trained).abs().max()
+unmerge(small)
+print(f"\nafter three steps a logit has moved by {moved:.0e}")
+print(f"merged and unmerged differ by {apart:.0e}")
+assert torch.equal(small(ids).logits, trained)
+assert apart < moved / 100
+
+# %% [markdown]
+# {=f"{in_experts / everything:.0%}"=} of Mixtral's weights lie in its experts: who quantizes only linear layers leaves that much in 16 bits. `quantize_linears` quantizes each
+# expert for itself, and `unquantized` lists what it leaves: the embeddings, the head and the routers.
+#
+# Files differ here. peft stores one $A$ of shape (experts · r, in), with the experts outside, and one $B$ of shape (out, r · experts), with the experts *inside*. A loader that reads both in one
+# order mixes the experts wherever there are not as many of them as ranks; the golden vectors of `experts_merge` have a case for it.
+#
 # ## What goes wrong in practice
 #
 # - **The scaling.** `scale = alpha` instead of `alpha / r` is $r$ times too much

@@ -114,6 +114,13 @@ MIXED = tensor("(..., queries, d_v)", "The values, mixed for each query.")
 LORA = {"W": W, "A": A, "B": B}
 LORA_SCALING = {"alpha": ALPHA_EITHER, "rank_stabilized": RANK_STABILIZED}
 LORA_GRADIENTS = {"grad_x": GRAD_X, "grad_A": GRAD_A, "grad_B": GRAD_B}
+STACK = tensor("(experts, out_features, in_features)", "The frozen weights.")
+EXPERTS = {
+    "W": STACK,
+    "A": tensor("(experts, r, in_features)", "The matrix of each expert that reads."),
+    "B": tensor("(experts, out_features, r)", "The matrix of each that writes."),
+}
+CHOSEN = tensor("(...,)", "The expert of each token, counted from 0.", "uint8")
 DORA = LORA | {"magnitude": MAGNITUDE}
 HEAD = {"Q": Q, "K": K, "V": V, "mask": MASK}
 VERA = {

@@ -192,7 +192,7 @@ def _round_up(array: Array) -> Array:
 
 
 def _double(array: Array) -> Array:
-    return array.astype(np.float64)
+    return array if array.dtype == np.uint8 else array.astype(np.float64)
 
 
 def _map(arrays: Named, change: Any) -> Named:

@@ -108,6 +108,37 @@ OPERATIONS: dict[str, Operation] = {
         parameters=a.LORA_SCALING,
         outputs={"merged": a.MERGED_WEIGHT},
     ),
+    "experts_forward": Operation(
+        row="experts",
+        tensors={
+            "x": a.X,
+            "chosen": a.CHOSEN,
+            **a.EXPERTS,
+            "bias": a.optional(tensor("(experts, out_features)", "The frozen biases.")),
+        },
+        parameters=a.LORA_SCALING,
+        outputs={"y": a.Y},
+    ),
+    "experts_backward": Operation(
+        row="experts",
+        tensors={"grad_y": a.GRAD_Y, "x": a.X, "chosen": a.CHOSEN, **a.EXPERTS},
+        parameters=a.LORA_SCALING,
+        outputs={
+            "grad_x": a.GRAD_X,
+            "grad_A": a.gradient("A", a.EXPERTS["A"]),
+            "grad_B": a.gradient("B", a.EXPERTS["B"]),
+        },
+    ),
+    "experts_merge": Operation(
+        row="experts",
+        tensors=a.EXPERTS,
+        parameters=a.LORA_SCALING,
+        outputs={
+            "merged": tensor(
+                "(experts, out_features, in_features)", "W and the updates."
+            )
+        },
+    ),
     "pissa_init": Operation(
         row="pissa",
         tensors={"W": a.W},

@@ -104,14 +104,14 @@ class Adapted(nn.Module, ABC, Generic[Adapter]):
         """Call the base, with the active adapters or with the merged weight."""
         products: list[Product] = []
         with _Within(self, products):
-            y = self.base(x)
+            y = self.view.call(self.base, x)
         if not products:
             raise InputError(
                 f"this {type(self.base).__name__} did not multiply by its weight as it "
                 "stands, so no adapter could act; restore the forward of its class, or "
                 "leave the layer out of the targets."
             )
-        return cast(Tensor, y)
+        return y
 
     def compute(self, product: Product) -> Output:
         """Compute the product of the base as this layer has it."""
@@ -169,7 +169,7 @@ class Adapted(nn.Module, ABC, Generic[Adapter]):
         Raises:
             InputError: if the weights are elsewhere: offloaded or sharded.
         """
-        _check_here(self.base)
+        check_here(self.base)
         with torch.inference_mode(False), torch.no_grad():
             merged, bias = self.merged().detach(), self.bias
             # In memory as the base stores it, so that an unloaded layer rounds alike.
@@ -347,10 +347,14 @@ def _merge_again(layer: Any, keys: object = None) -> None:
         layer.merge()
 
 
-def _check_here(base: nn.Module) -> None:
-    weight = base._parameters.get("weight")
-    if weight is None:
-        return
+def check_here(base: nn.Module) -> None:
+    """Refuse to merge weights that are elsewhere: offloaded or sharded."""
+    held = [p for p in base._parameters.values() if p is not None and p.ndim > 1]
+    for weight in held:
+        _check_here(base, weight)
+
+
+def _check_here(base: nn.Module, weight: Tensor) -> None:
     if weight.is_meta and "forward" in vars(base):
         raise InputError(
             "the weight is offloaded and comes in for a call alone; bring the model "

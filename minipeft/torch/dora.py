@@ -7,6 +7,7 @@ from typing import Any, ClassVar, cast
 import torch
 from torch import Tensor, nn
 
+from minipeft.errors import InputError
 from minipeft.shapes import Float
 from minipeft.torch import launches, lora, operators
 from minipeft.torch.adapted import Adapted, mixed
@@ -162,7 +163,7 @@ class _Rescale(torch.autograd.Function):
     def backward(
         ctx: Any, grad_y: Tensor | None, grad_kept: Tensor | None
     ) -> tuple[Tensor | None, ...]:
-        y, kept, magnitude, norm, bias = ctx.saved_tensors
+        y, kept, magnitude, norm, bias = _Rescale._saved(ctx)
         g = over_norm(magnitude, norm)
         small = _Rescale._small(g)
         grad_z, grad_magnitude = None, None
@@ -183,6 +184,20 @@ class _Rescale(torch.autograd.Function):
             there = there.index_copy(-1, small, grad_kept)
             grad_z = there if grad_z is None else grad_z + there
         return grad_z, grad_magnitude, None, None, None
+
+    @staticmethod
+    def _saved(ctx: Any) -> tuple[Tensor, ...]:
+        try:
+            saved: tuple[Tensor, ...] = ctx.saved_tensors
+        except RuntimeError as error:
+            if "inplace" not in str(error):
+                raise
+            raise InputError(
+                "the model changes the output of a DoRA layer in place (y += ...), and "
+                "its gradient needs that output; leave such layers out of the targets "
+                "(in Falcon dense_4h_to_h)."
+            ) from None
+        return saved
 
     @staticmethod
     def _small(g: Tensor) -> Tensor:
@@ -254,7 +269,7 @@ class DoRAConfig:
         """
         updates = LoRAConfig(self.r, self.alpha, self.rank_stabilized, self.dropout)
         found = updates.adapters(layers, generator)
-        return {name: _started(layers[name], found[name]) for name in layers}
+        return {n: _started(layers[n], cast(LoRA, found[n])) for n in layers}
 
 
 def _started(layer: nn.Module, update: LoRA) -> DoRA:

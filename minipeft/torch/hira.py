@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 from math import isfinite
-from typing import ClassVar
+from typing import ClassVar, cast
 
 import torch
 from torch import nn
@@ -80,7 +80,7 @@ class HiRAConfig:
             raise InputError(f"scaling is {self.scaling}; choose a finite number.")
         thin = LoRAConfig(self.r, self.r, dropout=self.dropout)
         found = thin.adapters(layers, generator)
-        return {name: self._adapter(found[name]) for name in layers}
+        return {name: self._adapter(cast(LoRA, found[name])) for name in layers}
 
     def _adapter(self, new: LoRA) -> HiRA:
         A, B = new.A.detach(), new.B.detach()

@@ -16,11 +16,17 @@ import torch
 from torch import Tensor, nn
 
 from minipeft.errors import InputError
+from minipeft.torch import saving
 from minipeft.torch.adapted import Adapted, naming
+from minipeft.torch.linear import Stacked, weight_view
 from minipeft.torch.targets import layers as layers_of
 from minipeft.torch.targets import replace
 
 Model = TypeVar("Model", bound=nn.Module)
+REMEDY = (
+    "the model holds adapters, under names that from_pretrained does not know; save "
+    "adapter_state_dict(model), or call unload(merge(model)) first."
+)
 Layer = Adapted[Any]
 
 CONSTANTS = ("scaling", "side")
@@ -61,9 +67,12 @@ def inject(
             adapted already, or shares its weight with another; if the method refuses.
     """
     found = layers_of(model, targets)
+    for key, layer in found.items():
+        with naming(key):
+            _check_offered(config, layer)
     with torch.inference_mode(False):
         adapters = config.adapters(found, generator)
-    wrapped = {n: config.wrapper(found[n], adapters[n], name) for n in found}
+    wrapped = {n: _wrapper(config, m)(m, adapters[n], name) for n, m in found.items()}
     freeze(model)
     replace(model, {id(found[n]): wrapped[n] for n in found})
     return model
@@ -82,7 +91,7 @@ def add(
     """
     layers = adapted(model)
     for key, layer in layers.items():
-        if type(layer) is not config.wrapper:
+        if type(layer) is not _wrapper(config, layer.base):
             raise InputError(
                 f"{key} is a {type(layer).__name__}, which cannot hold adapters for "
                 f"{config.wrapper.__name__}; unload the model and inject again."
@@ -127,6 +136,7 @@ def remove(model: Model, name: str) -> Model:
             layer.remove(name)
     bare = [layer for layer in layers.values() if not layer.adapters]
     replace(model, {id(layer): layer.unmerge().unload() for layer in bare})
+    _allow_saving(model)
     return model
 
 
@@ -150,6 +160,7 @@ def unload(model: Model) -> Model:
     The weights stay frozen; `model.requires_grad_(True)` thaws them.
     """
     replace(model, {id(a): a.unload() for a in adapted(model).values()})
+    _allow_saving(model)
     return model
 
 
@@ -236,8 +247,28 @@ def load_adapter_state_dict(
     return model
 
 
+def _wrapper(config: Config, layer: nn.Module) -> type[Layer]:
+    """Return the class for a layer: experts have one of their own, if any."""
+    if isinstance(weight_view(layer), Stacked):
+        stacked: type[Layer] = getattr(config, "stacked", config.wrapper)
+        return stacked
+    return config.wrapper
+
+
+def _check_offered(config: Config, layer: nn.Module) -> None:
+    view = weight_view(layer)
+    if isinstance(view, Stacked) and not hasattr(config, "stacked"):
+        view.form(layer)  # refuses: there is no one matrix
+
+
+def _allow_saving(model: nn.Module) -> None:
+    if not adapted(model):
+        saving.allow(model, REMEDY)
+
+
 def freeze(model: nn.Module) -> None:
-    """Train nothing but adapters from now on."""
+    """Train nothing but adapters from now on; `save_pretrained` would lose them."""
+    saving.refuse(model, REMEDY)
     kept = {id(p) for a in adapted(model).values() for p in a.adapters.parameters()}
     for parameter in model.parameters():
         if id(parameter) not in kept:

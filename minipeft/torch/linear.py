@@ -7,7 +7,10 @@ terms, so that a method is written once for all of them.
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from functools import singledispatch
+from copy import copy
+from functools import partial, singledispatch
+from itertools import product
+from math import prod
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -60,6 +63,11 @@ class WeightView:
 
     function: Callable[..., Any] = staticmethod(linear)
     places = (0, 1, 2)
+    linear = True  # whether it is a linear layer, one matrix on x
+
+    def call(self, layer: nn.Module, x: Input) -> Output:
+        """Call the layer, with its hooks."""
+        return cast(Tensor, layer(x))
 
     def form(self, layer: Any) -> Form:
         """Return the shape, dtype and device of W."""
@@ -97,6 +105,25 @@ class WeightView:
         return cast(nn.Module, layer)
 
 
+class Respelled(WeightView):
+    """A subclass of `nn.Linear` that writes the same product in another way.
+
+    `computes_as_linear` has found so; in the call it runs the forward of `nn.Linear`,
+    in which adapters find the product. Not offered: a forward of the instance.
+    """
+
+    def call(self, layer: nn.Module, x: Input) -> Output:
+        """Call the layer with the forward of its parent class."""
+        own = "forward" not in vars(layer)
+        if own:
+            vars(layer)["forward"] = partial(nn.Linear.forward, cast(nn.Linear, layer))
+        try:
+            return cast(Tensor, layer(x))
+        finally:
+            if own:
+                del vars(layer)["forward"]
+
+
 class Transposed(WeightView):
     """GPT-2's `Conv1D`: a linear layer that stores the transpose of W."""
 
@@ -112,12 +139,56 @@ class Lookup(Transposed):
     """`nn.Embedding`: x is one-hot and given by its index; row i is column i of W."""
 
     function = staticmethod(embedding)
+    linear = False
     places = (0, 1, -1)
 
     def project(self, layer: Any, x: Input, A: Weight, p: float) -> Output:
         """Look up the columns of A; to drop the one entry of x is to drop the token."""
         h = embedding(x, A.T, layer.padding_idx)
         return h * dropout(torch.ones_like(h[..., :1]), p) if p else h
+
+
+class Stacked(WeightView):
+    """A module that holds stacks of weights, and uses them as it likes.
+
+    Args:
+        turned: whether a stack is `(experts, in_features, out_features)`.
+    """
+
+    linear = False
+
+    def __init__(self, turned: bool):
+        self.turned = turned
+
+    def names(self, layer: Any) -> list[str]:
+        """Return the names of the stacks."""
+        return [n for n, p in layer._parameters.items() if p is not None and p.ndim > 2]
+
+    def form(self, layer: Any) -> Form:
+        """Refuse: there is no one matrix."""
+        raise InputError(
+            f"{type(layer).__name__} holds stacks of weights, one an expert, which "
+            "LoRA alone adapts; choose LoRAConfig, or leave it out of the targets."
+        )
+
+    def held(self, layer: Any) -> Any:
+        """Refuse, as `form` does."""
+        return self.form(layer)
+
+    def one(self, layer: Any, name: str) -> tuple[int, Form]:
+        """Return how many experts a stack has, and what the weight of one is."""
+        stack = getattr(layer, name)
+        with torch._C.DisableTorchFunctionSubclass():
+            experts, rows, columns = stack.shape
+            if self.turned:
+                rows, columns = columns, rows
+            return experts, Form(rows, columns, stack.dtype, stack.device)
+
+    def plain(self, layer: Any, W: Any) -> nn.Module:
+        """Return the module whose stacks are those of the mapping W."""
+        for name, stack in W.items():
+            layer._parameters[name] = nn.Parameter(stack, requires_grad=False)
+        return cast(nn.Module, layer)
 
 
 class Product:
@@ -275,6 +346,9 @@ def weight_view(layer: nn.Module) -> WeightView:
     if type(layer).__name__ == "Conv1D" and hasattr(layer, "nf"):
         _check_weight(layer)
         return Transposed()
+    stacked = of_experts(layer)
+    if stacked is not None:
+        return stacked
     raise InputError(
         f"{type(layer).__name__} has no weight matrix that an adapter could change; "
         "choose linear layers, Conv1D or embeddings."
@@ -284,8 +358,11 @@ def weight_view(layer: nn.Module) -> WeightView:
 @weight_view.register
 def _(layer: nn.Linear) -> WeightView:
     _check_weight(layer)
-    _check_forward(layer, nn.Linear)
-    return WeightView()
+    if type(layer).forward is nn.Linear.forward:
+        return WeightView()
+    if not computes_as_linear(layer):
+        _check_forward(layer, nn.Linear)
+    return Respelled()
 
 
 @weight_view.register
@@ -298,6 +375,68 @@ def _(layer: nn.Embedding) -> WeightView:
             "weight in every forward pass; set max_norm to None."
         )
     return Lookup()
+
+
+def of_experts(layer: nn.Module) -> WeightView | None:
+    """Return the view of a module of experts; None for another module.
+
+    Raises:
+        InputError: if it does not say how its stacks lie, or they are no floats.
+    """
+    stacks = [p for p in layer._parameters.values() if p is not None and p.ndim == 3]
+    if "Experts" not in type(layer).__name__ or not stacks:
+        return None
+    turned = getattr(layer, "is_transposed", None)
+    if turned is None:
+        raise InputError(
+            f"{type(layer).__name__} does not say whether its stacks are (experts, "
+            "out_features, in_features); set `is_transposed` on it, False if they are "
+            "and True if the last two axes are exchanged, or leave it out."
+        )
+    if any(stack.dtype not in FLOATS for stack in stacks):
+        raise InputError(
+            f"{type(layer).__name__} holds weights of dtype {stacks[0].dtype}, to "
+            "which no update can be added; convert them to 16 bits or more."
+        )
+    return Stacked(bool(turned))
+
+
+def computes_as_linear(layer: nn.Linear) -> bool:
+    """Tell by numbers whether a subclass computes what `nn.Linear` computes.
+
+    Its forward runs on a CPU with a small weight and bias of whole numbers, so that the
+    order of a sum changes no bit: on a vector, a matrix and a batch, in training and
+    not, in the dtypes that a layer may have. One that holds more than a weight and a
+    bias is not tried: its state may change what it computes.
+    """
+    state = {**layer._parameters, **layer._buffers, **layer._modules}
+    if set(state) != {"weight", "bias"}:
+        return False
+    for dtype in (torch.float32, torch.bfloat16):
+        probe = copy(layer)
+        probe.in_features, probe.out_features = 3, 5
+        weight = torch.arange(-7.0, 8.0, device="cpu").reshape(5, 3)
+        bias = None if layer.bias is None else torch.arange(5.0, device="cpu")
+        probe._parameters = {"weight": nn.Parameter(weight.to(dtype), False)}
+        probe._parameters["bias"] = (
+            None if bias is None else nn.Parameter(bias.to(dtype))
+        )
+        for lead, training in product(((), (4,), (2, 3)), (False, True)):
+            n = 3 * prod(lead)
+            x = (torch.arange(n, device="cpu") % 7 - 2.0).to(dtype).reshape(*lead, 3)
+            if not _same(probe.train(training), x):
+                return False
+    return True
+
+
+def _same(probe: nn.Linear, x: Tensor) -> bool:
+    try:
+        with torch.no_grad():
+            y = type(probe).forward(probe, x)
+    except Exception:  # whatever a stranger's forward raises, it is not the same
+        return False
+    expected = linear(x, probe.weight.detach(), probe.bias)
+    return isinstance(y, Tensor) and y.dtype == x.dtype and torch.equal(y, expected)
 
 
 def weight_of(layer: nn.Module) -> Weight:

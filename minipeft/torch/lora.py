@@ -11,12 +11,15 @@ from torch.nn.functional import linear
 
 from minipeft.errors import InputError
 from minipeft.shapes import Float
+from minipeft.torch import experts
 from minipeft.torch.adapted import Adapted, naming
+from minipeft.torch.experts import ExpertsLoRA, LoRAExperts
 from minipeft.torch.linear import (
     Form,
     Lookup,
     Output,
     Product,
+    Stacked,
     Weight,
     check_shape,
     weight_view,
@@ -155,24 +158,29 @@ class LoRAConfig:
     dropout: float = 0.0
 
     wrapper: ClassVar[type[Adapted[LoRA]]] = LoRALinear
+    stacked: ClassVar[type[Adapted[ExpertsLoRA]]] = LoRAExperts
 
     def adapters(
         self, layers: Mapping[str, nn.Module], generator: torch.Generator | None = None
-    ) -> dict[str, LoRA]:
+    ) -> dict[str, LoRA | ExpertsLoRA]:
         """Return a new adapter for each layer, where the layer lives.
 
         Raises:
             InputError: if r or dropout is out of range; the sentence names the layer.
         """
-        adapters = {}
+        adapters: dict[str, LoRA | ExpertsLoRA] = {}
         for name, layer in layers.items():
             with naming(name):
                 adapters[name] = self._adapter(layer, generator)
         return adapters
 
-    def _adapter(self, layer: nn.Module, generator: torch.Generator | None) -> LoRA:
+    def _adapter(
+        self, layer: nn.Module, generator: torch.Generator | None
+    ) -> LoRA | ExpertsLoRA:
         check_dropout(self.dropout)
         found, hyper = weight_view(layer), (self.r, self.alpha, self.rank_stabilized)
+        if isinstance(found, Stacked):
+            return self._of_experts(layer, generator)
         form = found.form(layer)
         d, k = form.shape
         if isinstance(found, Lookup):
@@ -185,6 +193,24 @@ class LoRAConfig:
             new = init(generator, k, d, *hyper)
         new.dropout = self.dropout
         return new.to(form.device, form.wide)
+
+    def _of_experts(
+        self, layer: nn.Module, generator: torch.Generator | None
+    ) -> ExpertsLoRA:
+        if self.dropout:
+            raise InputError(
+                f"dropout is {self.dropout}, and experts take none: x is gathered for "
+                "several of them at once; set dropout to 0, or leave them out."
+            )
+
+        def start(
+            source: torch.Generator | None, form: Form
+        ) -> tuple[Tensor, Tensor, float]:
+            d, k = form.shape
+            one = init(source, k, d, self.r, self.alpha, self.rank_stabilized)
+            return one.A, one.B, one.scaling
+
+        return experts.init(generator, layer, start)
 
 
 def check_dropout(p: float) -> None:

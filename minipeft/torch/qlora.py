@@ -1,7 +1,8 @@
 """QLoRA's base: a frozen linear layer that keeps its weight in a few bits."""
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from copy import copy
 from dataclasses import fields
 from typing import Any, TypeVar, cast
 
@@ -12,17 +13,19 @@ from torch.overrides import handle_torch_function, has_torch_function_unary
 
 from minipeft.errors import InputError
 from minipeft.shapes import Float, Shaped
-from minipeft.torch import blockwise, double_quant, launches, operators
+from minipeft.torch import blockwise, double_quant, launches, operators, saving
 from minipeft.torch.adapted import Adapted, naming
 from minipeft.torch.blockwise import Blockwise
 from minipeft.torch.codebook import NF4
 from minipeft.torch.deferred import Deferred
 from minipeft.torch.double_quant import Nested
+from minipeft.torch.experts import experts
 from minipeft.torch.linear import (
     Bias,
     Form,
     Input,
     Output,
+    Stacked,
     Weight,
     WeightView,
     check_shape,
@@ -31,10 +34,15 @@ from minipeft.torch.linear import (
     weight_view,
 )
 from minipeft.torch.lora import LoRALinear
+from minipeft.torch.stack import Coded, Stack
 from minipeft.torch.targets import all_linear, chosen, outside_adapters, replace, tied
 
 Model = TypeVar("Model", bound=nn.Module)
 logger = logging.getLogger(__name__)
+REMEDY = (
+    "the model holds weights in a few bits, which from_pretrained cannot read; save "
+    "the original and quantize it after loading, or save model.state_dict()."
+)
 
 
 class QuantizedLinear(nn.Module):
@@ -125,6 +133,10 @@ class QuantizedLinear(nn.Module):
     ) -> Shaped[Tensor, "... out_features"]:
         """Apply the layer."""
         return quantized_linear(x, self, self.bias)
+
+    def multiply(self, x: Input, bias: Bias | None) -> Output:
+        r"""Return $x \hat W^T + b$, without the hooks of a call."""
+        return quantized_linear(x, self, bias)
 
     def runs_kernels(self, dtype: torch.dtype) -> bool:
         """Say whether a kernel decodes the weight where it lies, to this dtype."""
@@ -226,6 +238,98 @@ def _(layer: QuantizedLinear) -> WeightView:
     return _Quantized()
 
 
+class QuantizedExperts(nn.Module):
+    """A module of experts whose stacks are kept in a few bits, each expert for itself.
+
+    The module is called as it is, and finds coded stacks. Each product decodes the
+    weight of one expert and keeps nothing of it, where the module takes one expert at a
+    time or runs of tokens (`eager`, `grouped_mm`); `batched_mm` decodes the stack.
+
+    Args:
+        base: the module; a copy of it without the stacks is held.
+        stacks: a layer for each expert, by the names of the stacks.
+    """
+
+    adapted_whole = True  # its layers are called by no one
+
+    def __init__(self, base: nn.Module, stacks: Mapping[str, Sequence[nn.Module]]):
+        super().__init__()
+        bare = copy(base)
+        kept = {n: p for n, p in base._parameters.items() if n not in stacks}
+        bare._parameters = kept
+        self.stacks = nn.ModuleDict({n: nn.ModuleList(m) for n, m in stacks.items()})
+        self.turned = bool(getattr(base, "is_transposed", False))
+        self.base = bare.requires_grad_(False)
+        self.train(base.training)
+
+    @classmethod
+    def from_experts(
+        cls,
+        layer: nn.Module,
+        codebook: Float[Tensor, " codes"] = NF4,
+        blocksize: int = 64,
+        nested_blocksize: int | None = None,
+    ) -> "QuantizedExperts":
+        """Quantize the weight of every expert; the module itself is left alone."""
+        view, stacks = cast(Stacked, weight_view(layer)), {}
+        for name in view.names(layer):
+            weights = getattr(layer, name).detach()
+            turned = weights.mT if view.turned else weights
+            stacks[name] = [
+                QuantizedLinear.from_linear(
+                    frozen(W), codebook, blocksize, nested_blocksize
+                )
+                for W in turned
+            ]
+        return cls(layer, stacks)
+
+    def forward(self, *args: Any) -> Output:
+        """Call the module; for the call, its stacks are the coded ones."""
+        stacks = {name: self.stack(name) for name in self.stacks}
+        vars(self.base).update(stacks)
+        try:
+            return cast(Tensor, self.base(*args))
+        finally:
+            for name in stacks:
+                vars(self.base).pop(name, None)
+
+    def stack(self, name: str) -> Stack:
+        """Return a stack as the module is to find it."""
+        layers = list(cast(nn.ModuleList, self.stacks[name]))
+        first = cast(QuantizedLinear, layers[0])
+        shape = (len(layers), first.out_features, first.in_features)
+        shape = (shape[0], shape[2], shape[1]) if self.turned else shape
+        return Stack(Coded(layers, self.turned, False, first.dtype), (), shape)
+
+    def __getattr__(self, name: str) -> Any:
+        """Answer for the module; a stack is the one of the call that runs."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            modules = self.__dict__.get("_modules", {})
+            if name.startswith("_") or "base" not in modules:
+                raise
+            if name in modules["stacks"]:
+                held = vars(modules["base"]).get(name)
+                return self.stack(name) if held is None else held
+            return getattr(modules["base"], name)
+
+
+class _QuantizedStacks(Stacked):
+    """`QuantizedExperts`; what is merged into it is kept decoded."""
+
+    def names(self, layer: Any) -> list[str]:
+        return list(layer.stacks)
+
+    def plain(self, layer: Any, W: Any) -> nn.Module:
+        return super().plain(copy(layer.base), W)
+
+
+@weight_view.register
+def _(layer: QuantizedExperts) -> WeightView:
+    return _QuantizedStacks(layer.turned)
+
+
 def quantize_linears(
     model: Model,
     skip: Sequence[str] = (),
@@ -233,11 +337,13 @@ def quantize_linears(
     blocksize: int = 64,
     nested_blocksize: int | None = 256,
 ) -> Model:
-    """Put a `QuantizedLinear` in the place of every linear layer; the rest stays.
+    """Put quantized layers in the place of linear layers and experts; the rest stays.
 
-    Output heads and routers stay, as with the target `"all-linear"`, and so do layers
-    that share their weight. A layer that serves in several places stays one layer. What
-    stays is logged with its bytes; `unquantized` lists it.
+    Linear layers are `nn.Linear`, subclasses that compute the same, and `Conv1D`;
+    experts are quantized each for itself. Output heads and routers stay, as with the
+    target `"all-linear"`, and so do layers that share their weight. A layer that serves
+    in several places stays one layer. What stays is logged with its bytes;
+    `unquantized` lists it.
 
     Args:
         model: changed in place and returned; not yet adapted.
@@ -251,16 +357,31 @@ def quantize_linears(
             adapters, or if a weight is not finite; nothing is changed then.
     """
     found = _to_quantize(model, skip)
+    hyper = (codebook, blocksize, nested_blocksize)
     done: dict[int, nn.Module] = {}
     for name, layer in found.items():
         if id(layer) not in done:
             with naming(name):
-                done[id(layer)] = QuantizedLinear.from_linear(
-                    layer, codebook, blocksize, nested_blocksize
-                )
+                done[id(layer)] = _quantized(layer, *hyper)
             replace(model, {id(layer): done[id(layer)]})
     _say_what_stays(model)
+    saving.refuse(model, REMEDY)
     return model
+
+
+def _quantized(
+    layer: Any,
+    codebook: Float[Tensor, " codes"],
+    blocksize: int,
+    nested_blocksize: int | None,
+) -> nn.Module:
+    view, hyper = weight_view(layer), (codebook, blocksize, nested_blocksize)
+    if isinstance(view, Stacked):
+        return QuantizedExperts.from_experts(layer, *hyper)
+    if type(layer) is nn.Linear:
+        return QuantizedLinear.from_linear(layer, *hyper)
+    plain = frozen(view.turn(layer.weight).detach(), layer.bias)
+    return QuantizedLinear.from_linear(plain.train(layer.training), *hyper)
 
 
 def unquantized(model: nn.Module) -> dict[str, int]:
@@ -328,21 +449,30 @@ def _to_quantize(model: nn.Module, skip: Sequence[str]) -> dict[str, nn.Module]:
         if isinstance(module, Adapted):
             raise InputError(f"{name} has adapters; quantize first, then inject.")
     named = dict(outside_adapters(model))
-    linear = {n: m for n, m in named.items() if quantizable(m)}
+    wanted = {**all_linear(model), **experts(model)}
+    choices = {n: m for n, m in named.items() if _is_plain(m)}
     with naming("skip"):
-        left = {id(named[name]) for name in chosen(linear, skip)}
+        left = {id(named[name]) for name in chosen(choices, skip)}
     left |= {id(named[name]) for name in tied(model) if name}
-    wanted = all_linear(model)
-    found = {n: m for n, m in linear.items() if n in wanted and id(m) not in left}
+    found = {n: m for n, m in choices.items() if n in wanted and id(m) not in left}
     if not found:
         raise InputError("the model has no linear layer to quantize; give another one.")
     for name, layer in found.items():
-        if not (
-            cast(Tensor, layer.weight).is_meta
-            or torch.isfinite(cast(Tensor, layer.weight)).all()
-        ):
-            raise InputError(f"{name}: the weight is not finite; repair it first.")
+        for weight in (p for p in layer._parameters.values() if p is not None):
+            if not (weight.is_meta or torch.isfinite(weight).all()):
+                raise InputError(f"{name}: the weight is not finite; repair it first.")
     return found
+
+
+def _is_plain(module: nn.Module) -> bool:
+    """Tell whether a module holds weights that are not quantized yet."""
+    if isinstance(module, (QuantizedLinear, QuantizedExperts)):
+        return False
+    try:
+        view = weight_view(module)
+    except InputError:
+        return False
+    return view.linear or isinstance(view, Stacked)
 
 
 def merge(layer: LoRALinear) -> nn.Linear:

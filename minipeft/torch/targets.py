@@ -12,7 +12,7 @@ from torch import nn
 
 from minipeft.errors import InputError
 from minipeft.torch.adapted import Adapted, naming
-from minipeft.torch.linear import Lookup, weight_view
+from minipeft.torch.linear import weight_view
 
 ALL_LINEAR = "all-linear"
 ROUTERS = ("gate", "router", "*_gate", "*_router")
@@ -77,12 +77,15 @@ def all_linear(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def outside_adapters(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Yield each module by each of its names, without what adapted layers hold."""
+    """Yield each module by each of its names, without what adapted layers hold.
+
+    Nor what a module holds that is adapted as a whole: experts in a few bits.
+    """
     inside: tuple[str, ...] = ()
     for name, module in model.named_modules(remove_duplicate=False):
         if name.startswith(inside):
             continue
-        if isinstance(module, Adapted):
+        if isinstance(module, Adapted) or getattr(module, "adapted_whole", False):
             inside += (f"{name}.",)
         if name:
             yield name, module
@@ -148,8 +151,8 @@ def _is_adaptable(module: nn.Module) -> bool:
 
 def _is_linear(module: nn.Module) -> bool:
     if isinstance(module, Adapted):
-        return not isinstance(module.view, Lookup)
-    return _is_adaptable(module) and not isinstance(weight_view(module), Lookup)
+        return module.view.linear
+    return _is_adaptable(module) and weight_view(module).linear
 
 
 def _check_adaptable(module: nn.Module) -> None:

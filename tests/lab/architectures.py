@@ -58,6 +58,22 @@ CAUSAL = {
         "num_experts_per_tok": 2,
         "moe_intermediate_size": 16,
     },
+    "GptOssForCausalLM": {**EXPERTS, "head_dim": 8, "intermediate_size": 32},
+    "DeepseekV3ForCausalLM": {
+        **SMALL,
+        "num_key_value_heads": 4,
+        "moe_intermediate_size": 16,
+        "n_routed_experts": 4,
+        "n_group": 1,
+        "topk_group": 1,
+        "num_experts_per_tok": 2,
+        "kv_lora_rank": 8,
+        "q_lora_rank": 8,
+        "qk_rope_head_dim": 4,
+        "qk_nope_head_dim": 8,
+        "v_head_dim": 8,
+        "first_k_dense_replace": 1,
+    },
     "OlmoForCausalLM": SMALL,
     "Olmo2ForCausalLM": SMALL,
     "StableLmForCausalLM": SMALL,
@@ -70,7 +86,7 @@ CAUSAL = {
 def build(name, **changes):
     """Return a model of this class with random weights, always the same."""
     kind = getattr(transformers, name)
-    fields = {**CAUSAL[name], **changes}
+    fields = {**EVERY[name], **changes}
     config = (
         kind.config_class(**fields, bos_token_id=1, eos_token_id=2, pad_token_id=0)
         if "pad_token_id" not in fields
@@ -78,3 +94,81 @@ def build(name, **changes):
     )
     torch.manual_seed(0)
     return kind(config).eval()
+
+
+BERT = {
+    "vocab_size": 64,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 64,
+}
+MORE_CAUSAL = {
+    "Gemma4ForCausalLM": {
+        **SMALL,
+        "vocab_size_per_layer_input": 64,
+        "hidden_size_per_layer_input": 8,
+        "head_dim": 8,
+        "sliding_window": 8,
+        "layer_types": ["sliding_attention", "full_attention"],
+    },
+    "Lfm2ForCausalLM": {**SMALL, "layer_types": ["conv", "full_attention"]},
+    "Qwen2MoeForCausalLM": {
+        **SMALL,
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 16,
+        "shared_expert_intermediate_size": 16,
+    },
+}
+OTHERS = {
+    "T5ForConditionalGeneration": {
+        "vocab_size": 64,
+        "d_model": 32,
+        "d_kv": 8,
+        "d_ff": 48,
+        "num_layers": 2,
+        "num_heads": 4,
+        "decoder_start_token_id": 0,
+    },
+    "BertForMaskedLM": BERT,
+    "BertForSequenceClassification": BERT,
+    "WhisperForConditionalGeneration": {
+        "vocab_size": 64,
+        "d_model": 32,
+        "encoder_layers": 2,
+        "decoder_layers": 2,
+        "encoder_attention_heads": 4,
+        "decoder_attention_heads": 4,
+        "encoder_ffn_dim": 48,
+        "decoder_ffn_dim": 48,
+        "num_mel_bins": 8,
+        "max_source_positions": 16,
+        "max_target_positions": 16,
+        "decoder_start_token_id": 3,
+    },
+    "ViTForImageClassification": {
+        "hidden_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "intermediate_size": 48,
+        "image_size": 8,
+        "patch_size": 4,
+    },
+}
+EVERY = {**CAUSAL, **MORE_CAUSAL, **OTHERS}
+
+
+def operands(name):
+    """Return what a model is called with, its labels included."""
+    ids = torch.arange(4, 16).reshape(2, 6)
+    if name.startswith("Whisper"):
+        torch.manual_seed(1)
+        return {"input_features": torch.randn(2, 8, 32), "labels": ids}
+    if name.startswith("ViT"):
+        torch.manual_seed(1)
+        return {"pixel_values": torch.randn(2, 3, 8, 8), "labels": torch.tensor([0, 1])}
+    if name.endswith("SequenceClassification"):
+        return {"input_ids": ids, "labels": torch.tensor([0, 1])}
+    return {"input_ids": ids, "labels": ids}

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 ROWS = ["codebook", "blockwise", "double_quant", "adamw", "paged", "linear", "lora"]
-ROWS += ["dora", "vera", "ia3", "pissa", "loftq", "qlora"]
+ROWS += ["dora", "vera", "ia3", "pissa", "loftq", "qlora", "experts"]
 ROWS += ["attention", "bottleneck", "prefix", "prompt"]
 COLUMNS = ("reference", "torch", "cupy", "laws", "agreement", "vectors", "chapter")
 # A column of kernels is written only where memory layout is the point.

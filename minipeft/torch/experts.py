@@ -1,0 +1,286 @@
+"""LoRA on the experts of a model: stacks of weights, as transformers 5 holds them."""
+
+from collections.abc import Callable, Mapping
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import linear
+from torch.overrides import TorchFunctionMode
+
+from minipeft.errors import InputError
+from minipeft.shapes import Shaped
+from minipeft.torch.adapted import Adapted, check_here
+from minipeft.torch.deferred import METADATA
+from minipeft.torch.linear import (
+    Form,
+    Input,
+    Output,
+    Stacked,
+    check_shape,
+    full_precision,
+    weight_view,
+)
+from minipeft.torch.stack import Stack
+
+Weights = Shaped[Tensor, "experts _ _"]  # stored as W, or as its transpose
+MatricesA = Shaped[Tensor, "experts r in_features"]
+MatricesB = Shaped[Tensor, "experts out_features r"]
+
+
+class Experts(nn.Module):
+    r"""The plainest module of experts: $y = W_e x + b_e$ for a token with expert e.
+
+    Args:
+        W: the weights.
+        bias: one an expert, if any.
+
+    Raises:
+        InputError: if they do not fit each other.
+    """
+
+    is_transposed = False
+
+    def __init__(self, W: Weights, bias: Shaped[Tensor, "..."] | None = None):
+        super().__init__()
+        self.W = nn.Parameter(W)
+        self.bias = None if bias is None else nn.Parameter(bias)
+        if bias is not None:
+            check_shape("bias", bias, *W.shape[:2])
+
+    def forward(self, x: Input, chosen: Shaped[Tensor, "..."]) -> Output:
+        """Apply the experts, one after another.
+
+        Raises:
+            InputError: if there is not one expert a token, of those that there are.
+        """
+        experts, rows = len(self.W), self.W.shape[1]
+        check_shape("chosen", chosen, *x.shape[:-1])
+        wrong = chosen[(chosen < 0) | (chosen >= experts)]
+        if len(wrong):
+            raise InputError(
+                f"expert {int(wrong[0])} is chosen; choose 0 to {experts - 1}, for the "
+                f"stack holds {experts}."
+            )
+        y = x.new_zeros(*x.shape[:-1], rows)
+        for e in range(experts):
+            bias = None if self.bias is None else self.bias[e]
+            found = torch.where(chosen == e)
+            y[found] = linear(x[found], self.W[e], bias)
+        return y
+
+
+class StackLoRA(nn.Module):
+    """The updates of one stack: scaling * B A, one A and one B an expert."""
+
+    def __init__(self, A: MatricesA, B: MatricesB, scaling: float):
+        super().__init__()
+        self.A, self.B = nn.Parameter(A), nn.Parameter(B)
+        self.scaling = scaling
+
+    def forward(self, stack: Stack, share: float, turned: bool) -> Stack:
+        """Put the factors beside the stack, the way it is stored."""
+        s = share * self.scaling
+        if turned:
+            return stack.added(self.A.mT, s * self.B.mT)
+        return stack.added(s * self.B, self.A)
+
+    def delta(self) -> Shaped[Tensor, "experts out_features in_features"]:
+        r"""Return the updates, $s B_e A_e$, in float32 or wider."""
+        wide = torch.promote_types(self.A.dtype, torch.float32)
+        return self.scaling * (self.B.to(wide) @ self.A.to(wide))
+
+
+class ExpertsLoRA(nn.ModuleDict):
+    """The updates of all stacks of a module, by their names."""
+
+    def forward(self, name: str, stack: Stack, share: float, turned: bool) -> Stack:
+        """Put the factors of one stack beside it."""
+        changed: Stack = self[name](stack, share, turned)
+        return changed
+
+
+class LoRAExperts(Adapted[ExpertsLoRA]):
+    r"""Frozen experts and their updates: each computes $W_e x + b_e + s B_e (A_e x)$.
+
+    The module is called as it is. Where it reads a stack, it finds the stack with the
+    thin factors beside it, which go along up to the product (`stack.py`).
+
+    Source: LoRA (arXiv:2106.09685), equation 3, for each expert.
+    """
+
+    def forward(self, *args: Any) -> Output:
+        """Call the module, with the active adapters or with the merged stacks."""
+        mode = _WithStacks(self)
+        with mode:
+            y = self.base(*args)
+        missed = sorted(set(self.names) - mode.met)
+        if missed and args[0].numel():
+            raise InputError(
+                f"this {type(self.base).__name__} did not use {', '.join(missed)} by "
+                "torch's functions, so no adapter could act; set its "
+                "experts_implementation to 'eager'."
+            )
+        return cast(Tensor, y)
+
+    @property
+    def names(self) -> list[str]:
+        """The names of the stacks."""
+        return self._view.names(self.base)
+
+    def stack(self, name: str) -> Any:
+        """Return a stack as the module is to find it: adapted, or merged."""
+        held = getattr(self.base, name)
+        if self.merged_weight is not None:
+            return self._buffers[f"merged_{name}"]
+        stack = held if isinstance(held, Stack) else Stack(held)
+        for share, adapter in self.shares():
+            stack = adapter(name, stack, share, self._view.turned)
+        return stack
+
+    def merged_stacks(self) -> dict[str, Weights]:
+        """Return the stacks of the plain module that does the same, as it stores them.
+
+        They are rounded once, to the dtype of what they replace.
+        """
+        return {name: self._merged_stack(name) for name in self.names}
+
+    def merge(self) -> "LoRAExperts":
+        """Compute with the merged stacks from now on."""
+        check_here(self.base)
+        self.unmerge()
+        with torch.inference_mode(False), torch.no_grad():
+            merged = self.merged_stacks()
+        for name, stack in merged.items():
+            self.register_buffer(f"merged_{name}", stack, persistent=False)
+            self.merged_weight = stack
+        return self
+
+    def unmerge(self) -> "LoRAExperts":
+        """Compute with the base and the adapters again; the base was never touched."""
+        super().unmerge()
+        for name in self.names:
+            self._buffers.pop(f"merged_{name}", None)
+        return self
+
+    def unload(self) -> nn.Module:
+        """Return plain experts: with the merged stacks if merged, else as before."""
+        if self.merged_weight is None:
+            return self.base
+        merged = {name: self._buffers[f"merged_{name}"] for name in self.names}
+        return self._view.plain(self.base, merged)
+
+    def add(self, name: str, adapter: ExpertsLoRA) -> None:
+        """Hold another adapter, inactive at first.
+
+        Raises:
+            InputError: if the name cannot be used, or the adapter is of other experts.
+        """
+        self.check_new(name)
+        if set(adapter) != set(self.names):
+            raise InputError(
+                f"the adapter is of {', '.join(adapter)}; these experts hold "
+                f"{', '.join(self.names)}."
+            )
+        for key, part in adapter.items():
+            check_fits(*self._view.one(self.base, key), cast(StackLoRA, part))
+        self.adapters[name] = adapter.train(self.training)
+
+    @staticmethod
+    def check_fits(form: Form, adapter: Any) -> None:
+        """Refuse: an adapter of experts fits stacks, and no one weight."""
+        raise InputError("an adapter of experts fits no single weight.")
+
+    def change(self, adapter: Any, W: Input) -> Any:
+        """Refuse: there are several stacks; see `merged_stacks`."""
+        raise InputError("experts hold several weights; call merged_stacks().")
+
+    @property
+    def _view(self) -> Stacked:
+        return cast(Stacked, self.view)
+
+    def _merged_stack(self, name: str) -> Weights:
+        held = getattr(self.base, name)
+        W = held.whole() if isinstance(held, Stack) else held
+        with full_precision(W.device):
+            total = torch.zeros(W.shape, dtype=torch.float32, device=W.device)
+            for share, adapter in self.shares():
+                delta = cast(StackLoRA, adapter[name]).delta()
+                total = total + share * (delta.mT if self._view.turned else delta)
+            return (W + total).to(W.dtype).detach()
+
+    def __getattr__(self, name: str) -> Any:
+        """Answer for the base; a stack is met with what is added to it."""
+        base = self.__dict__.get("_modules", {}).get("base")
+        if base is not None and name in self.__dict__["view"].names(base):
+            return self.stack(name)
+        return super().__getattr__(name)
+
+
+class _WithStacks(TorchFunctionMode):
+    """The call of experts, in which each stack is met with what is added to it."""
+
+    def __init__(self, layer: LoRAExperts):
+        super().__init__()
+        self.layer, self.names = layer, layer.names
+        self.met: set[str] = set()
+
+    def __torch_function__(
+        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        if function not in METADATA:
+            base = self.layer.base
+            held = {id(getattr(base, name)): name for name in self.names}
+            args = [self._changed(held, a) for a in args]
+        return function(*args, **(kwargs or {}))
+
+    def _changed(self, held: Mapping[int, str], operand: Any) -> Any:
+        name = held.get(id(operand))
+        if name is None:
+            return operand
+        self.met.add(name)
+        return self.layer.stack(name)
+
+
+def init(
+    generator: torch.Generator | None,
+    layer: nn.Module,
+    start: Callable[[torch.Generator | None, Form], tuple[Tensor, Tensor, float]],
+) -> ExpertsLoRA:
+    """Start every expert as LoRA starts: A random, B zero.
+
+    Args:
+        generator: the source of A, on the CPU, expert after expert.
+        layer: the module of experts.
+        start: returns A, B and the scaling for one weight, by its generator and form.
+    """
+    view = cast(Stacked, weight_view(layer))
+    parts = {}
+    for name in view.names(layer):
+        experts, form = view.one(layer, name)
+        ones = [start(generator, form) for _ in range(experts)]
+        A = torch.stack([one[0] for one in ones]).detach()
+        B = torch.stack([one[1] for one in ones]).detach()
+        parts[name] = StackLoRA(A, B, ones[0][2]).to(form.device, form.wide)
+    return ExpertsLoRA(parts)
+
+
+def check_fits(experts: int, form: Form, part: StackLoRA) -> None:
+    """Refuse matrices of another stack: one expert alone would broadcast."""
+    r = part.A.shape[1] if part.A.ndim == 3 else 0
+    if r < 1:
+        raise InputError("r is 0; give A at least one row and B at least one column.")
+    check_shape("A", part.A, experts, r, form.in_features)
+    check_shape("B", part.B, experts, form.out_features, r)
+
+
+def experts(model: nn.Module) -> dict[str, nn.Module]:
+    """Return the modules of a model that hold stacks of weights, each once."""
+    return {n: m for n, m in model.named_modules() if _is_stacked(m)}
+
+
+def _is_stacked(module: nn.Module) -> bool:
+    try:
+        return isinstance(weight_view(module), Stacked)
+    except InputError:
+        return False
