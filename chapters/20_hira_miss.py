@@ -11,14 +11,16 @@ from fractions import Fraction
 import numpy as np
 import torch
 
-from minipeft.lab import models, plots, task, train, tuning
+from minipeft.lab import plots, train, tuning
 from minipeft.lab.chapter import start
 from minipeft.reference import hira, linear, lora, miss
 from minipeft.torch.hira import HiRAConfig
 from minipeft.torch.inject import adapted, inject, merge, unmerge
+from minipeft.torch.linear import weight_of
 from minipeft.torch.lora import LoRAConfig
 from minipeft.torch.lora_plus import parameter_groups
 from minipeft.torch.miss import MiSSConfig
+from minipeft.torch.targets import layers
 
 chapter = start("20_hira_miss", steps=24, model="tiny")
 
@@ -107,10 +109,11 @@ print(ones)
 # And the rank of the update, on a weight of a trained model:
 
 # %%
-base = models.load(chapter.model, chapter.device)
-LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+base = chapter.load()
+places = chapter.places(base.model)
 R = 4
-own = base.model.model.layers[0].self_attn.q_proj.weight.detach().cpu().float().numpy()
+first = next(iter(layers(base.model, places.linears).values()))
+own = weight_of(first).detach().cpu().float().numpy()
 A = rng.standard_normal((R, own.shape[1])).astype(np.float32)
 B = rng.standard_normal((own.shape[0], R)).astype(np.float32)
 rank = {
@@ -142,7 +145,7 @@ assert rank["LoRA"] == rank["MiSS"] == R
 # sides. LoRA at its own best rate is the control of all three.
 
 # %%
-lesson = tuning.dictionary(base.tokenizer)
+lesson = tuning.lesson(chapter.task, base.tokenizer, kept=chapter.kept)
 PLUS = 16.0
 
 
@@ -158,16 +161,20 @@ METHODS = {
     "MiSS": (MiSSConfig(2 * R), (1e-3, 3e-3, 1e-2)),
 }
 before = chapter.quantity(
-    task.BEFORE, train.loss(base.model, lesson.held_out), "nats per token"
+    chapter.before, train.loss(base.model, lesson.held_out), "nats per token"
 )
 losses, best, count, trained = {}, {}, {}, {}
 for name, (config, rates) in METHODS.items():
     for lr in rates:
         generator = torch.Generator().manual_seed(0)
-        model = inject(copy.deepcopy(base.model), config, LINEARS, generator=generator)
+        model = inject(
+            copy.deepcopy(base.model), config, places.linears, generator=generator
+        )
         extra = {"optimizer": two_rates} if name == "LoRA+" else {}
         settings = train.TrainConfig(chapter.steps, lr, warmup=2, **extra)
-        history = train.train(model, lesson.batches, settings, lesson.held_out)
+        history = train.train(
+            model, lesson.batches, settings, lesson.held_out, chapter.kept()
+        )
         losses[name, lr] = history.validation[-1][1]
         print(f"{name:5s} at {lr:g}: loss {losses[name, lr]:.3f}")
         trained[name] = model
