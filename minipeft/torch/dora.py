@@ -186,9 +186,9 @@ class _Rescale(torch.autograd.Function):
         return grad_z, grad_magnitude, None, None, None
 
     @staticmethod
-    def _saved(ctx: Any) -> tuple[Tensor, ...]:
+    def _saved(ctx: Any) -> tuple[Any, ...]:
         try:
-            saved: tuple[Tensor, ...] = ctx.saved_tensors
+            saved: tuple[Any, ...] = ctx.saved_tensors
         except RuntimeError as error:
             if "inplace" not in str(error):
                 raise
