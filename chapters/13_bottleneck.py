@@ -150,7 +150,7 @@ chapter.claim(
 three = [losses[name] for name in ("Houlsby", "Pfeiffer", "parallel")]
 spread = max(three) - min(three)
 of_a_block = sum(p.numel() for p in first_block(base.model).parameters())
-share = 2 * 32 * width / of_a_block
+part_of_a_block = 2 * 32 * width / of_a_block
 
 # %% [markdown]
 # From {=f"{before:.3f}"=} nats, Houlsby's placement reaches {=f"{losses['Houlsby']:.3f}"=}, Pfeiffer's {=f"{losses['Pfeiffer']:.3f}"=}, the parallel one {=f"{losses['parallel']:.3f}"=} and LoRA {=f"{losses['LoRA']:.3f}"=}. The placements lie
@@ -204,7 +204,7 @@ chapter.claim(
 # Houlsby's placement adds {=f"{added['Houlsby']:.0f}"=} %, Pfeiffer's {=f"{added['Pfeiffer']:.0f}"=} %, the parallel one {=f"{added['parallel']:.0f}"=} %. Merged and unloaded, LoRA leaves plain layers, so it adds nothing; the measured {=f"{added['LoRA, merged']:+.0f}"=} %
 # shows how far two measurements of the same work lie apart.
 #
-# Why so much, for so few multiplications? An adapter of this size has {=f"{100 * share:.0f}"=} % of the weights of a block. But a model this small
+# Why so much, for so few multiplications? An adapter of this size has {=f"{100 * part_of_a_block:.0f}"=} % of the weights of a block. But a model this small
 # spends its time on starting operations, not on arithmetic, and an adapter starts three or four more. On a GPU it is similar as long as the batch is small: Hu and others [@hu2021, table 1] measured 20.7 % and 30.3 % more time for
 # two kinds of adapters in GPT-2 medium at batch size 1, and 2.2 % and 3.0 % at batch size 32. A parallel adapter could run at the same time as its sublayer; nothing here arranges that.
 #
