@@ -402,15 +402,15 @@ if not UNREAD:
     print("kernel, bfloat16    sm_80   sm_90  sm_100   A100  H100    on an H100")
     for kernel, moved in MOVED:
         costs = {a: slots.cost(kernel, "bfloat16", a) for a in slots.ARCHITECTURES}
-        shares = []
+        reached = []
         for gpu in (slots.A100, slots.H100):
             taken = costs[gpu.architecture].seconds(1, gpu)
-            shares.append(min(1, moved / gpu.bandwidth / taken))
-        caps[kernel.template] = shares
+            reached.append(min(1, moved / gpu.bandwidth / taken))
+        caps[kernel.template] = reached
         issued = "  ".join(f"{cost.issue:6.1f}" for cost in costs.values())
-        limit = "memory" if shares[1] == 1 else costs["90"].limit
+        limit = "memory" if reached[1] == 1 else costs["90"].limit
         print(
-            f"{kernel.template:17s}  {issued}   {shares[0]:4.0%}  {shares[1]:4.0%}    {limit}"
+            f"{kernel.template:17s}  {issued}   {reached[0]:4.0%}  {reached[1]:4.0%}    {limit}"
         )
     assert caps["dequantize"] == caps["adamw"] == [1, 1]
     assert max(caps[name][1] for name in ("product", "adamw_8bit", "row_norm")) < 1

@@ -88,7 +88,7 @@ def outcomes(operation, function):
     return list(verify(found, load_all([operation])))
 
 
-@pytest.mark.parametrize(("wrong", "cause"), WRONG.items(), ids=lambda part: str(part))
+@pytest.mark.parametrize(("wrong", "cause"), WRONG.items(), ids=WRONG.values())
 def test_one_cause_is_named(wrong, cause):
     (said,) = diagnosis.causes(outcomes(*wrong))
     assert said.startswith(wrong[0])
