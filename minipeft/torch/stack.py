@@ -32,7 +32,7 @@ ALIGNED = 8  # ranks of the kernels' rows of 16 bytes, in 16 bits; 32 bits need 
 class Coded(NamedTuple):
     """Weights that are kept in a few bits, one layer an expert.
 
-    Args:
+    Attributes:
         layers: each has `dequantize(dtype)` and is called with x.
         turned: whether the model stores the transpose of what the layers hold.
         one: whether an expert was taken: then there is one layer, and no leading axis.

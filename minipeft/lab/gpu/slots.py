@@ -38,7 +38,7 @@ class Work(NamedTuple):
 class Gpu(NamedTuple):
     """Peak rates as published.
 
-    Args:
+    Attributes:
         architecture: as in "90".
         multiprocessors: how many.
         clock: cycles a second.
