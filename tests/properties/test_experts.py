@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from fractions import Fraction
 
+import jaxtyping
 import numpy as np
 import pytest
 from hypothesis import given
@@ -116,7 +117,9 @@ def test_a_new_adapter_changes_nothing_and_no_two_experts_start_alike(seed, s, s
         ({"A": np.zeros((2, 0, 4)), "B": np.zeros((2, 5, 0))}, "r is 0"),
     ],
 )
-def test_what_does_not_fit_is_refused(change, sentence):
+def test_what_does_not_fit_is_refused(change, sentence, monkeypatch):
+    # A user has no annotations checked: the functions' own checks must refuse.
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
     f = {n: np.zeros(s, np.float32) for n, s in {"x": (2, 4), "W": (2, 5, 4)}.items()}
     f |= {"A": np.zeros((2, 3, 4)), "B": np.zeros((2, 5, 3)), "bias": None}
     f |= {"chosen": np.array([0, 1])} | change
