@@ -27,6 +27,7 @@ from minipeft.reference import (
     bottleneck,
     codebook,
     double_quant,
+    experts,
     ia3,
     loftq,
     lora,
@@ -137,6 +138,12 @@ def operands(row: ModuleType) -> dict[str, object]:
             **{"m": f32(300), "v": f32(300), "arrays": adamw.to_arrays(states[1])},
         },
         paged: {"W": f32(4096), "grad": f32(4096)},
+        experts: {
+            **{"W": f32(3, 4, 5), "bias": f32(3, 4), "shape": (3, 4, 5)},
+            **{"x": f32(6, 5), "grad_y": f32(6, 4)},
+            "adapter": experts.ExpertsLoRA(f32(3, 2, 5), f32(3, 4, 2), 0.5),
+            "chosen": np.array([0, 2, 1, 0, 2, 2]),
+        },
     }
     return common | own.get(row, {})
 

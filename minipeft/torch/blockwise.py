@@ -112,7 +112,7 @@ def dequantize(
     if not dtype.is_floating_point:
         raise InputError(f"the result has dtype {dtype}; choose a float dtype.")
     n, bits = check_parts(q), code_bits(q.codebook)
-    if bits == 4 and on_cpu(q.packed) and not n % q.blocksize:
+    if bits == 4 and on_cpu(q.packed) and not n % max(q.blocksize, 2):
         return _dequantize_slices(q, dtype)
     decoded = _decode(q.packed, q.codebook, n)
     # By block and byte: a compiler then meets the values of a byte in one inner loop.

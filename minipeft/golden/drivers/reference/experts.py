@@ -1,5 +1,7 @@
 """LoRA of experts in the NumPy column."""
 
+import numpy as np
+
 from minipeft.golden.tensors import Array
 from minipeft.reference import experts, lora
 from minipeft.reference.experts import ExpertsLoRA
@@ -43,5 +45,5 @@ def experts_merge(
 
 
 def _lora(A: Array, B: Array, alpha: float, rank_stabilized: bool) -> ExpertsLoRA:
-    r = A.shape[1] if A.ndim > 1 else 1
+    r = np.atleast_2d(A).shape[-2]
     return ExpertsLoRA(A, B, lora.scaling(alpha, r, rank_stabilized))

@@ -2,6 +2,7 @@
 
 from typing import cast
 
+import numpy as np
 import torch
 
 from minipeft.golden.drivers.bridge import to_numpy, to_torch
@@ -56,7 +57,7 @@ def experts_merge(
 
 def lora_scaling(A: Array, alpha: float, rank_stabilized: bool) -> float:
     """Return the scaling; r stands behind the axis of experts."""
-    r = A.shape[1] if A.ndim > 1 else 1
+    r = np.atleast_2d(A).shape[-2]
     return lora.scaling(alpha, r, rank_stabilized)
 
 
