@@ -8,7 +8,7 @@ import numpy as np
 
 from minipeft.errors import InputError
 from minipeft.reference import lora
-from minipeft.shapes import Shaped, check_shapes
+from minipeft.shapes import Integer, Shaped, check_shapes
 
 Weights = Shaped[np.ndarray, "experts out_features in_features"]
 Biases = Shaped[np.ndarray, "experts out_features"]
@@ -16,7 +16,7 @@ MatricesA = Shaped[np.ndarray, "experts r in_features"]
 MatricesB = Shaped[np.ndarray, "experts out_features r"]
 Input = Shaped[np.ndarray, "... in_features"]
 Output = Shaped[np.ndarray, "... out_features"]
-Chosen = Shaped[np.ndarray, "..."]  # integers
+Chosen = Integer[np.ndarray, "..."]
 
 
 @dataclass(frozen=True)

@@ -65,17 +65,28 @@ INSIDE_A_LAYER = {
     *("vera.Projections", "pissa.PiSSA", "loftq.LoftQ"),
 }
 
+# A model calls its experts with tokens and their experts: tests/agreement/test_experts
+# and tests/properties/test_torch_targets run them, on the CPU only.
+EXPERTS = {
+    *(f"experts.{name}" for name in ("Experts", "ExpertsLoRA", "LoRAExperts")),
+    *("experts.StackLoRA", "qlora.QuantizedExperts"),
+}
+
 
 def computing():
     """Return the names of all modules that are called by themselves."""
-    return {
-        name
-        for name, member in members()
-        if inspect.isclass(member)
-        and issubclass(member, nn.Module)
-        and not inspect.isabstract(member)
-        and member.forward is not nn.Module.forward
-    } - INSIDE_A_LAYER
+    return (
+        {
+            name
+            for name, member in members()
+            if inspect.isclass(member)
+            and issubclass(member, nn.Module)
+            and not inspect.isabstract(member)
+            and member.forward is not nn.Module.forward
+        }
+        - INSIDE_A_LAYER
+        - EXPERTS
+    )
 
 
 def integers(*shape):
