@@ -183,3 +183,25 @@ TRACE = {
         "(pages there,)", "The pages at the end, the least recent first.", "uint8"
     ),
 }
+
+
+@dataclass(frozen=True)
+class Operation:
+    """One function of an implementation, and the file of vectors that checks it."""
+
+    row: str  # the file in cases/ and in every driver
+    tensors: Mapping[str, Argument]
+    parameters: Mapping[str, Argument]
+    outputs: Mapping[str, Argument]
+
+    @property
+    def optional(self) -> tuple[str, ...]:
+        """The tensors that a case may leave out."""
+        return tuple(name for name, t in self.tensors.items() if t.optional)
+
+    def signature(self, name: str) -> str:
+        """Return the call as one would write it."""
+        required = [t for t in self.tensors if t not in self.optional]
+        absent = [f"{t}=None" for t in self.optional]
+        arguments = ", ".join([*required, *self.parameters, *absent])
+        return f"{name}({arguments}) -> {', '.join(self.outputs)}"

@@ -6,34 +6,9 @@ another entry here, a file in `cases/`, and a file of functions in each driver; 
 and lists of functions are written from this table.
 """
 
-from collections.abc import Mapping
-from dataclasses import dataclass
-
 from minipeft.golden import arguments as a
-from minipeft.golden.arguments import Argument, exact, integer, number, tensor, word
-
-
-@dataclass(frozen=True)
-class Operation:
-    """One function of an implementation, and the file of vectors that checks it."""
-
-    row: str  # the file in cases/ and in every driver
-    tensors: Mapping[str, Argument]
-    parameters: Mapping[str, Argument]
-    outputs: Mapping[str, Argument]
-
-    @property
-    def optional(self) -> tuple[str, ...]:
-        """The tensors that a case may leave out."""
-        return tuple(name for name, t in self.tensors.items() if t.optional)
-
-    def signature(self, name: str) -> str:
-        """Return the call as one would write it."""
-        required = [t for t in self.tensors if t not in self.optional]
-        absent = [f"{t}=None" for t in self.optional]
-        arguments = ", ".join([*required, *self.parameters, *absent])
-        return f"{name}({arguments}) -> {', '.join(self.outputs)}"
-
+from minipeft.golden.arguments import Operation as Operation
+from minipeft.golden.arguments import exact, integer, number, tensor, word
 
 _QUANTIZE = Operation(
     row="blockwise",

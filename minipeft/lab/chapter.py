@@ -266,6 +266,10 @@ def _add_model(parser: argparse.ArgumentParser, model: str) -> None:
         help=f"examples to learn instead of The Devil's Dictionary, one a line: "
         f"{task.FORMS}; at least {task.FEWEST}",
     )
+    _add_states(parser)
+
+
+def _add_states(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--checkpoint",
         type=Path,
