@@ -401,7 +401,7 @@ for name, size in unquantized(quantize_linears(small)).items():
 
 ids = torch.arange(24).reshape(2, 12)
 plain = small(ids).logits
-inject(small, LoRAConfig(r=3, alpha=6), ["experts", "q_proj"])
+inject(small, LoRAConfig(r=3, alpha=6), ["experts", "*attn.q*"])
 assert torch.equal(small(ids).logits, plain)
 optimizer = torch.optim.SGD(trainable_parameters(small), lr=1.0)
 for _ in range(3):

@@ -61,7 +61,8 @@ def test_a_stranger_s_model_goes_through_a_chapter(tmp_path, tiny, name, number)
 
 
 def test_no_chapter_names_the_layers_of_one_architecture():
-    for path in CHAPTERS.glob("*.py"):
+    own = "21_files.py"  # writes a model of its own, whose names it knows
+    for path in (p for p in CHAPTERS.glob("*.py") if p.name != own):
         code = [line for line in path.read_text().splitlines() if line[:1] != "#"]
         named = [
             line for line in code if re.search(r'"[a-pr-z]\w*_proj"|"q_proj"', line)
@@ -112,10 +113,6 @@ def test_places_are_among_the_layers_that_were_asked_for():
 @pytest.mark.parametrize("name", architectures.CAUSAL)
 def test_every_architecture_has_places(name):
     model = architectures.build(name)
-    if name == "FalconForCausalLM":  # its linear layers have a forward of their own
-        with pytest.raises(InputError, match="'all-linear' matches no layer"):
-            places(model)
-        return
     found = places(model)
     assert found.ends
     assert set(found.feedforward) <= set(found.ends) <= set(all_linear(model))
