@@ -352,8 +352,12 @@ PARSERS: Mapping[str, Callable[[Path], Parser]] = {
 }
 
 
-def fuzz(name: str, seed: int, seconds: float, keep: Path) -> tuple[int, int]:
-    """Damage files of one kind for a while; return how many, and how many refused.
+def fuzz(
+    name: str, seed: int, keep: Path, seconds: float = math.inf, files: float = math.inf
+) -> tuple[int, int]:
+    """Damage files of one kind; return how many, and how many were refused.
+
+    It ends after so many seconds or files, and the files follow from the seed alone.
 
     Raises:
         FuzzError: the first that was neither read nor refused in a sentence.
@@ -363,7 +367,7 @@ def fuzz(name: str, seed: int, seconds: float, keep: Path) -> tuple[int, int]:
         if parser.check(parser.good):
             raise FuzzError("the valid file is refused")
         refused, count, end = 0, 0, time.monotonic() + seconds
-        while time.monotonic() < end:
+        while count < files and time.monotonic() < end:
             data = parser.damaged(random.Random(f"{seed} {name} {count}"))
             try:
                 refused += parser.check(data)
@@ -389,7 +393,7 @@ def main() -> int:
     failed = 0
     for name in args.parsers or PARSERS:
         try:
-            count, refused = fuzz(name, args.seed, args.seconds, args.keep)
+            count, refused = fuzz(name, args.seed, args.keep, args.seconds)
         except FuzzError as failure:
             failed = 1
             print(failure, file=sys.stderr)

@@ -94,7 +94,8 @@ class SafeTensors:
                 f"{path} is damaged or not in the format safetensors ({reason}); get "
                 "the file again"
             ) from None
-        self.metadata: Mapping[str, str] = header.pop("__metadata__", {})
+        # The library reads a null as no metadata.
+        self.metadata: Mapping[str, str] = header.pop("__metadata__", None) or {}
         self._start = 8 + length
         self._begin = {name: entry["data_offsets"][0] for name, entry in header.items()}
         self.about: Mapping[str, About] = {

@@ -219,8 +219,8 @@ def _progress(header: dict[str, Any]) -> Progress:
     if found.keys() != known:
         odd = ", ".join(sorted(found.keys() ^ known))
         raise ValueError(f"progress has other fields than expected: {odd}")
-    validation = [(int(step), float(loss)) for step, loss in found.pop("validation")]
-    losses = [float(loss) for loss in found.pop("losses")]
+    validation = [(int(step), _loss(loss)) for step, loss in found.pop("validation")]
+    losses = [_loss(loss) for loss in found.pop("losses")]
     step, seconds, settings = (found[k] for k in ("step", "seconds", "settings"))
     if type(step) is not int or step < 0:
         raise ValueError(f"step is {step!r}")
@@ -231,6 +231,12 @@ def _progress(header: dict[str, Any]) -> Progress:
     ):
         raise ValueError(f"settings is {settings!r}")
     return Progress(step, losses, validation, float(seconds), settings)
+
+
+def _loss(value: Any) -> float:
+    if type(value) is not float:
+        raise ValueError(f"a loss is {value!r:.60}, not a number with a point")
+    return value
 
 
 def _own(

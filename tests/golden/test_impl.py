@@ -8,6 +8,8 @@ from minipeft.golden.runner import implementation, judge
 from minipeft.golden.vectors import load_all
 
 FILES = {file.name: file for file in load_all()}
+# A page of the torch column is an object: no number names one that is not there.
+NOT_OFFERED = {("torch", "paged_trace.json", number) for number in (8, 9)}
 
 
 def pytest_generate_tests(metafunc):
@@ -27,9 +29,12 @@ def subject(name):
     found.close()
 
 
-def test_implementation(subject, file, number):
+def test_implementation(name, subject, file, number):
     case = FILES[file].cases[number - 1]
     outcome = judge(subject, FILES[file], case)
+    if (name, file, number) in NOT_OFFERED:
+        assert outcome.status == "skip"
+        return
     if outcome.status == "skip":
         pytest.skip(outcome.detail)
     assert outcome.status == "pass", "\n" + failure(outcome)

@@ -83,7 +83,8 @@ def test_the_workflow_of_the_page_runs_the_action(tmp_path):
     assert set(step["with"]) <= set(action["inputs"])
     done = act(folder, action, step["with"])
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "30 passed, 0 failed, 1 failed as known" in (folder / "summary").read_text()
+    summary = (folder / "summary").read_text()
+    assert re.search(r"[1-9]\d+ passed, 0 failed, [1-9]\d* failed as known", summary)
     reports = {path.name for path in (folder / "minipeft-report").iterdir()}
     assert reports == {"report.json", "report.xml", "report.txt", "badge.json"}
     failing = act(folder, action, {**step["with"], "known-failures": ""})
