@@ -1,7 +1,7 @@
 """AdamW, and its states in eight bits a value: the same bits as the reference.
 
-A step checks everything before it writes anything. It works in slices, so its
-temporaries stay small however large a tensor is.
+A step checks all its inputs before it writes a tensor. It works in slices, so its
+temporary memory stays small for a tensor of any size.
 """
 
 from collections.abc import Callable, Iterable, Mapping
@@ -36,10 +36,10 @@ from minipeft.torch.codebook import dynamic_map_on
 from minipeft.torch.slices import Slice, read, slices, write
 
 BLOCKSIZE = 256
-MIN_8BIT_SIZE = 4096  # smaller tensors (biases, norms) keep float32: little to save
+MIN_8BIT_SIZE = 4096  # smaller tensors (biases, norms) stay float32: they cost little
 
 State = dict[str, Any]
-"""Of one tensor: `step` and the moments m and v, or their codes and scales."""
+"""One tensor's state: `step`, and the moments m and v, or their codes and scales."""
 
 Weight = Inexact[Tensor, "..."]
 
@@ -86,7 +86,7 @@ def parts(W: Weight, bits: int) -> Parts:
 
 
 def step(W: Weight, grad: Weight, state: State, group: Mapping[str, Any]) -> None:
-    """Take one step; W and the state are changed in place, or nothing is.
+    """Take one step: change W and the state in place, or raise and change nothing.
 
     Args:
         W: the parameter.
@@ -113,17 +113,17 @@ def update(
     group: Mapping[str, Any],
     span: slice | None = None,
 ) -> None:
-    """Take one step in place, slice by slice; the caller has checked it.
+    """Take one step in place, slice by slice; the caller has checked the inputs.
 
-    Moments of eight bits are decoded before, encoded after; the weight sees the moments
-    before they are encoded.
+    8-bit moments are decoded before the step and encoded after it. The new weight is
+    computed from the moments before they are encoded.
 
     Args:
         W: the parameter.
         grad: its gradient.
-        state: of W, or of a part of it.
+        state: of W, or of a part of W.
         group: the settings.
-        span: which values of the flattened W the state belongs to; None: all.
+        span: the range of the flattened W to which the state belongs; None: all.
     """
     span = span or slice(0, W.numel())
     t = state["step"] + 1
@@ -138,7 +138,7 @@ def update(
         old, slope = read(W, part), read(grad, part)
         moved, after = following(old, slope, moments(state, own), t, group)
         write(W, part, moved)
-        del moved  # the codes are found in the memory that it leaves
+        del moved  # `encode` can use the memory that this frees
         for name, values in zip("mv", after, strict=True):
             _encode(state, name, own, values)
     state["step"] = t
@@ -157,14 +157,14 @@ def _launch(W: Tensor, grad: Tensor, state: State, settings: list[float]) -> Non
 def following(
     W: Slice, grad: Slice, before: Moments, t: int, group: Mapping[str, Any]
 ) -> tuple[Slice, Moments]:
-    r"""Return the next weights, in the dtype of the moments, and the next moments.
+    """Return the next weights, in the dtype of the moments, and the next moments.
 
-    The formula of `reference.adamw.step` with its roundings, t being the number of this
-    step. A divisor is a tensor, because torch divides by a number by multiplying with
-    its rounded reciprocal.
+    The formula and roundings are those of `reference.adamw.step`; t is the number of
+    this step. The divisors are tensors, because torch divides by a plain number by
+    multiplying with its rounded reciprocal.
     """
     (m, v), (beta1, beta2), lr = before, group["betas"], group["lr"]
-    del before  # so that each new moment can take the place of the old one
+    del before  # frees the memory of the old moments for the new ones
     W, grad = W.to(m.dtype), grad.to(m.dtype)
     m = m + (1 - beta1) * (grad - m)
     v = beta2 * v + (1 - beta2) * grad * grad
@@ -175,10 +175,10 @@ def following(
 
 
 def rehearse(job: Job, grad: Weight, state: State) -> bool:
-    """Compute a step, write nothing, and refuse a result that is not finite.
+    """Compute a step without writing; refuse a result that is not finite.
 
     Returns:
-        Whether the next moments are too large for the quick check of the step after.
+        Whether the next moments are too large for the quick check of the next step.
     """
     W, large, t = job.p, False, state.get("step", 0) + 1
     for part in slices(slice(0, W.numel())):
@@ -193,25 +193,25 @@ def rehearse(job: Job, grad: Weight, state: State) -> bool:
 
 
 def wide(W: Weight) -> torch.dtype:
-    """Return the dtype of states and of arithmetic: float32, or that of W if wider.
+    """Return the dtype of states and arithmetic: float32, or that of W if wider.
 
-    So does bitsandbytes. torch's own AdamW keeps to the dtype of W, and in bfloat16
-    beta2 = 0.999 is 1, and most steps are smaller than half a last bit.
+    bitsandbytes does the same. torch's own AdamW keeps the dtype of W: in bfloat16,
+    beta2 = 0.999 rounds to 1, and most steps are too small to change a weight.
     """
     return torch.promote_types(W.dtype, torch.float32)
 
 
 def moments(state: State, part: slice, device: torch.device | None = None) -> Moments:
-    """Return both moments of a slice, whatever their bits."""
+    """Return both moments of a slice, decoded if they are stored in 8 bits."""
     return Moments(*(_decode(state, name, part, device) for name in "mv"))
 
 
 class AdamW(torch.optim.Optimizer):
-    """AdamW with states of 32 or 8 bits; a drop-in for `torch.optim.AdamW`.
+    """AdamW with states of 32 or 8 bits; replaces `torch.optim.AdamW`.
 
-    A step is taken for all parameters or for none, and one look at the device decides.
-    Where a gradient, a setting or a weight of float16 might overflow, the step is
-    computed twice: first to look, then to write.
+    A step changes all parameters or none, and waits for the device once. Where a
+    gradient, a setting or a weight of float16 might overflow, the step is computed
+    twice: first as a check, then to write.
 
     Args:
         params: parameters or groups of them; a group may have settings of its own.
@@ -223,8 +223,8 @@ class AdamW(torch.optim.Optimizer):
 
     Raises:
         InputError: if a setting or a parameter does not fit; on `step`, if a gradient
-            does not fit or a result overflows; on `load_state_dict`, if the states are
-            those of another optimizer. Then nothing was changed.
+            does not fit or a result overflows; on `load_state_dict`, if the states
+            belong to another optimizer. Then nothing was changed.
     """
 
     def __init__(
@@ -243,12 +243,12 @@ class AdamW(torch.optim.Optimizer):
         self._survey()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """Return from a copy or a pickle, which hold groups and states alone."""
+        """Restore from a copy or a pickle, which hold only groups and states."""
         super().__setstate__(state)
         self._survey()
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Take more parameters, with settings of their own."""
+        """Add parameters with settings of their own."""
         check_settings({**self.defaults, **param_group})
         super().add_param_group(param_group)
         try:
@@ -269,7 +269,7 @@ class AdamW(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        # A state that is made in inference mode could not be changed outside of it.
+        # A state made in inference mode could not be changed outside that mode.
         with torch.inference_mode(False), torch.no_grad():
             work = [job for job in self.jobs() if job.p.grad is not None]
             self.check(work)
@@ -277,7 +277,7 @@ class AdamW(torch.optim.Optimizer):
         return loss
 
     def check(self, work: list[Job]) -> None:
-        """Refuse a step that does not fit or would not end in finite values."""
+        """Refuse a step whose inputs do not fit or whose results are not finite."""
         for p, group, name in work:
             check_settings(group)
             check_gradient(p, cast(Tensor, p.grad), name)
@@ -295,7 +295,7 @@ class AdamW(torch.optim.Optimizer):
             }
 
     def advance(self, work: list[Job]) -> None:
-        """Take a step for these parameters, each by the settings of its group."""
+        """Take a step for these parameters with the settings of their groups."""
         for p, group, _ in work:
             if not self.state[p]:
                 self.state[p] = init(p, group["bits"])
@@ -303,7 +303,7 @@ class AdamW(torch.optim.Optimizer):
             update(p, cast(Tensor, p.grad), self.state[p], group)
 
     def jobs(self) -> list[Job]:
-        """Return every parameter with its group, and its name or number."""
+        """Return every parameter with its group and its name or number."""
         found: list[Job] = []
         for group in self.param_groups:
             numbers = range(len(found), len(found) + len(group["params"]))
@@ -312,10 +312,10 @@ class AdamW(torch.optim.Optimizer):
         return found
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Continue where `state_dict` was taken, bit for bit; or change nothing."""
+        """Continue from a `state_dict`, bit for bit; or raise and change nothing."""
         self.check_state_dict(state_dict)
-        # torch would cast every state to the dtype of its parameter, but a code is no
-        # number and a scale needs its 32 bits: they go past it.
+        # torch would cast every state to the dtype of its parameter. But codes are
+        # bytes and scales need float32, so the states are loaded without torch.
         super().load_state_dict({**state_dict, "state": {}})
         with torch.inference_mode(False):
             for i, (p, *_) in zip(_ids(state_dict), self.jobs(), strict=True):
@@ -325,11 +325,11 @@ class AdamW(torch.optim.Optimizer):
         self._survey()
 
     def check_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Refuse what `load_state_dict` would refuse; nothing is changed.
+        """Raise the errors of `load_state_dict`, and change nothing.
 
         Raises:
-            InputError: if the states are of another optimizer, of other parameters, of
-                other bits, or not finite.
+            InputError: if the states belong to another optimizer or other parameters,
+                have other bits, or are not finite.
         """
         check_saved(state_dict, self.param_groups)
         ids, states = _ids(state_dict), state_dict["state"]
@@ -344,14 +344,14 @@ class AdamW(torch.optim.Optimizer):
                 check_values(state, name)
 
     def settle(self) -> None:
-        """Have the states up to date in `self.state`: here they always are."""
+        """Make `self.state` up to date; in this class it always is."""
 
     def home(self, p: Tensor) -> torch.device:
-        """Return where the state of a parameter lives."""
+        """Return the device that stores the state of a parameter."""
         return p.device
 
     def placed(self, value: Tensor, p: Tensor) -> Tensor:
-        """Return a copy of a saved state, where the states of p live."""
+        """Return a copy of a saved state on the device of the states of p."""
         return value.detach().to(p.device, copy=True)
 
     def _is_calm(self, job: Job) -> bool:
@@ -406,7 +406,7 @@ def _zero_code(name: str) -> int:
 
 
 def _root(v: Tensor) -> Tensor:
-    # On the CPU torch's float32 root may be off by the last bit; float64's, rounded,
-    # is not. (A GPU rounds correctly.)
+    # On the CPU torch's float32 root may err in the last bit. The float64 root, rounded
+    # to float32, does not. (A GPU rounds correctly.)
     exact = v.is_cuda or v.dtype != torch.float32
     return v.sqrt() if exact else v.double().sqrt().float()

@@ -1,4 +1,4 @@
-"""What an optimizer refuses before its first write, each in one sentence."""
+"""The checks of an optimizer before its first write; each message is one sentence."""
 
 from collections.abc import Mapping, Sequence
 from math import inf, isfinite
@@ -13,7 +13,7 @@ from minipeft.errors import InputError
 from minipeft.shapes import Inexact
 
 Parts = dict[str, tuple[tuple[int, ...], torch.dtype]]
-"""Of a state: the shape and dtype of each of its tensors."""
+"""The shape and dtype of each tensor of a state, by its name."""
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 SETTINGS = ("lr", "betas", "eps", "weight_decay", "bits")
@@ -29,7 +29,7 @@ STEPS, STEP_SIZE, EPS = 2**23, 2.0**20, 2.0**-40
 
 
 def check_settings(group: Mapping[str, Any]) -> None:
-    """Refuse settings that no step can use."""
+    """Refuse settings with which no step can be computed."""
     betas = group["betas"]
     pair = isinstance(betas, Sequence) and len(betas) == 2
     if not pair or not all(_is_number(b) and 0 <= b < 1 for b in betas):
@@ -43,7 +43,7 @@ def check_settings(group: Mapping[str, Any]) -> None:
 
 
 def check_parameter(p: Tensor, name: str) -> None:
-    """Refuse a tensor that a step could not change in place, value by value."""
+    """Refuse a tensor that a step cannot change in place value by value."""
     why = None
     if is_lazy(p):
         why = "has no values yet; run the model once before building the optimizer."
@@ -60,7 +60,7 @@ def check_parameter(p: Tensor, name: str) -> None:
 
 
 def check_gradient(p: Tensor, grad: Tensor, name: str) -> None:
-    """Refuse a gradient that is not one of this parameter; no value is looked at."""
+    """Refuse a gradient of another shape, dtype or device; no value is read."""
     if grad.layout != torch.strided:
         raise InputError(
             f"the gradient of {name} is sparse; build the embedding with sparse=False."
@@ -83,7 +83,7 @@ def check_parts(
     name: str,
     device: torch.device | None = None,
 ) -> None:
-    """Refuse a state that is not one of this parameter with these bits."""
+    """Refuse a state that does not belong to this parameter with these bits."""
     if not isinstance(state, Mapping) or state.keys() != {"step", *parts}:
         has = ", ".join(sorted(map(str, state)))
         raise InputError(
@@ -109,7 +109,7 @@ def check_parts(
 
 
 def check_values(state: Mapping[str, Any], name: str) -> None:
-    """Refuse moments and scales that no step can have left."""
+    """Refuse moments and scales that no step can produce."""
     for key, value in state.items():
         if not isinstance(value, Tensor) or not value.is_floating_point():
             continue
@@ -153,9 +153,9 @@ def check_saved(
 
 
 def is_calm(dtype: torch.dtype, t: int, group: Mapping[str, Any]) -> bool:
-    """Return whether finite gradients below `LIMIT` are all that step t needs.
+    """Return whether finite gradients below `LIMIT` cannot make step t overflow.
 
-    Weights of float16 end at 65,504: there it is never enough.
+    The largest float16 is 65,504, so for weights of float16 the answer is always no.
     """
     step_size = group["lr"] / (1 - group["betas"][0] ** t)
     decay = group["lr"] * group["weight_decay"]
@@ -164,7 +164,7 @@ def is_calm(dtype: torch.dtype, t: int, group: Mapping[str, Any]) -> bool:
 
 
 def is_large(state: Mapping[str, Any]) -> bool:
-    """Return whether the moments are beyond what the quick check counts on."""
+    """Return whether the moments exceed the limits that the quick check assumes."""
     bounds = {"m": LIMIT, "m_absmax": LIMIT, "v": LIMIT**2, "v_absmax": LIMIT**2}
     return any(
         not _largest(state[key]) <= bound
@@ -177,7 +177,7 @@ Values = tuple[Inexact[Tensor, " n"], ...]
 
 
 def check_result(before: Values, after: Values, start: int, name: str) -> None:
-    """Refuse the first value of a slice that overflows, by its true cause.
+    """Refuse a slice with a value that overflows, and name the tensor that caused it.
 
     Args:
         before: W, the gradient, m and v.
@@ -186,7 +186,7 @@ def check_result(before: Values, after: Values, start: int, name: str) -> None:
         name: of the parameter.
     """
     W, grad, *_ = before
-    # What is wrong already, a weight that is NaN, is not this step's doing. The first
+    # A weight that was NaN before is not an error of this step. The first
     # moment cannot overflow where the square of the gradient does not.
     good = after[0].isfinite() | ~W.isfinite()
     good &= grad.isfinite() & after[1].isfinite() & after[2].isfinite()
@@ -222,7 +222,7 @@ def _cause(values: list[float], at: int, name: str, dtype: torch.dtype) -> str:
 
 
 def _largest(values: Tensor) -> Tensor | float:
-    # One pass without a temporary; NaN stays NaN.
+    # One pass without temporary memory; NaN stays NaN.
     return torch.linalg.vector_norm(values, inf) if values.numel() else 0.0
 
 

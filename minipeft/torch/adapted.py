@@ -1,7 +1,7 @@
 """A frozen layer with named adapters: the part that all parametrizations share.
 
-A row writes an adapter, which is a module that is called with a `Product`, and a class
-derived from `Adapted`, which says what an adapter does to a weight.
+The file of a method defines two classes. The adapter is a module that is called with a
+`Product`. The class derived from `Adapted` says how an adapter changes a weight.
 """
 
 from abc import ABC, abstractmethod
@@ -34,24 +34,26 @@ Adapter = TypeVar("Adapter", bound=nn.Module)
 class Adapted(nn.Module, ABC, Generic[Adapter]):
     """A frozen layer with named adapters, of which any weighted sum is active.
 
-    The base is called, never recomputed: adapters act, and a merged weight is put in,
-    at the one product inside that call. So everything around the product stays: hooks,
-    a forward of the instance, casts, offloading, sharding.
+    `forward` calls the base layer. The base computes one product $x W^T + b$ inside
+    that call, and only at this product the adapters or the merged weight enter. All
+    other code of the call still runs: hooks, a forward set on the instance, casts,
+    offloading, sharding.
 
-    The base is never written to. Merging puts $W'$ beside it, so unmerging is exact by
-    construction, in every dtype, and a state dict saved while merged holds the base and
-    the adapters as they are. The price: while merged, the weight is in memory twice.
+    The base is never written to. `merge` stores $W'$ beside it, so `unmerge` is exact
+    in every dtype, and a state dict saved while merged holds the base and the adapters
+    unchanged. The cost: a merged layer holds its weight in memory twice.
 
-    A row derives its own class and writes `check_fits` and `change`; a row whose
-    adapters do more than add something overrides `adapt` and `adapt_weight`.
+    A method derives its own class and writes `check_fits` and `change`. A method whose
+    adapters do more than add to the output overrides `adapt` and `adapt_weight`.
 
     Args:
         base: the layer to wrap; it is frozen.
         adapter: the trained part.
-        name: what to call it.
+        name: of the adapter.
 
     Raises:
-        InputError: if the layer cannot be adapted, or the adapter is of another layer.
+        InputError: if the layer cannot be adapted, or the adapter belongs to another
+            layer.
     """
 
     merged_weight: Weight | None
@@ -71,19 +73,19 @@ class Adapted(nn.Module, ABC, Generic[Adapter]):
         base.requires_grad_(False)
         self.train(base.training)
 
-    # --- what a row writes ------------------------------------------------------------
+    # --- what a method writes ---------------------------------------------------------
 
     @staticmethod
     @abstractmethod
     def check_fits(form: Form, adapter: Any) -> None:
-        """Refuse an adapter of another layer; torch would broadcast it."""
+        """Refuse an adapter of another layer; torch would broadcast its tensors."""
 
     @abstractmethod
     def change(self, adapter: Adapter, W: Weight) -> Weight:
         """Return what one adapter adds to W, in float32 or wider."""
 
     def adapt(self, product: Product) -> Output:
-        """Return the output: y, and what each adapter adds to it times its share."""
+        """Return the output: y plus the change of each adapter times its share."""
         total = product.y
         for share, adapter in self.shares():
             change = adapter(product)
@@ -95,10 +97,10 @@ class Adapted(nn.Module, ABC, Generic[Adapter]):
         return W + self._delta(W)
 
     def adapt_bias(self, bias: Bias) -> Bias:
-        """Return the bias that belongs to $W'$: most adapters leave it alone."""
+        """Return the bias that belongs to $W'$; most adapters do not change it."""
         return bias
 
-    # --- what all rows share ----------------------------------------------------------
+    # --- what all methods share -------------------------------------------------------
 
     def forward(self, x: Input) -> Output:
         """Call the base, with the active adapters or with the merged weight."""
@@ -114,29 +116,29 @@ class Adapted(nn.Module, ABC, Generic[Adapter]):
         return y
 
     def compute(self, product: Product) -> Output:
-        """Compute the product of the base as this layer has it."""
+        """Return the product of the base, adapted or merged."""
         if self.merged_weight is None:
             return self.adapt(product)
         return product.compute(W=self.merged_weight, bias=self.merged_bias)
 
     @property
     def W(self) -> Weight:
-        """The frozen weight, whichever way the layer stores it."""
+        """The frozen weight, `(out_features, in_features)`."""
         return self.view.read(self.view.held(self.base))
 
     @property
     def weight(self) -> Stored:
-        """The effective weight, the way the base would store it, computed when used.
+        """The effective weight, laid out as the base stores W; computed when used.
 
-        For code that reads `layer.weight` instead of calling the layer, as
-        `nn.MultiheadAttention` does: it meets the adapted weight, with its gradients.
-        To ask for its dtype, shape or device computes nothing.
+        Some code reads `layer.weight` and does not call the layer, for example
+        `nn.MultiheadAttention`. Such code gets the adapted weight with its gradients.
+        The dtype, shape and device of the weight are known without computing it.
         """
         if self.merged_weight is not None:
             return self.view.turn(self.merged_weight)
         if torch.compiler.is_compiling():
             return self.view.turn(self.merged())
-        # What is held now: an unloaded base holds another weight.
+        # The base's weight is read now: after `unload` the base holds another weight.
         compute = partial(self._effective, self.view.held(self.base))
         form, trained = self.view.form(self.base), self.adapters.parameters()
         like = torch.empty(form.shape, dtype=form.dtype, device="meta")
@@ -151,9 +153,9 @@ class Adapted(nn.Module, ABC, Generic[Adapter]):
         return None if bias is None else self.adapt_bias(bias)
 
     def merged(self) -> Weight:
-        """Return $W'$, the weight of the plain layer that does the same.
+        """Return $W'$, the weight of the plain layer with the same output.
 
-        It is rounded once, to the dtype of W, also under autocast.
+        $W'$ is rounded once, to the dtype of W, also under autocast.
         """
         return self._merged(self.W)
 
@@ -164,15 +166,15 @@ class Adapted(nn.Module, ABC, Generic[Adapter]):
             return self._delta(W)
 
     def merge(self) -> "Adapted[Adapter]":
-        """Compute with $W'$ from now on; merging again starts from the base again.
+        """Compute with $W'$ from now on; a second merge starts from the base again.
 
         Raises:
-            InputError: if the weights are elsewhere: offloaded or sharded.
+            InputError: if the weights are offloaded or sharded.
         """
         check_here(self.base)
         with torch.inference_mode(False), torch.no_grad():
             merged, bias = self.merged().detach(), self.bias
-            # In memory as the base stores it, so that an unloaded layer rounds alike.
+            # Stored as the base stores W, so that an unloaded layer rounds alike.
             stored = self.view.turn(merged).contiguous()
             self.merged_weight = self.view.turn(stored)
             own = getattr(self.base, "bias", None)
@@ -180,12 +182,12 @@ class Adapted(nn.Module, ABC, Generic[Adapter]):
         return self
 
     def unmerge(self) -> "Adapted[Adapter]":
-        """Compute with the base and the adapters again; the base was never touched."""
+        """Compute with the base and the adapters again; the base has not changed."""
         self.merged_weight = self.merged_bias = None
         return self
 
     def unload(self) -> nn.Module:
-        """Return a plain layer: with $W'$ if merged, else as it was before."""
+        """Return a plain layer: with $W'$ if merged, else the base as it was before."""
         if self.merged_weight is None:
             return self.base
         plain = self.view.plain(self.base, self.merged_weight)
@@ -194,11 +196,11 @@ class Adapted(nn.Module, ABC, Generic[Adapter]):
         return plain
 
     def add(self, name: str, adapter: Adapter) -> None:
-        """Hold another adapter, inactive at first.
+        """Hold another adapter; the new adapter is inactive until `activate`.
 
         Raises:
             InputError: if the name is taken, or cannot be part of a state dict's key;
-                if the adapter is of another layer.
+                if the adapter belongs to another layer.
         """
         self.check_new(name)
         self.check_fits(self.view.form(self.base), adapter)
@@ -213,13 +215,13 @@ class Adapted(nn.Module, ABC, Generic[Adapter]):
             )
 
     def remove(self, name: str) -> None:
-        """Forget an adapter."""
+        """Remove an adapter from the layer."""
         self._check_known(name)
         self.activate({n: share for n, share in self.active.items() if n != name})
         del self.adapters[name]
 
     def activate(self, shares: Mapping[str, float]) -> None:
-        """Use the adapters named, each times its share; none leaves the base alone.
+        """Use the named adapters, each times its share; no name means the base alone.
 
         Raises:
             InputError: for a name that the layer does not hold.
@@ -230,7 +232,7 @@ class Adapted(nn.Module, ABC, Generic[Adapter]):
         _merge_again(self)
 
     def shares(self) -> list[tuple[float, Adapter]]:
-        """Return the active adapters, each behind its share."""
+        """Return the active adapters as pairs (share, adapter)."""
         return [(s, cast(Adapter, self.adapters[n])) for n, s in self.active.items()]
 
     def _delta(self, W: Weight) -> Weight:
@@ -255,7 +257,7 @@ class Adapted(nn.Module, ABC, Generic[Adapter]):
             )
 
     def __getattr__(self, name: str) -> Any:
-        """Answer for the base, except what other programs hang on each module."""
+        """Return an attribute of the base, except names that programs set anywhere."""
         try:
             return super().__getattr__(name)
         except AttributeError:
@@ -265,7 +267,7 @@ class Adapted(nn.Module, ABC, Generic[Adapter]):
             return getattr(base, name)
 
     def __setattr__(self, name: str, value: Any) -> None:
-        """Refuse to hide an attribute of the base."""
+        """Refuse to set an attribute that would hide one of the base."""
         base = self.__dict__.get("_modules", {}).get("base")
         if base is not None and name not in self.__dict__ and not name.startswith("_"):
             own = hasattr(type(self), name) and name not in ("weight", "bias", "W")
@@ -278,11 +280,11 @@ class Adapted(nn.Module, ABC, Generic[Adapter]):
 
 
 class _Within(TorchFunctionMode):
-    """The call of a base, in which its one product is handed to the adapted layer.
+    """A call of the base in which the adapted layer computes the base's one product.
 
-    A call, because whatever brings the weight in (offloading, sharding) does so for a
-    call alone, and because a second way to compute the layer would lose what surrounds
-    the product.
+    The base is called, because offloading and sharding bring the weight in only during
+    a call. A second way to compute the layer would also lose the code around the
+    product.
     """
 
     CASTS = frozenset(
@@ -321,7 +323,7 @@ def mixed(
     shares: Sequence[tuple[float, Adapter]],
     changed: Callable[[Adapter], Tensor],
 ) -> Tensor:
-    r"""Return $v + \sum_i s_i (f_i(v) - v)$: adapters that rescale, by shares s."""
+    r"""Return $v + \sum_i s_i (f_i(v) - v)$ for adapters $f_i$ with shares $s_i$."""
     if not shares:
         return v
     if [share for share, _ in shares] == [1]:
@@ -334,7 +336,7 @@ def mixed(
 
 @contextmanager
 def naming(layer: str) -> Iterator[None]:
-    """Put the layer's name in front of what is wrong with it."""
+    """Put the layer's name in front of the message of an error."""
     try:
         yield
     except InputError as error:
@@ -342,13 +344,13 @@ def naming(layer: str) -> Iterator[None]:
 
 
 def _merge_again(layer: Any, keys: object = None) -> None:
-    # After new values or another choice, what was merged before is out of date.
+    # New values or another choice of adapters make the merged weight out of date.
     if layer.merged_weight is not None:
         layer.merge()
 
 
 def check_here(base: nn.Module) -> None:
-    """Refuse to merge weights that are elsewhere: offloaded or sharded."""
+    """Refuse to merge a weight that is offloaded or sharded."""
     held = [p for p in base._parameters.values() if p is not None and p.ndim > 1]
     for weight in held:
         _check_here(base, weight)

@@ -1,4 +1,4 @@
-"""One head of attention: what a prefix attaches to."""
+"""One head of attention, to which prefix tuning adds keys and values."""
 
 from dataclasses import dataclass
 from math import sqrt
@@ -20,19 +20,19 @@ Mask = Bool[Tensor, "... queries keys"]
 
 @dataclass(frozen=True)
 class Head:
-    """What one head works on: queries, keys, values, and who may look at whom.
+    """The inputs of one head: queries, keys, values, and a mask.
 
-    The mask is looked at here, once: to look at it in each pass would make the host
-    wait for the device.
+    The mask is checked here, once. A check in each pass would make the host wait for
+    the device.
 
     Raises:
-        InputError: if the mask is not boolean, or a query may look at no key.
+        InputError: if the mask is not boolean, or hides all keys from a query.
     """
 
     Q: Queries
     K: Keys
     V: Values
-    mask: Mask | None = None  # True: may look
+    mask: Mask | None = None  # True: the query may use the key
 
     def __post_init__(self) -> None:
         if self.mask is not None:
@@ -40,7 +40,7 @@ class Head:
 
 
 def causal(queries: int, keys: int) -> Mask:
-    """Return the mask of a text that is read forwards, on the default device.
+    """Return the mask of a text read from left to right, on the default device.
 
     Raises:
         InputError: if there are fewer keys than queries.
@@ -53,10 +53,10 @@ def causal(queries: int, keys: int) -> Mask:
 
 
 def weights(head: Head) -> Shares:
-    r"""Return $P = softmax(Q K^T / \sqrt d)$, as the reference does.
+    r"""Return $P = softmax(Q K^T / \sqrt d)$, as `reference.attention.weights` does.
 
     Raises:
-        InputError: if the parts do not fit each other.
+        InputError: if the shapes of the parts contradict each other.
     """
     check_fits(head)
     logits = head.Q @ head.K.transpose(-1, -2) / sqrt(head.Q.shape[-1])
@@ -66,17 +66,17 @@ def weights(head: Head) -> Shares:
 
 
 def forward(head: Head) -> Mixed:
-    """Mix the values: $Y = P V$; fused, so the weights are never stored.
+    """Return the mixed values $Y = P V$; the fused operation never stores P.
 
     Raises:
-        InputError: if the parts do not fit each other.
+        InputError: if the shapes of the parts contradict each other.
     """
     check_fits(head)
     return scaled_dot_product_attention(head.Q, head.K, head.V, head.mask)
 
 
 def check_fits(head: Head) -> None:
-    """Refuse parts of different heads; no value is looked at."""
+    """Refuse parts of different heads by their shapes; no value is read."""
     check_shapes(
         {
             "Q": (head.Q, "... queries d"),

@@ -1,8 +1,8 @@
-"""Fast look-ups for eager code on a CPU: a table in the place of a search.
+"""Fast look-ups for eager code on a CPU: a table replaces a search.
 
-`torch.bucketize` searches 16 values for about 20 ns a number. The leading bits of a
-float32 say almost as much: they name an interval in which at most one boundary lies, so
-one comparison decides. The result is that of the search, for every float32.
+`torch.bucketize` needs about 20 ns to search 16 values for one number. The leading bits
+of a float32 select an interval that contains at most one boundary, so one comparison is
+enough. The result equals that of the search for every float32.
 """
 
 from functools import lru_cache
@@ -14,14 +14,15 @@ from torch import Tensor
 from minipeft.shapes import Float, UInt8
 
 WIDEST = 18
-"""Leading bits at the most: 1 MB of boundaries stays in the cache."""
+"""The largest number of leading bits: 1 MB of boundaries fits the cache."""
 
 
 class Bins(NamedTuple):
     """The intervals of float32 numbers that share their leading bits.
 
-    `low` is the code of an interval's numbers up to its `boundary`. The code of those
-    above it differs in the bits `flip`; where no boundary lies in an interval, in none.
+    `low` is the code of the numbers of an interval up to its `boundary`. The code of
+    the numbers above the boundary differs from `low` in the bits `flip`. In an interval
+    without a boundary `flip` is zero.
     """
 
     bits: int
@@ -35,7 +36,7 @@ def search(x: Float[Tensor, "..."], bins: Bins) -> UInt8[Tensor, "..."]:
     flat = x.reshape(-1)
     place = (flat.view(torch.int32) >> (32 - bins.bits)).add_(2 ** (bins.bits - 1))
     above = flat > bins.boundary.index_select(0, place)
-    # `torch.where` on bytes costs more than the rest together: 0 - 1 is all ones.
+    # Instead of the slow `torch.where` on bytes: in bytes, 0 - 1 has all bits set.
     flip = bins.flip.index_select(0, place).bitwise_and_(above.view(torch.uint8).neg())
     return bins.low.index_select(0, place).bitwise_xor_(flip).view(x.shape)
 
@@ -45,7 +46,7 @@ def search(x: Float[Tensor, "..."], bins: Bins) -> UInt8[Tensor, "..."]:
 def bins_of(codebook: tuple[float, ...]) -> Bins | None:
     """Return the intervals for the nearest values of a codebook, in order of its codes.
 
-    None where even the widest table leaves two boundaries in one interval.
+    None if even the largest table has an interval with two boundaries.
     """
     values, order = torch.tensor(codebook, device="cpu").sort(stable=True)
     midpoints = (values[:-1] + values[1:]) / 2
@@ -66,7 +67,7 @@ def _ends(bits: int) -> list[Float[Tensor, " bins"]]:
     leading = torch.arange(-(2 ** (bits - 1)), 2 ** (bits - 1), device="cpu")
     first = leading << (32 - bits)
     ends = (first, first + 2 ** (32 - bits) - 1)
-    # Beyond the largest number come infinity and NaN, which nobody looks up.
+    # Above the largest number come infinity and NaN, which are refused before.
     magnitudes = [(end & 0x7FFFFFFF).clamp(max=0x7F7FFFFF) for end in ends]
     sign = torch.where(leading < 0, -(2**31), 0)
     return [(m + sign).to(torch.int32).view(torch.float32) for m in magnitudes]
@@ -75,7 +76,7 @@ def _ends(bits: int) -> list[Float[Tensor, " bins"]]:
 @lru_cache(maxsize=16)
 @torch.inference_mode(False)
 def pairs_of(codebook: tuple[float, ...]) -> Tensor:
-    """Return the two values of every byte of 4-bit codes, as one 64-bit number each."""
+    """Return, for every byte of 4-bit codes, its two values as one 64-bit number."""
     values = torch.tensor(codebook, device="cpu")
     byte = torch.arange(256, device="cpu")
     pairs = torch.stack([values[byte >> 4], values[byte & 15]], dim=1)

@@ -18,9 +18,9 @@ from minipeft.torch.bins import bins_of, pairs_of, search
 from minipeft.torch.codebook import NF4, code_bits
 
 SLICE = 2**18
-"""Values that eager code on a CPU takes at a time: 1 MB in float32."""
+"""Values that eager code on a CPU processes at a time: 1 MB in float32."""
 FEW = 2**10
-"""Below so many numbers a search is as fast as a table."""
+"""For fewer numbers than this, a search is as fast as a table."""
 
 
 @dataclass(frozen=True)
@@ -39,14 +39,9 @@ def quantize(
     codebook: Float[Tensor, " codes"] = NF4,
     blocksize: int = 64,
 ) -> Blockwise:
-    r"""Round every value to the nearest code of its scaled block.
+    """Round every value to the nearest code of its scaled block.
 
-    $q_i = \arg\min_k |c_k - W_i / a|$ with $a = \max_{j \in \text{block}} |W_j|$.
-
-    Args:
-        W: any shape; read row by row, so blocks run across rows. The last may be short.
-        codebook: 2, 4, 8, 16 … 256 values in [-1, 1] in the order of their codes.
-        blocksize: values in a block, a power of two.
+    Formula and arguments: `reference.blockwise.quantize`.
 
     Raises:
         InputError: at the first NaN or infinity; if `blocksize` is no power of two.
@@ -65,7 +60,7 @@ def quantize(
 def encode(
     flat: Inexact[Tensor, " n"], codebook: Float[Tensor, " codes"], blocksize: int
 ) -> tuple[UInt8[Tensor, " bytes"], Float[Tensor, " blocks"]]:
-    """Return codes and scales of values that are known to be finite.
+    """Return codes and scales; the caller has checked that every value is finite.
 
     Args:
         flat: the values.
@@ -74,7 +69,7 @@ def encode(
     """
     if not on_cpu(flat):
         return _encode(flat.float(), codebook, blocksize)
-    # Slice by slice: what lies between two operations stays in the cache.
+    # Slice by slice: the intermediate results stay in the processor's cache.
     slices = torch.split(flat, max(SLICE, blocksize))
     parts = [_encode(one.float(), codebook, blocksize) for one in slices]
     if len(parts) == 1:
@@ -87,7 +82,7 @@ def _encode(
     flat: Float[Tensor, " n"], codebook: Float[Tensor, " codes"], blocksize: int
 ) -> tuple[UInt8[Tensor, " bytes"], Float[Tensor, " blocks"]]:
     bits, n = code_bits(codebook), len(flat)
-    # Zeros fill the last block and the last byte: blocks, bytes and spare codes alike.
+    # Zeros fill the last block and the unused end of the last byte.
     blocks = _fill(flat, max(blocksize, 8)).view(-1, blocksize)
     absmax = blocks.abs().amax(dim=1)
     packed = pack(nearest(_scaled(blocks, absmax), codebook).view(-1), bits)
@@ -97,17 +92,15 @@ def _encode(
 def dequantize(
     q: Blockwise, dtype: torch.dtype = torch.float32
 ) -> Inexact[Tensor, "..."]:
-    r"""Give every code its value back: $\hat W_i = c_{q_i} \cdot a$.
-
-    The product is rounded to float32, and once more to `dtype`.
+    """Replace every code by its value, as `reference.blockwise.dequantize` does.
 
     Args:
         q: what `quantize` returned.
-        dtype: of the result.
+        dtype: of the result; the float32 product is rounded to it.
 
     Raises:
-        InputError: if there are codes or scales too few or too many, or the result
-            would hold no floats.
+        InputError: if the number of codes or scales does not fit the shape, or `dtype`
+            is no float dtype.
     """
     if not dtype.is_floating_point:
         raise InputError(f"the result has dtype {dtype}; choose a float dtype.")
@@ -115,7 +108,7 @@ def dequantize(
     if bits == 4 and on_cpu(q.packed) and not n % max(q.blocksize, 2):
         return _dequantize_slices(q, dtype)
     decoded = _decode(q.packed, q.codebook, n)
-    # By block and byte: a compiler then meets the values of a byte in one inner loop.
+    # Axes: block, byte, code. A compiler can then decode one byte in an inner loop.
     width = min(8 // bits, q.blocksize)
     blocks = _fill(decoded, q.blocksize).view(-1, q.blocksize // width, width)
     blocks = blocks * q.absmax.float().view(-1, 1, 1)
@@ -123,7 +116,7 @@ def dequantize(
 
 
 def _dequantize_slices(q: Blockwise, dtype: torch.dtype) -> Inexact[Tensor, "..."]:
-    """Decode whole blocks of four bits, a slice at a time, two values a look-up."""
+    """Decode whole blocks of 4-bit codes by slices; one look-up gives two values."""
     pairs = pairs_of(tuple(q.codebook.tolist()))
     W = torch.empty(q.shape, dtype=dtype, device=q.packed.device)
     size = max(SLICE, q.blocksize)
@@ -140,7 +133,7 @@ def _dequantize_slices(q: Blockwise, dtype: torch.dtype) -> Inexact[Tensor, "...
 
 
 def on_cpu(tensor: Tensor) -> bool:
-    """Tell whether tables pay: eager code on plain numbers of a CPU."""
+    """Tell whether look-up tables are faster: for eager code on a CPU."""
     plain = type(tensor) in (Tensor, Parameter) and tensor.device.type == "cpu"
     return plain and not torch.compiler.is_compiling() and not _tracing()
 
@@ -152,19 +145,15 @@ def _tracing() -> bool:
 def nearest(
     scaled: Float[Tensor, "..."], codebook: Float[Tensor, " codes"]
 ) -> UInt8[Tensor, "..."]:
-    """Return the code of the nearest value; a tie goes to the lower value.
-
-    The boundaries are float32 midpoints of neighbouring values. Equal values keep
-    their order (FP4 has two zeros), so a value above zero meets the second.
-    """
+    """Return the code of the nearest value, as `reference.blockwise.nearest` does."""
     many = scaled.dtype == torch.float32 and scaled.numel() >= FEW
     if many and on_cpu(scaled) and (bins := bins_of(tuple(codebook.tolist()))):
         return search(scaled, bins)
     values, order = codebook.sort(stable=True)
     midpoints = (values[:-1] + values[1:]) / 2
     if torch.compiler.is_compiling() and len(codebook) <= 16:
-        # Fused into one vectorized pass, a few comparisons beat a search tenfold;
-        # eagerly each would be a pass over memory of its own.
+        # A compiler fuses the comparisons into one pass, 10 times as fast as a search.
+        # In eager code each comparison would read all the memory once.
         codes = order[0].float()
         for k in range(len(midpoints)):
             codes = torch.where(scaled > midpoints[k], order[k + 1].float(), codes)
@@ -175,16 +164,10 @@ def nearest(
 def pack(
     codes: UInt8[Tensor, " n"], bits: int, fill: int = 0
 ) -> UInt8[Tensor, " bytes"]:
-    """Write codes of `bits` bits one after another, the first in the HIGH bits.
-
-    Args:
-        codes: each below `2**bits`.
-        bits: 1 to 8.
-        fill: the code that stands in the unused end of the last byte.
-    """
+    """Write codes of `bits` bits one after another: `reference.blockwise.pack`."""
     if bits == 8:
         return codes
-    period = lcm(bits, 8)  # after so many bits a code ends on a byte again
+    period = lcm(bits, 8)  # after this many bits a code ends where a byte ends
     groups = _fill(codes, period // bits, fill).view(-1, period // bits)
     columns = [torch.zeros_like(groups[:, 0]) for _ in range(period // 8)]
     for i, j, shift in _overlaps(bits):
@@ -193,7 +176,7 @@ def pack(
 
 
 def unpack(packed: UInt8[Tensor, " bytes"], bits: int, n: int) -> UInt8[Tensor, " n"]:
-    """Read back the first `n` codes that `pack` wrote."""
+    """Return the first `n` codes that `pack` wrote."""
     period = lcm(bits, 8)
     groups = _fill(packed, period // 8).view(-1, period // 8)
     columns = [torch.zeros_like(groups[:, 0]) for _ in range(period // bits)]
@@ -211,7 +194,7 @@ def check_blocksize(blocksize: int) -> None:
 
 
 def check_parts(q: Blockwise) -> int:
-    """Return the number of weights; refuse codes or scales that are not theirs."""
+    """Return the number of weights; refuse another number of codes or scales."""
     check_blocksize(q.blocksize)
     if min(q.shape, default=0) < 0:
         raise InputError(f"shape is {q.shape}; choose lengths of 0 or more.")
@@ -229,7 +212,7 @@ def check_parts(q: Blockwise) -> int:
 
 
 def check_bytes(name: str, tensor: Tensor) -> None:
-    """Refuse codes that are no list of bytes."""
+    """Refuse codes that are not one axis of bytes."""
     if tensor.dtype != torch.uint8 or tensor.dim() != 1:
         raise InputError(
             f"{name} has dtype {tensor.dtype} and shape {tuple(tensor.shape)}; give a "
@@ -239,7 +222,8 @@ def check_bytes(name: str, tensor: Tensor) -> None:
 
 def _check_codebook(codebook: Float[Tensor, " codes"]) -> None:
     code_bits(codebook)
-    # On a device nobody looks: it came from here.
+    # A codebook on a GPU is not read: to read it would make the host wait. It is a
+    # copy of one that was checked on the CPU.
     if codebook.device.type != "cpu" or torch.compiler.is_compiling():
         return
     bad = torch.nonzero(~torch.isfinite(codebook))
@@ -251,10 +235,10 @@ def _check_codebook(codebook: Float[Tensor, " codes"]) -> None:
 
 
 def check_finite(flat: Float[Tensor, " n"], absmax: Float[Tensor, " blocks"]) -> None:
-    """Refuse NaN and infinities: one would spoil the scale of its whole block.
+    """Refuse NaN and infinities: one of them would spoil the scale of its whole block.
 
-    So the scales tell, without another pass over the weights. A compiled graph has no
-    exceptions of ours: there it stops with a RuntimeError of the same meaning.
+    The scales show whether one is there, so the weights are not read again. In a
+    compiled graph the check raises a RuntimeError with the same meaning.
     """
     finite = torch.isfinite(absmax).all()
     if torch.compiler.is_compiling():
@@ -270,12 +254,12 @@ def check_finite(flat: Float[Tensor, " n"], absmax: Float[Tensor, " blocks"]) ->
 def _scaled(
     blocks: Float[Tensor, "blocks blocksize"], absmax: Float[Tensor, " blocks"]
 ) -> Float[Tensor, "blocks blocksize"]:
-    # The reciprocal of a subnormal overflows; lifting both by 2**64 first is exact.
-    # (Two numbers in `where` would have the default dtype.)
+    # The reciprocal of a subnormal overflows. To multiply both by 2**64 first is exact.
+    # (`where` would give two plain numbers torch's default dtype.)
     one = torch.ones_like(absmax)
     lift = torch.where(absmax < torch.finfo(torch.float32).tiny, one * 2.0**64, one)
     lifted = torch.where(absmax == 0, 1.0, absmax * lift)
-    # Through float64, because GPU compilers may approximate a float32 division; the
+    # In float64, because GPU compilers may approximate a float32 division; the
     # second rounding never changes the result of the first.
     inverse = (1 / lifted.double()).float()
     if on_cpu(blocks) and not bool((lift > 1).any()):
@@ -291,7 +275,7 @@ def _decode(
         return codebook.index_select(0, packed.int())
     if 8 % bits:
         return codebook[unpack(packed, bits, n).int()]
-    # A byte of whole codes has 256 meanings: one look-up gives all its values at once.
+    # A byte has 256 possible contents: one look-up decodes all codes of a byte.
     byte = torch.arange(256, device=packed.device)
     places = range(8 - bits, -1, -bits)
     meanings = torch.stack([codebook[byte >> p & 2**bits - 1] for p in places], dim=1)
@@ -299,7 +283,7 @@ def _decode(
 
 
 def _overlaps(bits: int) -> list[tuple[int, int, int]]:
-    # Code i of a group of whole bytes lies in byte j, so many bits to the left.
+    # Code i of a group lies in byte j, shifted to the left by this many bits.
     places = [
         (i, j, 8 * (j + 1) - bits * (i + 1))
         for i in range(lcm(bits, 8) // bits)

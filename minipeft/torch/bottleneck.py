@@ -1,4 +1,4 @@
-"""Bottleneck adapters: a small two-layer network beside or behind a frozen part."""
+"""Bottleneck adapters: a small two-layer network beside or behind a frozen layer."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -33,7 +33,7 @@ UpBias = Float[Tensor, " features"]
 
 
 class Bottleneck(nn.Module):
-    """Down to few features, a ReLU, and up again."""
+    """A projection to few features, a ReLU, and a projection back."""
 
     down: Down
     up: Up
@@ -61,9 +61,9 @@ class Bottleneck(nn.Module):
         self.check_fits()
 
     def forward(self, x: Stream) -> Stream:
-        r"""Return what the adapter adds: $s\,(\mathrm{ReLU}(x D^T + c)\,U^T + e)$.
+        r"""Return the change of the output: $s\,(\mathrm{ReLU}(x D^T + c)\,U^T + e)$.
 
-        In the dtype of the adapter, whatever x has.
+        The result has the dtype of the adapter, for every dtype of x.
 
         Raises:
             InputError: if an operand has another adapter's shape, or no float dtype.
@@ -73,7 +73,7 @@ class Bottleneck(nn.Module):
         return self.scaling * linear(h, self.up, self.up_bias)
 
     def check_fits(self, x: Stream | None = None) -> None:
-        """Refuse an input or a part of another adapter: torch would broadcast it."""
+        """Refuse an input or a part of another adapter; torch would broadcast it."""
         check_shapes(
             {
                 "down": (self.down, "bottleneck features"),
@@ -85,14 +85,16 @@ class Bottleneck(nn.Module):
         )
 
 
-@torch.inference_mode(False)  # else nothing could be trained
+@torch.inference_mode(False)  # parameters made in inference mode cannot be trained
 def init(
     generator: torch.Generator | None,
     features: int,
     bottleneck: int,
     scaling: float = 1.0,
 ) -> Bottleneck:
-    """Start at no change, in float32 on the CPU, whatever the defaults are.
+    """Start without a change of the output, in float32 on the CPU.
+
+    Torch's default dtype and device have no effect.
 
     Raises:
         InputError: if the bottleneck is empty, or the scaling not finite.
@@ -106,9 +108,10 @@ def init(
 
 
 class Serial(Adapted[Bottleneck]):
-    """A frozen layer with adapters behind it: h + f(h), where h is its output.
+    """A frozen layer with adapters behind it: h + f(h), where h is the layer's output.
 
-    A sublayer ends in a linear layer, so behind that layer is behind the sublayer.
+    The last part of a sublayer is a linear layer, so an adapter behind that layer is an
+    adapter behind the sublayer.
     """
 
     @staticmethod
@@ -121,17 +124,17 @@ class Serial(Adapted[Bottleneck]):
         check_shape("up_bias", adapter.up_bias, form.out_features)
 
     def adapt(self, product: Product) -> Output:
-        """Return h, and what each adapter adds to it times its share."""
+        """Return h plus the output of each adapter times its share."""
         h = total = product.y
         for share, adapter in self.shares():
             total = total + share * adapter(h)
         return total.to(h.dtype)
 
     def change(self, adapter: Bottleneck, W: Weight) -> Weight:
-        """Refuse: no weight does the same.
+        """Refuse: no change of the weight has the effect of this adapter.
 
         Raises:
-            InputError: always, and it says why.
+            InputError: always; the message gives the reason.
         """
         raise InputError(
             "a bottleneck adapter bends at its ReLU, and no weight matrix does that: "
@@ -143,7 +146,8 @@ class Serial(Adapted[Bottleneck]):
 class BottleneckConfig:
     """Serial adapters: Houlsby's behind both sublayers, Pfeiffer's behind one.
 
-    The targets decide: in a Llama `["o_proj", "down_proj"]` or `["down_proj"]`.
+    The targets select the variant: in a Llama `["o_proj", "down_proj"]` gives Houlsby's
+    and `["down_proj"]` Pfeiffer's.
     """
 
     bottleneck: int
@@ -154,7 +158,7 @@ class BottleneckConfig:
     def adapters(
         self, layers: Mapping[str, nn.Module], generator: torch.Generator | None = None
     ) -> dict[str, Bottleneck]:
-        """Return a new adapter for each layer, where the layer lives.
+        """Return a new adapter for each layer, on the device of the layer.
 
         Raises:
             InputError: if the bottleneck is empty.
@@ -171,10 +175,10 @@ class BottleneckConfig:
 
 
 class Parallel(nn.Module):
-    """A frozen sublayer with an adapter beside it: both read x, their outputs add up.
+    """A frozen sublayer and an adapter: both read x, and their outputs are added.
 
-    It reads what the module reads: in a model that normalizes in front of its
-    sublayers, the normalized x.
+    The adapter reads the input of the module. In a model that normalizes before each
+    sublayer, the adapter reads the normalized x.
 
     Source: He et al. (arXiv:2110.04366), section 4.
     """
@@ -186,10 +190,10 @@ class Parallel(nn.Module):
         self.train(base.training)
 
     def forward(self, x: Stream) -> Stream:
-        """Apply the sublayer, and add what the adapter adds.
+        """Return the output of the sublayer plus the output of the adapter.
 
         Raises:
-            InputError: if the sublayer writes another width than the adapter.
+            InputError: if the two outputs have different widths.
         """
         h, change = self.base(x), self.adapter(x)
         if h.shape != change.shape:
@@ -201,7 +205,7 @@ class Parallel(nn.Module):
         return cast(Tensor, (h + change).to(h.dtype))
 
     def __getattr__(self, name: str) -> Any:
-        """Answer for the sublayer, but for its weights: they know of no adapter."""
+        """Return an attribute of the sublayer; refuse its weights, without f."""
         try:
             return super().__getattr__(name)
         except AttributeError:
@@ -219,17 +223,17 @@ def place_beside(
     features: int,
     generator: torch.Generator | None = None,
 ) -> Model:
-    """Freeze all but adapters, and put one beside each module that the targets name.
+    """Freeze the model and put a trained adapter beside each target module.
 
     Args:
         model: changed in place.
         config: of the adapters.
         targets: full names, last parts of names, such as `["mlp"]`, or patterns.
-        features: width of what the modules read and write.
+        features: width of the inputs and outputs of the modules.
         generator: for the random start; None for torch's own.
 
     Raises:
-        InputError: if a target matches nothing, or what it matches has an adapter.
+        InputError: if a target matches nothing, or a matched module has an adapter.
     """
     modules = {name: module for name, module in model.named_modules() if name}
     found = {name: modules[name] for name in chosen(modules, targets)}

@@ -13,13 +13,13 @@ Codebook = Float[Tensor, " codes"]
 
 @torch.inference_mode(False)
 def _table(values: list[float]) -> Codebook:
-    # A plain tensor on the CPU, whatever the default device is and wherever this file
-    # is imported; `quantize` moves it to the weight.
+    # A plain tensor on the CPU, also if another default device is set when this file is
+    # imported; `quantize` copies the tensor to the device of the weight.
     return torch.tensor(values, dtype=torch.float32, device="cpu")
 
 
-# The published table, literally: its own formula gives other last bits, because the
-# quantiles were once computed from float32 points (see `normal_float`).
+# The published numbers: the published formula gives other last bits, because the
+# numbers were computed from float32 probabilities (see `normal_float`).
 NF4: Codebook = _table(
     [
         -1.0,
@@ -41,26 +41,17 @@ NF4: Codebook = _table(
     ]
 )
 
-# Sign, two exponent bits, one mantissa bit, over 12: the order is that of the bits, so
-# it is not sorted, and zero stands twice (codes 0 and 8, both positive).
+# Sign, two exponent bits, one mantissa bit; divided by 12. The order is that of the
+# bits, so the values are not sorted, and codes 0 and 8 are both +0.
 _TWELFTHS = (0, 0.0625, 8, 12, 4, 6, 2, 3, 0, -0.0625, -8, -12, -4, -6, -2, -3)
 FP4: Codebook = _table([twelfths / 12 for twelfths in _TWELFTHS])
 
 
 @torch.inference_mode(False)
 def normal_float(bits: int, offset: float = 929 / 960) -> Codebook:
-    r"""Quantiles of the standard normal distribution, divided by the largest.
+    """Return quantiles of the standard normal distribution, divided by the largest.
 
-    $q_i = \Phi^{-1}(p_i) / \Phi^{-1}(\delta)$ with $p$ evenly spaced from the offset
-    $\delta$ to $1/2$: $2^{b-1}$ points on the positive side, $2^{b-1} - 1$ on the
-    negative side, and an exact zero between them.
-
-    Args:
-        bits: width of a code, 2 to 8.
-        offset: the outermost probability; 929/960 is the mean of 1 - 1/30 and 1 - 1/32.
-
-    Returns:
-        `2**bits` values in [-1, 1], ascending, float32.
+    Formula and arguments: `reference.codebook.normal_float`.
 
     Raises:
         InputError: if `bits` or `offset` is out of range.
@@ -80,19 +71,9 @@ def normal_float(bits: int, offset: float = 929 / 960) -> Codebook:
 
 @torch.inference_mode(False)
 def dynamic_map(signed: bool = True) -> Codebook:
-    r"""The 256 values of the dynamic 8-bit data type, ascending.
+    """Return the 256 values of the dynamic 8-bit data type, ascending, in float32.
 
-    An exponent of base 10 in unary and a linear fraction in the bits that remain:
-    $10^{i-6}$ times the midpoints of `linspace(0.1, 1, 2^i + 1)` for i = 0 … 6, on
-    both sides of zero. Unsigned, the sign bit goes to the fraction: $2^{i+1} + 1$
-    points. Zero and 1.0 complete the map, so the signed one is not symmetric.
-
-    Args:
-        signed: both signs, as for a first moment or centred scales; False for a second
-            moment, which is never negative.
-
-    Returns:
-        256 values, float32; every operation is rounded to float32, as published.
+    Formula and arguments: `reference.codebook.dynamic_map`.
 
     Source: 8-bit optimizers (arXiv:2110.02861), section 1.3.
     """
@@ -106,16 +87,16 @@ def dynamic_map(signed: bool = True) -> Codebook:
 
 @cache
 def dynamic_map_on(device: torch.device, signed: bool = True) -> Codebook:
-    """Return the dynamic map on a device; it is made and copied there once."""
-    with torch.inference_mode(False):  # of a later gradient it may be a part
+    """Return the dynamic map on a device; the first call copies it there."""
+    with torch.inference_mode(False):  # a later backward pass may use the tensor
         return dynamic_map(signed).to(device)
 
 
 def code_bits(codebook: Float[Tensor, " codes"]) -> int:
-    """Return the width of a code; no value is looked at.
+    """Return the number of bits of a code; no value is read.
 
     Raises:
-        InputError: if the codebook is no list of 2, 4, 8, 16 … 256 floats.
+        InputError: if the codebook is not one axis of 2, 4, 8, 16 … 256 floats.
     """
     check_shapes({"the codebook": (codebook, "codes")})
     bits = len(codebook).bit_length() - 1
@@ -132,8 +113,8 @@ def _quantiles(offset: float, points: int) -> Float[Tensor, " points"]:
 
 
 def _linspace32(start: float, stop: float, points: int) -> Codebook:
-    # What `torch.linspace` gives in float32 where the CPU has a fused multiply-add;
-    # where it has none, torch itself returns other last bits, so we spell it out.
+    # The bits of `torch.linspace` in float32 on a CPU with a fused multiply-add. On a
+    # CPU without one, `torch.linspace` returns other last bits.
     first, last = _table([start, stop]).double()
     step = ((last - first) / (points - 1)).float().double()
     i = torch.arange(points, device="cpu")

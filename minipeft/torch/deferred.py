@@ -1,4 +1,4 @@
-"""A weight that is not there until something is computed with it."""
+"""A weight that is computed only when an operation uses it."""
 
 from collections.abc import Callable
 from typing import Any
@@ -17,19 +17,19 @@ METADATA = frozenset(
     | {Tensor.size, Tensor.dim, Tensor.numel, Tensor.stride, Tensor.__len__}
     | {Tensor.is_floating_point, Tensor.is_complex, Tensor.element_size}
 )
-"""What is asked of a tensor without a value of it."""
+"""Attributes and methods of a tensor that need none of its values."""
 
-# Asked for in order to write, and then refused.
+# Code reads `.data` in order to write to it, so reading it is refused.
 _DATA = vars(torch._C.TensorBase)["data"].__get__
 
 WRITES = ("__set__", "__setitem__", "__iadd__", "__isub__", "__imul__", "__itruediv__")
 
 
 class Deferred(Tensor):
-    """A weight that is computed when something is computed with it.
+    """A weight that is computed when an operation uses it.
 
-    Its shape, dtype and device are known before. To write to it is refused: the change
-    would be lost.
+    Its shape, dtype and device are known before. Writing to it is refused, because the
+    written values would be lost.
     """
 
     compute: Callable[[], Tensor]
@@ -57,7 +57,7 @@ class Deferred(Tensor):
     def __torch_function__(
         cls, function: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
-        """Answer from what is known, or compute the weight and go on with it."""
+        """Answer from the known facts, or compute the weight and call the function."""
         if function in METADATA:
             with torch._C.DisableTorchFunctionSubclass():
                 return function(*args)
@@ -76,6 +76,6 @@ class Deferred(Tensor):
     def __torch_dispatch__(  # type: ignore[override]
         cls, function: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
-        """Compute the weight and go on with it."""
+        """Compute the weight and call the operator."""
         now = tree_map_only(cls, lambda weight: weight.compute(), (args, kwargs or {}))
         return function(*now[0], **now[1])

@@ -1,4 +1,4 @@
-"""DoRA: every row of the weight has a trained length, and LoRA turns its direction."""
+"""DoRA: each row of the weight has a trained length; LoRA changes its direction."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -27,15 +27,15 @@ from minipeft.torch.lora import LoRA, LoRAConfig, MatrixA
 Rows = Float[Tensor, " out_features"]
 
 ROWS = 512
-"""Rows of W that are widened and squared at a time: what the norm costs in memory."""
+"""Rows of W that are converted and squared at a time; this limits the memory used."""
 
 
 class DoRA(LoRA):
-    """The trained parts: LoRA's, and one length for each output row.
+    """The trained parts: a LoRA, and one length for each output row.
 
     Args:
-        update: the part that turns the rows; its A and B become this adapter's.
-        magnitude: of each row, in the dtype of A.
+        update: the LoRA that changes the directions; this module uses its A and B.
+        magnitude: the length of each row, in the dtype of A.
     """
 
     magnitude: Rows
@@ -48,11 +48,11 @@ class DoRA(LoRA):
     def forward(self, product: Product, dtype: torch.dtype | None = None) -> Output:
         r"""Return the new output: $g \odot (x W^T + s (x A^T) B^T) + b$.
 
-        V is never formed.
+        V = W + s B A is never formed.
 
         Args:
             product: of the frozen layer.
-            dtype: of the output; None: that of the frozen layer's.
+            dtype: of the output; None: the dtype of the frozen layer's output.
         """
         check_fits(product.form, self)
         z = product.y + super().forward(product)
@@ -61,7 +61,7 @@ class DoRA(LoRA):
 
 
 def init(generator: torch.Generator | None, W: Weight, r: int, alpha: float) -> DoRA:
-    r"""Start at the weight itself: LoRA's A and B, and $m_i = \|W_i\|$.
+    r"""Start at the weight itself: A and B as in LoRA, and $m_i = \|W_i\|$.
 
     Source: DoRA (arXiv:2402.09353), section 4.1.
     """
@@ -71,11 +71,10 @@ def init(generator: torch.Generator | None, W: Weight, r: int, alpha: float) -> 
 
 @torch.no_grad()
 def squared_row_norm(W: Weight, update: LoRA) -> Rows:
-    r"""Return the squared norm of each row of V = W + s B A, without forming V.
+    """Return the squared norm of each row of V = W + s B A, without forming V.
 
-    $\|V_i\|^2 = \|W_i\|^2 + 2s\,(W A^T)_i \cdot B_i + s^2\,B_i (A A^T) B_i^T$, in
-    float32 or wider, also under autocast: O((in + out) r) numbers of memory where V has
-    in times out.
+    Formula: `reference.dora.squared_row_norm`; computed in float32 or wider, also under
+    autocast.
     """
     lora.check_fits(Form.of(W), update)
     wide = torch.promote_types(W.dtype, torch.float32)
@@ -102,12 +101,12 @@ def row_norm(W: Weight, update: LoRA) -> Rows:
     ):
         norm: Tensor = operators.dora_row_norm(W.detach(), A, B, update.scaling)
         return norm
-    # Rounding can leave a row that cancels to zero slightly below it.
+    # Rounding can make the squared norm of a zero row slightly negative.
     return squared_row_norm(W, update).clamp(min=0).sqrt()
 
 
 def over_norm(values: Rows, norm: Rows) -> Rows:
-    r"""Return values / norm, and 0 for a zero row, whose direction is zero."""
+    """Return values / norm; for a zero row, whose direction is zero, return 0."""
     check_shape("values", values, *norm.shape)
     zero = norm == 0
     return torch.where(zero, 0, values / torch.where(zero, 1, norm))
@@ -116,7 +115,7 @@ def over_norm(values: Rows, norm: Rows) -> Rows:
 def _rescale(
     z: Output, magnitude: Rows, norm: Rows, bias: Bias | None, dtype: torch.dtype
 ) -> Output:
-    # g (z - b) + b with g = m / |V|, where the norm is a constant; z holds the bias b,
+    # g (z - b) + b with g = m / |V|, the norm a constant. z includes the bias b,
     # which g must not scale. Rounded once, to `dtype`.
     if transformed() or not torch.is_grad_enabled():
         return _rescaled(z, over_norm(magnitude, norm), bias).to(dtype)
@@ -125,17 +124,19 @@ def _rescale(
 
 
 def _rescaled(z: Output, g: Rows, bias: Bias | None) -> Output:
-    # Not g (z - b) + b, which would round where g is 1: a new adapter changes no bit.
+    # Not computed as g (z - b) + b: that rounds even where g = 1, but a new adapter
+    # must change no bit.
     return g * z if bias is None else torch.addcmul((1 - g) * bias, z, g)
 
 
 class _Rescale(torch.autograd.Function):
-    """`_rescale`, with its output remembered in place of its input.
+    """`_rescale` for autograd, which stores the output instead of the input z.
 
-    The magnitude's gradient needs z, which nothing else would keep. But z follows from
-    the output, which the next layer keeps anyway, so DoRA trains in the memory of LoRA.
-    Where a gain is too small to divide by, the columns of z are kept after all: as an
-    output too, because only inputs and outputs can be differentiated twice.
+    The gradient of the magnitude needs z, which no other operation stores. z follows
+    from the output, which the next layer stores anyway, so DoRA trains with the memory
+    of LoRA. Where g is too small to divide by, the columns of z are stored after all:
+    they are returned as an output, because torch can differentiate twice only through
+    inputs and outputs.
     """
 
     SMALL = 2.0**-4
@@ -215,17 +216,17 @@ def merge(W: Weight, adapter: DoRA) -> Weight:
 
 
 def check_fits(form: Form, adapter: DoRA) -> None:
-    """Refuse parts of another layer: a magnitude of one number would broadcast."""
+    """Refuse parts of another layer; torch would broadcast a single magnitude."""
     lora.check_fits(form, adapter)
     check_shape("magnitude", adapter.magnitude, form.out_features)
 
 
 class DoRALinear(Adapted[DoRA]):
-    r"""A frozen layer whose rows are turned and given a length.
+    r"""A frozen layer with trained directions and lengths of its rows.
 
-    $y = g \odot (x W^T + s (x A^T) B^T) + b$ with $g_i = m_i / \|V_i\|$ and
-    V = W + s B A. Dropout acts on the way to A alone, never on the norm. Several active
-    adapters add up what each of them changes, times its share.
+    $y = g \odot (x W^T + s (x A^T) B^T) + b$ with $g_i = m_i / \|V_i\|$ and V = W + s B
+    A. Dropout changes the input of A and never the norm. With several active adapters,
+    the changes of the output are added, each times its share.
 
     Source: DoRA (arXiv:2402.09353), equation 5.
     """
@@ -262,10 +263,10 @@ class DoRAConfig:
     def adapters(
         self, layers: Mapping[str, nn.Module], generator: torch.Generator | None = None
     ) -> dict[str, DoRA]:
-        """Return a new adapter for each layer, where the layer lives.
+        """Return a new adapter for each layer, on the device of the layer.
 
         Raises:
-            InputError: if r or dropout is out of range; the sentence names the layer.
+            InputError: if r or dropout is out of range; the message names the layer.
         """
         updates = LoRAConfig(self.r, self.alpha, self.rank_stabilized, self.dropout)
         found = updates.adapters(layers, generator)

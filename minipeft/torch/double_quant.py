@@ -33,16 +33,9 @@ def quantize(
     blocksize: int = 64,
     nested_blocksize: int = 256,
 ) -> Nested:
-    r"""Quantize the weights, then their scales around the mean scale.
+    """Quantize the weights, then their scales around the mean scale.
 
-    $\bar a = \operatorname{mean}(a)$; $a - \bar a$ is quantized blockwise in turn.
-    Scales are positive: without the mean, half of the signed codes would idle.
-
-    Args:
-        W: any shape; read row by row, so blocks run across rows. The last may be short.
-        codebook: of the weights, as in `blockwise.quantize`.
-        blocksize: weights that share a scale, a power of two.
-        nested_blocksize: scales that share a nested scale, a power of two.
+    Formula and arguments: `reference.double_quant.quantize`.
 
     Raises:
         InputError: at the first NaN or infinity; if a block size is no power of two.
@@ -67,11 +60,7 @@ def quantize(
 
 
 def dequantize(q: Nested, dtype: torch.dtype = torch.float32) -> Inexact[Tensor, "..."]:
-    r"""Give the scales their values back, then the weights.
-
-    $\hat W_i = c_{q_i} \cdot \hat a$ with $\hat a = d_s \cdot a_2 + \bar a$, where $d$
-    is the dynamic map, s the code of the scale and $a_2$ the nested scale. Product and
-    sum are rounded to float32 one after the other.
+    """Decode the scales, then the weights, as `reference.double_quant.dequantize` does.
 
     Args:
         q: what `quantize` returned.
@@ -83,10 +72,8 @@ def dequantize(q: Nested, dtype: torch.dtype = torch.float32) -> Inexact[Tensor,
 def unnest(q: Nested) -> Blockwise:
     """Return the same codes with the decoded scales in float32.
 
-    A scale far below the mean can come back as zero or a little below it.
-
     Raises:
-        InputError: if there are codes or nested scales too few or too many.
+        InputError: if the number of codes or of nested scales does not fit the shape.
     """
     blockwise.check_blocksize(q.blocksize)
     if q.offset.shape != ():
@@ -108,14 +95,7 @@ def unnest(q: Nested) -> Blockwise:
 
 
 def bits_per_parameter(q: Nested | Blockwise) -> float:
-    r"""Return the stored bits over the number of weights, the offset included.
-
-    $b + 8/B + 32/(B B_2) + 32/n$ where all blocks are full: 4.127 for NF4 with B = 64
-    and B₂ = 256, of which the scales take 0.127. Plain blocks take $b + 32/B$ = 4.5.
-    The codebooks are constants and not counted.
-
-    Source: QLoRA (arXiv:2305.14314), section 3.
-    """
+    """Return the stored bits per weight, as the reference counts them."""
     parts = [q.packed]
     if isinstance(q, Nested):
         parts += [q.absmax_codes, q.nested_absmax, q.offset]
@@ -125,10 +105,10 @@ def bits_per_parameter(q: Nested | Blockwise) -> float:
 
 
 def mean(absmax: Float[Tensor, " blocks"]) -> Float[Tensor, ""]:
-    """Return the mean of the scales; the same bits in every order of summation.
+    """Return the mean of the scales; the order of summation does not change its bits.
 
-    The exact sum rounded to float64, divided there, rounded to float32.
+    Formula: `reference.double_quant.mean`.
     """
-    # On the host: the order in which a device adds is not the same on any two.
+    # On the host: two kinds of device add in two different orders.
     exact = fsum(absmax.tolist()) / max(len(absmax), 1)
     return torch.tensor(exact, dtype=torch.float32, device=absmax.device)

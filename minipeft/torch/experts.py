@@ -1,4 +1,4 @@
-"""LoRA on the experts of a model: stacks of weights, as transformers 5 holds them."""
+"""LoRA on the experts of a model: stacks of weights, as in transformers 5."""
 
 from collections.abc import Callable, Mapping
 from typing import Any, cast
@@ -23,20 +23,20 @@ from minipeft.torch.linear import (
 )
 from minipeft.torch.stack import Stack
 
-Weights = Shaped[Tensor, "experts _ _"]  # stored as W, or as its transpose
+Weights = Shaped[Tensor, "experts _ _"]  # stored as W, or as the transpose of W
 MatricesA = Shaped[Tensor, "experts r in_features"]
 MatricesB = Shaped[Tensor, "experts out_features r"]
 
 
 class Experts(nn.Module):
-    r"""The plainest module of experts: $y = W_e x + b_e$ for a token with expert e.
+    """A plain module of experts: $y = W_e x + b_e$ for a token with expert e.
 
     Args:
         W: the weights.
-        bias: one an expert, if any.
+        bias: one for each expert, or None.
 
     Raises:
-        InputError: if they do not fit each other.
+        InputError: if the shapes of W and bias contradict each other.
     """
 
     is_transposed = False
@@ -49,10 +49,10 @@ class Experts(nn.Module):
             check_shape("bias", bias, *W.shape[:2])
 
     def forward(self, x: Input, chosen: Shaped[Tensor, "..."]) -> Output:
-        """Apply the experts, one after another.
+        """Apply the experts one after another.
 
         Raises:
-            InputError: if there is not one expert a token, of those that there are.
+            InputError: unless `chosen` holds one existing expert for each token.
         """
         experts, rows = len(self.W), self.W.shape[1]
         check_shape("chosen", chosen, *x.shape[:-1])
@@ -71,7 +71,7 @@ class Experts(nn.Module):
 
 
 class StackLoRA(nn.Module):
-    """The updates of one stack: scaling * B A, one A and one B an expert."""
+    """The updates of one stack: scaling * B A, with one A and one B per expert."""
 
     def __init__(self, A: MatricesA, B: MatricesB, scaling: float):
         super().__init__()
@@ -79,7 +79,7 @@ class StackLoRA(nn.Module):
         self.scaling = scaling
 
     def forward(self, stack: Stack, share: float, turned: bool) -> Stack:
-        """Put the factors beside the stack, the way it is stored."""
+        """Return the stack and its factors, laid out as the stack is stored."""
         s = share * self.scaling
         if turned:
             return stack.added(self.A.mT, s * self.B.mT)
@@ -92,19 +92,19 @@ class StackLoRA(nn.Module):
 
 
 class ExpertsLoRA(nn.ModuleDict):
-    """The updates of all stacks of a module, by their names."""
+    """The updates of all stacks of a module, by the names of the stacks."""
 
     def forward(self, name: str, stack: Stack, share: float, turned: bool) -> Stack:
-        """Put the factors of one stack beside it."""
+        """Return one stack together with its factors."""
         changed: Stack = self[name](stack, share, turned)
         return changed
 
 
 class LoRAExperts(Adapted[ExpertsLoRA]):
-    r"""Frozen experts and their updates: each computes $W_e x + b_e + s B_e (A_e x)$.
+    """Frozen experts and their updates: each computes $W_e x + b_e + s B_e (A_e x)$.
 
-    The module is called as it is. Where it reads a stack, it finds the stack with the
-    thin factors beside it, which go along up to the product (`stack.py`).
+    The module's own forward runs. When it reads a stack, it gets a `Stack`: the weights
+    together with the thin factors, up to the product (`stack.py`).
 
     Source: LoRA (arXiv:2106.09685), equation 3, for each expert.
     """
@@ -129,7 +129,7 @@ class LoRAExperts(Adapted[ExpertsLoRA]):
         return self._view.names(self.base)
 
     def stack(self, name: str) -> Any:
-        """Return a stack as the module is to find it: adapted, or merged."""
+        """Return a stack as the module reads it: adapted or merged."""
         held = getattr(self.base, name)
         if self.merged_weight is not None:
             return self._buffers[f"merged_{name}"]
@@ -139,9 +139,9 @@ class LoRAExperts(Adapted[ExpertsLoRA]):
         return stack
 
     def merged_stacks(self) -> dict[str, Weights]:
-        """Return the stacks of the plain module that does the same, as it stores them.
+        """Return the stacks of a plain module with the same output, as it stores them.
 
-        They are rounded once, to the dtype of what they replace.
+        Each is rounded once, to the dtype of the stack that it replaces.
         """
         return {name: self._merged_stack(name) for name in self.names}
 
@@ -157,24 +157,24 @@ class LoRAExperts(Adapted[ExpertsLoRA]):
         return self
 
     def unmerge(self) -> "LoRAExperts":
-        """Compute with the base and the adapters again; the base was never touched."""
+        """Compute with the base and the adapters again; the base has not changed."""
         super().unmerge()
         for name in self.names:
             self._buffers.pop(f"merged_{name}", None)
         return self
 
     def unload(self) -> nn.Module:
-        """Return plain experts: with the merged stacks if merged, else as before."""
+        """Return plain experts: with the merged stacks if merged, else the base."""
         if self.merged_weight is None:
             return self.base
         merged = {name: self._buffers[f"merged_{name}"] for name in self.names}
         return self._view.plain(self.base, merged)
 
     def add(self, name: str, adapter: ExpertsLoRA) -> None:
-        """Hold another adapter, inactive at first.
+        """Hold another adapter; the new adapter is inactive until `activate`.
 
         Raises:
-            InputError: if the name cannot be used, or the adapter is of other experts.
+            InputError: if the name cannot be used, or the adapter does not fit.
         """
         self.check_new(name)
         if set(adapter) != set(self.names):
@@ -188,11 +188,11 @@ class LoRAExperts(Adapted[ExpertsLoRA]):
 
     @staticmethod
     def check_fits(form: Form, adapter: Any) -> None:
-        """Refuse: an adapter of experts fits stacks, and no one weight."""
+        """Refuse: an adapter of experts changes stacks and not a single weight."""
         raise InputError("an adapter of experts fits no single weight.")
 
     def change(self, adapter: Any, W: Input) -> Any:
-        """Refuse: there are several stacks; see `merged_stacks`."""
+        """Refuse: the module has several stacks; see `merged_stacks`."""
         raise InputError("experts hold several weights; call merged_stacks().")
 
     @property
@@ -210,7 +210,7 @@ class LoRAExperts(Adapted[ExpertsLoRA]):
             return (W + total).to(W.dtype).detach()
 
     def __getattr__(self, name: str) -> Any:
-        """Answer for the base; a stack is met with what is added to it."""
+        """Return an attribute of the base; a stack comes with its update."""
         base = self.__dict__.get("_modules", {}).get("base")
         if base is not None and name in self.__dict__["view"].names(base):
             return self.stack(name)
@@ -218,7 +218,7 @@ class LoRAExperts(Adapted[ExpertsLoRA]):
 
 
 class _WithStacks(TorchFunctionMode):
-    """The call of experts, in which each stack is met with what is added to it."""
+    """A call of the experts; every stack that the call reads includes its update."""
 
     def __init__(self, layer: LoRAExperts):
         super().__init__()
@@ -250,9 +250,10 @@ def init(
     """Start every expert as LoRA starts: A random, B zero.
 
     Args:
-        generator: the source of A, on the CPU, expert after expert.
+        generator: the source of A, on the CPU; the experts draw one after another.
         layer: the module of experts.
-        start: returns A, B and the scaling for one weight, by its generator and form.
+        start: the function that returns A, B and the scaling for one weight; its
+            arguments are the generator and the form of the weight.
     """
     view = cast(Stacked, weight_view(layer))
     parts = {}
@@ -266,7 +267,7 @@ def init(
 
 
 def check_fits(experts: int, form: Form, part: StackLoRA) -> None:
-    """Refuse matrices of another stack: one expert alone would broadcast."""
+    """Refuse matrices of another stack; torch would broadcast a single expert."""
     r = part.A.shape[1] if part.A.ndim == 3 else 0
     if r < 1:
         raise InputError("r is 0; give A at least one row and B at least one column.")

@@ -1,4 +1,4 @@
-"""HiRA: an update of high rank, the frozen weight times a product of thin matrices."""
+"""HiRA: the frozen weight times a product of thin matrices, entry by entry."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -16,12 +16,12 @@ from minipeft.torch.lora import LoRA, LoRAConfig
 
 
 class HiRA(LoRA):
-    """The trained factor of one weight: scaling * B A, entry by entry."""
+    """The trained factor of one weight: scaling * B A, multiplied entry by entry."""
 
     def forward(self, product: Product) -> Output:
-        r"""Return what is added to the output, $s\,x (W \odot B A)^T$.
+        r"""Return the change of the output, $s\,x (W \odot B A)^T$.
 
-        It costs as much as the frozen product, and a copy of W, also in training.
+        It costs as much time as the frozen product, and the memory of another W.
         """
         check_fits(product.form, self)
         return product.project(delta(product.W, self), self.dropout)
@@ -40,7 +40,7 @@ check_fits = lora.check_fits
 class HiRALinear(Adapted[HiRA]):
     r"""A frozen layer and its update: $y = x W^T + b + s\,x (W \odot B A)^T$.
 
-    Each of several active adapters multiplies the frozen weight, never the sum so far.
+    With several active adapters, each one multiplies the frozen weight.
 
     Source: HiRA (ICLR 2025, openreview TwJrTz9cRS), equation 4.
     """
@@ -54,11 +54,11 @@ class HiRALinear(Adapted[HiRA]):
 
 @dataclass(frozen=True)
 class HiRAConfig:
-    """HiRA for the layers of a model, which start as LoRA's do.
+    """HiRA for the layers of a model; A and B start as in LoRA.
 
     Args:
         r: rank of B A.
-        scaling: the factor of the update; the paper has 1.
+        scaling: the factor of the update; the paper uses 1.
         dropout: as in `LoRA`.
     """
 
@@ -71,7 +71,7 @@ class HiRAConfig:
     def adapters(
         self, layers: Mapping[str, nn.Module], generator: torch.Generator | None = None
     ) -> dict[str, HiRA]:
-        """Return a new adapter for each layer, where the layer lives.
+        """Return a new adapter for each layer, on the device of the layer.
 
         Raises:
             InputError: if r, the scaling or dropout is out of range.

@@ -1,4 +1,4 @@
-"""IA3: one trained vector that rescales keys, values, or the feed-forward layer."""
+"""IA3: a trained vector that rescales keys, values, or the feed-forward layer."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -28,14 +28,12 @@ Vector = Float[Tensor, " features"]
 
 
 class IA3(nn.Module):
-    """The trained vector and the side of the layer that it scales.
+    """The trained vector l, and the side of the layer that l scales.
 
-    Keys and values: l has out_features numbers and scales the output. Feed-forward:
-    l has in_features numbers and scales the input of the layer after the
-    nonlinearity, which is the output of that nonlinearity.
+    The two sides: `reference.ia3.IA3`.
 
     Raises:
-        InputError: if there is no such side.
+        InputError: if the side is neither `output` nor `input`.
     """
 
     l: Vector  # noqa: E741  # the paper's name
@@ -48,16 +46,16 @@ class IA3(nn.Module):
         self.side = side
 
     def forward(self, v: Float[Tensor, "... features"]) -> Float[Tensor, "..."]:
-        r"""Return $l \odot v$, in the wider dtype of the two."""
+        r"""Return $l \odot v$ in the wider of their two dtypes."""
         check_shape("l", self.l, v.shape[-1])
         return self.l * v
 
 
 def init(features: int, side: Side = "output") -> IA3:
-    """Start at no change: every l is 1.
+    """Start without a change: every number of l is 1.
 
     Args:
-        features: of the side that l scales.
+        features: length of the side that l scales.
         side: `output` for keys and values, `input` for feed-forward.
 
     Source: IA3 (arXiv:2205.05638), section 3.3.
@@ -66,7 +64,7 @@ def init(features: int, side: Side = "output") -> IA3:
 
 
 def check_fits(form: Form, adapter: IA3) -> None:
-    """Refuse a vector of another layer, or of the other side of this one."""
+    """Refuse a vector for another layer, or for the other side of this layer."""
     features = form.in_features if adapter.side == "input" else form.out_features
     check_shape(f"l, for the {adapter.side},", adapter.l, features)
 
@@ -74,7 +72,7 @@ def check_fits(form: Form, adapter: IA3) -> None:
 class IA3Linear(Adapted[IA3]):
     r"""A frozen layer, rescaled: $y = l \odot (x W^T + b)$, or $(l \odot x) W^T + b$.
 
-    Several active adapters add up what each of them changes about 1, times its share.
+    With several active adapters, the differences l - 1 are added, each times its share.
 
     Source: IA3 (arXiv:2205.05638), section 3.3.
     """
@@ -99,11 +97,11 @@ class IA3Linear(Adapted[IA3]):
         return rows.T
 
     def adapt_bias(self, bias: Bias) -> Bias:
-        """Return the bias, scaled with the rest of the output."""
+        """Return the bias, which l scales together with the output."""
         return self._scaled(bias, "output")
 
     def add(self, name: str, adapter: IA3) -> None:
-        """Hold another adapter, inactive at first; refuse what cannot be scaled."""
+        """Hold another adapter, inactive until `activate`; refuse to scale indices."""
         _check_side(self.view, adapter.side)
         super().add(name, adapter)
 
@@ -130,15 +128,15 @@ class IA3Config:
     def adapters(
         self, layers: Mapping[str, nn.Module], generator: torch.Generator | None = None
     ) -> dict[str, IA3]:
-        """Return a new adapter for each layer, where the layer lives.
+        """Return a new adapter for each layer, on the device of the layer.
 
         Args:
             layers: by name.
-            generator: not used: every l starts at 1.
+            generator: not used: every number of l starts at 1.
 
         Raises:
-            InputError: if a name of `feedforward` matches none of the layers, or an
-                embedding, whose input is no vector to scale.
+            InputError: if a name in `feedforward` matches none of the layers, or an
+                embedding, whose input is an index and cannot be scaled.
         """
         for pattern in self.feedforward:
             if not any(matches(name, pattern) for name in layers):

@@ -5,8 +5,8 @@
     ...
     unload(merge(model))
 
-Models are changed in place and returned. Whatever is refused is refused before the
-first change.
+Models are changed in place and returned. A function that raises an error raises it
+before it changes anything.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -30,19 +30,19 @@ REMEDY = (
 Layer = Adapted[Any]
 
 CONSTANTS = ("scaling", "side")
-"""Attributes of adapters that are no tensors and change what they compute."""
+"""Attributes of adapters that are no tensors but change the output."""
 
 
 @runtime_checkable
 class Config(Protocol):
-    """What a method brings along: its layer, and its adapters at the start."""
+    """What a method gives to `inject`: the class of its layers, and new adapters."""
 
     wrapper: ClassVar[type[Layer]]
 
     def adapters(
         self, layers: Mapping[str, nn.Module], generator: torch.Generator | None = None
     ) -> Mapping[str, nn.Module]:
-        """Return a new adapter for each layer; some methods share parts among them."""
+        """Return a new adapter for each layer; in some methods layers share tensors."""
 
 
 def inject(
@@ -52,7 +52,7 @@ def inject(
     name: str = "default",
     generator: torch.Generator | None = None,
 ) -> Model:
-    """Freeze all but adapters, and wrap the layers that the targets name.
+    """Freeze the model and wrap the target layers with new adapters, which are trained.
 
     Args:
         model: changed in place.
@@ -64,7 +64,8 @@ def inject(
 
     Raises:
         InputError: if a target matches nothing, or a layer that cannot be adapted, is
-            adapted already, or shares its weight with another; if the method refuses.
+            adapted already, or shares its weight with another; if `config` does not fit
+            a layer.
     """
     found = layers_of(model, targets)
     for key, layer in found.items():
@@ -109,8 +110,8 @@ def add(
 def activate(model: Model, shares: str | Mapping[str, float]) -> Model:
     """Use one adapter by name, or the sum of several, each times its share.
 
-    A layer that holds none of them is its base alone, and so is every layer when the
-    mapping is empty.
+    A layer that holds none of the named adapters computes its base alone. An empty
+    mapping makes every layer compute its base alone.
 
     Raises:
         InputError: for a name that no layer holds.
@@ -124,7 +125,7 @@ def activate(model: Model, shares: str | Mapping[str, float]) -> Model:
 
 
 def remove(model: Model, name: str) -> Model:
-    """Forget an adapter; a layer that had no other becomes the plain layer again.
+    """Remove an adapter; a layer that had no other becomes the plain layer again.
 
     Raises:
         InputError: if no layer holds an adapter of this name.
@@ -141,7 +142,7 @@ def remove(model: Model, name: str) -> Model:
 
 
 def merge(model: Model) -> Model:
-    """Merge the active adapters of every layer; the base weights are kept beside."""
+    """Merge the active adapters of every layer; the layers keep the base weights."""
     for layer in adapted(model).values():
         layer.merge()
     return model
@@ -155,9 +156,9 @@ def unmerge(model: Model) -> Model:
 
 
 def unload(model: Model) -> Model:
-    """Put plain layers back: merged ones where `merge` was called, else the originals.
+    """Put plain layers back: merged ones after `merge`, else the original layers.
 
-    The weights stay frozen; `model.requires_grad_(True)` thaws them.
+    The weights stay frozen; `model.requires_grad_(True)` makes them trainable again.
     """
     replace(model, {id(a): a.unload() for a in adapted(model).values()})
     _allow_saving(model)
@@ -170,7 +171,7 @@ def adapted(model: nn.Module) -> dict[str, Layer]:
 
 
 def trainable_parameters(model: nn.Module) -> list[nn.Parameter]:
-    """Return what an optimizer should be given."""
+    """Return the parameters that are trained, as an optimizer takes them."""
     return [p for p in model.parameters() if p.requires_grad]
 
 
@@ -184,10 +185,10 @@ def adapter_state_dict(model: nn.Module, name: str = "default") -> dict[str, Ten
 
 
 def constants(model: nn.Module, name: str = "default") -> dict[str, float | str]:
-    """Return what an adapter's function depends on and no tensor holds.
+    """Return the constants of an adapter: numbers that no tensor of the adapter holds.
 
-    `<layer>.scaling`, in which alpha and rsLoRA come together, and `<layer>.side` of
-    IA3. Save it beside `adapter_state_dict`.
+    `<layer>.scaling` contains alpha and the choice of rsLoRA; `<layer>.side` belongs to
+    IA3. Save the constants together with `adapter_state_dict`.
 
     Raises:
         InputError: if no layer holds an adapter of this name.
@@ -215,11 +216,11 @@ def load_adapter_state_dict(
         model: with an adapter of the same configuration.
         tensors: what `adapter_state_dict` returned.
         name: of the adapter.
-        saved: what `constants` returned then; None: they are not compared.
+        saved: what `constants` returned at saving; None: constants are not compared.
 
     Raises:
         InputError: if a tensor is missing, unexpected, of another shape or kind of
-            dtype, or not finite; if a constant is another one.
+            dtype, or not finite; if a constant differs.
     """
     own = _tensors(model, name)
     problems = [f"{key} is missing" for key in own if key not in tensors]
@@ -248,7 +249,7 @@ def load_adapter_state_dict(
 
 
 def _wrapper(config: Config, layer: nn.Module) -> type[Layer]:
-    """Return the class for a layer: experts have one of their own, if any."""
+    """Return the class that wraps a layer; experts have a class of their own."""
     if isinstance(weight_view(layer), Stacked):
         stacked: type[Layer] = getattr(config, "stacked", config.wrapper)
         return stacked
@@ -258,7 +259,7 @@ def _wrapper(config: Config, layer: nn.Module) -> type[Layer]:
 def _check_offered(config: Config, layer: nn.Module) -> None:
     view = weight_view(layer)
     if isinstance(view, Stacked) and not hasattr(config, "stacked"):
-        view.form(layer)  # refuses: there is no one matrix
+        view.form(layer)  # raises: the module has several matrices
 
 
 def _allow_saving(model: nn.Module) -> None:
@@ -267,7 +268,7 @@ def _allow_saving(model: nn.Module) -> None:
 
 
 def freeze(model: nn.Module) -> None:
-    """Train nothing but adapters from now on; `save_pretrained` would lose them."""
+    """Train only adapters; refuse `save_pretrained`, which would lose them."""
     saving.refuse(model, REMEDY)
     kept = {id(p) for a in adapted(model).values() for p in a.adapters.parameters()}
     for parameter in model.parameters():

@@ -1,4 +1,4 @@
-"""What the operators do on a GPU: check, allocate, launch on torch's current stream."""
+"""What an operator does on a GPU: check, allocate, launch on the current stream."""
 
 import warnings
 from collections.abc import Sequence
@@ -23,11 +23,11 @@ BLOCKSIZE = 256
 """Values of a moment of eight bits that share a scale."""
 
 FEW = 4
-"""Rows of x up to which the product decodes in registers; above, a matrix product."""
+"""With at most so many rows of x the kernel `product` runs, with more cuBLAS."""
 
 
 def available(*tensors: Tensor) -> bool:
-    """Say whether kernels can take these: one GPU, no gaps, aligned, a known dtype."""
+    """Tell whether kernels can read these tensors, and a compiler is there."""
     first = tensors[0]
     return (
         first.device.type in GPUS
@@ -37,14 +37,14 @@ def available(*tensors: Tensor) -> bool:
 
 
 def decodes(codebook: Tensor, dtype: torch.dtype) -> bool:
-    """Say whether the kernels decode codes of this codebook to this dtype."""
+    """Tell whether the kernels decode codes of this codebook to this dtype."""
     return len(codebook) in (2, 4, 8, 16) and _name(dtype) in kernels.CTYPES
 
 
 def dequantize(
     weight: Sequence[Tensor], layout: Sequence[int], dtype: torch.dtype
 ) -> Tensor:
-    """Launch `dequantize` or, where the scales are codes too, `dequantize_nested`."""
+    """Launch `dequantize`, or `dequantize_nested` if the scales are codes too."""
     sizes, bits = _check_weight(weight, layout)
     packed, *scales, codebook = weight
     out = packed.new_empty(sizes.shape, dtype=dtype)
@@ -55,7 +55,7 @@ def dequantize(
 
 
 def quantize(W: Tensor, codebook: Tensor, blocksize: int) -> tuple[Tensor, Tensor]:
-    """Launch `quantize`, and wait: a value that is not finite is named.
+    """Launch `quantize` and wait, to name the first value that is not finite.
 
     Raises:
         InputError: at the first NaN or infinity.
@@ -80,7 +80,7 @@ def quantize(W: Tensor, codebook: Tensor, blocksize: int) -> tuple[Tensor, Tenso
 def matmul_4bit(
     x: Tensor, weight: Sequence[Tensor], layout: Sequence[int], bias: Tensor | None
 ) -> Tensor:
-    """Launch `product` for a few rows; decode once and call cuBLAS for more."""
+    """For few rows launch `product`; for more, decode once and call cuBLAS."""
     rows = x.reshape(-1, x.shape[-1])
     sizes, bits = _check_weight(weight, layout)
     if len(rows) > FEW or bits != 4 or not _for_few_rows(rows, sizes):
@@ -105,7 +105,7 @@ def _for_few_rows(rows: Tensor, sizes: Layout) -> bool:
 def adamw_(
     W: Tensor, grad: Tensor, m: Tensor, v: Tensor, settings: Sequence[float]
 ) -> None:
-    """Launch `adamw`, each output in place of its input."""
+    """Launch `adamw`; each output overwrites its input."""
     facts = _check_step(W, grad)
     for name, moment in (("m", m), ("v", v)):
         _check_moment(name, moment, "float32", facts.size)
@@ -120,7 +120,7 @@ def adamw_8bit_(
     absmax: Sequence[Tensor],
     settings: Sequence[float],
 ) -> None:
-    """Launch `adamw_8bit`, each output in place of its input."""
+    """Launch `adamw_8bit`; each output overwrites its input."""
     facts = _check_step(W, grad)
     for name, c, a in zip("mv", codes, absmax, strict=True):
         _check_moment(f"the codes of {name}", c, "uint8", facts.size)
@@ -164,13 +164,13 @@ def lora_batched(
 
 
 def check_indices(indices: Tensor, n: int) -> None:
-    """Refuse an index of no adapter; on a GPU the device stops, nothing waits."""
+    """Refuse an index without an adapter; on a GPU the host does not wait."""
     inside = ((indices >= -1) & (indices < n)).all()
     torch._assert_async(inside, f"an index is not one of -1 (none) to {n - 1}")
 
 
 def layout_of(weight: Sequence[Tensor], layout: Sequence[int]) -> Layout:
-    """Return the sizes by their names."""
+    """Return the sizes with their names."""
     if len(weight) == 5:
         return Layout(tuple(layout[2:]), layout[0], layout[1])
     return Layout(tuple(layout[1:]), layout[0])
@@ -247,7 +247,8 @@ def _compiler_is_here() -> bool:
     return reason is None
 
 
-# One upload a device and stream: on another stream a table might not have arrived.
+# One copy for each device and stream: a kernel on another stream could start before
+# the copy is complete.
 def _dynamic_map(device: torch.device) -> Tensor:
     return _uploaded("dynamic_map", device, _stream(device))
 

@@ -1,8 +1,8 @@
-"""The frozen layers that adapters wrap: where the weight lies, and its one product.
+"""The frozen layers that adapters wrap: how a layer stores W, and its one product.
 
-The reference writes W `(out_features, in_features)` and x `(..., in_features)`. Layers
-store W in several ways; a `WeightView` says how one of them reads in the reference's
-terms, so that a method is written once for all of them.
+The reference writes W `(out_features, in_features)` and x `(..., in_features)`. Torch's
+layers store W in several ways. A `WeightView` translates one of them into the
+reference's terms, so each method is written once for all kinds of layer.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -31,7 +31,7 @@ FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 class Form(NamedTuple):
-    """What W looks like, without reading it: a 4-bit weight would be decoded first."""
+    """The shape, dtype and device of W; a 4-bit weight need not be decoded for them."""
 
     out_features: int
     in_features: int
@@ -40,7 +40,7 @@ class Form(NamedTuple):
 
     @classmethod
     def of(cls, W: Weight) -> "Form":
-        """Return what a weight looks like."""
+        """Return the form of a weight."""
         return cls(W.shape[0], W.shape[1], W.dtype, W.device)
 
     @property
@@ -50,20 +50,20 @@ class Form(NamedTuple):
 
     @property
     def wide(self) -> torch.dtype:
-        """The dtype of what is trained: small steps must not be rounded away."""
+        """The dtype of the trained tensors, wide enough for small steps."""
         return torch.promote_types(self.dtype, torch.float32)
 
 
 class WeightView:
-    """How a layer stores W and multiplies by it; this one is of `nn.Linear`.
+    """How a layer stores W and multiplies by W; this class describes `nn.Linear`.
 
-    `function` is what the layer calls to multiply; x, W and the bias stand at the
-    `places` of its arguments.
+    The layer calls `function` to multiply. `places` are the positions of x, W and the
+    bias among the arguments of `function`.
     """
 
     function: Callable[..., Any] = staticmethod(linear)
     places = (0, 1, 2)
-    linear = True  # whether it is a linear layer, one matrix on x
+    linear = True  # whether the layer multiplies x by one matrix
 
     def call(self, layer: nn.Module, x: Input) -> Output:
         """Call the layer, with its hooks."""
@@ -74,7 +74,7 @@ class WeightView:
         return Form.of(self.turn(layer.weight))
 
     def held(self, layer: Any) -> Any:
-        """Return what the layer gives to `function` in the place of W."""
+        """Return the tensor that the layer passes to `function` as its weight."""
         return layer.weight
 
     def is_product(self, layer: Any, function: Any, args: Sequence[Any]) -> bool:
@@ -84,15 +84,15 @@ class WeightView:
         return called and args[at] is self.held(layer)
 
     def read(self, held: Any) -> Weight:
-        """Return W, from what is held in its place."""
+        """Return W, from the tensor that `function` received as the weight."""
         return self.turn(held)
 
     def turn(self, weight: Stored) -> Stored:
-        """Read the stored weight as W, or W as the stored weight."""
+        """Turn the stored weight into W, or W into the stored weight."""
         return weight
 
     def project(self, layer: Any, x: Input, A: Weight, p: float) -> Output:
-        """Return $x A^T$ in the dtype of A, each entry of x dropped with chance p."""
+        """Return $x A^T$ in the dtype of A; drop each entry of x with chance p."""
         if x.dtype.itemsize < A.dtype.itemsize and not p and _eager(x):
             return cast(Tensor, _Widened.apply(x, A))  # type: ignore[no-untyped-call]
         x = x.to(A.dtype)
@@ -106,10 +106,11 @@ class WeightView:
 
 
 class Respelled(WeightView):
-    """A subclass of `nn.Linear` that writes the same product in another way.
+    """A subclass of `nn.Linear` with a forward of its own that computes the same.
 
-    `computes_as_linear` has found so; in the call it runs the forward of `nn.Linear`,
-    in which adapters find the product. Not offered: a forward of the instance.
+    `computes_as_linear` has tested that. When called, the layer runs the forward of
+    `nn.Linear`, in which the adapters find the product. Not offered: a forward set on
+    the instance.
     """
 
     def call(self, layer: nn.Module, x: Input) -> Output:
@@ -136,20 +137,20 @@ class Transposed(WeightView):
 
 
 class Lookup(Transposed):
-    """`nn.Embedding`: x is one-hot and given by its index; row i is column i of W."""
+    """`nn.Embedding`: x is an index for a one-hot vector; row i is column i of W."""
 
     function = staticmethod(embedding)
     linear = False
     places = (0, 1, -1)
 
     def project(self, layer: Any, x: Input, A: Weight, p: float) -> Output:
-        """Look up the columns of A; to drop the one entry of x is to drop the token."""
+        """Look up the columns of A; dropout drops whole tokens, as x has one entry."""
         h = embedding(x, A.T, layer.padding_idx)
         return h * dropout(torch.ones_like(h[..., :1]), p) if p else h
 
 
 class Stacked(WeightView):
-    """A module that holds stacks of weights, and uses them as it likes.
+    """A module that holds stacks of weights and multiplies by them in its own way.
 
     Args:
         turned: whether a stack is `(experts, in_features, out_features)`.
@@ -165,7 +166,7 @@ class Stacked(WeightView):
         return [n for n, p in layer._parameters.items() if p is not None and p.ndim > 2]
 
     def form(self, layer: Any) -> Form:
-        """Refuse: there is no one matrix."""
+        """Refuse: the module has several matrices."""
         raise InputError(
             f"{type(layer).__name__} holds stacks of weights, one an expert, which "
             "LoRA alone adapts; choose LoRAConfig, or leave it out of the targets."
@@ -176,7 +177,7 @@ class Stacked(WeightView):
         return self.form(layer)
 
     def one(self, layer: Any, name: str) -> tuple[int, Form]:
-        """Return how many experts a stack has, and what the weight of one is."""
+        """Return the number of experts in a stack and the form of one weight."""
         stack = getattr(layer, name)
         with torch._C.DisableTorchFunctionSubclass():
             experts, rows, columns = stack.shape
@@ -185,23 +186,24 @@ class Stacked(WeightView):
             return experts, Form(rows, columns, stack.dtype, stack.device)
 
     def plain(self, layer: Any, W: Any) -> nn.Module:
-        """Return the module whose stacks are those of the mapping W."""
+        """Return a module with the stacks of the mapping W in place of its own."""
         for name, stack in W.items():
             layer._parameters[name] = nn.Parameter(stack, requires_grad=False)
         return cast(nn.Module, layer)
 
 
 class Product:
-    """The product $y = x W^T + b$ of a layer, while the layer computes it.
+    """The product $y = x W^T + b$ of a layer, at the moment when the layer computes it.
 
-    Its operands are those that the layer multiplies: after its hooks and casts, and
-    where a program brings the weight in for this one call. Adapters are called with it.
+    The operands are those that the layer multiplies: after its hooks and casts, and
+    after a program has brought an offloaded weight in. Adapters are called with a
+    Product.
 
     Args:
         view: of the layer.
         layer: the frozen one.
-        args: of the function that the layer called, at the places of the view.
-        kwargs: of that function.
+        args: the positional arguments of the function that the layer called.
+        kwargs: the keyword arguments of that function.
         training: whether `project` drops entries.
     """
 
@@ -226,7 +228,7 @@ class Product:
 
     @property
     def y(self) -> Output:
-        """What the layer computes by itself."""
+        """The output of the frozen layer."""
         if self._y is None:
             self._y = self.compute()
         return self._y
@@ -237,13 +239,13 @@ class Product:
         return self.view.read(self.args[self.view.places[1]])
 
     def project(self, A: Weight, p: float = 0.0) -> Output:
-        """Return $x A^T$ in the dtype of A; in training, drop entries of x first."""
+        """Return $x A^T$ in the dtype of A; in training, first drop entries of x."""
         return self.view.project(self.layer, self.x, A, p if self.training else 0.0)
 
     def compute(
         self, x: Input | None = None, W: Weight | None = None, bias: Bias | None = None
     ) -> Output:
-        """Compute what the layer computes, with other operands where they are given."""
+        """Compute the frozen product; given operands replace those of the layer."""
         args, (at, at_weight, at_bias) = list(self.args), self.view.places
         if x is not None:
             args[at] = x
@@ -257,11 +259,11 @@ class Product:
 
 
 class _Widened(torch.autograd.Function):
-    """$x A^T$ in the dtype of A, with x remembered as it came.
+    """$x A^T$ in the dtype of A; backward keeps x in the dtype in which x came.
 
-    Autograd would keep the x that it multiplied: over a base of 16 bits a copy of twice
-    the size, and another one for each layer that reads the same x. Not offered: forward
-    mode.
+    Without this function autograd would keep x in the wider dtype of A: over a base of
+    16 bits a copy of twice the size, once for each layer that reads the same x. Not
+    offered: forward-mode differentiation.
     """
 
     generate_vmap_rule = True
@@ -285,9 +287,9 @@ class _Widened(torch.autograd.Function):
 
 
 def transformed() -> bool:
-    """Tell whether a compiler, a tracer, or a transform such as `vmap` reads the code.
+    """Tell whether a compiler, a tracer, or a transform such as `vmap` runs the code.
 
-    They know torch's own operations, and decide for themselves what to keep.
+    These know only torch's own operations, and decide themselves what to keep.
     """
     tracing = torch._C._get_tracing_state() is not None
     mapping = torch._C._are_functorch_transforms_active()
@@ -295,12 +297,12 @@ def transformed() -> bool:
 
 
 def _eager(x: Tensor) -> bool:
-    # Autocast decides what to compute in.
+    # Under autocast, autocast chooses the dtype of the product.
     return not transformed() and not _autocast(x.device)
 
 
 def full_precision(device: torch.device) -> AbstractContextManager[Any]:
-    """Compute as outside autocast: what is merged must not be rounded on the way."""
+    """Run the code without autocast: merging must not round intermediate results."""
     if _autocast(device):
         return torch.autocast(device.type, enabled=False)
     return nullcontext()
@@ -312,7 +314,7 @@ def _autocast(device: torch.device) -> bool:
 
 
 def check_shape(name: str, operand: Shaped[Tensor, "..."], *shape: int) -> None:
-    """Refuse an operand of another layer: torch would broadcast it."""
+    """Refuse an operand of another layer; torch would broadcast it."""
     if operand.shape != shape:
         raise InputError(
             f"{name} has shape {tuple(operand.shape)}; for this weight it must be "
@@ -321,7 +323,7 @@ def check_shape(name: str, operand: Shaped[Tensor, "..."], *shape: int) -> None:
 
 
 def frozen(W: Weight, bias: Bias | None = None) -> nn.Linear:
-    """Return the frozen `nn.Linear` of a weight and a bias, which it does not copy.
+    """Return a frozen `nn.Linear` that uses this weight and bias without copying them.
 
     Raises:
         InputError: if the bias is not as long as W has rows.
@@ -340,9 +342,9 @@ def weight_view(layer: nn.Module) -> WeightView:
     """Return how this layer stores its weight; other modules may register theirs.
 
     Raises:
-        InputError: for a layer that no adapter can wrap and merge faithfully.
+        InputError: for a layer that no adapter can wrap and merge exactly.
     """
-    # Known by its name: importing transformers for one class would cost seconds.
+    # Recognized by its name: to import transformers for one class takes seconds.
     if type(layer).__name__ == "Conv1D" and hasattr(layer, "nf"):
         _check_weight(layer)
         return Transposed()
@@ -381,7 +383,8 @@ def of_experts(layer: nn.Module) -> WeightView | None:
     """Return the view of a module of experts; None for another module.
 
     Raises:
-        InputError: if it does not say how its stacks lie, or they are no floats.
+        InputError: if the module does not say how its stacks are laid out, or a stack
+            holds no floats.
     """
     stacks = [p for p in layer._parameters.values() if p is not None and p.ndim == 3]
     if "Experts" not in type(layer).__name__ or not stacks:
@@ -402,12 +405,13 @@ def of_experts(layer: nn.Module) -> WeightView | None:
 
 
 def computes_as_linear(layer: nn.Linear) -> bool:
-    """Tell by numbers whether a subclass computes what `nn.Linear` computes.
+    """Tell by numbers whether a subclass computes the same as `nn.Linear`.
 
-    Its forward runs on a CPU with a small weight and bias of whole numbers, so that the
-    order of a sum changes no bit: on a vector, a matrix and a batch, in training and
-    not, in the dtypes that a layer may have. One that holds more than a weight and a
-    bias is not tried: its state may change what it computes.
+    The forward runs on a CPU with a small weight and bias of whole numbers, so the
+    order of a sum changes no bit. It runs on a vector, a matrix and a batch, with
+    training on and off, in each dtype that a layer may have. A layer that holds more
+    than a weight and a bias is not tried, because its other state may change the
+    result.
     """
     state = {**layer._parameters, **layer._buffers, **layer._modules}
     if set(state) != {"weight", "bias"}:
@@ -433,14 +437,14 @@ def _same(probe: nn.Linear, x: Tensor) -> bool:
     try:
         with torch.no_grad():
             y = type(probe).forward(probe, x)
-    except Exception:  # whatever a stranger's forward raises, it is not the same
+    except Exception:  # any error means: not the same as nn.Linear
         return False
     expected = linear(x, probe.weight.detach(), probe.bias)
     return isinstance(y, Tensor) and y.dtype == x.dtype and torch.equal(y, expected)
 
 
 def weight_of(layer: nn.Module) -> Weight:
-    """Return W, whichever way the layer stores it; four bits are decoded."""
+    """Return W, however the layer stores it; a 4-bit weight is decoded."""
     view = weight_view(layer)
     return view.read(view.held(layer))
 

@@ -1,4 +1,4 @@
-"""LoftQ: quantize and start LoRA together, so that they sum to the weight."""
+"""LoftQ: choose a quantized base and a LoRA whose sum is near the weight."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -28,17 +28,9 @@ def init(
 ) -> tuple[Blockwise, LoRA]:
     r"""Find a quantized base and an adapter with $Q + s B A \approx W$.
 
-    Of the first `steps` pairs of `alternate`, the one with the smallest error. So more
-    steps never make it worse, and one is already at least as good as plain
-    quantization: even a randomized SVD projects, and a projection only takes away.
-
-    Args:
-        W: the weight, every value finite.
-        r: rank of the adapter, 1 to min(in_features, out_features).
-        alpha: numerator of the scaling $s = \alpha / r$, positive.
-        codebook: of the base, such as NF4, NF3 or NF2.
-        blocksize: values that share a scale, a power of two.
-        steps: alternations, at least 1; the paper takes 5.
+    Arguments and choice of the best pair: `reference.loftq.init`. Here the SVD is the
+    randomized one. One step is still at least as good as plain quantization, because a
+    projection never makes the error larger.
 
     Raises:
         InputError: if a number is out of range, or a value of W is not finite.
@@ -59,11 +51,11 @@ def alternate(
     codebook: Float[Tensor, " codes"],
     blocksize: int,
 ) -> Iterator[tuple[Blockwise, LoRA]]:
-    r"""Yield $Q_t = q(W - s B_{t-1} A_{t-1})$, then $s B_t A_t = SVD_r(W - Q_t)$.
+    """Yield $Q_t = q(W - s B_{t-1} A_{t-1})$, then $s B_t A_t = SVD_r(W - Q_t)$.
 
-    The SVD is the randomized one: the residual of a quantizer has a flat spectrum, of
-    which the r exact directions are worth no more than r nearly exact ones. The first
-    half is no projection, so the error may rise on the way.
+    The SVD is the randomized one. The error of a quantizer has nearly equal singular
+    values, so r approximate directions remove almost as much as the r exact ones.
+    Quantizing is no projection, so the error may rise from one step to the next.
     """
     s = pissa.checked_scaling(W, r, alpha)
     target = W
@@ -78,7 +70,7 @@ def alternate(
 def error(
     W: Inexact[Tensor, "out_features in_features"], q: Blockwise, initial: LoRA
 ) -> float:
-    r"""Return $\|W - Q - s B A\|_F$, with the scaling that training will use."""
+    r"""Return $\|W - Q - s B A\|_F$, with the scaling of the adapter in training."""
     return float(pissa.residual(W - blockwise.dequantize(q), initial).norm())
 
 
@@ -87,16 +79,9 @@ def plan(
     mean_bits: float,
     blocksize: int = 64,
 ) -> dict[str, int]:
-    r"""Give each layer 4 bits or 2, so that a value costs `mean_bits` on average.
+    """Give each layer 4 bits or 2, so that a value costs `mean_bits` on average.
 
-    Four bits go first to the layers where they take the most squared error off a
-    value, $(\|W - q_2(W)\|^2 - \|W - q_4(W)\|^2) / n$, until the next does not fit.
-    (The paper gives them to the first layers of the model.)
-
-    Args:
-        weights: the layers by name.
-        mean_bits: of the codes, 2 to 4; the scales come on top.
-        blocksize: values that share a scale.
+    Rule and arguments: `reference.loftq.plan`.
 
     Source: LoftQ (arXiv:2310.08659), section 4.3, mixed precision.
     """
@@ -114,18 +99,18 @@ def plan(
 
 
 class LoftQ(LoRA):
-    """An adapter, and the quantized base that it was found with."""
+    """An adapter and the quantized base that was computed together with it."""
 
     def __init__(self, q: Blockwise, initial: LoRA, dropout: float = 0.0):
         A, B = initial.A.detach(), initial.B.detach()
         super().__init__(A, B, initial.scaling, dropout)
-        self.q = q  # the layer takes it over as its base
+        self.q = q  # LoftQLinear makes it its base
 
 
 class LoftQLinear(LoRALinear):
-    """LoRA on the quantized base; the weight that was given is not kept.
+    """LoRA on the quantized base; the layer does not keep the original weight.
 
-    `unload` returns the quantized layer: that is the base here.
+    `unload` returns the quantized layer, because the quantized layer is the base.
     """
 
     def __init__(self, base: nn.Linear, adapter: LoRA, name: str = "default"):
@@ -140,7 +125,8 @@ class LoftQLinear(LoRALinear):
 class LoftQConfig:
     """LoftQ for the linear layers of a model; the arguments are those of `init`.
 
-    codebooks: for the layers named here, instead of `codebook`: a mixed plan.
+    codebooks: the codebooks of single layers by name, for mixed precision; every other
+    layer takes `codebook`.
     """
 
     r: int
@@ -156,11 +142,11 @@ class LoftQConfig:
     def adapters(
         self, layers: Mapping[str, nn.Module], generator: torch.Generator | None = None
     ) -> dict[str, LoftQ]:
-        """Return a quantized base and an adapter for each layer, where it lives.
+        """Return a quantized base and an adapter for each layer, on the layer's device.
 
         Raises:
             InputError: if a number is out of range, a weight is not finite, or a layer
-                is not linear; the sentence names the layer.
+                is not linear; the message names the layer.
         """
         adapters = {}
         for name, layer in layers.items():

@@ -33,10 +33,10 @@ class LoRA(nn.Module):
     """The update of one weight: scaling * B A.
 
     Args:
-        A: float32 over a base of 16 bits, if small steps are not to be rounded away.
+        A: in float32 even for a base of 16 bits, which would round small steps away.
         B: in the dtype of A.
         scaling: a constant; not part of the state dict.
-        dropout: the chance, in training, that an entry of x is dropped on the way to A.
+        dropout: the probability, in training, that an entry of x is dropped before A.
     """
 
     def __init__(self, A: MatrixA, B: MatrixB, scaling: float, dropout: float = 0.0):
@@ -45,7 +45,7 @@ class LoRA(nn.Module):
         self.scaling, self.dropout = scaling, dropout
 
     def forward(self, product: Product) -> Output:
-        """Return what is added to the output, $s (x A^T) B^T$, in the dtype of A."""
+        """Return the change of the output, $s (x A^T) B^T$, in the dtype of A."""
         check_fits(product.form, self)
         h = product.project(self.A, self.dropout)
         return linear(self.scaling * h, self.B)
@@ -53,8 +53,6 @@ class LoRA(nn.Module):
 
 def scaling(alpha: float, r: int, rank_stabilized: bool = False) -> float:
     r"""Return $\alpha / r$, or rsLoRA's $\alpha / \sqrt r$.
-
-    With $\alpha / \sqrt r$ the update and its gradient keep their size as r grows.
 
     Raises:
         InputError: if r is below 1, or alpha is not finite.
@@ -77,17 +75,16 @@ def init(
     alpha: float,
     rank_stabilized: bool = False,
 ) -> LoRA:
-    r"""Start at zero update: A random, B zero.
+    """Start at zero update: A random, B zero.
 
-    $A \sim U(-1/\sqrt{k}, 1/\sqrt{k})$ with k = in_features, the Kaiming-uniform choice
-    of every implementation in use (the paper writes a Gaussian); $B = 0$.
+    Formula and arguments: `reference.lora.init`. The numbers are drawn on the CPU, so
+    that a seed gives the same adapter on every device.
 
     Args:
-        generator: the source of A, on the CPU, so that a seed means the same on every
-            device; None for torch's own.
+        generator: the source of A, on the CPU; None for torch's own.
         in_features: columns of W.
         out_features: rows of W.
-        r: rank of the update, 1 to min(in_features, out_features).
+        r: rank of the update.
         alpha: numerator of the scaling.
         rank_stabilized: divide by sqrt(r) instead of r.
 
@@ -105,13 +102,13 @@ def init(
 
 
 def delta(adapter: LoRA) -> Weight:
-    r"""Return the update itself: $\Delta W = s B A$, in float32 or wider."""
+    r"""Return the update $\Delta W = s B A$ in float32 or wider."""
     wide = torch.promote_types(adapter.A.dtype, torch.float32)
     return adapter.scaling * (adapter.B.to(wide) @ adapter.A.to(wide))
 
 
 def check_rank(r: int, in_features: int, out_features: int) -> None:
-    """Refuse a rank that no update of this weight can have."""
+    """Refuse a rank below 1, or above the rank that W can have."""
     if not 1 <= r <= min(in_features, out_features):
         raise InputError(
             f"r is {r}; choose 1 to {min(in_features, out_features)} for a weight of "
@@ -120,9 +117,9 @@ def check_rank(r: int, in_features: int, out_features: int) -> None:
 
 
 def check_fits(form: Form, adapter: LoRA) -> None:
-    """Refuse matrices of another layer: one row of B would broadcast.
+    """Refuse matrices of another layer; torch would broadcast a B of one row.
 
-    A rank above that of W is allowed here: `pissa.to_lora` doubles the rank.
+    A rank above the rank of W is allowed here: `pissa.to_lora` doubles the rank.
     """
     r = len(adapter.A)
     if r < 1:
@@ -132,11 +129,11 @@ def check_fits(form: Form, adapter: LoRA) -> None:
 
 
 class LoRALinear(Adapted[LoRA]):
-    r"""A frozen layer and its updates: $y = x W^T + b + s (x A^T) B^T$.
+    """A frozen layer and its updates: $y = x W^T + b + s (x A^T) B^T$.
 
-    The update is computed in the dtype of A and B and added to the base's output there;
-    the sum is rounded once, to the dtype of the base's output. Several active adapters
-    add up, each times its share.
+    The update is computed in the dtype of A and B and added to the base's output in
+    that dtype. The sum is rounded once, to the dtype of the base's output. With several
+    active adapters, the updates are added, each times its share.
 
     Source: LoRA (arXiv:2106.09685), equation 3.
     """
@@ -163,10 +160,10 @@ class LoRAConfig:
     def adapters(
         self, layers: Mapping[str, nn.Module], generator: torch.Generator | None = None
     ) -> dict[str, LoRA | ExpertsLoRA]:
-        """Return a new adapter for each layer, where the layer lives.
+        """Return a new adapter for each layer, on the device of the layer.
 
         Raises:
-            InputError: if r or dropout is out of range; the sentence names the layer.
+            InputError: if r or dropout is out of range; the message names the layer.
         """
         adapters: dict[str, LoRA | ExpertsLoRA] = {}
         for name, layer in layers.items():
@@ -184,8 +181,8 @@ class LoRAConfig:
         form = found.form(layer)
         d, k = form.shape
         if isinstance(found, Lookup):
-            # Turned around, as its weight is: with A zero and B random, a token that
-            # training never meets keeps its embedding.
+            # An embedding stores the transpose: A is zero and B random, so a token that
+            # does not occur in training keeps its embedding.
             turned = init(generator, d, k, *hyper)
             A, B = (M.detach().T.contiguous() for M in (turned.B, turned.A))
             new = LoRA(A, B, turned.scaling)
@@ -214,6 +211,6 @@ class LoRAConfig:
 
 
 def check_dropout(p: float) -> None:
-    """Refuse a chance that leaves nothing, or is none."""
+    """Refuse a probability of dropout below 0, or of 1 and more."""
     if not 0 <= p < 1:
         raise InputError(f"dropout is {p}; choose a chance in [0, 1).")

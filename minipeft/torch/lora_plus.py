@@ -1,4 +1,4 @@
-"""LoRA+: the matrix that starts at zero learns faster than the one that is random."""
+"""LoRA+: the matrix that starts at zero gets a larger learning rate."""
 
 from typing import TypedDict
 
@@ -11,25 +11,26 @@ from minipeft.torch.lora import LoRA
 
 
 class Group(TypedDict):
-    """What torch's optimizers take: parameters, and their learning rate."""
+    """A parameter group for torch's optimizers: parameters and learning rate."""
 
     params: list[nn.Parameter]
     lr: float
 
 
 def parameter_groups(model: nn.Module, lr: float, ratio: float = 16.0) -> list[Group]:
-    r"""Return what is trained in two groups: $\eta_B = \lambda \eta_A$.
+    r"""Return the trained parameters in two groups: $\eta_B = \lambda \eta_A$.
 
-    B of every LoRA, and of what derives from it, learns at `ratio` times `lr`; all else
-    at `lr`. In an embedding A is the matrix that starts at zero: there A is the faster.
+    B of every LoRA, and of classes derived from LoRA, gets the rate `ratio` times `lr`.
+    All other parameters get `lr`. In an embedding A starts at zero, so A gets the
+    higher rate there.
 
     Args:
         model: with adapters in it.
-        lr: of A and of all that is no LoRA.
-        ratio: the paper's lambda, above 0; it recommends 16.
+        lr: of A and of the parameters outside LoRA.
+        ratio: the paper's lambda, above 0; the paper recommends 16.
 
     Raises:
-        InputError: if a rate is out of range, or there is no LoRA to speed up.
+        InputError: if a rate is out of range, or the model has no LoRA.
 
     Source: LoRA+ (arXiv:2402.12354), section 4.
     """

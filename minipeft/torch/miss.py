@@ -1,4 +1,4 @@
-"""MiSS: one small trained matrix, which every shard of the inputs shares."""
+"""MiSS: one small trained matrix that all shards of the input share."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -25,11 +25,11 @@ MatrixD = Float[Tensor, "r out_features"]
 
 
 class MiSS(nn.Module):
-    """The trained part: what each of r neighbouring inputs adds to each output.
+    """The trained matrix D, added to each shard of r neighbouring columns of W.
 
     Args:
-        D: float32 over a base of 16 bits, if small steps are not to be rounded away.
-        dropout: the chance, in training, that an entry of x is dropped on the way to D.
+        D: in float32 even for a base of 16 bits, which would round small steps away.
+        dropout: the probability, in training, that an entry of x is dropped before D.
     """
 
     D: MatrixD
@@ -39,9 +39,10 @@ class MiSS(nn.Module):
         self.D, self.dropout = nn.Parameter(D), dropout
 
     def forward(self, product: Product) -> Output:
-        r"""Return what is added to the output, $\mathrm{fold}(x) D$, in the dtype of D.
+        r"""Return the change of the output, $\mathrm{fold}(x) D$, in the dtype of D.
 
-        The fold is a product with zeros and ones, so that an embedding has it too.
+        The fold is a product with a matrix of zeros and ones, so it also serves an
+        embedding.
         """
         check_fits(product.form, self)
         r = len(self.D)
@@ -51,7 +52,7 @@ class MiSS(nn.Module):
 
 
 def init(in_features: int, out_features: int, r: int) -> MiSS:
-    """Start at zero update: D is zero, and still gets a gradient."""
+    """Start at zero update: D is zero, but its gradient is not."""
     if not 1 <= r <= in_features:
         raise InputError(f"r is {r}; choose 1 to {in_features}, the inputs of W.")
     return MiSS(torch.zeros(r, out_features, dtype=torch.float32, device="cpu"))
@@ -64,7 +65,7 @@ def delta(adapter: MiSS, in_features: int) -> Weight:
 
 
 def check_fits(form: Form, adapter: MiSS) -> None:
-    """Refuse a matrix of another layer: one column would broadcast."""
+    """Refuse a matrix of another layer; torch would broadcast a single column."""
     r = len(adapter.D)
     if r < 1:
         raise InputError("r is 0; give D at least one row.")
@@ -96,14 +97,14 @@ class MiSSConfig:
     def adapters(
         self, layers: Mapping[str, nn.Module], generator: torch.Generator | None = None
     ) -> dict[str, MiSS]:
-        """Return a new adapter for each layer, where the layer lives.
+        """Return a new adapter for each layer, on the device of the layer.
 
         Args:
             layers: by name.
             generator: not used: every D starts at zero.
 
         Raises:
-            InputError: if r or dropout is out of range; the sentence names the layer.
+            InputError: if r or dropout is out of range; the message names the layer.
         """
         adapters = {}
         for name, layer in layers.items():

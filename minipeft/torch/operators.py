@@ -1,15 +1,15 @@
-r"""The kernels as torch operators: `torch.ops.minipeft.…`.
+"""The kernels as torch operators: `torch.ops.minipeft.…`.
 
-On CUDA an operator launches a kernel on torch's current stream; elsewhere it runs the
-eager code, which is what the kernels are held to. All have a fake implementation, so
-that `torch.compile(fullgraph=True)` goes through them, and none waits for the device,
-so that a CUDA graph can hold them (`quantize` apart, which looks for NaN).
+On CUDA an operator launches a kernel on torch's current stream. On other devices it
+runs the eager code, with which the tests compare the kernels. Every operator has a fake
+implementation, so `torch.compile(fullgraph=True)` can trace it. No operator but
+`quantize`, which looks for NaN, waits for the device, so a CUDA graph can hold them.
 
 A quantized weight is a list of tensors and a list of sizes, from `parts`:
 
-Blockwise: `[packed, absmax, codebook]` and `[blocksize, *shape]`;
-Nested: `[packed, absmax_codes, nested_absmax, offset, codebook]` and
-`[blocksize, nested_blocksize, *shape]`.
+    Blockwise: `[packed, absmax, codebook]` and `[blocksize, *shape]`;
+    Nested: `[packed, absmax_codes, nested_absmax, offset, codebook]` and
+        `[blocksize, nested_blocksize, *shape]`.
 """
 
 from collections.abc import Callable, Sequence
@@ -33,7 +33,7 @@ operator = partial(torch.library.custom_op, mutates_args=())
 
 
 def parts(q: Blockwise | Nested) -> tuple[list[Tensor], list[int]]:
-    """Return the tensors and the sizes by which the operators know a weight."""
+    """Return the two lists that describe a quantized weight to the operators."""
     if isinstance(q, Nested):
         scales = [q.absmax_codes, q.nested_absmax, q.offset]
         sizes = [q.blocksize, q.nested_blocksize]
@@ -48,7 +48,7 @@ def parts(q: Blockwise | Nested) -> tuple[list[Tensor], list[int]]:
 def dequantize(
     weight: Sequence[Tensor], layout: Sequence[int], dtype: torch.dtype
 ) -> Tensor:
-    """`blockwise.dequantize`; codes and scales are constants and get no gradient."""
+    """Run `blockwise.dequantize`; codes and scales are constants without a gradient."""
     return blockwise.dequantize(_quantized(weight, layout), dtype)
 
 
@@ -56,7 +56,7 @@ def dequantize(
 def dequantize_nested(
     weight: Sequence[Tensor], layout: Sequence[int], dtype: torch.dtype
 ) -> Tensor:
-    """`double_quant.dequantize`, in one pass over the codes."""
+    """Run `double_quant.dequantize` in one pass over the codes."""
     return double_quant.dequantize(_quantized(weight, layout), dtype)
 
 
@@ -68,7 +68,7 @@ def _fake_dequantize(
 
 @operator("minipeft::quantize")
 def quantize(W: Tensor, codebook: Tensor, blocksize: int) -> tuple[Tensor, Tensor]:
-    """`blockwise.quantize` to a codebook of at most 16 values: packed codes, absmax."""
+    """Run `blockwise.quantize` with up to 16 values; return packed codes and absmax."""
     q = blockwise.quantize(W, codebook, blocksize)
     return q.packed, q.absmax
 
@@ -88,16 +88,16 @@ def _fake_quantize(
 def matmul_4bit(
     x: Tensor, weight: Sequence[Tensor], layout: Sequence[int], bias: Tensor | None
 ) -> Tensor:
-    r"""Return $y = x \hat W^T + b$; nothing of W's size outlives the call.
+    r"""Return $y = x \hat W^T + b$; after the call no tensor of W's size is stored.
 
-    Backward decodes again: only x gets a gradient. On a GPU a few rows are multiplied
-    while the weight is decoded in registers; with more it is decoded once, and
-    multiplied by cuBLAS.
+    Only x gets a gradient; backward decodes the weight again. On a GPU, a product of
+    few rows decodes the weight in registers; for more rows the weight is decoded once
+    and cuBLAS multiplies.
 
     Args:
         x: `(..., in_features)`.
         weight: the tensors of the quantized W, `(out_features, in_features)`.
-        layout: its sizes.
+        layout: the sizes of W.
         bias: of the dtype of x.
 
     Source: QLoRA (arXiv:2305.14314), equation 5.
@@ -164,10 +164,10 @@ def adamw_8bit_(
     absmax: Sequence[Tensor],
     settings: Sequence[float],
 ) -> None:
-    """Take a step in place; moments in eight bits, decoded and encoded on the way.
+    """Take a step in place; the 8-bit moments are decoded and encoded within the step.
 
     Args:
-        W: the parameter, or a page of it of whole blocks of 256.
+        W: the parameter, or a page of the parameter with whole blocks of 256.
         grad: its gradient, of the same shape and dtype.
         codes: of m and of v.
         absmax: of m and of v.
@@ -199,12 +199,13 @@ def _nothing(*_: object) -> None:
 def dora_row_norm(W: Tensor, A: Tensor, B: Tensor, scaling: float) -> Tensor:
     r"""Return $\|W_o + s B_o A\|$ of each output row, in float32.
 
-    The norm is a constant to autograd, as in the paper.
+    Autograd treats the norm as a constant, as the paper does.
 
     Source: DoRA (arXiv:2402.09353), equation 5 and section 4.3.
     """
     V = W.float() + scaling * (B.float() @ A.float())
-    # On a CPU float32's root may be off by the last bit; float64's, rounded, is not.
+    # On a CPU torch's float32 root may err in the last bit; the rounded float64 root
+    # does not.
     return V.square().sum(dim=1).double().sqrt().float()
 
 
@@ -216,14 +217,14 @@ def _fake_dora_row_norm(W: Tensor, A: Tensor, B: Tensor, scaling: float) -> Tens
 def lora_batched(
     x: Tensor, y: Tensor, adapters: Sequence[Tensor], indices: Tensor
 ) -> Tensor:
-    r"""Add to each row of y the update of its own adapter: $y_t + s_i B_i A_i x_t$.
+    """Add the update of each row's own adapter to y: $y_t + s_i B_i A_i x_t$.
 
     Args:
         x: `(tokens, in_features)`.
         y: `(tokens, out_features)`, the output of the frozen layer.
         adapters: A `(n, r, in_features)`, B `(n, out_features, r)`, of the dtype of x,
             and scaling `(n,)` in float32.
-        indices: the adapter of each row, int32; -1 for none.
+        indices: the number of each row's adapter, int32; -1 for none.
 
     Source: Punica (arXiv:2310.18547), section 4; S-LoRA (arXiv:2311.03285), section 5.
     """
@@ -260,7 +261,7 @@ def _grad_lora_batched(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     return grad_x, grad, [grad_A.to(A.dtype), grad_B.to(B.dtype), None], None
 
 
-# What they share
+# Helpers
 
 
 def _quantized(weight: Sequence[Tensor], layout: Sequence[int]) -> Any:

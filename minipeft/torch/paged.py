@@ -1,4 +1,4 @@
-"""Paged optimizer state: more than the device holds, moved page by page."""
+"""Paged optimizer states: larger than device memory, moved page by page."""
 
 from collections import OrderedDict
 from collections.abc import Iterable
@@ -15,12 +15,12 @@ from minipeft.torch.adamw import BLOCKSIZE, AdamW, Job, State, init, update
 
 @dataclass(frozen=True)
 class Traffic:
-    """What was moved since the beginning."""
+    """How many pages were moved since the beginning, and why."""
 
-    faults: int = 0  # pages that were waited for
-    prefetches: int = 0  # pages brought before they were asked for
+    faults: int = 0  # pages for which a step had to wait
+    prefetches: int = 0  # pages moved to the device before a step needed them
     evictions: int = 0
-    write_backs: int = 0  # pages that had changed
+    write_backs: int = 0  # pages copied back because they had changed
     bytes_in: int = 0
     bytes_out: int = 0
 
@@ -30,12 +30,12 @@ class Traffic:
 
 @dataclass(frozen=True)
 class Paging:
-    """How the states are cut, and how many of the pieces the device may hold.
+    """The size of a page, and how many pages the device may hold.
 
     Args:
         page_size: values in a page, a multiple of 256, so that no block is cut.
-        budget: pages that fit on the device, at least 1; all but the one in use are
-            filled ahead, with the pages that come next.
+        budget: pages that fit on the device, at least 1. One page is in use; the
+            others are filled in advance with the pages that come next.
     """
 
     page_size: int = 2**20
@@ -50,13 +50,13 @@ class Paging:
 
 
 class Page:
-    """A part of one parameter's state: where it lives, and its copy on the device."""
+    """A part of one parameter's state: stored on the host, copied to the device."""
 
     def __init__(self, state: State, part: slice, device: torch.device):
         self.part, self.device, self.dirty = part, device, False
         self.copy: State | None = None
-        self.arrived: Any = None  # the event after which the copy is complete
-        self.left: Any = None  # the event after which the host has the newest values
+        self.arrived: Any = None  # event: the copy to the device is complete
+        self.left: Any = None  # event: the host has the newest values
         self.host = {
             name: value.view(-1)[_scaled(part, name)]
             for name, value in state.items()
@@ -66,9 +66,10 @@ class Page:
 
 
 class Lanes:
-    """The streams of a device: for copies in, for copies out, and that which computes.
+    """The streams of a device: one copies in, one copies out, one computes.
 
-    With one stream for both ways, a page would wait for the writing back of another.
+    With one stream for both directions, a page coming in would wait for a page going
+    out.
     """
 
     def __init__(self, device: torch.device):
@@ -78,20 +79,20 @@ class Lanes:
 
     @property
     def computing(self) -> Any:
-        """The stream on which the caller computes, whichever that is at the moment."""
+        """The stream on which the caller computes at this moment."""
         return self.module.current_stream(self.device)
 
     def on(self, stream: Any) -> AbstractContextManager[Any]:
-        """Let what follows run on a stream."""
+        """Run the following code on a stream."""
         context: AbstractContextManager[Any] = self.module.stream(stream)
         return context
 
 
 class PageTable:
-    """The pages on the device; the least recently used leaves first.
+    """The pages on the device; the least recently used page is removed first.
 
-    On a device with streams, pages travel from and to pinned memory while it computes.
-    Elsewhere a copy is a copy.
+    On a device with streams, pages move from and to pinned memory while the device
+    computes. On other devices a page is moved by a plain copy.
     """
 
     def __init__(self, budget: int):
@@ -100,30 +101,30 @@ class PageTable:
         self.lanes: dict[torch.device, Lanes] = {}
 
     def touch(self, page: Page) -> State:
-        """Have a page on the device, as the most recently used; return it."""
+        """Return a page on the device and make it the most recently used one."""
         if page not in self.resident:
             self._bring(page, Traffic(faults=1))
         self.resident.move_to_end(page)
         copy = cast(State, page.copy)
         if lanes := self._lanes(page.device):
             lanes.computing.wait_event(page.arrived)
-            # The memory comes from the stream that copies in. Until the stream that
-            # computes is through with it, no other page may have it.
+            # The memory belongs to the stream that copies in. No other page may use
+            # this memory until the computing stream has finished with it.
             _record(copy, lanes.computing)
         return copy
 
     def prefetch(self, page: Page) -> None:
-        """Bring a page before it is touched, so that nothing waits for it.
+        """Move a page to the device before a step touches it, so that no step waits.
 
-        The page counts as used now, also where it was resident: else the pages on their
-        way would be the first to leave.
+        The page counts as used now, even if it was already on the device. Otherwise the
+        pages that come next would be the first to be removed.
         """
         if page not in self.resident:
             self._bring(page, Traffic(prefetches=1))
         self.resident.move_to_end(page)
 
     def evict(self, page: Page) -> None:
-        """Take a page off the device; if it changed, write it back first."""
+        """Remove a page from the device; if it changed, copy it to the host first."""
         if page not in self.resident:
             return
         self.traffic += Traffic(evictions=1)
@@ -133,7 +134,7 @@ class PageTable:
         del self.resident[page]
 
     def write_back(self, page: Page) -> None:
-        """Copy a page to the host, after all that was asked of the device so far."""
+        """Copy a page to the host after all work queued on the device so far."""
         copy, lanes = cast(State, page.copy), self._lanes(page.device)
         if lanes is None:
             for name, home in page.host.items():
@@ -149,13 +150,13 @@ class PageTable:
         self.traffic += Traffic(write_backs=1, bytes_out=page.nbytes)
 
     def resize(self, budget: int) -> None:
-        """Change the budget; what no longer fits leaves, least recently used first."""
+        """Change the budget; remove least recently used pages that no longer fit."""
         _check_budget(budget)
         self.budget = budget
         self._leave_room(budget)
 
     def synchronize(self) -> None:
-        """Wait until every copy has arrived."""
+        """Wait until every copy is complete."""
         for lanes in self.lanes.values():
             lanes.inward.synchronize()
             lanes.outward.synchronize()
@@ -192,9 +193,9 @@ class PageTable:
 
 
 class PagedAdamW(AdamW):
-    """AdamW whose states live on the host; the bits are those of `AdamW`.
+    """AdamW whose states are stored on the host; its results have the bits of `AdamW`.
 
-    A step that has to be computed twice reads the host a second time.
+    A step that has to be computed twice reads the states from the host twice.
 
     Args:
         params: as for `AdamW`.
@@ -206,8 +207,8 @@ class PagedAdamW(AdamW):
         paging: the size of a page, and how many the device may hold.
 
     Attributes:
-        table: what is on the device, and what was moved; `table.resize` when memory
-            is needed elsewhere.
+        table: the pages on the device and the count of moved pages; `table.resize`
+            makes room when other tensors need memory.
 
     Raises:
         InputError: as `AdamW` does; then nothing was changed.
@@ -230,13 +231,13 @@ class PagedAdamW(AdamW):
         super().__init__(params, lr, betas, eps, weight_decay, bits)
 
     def __getstate__(self) -> dict[str, Any]:
-        """Give a copy or a pickle the states of now, and the paging."""
+        """Put the newest states and the paging into a copy or a pickle."""
         self.settle()
         paging = replace(self.paging, budget=self.table.budget)
         return {**super().__getstate__(), "paging": paging}
 
     def advance(self, work: list[Job]) -> None:
-        """Take a step page by page, the next ones on their way while one is in use."""
+        """Take a step page by page; the next pages are copied while one is in use."""
         queue = [
             (page, job)
             for job in work
@@ -253,24 +254,24 @@ class PagedAdamW(AdamW):
             self.state[p]["step"] += 1
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the whole state, from the host; what is newer is written back."""
+        """Return the whole state from the host, after writing changed pages back."""
         self.settle()
         return super().state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Continue where `state_dict` was taken, bit for bit; no page is out yet."""
+        """Continue from a `state_dict`, bit for bit; all pages start on the host."""
         self.paging = replace(self.paging, budget=self.table.budget)
         super().load_state_dict(state_dict)
 
     def settle(self) -> None:
-        """Write back what is newer on the device, and wait until it has arrived."""
+        """Write changed pages back and wait until the host has them."""
         for page in self.table.resident:
             if page.dirty:
                 self.table.write_back(page)
         self.table.synchronize()
 
     def home(self, p: Tensor) -> torch.device:
-        """Return where the state of a parameter lives: on the host."""
+        """Return the device that stores the state of a parameter: the host."""
         return torch.device("cpu")
 
     def placed(self, value: Tensor, p: Tensor) -> Tensor:
@@ -279,7 +280,7 @@ class PagedAdamW(AdamW):
         return copy.pin_memory() if p.is_cuda else copy
 
     def _survey(self) -> None:
-        # States that come from elsewhere have no page on the device yet.
+        # States that were loaded or copied have no page on the device yet.
         self.table, self.pages = PageTable(self.paging.budget), {}
         super()._survey()
 
@@ -291,7 +292,7 @@ class PagedAdamW(AdamW):
             self.state[p] = {**fresh, **placed}
         pages = self.pages.get(p)
         if pages is None or any(page.device != p.device for page in pages):
-            for page in pages or ():  # the parameter has moved
+            for page in pages or ():  # the parameter moved to another device
                 self.table.evict(page)
             size = self.paging.page_size
             starts = range(0, p.numel(), size)

@@ -1,4 +1,4 @@
-"""PiSSA: train the principal part of the weight, freeze what is left of it."""
+"""PiSSA: train the principal part of the weight and freeze the residual."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -27,11 +27,11 @@ from minipeft.torch.lora import LoRA, check_dropout
 
 @dataclass(frozen=True)
 class Sketch:
-    """How the randomized SVD looks at a matrix; the same sketch, the same answer."""
+    """The settings of the randomized SVD; equal settings give equal results."""
 
     seed: int = 0
     oversampling: int = 4  # directions beyond r, in each block
-    iterations: int = 2  # passes of W and its transpose; each adds a block
+    iterations: int = 2  # products with W W^T; each adds a block to Q
 
 
 SKETCH = Sketch()
@@ -40,21 +40,11 @@ SKETCH = Sketch()
 def init(
     W: Inexact[Tensor, "out_features in_features"], r: int, alpha: float
 ) -> tuple[Inexact[Tensor, "out_features in_features"], LoRA]:
-    r"""Split the weight into a frozen residual and a trained principal part.
+    """Split the weight into a frozen residual and a trained principal part.
 
-    $W = U S V^T$, $A = \sqrt{S_r / s}\, V_r^T$, $B = U_r \sqrt{S_r / s}$ and
-    $W_{res} = W - s B A$, so that $W_{res} + s B A = W$ at any scaling.
-
-    The residual is rounded: it and the adapter do not give W back bit for bit. W is
-    left alone; `PiSSALinear` keeps it, and not the residual.
-
-    Args:
-        W: the weight, every value finite.
-        r: rank of the trained part, 1 to min(in_features, out_features).
-        alpha: numerator of the scaling $s = \alpha / r$, positive.
-
-    Returns:
-        The frozen base and the adapter to train; from here on it is LoRA.
+    Formula and arguments: `reference.pissa.init`. The residual is rounded, so residual
+    plus adapter give W back only up to rounding. This function does not change W.
+    `PiSSALinear` stores W and never the residual, so its first output is exact.
 
     Raises:
         InputError: if r or alpha is out of range, or a value of W is not finite.
@@ -71,9 +61,10 @@ def init_randomized(
     alpha: float,
     sketch: Sketch = SKETCH,
 ) -> tuple[Inexact[Tensor, "out_features in_features"], LoRA]:
-    """Do as `init` with a randomized SVD: faster, and W is still split exactly.
+    """Split the weight as `init` does, with the faster randomized SVD.
 
-    A part of the r largest singular values stays in the residual.
+    The singular values of the adapter are slightly smaller than the exact ones. The
+    residual holds the difference, so the two parts still sum to W.
 
     Source: PiSSA (arXiv:2404.02948), initialization with a fast SVD.
     """
@@ -85,10 +76,10 @@ def init_randomized(
 def residual(
     W: Shaped[Tensor, "out_features in_features"], initial: LoRA
 ) -> Shaped[Tensor, "out_features in_features"]:
-    """Return what the adapter leaves of the weight: $W_{res} = W - s B A$.
+    """Return the weight without the adapter's part: $W_{res} = W - s B A$.
 
     Raises:
-        InputError: if the adapter is of another layer.
+        InputError: if the adapter belongs to another layer.
     """
     check_shapes(
         {
@@ -101,14 +92,12 @@ def residual(
 
 
 def to_lora(trained: LoRA, initial: LoRA) -> LoRA:
-    r"""Write what was learned as a plain LoRA of rank 2r on the original weight.
+    """Write the trained change as a plain LoRA of rank 2r on the original weight.
 
-    $s (B_t A_t - B_0 A_0) = s [B_t, -B_0] [A_t; A_0]$, so nobody who loads it needs
-    the residual, or an SVD that comes out the same again.
+    Formula and arguments: `reference.pissa.to_lora`.
 
-    Args:
-        trained: the adapter after training.
-        initial: the adapter that `init` returned, with the same scaling.
+    Raises:
+        InputError: if the two adapters differ in scaling or in shape.
 
     Source: PiSSA (arXiv:2404.02948), conversion to LoRA.
     """
@@ -133,11 +122,7 @@ def to_lora(trained: LoRA, initial: LoRA) -> LoRA:
 def principal(
     W: Inexact[Tensor, "out_features in_features"], r: int, scaling: float
 ) -> LoRA:
-    r"""Return the adapter nearest to W: the r largest singular values and vectors.
-
-    No matrix of rank r is nearer, in the Frobenius, nuclear or spectral norm
-    (Eckart, Young, Mirsky). The roots share $S_r / s$ evenly between A and B.
-    """
+    """Return the adapter of rank r nearest to W: `reference.pissa.principal`."""
     U, S, Vt = svd(_wide(W), full_matrices=False)
     root = (S[:r] / scaling).sqrt()
     return LoRA(root[:, None] * Vt[:r], U[:, :r] * root, scaling)
@@ -151,16 +136,17 @@ def principal_randomized(
 ) -> LoRA:
     r"""Return nearly the nearest adapter: $P P^T W$ for r orthonormal columns P.
 
-    P is the best choice within Q, which spans the block Krylov space
-    $[W \Omega, (W W^T) W \Omega, …]$ with Gaussian $\Omega$.
+    The columns of Q span the block Krylov space $[W \Omega, (W W^T) W \Omega, …]$ with
+    Gaussian $\Omega$. P is the best choice of r columns in the span of Q.
 
     Source: Musco, Musco (arXiv:1504.05477), algorithm 2.
     """
     W = _wide(W)
     Q = _krylov(W, r, sketch)
     small = Q.T @ W
-    # Of a matrix this thin, the eigenvectors of its Gram matrix cost a fraction of its
-    # SVD. That squares its condition, but P P^T W is a projection for any such P.
+    # Q^T W is thin: the eigenvectors of its Gram matrix cost a fraction of its
+    # SVD. The Gram matrix squares the condition number, and P becomes less exact.
+    # But P P^T W is a projection of W for every P with orthonormal columns.
     U = eigh(small @ small.T).eigenvectors[:, -r:].flip(1)
     SVt = U.T @ small
     S = SVt.norm(dim=1, keepdim=True)
@@ -170,11 +156,11 @@ def principal_randomized(
 
 
 class PiSSA(LoRA):
-    """What is trained, and what it started from.
+    """The trained adapter, and the adapter with which training started.
 
     Args:
-        initial: the adapter that `init` returned; its values are where training starts.
-        dropout: the chance, in training, that an entry of x is dropped on the way to A.
+        initial: the adapter that `init` returned; training starts from its values.
+        dropout: the probability that an entry of x is dropped before it meets A.
     """
 
     A_0: Tensor
@@ -187,29 +173,28 @@ class PiSSA(LoRA):
         self.register_buffer("B_0", B)
 
     def forward(self, product: Product) -> Output:
-        """Return what is added to the output; four thin products in all."""
+        """Return the change of the output, computed with four thin products."""
         h_0 = product.project(self.A_0)
         return super().forward(product) - linear(self.scaling * h_0, self.B_0)
 
     @property
     def initial(self) -> LoRA:
-        """The adapter before training, frozen."""
+        """The adapter before training; it is frozen."""
         return LoRA(self.A_0, self.B_0, self.scaling).requires_grad_(False)
 
 
 def check_fits(form: Form, adapter: PiSSA) -> None:
-    """Refuse matrices of another layer: one row would broadcast."""
+    """Refuse matrices of another layer; torch would broadcast a single row."""
     lora.check_fits(form, adapter)
     lora.check_fits(form, adapter.initial)
 
 
 class PiSSALinear(Adapted[PiSSA]):
-    r"""A layer on its residual: $y = x W^T + b + s (x A^T) B^T - s (x A_0^T) B_0^T$.
+    """A layer with its residual: $y = x W^T + b + s (x A^T) B^T - s (x A_0^T) B_0^T$.
 
-    That is $x W_{res}^T + b + s (x A^T) B^T$ without ever forming $W_{res}$: the base
-    stays what it was, bit for bit, at the price of two more thin products. A new
-    adapter changes nothing, not even the last bit. The part that is subtracted belongs
-    to the base, so dropout leaves it alone.
+    This equals $x W_{res}^T + b + s (x A^T) B^T$, but $W_{res}$ is never formed. The
+    base keeps its bits, at the cost of two more thin products. A new adapter changes no
+    bit of the output. The subtracted part belongs to the base, so it gets no dropout.
     """
 
     check_fits = staticmethod(check_fits)
@@ -223,7 +208,7 @@ class PiSSALinear(Adapted[PiSSA]):
 class PiSSAConfig:
     """PiSSA for the layers of a model; the arguments are those of `init` and `PiSSA`.
 
-    sketch: None for the exact SVD.
+    sketch: the settings of the randomized SVD; None selects the exact SVD.
     """
 
     r: int
@@ -236,11 +221,11 @@ class PiSSAConfig:
     def adapters(
         self, layers: Mapping[str, nn.Module], generator: torch.Generator | None = None
     ) -> dict[str, PiSSA]:
-        """Return a new adapter for each layer, where the layer lives.
+        """Return a new adapter for each layer, on the device of the layer.
 
         Raises:
             InputError: if r, alpha or dropout is out of range, or a weight is not
-                finite; the sentence names the layer.
+                finite; the message names the layer.
         """
         adapters = {}
         for name, layer in layers.items():
@@ -263,7 +248,7 @@ class PiSSAConfig:
 def checked_scaling(
     W: Inexact[Tensor, "out_features in_features"], r: int, alpha: float
 ) -> float:
-    """Return alpha / r, or refuse what no split can be made of."""
+    """Return alpha / r; refuse a weight, rank or alpha that allows no split."""
     lora.check_rank(r, W.shape[1], W.shape[0])
     if not 0 < alpha < inf:
         raise InputError(f"alpha is {alpha}; a split of W needs a positive one.")
@@ -278,18 +263,19 @@ def checked_scaling(
 def _krylov(
     W: Inexact[Tensor, "out_features in_features"], r: int, sketch: Sketch
 ) -> Inexact[Tensor, "out_features columns"]:
-    # Drawn on the CPU, so that a seed means the same on every device.
+    # Drawn on the CPU, so that a seed gives the same numbers on every device.
     generator = torch.Generator("cpu").manual_seed(sketch.seed)
     columns = min(r + sketch.oversampling, *W.shape)
     Omega = torch.empty(W.shape[1], columns, dtype=torch.float32, device="cpu")
     Omega.normal_(generator=generator)
     blocks = [qr(W @ Omega.to(W)).Q]
     for _ in range(sketch.iterations):
-        # A QR at every pass: else all columns turn to the largest singular vector.
+        # One QR after each product: otherwise all columns approach the largest singular
+        # vector.
         blocks.append(qr(W @ (W.T @ blocks[-1])).Q)
     return qr(torch.cat(blocks, dim=1)).Q
 
 
 def _wide(W: Inexact[Tensor, "..."]) -> Inexact[Tensor, "..."]:
-    # No SVD is written for 16 bits.
+    # torch has no SVD for 16-bit floats.
     return W.detach().to(torch.promote_types(W.dtype, torch.float32))

@@ -1,4 +1,4 @@
-"""Prefix tuning: trained keys and values that stand before the text's own."""
+"""Prefix tuning: trained keys and values before the keys and values of the text."""
 
 from collections.abc import Sequence
 from copy import copy
@@ -18,14 +18,14 @@ from minipeft.torch.virtual import VirtualTokens, check_count, undisturbed, wide
 
 @dataclass(frozen=True)
 class Prefix:
-    """The virtual tokens of one head, as the attention meets them."""
+    """The virtual tokens of one head: their keys and values."""
 
     K: Inexact[Tensor, "num_virtual_tokens d"]
     V: Inexact[Tensor, "num_virtual_tokens d_v"]
 
 
 class Reparametrization(nn.Module):
-    r"""A small network whose output is the prefix: it trains more steadily.
+    r"""A small network whose output is the prefix; training it is more stable.
 
     $[K, V] = \tanh(P W_\downarrow^T + b) W_\uparrow^T + b$, with one hidden layer for
     all heads of all layers.
@@ -36,7 +36,7 @@ class Reparametrization(nn.Module):
     def __init__(self, num_virtual_tokens: int, d: int, hidden: int, both: int) -> None:
         super().__init__()
         check_count(num_virtual_tokens)
-        # On the CPU and in float32, whatever the defaults are.
+        # On the CPU and in float32; torch's defaults have no effect.
         here: dict[str, Any] = {"device": "cpu", "dtype": torch.float32}
         self.P = nn.Parameter(torch.randn(num_virtual_tokens, d, **here))
         self.down = nn.Linear(d, hidden, **here)
@@ -47,7 +47,7 @@ class Reparametrization(nn.Module):
             nn.init.zeros_(layer.bias)
 
     def forward(self) -> Inexact[Tensor, "num_virtual_tokens both"]:
-        """Run the network: keys, then values, side by side."""
+        """Return the keys and the values, side by side."""
         rows: Tensor = self.up(torch.tanh(self.down(self.P)))
         return rows
 
@@ -61,7 +61,7 @@ def attach(head: Head, prefix: Prefix) -> Head:
     """Put the virtual tokens before the text: $[P_K; K]$, $[P_V; V]$, all visible.
 
     Raises:
-        InputError: if the prefix is not one of this head.
+        InputError: if the prefix does not fit this head.
     """
     attention.check_fits(head)
     check_shapes(
@@ -78,7 +78,7 @@ def attach(head: Head, prefix: Prefix) -> Head:
     if head.mask is not None:
         ones = head.mask.new_ones(*head.mask.shape[:-1], n)
         parts["mask"] = torch.cat([ones, head.mask], dim=-1)
-    attached = copy(head)  # a new Head would look at the mask again
+    attached = copy(head)  # a new Head would check the mask again
     for name, value in parts.items():
         object.__setattr__(attached, name, value)
     return attached
@@ -95,8 +95,8 @@ def forward(head: Head, prefix: Prefix) -> Mixed:
 def gate(head: Head, prefix: Prefix) -> Inexact[Tensor, "*batch queries"]:
     r"""Return $\lambda$, the share of its attention that a query gives to the prefix.
 
-    $Y = (1 - \lambda) \, attend(Q, K, V) + \lambda \, attend(Q, P_K, P_V)$, where
-    $\lambda$ depends on the query: this is why a prefix cannot be merged.
+    Formula: `reference.prefix.gate`. $\lambda$ depends on the query, so no merged
+    weight can replace a prefix.
 
     Source: Towards a unified view (arXiv:2110.04366), section 3.1.
     """
@@ -105,10 +105,10 @@ def gate(head: Head, prefix: Prefix) -> Inexact[Tensor, "*batch queries"]:
 
 @dataclass(frozen=True)
 class PrefixConfig:
-    """How a prefix starts: from real tokens, from N(0, 1), or from a network.
+    """The start of a prefix: from real tokens, from N(0, 1), or from a network.
 
-    tokens: the prefix starts as what the model makes of this text; it has as many
-        virtual tokens. Empty: `num_virtual_tokens` random ones.
+    tokens: a text; the prefix starts as the model's keys and values of this text, with
+    one virtual token for each token. Empty: `num_virtual_tokens` random ones.
     hidden: width of the network's hidden layer; 0 trains keys and values directly.
     """
 
@@ -126,10 +126,10 @@ class PrefixConfig:
 
 
 class PrefixModel(VirtualTokens):
-    """A frozen causal model of transformers behind a trained prefix.
+    """A frozen causal model of transformers with a trained prefix.
 
-    The prefix enters the model's cache of keys and values: for the model it is a text
-    that it has read already. So every layer's attention meets it.
+    The prefix is put into the model's cache of keys and values, as if the model had
+    already read a text before. So the attention of every layer reads it.
     """
 
     def __init__(self, model: Any, config: PrefixConfig) -> None:
@@ -140,7 +140,7 @@ class PrefixModel(VirtualTokens):
         layers, _, heads, _, d = rows.shape
         self.sizes = (layers, heads, d)
         self.network: Reparametrization | None = None
-        with torch.inference_mode(False):  # else the prefix could not be trained
+        with torch.inference_mode(False):  # else no training
             if config.hidden:
                 width = (config.num_virtual_tokens, model.config.hidden_size)
                 both = 2 * layers * heads * d
@@ -155,7 +155,7 @@ class PrefixModel(VirtualTokens):
 
     @property
     def num_virtual_tokens(self) -> int:
-        """How many tokens stand before the text."""
+        """The number of virtual tokens before the text."""
         return self.P.shape[3] if self.network is None else len(self.network.P)
 
     def prefix(self) -> Inexact[Tensor, "layers 2 heads num_virtual_tokens d"]:
@@ -167,16 +167,16 @@ class PrefixModel(VirtualTokens):
         return rows.permute(2, 1, 3, 0, 4)
 
     def drop_network(self) -> None:
-        """Keep the network's output and throw the network away: training is over."""
+        """Keep the network's last output as the prefix and delete the network."""
         if self.network is not None:
             self.P = nn.Parameter(self.prefix().detach().clone())
             self.network = None
 
     def enter(self, call: dict[str, Any]) -> int:
-        """Fill the cache with the prefix; the model reads none of its tokens.
+        """Fill the cache with the prefix; the model itself reads no virtual token.
 
         Raises:
-            InputError: without a cache, and while training with gradient checkpointing.
+            InputError: without a cache, or in training with gradient checkpointing.
         """
         from transformers import DynamicCache
 
@@ -192,7 +192,7 @@ class PrefixModel(VirtualTokens):
         batch = len(call["input_ids"])
         rows = self.prefix().to(_computing(self.model))
         for i, (pair, widths) in enumerate(zip(rows, self.widths, strict=True)):
-            # Some layers are narrower than the widest: what is beyond is not used.
+            # A layer that is narrower than the widest uses only the first features.
             parts = [p[..., :d] for p, d in zip(pair, widths, strict=True)]
             K, V = (p.expand(batch, *p.shape) for p in parts)
             call["past_key_values"].update(K, V, i)
@@ -203,10 +203,10 @@ Pair = tuple[Tensor, Tensor]  # keys and values of a layer: (heads, tokens, d)
 
 
 def _pairs(model: Any, tokens: Sequence[int]) -> list[Pair]:
-    """Return the keys and values that every layer of the model makes of a text.
+    """Return the keys and values that every layer of the model computes for a text.
 
     Raises:
-        InputError: if a layer keeps something else, or not all of it.
+        InputError: if a layer stores something else, or not all keys and values.
     """
     text, name = torch.tensor([list(tokens)], device=model.device), type(model).__name__
     with undisturbed(model):
@@ -255,5 +255,5 @@ def _computing(model: Any) -> torch.dtype:
 
 
 def _checkpoints(model: nn.Module) -> bool:
-    # The attribute, and not a method: their names change from version to version.
+    # Read from the attribute: the names of the methods change between versions.
     return any(getattr(m, "gradient_checkpointing", False) for m in model.modules())

@@ -1,4 +1,4 @@
-"""Prompt tuning: trained vectors that stand where embeddings of words would."""
+"""Prompt tuning: trained vectors in place of the embeddings of a text."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,14 +20,12 @@ class Prompt:
 
 
 def init(E: Shaped[Tensor, "vocabulary d"], tokens: Integer[Tensor, " n"]) -> Prompt:
-    """Start from the embeddings of real tokens: at first the prompt is a text.
+    """Start from the embeddings of real tokens; the new prompt equals a text.
 
-    Args:
-        E: the model's embedding table.
-        tokens: which rows to copy, at least one; repeat a short text to fill a length.
+    Arguments: `reference.prompt.init`.
 
     Raises:
-        InputError: if there is no token, or one that the vocabulary does not have.
+        InputError: if there is no token, or a token is not in the vocabulary.
 
     Source: Prompt tuning (arXiv:2104.08691), section 3.2.
     """
@@ -43,7 +41,7 @@ def init(E: Shaped[Tensor, "vocabulary d"], tokens: Integer[Tensor, " n"]) -> Pr
 
 
 def init_random(generator: torch.Generator, num_virtual_tokens: int, d: int) -> Prompt:
-    """Start from U(-0.5, 0.5), the paper's baseline: slower, and needs more steps."""
+    """Start from U(-0.5, 0.5), the paper's baseline; it needs more training steps."""
     check_count(num_virtual_tokens)
     shape = (num_virtual_tokens, d)
     P = torch.rand(shape, generator=generator, device="cpu", dtype=torch.float32)
@@ -53,10 +51,10 @@ def init_random(generator: torch.Generator, num_virtual_tokens: int, d: int) -> 
 def forward(
     X: Shaped[Tensor, "*batch tokens d"], prompt: Prompt
 ) -> Shaped[Tensor, "*batch all_tokens d"]:
-    """Put the prompt before every text: $[P; X]$. The model does the rest.
+    """Put the prompt before every embedded text: $[P; X]$.
 
     Raises:
-        InputError: if the prompt has another width than the text.
+        InputError: if the prompt and the text have vectors of different lengths.
 
     Source: Prompt tuning (arXiv:2104.08691), section 2.
     """
@@ -69,7 +67,7 @@ def forward(
 
 @dataclass(frozen=True)
 class PromptConfig:
-    """How a soft prompt starts: as the embeddings of `tokens`, or at random."""
+    """The start of a soft prompt: the embeddings of `tokens`, or random numbers."""
 
     num_virtual_tokens: int = 10
     tokens: Sequence[int] = ()
@@ -80,10 +78,10 @@ class PromptConfig:
 
 
 class PromptModel(VirtualTokens):
-    """A frozen causal model of transformers behind a trained soft prompt.
+    """A frozen causal model of transformers with a trained soft prompt.
 
-    The prompt enters as `inputs_embeds`, in front of the text's own embeddings: only
-    the first layer meets it.
+    The model gets the prompt and the text's own embeddings as `inputs_embeds`; so only
+    the first layer reads the prompt.
     """
 
     def __init__(self, model: Any, config: PromptConfig) -> None:
@@ -96,23 +94,23 @@ class PromptModel(VirtualTokens):
         E = model.get_input_embeddings().weight
         if config.tokens:
             tokens = torch.tensor(list(config.tokens), device=E.device)
-            init(E, tokens)  # refuses a token that is not in the vocabulary
+            init(E, tokens)  # raises if a token is not in the vocabulary
             with undisturbed(model):
-                # What the layer returns: some scale the rows of their table.
+                # The layer's output: some layers scale the rows of their table.
                 P = model.get_input_embeddings()(tokens)
         else:
             generator = torch.Generator().manual_seed(config.seed)
             P = init_random(generator, config.num_virtual_tokens, E.shape[1]).P
-        with torch.inference_mode(False):  # else the prompt could not be trained
+        with torch.inference_mode(False):  # else no training
             self.P = nn.Parameter(wide(P.to(E.device, copy=True)))
 
     @property
     def num_virtual_tokens(self) -> int:
-        """How many tokens stand before the text."""
+        """The number of virtual tokens before the text."""
         return len(self.P)
 
     def enter(self, call: dict[str, Any]) -> int:
-        """Put the prompt before the embedded text; the model reads all of it."""
+        """Put the prompt before the embedded text; the model reads both."""
         X = self.model.get_input_embeddings()(call.pop("input_ids"))
         call["inputs_embeds"] = forward(X, Prompt(self.P.to(X.dtype)))
         return len(self.P)

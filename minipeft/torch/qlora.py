@@ -1,4 +1,4 @@
-"""QLoRA's base: a frozen linear layer that keeps its weight in a few bits."""
+"""QLoRA's base: a frozen linear layer that stores its weight in a few bits."""
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
@@ -46,15 +46,15 @@ REMEDY = (
 
 
 class QuantizedLinear(nn.Module):
-    r"""A frozen linear layer, $y = x \hat W^T + b$, that keeps $\hat W$ in a few bits.
+    r"""A frozen linear layer, $y = x \hat W^T + b$, that stores $\hat W$ in a few bits.
 
-    Every pass dequantizes to the dtype of x, and backward does so again: nothing of
-    W's size stays in memory between the two. Only x gets a gradient.
+    Forward decodes the weight to the dtype of x, and backward decodes it again. Between
+    the two, no tensor of W's size stays in memory. Only x gets a gradient.
 
     Args:
         q: the quantized weight, `(out_features, in_features)`.
         bias: as in `nn.Linear`.
-        dtype: of `weight`, for whoever reads it; follows `.to(dtype)`.
+        dtype: of `weight`, for code that reads `weight`; `.to(dtype)` changes it.
 
     Source: QLoRA (arXiv:2305.14314), equation 5.
     """
@@ -76,7 +76,7 @@ class QuantizedLinear(nn.Module):
         self.constants = {k: v for k, v in parts.items() if k not in self.tensors}
         self.dtype = dtype
         for name in self.tensors:
-            # A copy: loading a state dict writes into it, and must not reach NF4.
+            # A copy: loading a state dict writes into it and must not change NF4.
             self.register_buffer(name, parts[name].clone())
         self.bias = None if bias is None else nn.Parameter(bias.detach().clone(), False)
         if bias is not None:
@@ -90,7 +90,7 @@ class QuantizedLinear(nn.Module):
         blocksize: int = 64,
         nested_blocksize: int | None = None,
     ) -> "QuantizedLinear":
-        """Quantize the weight of an `nn.Linear` or a Conv1D, which is left alone.
+        """Quantize the weight of an `nn.Linear` or a Conv1D, which does not change.
 
         With `nested_blocksize` (256) the scales are quantized too.
         """
@@ -110,7 +110,7 @@ class QuantizedLinear(nn.Module):
 
     @property
     def weight(self) -> Weight:
-        r"""$\hat W$, dequantized when it is used; its dtype and shape cost nothing."""
+        r"""$\hat W$, decoded when used; to read its dtype or shape decodes nothing."""
         if torch.compiler.is_compiling():
             return self.dequantize(self.dtype)
         form = weight_view(self).form(self)
@@ -135,18 +135,18 @@ class QuantizedLinear(nn.Module):
         return quantized_linear(x, self, self.bias)
 
     def multiply(self, x: Input, bias: Bias | None) -> Output:
-        r"""Return $x \hat W^T + b$, without the hooks of a call."""
+        r"""Return $x \hat W^T + b$ without running the hooks of a call."""
         return quantized_linear(x, self, bias)
 
     def runs_kernels(self, dtype: torch.dtype) -> bool:
-        """Say whether a kernel decodes the weight where it lies, to this dtype."""
+        """Tell whether a GPU kernel can decode the weight to this dtype."""
         weight, _ = operators.parts(self.q)
         return launches.available(*weight) and launches.decodes(weight[-1], dtype)
 
     def _apply(
         self, fn: Callable[[Tensor], Tensor], recurse: bool = True
     ) -> "QuantizedLinear":
-        # A cast to 16 bits would round scales and codes: they move, but are not cast.
+        # `.to(dtype)` must not cast scales and codebook: 16 bits would round them.
         exact = {name: getattr(self, name) for name in self.tensors}
         probe = torch.empty(0, dtype=self.dtype, device=self.packed.device)
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
@@ -168,10 +168,10 @@ class QuantizedLinear(nn.Module):
 def quantized_linear(
     x: Input, weight: QuantizedLinear | Weight, bias: Bias | None = None
 ) -> Output:
-    r"""Return $x \hat W^T + b$, or, where a weight is put in its place, that product.
+    r"""Return $x \hat W^T + b$; if another weight is given, multiply by that weight.
 
-    It stands open to torch's function modes, as torch's own functions do: there an
-    adapter finds the product of the layer.
+    Like torch's own functions, this function calls torch's function modes. Through them
+    an adapter finds the product of the layer.
     """
     if has_torch_function_unary(x):
         y: Output = handle_torch_function(quantized_linear, (x,), x, weight, bias)
@@ -187,7 +187,7 @@ def quantized_linear(
 
 
 class _Frozen(torch.autograd.Function):
-    """A linear layer whose weight is made in forward and made again in backward."""
+    """A linear layer that decodes its weight in forward and again in backward."""
 
     @staticmethod
     def forward(
@@ -205,7 +205,7 @@ class _Frozen(torch.autograd.Function):
 
 
 class _Quantized(WeightView):
-    """`QuantizedLinear`: W is decoded; what is merged into it is kept decoded."""
+    """The view of `QuantizedLinear`; a merged weight is stored decoded."""
 
     function = staticmethod(quantized_linear)
 
@@ -218,7 +218,7 @@ class _Quantized(WeightView):
 
     def is_product(self, layer: Any, function: Any, args: Sequence[Any]) -> bool:
         if torch.compiler.is_compiling() and function is linear:
-            # A compiler looks for modes in torch's own functions alone.
+            # A compiler calls function modes only for torch's own functions.
             return args[1].shape == self.form(layer).shape
         return super().is_product(layer, function, args)
 
@@ -239,18 +239,18 @@ def _(layer: QuantizedLinear) -> WeightView:
 
 
 class QuantizedExperts(nn.Module):
-    """A module of experts whose stacks are kept in a few bits, each expert for itself.
+    """A module of experts that stores each expert's weights in a few bits.
 
-    The module is called as it is, and finds coded stacks. Each product decodes the
-    weight of one expert and keeps nothing of it, where the module takes one expert at a
-    time or runs of tokens (`eager`, `grouped_mm`); `batched_mm` decodes the stack.
+    The module's own forward runs, and reads quantized stacks. Where the module takes
+    one expert at a time or runs of tokens (`eager`, `grouped_mm`), each product decodes
+    the weight of one expert and keeps nothing; `batched_mm` decodes the whole stack.
 
     Args:
-        base: the module; a copy of it without the stacks is held.
-        stacks: a layer for each expert, by the names of the stacks.
+        base: the module; this class stores a copy of the module without the stacks.
+        stacks: a quantized layer for each expert, by the names of the stacks.
     """
 
-    adapted_whole = True  # its layers are called by no one
+    adapted_whole = True  # no code calls the layers inside it
 
     def __init__(self, base: nn.Module, stacks: Mapping[str, Sequence[nn.Module]]):
         super().__init__()
@@ -270,7 +270,7 @@ class QuantizedExperts(nn.Module):
         blocksize: int = 64,
         nested_blocksize: int | None = None,
     ) -> "QuantizedExperts":
-        """Quantize the weight of every expert; the module itself is left alone."""
+        """Quantize the weight of every expert; the given module does not change."""
         view, stacks = cast(Stacked, weight_view(layer)), {}
         for name in view.names(layer):
             weights = getattr(layer, name).detach()
@@ -284,7 +284,7 @@ class QuantizedExperts(nn.Module):
         return cls(layer, stacks)
 
     def forward(self, *args: Any) -> Output:
-        """Call the module; for the call, its stacks are the coded ones."""
+        """Call the module; during the call its stacks are the quantized ones."""
         stacks = {name: self.stack(name) for name in self.stacks}
         vars(self.base).update(stacks)
         try:
@@ -294,7 +294,7 @@ class QuantizedExperts(nn.Module):
                 vars(self.base).pop(name, None)
 
     def stack(self, name: str) -> Stack:
-        """Return a stack as the module is to find it."""
+        """Return a stack in the form in which the module reads it."""
         layers = list(cast(nn.ModuleList, self.stacks[name]))
         first = cast(QuantizedLinear, layers[0])
         shape = (len(layers), first.out_features, first.in_features)
@@ -302,7 +302,7 @@ class QuantizedExperts(nn.Module):
         return Stack(Coded(layers, self.turned, False, first.dtype), (), shape)
 
     def __getattr__(self, name: str) -> Any:
-        """Answer for the module; a stack is the one of the call that runs."""
+        """Return an attribute of the module, or the stack of the running call."""
         try:
             return super().__getattr__(name)
         except AttributeError:
@@ -316,7 +316,7 @@ class QuantizedExperts(nn.Module):
 
 
 class _QuantizedStacks(Stacked):
-    """`QuantizedExperts`; what is merged into it is kept decoded."""
+    """The view of `QuantizedExperts`; merged stacks are stored decoded."""
 
     def names(self, layer: Any) -> list[str]:
         return list(layer.stacks)
@@ -337,12 +337,12 @@ def quantize_linears(
     blocksize: int = 64,
     nested_blocksize: int | None = 256,
 ) -> Model:
-    """Put quantized layers in the place of linear layers and experts; the rest stays.
+    """Replace linear layers and experts by quantized layers; other layers stay.
 
-    Linear layers are `nn.Linear`, subclasses that compute the same, and `Conv1D`;
-    experts are quantized each for itself. Output heads and routers stay, as with the
-    target `"all-linear"`, and so do layers that share their weight. A layer that serves
-    in several places stays one layer. What stays is logged with its bytes;
+    Linear layers are `nn.Linear`, subclasses that compute the same, and `Conv1D`. Each
+    expert is quantized separately. Output heads, routers and layers that share their
+    weight stay, as with the target `"all-linear"`. A layer that is used in several
+    places is quantized once and stays one layer. What stays is logged with its bytes;
     `unquantized` lists it.
 
     Args:
@@ -353,8 +353,8 @@ def quantize_linears(
         nested_blocksize: scales that share a nested scale; None: scales of 32 bits.
 
     Raises:
-        InputError: if there is no such layer, if `skip` means none, if the model has
-            adapters, or if a weight is not finite; nothing is changed then.
+        InputError: if the model has no such layer, a name in `skip` matches none, the
+            model has adapters, or a weight is not finite; then nothing is changed.
     """
     found = _to_quantize(model, skip)
     hyper = (codebook, blocksize, nested_blocksize)
@@ -408,12 +408,12 @@ def _say_what_stays(model: nn.Module) -> None:
 
 
 def prepare(model: Model) -> Model:
-    """Freeze a model with 4-bit layers and keep the rest of it in 32 bits.
+    """Freeze a model with 4-bit layers and convert its other parameters to 32 bits.
 
-    What is stored in 16 bits and not quantized (norms, embeddings, biases, the output
-    layer) goes to float32, as peft's `prepare_model_for_kbit_training` does. Then
-    activations are float32 too: under `torch.autocast` the products are of 16 bits.
-    Unlike peft's, it leaves gradient checkpointing alone.
+    Parameters that are stored in 16 bits and not quantized (norms, embeddings, biases,
+    the output layer) become float32, as in peft's `prepare_model_for_kbit_training`.
+    Activations are then float32 too; under `torch.autocast` the products use 16 bits.
+    Unlike peft's function, this one does not change gradient checkpointing.
 
     Args:
         model: changed in place and returned; not yet adapted.
@@ -478,11 +478,12 @@ def _is_plain(module: nn.Module) -> bool:
 def merge(layer: LoRALinear) -> nn.Linear:
     r"""Return the plain layer of $\hat W + s B A$: the function that was trained.
 
-    Its weight takes eight times the bytes. (To merge into the original W instead: load
-    it, inject, and merge there. Neither rounding, but not what was trained on.)
+    Its weight takes eight times the bytes. (To merge into the original W, load W,
+    inject the adapter and merge there. That avoids the rounding of $\hat W$, but the
+    adapter was trained on $\hat W$.)
 
     Args:
-        layer: LoRA on a `QuantizedLinear`; it is left alone.
+        layer: LoRA on a `QuantizedLinear`; this layer does not change.
 
     Raises:
         InputError: if the base is not quantized.
@@ -499,10 +500,11 @@ def merge(layer: LoRALinear) -> nn.Linear:
 def requantize(layer: LoRALinear) -> QuantizedLinear:
     r"""Return the layer of $q(\hat W + s B A)$, in as many bits as its base.
 
-    An update smaller than half a gap of the codebook disappears.
+    Where the update is smaller than half the distance of two codebook values, it is
+    lost.
 
     Args:
-        layer: LoRA on a `QuantizedLinear`; it is left alone.
+        layer: LoRA on a `QuantizedLinear`; this layer does not change.
 
     Raises:
         InputError: if the base is not quantized.

@@ -1,8 +1,9 @@
-"""`save_pretrained` of a changed model is refused, for it would not load again.
+"""Refuse `save_pretrained` of a changed model, because it could not be loaded again.
 
-`from_pretrained` finds weights by their names. Those of a changed model have others:
-it would warn, and start from random ones. So each module that has `save_pretrained`
-gets one of its own instance, which refuses; `state_dict` is as ever.
+`from_pretrained` finds weights by their names, and the weights of a changed model have
+other names: it would warn and start from random weights. So each module with a
+`save_pretrained` gets a method on its instance that raises an error. `state_dict` works
+as before.
 """
 
 from typing import Any, NoReturn
@@ -15,18 +16,18 @@ METHOD = "save_pretrained"
 
 
 class Refusal:
-    """What stands in the place of the method; it says the first of its reasons."""
+    """The method that replaces `save_pretrained`; it reports its first reason."""
 
     def __init__(self, reasons: tuple[str, ...]):
         self.reasons = reasons
 
     def __call__(self, *args: Any, **kwargs: Any) -> NoReturn:
-        """Refuse, whatever is asked."""
+        """Raise the error for any arguments."""
         raise InputError(f"save_pretrained is refused: {self.reasons[0]}")
 
 
 def refuse(model: nn.Module, reason: str) -> None:
-    """Let `save_pretrained` of the model and of its parts refuse."""
+    """Make `save_pretrained` of the model and of its parts raise an error."""
     for module in model.modules():
         if hasattr(type(module), METHOD):
             reasons = dict.fromkeys((reason, *_reasons(module)))
@@ -34,7 +35,7 @@ def refuse(model: nn.Module, reason: str) -> None:
 
 
 def allow(model: nn.Module, reason: str) -> None:
-    """Take one reason back; after the last, the method of the class is there again."""
+    """Remove one reason; after the last one the method of the class works again."""
     for module in model.modules():
         left = tuple(r for r in _reasons(module) if r != reason)
         if left:

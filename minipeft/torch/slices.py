@@ -1,4 +1,4 @@
-"""A tensor read and written a slice at a time, in row-major order, however it lies."""
+"""Read and write a tensor slice by slice in row-major order, for all strides."""
 
 from collections.abc import Iterator
 
@@ -7,7 +7,7 @@ from torch import Tensor
 
 from minipeft.shapes import Inexact
 
-SLICE = 2**16  # values in work at a time, a multiple of 256: no block is cut
+SLICE = 2**16  # values per slice, a multiple of 256, so that no block is cut
 
 Whole = Inexact[Tensor, "..."]
 Slice = Inexact[Tensor, " n"]
@@ -20,7 +20,7 @@ def slices(span: slice) -> Iterator[slice]:
 
 
 def read(tensor: Whole, part: slice) -> Slice:
-    """Return the values of a slice; of a contiguous tensor a view, else a copy."""
+    """Return the values of a slice: a view of a contiguous tensor, else a copy."""
     if tensor.is_contiguous():
         flat = tensor.view(-1)
         return flat if len(flat) == part.stop - part.start else flat[part]
@@ -36,7 +36,7 @@ def write(tensor: Whole, part: slice, values: Slice) -> None:
 
 
 def _memory(tensor: Whole) -> Slice:
-    # Over a transposed tensor `reshape` would copy all of it.
+    # `reshape` would copy the whole of a transposed tensor.
     pairs = zip(tensor.shape, tensor.stride(), strict=True)
     return tensor.detach().as_strided((1 + sum((n - 1) * s for n, s in pairs),), (1,))
 

@@ -1,8 +1,9 @@
-"""A stack of weights `(experts, out, in)` with its update beside it, up to the product.
+"""A stack of weights `(experts, out, in)`, with its update, up to the product.
 
-Models index the stack by an expert, turn it around, and multiply, in several ways. Each
-of them is linear in the weight, so the update $L R$ goes along as two thin factors:
-indexing takes the same experts of both, and the transpose of $L R$ is $R^T L^T$.
+Models index the stack by an expert, transpose it, and multiply, in several ways. Each
+of these operations is linear in the weight, so it can be applied to two thin factors of
+the update $L R$ as well: indexing selects the same experts of both factors, and the
+transpose of $L R$ is $R^T L^T$.
 """
 
 from collections.abc import Callable, Sequence
@@ -26,17 +27,17 @@ PRODUCTS = frozenset(
     | {torch.bmm, Tensor.bmm, torch.mm, Tensor.mm}
 )
 GROUPED = frozenset({torch._grouped_mm, torch.nn.functional.grouped_mm})
-ALIGNED = 8  # ranks of the kernels' rows of 16 bytes, in 16 bits; 32 bits need 4
+ALIGNED = 8  # kernels need rows of 16 bytes: 8 numbers of 16 bits, 4 of 32 bits
 
 
 class Coded(NamedTuple):
-    """Weights that are kept in a few bits, one layer an expert.
+    """Quantized weights, one layer for each expert.
 
     Attributes:
         layers: each has `dequantize(dtype)` and is called with x.
-        turned: whether the model stores the transpose of what the layers hold.
-        one: whether an expert was taken: then there is one layer, and no leading axis.
-        dtype: of the weights, once they are decoded.
+        turned: whether the model stores the transposes of the layers' weights.
+        one: whether a single expert was selected; then there is no leading axis.
+        dtype: of the weights after decoding.
     """
 
     layers: Sequence[Any]
@@ -51,14 +52,14 @@ class Coded(NamedTuple):
         return W[0] if self.one else W
 
     def take(self, index: Any) -> "Coded | Tensor":
-        """Return one expert, or those that a list or a mask means."""
+        """Return one expert, or the experts that a list or a mask selects."""
         if isinstance(index, int) or (isinstance(index, Tensor) and index.dim() == 0):
             return self._replace(layers=[self.layers[int(index)]], one=True)
         decoded: Tensor = self.decode()[index]
         return decoded
 
     def product(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        """Return x times the one weight, of which nothing is kept for backward."""
+        """Return x times the one weight; backward decodes the weight again."""
         y: Tensor = self.layers[0].multiply(x, bias)
         return y
 
@@ -74,7 +75,7 @@ class Coded(NamedTuple):
 
 
 class Stack(Tensor):
-    """A stack, or one weight of it, and the factors of what is added to it."""
+    """A stack, or one weight of it, together with the factors of its update."""
 
     base: Tensor | Coded
     factors: tuple[tuple[Factor, Factor], ...]
@@ -86,7 +87,7 @@ class Stack(Tensor):
         factors: tuple[tuple[Factor, Factor], ...] = (),
         shape: tuple[int, ...] | None = None,
     ) -> "Stack":
-        """Remember the two; the shape of coded weights is given."""
+        """Store the weights and the factors; quantized weights need a shape."""
         device = (
             base.device if isinstance(base, Tensor) else base.layers[0].packed.device
         )
@@ -106,7 +107,7 @@ class Stack(Tensor):
         return Stack(self.base, (*self.factors, (L, R)), shape)
 
     def whole(self) -> Tensor:
-        """Return what stands for the weight where no product is met: the sum."""
+        """Return the sum of weight and update, for operations that are no product."""
         W = self.base if isinstance(self.base, Tensor) else self.base.decode()
         total = W
         for L, R in self.factors:
@@ -117,7 +118,7 @@ class Stack(Tensor):
     def __torch_function__(
         cls, function: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
-        """Follow the weight to its product; elsewhere go on with the sum."""
+        """Apply linear operations to weight and factors; give others the sum."""
         kwargs = kwargs or {}
         if function in METADATA:
             with torch._C.DisableTorchFunctionSubclass():
@@ -133,7 +134,7 @@ class Stack(Tensor):
     def __torch_dispatch__(  # type: ignore[override]
         cls, function: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
-        """Go on with the sum."""
+        """Call the operator with the sum."""
         now = tree_map_only(cls, lambda weight: weight.whole(), (args, kwargs or {}))
         return function(*now[0], **now[1])
 
@@ -252,7 +253,7 @@ class _Product(NamedTuple):
 
 
 class _Grouped(NamedTuple):
-    """Runs of tokens, each times the weight of its expert."""
+    """Runs of tokens, each multiplied by the weight of its expert."""
 
     function: Any
 

@@ -1,4 +1,4 @@
-"""Which layers of a model are meant, and how they are exchanged.
+"""Which layers of a model a target selects, and how layers are replaced.
 
 A target is a full name (`model.layers.0.mlp.up_proj`), the last parts of one
 (`up_proj`, `mlp.up_proj`), a pattern with `*`, `?` or `[]` (`layers.1?.mlp.*`), or
@@ -16,21 +16,21 @@ from minipeft.torch.linear import weight_view
 
 ALL_LINEAR = "all-linear"
 ROUTERS = ("gate", "router", "*_gate", "*_router")
-"""Parts of the names of layers that choose experts; `gate_proj` is none of them."""
+"""Name parts of the layers that choose experts; `gate_proj` is not one of them."""
 
 
 def matches(name: str, target: str) -> bool:
-    """Tell whether a target that is a name or a pattern means this name."""
+    """Tell whether a target, a name or a pattern, selects this name."""
     if _is_pattern(target):
         return fnmatchcase(name, target) or fnmatchcase(name, f"*.{target}")
     return name == target or name.endswith(f".{target}")
 
 
 def chosen(names: Iterable[str], targets: Sequence[str]) -> list[str]:
-    """Return the names that the targets mean, in their order.
+    """Return the names that the targets select, in the order of the names.
 
     Raises:
-        InputError: if a target means none of them.
+        InputError: if a target selects none of them.
     """
     names = list(names)
     for target in targets:
@@ -44,7 +44,7 @@ def chosen(names: Iterable[str], targets: Sequence[str]) -> list[str]:
 
 
 def layers(model: nn.Module, targets: Sequence[str] | str) -> dict[str, nn.Module]:
-    """Return the layers to adapt, each once, though it may serve in several places.
+    """Return the layers to adapt; a layer with several names is returned once.
 
     Raises:
         InputError: if a target matches nothing, or a layer that cannot be adapted, is
@@ -65,11 +65,11 @@ def layers(model: nn.Module, targets: Sequence[str] | str) -> dict[str, nn.Modul
 def all_linear(model: nn.Module) -> dict[str, nn.Module]:
     """Return every linear layer except output heads and routers.
 
-    A head is what a transformers model returns from `get_output_embeddings()`, or puts
-    on top of its base model (a classifier), and what shares its weight with an
-    embedding. A router is a layer with a part of its name among `ROUTERS`, or inside a
-    module whose class is called a router; modules that hold a stack of experts are no
-    linear layers.
+    A head is the layer that a transformers model returns from
+    `get_output_embeddings()`, a layer on top of the base model (a classifier), or a
+    layer that shares its weight with an embedding. A router is a layer whose name has a
+    part among `ROUTERS`, or a layer inside a module whose class name contains "router".
+    A module that holds a stack of experts is no linear layer.
     """
     modules = dict(outside_adapters(model))
     left = _heads(model) | _routers(modules)
@@ -77,9 +77,10 @@ def all_linear(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def outside_adapters(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Yield each module by each of its names, without what adapted layers hold.
+    """Yield each module by each of its names, except those inside adapted layers.
 
-    Nor what a module holds that is adapted as a whole: experts in a few bits.
+    Modules inside quantized experts are not yielded either: they are adapted as a
+    whole.
     """
     inside: tuple[str, ...] = ()
     for name, module in model.named_modules(remove_duplicate=False):
@@ -92,7 +93,7 @@ def outside_adapters(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 
 def replace(model: nn.Module, replacements: Mapping[int, nn.Module]) -> None:
-    """Put modules in the place of others, given by their id, wherever these serve."""
+    """Replace modules, given by their id, everywhere in the model."""
     if id(model) in replacements:
         raise InputError("the model is itself an adapted layer; call its own unload().")
     places = [
@@ -106,7 +107,7 @@ def replace(model: nn.Module, replacements: Mapping[int, nn.Module]) -> None:
 
 
 def tied(model: nn.Module) -> dict[str, list[str]]:
-    """Return the names of the modules that share their weight, with those of others."""
+    """Return the names of modules that share their weight, with those of the others."""
     owners: dict[nn.Parameter, list[str]] = {}
     for name, module in model.named_modules():
         weight = module._parameters.get("weight")
@@ -127,7 +128,7 @@ def _meant(
         names = list(all_linear(model))
     else:
         names = [name for name in modules if matches(name, target)]
-    if _is_pattern(target):  # what a pattern sweeps in beside layers is passed over
+    if _is_pattern(target):  # a pattern may also match other modules
         names = [name for name in names if _is_adaptable(modules[name])]
     if not names:
         raise InputError(
@@ -145,7 +146,7 @@ def _is_adaptable(module: nn.Module) -> bool:
     try:
         weight_view(module)
     except InputError:
-        return isinstance(module, Adapted)  # which is worth an error of its own
+        return isinstance(module, Adapted)  # reported later with an error of its own
     return True
 
 

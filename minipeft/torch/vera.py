@@ -1,4 +1,4 @@
-"""VeRA: one frozen random pair for every layer, and two trained vectors for each."""
+"""VeRA: one frozen random pair for all layers, and two trained vectors per layer."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -26,7 +26,7 @@ from minipeft.torch.lora import MatrixA, MatrixB, check_dropout
 class Projections(nn.Module):
     """The frozen pair, as large as the largest layer; all layers share this one object.
 
-    It follows from four whole numbers, which every `VeRA` saves in its place.
+    Four whole numbers determine the pair, so each `VeRA` saves only these.
 
     Args:
         seed: 0 to 2**32 - 1.
@@ -47,10 +47,10 @@ class Projections(nn.Module):
 
     @classmethod
     def given(cls, A: MatrixA, B: MatrixB) -> "Projections":
-        """Hold a pair that another drew; its seed, -1, draws none where it is loaded.
+        """Hold a pair that another program drew; the seed -1 marks such a pair.
 
         Raises:
-            InputError: if the matrices do not have the same r.
+            InputError: if the two matrices have different r.
         """
         check_shape("B", B, len(B), len(A))
         pair = cls.__new__(cls)
@@ -61,11 +61,11 @@ class Projections(nn.Module):
         return pair
 
     def forward(self, in_features: int, out_features: int) -> tuple[MatrixA, MatrixB]:
-        """Return what a smaller layer uses of the pair: the top left corners."""
+        """Return the top left corners of the pair, which a smaller layer uses."""
         return self.A[:, :in_features], self.B[:out_features]
 
     def draw(self, numbers: tuple[int, int, int, int], device: torch.device) -> None:
-        """Become the pair of other numbers, or the same on another device."""
+        """Draw the pair again for other numbers, or on another device."""
         A, B = projections(*numbers)
         self.A, self.B = A.to(device, self.A.dtype), B.to(device, self.B.dtype)
         self.drawn = numbers
@@ -77,7 +77,7 @@ class Projections(nn.Module):
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         if not self.A.is_meta:
             moved = fn(probe)
-            # `to_empty` moves no values.
+            # `to_empty` does not copy values.
             if probe.is_meta or not torch.equal(moved, probe.to(moved)):
                 self.draw(self.drawn, self.A.device)
         return self
@@ -86,14 +86,14 @@ class Projections(nn.Module):
 class VeRA(nn.Module):
     """The trained parts of one layer: d scales the r directions, b the outputs.
 
-    A state dict holds d, b, and the four numbers of the pair. Where others are loaded,
-    the pair is drawn again, for all layers that share it.
+    The state dict holds d, b, and the four numbers of the pair. When a state dict with
+    other numbers is loaded, the pair is drawn again for all layers that share it.
 
     Args:
         d: the scale of each direction.
         b: the scale of each output.
         pair: frozen and shared.
-        dropout: the chance, in training, that an entry of x is dropped on the way to A.
+        dropout: the probability, in training, that an entry of x is dropped before A.
     """
 
     d: Float[Tensor, " r"]
@@ -116,7 +116,7 @@ class VeRA(nn.Module):
         self.register_load_state_dict_post_hook(_draw_what_was_loaded)  # type: ignore[no-untyped-call]
 
     def forward(self, product: Product) -> Output:
-        r"""Return what is added to the output, $b \odot ((d \odot x A^T) B^T)$."""
+        r"""Return the change of the output, $b \odot ((d \odot x A^T) B^T)$."""
         check_fits(product.form, self)
         A, B = self.projections(product.form.in_features, product.form.out_features)
         h = product.project(A, self.dropout)
@@ -137,14 +137,8 @@ def projections(
 ) -> tuple[MatrixA, MatrixB]:
     r"""Draw A, then B, each $U(-\sqrt{6/n}, \sqrt{6/n})$ with n its number of columns.
 
-    Always on the CPU, whose generator gives the same bits on every machine, and gives
-    peft's for the same seed.
-
-    Args:
-        seed: 0 to 2**32 - 1.
-        r: directions, the length of d.
-        in_features: columns of the widest weight.
-        out_features: rows of the tallest weight.
+    Arguments: `reference.vera.projections`. The pair is always drawn on the CPU: its
+    generator gives the same bits on every machine, the same as peft's for this seed.
 
     Raises:
         InputError: if the seed or r is out of range.
@@ -187,7 +181,7 @@ def delta(adapter: VeRA, in_features: int) -> Weight:
 
 
 def check_fits(form: Form, adapter: VeRA) -> None:
-    """Refuse vectors of another layer: one number would broadcast."""
+    """Refuse vectors of another layer; torch would broadcast a single number."""
     check_shape("b", adapter.b, form.out_features)
     _, r, widest, tallest = adapter.projections.drawn
     check_shape("d", adapter.d, r)
@@ -213,7 +207,7 @@ class VeRALinear(Adapted[VeRA]):
 
 @dataclass(frozen=True)
 class VeRAConfig:
-    """VeRA for the layers of a model: the pair is drawn once, for the largest."""
+    """VeRA for the layers of a model; one pair, as large as the largest layer."""
 
     r: int = 256
     seed: int = 0
@@ -225,11 +219,11 @@ class VeRAConfig:
     def adapters(
         self, layers: Mapping[str, nn.Module], generator: torch.Generator | None = None
     ) -> dict[str, VeRA]:
-        """Return a new adapter for each layer; those on one device share one pair.
+        """Return a new adapter for each layer; the layers on one device share one pair.
 
         Args:
             layers: by name.
-            generator: not used: `seed` alone decides, so that others can draw the same.
+            generator: not used: `seed` alone decides, so others can draw the same.
 
         Raises:
             InputError: if r, the seed or dropout is out of range.

@@ -1,8 +1,8 @@
 """Virtual tokens before the text of a causal model of transformers.
 
-What the model counts is the text alone: its `generate` gets the token ids as they are,
-so lengths, penalties, bans, beams and streams are about words that somebody said. The
-virtual tokens enter where the model is called: there its mask and its positions grow.
+The model's `generate` gets only the token ids of the text, so lengths, penalties,
+banned words, beams and streams concern the text alone. The virtual tokens are added
+when the model is called: its mask and positions are extended there.
 """
 
 from abc import ABC, abstractmethod
@@ -18,10 +18,10 @@ from torch.nn.functional import pad
 from minipeft.errors import InputError
 from minipeft.shapes import Integer
 
-IGNORE = -100  # the label that torch's cross-entropy leaves out
+IGNORE = -100  # torch's cross-entropy ignores this label
 Ids = Integer[Tensor, "batch tokens"]
 
-# What `generate` of transformers takes, and what cannot be there with virtual tokens.
+# Settings of transformers' `generate` that do not work with virtual tokens.
 TAKEN = {
     "past_key_values": "the cache begins with the virtual tokens",
     "inputs_embeds": "the text is given by its token ids",
@@ -33,9 +33,9 @@ TAKEN = {
 
 
 class VirtualTokens(nn.Module, ABC):
-    """A frozen causal model of transformers behind trained virtual tokens.
+    """A frozen causal model of transformers with trained virtual tokens.
 
-    `self.model` is at any time the model that was given; no layer is changed.
+    `self.model` is the given model; its layers are not changed.
     """
 
     def __init__(self, model: Any) -> None:
@@ -47,24 +47,24 @@ class VirtualTokens(nn.Module, ABC):
 
     @property
     def device(self) -> torch.device:
-        """Where the model is."""
+        """The device of the model."""
         device: torch.device = self.model.device
         return device
 
     @property
     @abstractmethod
     def num_virtual_tokens(self) -> int:
-        """How many tokens stand before the text."""
+        """The number of virtual tokens before the text."""
 
     @abstractmethod
     def enter(self, call: dict[str, Any]) -> int:
-        """Put the tokens before a text that the model has not begun to read.
+        """Put the virtual tokens before a text of which the model has read nothing yet.
 
         Args:
-            call: what the model is called with; changed in place.
+            call: the arguments of the model; changed in place.
 
         Returns:
-            How many of the tokens the model is to read in this call.
+            The number of virtual tokens that the model reads in this call.
         """
 
     def forward(
@@ -73,7 +73,7 @@ class VirtualTokens(nn.Module, ABC):
         attention_mask: Ids | None = None,
         labels: Ids | None = None,
     ) -> Any:
-        """Run the model behind its tokens; logits and loss are those of the text.
+        """Run the model with the virtual tokens; logits and loss are those of the text.
 
         Raises:
             InputError: if an operand does not fit the text.
@@ -92,10 +92,10 @@ class VirtualTokens(nn.Module, ABC):
     def generate(
         self, input_ids: Ids, attention_mask: Ids | None = None, **settings: Any
     ) -> Any:
-        """Continue a text; `settings` are those of transformers' own `generate`.
+        """Continue a text; `settings` are those of transformers' `generate`.
 
         Raises:
-            InputError: for a setting that cannot be there with virtual tokens.
+            InputError: for a setting that does not work with virtual tokens.
         """
         for name, why in TAKEN.items():
             if settings.get(name) is not None:
@@ -107,10 +107,10 @@ class VirtualTokens(nn.Module, ABC):
             return self.model.generate(input_ids, **settings)
 
     def ahead(self, call: Mapping[str, Any]) -> tuple[dict[str, Any], int]:
-        """Return what the model is called with, and how many tokens are read before.
+        """Return the model's arguments, and the number of virtual tokens it reads.
 
-        The mask lets every query look at the virtual tokens. Positions count what the
-        mask shows, so that padding on the left takes none.
+        The mask lets every query see the virtual tokens. Positions count the visible
+        tokens, so that padding on the left gets none.
         """
         call, n = dict(call), self.num_virtual_tokens
         ids, cache = call["input_ids"], call.get("past_key_values")
@@ -143,9 +143,10 @@ class VirtualTokens(nn.Module, ABC):
 
 
 def predicted(labels: Ids, attention_mask: Ids | None) -> Ids:
-    """Leave out a text's first token, which nothing of the text predicts.
+    """Ignore the label of a text's first token, which no token of the text predicts.
 
-    So is it without virtual tokens and without padding: the loss is of the same tokens.
+    A model without virtual tokens ignores this label too, so both losses are means over
+    the same tokens.
     """
     before = torch.zeros_like(labels[:, :1])
     if attention_mask is None:
@@ -156,7 +157,7 @@ def predicted(labels: Ids, attention_mask: Ids | None) -> Ids:
 
 
 def check_text(input_ids: Ids, attention_mask: Ids | None, labels: Ids | None) -> None:
-    """Refuse a mask or labels of another text; no value is looked at."""
+    """Refuse a mask or labels of another shape than the text; no value is read."""
     if input_ids.dim() != 2:
         raise InputError(
             f"input_ids has shape {tuple(input_ids.shape)}; give (batch, tokens)."
@@ -194,7 +195,7 @@ def check_count(num_virtual_tokens: int) -> None:
 
 
 def wide(values: Tensor) -> Tensor:
-    """Return what is trained in float32, or in the wider dtype of the model."""
+    """Return the trained tensor in float32, or in the model's dtype if wider."""
     return values.to(torch.promote_types(values.dtype, torch.float32))
 
 
