@@ -23,7 +23,7 @@ else:
     except ImportError:
 
         class _Unchecked:
-            """An annotation that nothing checks: `X[array, shape]` is `array`."""
+            """An annotation without a check: `X[array, shape]` is `array`."""
 
             def __class_getitem__(cls, item):
                 """Return the array type and forget the shape."""

@@ -19,7 +19,7 @@ BLOCKSIZE = 256
 Full = Callable[[tuple[int, ...], str, int, int], Array]
 """Allocates an array of a shape, dtype and value for a device."""
 
-MIN_8BIT_SIZE = 4096  # smaller tensors (biases, norms) keep float32: little to save
+MIN_8BIT_SIZE = 4096  # smaller tensors (biases, norms) stay float32: they cost little
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class AdamW:
 
 @dataclass(frozen=True)
 class State:
-    """What the optimizer knows of one tensor: steps taken, two moments."""
+    """The optimizer's state of one tensor: steps taken, two moments."""
 
     t: int
     m: Array | Blockwise
@@ -65,7 +65,7 @@ def init(W: Any, bits: int = 32) -> State:
 
 
 def zeros(W: Any, bits: int, full: Full) -> State:
-    """Start as `init` does, with moments that `full` allocates and fills."""
+    """Start as `init` does; `full` allocates and fills the moments."""
     if bits not in (8, 32):
         raise InputError(f"bits is {bits}; choose 8 or 32.")
     gpu = current()
@@ -78,7 +78,7 @@ def zeros(W: Any, bits: int, full: Full) -> State:
 
 
 def step(W: Any, grad: Any, state: State, config: AdamW) -> tuple[Array, State]:
-    r"""Return the next weight and the next state; the old ones stay as they are.
+    r"""Return the next weight and the next state; the old ones do not change.
 
     $m = m + (1 - \beta_1)(g - m)$, $v = \beta_2 v + (1 - \beta_2) g^2$,
     $W = (1 - \eta\lambda) W - \frac{\eta}{1 - \beta_1^t}
@@ -110,9 +110,9 @@ def step(W: Any, grad: Any, state: State, config: AdamW) -> tuple[Array, State]:
 
 
 def parts(gpu: Executor, state: State, W: Facts) -> list[Array]:
-    """List the arrays of a state as the kernels take them, checked against W.
+    """Return the arrays of a state for the kernels, after checking them against W.
 
-    m and v; or the codes of both, then the scales of both.
+    These are m and v; in eight bits, the codes of both, then the scales of both.
     """
     if not isinstance(state.m, Blockwise):
         arrays = [("m", state.m), ("v", state.v)]
@@ -136,10 +136,10 @@ def launch(
     outputs: list[Array],
     settings: list[float],
 ) -> None:
-    """Launch a step, in place where an output is its own input.
+    """Launch a step; it works in place where an output is also an input.
 
     Args:
-        gpu: where.
+        gpu: the executor.
         W: the facts of the weight, or of a page of it.
         inputs: W, gradient, and the arrays of the state from `parts`.
         outputs: W, the arrays of the state, and the index of the first bad value.
@@ -160,7 +160,7 @@ def launch(
 
 
 def rebuild(state: State, arrays: list[Array]) -> State:
-    """Return the state after a step, with other arrays than `state` has."""
+    """Return the state after a step: `state` with new arrays."""
     if not isinstance(state.m, Blockwise) or not isinstance(state.v, Blockwise):
         return State(state.t + 1, *arrays)
     m_codes, v_codes, m_absmax, v_absmax = arrays
@@ -177,7 +177,7 @@ def _part(
     device: int,
 ) -> Array:
     dtype, shape = expected
-    # Scales are loaded one by one.
+    # Scales need no alignment: a kernel loads them one by one.
     found = check(
         name, gpu.facts(array), [dtype], device, 4 if "absmax" in name else 16
     )
@@ -201,7 +201,7 @@ def _coded(facts: Facts, signed: bool, full: Full) -> Blockwise:
     )
 
 
-# One upload a device and stream, not a step: another stream might come before it.
+# One copy for each device and stream: a kernel on another stream could start first.
 @lru_cache(maxsize=8)
 def _maps(gpu: Executor, device: int, stream: int) -> Array:
     return gpu.upload(moment_maps(dynamic_map(), dynamic_map(signed=False)), device)
@@ -217,7 +217,7 @@ def check_gradient(gpu: Executor, W: Array, grad: Array) -> Facts:
 
 
 def check_finite(gpu: Executor, grad: Array, first_bad: int, n: int) -> None:
-    """Refuse a gradient by naming the first value that spoils the step, if any does."""
+    """Refuse a gradient that is not finite; the message names the first such value."""
     if first_bad == n:
         return
     value = gpu.download(grad.reshape(-1)[first_bad : first_bad + 1])[0]

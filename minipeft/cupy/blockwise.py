@@ -36,7 +36,7 @@ def quantize(W: Any, codebook: np.ndarray = NF4, blocksize: int = 64) -> Blockwi
 
     Raises:
         InputError: at the first NaN or infinity; if the array, the codebook or
-            `blocksize` is not as said.
+            `blocksize` is another one.
 
     Source: QLoRA (arXiv:2305.14314), section 3.
     """
@@ -63,7 +63,7 @@ def quantize(W: Any, codebook: np.ndarray = NF4, blocksize: int = 64) -> Blockwi
 
 
 def dequantize(q: Blockwise, dtype: Any = np.float32) -> Array:
-    r"""Give every code its value back: $\hat W_i = c_{q_i} \cdot a$.
+    r"""Replace every code by its value: $\hat W_i = c_{q_i} \cdot a$.
 
     The product is rounded to float32, and once more to `dtype`.
 
@@ -86,14 +86,14 @@ def dequantize(q: Blockwise, dtype: Any = np.float32) -> Array:
 
 
 def check_parts(gpu: Executor, q: Blockwise) -> tuple[Layout, int]:
-    """Return the layout and the bits of a code; refuse what a kernel would misread."""
+    """Return the layout and bits of a code; refuse what a kernel would misread."""
     layout = Layout(q.shape, q.blocksize)
     packed, absmax, codebook = map(gpu.facts, (q.packed, q.absmax, q.codebook))
     return layout, check_codes(packed, absmax, codebook, layout)
 
 
 def output_dtype(dtype: Any) -> str:
-    """Name the dtype to dequantize to; refuse one that no kernel writes."""
+    """Return the name of the output dtype; refuse a dtype that no kernel writes."""
     name = dtype if isinstance(dtype, str) else np.dtype(dtype).name
     if name not in CTYPES:
         raise InputError(f"cannot dequantize to {name}; choose one of {list(CTYPES)}.")

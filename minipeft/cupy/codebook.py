@@ -1,4 +1,4 @@
-"""The published tables, as in the reference."""
+"""The published codebooks; their values equal those of the reference."""
 
 import numpy as np
 
@@ -24,7 +24,7 @@ NF4 = np.array(
     dtype=np.float32,
 )
 
-# In the order of its bits: zero stands at codes 0 and 8.
+# In the order of the bits: codes 0 and 8 are both zero.
 FP4 = np.array(
     [0, 0.0625, 8, 12, 4, 6, 2, 3, 0, -0.0625, -8, -12, -4, -6, -2, -3], np.float32
 ) / np.float32(12)

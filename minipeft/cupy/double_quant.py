@@ -53,8 +53,8 @@ def quantize(
     q = blockwise.quantize(W, codebook, blocksize)
     facts = gpu.facts(q.absmax)
     blocks, device = facts.size, facts.device
-    # The exact sum, rounded once, is the same on every device; a weight's scales are
-    # few enough to be added on the host.
+    # The exact sum, rounded once, is the same on every device. A weight has so few
+    # scales that the host can add them.
     offset = np.float32(fsum(gpu.download(q.absmax)) / max(blocks, 1))
     codes = gpu.empty((blocks,), "uint8", device)
     nested_blocks = -(-blocks // nested_blocksize)
@@ -67,7 +67,7 @@ def quantize(
 
 
 def dequantize(q: Nested, dtype: Any = np.float32) -> Array:
-    r"""Give the scales their values back, then the weights, in one pass.
+    r"""Decode the scales and the weights in one pass.
 
     $\hat W_i = c_{q_i} \cdot (d_s \cdot a_2 + \bar a)$, each operation rounded to
     float32, the result once more to `dtype`.
@@ -91,7 +91,7 @@ def dequantize(q: Nested, dtype: Any = np.float32) -> Array:
 
 
 def check_parts(gpu: Executor, q: Nested) -> tuple[Layout, int]:
-    """Return the layout and the bits of a code; refuse what a kernel would misread."""
+    """Return the layout and bits of a code; refuse what a kernel would misread."""
     layout = Layout(q.shape, q.blocksize, q.nested_blocksize)
     packed, codes, nested, codebook = map(
         gpu.facts, (q.packed, q.absmax_codes, q.nested_absmax, q.codebook)
@@ -102,7 +102,7 @@ def check_parts(gpu: Executor, q: Nested) -> tuple[Layout, int]:
 
 
 def scales(gpu: Executor, q: Nested, device: int) -> list[Any]:
-    """List the arguments by which a kernel decodes the scales."""
+    """Return the arguments with which a kernel decodes the scales."""
     log2 = log2_blocksize(q.nested_blocksize)
     return [
         q.absmax_codes,
@@ -113,7 +113,7 @@ def scales(gpu: Executor, q: Nested, device: int) -> list[Any]:
     ]
 
 
-# One upload a device and stream, not a call: another stream might come before it.
+# One copy for each device and stream: a kernel on another stream could start first.
 @lru_cache(maxsize=8)
 def _map(gpu: Executor, device: int, stream: int) -> Array:
     return gpu.upload(dynamic_map(), device)

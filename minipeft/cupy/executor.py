@@ -1,7 +1,7 @@
-"""Where kernels run: CuPy on a CUDA device, or whatever a test puts in its place.
+"""Run kernels: with CuPy on a CUDA device, or on a CPU in the tests.
 
-A launcher asks `current()` for arrays, facts about them, and launches. It never touches
-CuPy itself, so the launcher that a GPU runs is the one that the tests run on a CPU.
+A launcher uses `current()` for arrays, facts about them, and launches, and never CuPy
+itself. So the tests on a CPU run the same launchers as a GPU does.
 """
 
 from collections.abc import Iterator, Sequence
@@ -20,19 +20,19 @@ from minipeft.kernels.checks import Facts
 
 HOST = managed.HOST
 
-# Whatever the executor computes on: `cupy.ndarray` on a device.
+# An array of the executor: `cupy.ndarray` on a device.
 Array = Any
 
 
 @runtime_checkable
 class Executor(Protocol):
-    """What a launcher needs."""
+    """The functions that a launcher calls."""
 
     def __hash__(self) -> int:
-        """Be a key: what is uploaded once is kept for each executor."""
+        """Make an executor a key: uploaded tables are stored for each executor."""
 
     def adopt(self, array: Any) -> Array:
-        """Take an array, or any tensor that speaks DLPack, without copying it."""
+        """Take an array, or any tensor with DLPack, without copying it."""
 
     def facts(self, array: Array) -> Facts:
         """Describe an adopted array."""
@@ -57,16 +57,16 @@ class Executor(Protocol):
     def home(
         self, shape: tuple[int, ...], dtype: str, value: int, device: int
     ) -> Array:
-        """Allocate and fill on the host, where the device reaches it, too."""
+        """Allocate and fill memory on the host that the device can access too."""
 
     def managed(self, array: Array) -> Array:
-        """Return a copy of an array in such memory, or itself if it lies there."""
+        """Return a copy of an array in such memory, or the array if it is there."""
 
     def move(self, array: Array, device: int) -> None:
-        """Start moving such memory to a device, or to the host: `HOST`."""
+        """Start moving such memory to a device, or to the host (`HOST`)."""
 
     def arrived(self, device: int) -> None:
-        """Let the kernels to come wait for all that moves to their device."""
+        """Make later kernels wait for all memory that moves to their device."""
 
     def launch(self, kernel: Kernel, dtype: str, args: Sequence[Any]) -> None:
         """Run the kernel's instance for `dtype`."""
@@ -166,7 +166,7 @@ class CupyExecutor:
         return copy
 
     def move(self, array: Array, device: int) -> None:
-        """Prefetch beside the kernels; what leaves, leaves after those before it."""
+        """Prefetch while kernels run; memory leaves a device after earlier kernels."""
         here = array.device.id
         side = self._side(here, device)
         if device == HOST:
@@ -175,7 +175,7 @@ class CupyExecutor:
         managed.prefetch(array, device, side.ptr)
 
     def arrived(self, device: int) -> None:
-        """Wait on the stream of the kernels, not on the host."""
+        """Make the stream of the kernels wait; the host does not wait."""
         with self._cupy.cuda.Device(device):
             self._stream(device).wait_event(self._side(device, device).record())
 
@@ -203,9 +203,9 @@ class CupyExecutor:
         return isinstance(array.data.mem, self._cupy.cuda.UnownedMemory)
 
     def _hold(self, arrays: list[Array], device: Any) -> None:
-        """Keep what another library may free until the kernel has read it.
+        """Keep another library's memory alive until the kernel has read it.
 
-        Its allocator knows its own streams, not this one.
+        The allocator of that library does not know this stream.
         """
         self._held = [(event, kept) for event, kept in self._held if not event.done]
         if arrays:
@@ -221,7 +221,7 @@ def _is_on_a_gpu(array: Any) -> bool:
 
 
 def numpy_dtype(name: str) -> np.dtype[Any]:
-    """Give the NumPy dtype of a name from `kernels.CTYPES`, or of NumPy's own."""
+    """Return the NumPy dtype of a name from `kernels.CTYPES` or from NumPy."""
     if name != "bfloat16":
         return np.dtype(name)
     try:
@@ -254,7 +254,7 @@ _current: ContextVar[Executor | None] = ContextVar("executor", default=None)
 
 
 def current() -> Executor:
-    """Return the executor in use; on a machine without one, say what is missing.
+    """Return the executor in use; without a GPU, raise an error.
 
     Raises:
         InputError: the sentence of `missing`.
@@ -273,7 +273,7 @@ def _device() -> Executor:
 
 @contextmanager
 def use(executor: Executor) -> Iterator[Executor]:
-    """Run kernels elsewhere for a while."""
+    """Run kernels on another executor inside a `with` block."""
     token = _current.set(executor)
     try:
         yield executor

@@ -25,7 +25,7 @@ class Adapters:
 def stack(loras: Sequence[Any], dtype: str = "float32", device: int = 0) -> Adapters:
     """Stack adapters of one layer and copy them to a device.
 
-    Adapters of a lower rank than the highest are filled up with zeros.
+    Zeros fill A and B of adapters with a lower rank than the highest.
 
     Args:
         loras: each with A (r, in_features), B (out_features, r) and scaling, in NumPy.
@@ -99,7 +99,7 @@ def shrink(gpu: Executor, x: Array, facts: Facts, A: Array, chosen: Array) -> Ar
 
 
 def check_adapters(gpu: Executor, adapters: Adapters, x: Facts) -> tuple[int, int, int]:
-    """Return the number of adapters, out_features and rank; refuse a misfit to x."""
+    """Return the number of adapters, out_features and rank; refuse shapes unlike x."""
     parts = (adapters.A, adapters.B, adapters.scaling)
     return checks.check_adapters(x, *map(gpu.facts, parts))
 

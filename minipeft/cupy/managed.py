@@ -1,7 +1,7 @@
-"""Where managed memory lives, and when it moves.
+"""Managed memory: where it is stored, and when it moves.
 
 Not through `cupy.cuda.runtime`: built for CUDA 13, its `memAdvise` and
-`memPrefetchAsync` call every place a device, and the host is none.
+`memPrefetchAsync` accept only devices as places, and not the host.
 """
 
 import ctypes
@@ -20,7 +20,7 @@ def check(device: int) -> None:
     """Refuse a device that cannot page memory.
 
     Raises:
-        InputError: where the device must hold whatever it may touch.
+        InputError: if the device cannot load a page when a kernel accesses it.
     """
     if not concurrent(device):
         raise InputError(
@@ -31,10 +31,10 @@ def check(device: int) -> None:
 
 
 def settle(array: Any) -> None:
-    """Make the host the home of an array, and let its device reach it there.
+    """Store an array on the host, where its device can access it.
 
-    What is not on the device goes home to the host, not to another device; the device
-    may read it there instead of faulting it in.
+    Pages that leave the device go to the host and not to another device. The device
+    can read a page on the host without loading it.
 
     Args:
         array: a CuPy array in managed memory.
@@ -58,7 +58,7 @@ def prefetch(array: Any, device: int, stream: int) -> None:
     Args:
         array: a CuPy array in managed memory.
         device: its number, or `HOST`.
-        stream: the address of the stream in turn with whose work it moves.
+        stream: the address of a stream; the array moves after its earlier work.
     """
     if array.nbytes:
         cuda = _runtime()
@@ -67,7 +67,7 @@ def prefetch(array: Any, device: int, stream: int) -> None:
 
 
 def fill(array: Any, value: int) -> None:
-    """Fill an array from the host, so that no page of it is made on the device.
+    """Fill an array from the host, so that all its pages start on the host.
 
     Args:
         array: a CuPy array in managed memory that no kernel has seen yet.
@@ -80,7 +80,7 @@ def fill(array: Any, value: int) -> None:
 
 @cache
 def concurrent(device: int) -> bool:
-    """Say whether host and device may touch managed memory at the same time."""
+    """Tell whether host and device may access managed memory at the same time."""
     cuda = _runtime()
     attribute = cuda.cudaDeviceAttr.cudaDevAttrConcurrentManagedAccess
     error, value = cuda.cudaDeviceGetAttribute(attribute, device)

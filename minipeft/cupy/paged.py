@@ -1,8 +1,9 @@
-"""Paged optimizer states on a GPU: managed memory under the reference's state machine.
+"""Paged optimizer states on a GPU: the reference's paging, in managed memory.
 
-The states lie in memory that the device and the host both reach. A page is a slice of
-them; touching one moves it to the device, evicting one moves it home. There is one
-copy, so a step changes it in place, and what the reference copies is moved here.
+The states are stored in memory that the device and the host can both access. A page is
+a slice of the states. `touch` moves a page to the device, `evict` moves it to the host.
+Only one copy exists, so a step changes it in place. Where the reference copies a page,
+this module moves it.
 """
 
 from collections.abc import Mapping, Sequence
@@ -23,10 +24,10 @@ from minipeft.kernels.tables import adamw_settings
 
 @dataclass(frozen=True)
 class Traffic:
-    """What was moved since `init`."""
+    """How many pages were moved since `init`, and why."""
 
-    faults: int = 0  # pages that were waited for
-    prefetches: int = 0  # pages brought before they were asked for
+    faults: int = 0  # pages for which a step had to wait
+    prefetches: int = 0  # pages moved before a step needed them
     evictions: int = 0
     write_backs: int = 0  # evictions of a page that had changed
     bytes_in: int = 0
@@ -38,7 +39,7 @@ class Traffic:
 
 @dataclass(frozen=True)
 class Paged:
-    """States in managed memory, of whose pages at most `budget` are on the device."""
+    """States in managed memory; at most `budget` of their pages are on the device."""
 
     states: tuple[State, ...]  # of each tensor, whole
     device: Mapping[int, bool]  # the least recently used first; True: changed there
@@ -49,7 +50,7 @@ class Paged:
 
 
 def zeros(W: Any, bits: int = 32) -> State:
-    """Start as `adamw.init` does, with a state that never was on the device whole.
+    """Start as `adamw.init` does; the state is never on the device as a whole.
 
     Args:
         W: the parameter; only its shape, dtype and device matter.
@@ -62,7 +63,7 @@ def zeros(W: Any, bits: int = 32) -> State:
 
 
 def init(states: Sequence[State], page_size: int, budget: int) -> Paged:
-    """Take the states of some tensors to managed memory, all pages at home.
+    """Move the states of some tensors to managed memory, all pages on the host.
 
     Args:
         states: one for each tensor, from `zeros`, or from `adamw.init`, then copied.
@@ -94,10 +95,10 @@ def init(states: Sequence[State], page_size: int, budget: int) -> Paged:
 def step(
     p: Paged, tensor: int, W: Any, grad: Any, config: AdamW
 ) -> tuple[Array, Paged]:
-    """Take `adamw.step` on one of the tensors, a page at a time: the same bits.
+    """Take a step on one of the tensors, page by page, with the bits of `adamw.step`.
 
-    With a budget of 2 or more the next page travels while one is in use. The states of
-    `p` are changed; go on with the returned ones.
+    With a budget of 2 or more, the next page is moved while one is in use. The states
+    of `p` are changed; use the returned object from then on.
 
     Raises:
         InputError: as `adamw.step`, and then nothing was changed.
@@ -127,7 +128,7 @@ def step(
 
 
 def touch(p: Paged, page: int) -> Paged:
-    """Have a page on the device, as the most recently used; a fault if it was not."""
+    """Put a page on the device as the most recently used; if absent, count a fault."""
     if page not in p.device:
         return _bring(p, page, Traffic(faults=1))
     others = {i: changed for i, changed in p.device.items() if i != page}
@@ -135,12 +136,12 @@ def touch(p: Paged, page: int) -> Paged:
 
 
 def prefetch(p: Paged, page: int) -> Paged:
-    """Bring a page before it is touched, so that nothing waits for it."""
+    """Put a page on the device before a step touches it, so that no step waits."""
     return p if page in p.device else _bring(p, page, Traffic(prefetches=1))
 
 
 def evict(p: Paged, page: int) -> Paged:
-    """Send a page home; a write-back if it changed."""
+    """Move a page to the host; if it changed, count a write-back."""
     if page not in p.device:
         return p
     traffic = p.traffic + Traffic(evictions=1)
@@ -153,7 +154,7 @@ def evict(p: Paged, page: int) -> Paged:
 
 
 def resize(p: Paged, budget: int) -> Paged:
-    """Change the budget; what no longer fits leaves, the least recently used first."""
+    """Change the budget; evict the least recently used pages that no longer fit."""
     if budget < 1:
         raise InputError(f"budget is {budget}; the device must hold at least 1 page.")
     while len(p.device) > budget:
@@ -162,7 +163,7 @@ def resize(p: Paged, budget: int) -> Paged:
 
 
 def gather(p: Paged, tensor: int) -> State:
-    """Return the whole state of one tensor, for `adamw` or a file."""
+    """Return the whole state of one tensor, in the form of `adamw` and of files."""
     return p.states[tensor]
 
 
@@ -211,7 +212,7 @@ def _size(state: State) -> int:
 
 
 def _check_finite(gpu: Executor, grad: Array, facts: Facts, eight_bits: bool) -> Array:
-    # A moment of eight bits needs a finite scale; its square is the largest it can be.
+    # An 8-bit moment needs a finite scale, so the square of a gradient must be finite.
     largest = np.finfo(np.float32).max
     limit = np.sqrt(largest) if eight_bits else largest
     bad = gpu.upload(np.array([facts.size], np.uint64), facts.device)

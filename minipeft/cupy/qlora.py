@@ -1,4 +1,4 @@
-"""QLoRA's forward for decoding: kernels/qlora.cu, a 4-bit base times a few rows."""
+"""QLoRA's forward for generating text: kernels/qlora.cu, a few rows of x."""
 
 from typing import Any
 
@@ -21,8 +21,8 @@ def forward(
     r"""Apply the adapted layer: $y = x \hat W^T + b + s (x A^T) B^T$.
 
     $\hat W$ is decoded within the kernel, rounded to the dtype of x; all terms are
-    summed in float32 and rounded once. Made for a few rows; a large batch is faster
-    with `dequantize` and a matrix product.
+    summed in float32 and rounded once. The kernel is fast for a few rows; for a large
+    batch, `dequantize` and a matrix product are faster.
 
     Args:
         x: (tokens, in_features), float32, float16 or bfloat16, C-contiguous.
@@ -31,7 +31,7 @@ def forward(
         bias: of the base, of the dtype of x.
 
     Raises:
-        InputError: if shapes, dtypes or devices do not fit, or the base is not as said.
+        InputError: if shapes, dtypes or devices do not fit, or q is another base.
 
     Source: QLoRA (arXiv:2305.14314), equations 5 and 6.
     """

@@ -1,10 +1,10 @@
-"""Golden vectors: inputs and outputs, frozen as bytes, that check any implementation.
+"""Golden vectors: inputs and outputs, stored as bytes, to check any implementation.
 
 v1/          the vectors, one file per operation        schema/   what a file may hold
 operations   the table: names, arguments, outputs       cases/    one file per method
 generate     writes v1/ from cases/ and the reference; schema/, manifest.json and the
              README's list of functions from the table
-ways         names for answers beside ours
+ways         names for other accepted answers
 drivers/     the columns and the peers as plain functions
-runner       runs an implementation over the vectors    report    says what it found
+runner       runs an implementation over the vectors    report    reports the results
 """

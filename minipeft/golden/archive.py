@@ -1,8 +1,8 @@
-"""Write the vectors alone: `python -m minipeft.golden.archive`, or `make vectors`.
+"""Write the archive of vectors: `python -m minipeft.golden.archive`, `make vectors`.
 
-A folder and a zip file of it, the same bytes wherever they are made: the files, their
-schemas, every case on a line of its own, loaders and examples in other languages, the
-licence, and a checksum for each file.
+The archive is a folder and a zip file, with the same bytes on every machine. It holds
+the files, their schemas, every case on a line of its own, loaders and examples in other
+languages, the licence, and a checksum for each file.
 """
 
 import argparse
@@ -53,7 +53,7 @@ def contents() -> dict[str, bytes]:
 
 
 def lines() -> Iterator[str]:
-    """Return every case as a line of JSON that needs no other line."""
+    """Return every case as one complete line of JSON."""
     for path in sorted(V1.glob("*.json")):
         file = json.loads(path.read_text(encoding="utf-8"))
         for group in file["testGroups"]:
@@ -64,7 +64,7 @@ def lines() -> Iterator[str]:
 
 
 def pack(path: Path, files: dict[str, bytes]) -> None:
-    """Write a zip file without a time, a user or an order of its own."""
+    """Write a zip file whose bytes depend on no time, user or order of files."""
     with ZipFile(path, "w") as archive:
         for name, data in sorted(files.items()):
             entry = ZipInfo(f"{NAME}/{name}")

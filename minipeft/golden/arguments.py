@@ -1,4 +1,4 @@
-"""What the functions take and return: types and meanings, each said once."""
+"""The types and meanings of arguments and outputs, each defined once."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -14,7 +14,7 @@ class Argument:
     meaning: str
     type: Mapping[str, Any]  # a JSON schema; of a tensor {"dtypes": …, "axes": …}
     optional: bool = False  # a case may leave it out
-    exact: bool = False  # an output that is compared as bytes, whatever the case
+    exact: bool = False  # an output that is always compared as bytes
 
     @property
     def is_tensor(self) -> bool:
@@ -38,12 +38,12 @@ def number(meaning: str) -> Argument:
 
 
 def boolean(meaning: str) -> Argument:
-    """Describe a yes or no."""
+    """Describe a boolean."""
     return Argument(meaning, {"type": "boolean"})
 
 
 def word(meaning: str, *choices: str) -> Argument:
-    """Describe one of some words."""
+    """Describe a choice among words."""
     return Argument(meaning, {"enum": list(choices)})
 
 
@@ -110,7 +110,7 @@ MASK = optional(
 )
 MIXED = tensor("(..., queries, d_v)", "The values, mixed for each query.")
 
-# What belongs together
+# Groups of arguments
 LORA = {"W": W, "A": A, "B": B}
 LORA_SCALING = {"alpha": ALPHA_EITHER, "rank_stabilized": RANK_STABILIZED}
 LORA_GRADIENTS = {"grad_x": GRAD_X, "grad_A": GRAD_A, "grad_B": GRAD_B}

@@ -1,7 +1,7 @@
-"""A process behind pipes, kept within a time and a number of bytes.
+"""A process with pipes, limited in time and in bytes of output.
 
-It runs in a session of its own, so that whatever it starts ends with it. A copy of a
-pipe that a grandchild holds open delays nothing.
+The process runs in a session of its own, so that all processes that it starts end with
+it. If one of them keeps a pipe open, nothing waits for that pipe.
 """
 
 import os
@@ -15,11 +15,11 @@ from typing import IO
 
 from minipeft.golden.errors import Late, NoAnswer, Unavailable
 
-LARGEST = 16 * 2**20  # bytes of one answer; those of the vectors have thousands
+LARGEST = 16 * 2**20  # bytes of one answer; the answers to our vectors have thousands
 CHUNK = 1 << 16
 TAIL = 4096  # bytes of stderr that are kept; a report quotes the last line
-TICK = 0.05  # seconds between two looks at a process whose pipe stays open
-SOON = 1.0  # seconds for a process to end after its output has
+TICK = 0.05  # seconds between two checks of a process whose pipe stays open
+SOON = 1.0  # seconds for a process to end after the end of its output
 
 
 class Child:
@@ -45,7 +45,7 @@ class Child:
             bufsize=0,
             start_new_session=True,
         )
-        self._output = bytearray()  # what stdout gave and nobody has taken yet
+        self._output = bytearray()  # output of stdout that was not returned yet
         self._tail = bytearray()
         self._ends_stdin = False
         self._closed = False
@@ -61,8 +61,8 @@ class Child:
         """Send a line and return the next line of its stdout.
 
         Raises:
-            Late: if none comes in time.
-            NoAnswer: if it ends, or writes too much.
+            Late: if no line comes in time.
+            NoAnswer: if the process ends, or writes too much.
         """
         self._exchange(line, seconds, lambda: b"\n" in self._output)
         if b"\n" not in self._output:
@@ -74,8 +74,8 @@ class Child:
         """Send all of its stdin and return all of its stdout.
 
         Raises:
-            Late: if it does not end in time.
-            NoAnswer: if it ends otherwise than with code 0, or writes too much.
+            Late: if the process does not end in time.
+            NoAnswer: if the exit code is not 0, or the process writes too much.
         """
         self._ends_stdin = True
         self._exchange(request, seconds, lambda: False)
@@ -88,11 +88,11 @@ class Child:
         return bytes(self._output)
 
     def running(self) -> bool:
-        """Tell whether it has not ended yet."""
+        """Tell whether the process is still running."""
         return self._process.poll() is None
 
     def close(self, grace: float = 0.0) -> None:
-        """End it and whatever it started, after `grace` seconds to end by itself."""
+        """Wait `grace` seconds, then end the process and all that it has started."""
         if self._closed:
             return
         self._closed = True
@@ -113,14 +113,14 @@ class Child:
     def _exchange(
         self, request: bytes, seconds: float, done: Callable[[], bool]
     ) -> None:
-        """Write and read until `done`, the end of its stdout, or its own end."""
+        """Write and read until `done`, the end of stdout, or the end of the process."""
         self._send(request)
         deadline = monotonic() + seconds
         while not done() and self._listens_to(self._process.stdout):
             ended = not self.running()
             ready = self._open.select(min(TICK, max(0.0, deadline - monotonic())))
             if ended and not ready:
-                return  # something that it left behind holds the pipe open
+                return  # another process still holds the pipe open
             for key, _ in ready:
                 self._serve(key)
             if len(self._output) > LARGEST:
@@ -134,7 +134,7 @@ class Child:
         stdin = self._process.stdin
         if stdin is None or stdin.closed:
             return
-        if self._listens_to(stdin):  # the last request is not even read
+        if self._listens_to(stdin):  # the last request was not read
             self._open.unregister(stdin)
         self._open.register(stdin, selectors.EVENT_WRITE, memoryview(request))
 
@@ -155,7 +155,7 @@ class Child:
         rest: memoryview = key.data
         try:
             rest = rest[os.write(key.fd, rest) :]
-        except BrokenPipeError:  # it has ended, or closed its stdin
+        except BrokenPipeError:  # the process has ended, or closed its stdin
             rest = rest[len(rest) :]
         if len(rest):
             self._open.modify(key.fileobj, selectors.EVENT_WRITE, rest)
@@ -168,7 +168,7 @@ class Child:
         return any(key.fileobj is pipe for key in self._open.get_map().values())
 
     def _ending(self) -> str:
-        """Say how it ended, with the last line that it wrote to stderr."""
+        """Say how the process ended, with its last line on stderr."""
         with suppress(subprocess.TimeoutExpired):
             self._process.wait(SOON)
         code = self._process.poll()

@@ -1,4 +1,4 @@
-"""`minipeft verify`: what it takes, whom it asks, what it writes."""
+"""`minipeft verify`: its options, the run, and the reports."""
 
 import argparse
 import os
@@ -109,7 +109,7 @@ def _add_files(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    """Print a list or a case, or ask everything; return the exit code."""
+    """Print a list or a case, or run the cases; return the exit code."""
     if options.list:
         print("\n".join(op.signature(name) for name, op in OPERATIONS.items()))
         return 0
@@ -118,7 +118,7 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _ask(options: argparse.Namespace, name: str) -> int:
-    """Ask, report, and return the exit code."""
+    """Run the cases, report, and return the exit code."""
     files = list(load_all(options.only))
     rule = profiles.load(options.profile) if options.profile else None
     listed = _listed(options)
@@ -162,7 +162,7 @@ def _explain(options: argparse.Namespace) -> int:
 
 
 def _check(options: argparse.Namespace) -> str:
-    """Refuse what cannot be meant, before anything runs; return who is asked."""
+    """Refuse wrong options before a case runs; return the implementation."""
     name, program = options.implementation, options.program
     if (name is None) == (program is None):
         raise InputError(
@@ -228,7 +228,7 @@ def _subject(options: argparse.Namespace) -> Implementation:
 
 @contextmanager
 def _terminated_like_interrupted() -> Iterator[None]:
-    """End the run with a report, and no process left behind, on SIGTERM too."""
+    """On SIGTERM too, end the run with a report and end all processes."""
     if current_thread() is not main_thread():  # Python sets no handler there
         yield
         return
@@ -242,7 +242,7 @@ def _terminated_like_interrupted() -> Iterator[None]:
 def _rest(
     files: list[VectorFile], outcomes: list[Outcome], why: str
 ) -> Iterator[Outcome]:
-    """Account for the cases that were not asked."""
+    """Return an outcome for each case that was not run."""
     cases = ((file, case) for file in files for case in file.cases)
     for number, (file, case) in enumerate(cases):
         if number >= len(outcomes):
@@ -250,9 +250,9 @@ def _rest(
 
 
 def _nothing(name: str, outcomes: list[Outcome], once: bool) -> str:
-    """Say why this was no run at all, where it was none.
+    """Say why no case could be run, if no case was answered.
 
-    A program that runs once for each case says in no other way that it cannot run.
+    A program that is started once for each case cannot report this in another way.
     """
     asked = [outcome for outcome in outcomes if outcome.status != "skip"]
     if not asked:
@@ -273,7 +273,7 @@ def _failing(outcomes: list[Outcome]) -> known.Known:
 
 
 def _write(options: argparse.Namespace, found: Run) -> str:
-    """Write each report that is wanted; return what could not be written."""
+    """Write each requested report; return the errors."""
     listing = options.known_failures if options.write_known_failures else None
     wanted: list[tuple[str | None, Callable[[Run], str]]] = [
         (options.json, report.as_json),
@@ -301,10 +301,10 @@ def _replace(path: Path, text: str) -> None:
 
 
 def _print(text: str) -> None:
-    """Print to whatever stdout is: any encoding, and a reader that has gone."""
+    """Print to stdout in any encoding, also if the reader has closed the pipe."""
     if isinstance(sys.stdout, TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
         print(text, flush=True)
-    except BrokenPipeError:  # `| head`: Python flushes once more when it ends
+    except BrokenPipeError:  # `| head`: Python flushes stdout again at exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -16,7 +16,7 @@ UNIT_ROUNDOFF = {
 def difference(
     rule: str, got: Tensor, expected: Tensor, magnitude: Tensor | None = None
 ) -> str | None:
-    """Return the first disagreement in words, or None where there is none.
+    """Describe the first difference; return None if there is none.
 
     Args:
         rule: `bitwise`, `ulp:n` or `gamma:n`.
@@ -49,12 +49,12 @@ def gamma(n: int, dtype: str) -> float:
 def _wrong(rule: str, got: Tensor, expected: Tensor, magnitude: Tensor | None) -> Array:
     name, _, count = rule.partition(":")
     if name == "bitwise":
-        return np.asarray(got.bits() != expected.bits())  # a scalar has no axes
+        return np.asarray(got.bits() != expected.bits())  # scalars give no array
     if name == "ulp":
         return _ulps(got, expected) > int(count)
     if name == "gamma" and magnitude is not None:
         bound = gamma(int(count), expected.dtype) * magnitude.numbers()
-        # "not within" rather than "beyond": a NaN is no answer.
+        # Written as "not within", so that NaN counts as a difference.
         return ~(np.abs(got.numbers() - expected.numbers()) <= bound)
     raise InputError(f"compare rule is {rule!r}; write bitwise, ulp:n or gamma:n.")
 

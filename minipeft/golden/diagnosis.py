@@ -1,7 +1,7 @@
-"""One cause for many failures, and one case in full.
+"""Find one cause for many failures; print one case in full.
 
-A cause is a change of the question, or of the answer, after which the reference says
-what the implementation said. It is looked for where the plainest cases fail.
+A cause is a change of the inputs or of the outputs after which the reference gives the
+answer of the implementation. A cause is searched for when the simplest cases fail.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -19,7 +19,7 @@ Arrays = Mapping[str, Array]
 Question = tuple[dict[str, Any], dict[str, Any]]  # tensors, parameters
 Change = Callable[[Arrays, Any], Question]
 
-NEAR = 2.0**-10  # of the largest value: beyond any order of sums, below any cause
+NEAR = 2.0**-10  # of the largest value; sums in another order differ less
 
 
 def _alpha(factor: Callable[[int], float]) -> Change:
@@ -56,7 +56,7 @@ def _swapped(packed: Array) -> Array:
     return packed >> 4 | packed << 4
 
 
-# As if another question had been asked.
+# Changes of the inputs.
 QUESTIONS: dict[str, Change] = {
     "the scaling is alpha, not alpha/r": _alpha(float),
     "the scaling is alpha/sqrt(r), not alpha/r": _alpha(lambda r: r**0.5),
@@ -91,7 +91,7 @@ QUESTIONS: dict[str, Change] = {
     "the scales are left out": _tensor("absmax", np.ones_like),
 }
 
-# As if the answer had been changed afterwards.
+# Changes of the outputs.
 ANSWERS: dict[str, Callable[[str, Array], Array]] = {
     "the first code stands in the low bits": lambda name, a: (
         _swapped(a) if name == "packed" else a
@@ -108,7 +108,7 @@ ANSWERS: dict[str, Callable[[str, Array], Array]] = {
 
 
 def causes(outcomes: Iterable[Outcome]) -> Iterator[str]:
-    """Name one cause for each operation whose plainest cases fail, if one is found."""
+    """Name one cause for each operation whose simplest cases fail, if one is found."""
     failed: dict[str, list[Outcome]] = {}
     for outcome in outcomes:
         if outcome.status == "fail" and outcome.answer and outcome.case.outputs:
@@ -129,7 +129,7 @@ def _all(cause: str, outcomes: list[Outcome]) -> bool:
 
 
 def _explains(cause: str, outcome: Outcome) -> bool:
-    """Whether the reference says the same once the cause is put in."""
+    """Tell whether the reference with this cause gives the same answer."""
     answer, case = outcome.answer or {}, outcome.case
     if answer.keys() != case.outputs.keys():
         return False
@@ -153,7 +153,7 @@ def _asked(cause: str, outcome: Outcome) -> Arrays:
         function = functions("reference").find(question.operation)
         with np.errstate(all="ignore"):
             returned = function(**tensors, **plain_values(plain))
-    except Exception:  # the cause is none of this operation, or its question is refused
+    except Exception:  # the cause does not apply, or its inputs are refused
         return {}
     values = returned if isinstance(returned, tuple) else (returned,)
     return dict(zip(OPERATIONS[question.operation].outputs, values, strict=True))
@@ -164,12 +164,12 @@ def _near(got: Tensor, said: Tensor) -> bool:
         return False
     a, b = got.numbers(), said.numbers()
     largest = np.abs(b[np.isfinite(b)]).max(initial=0)
-    with np.errstate(invalid="ignore"):  # an infinity is near itself alone
+    with np.errstate(invalid="ignore"):  # an infinity is near only to itself
         return bool(((a == b) | (np.abs(a - b) <= NEAR * largest)).all())
 
 
 def explain(outcome: Outcome) -> str:
-    """Print a case in full: what was asked, what was expected, what came back."""
+    """Print a case in full: inputs, expected outputs, actual outputs."""
     case = outcome.case
     lines = [f"{case.operation}:{case.tcId}  {case.comment}", f"result: {case.result}"]
     lines += [f"{name} = {value}" for name, value in case.question.parameters.items()]

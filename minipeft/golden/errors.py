@@ -1,4 +1,4 @@
-"""What an implementation may say instead of an answer."""
+"""The errors of an implementation that gives no answer."""
 
 from minipeft.errors import InputError
 
@@ -6,19 +6,19 @@ LONGEST = 500  # characters of a message that a report shows
 
 
 class Unsupported(Exception):  # noqa: N818  # a statement, not an error
-    """The implementation does not offer this: the case is skipped, and listed."""
+    """The implementation lacks this function: the case is skipped, and listed."""
 
 
 class Refused(Exception):  # noqa: N818  # a statement, not an error
-    """The implementation rejects this input: right where the result is `invalid`."""
+    """The implementation refuses this input; correct if the result is `invalid`."""
 
 
 class Accident(Exception):  # noqa: N818  # a statement, not an error
-    """The implementation stumbled (index, key, attribute, arithmetic): always wrong."""
+    """An accidental error (index, key, attribute, arithmetic); always a failure."""
 
 
 class NoAnswer(Accident):
-    """The process ended, was silent, or wrote what is no answer."""
+    """The process ended, was silent, or wrote something that is no answer."""
 
 
 class Late(NoAnswer):
@@ -30,7 +30,7 @@ class Unavailable(InputError):  # noqa: N818  # a statement, not an error
 
 
 def describe(error: BaseException) -> str:
-    """Return type and message of somebody's exception, whatever its `__str__` does."""
+    """Return type and message of any exception, even if its `__str__` fails."""
     name = type(error).__name__
     try:
         message = str(error)
@@ -40,6 +40,6 @@ def describe(error: BaseException) -> str:
 
 
 def printable(text: str) -> str:
-    """Return one line that a terminal, JSON and XML can hold: the rest as escapes."""
+    """Return one line for a terminal, JSON and XML; other characters are escaped."""
     shown = (c if c.isprintable() else ascii(c)[1:-1] for c in text[:LONGEST])
     return "".join(shown) + (" ..." if len(text) > LONGEST else "")

@@ -1,7 +1,7 @@
 """Write the vectors: `python -m minipeft.golden.generate [--out DIR]`.
 
-The only writer of `v1/`. It is deterministic, so that regenerating into another folder
-and comparing shows whether the reference still means what the vectors say.
+Only this module writes `v1/`. Its output is deterministic, so regenerating into another
+folder and comparing shows whether the reference still agrees with the vectors.
 """
 
 import argparse
@@ -26,14 +26,13 @@ from minipeft.golden.ways import WAYS
 
 LARGEST_FILE = 128 * 1024
 F32_INFINITY = np.float32(np.inf)
-WIDTH = 100  # what fits on a line stays on a line
+WIDTH = 100  # characters in a line; shorter objects stay on one line
 
 
 def main(arguments: list[str] | None = None) -> None:
     """Write every file into a folder, `v1/` unless told otherwise.
 
-    With `v1/`, also what is made from the table of operations (the schemas, the list of
-    functions) and the manifest.
+    With `v1/`, also write the schemas, the list of functions and the manifest.
     """
     parser = argparse.ArgumentParser(prog="python -m minipeft.golden.generate")
     parser.add_argument("--out", type=Path, default=V1, metavar="DIR")
@@ -74,7 +73,7 @@ def files() -> Iterator[File]:
 
 
 def content(file: File) -> dict[str, Any]:
-    """Return what stands in the file."""
+    """Return the content of the file."""
     groups, tests = [], 0
     for shared, specs in groupby(file.specs, key=lambda s: _shared(file, s)):
         group = json.loads(shared)
@@ -122,7 +121,7 @@ def _is_tensor(value: Any) -> bool:
 
 
 def _shared(file: File, spec: Spec) -> str:
-    """Return what neighbouring cases have in common, as text that can be compared."""
+    """Return the common properties of neighbouring cases, as text to compare."""
     rules = _rules(file.operation, spec.roundings)
     source = {"name": file.source, "version": __version__}
     group = {"source": source, "parameters": dict(spec.parameters), "compare": rules}
@@ -170,7 +169,7 @@ def _expected(operation: str, spec: Spec) -> Named:
         return spec.outputs
     if not spec.roundings:
         return reference(operation, spec.inputs, spec.parameters)
-    # Under a bound the exact result is wanted: float64, then one rounding.
+    # With a bound, the expected output is the exact one: float64, rounded once.
     exact = reference(operation, _map(spec.inputs, _double), spec.parameters)
     return _map(exact, lambda array: array.astype(np.float32))
 
@@ -178,7 +177,7 @@ def _expected(operation: str, spec: Spec) -> Named:
 def _magnitudes(operation: str, spec: Spec) -> Named:
     if spec.magnitudes is not None:
         return _map(spec.magnitudes, _round_up)
-    # Where outputs are sums of products, absolute values bound every partial sum.
+    # If outputs are sums of products, absolute values bound every partial sum.
     parameters = {
         name: abs(value) if name == "alpha" else value
         for name, value in spec.parameters.items()

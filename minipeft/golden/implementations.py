@@ -1,4 +1,4 @@
-"""What can be verified: a column, a peer, a module of functions, or a program."""
+"""The implementations to verify: a column, a peer, a module of functions, a program."""
 
 import importlib
 import importlib.util
@@ -22,9 +22,9 @@ COLUMNS = ("reference", "torch", "cupy")
 PEERS = ("bitsandbytes", "peft", "torchao")
 BUILT_IN = (*COLUMNS, *PEERS)
 
-LARGEST = 4 * 2**20  # bytes of one output: hundreds of times those of the vectors
+LARGEST = 4 * 2**20  # bytes of one output; our vectors have far smaller ones
 
-# Nobody refuses on purpose with these: a wrong index is a wrong index.
+# Errors that are accidents and never a deliberate refusal.
 ACCIDENTS = (
     ArithmeticError,
     AttributeError,
@@ -39,7 +39,7 @@ ACCIDENTS = (
 
 @runtime_checkable
 class Implementation(Protocol):
-    """Whatever answers a case: outputs, or Unsupported, Refused, Accident."""
+    """An object that answers cases: with outputs, Unsupported, Refused or Accident."""
 
     name: str
 
@@ -47,7 +47,7 @@ class Implementation(Protocol):
         """Return the outputs by name."""
 
     def close(self) -> None:
-        """Let go of what it holds."""
+        """Release the resources of the implementation."""
 
 
 class Functions:
@@ -67,7 +67,7 @@ class Functions:
         return function
 
     def offers(self, operation: str) -> bool:
-        """Tell whether there is such a function."""
+        """Tell whether the implementation has such a function."""
         return callable(self._find(operation))
 
     def run(self, case: Case) -> Tensors:
@@ -75,7 +75,7 @@ class Functions:
         return self.answer(case.question)
 
     def close(self) -> None:
-        """Do nothing: functions hold nothing."""
+        """Do nothing: functions hold no resources."""
 
     def answer(self, question: Question) -> Tensors:
         """Call the function, every argument by name."""
@@ -94,18 +94,18 @@ def functions(name: str) -> Functions:
 
     Raises:
         InputError: if there is no such module.
-        Unavailable: if it needs a package or a device that is missing here.
+        Unavailable: if a package or a device that it needs is missing.
     """
     if name in BUILT_IN:
         package = f"minipeft.golden.drivers.{name}"
-        importlib.import_module(package)  # says what is missing
+        importlib.import_module(package)  # raises if a package is missing
         return Functions(name, lambda operation: _driver(package, operation))
     module = _stranger(name)
     return Functions(name, lambda operation: getattr(module, operation, None))
 
 
 def plain_values(parameters: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the parameters as a function receives them."""
+    """Return the parameters in the types that a function receives."""
     convert: dict[str, Callable[[Any], Any]] = {"dtype": numpy_dtype, "shape": tuple}
     return {
         name: convert[name](value) if name in convert else value
@@ -122,7 +122,7 @@ def _driver(package: str, operation: str) -> Callable[..., Any] | None:
 
 def _stranger(name: str) -> ModuleType:
     here = str(Path.cwd())
-    sys.path.append(here)  # last: a torch.py here is not what others import as torch
+    sys.path.append(here)  # at the end: a torch.py here must not hide torch
     try:
         _import_from(here, name.partition(".")[0])
         return importlib.import_module(name)
@@ -135,7 +135,7 @@ def _stranger(name: str) -> ModuleType:
 
 
 def _import_from(folder: str, top: str) -> None:
-    """Prefer the module in the folder to an installed one, but not to Python's own."""
+    """Import from the folder before installed packages, but not before Python's own."""
     if top in sys.modules or top in sys.stdlib_module_names:
         return
     spec = PathFinder.find_spec(top, [folder])
@@ -148,10 +148,10 @@ def _import_from(folder: str, top: str) -> None:
 def _check_signature(
     operation: str, function: Callable[..., Any], arguments: Mapping[str, Any]
 ) -> None:
-    """Tell a function that takes other arguments from one that refuses their values."""
+    """Raise an error if a function takes other arguments than those of the table."""
     try:
         signature = inspect.signature(function)
-    except (TypeError, ValueError):  # compiled: it does not say what it takes
+    except (TypeError, ValueError):  # a compiled function has no signature
         return
     try:
         signature.bind(**arguments)
@@ -167,7 +167,7 @@ def _call(function: Callable[..., Any], arguments: Mapping[str, Any]) -> Any:
         raise
     except NotImplementedError as error:
         raise Unsupported(describe(error)) from error
-    except BaseException as error:  # a stranger may refuse with any exception
+    except BaseException as error:  # other libraries refuse with any exception
         names = {kind.__name__ for kind in type(error).__mro__}
         if isinstance(error, ACCIDENTS) or "OutOfMemoryError" in names:
             raise Accident(describe(error)) from error

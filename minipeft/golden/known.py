@@ -1,4 +1,4 @@
-"""Known failures: a text file in the repository of whoever is verified.
+"""Known failures: a text file in the repository of the verified implementation.
 
 One case on a line, `nf4_quantize:26`; a `#` starts a comment.
 """
@@ -17,7 +17,7 @@ HEAD = "# Cases that fail as of now: minipeft verify --known-failures FILE\n"
 
 
 def name(outcome: Outcome) -> str:
-    """Return how a line names the case."""
+    """Return the name of the case in such a file."""
     return f"{outcome.case.operation}:{outcome.case.tcId}"
 
 
@@ -26,10 +26,10 @@ def read(path: Path, files: Iterable[VectorFile]) -> Known:
 
     Args:
         path: the text file.
-        files: all vectors, against which a mistyped name shows.
+        files: all vectors, to find mistyped names.
 
     Raises:
-        InputError: if it cannot be read, or a line names no case.
+        InputError: if the file cannot be read, or a line names no case.
     """
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
@@ -46,18 +46,18 @@ def read(path: Path, files: Iterable[VectorFile]) -> Known:
 
 
 def write(outcomes: Iterable[Outcome]) -> str:
-    """Return the text of a file that lists what fails."""
+    """Return the text of a file that lists the failures."""
     failed = [o for o in outcomes if o.status in ("fail", "known")]
     return HEAD + "".join(f"{name(o)}  # {o.case.comment}\n" for o in failed)
 
 
 def excuse(known: Known, outcome: Outcome) -> Outcome:
-    """Let a failure that is listed not fail the run."""
+    """Mark a listed failure as known, so that it does not fail the run."""
     if outcome.status == "fail" and name(outcome) in known:
         return replace(outcome, status="known")
     return outcome
 
 
 def mended(known: Known, outcomes: Sequence[Outcome]) -> list[str]:
-    """Name the cases that are listed and pass."""
+    """Return the listed cases that pass now."""
     return [name(o) for o in outcomes if o.status == "pass" and name(o) in known]

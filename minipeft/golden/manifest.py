@@ -1,7 +1,7 @@
-"""A hash of every case: what a number of a file asks and answers never changes.
+"""A hash of every case, so that a published case never changes.
 
 `manifest.json` lists, for each operation, one hash for each case in order: parameters,
-inputs and outputs. A file grows at its end and nowhere else.
+inputs and outputs. New cases are added only at the end of a file.
 """
 
 import json
@@ -13,7 +13,7 @@ from typing import Any
 from minipeft.errors import InputError
 
 MANIFEST = Path(__file__).with_name("manifest.json")
-DIGITS = 16  # 64 bits: enough to see a change, and nobody forges a vector
+DIGITS = 16  # 64 bits: enough to detect a change
 
 Hashes = dict[str, list[str]]
 
@@ -28,12 +28,12 @@ def grown(known: Hashes, operation: str, content: Mapping[str, Any]) -> list[str
     """Return the hashes of a file's cases.
 
     Args:
-        known: the manifest before.
+        known: the earlier manifest.
         operation: the name of the file.
         content: what the file holds now.
 
     Raises:
-        InputError: if a case that the manifest lists is another now, or gone.
+        InputError: if a case of the manifest has changed or is gone.
     """
     hashes = [
         _hash(group["parameters"], test)

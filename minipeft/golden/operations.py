@@ -1,8 +1,8 @@
-"""The table of operations: what a function is called, what it takes and returns.
+"""The table of operations: the name, arguments and outputs of each function.
 
 A function receives every argument by name. Tensors arrive as NumPy arrays, `dtype` as a
-NumPy dtype, `shape` as a tuple, the rest as plain numbers and words. Another row is
-another entry here, a file in `cases/`, and a file of functions in each driver; schemas
+NumPy dtype, `shape` as a tuple, the rest as plain numbers and words. A new row
+needs an entry here, a file in `cases/`, and a file of functions in each driver. Schemas
 and lists of functions are written from this table.
 """
 

@@ -26,9 +26,9 @@ from minipeft.golden.vectors import Case, Question, Tensors
 
 PROTOCOL = 1
 ANSWERS = ("outputs", "refused", "unsupported", "accident")
-STARTS = 3  # how often in a row a process may fail to start again
+STARTS = 3  # how many times in a row a process may fail to start
 
-# `-P`: no module in the working directory stands in for one of Python's.
+# `-P`: no module in the working directory can replace one of Python's.
 _WORKER = (
     "import sys; sys.path.append({root!r}); "
     "from minipeft.golden.worker import main; main({name!r})"
@@ -36,7 +36,7 @@ _WORKER = (
 
 
 class Program:
-    """Any other language: one JSON case on stdin, one JSON answer on stdout."""
+    """A program in any language: one JSON case on stdin, one JSON answer on stdout."""
 
     def __init__(self, command: str, timeout: float) -> None:
         self.name = command
@@ -77,7 +77,7 @@ class Persistent:
         self._stderr = stderr
         self._asked = 0
         self._failed_starts = 0
-        self._offers: frozenset[str] | None = None  # None: it does not say
+        self._offers: frozenset[str] | None = None  # None: not known
         try:
             self._child = self._start()
         except NoAnswer as accident:
@@ -94,7 +94,7 @@ class Persistent:
         return read_answer(self._ask(case.question))
 
     def close(self) -> None:
-        """Tell it to stop, and end it."""
+        """Tell the program to stop, and end it."""
         if self._child.running():
             with suppress(NoAnswer):
                 self._child.ask(_line({"command": "stop"}), SOON)
@@ -134,7 +134,7 @@ class Persistent:
             if answer.pop("id", None) != self._asked:
                 raise NoAnswer(f"the answer's id is not {self._asked}")
         except NoAnswer:
-            self._child.close()  # who knows what its next line would answer
+            self._child.close()  # its next line could be the answer to an earlier case
             raise
         return answer
 
@@ -147,8 +147,8 @@ def program(command: str, timeout: float) -> Persistent:
 def worker(name: str, timeout: float) -> Persistent:
     """Start another interpreter for Python functions, which may crash it.
 
-    Compiled code of others may run past the end of an array. Here that is one failed
-    case, not the end of the run.
+    Compiled code may access memory past the end of an array and crash. In its own
+    process, a crash fails one case and does not end the run.
     """
     code = _WORKER.format(root=str(Path(__file__).parents[2]), name=name)
     stderr = subprocess.DEVNULL if name in PEERS else None
@@ -159,7 +159,7 @@ def split(command: str) -> list[str]:
     """Split a command line as a shell does.
 
     Raises:
-        InputError: if it is empty or a quotation mark has no partner.
+        InputError: if the line is empty or a quotation mark is not closed.
     """
     try:
         words = shlex.split(command)
@@ -171,10 +171,10 @@ def split(command: str) -> list[str]:
 
 
 def read_object(text: bytes) -> dict[str, Any]:
-    """Return the JSON object that somebody wrote.
+    """Return the JSON object of a line.
 
     Raises:
-        NoAnswer: if it is none.
+        NoAnswer: if the line holds no JSON object.
     """
     try:
         found = json.loads(text)
@@ -191,10 +191,10 @@ def read_object(text: bytes) -> dict[str, Any]:
 
 
 def read_answer(answer: Mapping[str, Any]) -> Tensors:
-    """Return the outputs, or raise what the answer says instead.
+    """Return the outputs, or raise the error that the answer contains.
 
     Raises:
-        NoAnswer: also if it is no answer at all.
+        NoAnswer: also if the line is no answer.
     """
     if len(set(ANSWERS) & set(answer)) != 1:
         raise NoAnswer(f"the answer must hold one of {', '.join(ANSWERS)}")

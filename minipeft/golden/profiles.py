@@ -1,8 +1,8 @@
-"""Profiles: which of the ways in use an implementation is expected to go.
+"""Profiles: which of several accepted answers a library is expected to give.
 
-Where more than one answer is in use, a case names its alternatives. A profile lists
-names in order; of those that a case has, the first is expected, and ours where it has
-none of them. Where a library goes a way now and then, it names the cases.
+If several answers are in use, a case names its alternatives. A profile is an ordered
+list of such names. The expected answer of a case is its first alternative in this list,
+and our answer if it has none of them. A profile can also name single cases.
 """
 
 import json
@@ -20,15 +20,15 @@ PROFILES = Path(__file__).with_name("profiles.json")
 
 @dataclass(frozen=True)
 class Profile:
-    """The ways of one library, or of one paper."""
+    """The answers of one library, or of one paper."""
 
     name: str
     description: str
     ways: tuple[str, ...]
-    cases: dict[str, str]  # the way by the case
+    cases: dict[str, str]  # the name of the answer, by case
 
     def expects(self, case: Case) -> str:
-        """Return the name of the way that this profile goes in a case."""
+        """Return the name of the answer that this profile expects in a case."""
         own = self.cases.get(f"{case.operation}:{case.tcId}")
         if own is not None:
             return own
@@ -52,7 +52,7 @@ def load(name: str) -> Profile:
     """Return a profile by its name.
 
     Raises:
-        InputError: if there is none.
+        InputError: if no profile has this name.
     """
     profiles = load_all()
     if name not in profiles:
@@ -63,7 +63,7 @@ def load(name: str) -> Profile:
 
 
 def hold(profile: Profile, outcome: Outcome) -> Outcome:
-    """Make the profile the rule: another way fails, however right it is elsewhere."""
+    """Require the profile: fail every case with another accepted answer."""
     if not outcome.ways or outcome.status != "pass":
         return outcome
     expected = profile.expects(outcome.case)

@@ -1,7 +1,7 @@
 """A pytest plugin: one test for each case, `-p minipeft.golden.pytest_plugin`.
 
-It collects by itself: no test file is needed. What `minipeft verify` takes on its
-command line, the plugin takes as `--minipeft-...` or from pytest's configuration.
+The plugin adds the tests; no test file is needed. The options of `minipeft verify` are
+`--minipeft-...` options here, or settings in pytest's configuration.
 """
 
 from collections import Counter
@@ -46,7 +46,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_collection_modifyitems(
     session: pytest.Session, config: pytest.Config, items: list[pytest.Item]
 ) -> None:
-    """Add one test for each case, before `-k` and `-m` choose."""
+    """Add one test for each case, before pytest selects by `-k` and `-m`."""
     if not (_option(config, "minipeft") or _option(config, "minipeft-exec")):
         return
     try:
@@ -63,7 +63,7 @@ def pytest_collection_modifyitems(
 
 
 class Subject:
-    """Whoever is asked, and what the whole run knows."""
+    """The implementation, and the state of the whole run."""
 
     def __init__(self, config: pytest.Config) -> None:
         self.files = list(load_all(_option(config, "minipeft-only").split()))
@@ -79,7 +79,7 @@ class Subject:
         self._started: Implementation | Unavailable | None = None
 
     def outcome(self, file: VectorFile, case: Case) -> Outcome:
-        """Judge a case; three time-outs end an operation."""
+        """Judge a case; after three time-outs skip the rest of the operation."""
         if self._late[file.name] == PATIENCE:
             return unasked(file, case, f"not asked after {PATIENCE} time-outs")
         outcome = judge(self._implementation(), file, case)
@@ -87,7 +87,7 @@ class Subject:
         return profiles.hold(self._rule, outcome) if self._rule else outcome
 
     def close(self) -> None:
-        """End its process."""
+        """End the process of the implementation."""
         if isinstance(self._started, Implementation):
             self._started.close()
 
@@ -111,14 +111,14 @@ class Golden(pytest.Item):
     """One case as a test."""
 
     def ask(self, subject: Subject, file: VectorFile, case: Case) -> None:
-        """Say whom to ask what."""
+        """Set the implementation and the case."""
         self._subject, self._file, self._case = subject, file, case
         self.add_marker(pytest.mark.minipeft)
         if self.name in subject.known:
             self.add_marker(pytest.mark.xfail(reason="a known failure", strict=False))
 
     def runtest(self) -> None:
-        """Ask, and skip or fail as the outcome says; a policy never fails."""
+        """Run the case, then pass, skip or fail; a policy never fails."""
         outcome = self._subject.outcome(self._file, self._case)
         if outcome.way:
             self.user_properties.append(("way", outcome.way))
@@ -130,7 +130,7 @@ class Golden(pytest.Item):
     def repr_failure(
         self, excinfo: pytest.ExceptionInfo[BaseException], style: Any = None
     ) -> str:
-        """Show what the report says, and no traceback."""
+        """Show the text of the report without a traceback."""
         return str(excinfo.value)
 
     def reportinfo(self) -> tuple[Path, None, str]:
@@ -139,11 +139,11 @@ class Golden(pytest.Item):
 
 
 class Failed(Exception):  # noqa: N818  # the outcome of a test
-    """What the report says about a case that fails."""
+    """A failed case, with the text of the report."""
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Let `-m minipeft` choose these tests."""
+    """Register the marker, so that `-m minipeft` selects these tests."""
     config.addinivalue_line("markers", "minipeft: a case of the golden vectors")
 
 

@@ -1,4 +1,4 @@
-"""Say what a run found: a table for people, JSON, JUnit and a badge for machines."""
+"""Report the results of a run: as a table, JSON, JUnit XML or a badge."""
 
 import json
 from collections import Counter
@@ -19,12 +19,12 @@ STATUSES = ("pass", "fail", "known", "policy", "skip")
 
 @dataclass(frozen=True)
 class Run:
-    """All that a report says."""
+    """The contents of a report."""
 
     name: str
     outcomes: tuple[Outcome, ...]
-    stopped: str = ""  # why it ended early, or was none
-    profile: str = ""  # the rule, where there is one
+    stopped: str = ""  # why the run ended early, or did not happen
+    profile: str = ""  # the required profile, if any
     listed: known.Known = frozenset()
 
 
@@ -53,7 +53,7 @@ def _causes(outcomes: Sequence[Outcome]) -> str:
 
 
 def _failures(outcomes: Sequence[Outcome]) -> Iterator[str]:
-    """Say what failed; what a flag stands for is said once in a file."""
+    """List the failures; explain a flag only once per file."""
     told: set[tuple[str, str]] = set()
     for outcome in outcomes:
         if outcome.status == "fail":
@@ -106,7 +106,7 @@ def as_junit(run: Run) -> str:
 
 
 def as_badge(run: Run) -> str:
-    """Return what shields.io draws: https://shields.io/badges/endpoint-badge."""
+    """Return a badge for shields.io: https://shields.io/badges/endpoint-badge."""
     count = _count(run.outcomes)
     asked = count["pass"] + count["fail"] + count["known"]
     failed = count["fail"] or run.stopped
@@ -155,7 +155,7 @@ def _junit_case(suite: ElementTree.Element, outcome: Outcome) -> None:
 
 
 def failure(outcome: Outcome) -> str:
-    """Say what failed, why the test exists, and what breaks."""
+    """Describe a failure: the difference, the reason for the test, its effect."""
     case = outcome.case
     lines = [
         f"FAIL  {outcome.file} tcId {case.tcId}: {case.comment}",
@@ -205,7 +205,7 @@ def _ways(outcomes: Sequence[Outcome]) -> str:
 
 
 def _skips(run: Run) -> str:
-    """List what was skipped: by reason, and by file where the reason is its own."""
+    """List the skipped cases: by reason, or by file if a reason has only one file."""
     reasons: dict[str, Counter[str]] = {}
     absent: dict[str, None] = {}  # in order, each once
     for outcome in run.outcomes:
@@ -239,7 +239,7 @@ def _table(outcomes: Sequence[Outcome]) -> str:
 
 
 def _verdicts(run: Run) -> str:
-    """Return the three verdicts, the profile that is nearest, and the sum."""
+    """Return the three verdicts, the nearest profile, and the total."""
     count, three = _count(run.outcomes), _three(run.outcomes)
     agreeing, choices = followed(run.outcomes)
     nearest = sorted(agreeing, key=lambda name: -agreeing[name])
@@ -273,7 +273,7 @@ _UNITS = {
 
 
 def _three(outcomes: Sequence[Outcome]) -> dict[str, dict[str, int]]:
-    """Count the three verdicts apart: right, right to the byte, the same policy."""
+    """Count three verdicts: correct, equal in every byte, the same policy."""
     asked = [o for o in outcomes if o.status != "skip"]
     numbers = [o for o in asked if o.case.result != "policy"]
     policies = [o for o in asked if o.case.result == "policy"]

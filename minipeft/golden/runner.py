@@ -19,25 +19,25 @@ from minipeft.golden.vectors import Case, Note, Tensors, VectorFile, Way
 __all__ = ["Outcome", "implementation", "is_exact", "judge", "unasked", "verify"]
 
 OUR_WAY = "minipeft"
-PATIENCE = 3  # time-outs after which an operation is given up
+PATIENCE = 3  # time-outs after which the rest of an operation is skipped
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of one case."""
+    """The result of one case."""
 
     file: str
     case: Case
     notes: dict[str, Note]  # of the case's flags
-    # pass, fail, skip; policy: it answers what minipeft refuses; known: a failure that
-    # is listed
+    # pass, fail, skip; policy: it answers a case that minipeft refuses by choice;
+    # known: a listed failure
     status: str
     detail: str = ""  # why it failed or was skipped
-    way: str = ""  # where the result is `acceptable`: the name of the way it goes
-    ways: tuple[str, ...] = ()  # all that its answer agrees with
-    exact: bool | None = None  # equal to the byte, not only within a bound
-    answer: Tensors | None = None  # what it returned
-    answered: bool = True  # no crash, silence, or answer that is none
+    way: str = ""  # for `acceptable` results: the name of the answer
+    ways: tuple[str, ...] = ()  # all accepted answers that it agrees with
+    exact: bool | None = None  # equal in every byte, not only within a bound
+    answer: Tensors | None = None  # the returned outputs
+    answered: bool = True  # False: a crash, silence, or an invalid answer
     late: bool = False
 
 
@@ -45,11 +45,11 @@ Judge = Callable[..., Outcome]
 
 
 def implementation(name: str, timeout: float = 120.0) -> Implementation:
-    """Find an implementation by name; what may crash runs in a process of its own.
+    """Find an implementation by name; compiled code gets a process of its own.
 
     Raises:
         InputError: if there is no such module.
-        Unavailable: if it needs a package or a device that is missing here.
+        Unavailable: if a package or a device that it needs is missing.
     """
     return functions(name) if name in COLUMNS else worker(name, timeout)
 
@@ -57,7 +57,7 @@ def implementation(name: str, timeout: float = 120.0) -> Implementation:
 def verify(
     implementation: Implementation, files: Iterable[VectorFile]
 ) -> Iterator[Outcome]:
-    """Judge every case of every file, in order; three time-outs end an operation."""
+    """Judge every case in order; after three time-outs skip the operation."""
     for file in files:
         late = 0
         for case in file.cases:
@@ -90,12 +90,12 @@ def judge(implementation: Implementation, file: VectorFile, case: Case) -> Outco
 
 
 def unasked(file: VectorFile, case: Case, why: str) -> Outcome:
-    """Return what became of a case that was not asked."""
+    """Return the outcome of a case that was not run."""
     return replace(_outcome(file, case, "skip", why), answered=False)
 
 
 def is_exact(case: Case, answer: Tensors | None, ways: Iterable[str]) -> bool | None:
-    """Tell whether an answer has, to the byte, the outputs of one of the ways."""
+    """Tell whether an answer equals one of the accepted outputs in every byte."""
     if answer is None:
         return None
     of = {OUR_WAY: case.outputs, **{way.name: way.outputs for way in case.alternatives}}
@@ -110,7 +110,7 @@ def _outcome(file: VectorFile, case: Case, status: str, detail: str) -> Outcome:
 
 
 def _went(outcome: Outcome, answer: Tensors | None, ways: list[str]) -> Outcome:
-    """Add which ways a right answer goes, where more than one is in use."""
+    """Add the names of the accepted answers that a correct answer agrees with."""
     exact = is_exact(outcome.case, answer, ways)
     chosen = outcome.case.result == "acceptable"
     way, all_ways = (ways[0], tuple(ways)) if chosen else ("", ())

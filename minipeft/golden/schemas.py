@@ -1,7 +1,7 @@
 """The schemas of the files, made from the table of operations.
 
-`common.json` says what every file holds; an operation's schema narrows parameters,
-rules, inputs, outputs and magnitudes.
+`common.json` describes the parts that every file has. The schema of an operation adds
+its own parameters, rules, inputs, outputs and magnitudes.
 """
 
 from collections.abc import Mapping
@@ -63,7 +63,7 @@ def _group(operation: Operation) -> Schema:
 
 
 def _bounded(operation: Operation) -> list[str]:
-    """Name the outputs that a case may compare with a bound."""
+    """Return the outputs that a case may compare with a bound."""
     return [name for name, output in operation.outputs.items() if not output.exact]
 
 
@@ -83,7 +83,7 @@ def _type(argument: Argument) -> Schema:
 
 
 def _closed(properties: Schema, optional: tuple[str, ...] = ()) -> Schema:
-    """Return an object with these properties and no other."""
+    """Return the schema of an object with exactly these properties."""
     return {
         "type": "object",
         "additionalProperties": False,
@@ -93,12 +93,12 @@ def _closed(properties: Schema, optional: tuple[str, ...] = ()) -> Schema:
 
 
 def _some_of(properties: Schema) -> Schema:
-    """Return an object with some of these properties: of outputs under gamma:n."""
+    """Return the schema of an object with some of these properties."""
     return _closed(properties, optional=tuple(properties))
 
 
 def _each(properties: Schema) -> Schema:
-    """Narrow every item of a list that `common.json` describes."""
+    """Add rules for every item of a list that `common.json` describes."""
     return {"items": {"properties": properties}}
 
 

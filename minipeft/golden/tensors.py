@@ -1,4 +1,4 @@
-"""A tensor as dtype, shape and bytes: what a file stores and a program is sent."""
+"""A tensor as dtype, shape and bytes, for files and for messages."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -18,7 +18,7 @@ ITEMSIZE = {"uint8": 1, "float16": 2, "bfloat16": 2, "float32": 4, "float64": 8}
 
 @dataclass(frozen=True)
 class Tensor:
-    """Bytes in C order, little-endian, so that every bit pattern survives."""
+    """Bytes in C order, little-endian; they store every bit pattern exactly."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -38,13 +38,13 @@ class Tensor:
         return tensor
 
     def to_json(self) -> dict[str, object]:
-        """Return what `from_json` reads."""
+        """Return the object that `from_json` reads."""
         shape = list(self.shape)
         return {"dtype": self.dtype, "shape": shape, "data": self.data.hex()}
 
     @classmethod
     def from_array(cls, array: object) -> "Tensor":
-        """Take an array of any memory order and byte order."""
+        """Convert an array of any memory order and byte order."""
         values = np.asarray(array, order="C")
         little = values.astype(values.dtype.newbyteorder("<"), copy=False)
         return cls(values.dtype.name, values.shape, little.tobytes())
@@ -56,7 +56,7 @@ class Tensor:
 
     def numbers(self) -> Array:
         """Return the values in float64, which holds each of them exactly."""
-        if self.dtype == "bfloat16":  # the upper half of a float32
+        if self.dtype == "bfloat16":  # bfloat16 is the upper half of a float32
             bits = np.frombuffer(self.data, "<u2").astype(np.uint32) << np.uint32(16)
             return bits.view(np.float32).astype(np.float64).reshape(self.shape)
         return self.to_array().astype(np.float64)

@@ -17,7 +17,7 @@ Tensors = dict[str, Tensor]
 
 @dataclass(frozen=True)
 class Note:
-    """What a flag stands for."""
+    """The meaning of a flag."""
 
     kind: str
     description: str
@@ -27,18 +27,18 @@ class Note:
 
 @dataclass(frozen=True)
 class Way:
-    """An answer that another implementation in use gives; no outputs: it refuses."""
+    """An accepted answer of another library; without outputs: a refusal."""
 
-    name: str  # what a profile states
+    name: str  # the name that a profile lists
     by: str
     outputs: Tensors | None
-    compare: dict[str, str]  # with its magnitudes; empty: the case's
+    compare: dict[str, str]  # with its magnitudes; empty: those of the case
     magnitudes: Tensors
 
 
 @dataclass(frozen=True)
 class Question:
-    """What an implementation is told: what to call, with what."""
+    """The function to call, and its arguments."""
 
     operation: str
     parameters: dict[str, Any]
@@ -46,12 +46,12 @@ class Question:
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> "Question":
-        """Read what `to_json` wrote."""
+        """Read the object that `to_json` wrote."""
         inputs = _tensors(value["inputs"])
         return cls(value["operation"], value["parameters"], inputs)
 
     def to_json(self) -> dict[str, Any]:
-        """Return what a program reads on stdin."""
+        """Return the object that a program reads on stdin."""
         return {
             "operation": self.operation,
             "parameters": self.parameters,
@@ -61,7 +61,7 @@ class Question:
 
 @dataclass(frozen=True)
 class Case:
-    """One test: a question, and what must come back."""
+    """One test: a question, and the expected outputs."""
 
     question: Question
     tcId: int  # noqa: N815  # the name in the file
@@ -92,7 +92,7 @@ def load(path: Path) -> VectorFile:
     """Read one file.
 
     Raises:
-        InputError: it is absent or damaged.
+        InputError: if the file is absent or damaged.
     """
     if not path.exists():
         raise InputError(f"{path} is missing; run: python -m minipeft.golden.generate")

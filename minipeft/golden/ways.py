@@ -1,4 +1,4 @@
-"""Ways to answer that are in use beside ours: one name in all files, for a profile."""
+"""Names of accepted answers other than ours, the same in all files and profiles."""
 
 WAYS: dict[str, str] = {
     # Blockwise quantization

@@ -1,7 +1,7 @@
-"""Python functions as a program that speaks JSON lines: `processes.worker` starts it.
+"""A program that calls Python functions by JSON lines; `processes.worker` starts it.
 
-What a library prints goes to stderr and what it reads is empty, so that stdin holds
-cases and stdout answers alone.
+Printed text of a library goes to stderr, and a library that reads stdin gets nothing.
+So stdin carries only cases and stdout only answers.
 """
 
 import json
@@ -32,26 +32,26 @@ def main(name: str) -> None:
         if implementation is None or request["command"] == "stop":
             break
         said = answer(implementation, Question.from_json(request))
-        if os.getpid() != process:  # the function has forked, and both return
+        if os.getpid() != process:  # the function has forked; this is the child
             os._exit(0)
         _send(answers, {"id": request["id"], **said})
-    os._exit(0)  # whatever still waits at exit, threads or hooks, is not ours
+    os._exit(0)  # do not wait for threads or exit hooks of a library
 
 
 def greet(name: str) -> tuple[Functions | None, dict[str, Any]]:
-    """Find the implementation, and say what it offers or why it cannot run."""
+    """Find the implementation; report its functions, or why it cannot run."""
     try:
         implementation = functions(name)
         offers = [op for op in OPERATIONS if implementation.offers(op)]
     except InputError as error:
         return None, {"unavailable": str(error)}
-    except BaseException as error:  # a module may end in any way while it is imported
+    except BaseException as error:  # the import of a module may raise any exception
         return None, {"unavailable": f"cannot import {name!r}: {describe(error)}"}
     return implementation, {"ready": name, "offers": offers}
 
 
 def answer(implementation: Functions, question: Question) -> dict[str, Any]:
-    """Return the answer as a program would print it."""
+    """Return the answer as a line of JSON."""
     try:
         outputs = implementation.answer(question)
         return {"outputs": {name: t.to_json() for name, t in outputs.items()}}

@@ -1,14 +1,14 @@
-"""The floor below both GPU columns: the kernels, how they are compiled and launched.
+"""The kernels of both GPU columns: their sources, how they are compiled and launched.
 
-*.cu, *.cuh  one file a row, and what the files share
-compiler     their machine code, from NVRTC
-driver       their launch, from addresses and the handle of a stream
-checks       what an array must be before its address goes to a kernel
-tables       codebooks and settings as the kernels read them
+*.cu, *.cuh  one file for each method, and code that the files share
+compiler     compiles them with NVRTC
+driver       launches them, with addresses and the handle of a stream
+checks       refuses arrays that a kernel would misread
+tables       codebooks and settings in the form that the kernels read
 
-Nothing here knows torch or CuPy. This module is the table of kernels: file, template,
-arguments with their widths, threads, blocks. Everything that calls a kernel reads its
-arguments from here: the launchers, and the proofs that run without a GPU. A new kernel
+Nothing here imports torch or CuPy. This module is the table of kernels: file, template,
+arguments with their widths, threads, blocks. All code that calls a kernel reads its
+arguments from here: the launchers, and the tests that run without a GPU. A new kernel
 is one .cu file and one entry.
 """
 
@@ -25,8 +25,8 @@ FOLDER = Path(__file__).parent
 # The C++ name of each dtype that a template is instantiated for.
 CTYPES = {"float32": "float", "float16": "__half", "bfloat16": "__nv_bfloat16"}
 
-# How NVRTC is called, here and in the proofs. No fast math: IEEE arithmetic, subnormals
-# included, is its default.
+# The options of NVRTC, here and in the tests. No fast math: by default NVRTC computes
+# by IEEE 754, with subnormal numbers.
 OPTIONS = (
     "-std=c++17",
     "--ptxas-options=-warn-spills",
@@ -47,15 +47,15 @@ def _tiles(name: str, values: int) -> Blocks:
 
 @dataclass(frozen=True)
 class Kernel:
-    """A kernel template, and what the host passes to it.
+    """A kernel template and its arguments.
 
     Args:
         row: the file without its ending.
         template: its name in that file.
         arguments: name to `POINTER`, or to the NumPy dtype of a scalar, in order.
-        blocks: how many a launch has, from its arguments by name and its dtype.
+        blocks: computes the number of blocks of a launch from arguments and dtype.
         threads: of a CUDA block; the same as in `__launch_bounds__`.
-        dtypes: what the template is instantiated for; none: it is a plain function.
+        dtypes: of the instances of the template; none: a plain function.
     """
 
     row: str
@@ -66,7 +66,7 @@ class Kernel:
     dtypes: tuple[str, ...] = tuple(CTYPES)
 
     def expression(self, dtype: str) -> str:
-        """Name one instance in C++, as in `quantize<__half>`."""
+        """Return the C++ name of an instance, such as `quantize<__half>`."""
         return f"{self.template}<{CTYPES[dtype]}>" if self.dtypes else self.template
 
     def widths(self) -> list[int]:
@@ -77,12 +77,12 @@ class Kernel:
         ]
 
     def grid(self, arguments: Sequence[Any], dtype: str) -> int:
-        """Count the blocks of a launch."""
+        """Return the number of blocks of a launch."""
         named = dict(zip(self.arguments, arguments, strict=True))
         return self.blocks(named, dtype)
 
     def pack(self, arguments: Sequence[Any]) -> list[Any]:
-        """Give every scalar the width that the kernel reads; None is a null pointer."""
+        """Convert every scalar to the kernel's width; None becomes a null pointer."""
         pairs = zip(self.arguments.values(), arguments, strict=True)
         return [_packed(kind, argument) for kind, argument in pairs]
 
@@ -139,7 +139,7 @@ NEST = Kernel(
     lambda a, dtype: -(-a["n"] >> a["log2_blocksize"]),
     dtypes=(),
 )
-# What decodes the scale of a block.
+# The arguments that decode the scale of a block.
 SCALES = {
     "absmax_codes": POINTER,
     "nested_absmax": POINTER,
@@ -161,7 +161,7 @@ DEQUANTIZE_NESTED = Kernel(
     },
     _tiles("n", 8192),
 )
-# What a step computes from its settings.
+# The numbers that a step computes from its settings.
 SETTINGS = {
     "decay": "float32",
     "new_m": "float32",
@@ -309,10 +309,9 @@ KERNELS = (
 
 
 def source(row: str) -> str:
-    """Read the CUDA source of a row, its headers from this folder written out in it.
+    """Read the CUDA source of a row and replace each `#include` by the header's text.
 
-    One self-contained text: the compiler needs no path, and a check can change each
-    line.
+    So the compiler needs no path, and a test can change every line.
     """
     return _written_out(f"{row}.cu", set())
 

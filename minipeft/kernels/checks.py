@@ -1,4 +1,4 @@
-"""What an array must be before its address goes to a kernel; every column asks here."""
+"""The checks of arrays before a kernel gets their addresses; all columns use them."""
 
 from collections.abc import Collection
 from dataclasses import dataclass
@@ -12,7 +12,7 @@ GROUP = 8  # codes that a lane of qlora.cu decodes at once, within one block
 
 @dataclass(frozen=True)
 class Facts:
-    """What is known of an array without reading it.
+    """The facts about an array that are known without reading its values.
 
     Args:
         dtype: by NumPy's name, or `bfloat16`.
@@ -67,7 +67,7 @@ def check(
     device: int | None = None,
     alignment: int = 16,
 ) -> Facts:
-    """Refuse an array that a kernel would misread; return its facts otherwise.
+    """Refuse an array that a kernel would misread; otherwise return its facts.
 
     Raises:
         InputError: at another dtype or device, gaps between the values, or an address
@@ -100,7 +100,7 @@ def log2_blocksize(blocksize: int) -> int:
 
 
 def code_bits(size: int) -> int:
-    """Return the width of a code of a codebook of 2, 4, 8 or 16 values.
+    """Return the bits of a code for a codebook of 2, 4, 8 or 16 values.
 
     Raises:
         InputError: at another size.
@@ -117,8 +117,8 @@ def check_codes(packed: Facts, scales: Facts, codebook: Facts, layout: Layout) -
 
     Args:
         packed: the codes.
-        scales: one a block: `absmax` in float32, or its codes where it is nested.
-        codebook: of the codes; its device is that of all.
+        scales: one for each block: `absmax` in float32, or the codes of absmax.
+        codebook: of the codes; all other parts must be on its device.
         layout: of the tensor.
     """
     nested = layout.nested_blocksize is not None
@@ -133,7 +133,7 @@ def check_codes(packed: Facts, scales: Facts, codebook: Facts, layout: Layout) -
 
 
 def check_nested(nested_absmax: Facts, offset: Facts, layout: Layout) -> None:
-    """Refuse scales of the scales that do not fit, or an offset that is no number."""
+    """Refuse nested scales of another size, or an offset that is not one number."""
     check("offset", offset, ["float32"], nested_absmax.device, 4)
     check_size("offset", offset, 1, layout)
     check("nested_absmax", nested_absmax, ["float32"])
@@ -143,7 +143,7 @@ def check_nested(nested_absmax: Facts, offset: Facts, layout: Layout) -> None:
 
 
 def check_size(name: str, facts: Facts, expected: int, layout: Layout) -> None:
-    """Refuse a part of a quantized tensor that has another size than the others say."""
+    """Refuse a part of a quantized tensor whose size contradicts the other parts."""
     if facts.size != expected:
         raise InputError(
             f"{name} has {facts.size} values where shape {list(layout.shape)} and "
@@ -153,7 +153,7 @@ def check_size(name: str, facts: Facts, expected: int, layout: Layout) -> None:
 
 
 def check_product(x: Facts, layout: Layout, codes: int) -> None:
-    """Refuse a base that the product of few rows does not take, or another x."""
+    """Refuse a base that the kernel `product` cannot multiply, or an unfit x."""
     shape, blocksize = layout.shape, layout.blocksize
     if len(shape) != 2 or codes != 16 or blocksize < GROUP or shape[1] % GROUP:
         raise InputError(
@@ -168,7 +168,7 @@ def check_product(x: Facts, layout: Layout, codes: int) -> None:
 def check_adapters(
     x: Facts, A: Facts, B: Facts, scaling: Facts
 ) -> tuple[int, int, int]:
-    """Return the number of adapters, out_features and rank; refuse a misfit to x."""
+    """Return the number of adapters, out_features and rank; refuse shapes unlike x."""
     check("A", A, [x.dtype], x.device)
     check("B", B, [x.dtype], x.device)
     check("scaling", scaling, ["float32"], x.device)
@@ -190,7 +190,7 @@ def check_adapters(
 
 
 def check_low_rank(W: Facts, A: Facts, B: Facts) -> tuple[int, int, int]:
-    """Return out_features, in_features and rank; refuse A and B that do not fit W."""
+    """Return out_features, in_features and rank; refuse A and B of another layer."""
     for name, part in (("A", A), ("B", B)):
         check(name, part, [W.dtype], W.device)
     fits = len(W.shape) == len(A.shape) == len(B.shape) == 2

@@ -1,4 +1,4 @@
-"""Compile a row's kernels with NVRTC, for a device or to look at."""
+"""Compile the kernels of a method with NVRTC."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -15,11 +15,11 @@ BINDINGS = (
 
 @dataclass(frozen=True)
 class Compiled:
-    """What NVRTC made of a text.
+    """The result of a compilation by NVRTC.
 
     Args:
         image: machine code (a cubin), or PTX.
-        log: what the compiler said.
+        log: messages of the compiler.
         names: the name in the image of each C++ expression.
     """
 
@@ -36,8 +36,7 @@ def compile_row(row: str, architecture: str) -> Compiled:
         architecture: of the device, as in "80".
 
     Raises:
-        InputError: if something is missing, or the compiler does not know the
-            architecture.
+        InputError: if the compiler is missing, or does not know the architecture.
     """
     if reason := missing():
         raise InputError(reason)
@@ -59,12 +58,12 @@ def compile_text(
 
     Args:
         text: the source.
-        file: its name in the compiler's complaints.
+        file: the name of the source in the compiler's messages.
         names: the template instances to make, as C++ expressions.
         options: of NVRTC.
 
     Raises:
-        RuntimeError: all that the compiler said, if it refuses the text.
+        RuntimeError: with the compiler's messages, if it refuses the text.
     """
     nvrtc = _nvrtc()
     program = _call(nvrtc.nvrtcCreateProgram, text.encode(), file.encode(), 0, [], [])
@@ -75,7 +74,7 @@ def compile_text(
         (status,) = nvrtc.nvrtcCompileProgram(program, len(encoded), encoded)
         log = _read(program, nvrtc.nvrtcGetProgramLogSize, nvrtc.nvrtcGetProgramLog)
         said = log.rstrip(b"\0 \n").decode()
-        if status != nvrtc.nvrtcResult.NVRTC_SUCCESS:  # a defect here: say it all
+        if status != nvrtc.nvrtcResult.NVRTC_SUCCESS:  # a defect of minipeft: show all
             raise RuntimeError(f"NVRTC refuses {file}:\n{said}")
         lowered = nvrtc.nvrtcGetLoweredName
         mangled = {n: _call(lowered, program, n.encode()).decode() for n in names}
@@ -92,7 +91,7 @@ def missing() -> str | None:
         return BINDINGS
     try:
         _call(nvrtc.nvrtcVersion)
-    except Exception:  # each way of not finding it has its own type
+    except Exception:  # many types of error mean: not found
         return (
             "NVRTC, the CUDA compiler library, is not found: "
             "`pip install nvidia-cuda-nvrtc`."
@@ -110,7 +109,7 @@ def version() -> str:
 
 
 def headers() -> str:
-    """Return the folder of cuda_fp16.h and its like.
+    """Return the folder of cuda_fp16.h and the other CUDA headers.
 
     Raises:
         InputError: if there is none.
@@ -140,8 +139,8 @@ def _image(program: Any, options: Sequence[str]) -> bytes:
 
 
 def _read(program: Any, size: Callable[..., Any], content: Callable[..., Any]) -> bytes:
-    # NVRTC writes into it, and a bytes object of length one is shared by all of
-    # Python: zeros, for the one byte of an empty log is a zero.
+    # NVRTC overwrites the buffer. Python shares bytes objects of length one; NVRTC
+    # writes a zero into such a buffer (an empty log), so the object must hold a zero.
     buffer = bytes(_call(size, program))
     _call(content, program, buffer)
     return buffer

@@ -1,6 +1,6 @@
 """Launch a kernel by NVIDIA's driver: addresses, scalars and the handle of a stream.
 
-Whoever launches keeps the arrays alive until the stream has come past the launch.
+The caller keeps the arrays alive until the stream has finished the launch.
 """
 
 import ctypes
@@ -23,18 +23,18 @@ CTYPES = {
     "float32": ctypes.c_float,
 }
 
-# An array by its facts; a null pointer; a scalar.
+# An argument: the facts of an array, a null pointer, or a scalar.
 Argument = Facts | None | int | float | np.generic
 
 
 @runtime_checkable
 class Launcher(Protocol):
-    """What runs kernels: a device, or what a test puts in its place."""
+    """An object that runs kernels: a device, or a CPU in the tests."""
 
     def launch(
         self, kernel: Kernel, dtype: str, args: Sequence[Argument], stream: int
     ) -> None:
-        """Run the kernel's instance for `dtype` in turn with what the stream holds."""
+        """Run the kernel's instance for `dtype` after earlier work of the stream."""
 
 
 class Driver:
@@ -43,7 +43,7 @@ class Driver:
     def launch(
         self, kernel: Kernel, dtype: str, args: Sequence[Argument], stream: int
     ) -> None:
-        """Compile the row once a process, then launch; an empty grid is no launch."""
+        """Compile the file once per process, then launch; skip an empty grid."""
         grid = kernel.grid(args, dtype)
         if grid == 0:  # an empty tensor; CUDA refuses it
             return
@@ -60,7 +60,7 @@ class Driver:
 
 
 def launch(kernel: Kernel, dtype: str, args: Sequence[Argument], stream: int) -> None:
-    """Launch on the device of the arrays, or on what a test has put in its place.
+    """Launch on the device of the arrays, or on the launcher that a test has set.
 
     Args:
         kernel: from the table.
@@ -73,8 +73,8 @@ def launch(kernel: Kernel, dtype: str, args: Sequence[Argument], stream: int) ->
 
 @contextmanager
 def use(launcher: Launcher) -> Iterator[Launcher]:
-    """Launch elsewhere for a while."""
-    _launchers.append(launcher)  # for every thread: backward has its own
+    """Launch on another launcher inside a `with` block."""
+    _launchers.append(launcher)  # for all threads: backward runs in a thread of its own
     try:
         yield launcher
     finally:
@@ -83,7 +83,7 @@ def use(launcher: Launcher) -> Iterator[Launcher]:
 
 @cache
 def architecture(device: int) -> str:
-    """Return that of a device, as in "90"."""
+    """Return the architecture of a device, such as "90"."""
     cuda = _cuda()
     call(cuda.cuInit(0))
     kind = cuda.CUdevice_attribute
@@ -98,10 +98,10 @@ def architecture(device: int) -> str:
 
 
 def call(answer: tuple[Any, ...]) -> tuple[Any, ...]:
-    """Return what a function of the driver answers after its status.
+    """Return the results of a driver function, after checking its status.
 
     Raises:
-        RuntimeError: in the driver's words, if the status is an error.
+        RuntimeError: with the driver's message, if the status is an error.
     """
     status, *results = answer
     cuda = _cuda()
@@ -113,7 +113,7 @@ def call(answer: tuple[Any, ...]) -> tuple[Any, ...]:
 
 @contextmanager
 def _on(device: int) -> Iterator[None]:
-    # A thread that has not used CUDA yet has no current device, an autograd thread.
+    # A thread that has not used CUDA, such as one of autograd, has no current device.
     call(_cuda().cuCtxPushCurrent(_context(device)))
     try:
         yield
@@ -122,14 +122,14 @@ def _on(device: int) -> Iterator[None]:
 
 
 @cache
-def _context(device: int) -> Any:  # the one that CuPy and torch use, too
+def _context(device: int) -> Any:  # the context that CuPy and torch use too
     (context,) = call(_cuda().cuDevicePrimaryCtxRetain(device))
     return context
 
 
 @cache
 def _library(row: str, architecture: str) -> tuple[Any, dict[str, str]]:
-    # A library belongs to no device: each loads its code from it at the first launch.
+    # A library belongs to no device: each device loads its code at the first launch.
     compiled = compile_row(row, architecture)
     image = compiled.image
     (library,) = call(_cuda().cuLibraryLoadData(image, [], [], 0, [], [], 0))
@@ -141,7 +141,7 @@ def _function(row: str, expression: str, architecture: str) -> Any:
     cuda = _cuda()
     library, names = _library(row, architecture)
     (kernel,) = call(cuda.cuLibraryGetKernel(library, names[expression].encode()))
-    return cuda.CUfunction(int(kernel))  # the driver takes either for a launch
+    return cuda.CUfunction(int(kernel))  # the driver can launch both types
 
 
 def _value(argument: Any) -> Any:

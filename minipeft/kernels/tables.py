@@ -1,4 +1,4 @@
-"""Codebooks and settings in the form in which the kernels read them."""
+"""Codebooks and settings in the form that the kernels read."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -13,10 +13,10 @@ from minipeft.kernels.checks import code_bits
 
 @dataclass(frozen=True)
 class Sorted:
-    """A codebook of up to 16 values as `quantize` searches it.
+    """A codebook of up to 16 values, sorted for the search in `quantize`.
 
     Args:
-        midpoints: 16 ascending float32; those that the codebook has not are +inf.
+        midpoints: 16 ascending float32; unused places hold +inf.
         order: 16 nibbles; nibble p is the code at position p of the sorted values.
         bits: of a code.
     """
@@ -27,7 +27,7 @@ class Sorted:
 
 
 def sort(codebook: np.ndarray) -> Sorted:
-    """Sort by value; equal values keep their order, as FP4's two zeros need.
+    """Sort by value; equal values (FP4 has two zeros) keep their order.
 
     Raises:
         InputError: if the codebook is not 2, 4, 8 or 16 float32 values.
@@ -54,8 +54,9 @@ def midpoints(values: np.ndarray) -> np.ndarray:
 def tree(values: np.ndarray) -> np.ndarray:
     """Return the boundaries of ascending values as a search tree.
 
-    Breadth first, after Eytzinger: the children of node k are 2 k and 2 k + 1, node 1
-    is the root, and element 0 is not used. The count of values is a power of two.
+    The tree is stored level by level (Eytzinger): node 1 is the root, the children of
+    node k are 2 k and 2 k + 1, and element 0 is not used. The number of values is a
+    power of two.
     """
     depth = values.size.bit_length() - 1
     nodes = np.zeros(values.size, np.float32)
@@ -72,7 +73,7 @@ def moment_maps(signed: np.ndarray, unsigned: np.ndarray) -> np.ndarray:
 
 
 def adamw_settings(group: Mapping[str, Any], t: int) -> list[float]:
-    """Give what a step multiplies by, in float64; it is rounded to float32 once.
+    """Return the factors of a step in float64; the kernel's arguments round them once.
 
     Args:
         group: `lr`, `betas`, `eps` and `weight_decay`.

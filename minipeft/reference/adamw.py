@@ -15,7 +15,7 @@ from minipeft.shapes import Float, check_floats, check_shapes
 Weight = Float[np.ndarray, "..."]
 Moment = Weight | Blockwise
 BLOCKSIZE = 256
-MIN_8BIT_SIZE = 4096  # smaller tensors (biases, norms) keep float32: little to save
+MIN_8BIT_SIZE = 4096  # smaller tensors (biases, norms) stay float32: they cost little
 
 
 @dataclass(frozen=True)
@@ -37,14 +37,14 @@ class AdamW:
 
 @dataclass(frozen=True)
 class State:
-    """What the optimizer knows of one tensor: steps taken, two moments."""
+    """The optimizer's state of one tensor: steps taken, two moments."""
 
     t: int
     m: Moment
     v: Moment
 
     def __post_init__(self) -> None:
-        """Refuse moments of two tensors."""
+        """Refuse two moments of different sizes."""
         for name, moment in (("m", self.m), ("v", self.v)):
             if not isinstance(moment, Blockwise):
                 check_floats(name, moment)
@@ -88,8 +88,9 @@ def step(W: Weight, grad: Weight, state: State, config: AdamW) -> tuple[Weight, 
 
     $m = m + (1 - \beta_1)(g - m)$, $v = \beta_2 v + (1 - \beta_2) g^2$,
     $W = (1 - \eta\lambda) W - \frac{\eta}{1 - \beta_1^t}
-    \frac{m}{\sqrt{v} / \sqrt{1 - \beta_2^t} + \epsilon}$, each operation rounded to
-    float32, the next W once more to its dtype; W sees moments before they are encoded.
+    \frac{m}{\sqrt{v} / \sqrt{1 - \beta_2^t} + \epsilon}$. Each operation is rounded to
+    float32, and the next W once more to its dtype. The next W is computed from the
+    moments before they are encoded.
 
     Args:
         W: the parameter.
@@ -117,20 +118,20 @@ def step(W: Weight, grad: Weight, state: State, config: AdamW) -> tuple[Weight, 
 
 
 def wide(W: Weight) -> np.dtype[np.generic]:
-    """Return the dtype of states and arithmetic; in bfloat16, beta2 = 0.999 is 1."""
+    """Return the dtype of states and arithmetic; bfloat16 would round 0.999 to 1."""
     check_floats("W", W)
     return np.promote_types(W.dtype, np.float32)
 
 
 def decode(moment: Moment) -> Weight:
-    """Return the values of a moment, whatever its bits."""
+    """Return the values of a moment, decoded if it is stored in 8 bits."""
     if isinstance(moment, Blockwise):
         return blockwise.dequantize(moment)
     return moment.copy()
 
 
 def encode(values: Weight, like: Moment) -> Moment:
-    """Store the values of a moment as `like` is stored."""
+    """Store the values of a moment in the form of `like`."""
     if isinstance(like, Blockwise):
         blockwise.check_parts(like)
         return blockwise.quantize(values, like.codebook, like.blocksize)
@@ -139,7 +140,7 @@ def encode(values: Weight, like: Moment) -> Moment:
 
 
 def to_arrays(state: State) -> dict[str, np.ndarray]:
-    """Return the state as named arrays, which any file format can hold."""
+    """Return the state as named arrays, which every file format can store."""
     arrays = {"t": np.asarray(state.t)}
     for name, moment in (("m", state.m), ("v", state.v)):
         if isinstance(moment, Blockwise):
@@ -151,7 +152,7 @@ def to_arrays(state: State) -> dict[str, np.ndarray]:
 
 
 def from_arrays(arrays: Mapping[str, np.ndarray]) -> State:
-    """Return the state that `to_arrays` wrote; nothing is rounded on the way."""
+    """Return the state that `to_arrays` wrote, without rounding."""
 
     def moment(name: str) -> Moment:
         if name in arrays:
@@ -168,7 +169,7 @@ def from_arrays(arrays: Mapping[str, np.ndarray]) -> State:
 
 
 def check_fits(W: Weight, grad: Weight, m: Weight, v: Weight) -> None:
-    """Refuse a gradient or a moment of another tensor, or one that is not finite."""
+    """Refuse a gradient or a moment that has another shape or is not finite."""
     check_shapes(
         {"W": (W, "..."), "grad": (grad, "..."), "m": (m, "..."), "v": (v, "...")}
     )

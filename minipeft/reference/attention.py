@@ -1,4 +1,4 @@
-"""One head of attention: what a prefix attaches to."""
+"""One head of attention, to which prefix tuning adds keys and values."""
 
 from dataclasses import dataclass
 from math import sqrt
@@ -19,12 +19,12 @@ Mask = Bool[np.ndarray, "... queries keys"]
 
 @dataclass(frozen=True)
 class Head:
-    """What one head works on: queries, keys, values, and who may look at whom."""
+    """The inputs of one head: queries, keys, values, and a mask."""
 
     Q: Queries
     K: Keys
     V: Values
-    mask: Mask | None = None  # True: may look
+    mask: Mask | None = None  # True: the query may use the key
 
 
 class AttentionGradients(NamedTuple):
@@ -36,10 +36,10 @@ class AttentionGradients(NamedTuple):
 
 
 def causal(queries: int, keys: int) -> Mask:
-    """Return the mask of a text that is read forwards.
+    """Return the mask of a text read from left to right.
 
-    The last query stands at the last key: query i sees keys 0 … i + keys - queries.
-    Keys beyond the queries come before the text, such as a cache or a prefix.
+    The last query belongs to the last key: query i sees keys 0 … i + keys - queries. If
+    there are more keys than queries, the first keys come from a cache or a prefix.
 
     Raises:
         InputError: if there are fewer keys than queries.
@@ -52,10 +52,11 @@ def causal(queries: int, keys: int) -> Mask:
 
 
 def weights(head: Head) -> Shares:
-    r"""Return how much each query takes of each value: $P = softmax(Q K^T / \sqrt d)$.
+    r"""Return the share of each value for each query: $P = softmax(Q K^T / \sqrt d)$.
 
     Raises:
-        InputError: if the parts do not fit each other, or a query may look at no key.
+        InputError: if the shapes contradict each other, or a mask hides all keys from a
+            query.
 
     Source: Attention is all you need (arXiv:1706.03762), equation 1.
     """
@@ -63,16 +64,18 @@ def weights(head: Head) -> Shares:
     logits = head.Q @ head.K.swapaxes(-1, -2) / sqrt(head.Q.shape[-1])
     if head.mask is not None:
         logits = np.where(head.mask, logits, -np.inf)
-    # Softmax does not notice a shift, and the largest exponent becomes 0.
+    # A constant added to all logits does not change softmax. With this one, the
+    # largest exponent is 0 and nothing overflows.
     E = np.exp(logits - logits.max(axis=-1, keepdims=True))
     return E / E.sum(axis=-1, keepdims=True)
 
 
 def forward(head: Head) -> Mixed:
-    """Mix the values: $Y = P V$.
+    """Return the mixed values: $Y = P V$.
 
     Raises:
-        InputError: if the parts do not fit each other, or a query may look at no key.
+        InputError: if the shapes contradict each other, or a mask hides all keys from a
+            query.
     """
     return weights(head) @ head.V
 
@@ -80,12 +83,13 @@ def forward(head: Head) -> Mixed:
 def backward(grad_y: Mixed, head: Head) -> AttentionGradients:
     r"""Return the gradients of Q, K and V.
 
-    With $G = \partial L/\partial Y$ the values get $P^T G$. Through the softmax goes
-    $S = P \circ (G V^T - \sum_{keys} P \circ G V^T)$, and from it $S K / \sqrt d$ to
-    the queries and $S^T Q / \sqrt d$ to the keys. A masked key has P = 0 and gets 0.
+    With $G = \partial L/\partial Y$, the gradient of V is $P^T G$. The gradient of the
+    logits is $S = P \circ (G V^T - \sum_{keys} P \circ G V^T)$; from it follow $S K /
+    \sqrt d$ for Q and $S^T Q / \sqrt d$ for K. A hidden key has P = 0 and gets 0.
 
     Raises:
-        InputError: if the parts do not fit each other, or a query may look at no key.
+        InputError: if the shapes contradict each other, or a mask hides all keys from a
+            query.
     """
     check_fits(head, grad_y)
     P = weights(head)
@@ -100,8 +104,8 @@ def backward(grad_y: Mixed, head: Head) -> AttentionGradients:
 def check_fits(head: Head, grad_y: Mixed | None = None) -> None:
     """Refuse parts of different heads, and masks that are not booleans.
 
-    A mask of numbers is ambiguous: 0 hides a key in some, and shows it in others that
-    are added to the logits.
+    Masks of numbers have two meanings in use: in some, 0 hides a key; others are added
+    to the logits, where 0 leaves a key visible.
     """
     check_shapes(
         {

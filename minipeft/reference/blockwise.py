@@ -59,32 +59,33 @@ def quantize(W: Values, codebook: Codebook = NF4, blocksize: int = 64) -> Blockw
 
 
 def dequantize(q: Blockwise, dtype: DTypeLike = np.float32) -> Values:
-    r"""Give every code its value back: $\hat W_i = c_{q_i} \cdot a$.
+    r"""Replace every code by its value: $\hat W_i = c_{q_i} \cdot a$.
 
     Args:
         q: what `quantize` returned.
-        dtype: what the float32 product is rounded to; `ml_dtypes.bfloat16` is one.
+        dtype: of the result, such as `ml_dtypes.bfloat16`; the float32 product is
+            rounded to it.
 
     Raises:
-        InputError: if there are codes or scales too few or too many, or the result
-            would hold no floats.
+        InputError: if the number of codes or scales does not fit the shape, or `dtype`
+            is no float dtype.
     """
     check_floats("the result", np.empty(0, dtype))
     size = check_parts(q)
     codes = unpack(q.packed, code_bits(q.codebook), size)
     absmax = np.repeat(q.absmax.astype(np.float32), q.blocksize)[:size]
-    with np.errstate(over="ignore"):  # float16 ends at 65504; above it stands inf
+    with np.errstate(over="ignore"):  # above 65504 float16 is inf
         return (q.codebook[codes] * absmax).astype(dtype).reshape(q.shape)
 
 
 def nearest(scaled: Values, codebook: Codebook) -> UInt8[np.ndarray, "..."]:
-    """Return the code of the nearest value; a tie goes to the lower value.
+    """Return the code of the nearest value; a tie takes the lower value.
 
-    The boundaries are float32 midpoints of neighbouring values. Equal values keep
-    their order (FP4 has two zeros), so a value above zero meets the second.
+    The boundaries are the float32 midpoints of neighbouring values. If two codes have
+    equal values (FP4 has two zeros), numbers above the value get the second code.
 
     Raises:
-        InputError: if the codebook is no list of 2, 4, 8, 16 … 256 finite floats.
+        InputError: if the codebook is not one axis of 2, 4, 8, 16 … 256 finite floats.
     """
     code_bits(codebook)
     check_floats("the scaled weight", scaled)
@@ -100,7 +101,7 @@ def pack(codes: Codes, bits: int, fill: int = 0) -> Bytes:
     Args:
         codes: each below `2**bits`.
         bits: 1 to 8.
-        fill: the code that stands in the unused end of the last byte.
+        fill: the code for the unused end of the last byte.
 
     Raises:
         InputError: if a number is out of range.
@@ -112,17 +113,17 @@ def pack(codes: Codes, bits: int, fill: int = 0) -> Bytes:
             f"a code is {max(fill, codes.max(initial=0))}; {bits} bits hold 0 to "
             f"{2**bits - 1}."
         )
-    spare = -codes.size % 8  # eight codes always end on a byte
+    spare = -codes.size % 8  # eight codes always fill whole bytes
     padded = np.concatenate([codes, np.full(spare, fill, np.uint8)])
     bit_rows = np.unpackbits(padded[:, None], axis=1)[:, 8 - bits :]
     return np.packbits(bit_rows)[: -(-codes.size * bits // 8)]
 
 
 def unpack(packed: Bytes, bits: int, n: int) -> Codes:
-    """Read back the first `n` codes that `pack` wrote.
+    """Return the first `n` codes that `pack` wrote.
 
     Raises:
-        InputError: if there are fewer, or `bits` is out of range.
+        InputError: if there are fewer than n, or `bits` is out of range.
     """
     _check_bits(bits)
     _check_bytes("packed", packed)
@@ -143,7 +144,7 @@ def check_blocksize(blocksize: int) -> None:
 
 
 def check_parts(q: Blockwise) -> int:
-    """Return the number of weights; refuse codes or scales that are not theirs."""
+    """Return the number of weights; refuse another number of codes or scales."""
     check_blocksize(q.blocksize)
     if min(q.shape, default=0) < 0:
         raise InputError(f"shape is {q.shape}; choose lengths of 0 or more.")
@@ -161,7 +162,7 @@ def check_parts(q: Blockwise) -> int:
 
 
 def check_finite(flat: Float[np.ndarray, " n"]) -> None:
-    """Refuse NaN and infinities: one would spoil the scale of its whole block."""
+    """Refuse NaN and infinities: one of them spoils the scale of its block."""
     check_floats("W", flat)
     bad = np.flatnonzero(~np.isfinite(flat))
     if bad.size:
@@ -185,7 +186,7 @@ def _check_bytes(name: str, array: np.ndarray) -> None:
 
 
 def _scaled(blocks: Blocks, absmax: Scales) -> Blocks:
-    # The reciprocal of a subnormal overflows; lifting both by 2**64 first is exact.
+    # The reciprocal of a subnormal overflows. To multiply both by 2**64 first is exact.
     lift = np.where(absmax < 2.0**-126, np.float32(2**64), np.float32(1))
     inverse = np.float32(1) / np.where(absmax == 0, np.float32(1), absmax * lift)
     return (blocks * lift[:, None]) * inverse[:, None]

@@ -1,4 +1,4 @@
-"""Bottleneck adapters: a small two-layer network beside or behind a frozen part."""
+"""Bottleneck adapters: a small two-layer network beside or behind a frozen layer."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -21,13 +21,13 @@ UpBias = Shaped[np.ndarray, " features"]
 
 @dataclass(frozen=True)
 class Bottleneck:
-    """Down to few features, a ReLU, and up again."""
+    """A projection to few features, a ReLU, and a projection back."""
 
     down: Down
     down_bias: DownBias
     up: Up
     up_bias: UpBias
-    scaling: Any  # 1 in serial; He et al. train or choose it in parallel
+    scaling: Any  # 1 for serial adapters; trained or chosen for parallel ones
 
 
 class BottleneckGradients(NamedTuple):
@@ -43,9 +43,9 @@ class BottleneckGradients(NamedTuple):
 def init(
     rng: np.random.Generator, features: int, bottleneck: int, scaling: float = 1.0
 ) -> Bottleneck:
-    r"""Start at no change: down from $N(0, 0.02^2)$, everything else zero.
+    """Start without a change: `down` from $N(0, 0.02^2)$, everything else zero.
 
-    Houlsby et al. draw both matrices near zero; with up at zero the start is exact.
+    Houlsby et al. draw both matrices near zero. With a zero `up` the start is exact.
 
     Raises:
         InputError: if the bottleneck is empty, or the scaling not finite.
@@ -64,7 +64,7 @@ def init(
 
 
 def forward(x: Stream, adapter: Bottleneck) -> Stream:
-    r"""Return what the adapter adds: $s\,(\mathrm{ReLU}(x D^T + c)\,U^T + e)$.
+    r"""Return the adapter's output: $s\,(\mathrm{ReLU}(x D^T + c)\,U^T + e)$.
 
     Raises:
         InputError: if an operand has another adapter's shape, or no float dtype.

@@ -9,8 +9,8 @@ from minipeft.shapes import Float, check_shapes
 
 Codebook = Float[np.ndarray, " codes"]
 
-# The published table, literally: its own formula gives other last bits, because the
-# quantiles were once computed from float32 points (see `normal_float`).
+# The published numbers: the published formula gives other last bits, because the
+# numbers were computed from float32 probabilities (see `normal_float`).
 NF4: Codebook = np.array(
     [
         -1.0,
@@ -33,8 +33,8 @@ NF4: Codebook = np.array(
     dtype=np.float32,
 )
 
-# Sign, two exponent bits, one mantissa bit, over 12: the order is that of the bits, so
-# it is not sorted, and zero stands twice (codes 0 and 8).
+# Sign, two exponent bits, one mantissa bit; divided by 12. The order is that of the
+# bits, so the values are not sorted, and codes 0 and 8 are both zero.
 FP4: Codebook = np.array(
     [0, 0.0625, 8, 12, 4, 6, 2, 3, 0, -0.0625, -8, -12, -4, -6, -2, -3],
     dtype=np.float32,
@@ -42,7 +42,7 @@ FP4: Codebook = np.array(
 
 
 def normal_float(bits: int, offset: float = 929 / 960) -> Codebook:
-    r"""Quantiles of the standard normal distribution, divided by the largest.
+    r"""Return quantiles of the standard normal distribution, divided by the largest.
 
     $q_i = \Phi^{-1}(p_i) / \Phi^{-1}(\delta)$ with $p$ evenly spaced from the offset
     $\delta$ to $1/2$: $2^{b-1}$ points on the positive side, $2^{b-1} - 1$ on the
@@ -72,16 +72,17 @@ def normal_float(bits: int, offset: float = 929 / 960) -> Codebook:
 
 
 def dynamic_map(signed: bool = True) -> Codebook:
-    r"""The 256 values of the dynamic 8-bit data type, ascending.
+    """Return the 256 values of the dynamic 8-bit data type, ascending.
 
-    An exponent of base 10 in unary and a linear fraction in the bits that remain:
-    $10^{i-6}$ times the midpoints of `linspace(0.1, 1, 2^i + 1)` for i = 0 … 6, on
-    both sides of zero. Unsigned, the sign bit goes to the fraction: $2^{i+1} + 1$
-    points. Zero and 1.0 complete the map, so the signed one is not symmetric.
+    A code holds a decimal exponent i - 6 as a row of zero bits, and a linear fraction
+    in the bits that remain. The values are $10^{i-6}$ times the midpoints of
+    `linspace(0.1, 1, 2^i + 1)` for i = 0 … 6, positive and negative. The unsigned map
+    uses the sign bit for the fraction, with $2^{i+1} + 1$ points. Both maps also hold 0
+    and 1.0, but not -1.0, so the signed map is not symmetric.
 
     Args:
-        signed: both signs, as for a first moment or centred scales; False for a second
-            moment, which is never negative.
+        signed: True: both signs, as for a first moment or centred scales; False: for a
+            second moment, which is never negative.
 
     Returns:
         256 values, computed in float32 as published.
@@ -98,10 +99,10 @@ def dynamic_map(signed: bool = True) -> Codebook:
 
 
 def code_bits(codebook: Codebook) -> int:
-    """Return the width of a code.
+    """Return the number of bits of a code.
 
     Raises:
-        InputError: if the codebook is no list of 2, 4, 8, 16 … 256 finite floats.
+        InputError: if the codebook is not one axis of 2, 4, 8, 16 … 256 finite floats.
     """
     check_shapes({"the codebook": (codebook, "codes")})
     bits = codebook.size.bit_length() - 1

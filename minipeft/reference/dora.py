@@ -1,4 +1,4 @@
-"""DoRA: every row of the weight has a trained length, and LoRA turns its direction."""
+"""DoRA: each row of the weight has a trained length; LoRA changes its direction."""
 
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -15,7 +15,7 @@ Rows = Shaped[np.ndarray, " out_features"]
 
 @dataclass(frozen=True)
 class DoRA:
-    """The trained parts: LoRA's, and one length for each output row."""
+    """The trained parts: a LoRA, and one length for each output row."""
 
     A: MatrixA
     B: MatrixB
@@ -24,7 +24,7 @@ class DoRA:
 
     @property
     def lora(self) -> LoRA:
-        """The part that turns the rows."""
+        """The LoRA, which changes the directions of the rows."""
         return LoRA(self.A, self.B, self.scaling)
 
 
@@ -38,7 +38,7 @@ class DoRAGradients(NamedTuple):
 
 
 def init(rng: np.random.Generator, W: Weight, r: int, alpha: float) -> DoRA:
-    r"""Start at the weight itself: LoRA's A and B, and $m_i = \|W_i\|$.
+    r"""Start at the weight itself: A and B as in LoRA, and $m_i = \|W_i\|$.
 
     Raises:
         InputError: if r or alpha is out of range, or W is no matrix of floats.
@@ -54,8 +54,8 @@ def squared_row_norm(W: Weight, update: LoRA) -> Rows:
     r"""Return the squared norm of each row of V = W + s B A, without forming V.
 
     $\|V_i\|^2 = \|W_i\|^2 + 2s\,(W A^T)_i \cdot B_i + s^2\,B_i (A A^T) B_i^T$: three
-    thin products, O((in + out) r) numbers of memory where V has in times out. The
-    result is at least float32: squares of float16 overflow at a norm of 256.
+    thin products, whose results have O((in + out) r) numbers; V has in times out. The
+    result is float32 or wider, because float16 squares overflow from a norm of 256 on.
 
     Raises:
         InputError: if an operand has another layer's shape, or no float dtype.
@@ -70,15 +70,15 @@ def squared_row_norm(W: Weight, update: LoRA) -> Rows:
 
 def row_norm(W: Weight, update: LoRA) -> Rows:
     """Return the norm of each output row of W + s B A, over in_features."""
-    # Rounding can leave a row that cancels to zero slightly below it.
+    # Rounding can make the squared norm of a zero row slightly negative.
     return np.sqrt(np.maximum(squared_row_norm(W, update), 0))
 
 
 def over_norm(values: Rows, norm: Rows) -> Rows:
-    r"""Return values / norm, and 0 for a zero row.
+    """Return values / norm; for a zero row return 0.
 
-    The direction of a zero row is zero by definition: the row stays zero, passes no
-    gradient, and its output is the bias. Dividing would make it NaN.
+    The direction of a zero row is defined as zero. The row stays zero and gets no
+    gradient, and its output is the bias. A division would give NaN.
     """
     check_shapes({"norm": (norm, "out_features"), "values": (values, "out_features")})
     zero = norm == 0
@@ -88,7 +88,7 @@ def over_norm(values: Rows, norm: Rows) -> Rows:
 def forward(x: Input, W: Weight, adapter: DoRA, bias: Bias | None = None) -> Output:
     r"""Apply the adapted layer: $y = g \odot (x W^T + s (x A^T) B^T) + b$.
 
-    $g_i = m_i / \|V_i\|$ scales the output of row i, and never the bias.
+    $g_i = m_i / \|V_i\|$ scales the output of row i without the bias.
 
     Raises:
         InputError: if an operand has another layer's shape, or no float dtype.
@@ -121,8 +121,8 @@ def merge(W: Weight, adapter: DoRA) -> Weight:
     return _merge(W, adapter, row_norm(W, adapter.lora))
 
 
-# The root of a fraction is no fraction. So the proofs call the three functions below,
-# with any norms.
+# Tests compute with fractions, but the root of a fraction is no fraction. So the tests
+# call the three functions below with norms of their own.
 
 
 def _forward(

@@ -35,8 +35,9 @@ def quantize(
 ) -> Nested:
     r"""Quantize the weights, then their scales around the mean scale.
 
-    $\bar a = \operatorname{mean}(a)$; $a - \bar a$ is quantized blockwise in turn.
-    Scales are positive: without the mean, half of the signed codes would idle.
+    $\bar a = \operatorname{mean}(a)$; the differences $a - \bar a$ are quantized
+    blockwise. All scales are positive, so without subtracting the mean the negative
+    codes would not be used.
 
     Args:
         W: any shape; read row by row, so blocks run across rows. The last may be short.
@@ -56,7 +57,7 @@ def quantize(
     scales = blockwise.quantize(q.absmax - offset, dynamic_map(), nested_blocksize)
     return Nested(
         q.packed,
-        scales.packed,  # a code of eight bits is a byte
+        scales.packed,  # 8-bit codes are bytes: no packing
         scales.absmax,
         offset,
         q.codebook,
@@ -67,19 +68,19 @@ def quantize(
 
 
 def dequantize(q: Nested, dtype: DTypeLike = np.float32) -> Values:
-    r"""Give the scales their values back, then the weights.
+    r"""Decode the scales, then the weights.
 
     $\hat W_i = c_{q_i} \cdot \hat a$ with $\hat a = d_s \cdot a_2 + \bar a$, where $d$
-    is the dynamic map, s the code of the scale and $a_2$ the nested scale. Product and
-    sum are rounded to float32 one after the other.
+    is the dynamic map, s the code of the scale and $a_2$ the nested scale. The product
+    is rounded to float32, then the sum.
 
     Args:
         q: what `quantize` returned.
-        dtype: of the result; bfloat16 through `ml_dtypes.bfloat16`.
+        dtype: of the result; bfloat16 is `ml_dtypes.bfloat16`.
 
     Raises:
-        InputError: if there are codes or scales too few or too many, or the result
-            would hold no floats.
+        InputError: if the number of codes or scales does not fit the shape, or `dtype`
+            is no float dtype.
     """
     return blockwise.dequantize(unnest(q), dtype)
 
@@ -87,10 +88,10 @@ def dequantize(q: Nested, dtype: DTypeLike = np.float32) -> Values:
 def unnest(q: Nested) -> Blockwise:
     """Return the same codes with the decoded scales in float32.
 
-    A scale far below the mean can come back as zero or a little below it.
+    A scale far below the mean can be decoded as zero or as a small negative number.
 
     Raises:
-        InputError: if there are codes or nested scales too few or too many.
+        InputError: if the number of codes or nested scales does not fit the shape.
     """
     blockwise.check_blocksize(q.blocksize)
     scales = Blockwise(
@@ -119,7 +120,7 @@ def bits_per_parameter(q: Nested | Blockwise) -> float:
     The codebooks are constants and not counted.
 
     Raises:
-        InputError: if there is no weight, or codes or scales too few or too many.
+        InputError: if there is no weight, or another number of codes or scales.
 
     Source: QLoRA (arXiv:2305.14314), section 3.
     """
@@ -135,10 +136,10 @@ def bits_per_parameter(q: Nested | Blockwise) -> float:
 
 
 def mean(absmax: Scales) -> np.float32:
-    """Return the mean of the scales; the same bits in every order of summation.
+    """Return the mean of the scales; the order of summation does not change its bits.
 
-    The exact sum rounded to float64, divided there, rounded to float32. (A float32 sum
-    depends on the order, and libraries differ in its last bit.)
+    The exact sum is rounded to float64, divided there, and rounded to float32. (A
+    float32 sum depends on the order, and libraries differ in its last bit.)
     """
     check_floats("absmax", absmax)
     return np.float32(fsum(absmax) / max(absmax.size, 1))

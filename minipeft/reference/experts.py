@@ -1,4 +1,4 @@
-"""LoRA on a stack of weights, of which each token uses those of its experts."""
+"""LoRA on a stack of weights; each token uses the weights of its experts."""
 
 from dataclasses import dataclass
 from math import sqrt
@@ -21,7 +21,7 @@ Chosen = Integer[np.ndarray, "..."]
 
 @dataclass(frozen=True)
 class ExpertsLoRA:
-    """The updates of a stack of weights: scaling * B A, one A and one B an expert."""
+    """The updates of a stack of weights: scaling * B A, with one A and B per expert."""
 
     A: MatricesA
     B: MatricesB
@@ -143,7 +143,7 @@ def merge(W: Weights, adapter: ExpertsLoRA) -> Weights:
 def check_fits(
     W: Weights | None, adapter: ExpertsLoRA, bias: Biases | None = None
 ) -> None:
-    """Refuse matrices of another stack: one expert alone would broadcast."""
+    """Refuse matrices of another stack; NumPy would broadcast a single expert."""
     check_shapes(
         {
             "W": (W, "experts out_features in_features"),
@@ -159,7 +159,7 @@ def check_fits(
 def check_tokens(
     W: Weights, chosen: Chosen, x: Input, grad_y: Output | None = None
 ) -> None:
-    """Refuse tokens of another layer, and experts that there are not."""
+    """Refuse tokens of another layer, and numbers that name no expert."""
     check_shapes(
         {
             "W": (W, "experts out_features in_features"),

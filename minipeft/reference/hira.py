@@ -1,4 +1,4 @@
-"""HiRA: an update of high rank, the frozen weight times a product of thin matrices."""
+"""HiRA: the frozen weight times a product of thin matrices, entry by entry."""
 
 from dataclasses import dataclass
 from math import isfinite
@@ -14,7 +14,7 @@ from minipeft.reference.lora import LoRA, LoRAGradients, MatrixA, MatrixB
 
 @dataclass(frozen=True)
 class HiRA:
-    """The trained factor of one weight: scaling * B A, entry by entry."""
+    """The trained factor of one weight: scaling * B A, multiplied entry by entry."""
 
     A: MatrixA
     B: MatrixB
@@ -51,7 +51,7 @@ def init(
 def delta(W: Weight, adapter: HiRA) -> Weight:
     r"""Return the update: $\Delta W = s\,W \odot B A$.
 
-    It depends on W: the same A and B change another weight by another update.
+    The update depends on W: for another W, the same A and B give another update.
 
     Raises:
         InputError: if an operand has another layer's shape, or no float dtype.
@@ -65,7 +65,7 @@ def delta(W: Weight, adapter: HiRA) -> Weight:
 def forward(x: Input, W: Weight, adapter: HiRA, bias: Bias | None = None) -> Output:
     r"""Apply the adapted layer: $y = x W^T + b + s\,x (W \odot B A)^T$.
 
-    No two thin products give the same: the update is formed, as large as W.
+    Two thin products cannot replace it, so a matrix of W's size is formed.
 
     Raises:
         InputError: if an operand has another layer's shape, or no float dtype.
@@ -90,7 +90,8 @@ def backward(grad_y: Output, x: Input, W: Weight, adapter: HiRA) -> LoRAGradient
 def merge(W: Weight, adapter: HiRA) -> Weight:
     r"""Return the plain weight: $W' = W + s\,W \odot B A$.
 
-    No subtraction of an update of W' undoes it: a layer that unmerges keeps W.
+    W cannot be computed back from W' by a subtraction of the update of W', so a
+    layer that unmerges must keep W.
 
     Raises:
         InputError: if an operand has another layer's shape, or no float dtype.
@@ -99,5 +100,5 @@ def merge(W: Weight, adapter: HiRA) -> Weight:
 
 
 def check_fits(W: Weight, adapter: HiRA) -> None:
-    """Refuse matrices of another layer: one row of B would broadcast."""
+    """Refuse matrices of another layer; NumPy would broadcast a B of one row."""
     lora.check_fits(W, LoRA(adapter.A, adapter.B, adapter.scaling))

@@ -1,4 +1,4 @@
-"""IA3: one trained vector that rescales keys, values, or the feed-forward layer."""
+"""IA3: a trained vector that rescales keys, values, or the feed-forward layer."""
 
 from dataclasses import dataclass
 from typing import Literal, NamedTuple, get_args
@@ -16,18 +16,18 @@ Vector = Shaped[np.ndarray, " features"]
 
 @dataclass(frozen=True)
 class IA3:
-    """The trained vector and the side of the layer that it scales.
+    """The trained vector l, and the side of the layer that l scales.
 
-    Keys and values: l has out_features numbers and scales the output. Feed-forward:
-    l has in_features numbers and scales the input of the layer after the
-    nonlinearity, which is the output of that nonlinearity.
+    Keys and values: l has out_features numbers and scales the output of the layer.
+    Feed-forward: l has in_features numbers and scales the input of the layer behind the
+    nonlinearity.
     """
 
     l: Vector  # noqa: E741  # the paper's name
     side: Side
 
     def __post_init__(self) -> None:
-        """Refuse a side that no layer has."""
+        """Refuse a side that is neither `output` nor `input`."""
         if self.side not in get_args(Side):
             raise InputError(f"side is {self.side!r}; choose 'output' or 'input'.")
 
@@ -40,14 +40,14 @@ class IA3Gradients(NamedTuple):
 
 
 def init(features: int, side: Side = "output") -> IA3:
-    """Start at no change: every l is 1.
+    """Start without a change: every number of l is 1.
 
     Args:
         features: of the side that l scales.
         side: `output` for keys and values, `input` for feed-forward.
 
     Raises:
-        InputError: if there is no such side.
+        InputError: if the side is neither `output` nor `input`.
 
     Source: IA3 (arXiv:2205.05638), section 3.3.
     """
@@ -57,8 +57,8 @@ def init(features: int, side: Side = "output") -> IA3:
 def forward(x: Input, W: Weight, adapter: IA3, bias: Bias | None = None) -> Output:
     r"""Apply the rescaled layer.
 
-    Output: $y = l \odot (x W^T + b)$, and the bias is scaled with the rest.
-    Input: $y = (l \odot x) W^T + b$, and it is not.
+    Output: $y = l \odot (x W^T + b)$, and the bias is scaled too.
+    Input: $y = (l \odot x) W^T + b$, and the bias is not scaled.
 
     Raises:
         InputError: if an operand has another layer's shape, or no float dtype.
@@ -95,8 +95,8 @@ def backward(
 def merge(W: Weight, adapter: IA3) -> Weight:
     r"""Return the weight of the plain layer: $W' = \Lambda_l W$ or $W \Lambda_l$.
 
-    If l scales the output, the bias changes as well: see `merge_bias`. No division
-    undoes a merge where l is 0, so a layer that unmerges must keep W.
+    If l scales the output, the bias changes as well: see `merge_bias`. Where l is 0,
+    no division gives W back, so a layer that unmerges must keep W.
 
     Raises:
         InputError: if l is not as long as its side of W.
@@ -119,7 +119,7 @@ def merge_bias(bias: Bias, adapter: IA3) -> Bias:
 
 
 def _check_fits(W: Weight, adapter: IA3) -> None:
-    """Refuse a vector of another layer, or of the other side of this one."""
+    """Refuse a vector for another layer, or for the other side of this layer."""
     side = "in_features" if adapter.side == "input" else "out_features"
     check_shapes({"W": (W, "out_features in_features"), "l": (adapter.l, side)})
 

@@ -1,4 +1,4 @@
-"""The linear layer that every adapter builds on, and its gradient."""
+"""The linear layer under every adapter, and its gradients."""
 
 from typing import NamedTuple
 
@@ -51,7 +51,7 @@ def check_fits(
     bias: Shaped[np.ndarray, "..."] | None = None,
     grad_y: Shaped[np.ndarray, "..."] | None = None,
 ) -> None:
-    """Refuse operands of another layer: a bias of one number would broadcast."""
+    """Refuse operands of another layer; NumPy would broadcast a bias of one number."""
     check_shapes(
         {
             "W": (W, "out_features in_features"),

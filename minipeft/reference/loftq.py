@@ -1,4 +1,4 @@
-"""LoftQ: quantize and start LoRA together, so that they sum to the weight."""
+"""LoftQ: choose a quantized base and a LoRA whose sum is near the weight."""
 
 from collections.abc import Iterator, Mapping
 from itertools import islice
@@ -25,9 +25,10 @@ def init(
 ) -> tuple[Blockwise, LoRA]:
     r"""Find a quantized base and an adapter with $Q + s B A \approx W$.
 
-    Of the first `steps` pairs of `alternate`, the one with the smallest error. So more
-    steps never make it worse, and one is already at least as good as plain
-    quantization: the SVD can always return a zero.
+    Returns the pair with the smallest error among the first `steps` pairs of
+    `alternate`. So more steps never make the error larger. One step is at least as
+    good as plain quantization, because the nearest matrix of rank r to the error is
+    never worse than zero.
 
     Args:
         W: the weight, every value finite.
@@ -53,9 +54,9 @@ def alternate(
 ) -> Iterator[tuple[Blockwise, LoRA]]:
     r"""Yield $Q_t = q(W - s B_{t-1} A_{t-1})$, then $s B_t A_t = SVD_r(W - Q_t)$.
 
-    The second half is the best answer to the first. The first is not the best answer
-    to the second: rounding to codes of the block's own absmax is no projection, a
-    larger absmax can lose what the SVD won. So the error may rise on the way.
+    For a given Q, the SVD finds the best adapter. For a given adapter, quantization
+    does not find the best Q: a larger absmax in a block makes all its errors larger.
+    So the error may rise from one step to the next.
     """
     s = pissa.checked_scaling(W, r, alpha)
     target = W

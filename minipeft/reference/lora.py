@@ -84,7 +84,7 @@ def init(
 
 
 def delta(adapter: LoRA) -> Weight:
-    r"""Return the update itself: $\Delta W = s B A$.
+    r"""Return the update: $\Delta W = s B A$.
 
     Raises:
         InputError: if A and B do not fit each other.
@@ -96,7 +96,7 @@ def delta(adapter: LoRA) -> Weight:
 def forward(x: Input, W: Weight, adapter: LoRA, bias: Bias | None = None) -> Output:
     """Apply the adapted layer: $y = x W^T + b + s (x A^T) B^T$.
 
-    The update is never formed: two thin products cost O((in + out) r) a row.
+    The update is never formed: two thin products cost O((in + out) r) per row of x.
 
     Raises:
         InputError: if an operand has another layer's shape, or no float dtype.
@@ -125,7 +125,7 @@ def backward(grad_y: Output, x: Input, W: Weight, adapter: LoRA) -> LoRAGradient
 
 
 def merge(W: Weight, adapter: LoRA) -> Weight:
-    r"""Return the weight of the plain layer that does the same: $W' = W + s B A$.
+    r"""Return the weight of a plain layer with the same output: $W' = W + s B A$.
 
     Raises:
         InputError: if an operand has another layer's shape, or no float dtype.
@@ -135,7 +135,7 @@ def merge(W: Weight, adapter: LoRA) -> Weight:
 
 
 def check_rank(r: int, in_features: int, out_features: int) -> None:
-    """Refuse a rank that adds parameters and no rank to an update of this weight."""
+    """Refuse a rank below 1, or above the rank that W can have."""
     if not 1 <= r <= min(in_features, out_features):
         raise InputError(
             f"r is {r}; choose 1 to {min(in_features, out_features)} for a weight of "
@@ -144,9 +144,9 @@ def check_rank(r: int, in_features: int, out_features: int) -> None:
 
 
 def check_fits(W: Weight | None, adapter: LoRA) -> None:
-    """Refuse matrices of another layer: one row of B would broadcast.
+    """Refuse matrices of another layer; NumPy would broadcast a B of one row.
 
-    A rank above that of W is allowed here: `pissa.to_lora` doubles the rank.
+    A rank above the rank of W is allowed here: `pissa.to_lora` doubles the rank.
     """
     check_shapes(
         {

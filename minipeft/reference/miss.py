@@ -1,4 +1,4 @@
-"""MiSS: one small trained matrix, which every shard of the inputs shares."""
+"""MiSS: one small trained matrix that all shards of the input share."""
 
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -16,7 +16,7 @@ Folded = Shaped[np.ndarray, "... r"]
 
 @dataclass(frozen=True)
 class MiSS:
-    """The trained part: what each of r neighbouring inputs adds to each output."""
+    """The trained matrix D, added to each shard of r neighbouring columns of W."""
 
     D: MatrixD
 
@@ -29,12 +29,13 @@ class MiSSGradients(NamedTuple):
 
 
 def init(in_features: int, out_features: int, r: int) -> MiSS:
-    """Start at zero update: D is zero, and still gets a gradient.
+    """Start at zero update: D is zero, but its gradient is not.
 
     Args:
         in_features: columns of W.
         out_features: rows of W.
-        r: rows of D, 1 to in_features; the last shard is short if r is no divisor.
+        r: rows of D, 1 to in_features; the last shard is short if r does not divide
+            in_features.
 
     Raises:
         InputError: if r is out of range.
@@ -61,7 +62,7 @@ def delta(adapter: MiSS, in_features: int) -> Weight:
 def forward(x: Input, W: Weight, adapter: MiSS, bias: Bias | None = None) -> Output:
     r"""Apply the adapted layer: $y = x W^T + b + \mathrm{fold}(x) D$.
 
-    The update is never formed: the shards of x are added up, then one thin product.
+    The update is never formed: the shards of x are added, then multiplied by D.
 
     Raises:
         InputError: if an operand has another layer's shape, or no float dtype.
@@ -97,7 +98,7 @@ def merge(W: Weight, adapter: MiSS) -> Weight:
 
 
 def fold(x: Input, r: int) -> Folded:
-    r"""Add up the shards of x, r numbers each: $\sum_{i \bmod r = j} x_i$ for each j.
+    r"""Add the shards of x, r numbers each: $\sum_{i \bmod r = j} x_i$ for each j.
 
     Raises:
         InputError: if r is below 1, or x has no float dtype.
@@ -105,14 +106,14 @@ def fold(x: Input, r: int) -> Folded:
     check_shapes({"x": (x, "... in_features")})
     if r < 1:
         raise InputError(f"r is {r}; choose 1 or more.")
-    # Zeros fill the last shard: they add nothing.
+    # Zeros fill the last shard.
     missing = np.zeros((*x.shape[:-1], -x.shape[-1] % r), x.dtype)
     full = np.concatenate([x, missing], axis=-1)
     return full.reshape(*x.shape[:-1], -1, r).sum(axis=-2)
 
 
 def _check_fits(W: Weight | None, adapter: MiSS) -> None:
-    """Refuse a matrix of another layer: one column would broadcast."""
+    """Refuse a matrix of another layer; NumPy would broadcast a single column."""
     check_shapes(
         {
             "W": (W, "out_features in_features"),

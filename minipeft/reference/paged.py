@@ -1,4 +1,4 @@
-"""Paged optimizer state: more than the device holds, moved page by page."""
+"""Paged optimizer states: larger than device memory, moved page by page."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import astuple, dataclass, replace
@@ -14,10 +14,10 @@ from minipeft.reference.blockwise import Blockwise
 
 @dataclass(frozen=True)
 class Traffic:
-    """What was moved since `init`."""
+    """How many pages were moved since `init`, and why."""
 
-    faults: int = 0  # pages that were waited for
-    prefetches: int = 0  # pages brought before they were asked for
+    faults: int = 0  # pages for which a step had to wait
+    prefetches: int = 0  # pages moved before a step needed them
     evictions: int = 0
     write_backs: int = 0  # evictions of a page that had changed
     bytes_in: int = 0
@@ -32,8 +32,8 @@ class Traffic:
 class Paged:
     """Optimizer states cut into pages, of which at most `budget` are on the device."""
 
-    host: tuple[State, ...]  # every page, numbered through
-    device: Mapping[int, State]  # the least recently used first; dirty: not the host's
+    host: tuple[State, ...]  # all pages; their numbers run over all tensors
+    device: Mapping[int, State]  # least recently used first; changed if not the host's
     budget: int
     page_size: int
     pages: tuple[range, ...]  # of each tensor
@@ -44,7 +44,7 @@ class Paged:
 def init(states: Sequence[State], page_size: int, budget: int) -> Paged:
     """Cut the states of some tensors into pages, all of them on the host.
 
-    Every page is a copy that is read-only, so one page can be part of many tables.
+    Every page is a read-only copy, so several tables can share a page.
 
     Args:
         states: one for each tensor, from `adamw.init` or a file.
@@ -72,7 +72,7 @@ def init(states: Sequence[State], page_size: int, budget: int) -> Paged:
 def step(
     p: Paged, tensor: int, W: Weight, grad: Weight, config: AdamW
 ) -> tuple[Weight, Paged]:
-    """Take `adamw.step` on one of the tensors, a page at a time: the same bits.
+    """Take a step on one of the tensors, page by page, with the bits of `adamw.step`.
 
     Raises:
         InputError: if there is no such tensor, W or its gradient has another shape or
@@ -93,7 +93,7 @@ def step(
 
 
 def touch(p: Paged, page: int) -> Paged:
-    """Have a page on the device, as the most recently used; a fault if it was not.
+    """Put a page on the device as the most recently used; if absent, count a fault.
 
     Raises:
         InputError: if there is no such page.
@@ -106,7 +106,7 @@ def touch(p: Paged, page: int) -> Paged:
 
 
 def prefetch(p: Paged, page: int) -> Paged:
-    """Bring a page before it is touched, so that nothing waits for it.
+    """Put a page on the device before a step touches it, so that no step waits.
 
     Raises:
         InputError: if there is no such page.
@@ -116,7 +116,7 @@ def prefetch(p: Paged, page: int) -> Paged:
 
 
 def evict(p: Paged, page: int) -> Paged:
-    """Take a page off the device; if it changed, write it back first.
+    """Remove a page from the device; if it changed, copy it to the host first.
 
     Raises:
         InputError: if there is no such page.
@@ -133,7 +133,7 @@ def evict(p: Paged, page: int) -> Paged:
 
 
 def resize(p: Paged, budget: int) -> Paged:
-    """Change the budget; what no longer fits leaves, the least recently used first.
+    """Change the budget; remove least recently used pages that no longer fit.
 
     Raises:
         InputError: if the budget is below 1.
@@ -146,7 +146,7 @@ def resize(p: Paged, budget: int) -> Paged:
 
 
 def gather(p: Paged, tensor: int) -> State:
-    """Return the whole state of one tensor, as `adamw` and a file want it.
+    """Return the whole state of one tensor, in the form of `adamw` and of files.
 
     Raises:
         InputError: if there is no such tensor.

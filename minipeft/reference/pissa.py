@@ -1,4 +1,4 @@
-"""PiSSA: train the principal part of the weight, freeze what is left of it."""
+"""PiSSA: train the principal part of the weight and freeze the residual."""
 
 from dataclasses import dataclass
 
@@ -15,11 +15,11 @@ Weight = Float[np.ndarray, "out_features in_features"]
 
 @dataclass(frozen=True)
 class Sketch:
-    """How the randomized SVD looks at a matrix; the same sketch, the same answer."""
+    """The settings of the randomized SVD; equal settings give equal results."""
 
     seed: int = 0
     oversampling: int = 4  # directions beyond r, in each block
-    iterations: int = 2  # passes of W and its transpose; each adds a block
+    iterations: int = 2  # products with W W^T; each adds a block to Q
 
 
 SKETCH = Sketch()
@@ -31,8 +31,8 @@ def init(W: Weight, r: int, alpha: float) -> tuple[Weight, LoRA]:
     $W = U S V^T$, $A = \sqrt{S_r / s}\, V_r^T$, $B = U_r \sqrt{S_r / s}$ and
     $W_{res} = W - s B A$, so that $W_{res} + s B A = W$ at any scaling.
 
-    The residual is rounded: it and the adapter do not give the bits of W back. Keep W;
-    `to_lora` puts what was learned on top of it.
+    The residual is rounded, so residual plus adapter give W back only up to rounding.
+    Keep W: `to_lora` writes the trained change as an update of W.
 
     Args:
         W: the weight, every value finite.
@@ -54,9 +54,10 @@ def init(W: Weight, r: int, alpha: float) -> tuple[Weight, LoRA]:
 def init_randomized(
     W: Weight, r: int, alpha: float, sketch: Sketch = SKETCH
 ) -> tuple[Weight, LoRA]:
-    """Do as `init` with a randomized SVD: faster, and W is still split exactly.
+    """Split the weight as `init` does, with the faster randomized SVD.
 
-    A part of the r largest singular values stays in the residual.
+    The singular values of the adapter are slightly smaller than the exact ones. The
+    residual holds the difference, so the two parts still sum to W.
 
     Source: PiSSA (arXiv:2404.02948), initialization with a fast SVD.
     """
@@ -67,7 +68,7 @@ def init_randomized(
 def residual(
     W: Shaped[np.ndarray, "out_features in_features"], initial: LoRA
 ) -> Shaped[np.ndarray, "out_features in_features"]:
-    """Return what the adapter leaves of the weight: $W_{res} = W - s B A$.
+    """Return the weight without the adapter's part: $W_{res} = W - s B A$.
 
     Raises:
         InputError: if the adapter has another layer's shape.
@@ -77,10 +78,10 @@ def residual(
 
 
 def to_lora(trained: LoRA, initial: LoRA) -> LoRA:
-    r"""Write what was learned as a plain LoRA of rank 2r on the original weight.
+    r"""Write the trained change as a plain LoRA of rank 2r on the original weight.
 
-    $s (B_t A_t - B_0 A_0) = s [B_t, -B_0] [A_t; A_0]$, so nobody who loads it needs
-    the residual, or an SVD that comes out the same again.
+    $s (B_t A_t - B_0 A_0) = s [B_t, -B_0] [A_t; A_0]$. A program that loads the LoRA
+    needs neither the residual nor an SVD with the same result.
 
     Args:
         trained: the adapter after training.
@@ -110,16 +111,16 @@ def to_lora(trained: LoRA, initial: LoRA) -> LoRA:
 
 
 def principal(W: Weight, r: int, scaling: float) -> LoRA:
-    r"""Return the adapter nearest to W: the r largest singular values and vectors.
+    r"""Return the adapter of rank r nearest to W, from its largest singular values.
 
     No matrix of rank r is nearer, in the Frobenius, nuclear or spectral norm
-    (Eckart, Young, Mirsky). The roots share $S_r / s$ evenly between A and B.
+    (Eckart, Young, Mirsky). A and B each get the root $\sqrt{S_r / s}$ as a factor.
 
     Raises:
         InputError: if r or the scaling is out of range, or a value of W is not finite.
     """
     _check_split(W, r, scaling)
-    # No SVD is written for 16 bits.
+    # NumPy has no SVD for 16-bit floats.
     U, S, Vt = svd(W.astype(np.result_type(W, np.float32)), False)
     root = np.sqrt(S[:r] / scaling)
     return LoRA(root[:, None] * Vt[:r], U[:, :r] * root, scaling)
@@ -130,8 +131,8 @@ def principal_randomized(
 ) -> LoRA:
     r"""Return nearly the nearest adapter: the SVD of $Q^T W$ for a thin Q.
 
-    Q spans the block Krylov space $[W \Omega, (W W^T) W \Omega, …]$ with Gaussian
-    $\Omega$; so $s B A = Q (Q^T W)_r$ is a projection of W, whatever was drawn.
+    The columns of Q span the block Krylov space $[W \Omega, (W W^T) W \Omega, …]$ with
+    Gaussian $\Omega$. $s B A = Q (Q^T W)_r$ is a projection of W for every $\Omega$.
 
     Raises:
         InputError: if r or the scaling is out of range, or a value of W is not finite.
@@ -145,7 +146,8 @@ def principal_randomized(
     Omega = rng.standard_normal((W.shape[1], columns)).astype(W.dtype)
     blocks = [qr(W @ Omega).Q]
     for _ in range(sketch.iterations):
-        # A QR at every pass: else all columns turn to the largest singular vector.
+        # One QR after each product: otherwise all columns approach the largest singular
+        # vector.
         blocks.append(qr(W @ (W.T @ blocks[-1])).Q)
     Q = qr(np.concatenate(blocks, axis=1)).Q
     small = principal(Q.T @ W, r, scaling)
@@ -153,7 +155,7 @@ def principal_randomized(
 
 
 def checked_scaling(W: Weight, r: int, alpha: float) -> float:
-    """Return alpha / r, or refuse what no split can be made of."""
+    """Return alpha / r; refuse a weight, rank or alpha that allows no split."""
     if not 0 < alpha < np.inf:
         raise InputError(f"alpha is {alpha}; a split of W needs a positive one.")
     _check_split(W, r, alpha)
@@ -161,7 +163,7 @@ def checked_scaling(W: Weight, r: int, alpha: float) -> float:
 
 
 def _check_split(W: Weight, r: int, scaling: float) -> None:
-    """Refuse a weight, rank or scaling that no split can be made of."""
+    """Refuse a weight, rank or scaling that allows no split."""
     linear.check_fits(W)
     lora.check_rank(r, W.shape[1], W.shape[0])
     if not 0 < scaling < np.inf:

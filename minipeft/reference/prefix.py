@@ -1,4 +1,4 @@
-"""Prefix tuning: trained keys and values that stand before the text's own."""
+"""Prefix tuning: trained keys and values before the keys and values of the text."""
 
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -13,7 +13,7 @@ from minipeft.shapes import Float, check_shapes
 
 @dataclass(frozen=True)
 class Prefix:
-    """The virtual tokens of one head, as the attention meets them."""
+    """The virtual tokens of one head: their keys and values."""
 
     K: Float[np.ndarray, "num_virtual_tokens d"]
     V: Float[np.ndarray, "num_virtual_tokens d_v"]
@@ -21,7 +21,7 @@ class Prefix:
 
 @dataclass(frozen=True)
 class Reparametrization:
-    """A small network whose output is the prefix: it trains more steadily."""
+    """A small network whose output is the prefix; training it is more stable."""
 
     P: Float[np.ndarray, "num_virtual_tokens width"]
     W_down: Float[np.ndarray, "hidden width"]
@@ -70,7 +70,7 @@ def init_reparametrized(
 def expand(network: Reparametrization) -> Prefix:
     r"""Run the network: $[K, V] = \tanh(P W_\downarrow^T + b) W_\uparrow^T + b$.
 
-    After training this is done once more, and the network is thrown away.
+    After training, the last output becomes the prefix and the network is deleted.
 
     Raises:
         InputError: if the parts do not fit each other.
@@ -82,10 +82,10 @@ def expand(network: Reparametrization) -> Prefix:
 
 
 def expand_backward(grad: Prefix, network: Reparametrization) -> Reparametrization:
-    """Return the gradients of P, both weights and both biases, from the prefix's.
+    """Return the gradients of P, weights and biases from those of the prefix.
 
     Raises:
-        InputError: if the parts do not fit each other, or the prefix is not theirs.
+        InputError: if the shapes of the parts or of the prefix contradict each other.
     """
     _check_network(network)
     check_shapes(
@@ -139,7 +139,7 @@ def forward(head: Head, prefix: Prefix) -> Mixed:
 
 
 def backward(grad_y: Mixed, head: Head, prefix: Prefix) -> PrefixGradients:
-    """Return the gradients; the prefix is shared, so it sums those of the batch.
+    """Return the gradients; that of the shared prefix is a sum over the batch.
 
     Raises:
         InputError: if the prefix or the gradient is not one of this head.
@@ -155,8 +155,8 @@ def gate(head: Head, prefix: Prefix) -> Float[np.ndarray, "*batch queries"]:
     r"""Return $\lambda$, the share of its attention that a query gives to the prefix.
 
     $Y = (1 - \lambda) \, attend(Q, K, V) + \lambda \, attend(Q, P_K, P_V)$, where
-    $\lambda$ depends on the query. No weight that ignores its input can do that: this
-    is why a prefix cannot be merged.
+    $\lambda$ depends on the query. A fixed weight cannot depend on the query, so a
+    prefix cannot be merged.
 
     Source: Towards a unified view (arXiv:2110.04366), section 3.1.
     """
@@ -164,7 +164,7 @@ def gate(head: Head, prefix: Prefix) -> Float[np.ndarray, "*batch queries"]:
 
 
 def _check_network(network: Reparametrization) -> None:
-    """Refuse parts of different networks, and an output of no keys and values."""
+    """Refuse parts of different networks, and an output that does not split in two."""
     check_shapes(
         {
             "P": (network.P, "num_virtual_tokens width"),

@@ -1,4 +1,4 @@
-"""Prompt tuning: trained vectors that stand where embeddings of words would."""
+"""Prompt tuning: trained vectors in place of the embeddings of a text."""
 
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -29,14 +29,14 @@ class PromptGradients(NamedTuple):
 def init(
     E: Shaped[np.ndarray, "vocabulary d"], tokens: Integer[np.ndarray, " n"]
 ) -> Prompt:
-    """Start from the embeddings of real tokens: at first the prompt is a text.
+    """Start from the embeddings of real tokens; the new prompt equals a text.
 
     Args:
         E: the model's embedding table.
         tokens: which rows to copy, at least one; repeat a short text to fill a length.
 
     Raises:
-        InputError: if there is no token, one that the vocabulary does not have, or
+        InputError: if there is no token, a token is not in the vocabulary, or the
             tokens are no whole numbers.
 
     Source: Prompt tuning (arXiv:2104.08691), section 3.2.
@@ -54,11 +54,11 @@ def init(
         raise InputError(
             f"token {strange[0]} is not in the vocabulary; choose 0 to {len(E) - 1}."
         )
-    return Prompt(E[tokens])  # a copy: training never touches the table
+    return Prompt(E[tokens])  # a copy: training must not change the table
 
 
 def init_random(rng: np.random.Generator, num_virtual_tokens: int, d: int) -> Prompt:
-    """Start from U(-0.5, 0.5), the paper's baseline: slower, and needs more steps."""
+    """Start from U(-0.5, 0.5), the paper's baseline; it needs more training steps."""
     if num_virtual_tokens < 1:
         raise InputError(
             f"num_virtual_tokens is {num_virtual_tokens}; choose at least 1."
@@ -67,10 +67,10 @@ def init_random(rng: np.random.Generator, num_virtual_tokens: int, d: int) -> Pr
 
 
 def forward(X: Texts, prompt: Prompt) -> Shaped[np.ndarray, "*batch all_tokens d"]:
-    """Put the prompt before every text: $[P; X]$. The model does the rest.
+    """Put the prompt before every embedded text: $[P; X]$.
 
     Raises:
-        InputError: if texts and prompt differ in the length of a vector.
+        InputError: if the prompt and the text have vectors of different lengths.
 
     Source: Prompt tuning (arXiv:2104.08691), section 2.
     """
@@ -82,10 +82,10 @@ def forward(X: Texts, prompt: Prompt) -> Shaped[np.ndarray, "*batch all_tokens d
 def backward(
     grad_y: Shaped[np.ndarray, "*batch all_tokens d"], prompt: Prompt
 ) -> PromptGradients:
-    """Return the gradients; the prompt is shared, so it sums those of the batch.
+    """Return the gradients; that of the shared prompt is a sum over the batch.
 
     Raises:
-        InputError: if the gradient is not one of prompt and text together.
+        InputError: if the gradient does not have the shape of [P; X].
     """
     check_shapes({"P": (prompt.P, "tokens d"), "grad_y": (grad_y, "... all d")})
     n = len(prompt.P)

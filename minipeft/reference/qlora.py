@@ -1,4 +1,4 @@
-"""QLoRA: a frozen base in four bits, a LoRA beside it in sixteen."""
+"""QLoRA: a frozen base in four bits, and a LoRA in sixteen or more."""
 
 import numpy as np
 from numpy.typing import DTypeLike
@@ -19,14 +19,14 @@ Base = Blockwise | Nested
 def forward(x: Input, q: Base, adapter: LoRA, bias: Bias | None = None) -> Output:
     r"""Apply the adapted layer: $y = x \hat W^T + b + s (x A^T) B^T$.
 
-    $\hat W$ is the dequantized base: four bits are for storage, not for arithmetic. Its
-    product is computed in the dtype of x, the update in that of A and B; their sum is
-    rounded once.
+    $\hat W$ is the dequantized base: four bits are for storage, not for arithmetic.
+    The product with $\hat W$ is computed in the dtype of x, the update in the dtype of
+    A and B. Their sum is rounded once.
 
     Args:
         x: float32, float16 or `ml_dtypes.bfloat16`; the result has the same dtype.
         q: the base, from `blockwise.quantize` or `double_quant.quantize`.
-        adapter: in float32 if small steps are not to be rounded away.
+        adapter: best in float32; 16 bits round small steps away.
         bias: of the base.
 
     Raises:
@@ -42,8 +42,8 @@ def forward(x: Input, q: Base, adapter: LoRA, bias: Bias | None = None) -> Outpu
 def backward(grad_y: Output, x: Input, q: Base, adapter: LoRA) -> LoRAGradients:
     r"""Return the gradients of x, A and B; the base is frozen and gets none.
 
-    The gradient of x passes through $\hat W$, which is dequantized once more rather
-    than kept, and has the dtype of x; the others have those of A and B.
+    $\hat W$ is not stored but dequantized a second time for the gradient of x. That
+    gradient has the dtype of x; the others have the dtypes of A and B.
 
     Raises:
         InputError: if an operand has another layer's shape, or no float dtype.
@@ -56,10 +56,10 @@ def backward(grad_y: Output, x: Input, q: Base, adapter: LoRA) -> LoRAGradients:
 
 
 def merge(q: Base, adapter: LoRA) -> Weight:
-    r"""Return the float32 weight that does the same: $W' = \hat W + s B A$.
+    r"""Return the float32 weight with the same output: $W' = \hat W + s B A$.
 
-    This is the function that was trained, in eight times the bytes. (The original W
-    plus the update has neither rounding, but the adapter was not trained on it.)
+    This is the function that was trained, in eight times the bytes. (W + s B A avoids
+    the rounding of $\hat W$, but the adapter was not trained on W.)
 
     Raises:
         InputError: if the adapter has another layer's shape.
@@ -68,9 +68,10 @@ def merge(q: Base, adapter: LoRA) -> Weight:
 
 
 def requantize(q: Base, adapter: LoRA) -> Base:
-    r"""Return a base of the same kind that nearly does the same: $q(\hat W + s B A)$.
+    r"""Return a base of the same kind with nearly the same output: $q(\hat W + s B A)$.
 
-    An update smaller than half a gap of the codebook disappears.
+    Where the update is smaller than half the distance of two codebook values, it is
+    lost.
 
     Raises:
         InputError: if the adapter has another layer's shape.
@@ -82,7 +83,7 @@ def requantize(q: Base, adapter: LoRA) -> Base:
 
 
 def dequantize(q: Base, dtype: DTypeLike = np.float32) -> Weight:
-    """Return the weight, whichever way its scales are stored.
+    """Return the weight; the scales may be numbers or codes.
 
     Raises:
         InputError: if the parts of q do not fit each other.

@@ -1,4 +1,4 @@
-"""VeRA: one frozen random pair for every layer, and two trained vectors for each."""
+"""VeRA: one frozen random pair for all layers, and two trained vectors per layer."""
 
 from dataclasses import dataclass
 from math import isfinite, sqrt
@@ -66,7 +66,8 @@ def projections(seed: int, r: int, in_features: int, out_features: int) -> Proje
         )
     if r < 1:
         raise InputError(f"r is {r}; choose 1 or more.")
-    # Not a Generator: this stream is frozen by NumPy's promise, and it is torch's.
+    # RandomState, not Generator: NumPy promises never to change this stream, and torch
+    # draws from the same one.
     stream = np.random.RandomState(seed)
     A = kaiming_uniform(stream, r, in_features)
     return Projections(A, kaiming_uniform(stream, out_features, r))
@@ -75,7 +76,7 @@ def projections(seed: int, r: int, in_features: int, out_features: int) -> Proje
 def kaiming_uniform(
     stream: np.random.RandomState, rows: int, columns: int
 ) -> Shaped[np.ndarray, "rows columns"]:
-    """Draw one matrix as torch's CPU generator does: 24 bits of a word a number."""
+    """Draw one matrix as torch's CPU generator does, 24 bits of a word per number."""
     words = np.frombuffer(stream.bytes(4 * rows * columns), "<u4")
     u = (words & 0xFFFFFF) * 2.0**-24
     bound = np.float32(sqrt(6 / columns)).astype(np.float64)
@@ -85,7 +86,7 @@ def kaiming_uniform(
 
 
 def fit(pair: Projections, in_features: int, out_features: int) -> Projections:
-    """Return a copy of what a smaller layer uses of the pair: the top left corners.
+    """Return a copy of the top left corners of the pair, which a smaller layer uses.
 
     Raises:
         InputError: if the layer is larger than the pair, or A and B have another r.
@@ -182,7 +183,7 @@ def merge(W: Weight, pair: Projections, adapter: VeRA) -> Weight:
 
 
 def _check_fits(pair: Projections, adapter: VeRA) -> None:
-    """Refuse vectors that are not as long as the pair: one number would broadcast."""
+    """Refuse vectors of another length; NumPy would broadcast a single number."""
     check_shapes(
         {
             "A": (pair.A, "r in_features"),

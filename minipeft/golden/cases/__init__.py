@@ -1,7 +1,7 @@
 """The cases, one file or package for each row of methods: `files()` yields them.
 
-An author writes inputs and says why they matter; the reference computes what must come
-back. Nothing here knows how a file looks: that is `generate`.
+The author of a case writes its inputs and its reason; the reference computes the
+expected outputs. `generate` defines the format of the files.
 """
 
 import tomllib
@@ -21,7 +21,7 @@ from minipeft.golden.vectors import Note
 
 Named = Mapping[str, Array]
 
-# Refusals that are a choice: to answer is no error, and is counted on its own.
+# Refusals that are a choice: an answer is no error, and is counted separately.
 POLICIES = frozenset(
     {"NotFinite", "ZeroRank", "InvalidAlpha", "BlindQuery", "SeedRange"}
 )
@@ -29,11 +29,11 @@ POLICIES = frozenset(
 
 @dataclass(frozen=True)
 class Alternative:
-    """What somebody else answers, with good reason; no outputs: refuses."""
+    """An accepted answer of another library; without outputs: a refusal."""
 
     name: str  # of `golden.ways`
     outputs: Named | None
-    roundings: Mapping[str, int] | None = None  # None: the case's, magnitudes too
+    roundings: Mapping[str, int] | None = None  # None: those of the case
     magnitudes: Named | None = None
 
 
@@ -60,13 +60,13 @@ class File:
     header: tuple[str, ...]
     source: str  # the module that computes the outputs
     specs: Sequence[Spec]
-    papers: tuple[str, ...] = ()  # where the formula comes from
+    papers: tuple[str, ...] = ()  # the sources of the formula
 
 
 def gaussian(
     seed: str, shape: tuple[int, ...], std: float = 1.0, dtype: Any = np.float32
 ) -> Array:
-    """Draw normal values that no NumPy version changes: PCG64 words, inverse normal."""
+    """Draw normal values, the same in all NumPy versions, from PCG64 words."""
     words = np.random.PCG64(crc32(seed.encode())).random_raw(int(np.prod(shape)))
     inverse = NormalDist(0, std).inv_cdf
     values = [inverse(((int(word) >> 11) + 0.5) * 2.0**-53) for word in words]
@@ -114,7 +114,7 @@ def reference(operation: str, inputs: Named, parameters: Mapping[str, Any]) -> N
 
 
 def any_zero(operation: str, spec: Spec) -> Spec:
-    """Accept 0 for -0 in a case that is exact: an order of sums may choose either."""
+    """Accept 0 for -0 in an exact case: the order of a sum decides the sign."""
     outputs = reference(operation, spec.inputs, spec.parameters)
     sizes = {name: np.abs(array) for name, array in outputs.items()}
     return replace(spec, roundings=dict.fromkeys(outputs, 1), magnitudes=sizes)

@@ -107,7 +107,7 @@ def _bounded(
 
 
 def _hat(spec: Spec, ours: Named, wide: Named) -> Spec:
-    """Accept eps before the correction: as if it were eps / sqrt(1 - beta2^t)."""
+    """Accept eps added before the bias correction, as eps / sqrt(1 - beta2^t)."""
     settings = dict(spec.parameters)
     correction = 1 - settings["beta2"] ** (settings["t"] + 1)
     settings["eps"] = settings["eps"] / sqrt(correction)
@@ -171,7 +171,7 @@ def _misfits(fine: Spec) -> Iterator[Spec]:
 
 
 def _state(W: Array, state: adamw.State) -> dict[str, Array]:
-    """Return a state in codes, whatever the size of the tensor."""
+    """Return an 8-bit state for a tensor of any size."""
     like = adamw.init(np.zeros(adamw.MIN_8BIT_SIZE, np.float32), 8)
     m, v = adamw.decode(state.m), adamw.decode(state.v)
     coded = adamw.State(0, adamw.encode(m, like.m), adamw.encode(v, like.v))

@@ -98,7 +98,7 @@ def _backward(spec: Spec) -> Spec:
 
 
 def _gradient_sizes(G: Array, head: Head) -> Named:
-    """Return what the gradients are at most, if no two terms cancel."""
+    """Return bounds of the gradients: the sums of the absolute terms."""
     P, root = attention.weights(head), sqrt(head.Q.shape[-1])
     share = G @ np.abs(head.V).swapaxes(-1, -2)
     S = P * (share + (P * share).sum(axis=-1, keepdims=True)) / root
@@ -146,7 +146,7 @@ def _later(operation: str) -> Iterator[Spec]:
         blind = given(_fits(operation, ()), mask=mask)
         yield refused(blind, "query 1 sees nothing", "BlindQuery")
     plain = given(_fits(operation, ()), mask=np.ones((3, 4), np.uint8))
-    # A mask of one row or column is that of all, by the rules of every library.
+    # Every library broadcasts a mask of one row or column.
     wrong = misfits(operation, plain, ())
     yield from (s for s in wrong if not s.comment.startswith("mask has one"))
 

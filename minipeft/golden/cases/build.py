@@ -1,4 +1,4 @@
-"""How cases are built in every row: whole numbers, normal values, what does not fit."""
+"""Helpers for the cases of all rows: whole numbers, normal values, wrong shapes."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
@@ -24,7 +24,7 @@ Draw = Callable[[str, tuple[int, ...]], Array]
 
 
 def layer(operation: str, rows: tuple[int, ...], weights: Shapes) -> Shapes:
-    """Put the gradient of y and x before the weights, where the operation has them."""
+    """Put the gradient of y and x before the weights, if the operation has them."""
     out_features, in_features = weights["W"]
     data = {"grad_y": (*rows, out_features), "x": (*rows, in_features)}
     wanted = OPERATIONS[operation].tensors
@@ -49,7 +49,7 @@ def whole(
 
 
 def either_zero(operation: str, spec: Spec) -> Spec:
-    """Accept 0 for -0 if an output holds one: a factor, or the order, decides."""
+    """Accept 0 for -0 if an output holds a zero: a factor or the order decides."""
     outputs = reference(operation, spec.inputs, spec.parameters).values()
     zero = any((output == 0).any() for output in outputs)
     return any_zero(operation, spec) if zero else spec
@@ -86,7 +86,7 @@ def absolute(inputs: Named) -> dict[str, Array]:
 
 
 def refused(spec: Spec, comment: str, flags: str, **change: Array | float) -> Spec:
-    """Return a case that must be refused, or is by policy: one argument is changed."""
+    """Return a case that must be refused, or is refused by policy."""
     tensors = {k: v for k, v in change.items() if isinstance(v, np.ndarray)}
     plain = {k: v for k, v in change.items() if k not in tensors}
     found = tuple(flags.split())
@@ -100,14 +100,15 @@ def refused(spec: Spec, comment: str, flags: str, **change: Array | float) -> Sp
 
 
 def either(spec: Spec, *ways: Alternative) -> Spec:
-    """Accept what others answer as well; a way that is ours already is left out."""
+    """Accept other answers too; leave out those that equal ours."""
     return replace(spec, result="acceptable", alternatives=(*spec.alternatives, *ways))
 
 
 def misfits(operation: str, fine: Spec, old: Iterable[Spec]) -> Iterator[Spec]:
     """Change one operand at a time, so that it does not fit the others.
 
-    An axis that no other operand has is free. Shapes that an old case has are left out.
+    An axis that only one operand has can have any length. Shapes that an older case
+    tests are left out.
     """
     invalid = (spec for spec in old if spec.result == "invalid")
     known = {(n, a.shape) for spec in invalid for n, a in spec.inputs.items()}

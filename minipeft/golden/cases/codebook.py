@@ -11,7 +11,7 @@ from minipeft.golden.tensors import Array
 from minipeft.reference.codebook import FP4, normal_float
 
 F32 = np.float32
-PUBLISHED_OFFSET = 0.9677083  # 929/960, as it is written where NF4 comes from
+PUBLISHED_OFFSET = 0.9677083  # 929/960, as written in the source of NF4
 QLORA = "https://arxiv.org/abs/2305.14314"
 NF4_ORIGIN = "https://github.com/bitsandbytes-foundation/bitsandbytes/issues/938"
 SINGLE = "float32-quantiles"

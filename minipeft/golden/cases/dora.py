@@ -1,8 +1,8 @@
 """Cases of dora_forward, dora_backward and dora_merge.
 
-Where outputs are compared as bytes, W is made so that every row of V = W + s B A holds
-whole numbers and has a power of two as its length: then the norm, the division by it
-and every sum are exact, in whatever order and by whatever formula.
+For outputs that are compared as bytes, every row of V = W + s B A holds whole numbers
+and has a power of two as its length. Then the norm, the division by the norm and every
+sum are exact, in every order and by every formula.
 """
 
 from collections.abc import Iterator
@@ -212,7 +212,7 @@ def _normal(operation: str, sizes: Sizes, alpha: float) -> Spec:
 
 
 def _roundings(sizes: Sizes, rows: int) -> int:
-    # The longest way: the norm (sums over in_features and twice r, 8 more), the sums of
+    # The longest chain: the norm (sums of in_features and twice r, 8 more), the sums of
     # LoRA (in or out features, r, rows), the gain, and the output of the vector.
     return 2 * max(sizes[:2]) + 3 * sizes[2] + rows + 16
 

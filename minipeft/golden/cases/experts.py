@@ -1,6 +1,6 @@
 """Cases of experts_forward, experts_backward and experts_merge.
 
-The experts are never as many as r: whoever exchanges the two axes is found.
+The number of experts differs from r, so exchanging the two axes is an error.
 """
 
 from collections.abc import Iterator

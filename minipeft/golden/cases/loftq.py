@@ -111,7 +111,7 @@ def _alternated(steps: int, best: int) -> Spec:
 
 
 class Pair(NamedTuple):
-    """A base, and the best update for what it leaves."""
+    """A base, and the best update for its residual."""
 
     q: Blockwise
     delta: Array

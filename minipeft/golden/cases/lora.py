@@ -235,7 +235,7 @@ def _invalid(operation: str) -> Iterator[Spec]:
 
 
 def _too_large(operation: str) -> Spec:
-    """Use a rank that no update of this weight has: mathematics without a use."""
+    """Use a rank above that of the weight: computable, but useless."""
     comment = "r is larger than any rank of W"
     spec = _spec(operation, comment, "ExcessiveRank", (4, 3, 8), 16)
     W, adapter = spec.inputs["W"], LoRA(spec.inputs["A"], spec.inputs["B"], 2.0)

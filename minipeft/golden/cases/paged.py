@@ -1,4 +1,4 @@
-"""Cases of paged_trace: which page comes, which one leaves, which is written back."""
+"""Cases of paged_trace: which page is loaded, evicted and written back."""
 
 from collections.abc import Iterator
 

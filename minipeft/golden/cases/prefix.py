@@ -90,7 +90,7 @@ def _networks() -> Iterator[Spec]:
         }
         inputs = {n: gaussian(f"{comment} {n}", shape) for n, shape in shapes.items()}
         sizes = {n: np.abs(array.astype(np.float64)) for n, array in inputs.items()}
-        # tanh hands on the absolute error of its argument, and is itself at most 1.
+        # The slope of tanh is at most 1, and so is its value.
         inner = 1 + sizes["P"] @ sizes["W_down"].T + sizes["b_down"]
         both = inner @ sizes["W_up"].T + sizes["b_up"]
         K, V = np.split(both, 2, axis=-1)

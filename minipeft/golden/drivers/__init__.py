@@ -1,7 +1,8 @@
 """Implementations as plain functions: our columns, and peers under their own rules.
 
-One package for each, one file for each row of methods. A file or a function that is
-missing is a listed skip. A package that cannot run here raises `Unavailable` on import.
+One package for each implementation, one file for each row of methods. A missing file or
+function is a listed skip. A package that cannot run here raises `Unavailable` on
+import.
 """
 
 from importlib.util import find_spec

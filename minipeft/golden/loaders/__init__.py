@@ -1,7 +1,7 @@
 """Loaders of the vectors for C++, Rust and TypeScript, written from the schema.
 
-One file for each language, without a dependency: what parses JSON, where the language
-has nothing that does, then a type for every object of `schema/common.json`.
+One file for each language, without dependencies: a JSON parser if the language has
+none, and a type for every object of `schema/common.json`.
 """
 
 from collections.abc import Iterator, Mapping
@@ -14,7 +14,7 @@ from minipeft.golden.schemas import schemas
 HERE = Path(__file__).parent
 NOTICE = "// Written from schema/common.json by minipeft; licence CC0-1.0.\n"
 
-# A type is a word (text, integer, any), a list or map of a type, or a struct.
+# A type is a word (text, integer, any), a list or map of types, or a struct.
 Type = tuple[str, ...]
 
 
@@ -41,7 +41,7 @@ def write() -> dict[str, str]:
 
 
 def structs() -> Structs:
-    """Return the objects of the schema, each after those that it holds."""
+    """Return the objects of the schema; each comes after the objects inside it."""
     definitions: Mapping[str, Any] = schemas()["common.json"]["$defs"]
     found: Structs = {}
     _type(definitions, definitions["file"], "file", found)
