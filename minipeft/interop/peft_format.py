@@ -85,9 +85,18 @@ def is_number(value: Any) -> bool:
 
 
 def update(
-    module: str, parts: Mapping[str, Tensor], config: Mapping[str, Any]
+    module: str,
+    parts: Mapping[str, Tensor],
+    config: Mapping[str, Any],
+    experts: int = 1,
 ) -> Update:
     """Return the change that a layer's parts make, with its own rank and alpha.
+
+    Args:
+        module: its name.
+        parts: by their names behind it.
+        config: of the adapter.
+        experts: how many updates A and B hold together.
 
     Raises:
         InputError: a part is missing, or the parts and the settings differ.
@@ -110,10 +119,10 @@ def update(
             "be (r, in_features) and (out_features, r)"
         )
     r = matched(config.get("rank_pattern") or {}, module, config.get("r"))
-    if r != A.shape[0]:
+    if not isinstance(r, int) or r * experts != A.shape[0]:
         raise InputError(
-            f"{module} has rank {A.shape[0]} in the file and {r!r} in {CONFIG}; one of "
-            "them belongs to another adapter"
+            f"{module} has rank {A.shape[0] // experts} in the file and {r!r} in "
+            f"{CONFIG}; one of them belongs to another adapter"
         )
     transposed = embedding or bool(config.get("fan_in_fan_out"))
     stabilized = bool(config.get("use_rslora"))

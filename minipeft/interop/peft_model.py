@@ -18,11 +18,14 @@ from minipeft.interop import made as making
 from minipeft.interop import peft_folder, peft_virtual, peft_write
 from minipeft.interop.adapter import counterpart
 from minipeft.interop.made import Made
+from minipeft.interop.peft_experts import targeted
 from minipeft.interop.peft_folder import PREFIX, Contents
-from minipeft.interop.peft_read import adapters, check_config, split
+from minipeft.interop.peft_read import adapters, split
+from minipeft.interop.peft_settings import check_config
 from minipeft.interop.peft_write import Written
 from minipeft.torch import inject, targets
 from minipeft.torch.adapted import naming
+from minipeft.torch.experts import LoRAExperts
 from minipeft.torch.virtual import VirtualTokens
 
 WHOLE = ".modules_to_save."
@@ -127,8 +130,15 @@ def contents_of(
     mine = {key: layer for key, layer in layers.items() if name in layer.adapters}
     result = peft_write.written(mine, name)
     rows = result.config.get("trainable_token_indices", {})
-    chosen = [key for key in mine if key not in rows]
+    stacks = result.config.get("target_parameters")
+    chosen = [
+        key
+        for key, layer in mine.items()
+        if key not in rows and not isinstance(layer, LoRAExperts)
+    ]
     result.config["target_modules"] = target_modules(chosen, model)
+    if stacks:
+        result.config["target_parameters"] = target_parameters(stacks, model)
     return contents_with(result, model, trained_beside(model), made)
 
 
@@ -194,10 +204,12 @@ def _check_complete(
     wanted = config.get("target_modules")
     narrowed = ("layers_to_transform", "exclude_modules", "layers_pattern")
     if not isinstance(wanted, list) or any(config.get(key) for key in narrowed):
-        return
+        wanted = []
     for name, module in own.items():
         named = any(name == w or name.endswith(f".{w}") for w in wanted)
-        if named and name not in found and hasattr(module, "weight"):
+        named = named and hasattr(module, "weight")
+        named = named or bool(targeted(name, [*module._parameters], config))
+        if named and name not in found:
             raise InputError(
                 f"the settings name {name}, and the file has no tensors for it; get "
                 "the adapter again"
@@ -311,6 +323,15 @@ def target_modules(chosen: Sequence[str], model: nn.Module) -> list[str] | str:
     if any(other.endswith(f".{end}") for other in others for end in found):
         return "|".join(re.escape(key) for key in chosen)
     return found
+
+
+def target_parameters(chosen: Sequence[str], model: nn.Module) -> list[str]:
+    """Return what peft's settings say to mean these stacks of a model, and no other."""
+    ends = {".".join(name.split(".")[-2:]) for name in chosen}
+    others = making.base_tensors(model).keys() - {*chosen}
+    if any(other.endswith(f".{end}") for other in others for end in ends):
+        return sorted(chosen)
+    return sorted(ends)
 
 
 def _module(tensor: str) -> str:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from minipeft.errors import InputError
-from minipeft.interop import peft_format
+from minipeft.interop import peft_experts, peft_format
 from minipeft.interop.peft_folder import Contents
 from minipeft.interop.peft_rows import (
     BiasedLoRA,
@@ -22,18 +22,24 @@ from minipeft.interop.peft_rows import (
     TokenRows,
     TokenRowsEmbedding,
 )
+from minipeft.interop.peft_settings import check_config
 from minipeft.torch import lora, pissa
 from minipeft.torch.adapted import Adapted, naming
 from minipeft.torch.dora import DoRA, DoRALinear
+from minipeft.torch.experts import LoRAExperts
+from minipeft.torch.hira import HiRA, HiRALinear
 from minipeft.torch.ia3 import IA3, IA3Linear, Side
 from minipeft.torch.linear import (
     Form,
+    Lookup,
+    Stacked,
     check_shape,
     full_precision,
     weight_of,
     weight_view,
 )
 from minipeft.torch.lora import LoRA, LoRALinear, check_dropout
+from minipeft.torch.miss import MiSS, MiSSLinear
 from minipeft.torch.pissa import PiSSA, PiSSALinear
 from minipeft.torch.vera import Projections, VeRA, VeRALinear
 
@@ -42,33 +48,12 @@ Built = tuple[type[Adapted[Any]], nn.Module]
 
 TOKENS = "token_adapter.trainable_tokens_delta"
 KEY = re.compile(
-    r"(?P<module>.+?)\.(?P<part>lora_A\.weight|lora_B\.weight|lora_B\.bias|"
-    r"lora_embedding_A|lora_embedding_B|lora_magnitude_vector(?:\.weight)?|"
-    r"vera_lambda_b|vera_lambda_d|ia3_l|token_adapter\.trainable_tokens_delta)"
+    r"(?P<module>.+?)\.(?P<part>(?:base_layer\.)*(?:lora_[AB]\.weight|lora_B\.bias|"
+    r"lora_embedding_[AB]|lora_magnitude_vector(?:\.weight)?|hira_(?:embedding_)?[AB]|"
+    r"miss_block|vera_lambda_[bd]|ia3_l|token_adapter\.trainable_tokens_delta))"
 )
 
-COMMON = """
-    auto_mapping base_model_name_or_path bias exclude_modules inference_mode
-    layers_pattern layers_to_transform modules_to_save peft_type peft_version revision
-    target_modules task_type
-"""
-FIELDS = {
-    "LORA": """
-        alpha_pattern corda_config ensure_weight_tying eva_config fan_in_fan_out
-        init_lora_weights loftq_config lora_alpha lora_bias lora_dropout lora_ga_config
-        megatron_core qalora_group_size r rank_pattern trainable_token_indices use_dora
-        use_rslora
-    """,
-    "VERA": """
-        d_initial fan_in_fan_out init_weights projection_prng_key r save_projection
-        vera_dropout
-    """,
-    "IA3": "fan_in_fan_out feedforward_modules init_ia3_weights",
-}
-"""Settings that are read, or that say nothing about the function."""
 LARGEST_RANK = 2**16
-PLAIN_STARTS = (True, False, None, "gaussian", "eva", "orthogonal")
-"""Ways to start A and B that leave the base as it is."""
 
 
 def adapters(
@@ -91,43 +76,12 @@ def adapters(
     for name, layer in layers.items():
         with naming(name):
             wrapper, adapter = build(name, parts[name], layer)
-            form = weight_view(layer).form(layer)
-            wrapper.check_fits(form, adapter)
-            found[name] = wrapper, adapter.to(form.device)
+            if wrapper is not LoRAExperts:  # whose parts were held to their stacks
+                form = weight_view(layer).form(layer)
+                wrapper.check_fits(form, adapter)
+                adapter = adapter.to(form.device)
+            found[name] = wrapper, adapter
     return found
-
-
-def check_config(config: Mapping[str, Any]) -> None:
-    """Refuse a method or a setting that minipeft has no adapter for.
-
-    Raises:
-        InputError: the sentence names the first.
-    """
-    kind = config.get("peft_type")
-    if not isinstance(kind, str) or kind not in FIELDS:
-        raise InputError(
-            f"the adapter is of type {kind!r}, for which minipeft has no method; it "
-            f"reads {', '.join(FIELDS)}, PROMPT_TUNING and PREFIX_TUNING"
-        )
-    known = f"{COMMON} {FIELDS[kind]}".split()
-    for name, value in config.items():
-        if name not in known and value not in (None, False, {}, [], "", 0):
-            raise InputError(
-                f"the adapter was made with {name} = {value!r}, for which minipeft has "
-                "no method; merge it with the library that trained it"
-            )
-    if config.get("bias", "none") != "none":
-        raise InputError(
-            f"the adapter was made with bias = {config['bias']!r} and trains biases of "
-            "the base; merge it with the library that trained it"
-        )
-    start = config.get("init_lora_weights")
-    if start not in PLAIN_STARTS and start != "pissa":
-        raise InputError(
-            f"init_lora_weights is {start!r}, which changed the base, and the file "
-            "does not hold that base; save it again with "
-            "path_initial_model_for_weight_conversion"
-        )
 
 
 def split(contents: Contents) -> tuple[dict[str, dict[str, Tensor]], dict[str, Tensor]]:
@@ -154,7 +108,16 @@ def _lora(contents: Contents, layers: Mapping[str, nn.Module]) -> Builder:
 def _lora_layer(
     config: Mapping[str, Any], name: str, parts: Parts, layer: nn.Module
 ) -> Built:
-    form = weight_view(layer).form(layer)
+    view = weight_view(layer)
+    if isinstance(view, Stacked):
+        return LoRAExperts, peft_experts.read(config, name, parts, view, layer)
+    form = view.form(layer)
+    nested = [part for part in parts if part.startswith(peft_experts.NESTED)]
+    if nested:
+        raise InputError(
+            f"the file has {nested[0]}, and {type(layer).__name__} is no module of "
+            "experts; give the model that the adapter was trained on"
+        )
     if TOKENS in parts:
         return TokenRowsEmbedding, _token_rows(name, parts, form, config)
     names = {key.removesuffix(".weight"): tensor for key, tensor in parts.items()}
@@ -297,7 +260,51 @@ def _side(feedforward: Any, name: str) -> Side:
     return "input" if chosen else "output"
 
 
+def _hira(contents: Contents, layers: Mapping[str, nn.Module]) -> Builder:
+    config = contents.config
+    dropout = _dropout(config, "hira_dropout")
+
+    def build(name: str, parts: Parts, layer: nn.Module) -> Built:
+        embedding = "embedding_" * isinstance(weight_view(layer), Lookup)
+        names = {f"lora_{M}": _part(parts, f"hira_{embedding}{M}") for M in "AB"}
+        # peft 0.21.2 gives every layer the rank r, whatever rank_pattern says.
+        own = {"r": config.get("r"), "lora_alpha": 1}
+        update = peft_format.update(name, names, own)
+        form = weight_view(layer).form(layer)
+        A, B = (_wide(M, form) for M in (update.A, update.B))
+        return HiRALinear, HiRA(A, B, 1.0, dropout)
+
+    return build
+
+
+def _miss(contents: Contents, layers: Mapping[str, nn.Module]) -> Builder:
+    config = contents.config
+    dropout, kind = _dropout(config, "miss_dropout"), config.get("init_weights", True)
+    if kind not in (True, False, "mini"):
+        raise InputError(
+            f"init_weights is {kind!r}, in which the update is a product with the "
+            "weight, for which minipeft has no method; merge it with the library that "
+            "trained it"
+        )
+
+    def build(name: str, parts: Parts, layer: nn.Module) -> Built:
+        form, D = weight_view(layer).form(layer), _part(parts, "miss_block")
+        if kind == "mini" and D.ndim == 2 and D.shape[1]:
+            # A small D serves the outputs in turn.
+            D = D.repeat(1, max(1, form.out_features // D.shape[1]))
+        if D.ndim != 2 or len(D) != config.get("r"):
+            raise InputError(
+                f"miss_block has shape {tuple(D.shape)} in the file, and r is "
+                f"{config.get('r')!r}; get it again"
+            )
+        return MiSSLinear, MiSS(_wide(D, form), dropout)
+
+    return build
+
+
 _METHODS: Mapping[str, Callable[[Contents, Mapping[str, nn.Module]], Builder]] = {
+    "HIRA": _hira,
+    "MISS": _miss,
     "LORA": _lora,
     "VERA": _vera,
     "IA3": _ia3,
@@ -313,7 +320,14 @@ def _part(parts: Parts, name: str) -> Tensor:
     return parts[name]
 
 
-_WITH = {"vera_lambda_d": {"vera_lambda_b"}, "vera_lambda_b": {"vera_lambda_d"}}
+_WITH = {
+    "vera_lambda_d": {"vera_lambda_b"},
+    "vera_lambda_b": {"vera_lambda_d"},
+    "hira_A": {"hira_B"},
+    "hira_B": {"hira_A"},
+    "hira_embedding_A": {"hira_embedding_B"},
+    "hira_embedding_B": {"hira_embedding_A"},
+}
 
 
 def _wide(tensor: Tensor, form: Form) -> Tensor:

@@ -5,22 +5,25 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import inf, nextafter, sqrt
-from typing import Any
+from typing import Any, cast
 
 from torch import Tensor, nn
 
 from minipeft.errors import InputError
-from minipeft.interop import peft_format
+from minipeft.interop import peft_experts, peft_format
 from minipeft.interop.peft_folder import PREFIX
 from minipeft.interop.peft_read import TOKENS
 from minipeft.interop.peft_rows import BiasedLoRA, TokenRows
 from minipeft.torch import pissa
 from minipeft.torch.adapted import Adapted
 from minipeft.torch.dora import DoRA
+from minipeft.torch.experts import ExpertsLoRA, StackLoRA
+from minipeft.torch.hira import HiRA
 from minipeft.torch.ia3 import IA3
-from minipeft.torch.linear import Lookup, Transposed
+from minipeft.torch.linear import Lookup, Stacked, Transposed
 from minipeft.torch.loftq import LoftQ
 from minipeft.torch.lora import LoRA
+from minipeft.torch.miss import MiSS
 from minipeft.torch.pissa import PiSSA
 from minipeft.torch.vera import VeRA
 
@@ -56,7 +59,7 @@ def written(layers: Layers, name: str) -> Written:
     found = {key: _plain(layer.adapters[name]) for key, layer in layers.items()}
     rows = {key: a for key, a in found.items() if isinstance(a, TokenRows)}
     others = {key: a for key, a in found.items() if key not in rows}
-    kinds = {type(a) for a in others.values()} or {LoRA}
+    kinds = {_kind(a) for a in others.values()} or {LoRA}
     if len(kinds) > 1:
         names = ", ".join(sorted(kind.__name__ for kind in kinds))
         raise InputError(
@@ -64,7 +67,7 @@ def written(layers: Layers, name: str) -> Written:
             "them under several names of adapters"
         )
     (kind,) = kinds
-    if kind not in _METHODS or (rows and kind in (VeRA, IA3)):
+    if kind not in _METHODS or (rows and kind in (VeRA, IA3, HiRA, MiSS)):
         raise InputError(
             f"peft has no format for {kind.__name__}"
             + " with trained rows of tokens" * bool(rows)
@@ -76,6 +79,11 @@ def written(layers: Layers, name: str) -> Written:
         tokens = result.config.setdefault("trainable_token_indices", {})
         tokens[key] = adapter.tokens.tolist()
     return result
+
+
+def _kind(adapter: nn.Module) -> type[nn.Module]:
+    """Return the class that a file is written for: experts stand in that of LoRA."""
+    return LoRA if isinstance(adapter, ExpertsLoRA) else type(adapter)
 
 
 def _plain(adapter: nn.Module) -> nn.Module:
@@ -93,27 +101,54 @@ def lora(found: Mapping[str, Any], layers: Layers) -> Written:
     for key, adapter in found.items():
         for part, tensor in _lora_parts(adapter, layers[key]).items():
             tensors[f"{PREFIX}{key}.{part}"] = tensor
-        if key.rpartition(".")[2] in TABLES:
-            for part, tensor in layers[key].base.state_dict().items():
-                tensors[f"{PREFIX}{key}.base_layer.{part}"] = tensor
-    kinds = {type(adapter) for adapter in found.values()}
-    views = {type(layers[key].view) for key in found}
+        tensors |= _table(key, layers[key])
+    stacks = {k: a for k, a in found.items() if isinstance(a, ExpertsLoRA)}
+    plain = {key: a for key, a in found.items() if key not in stacks}
+    sizes = {key: (len(a.A), a.scaling) for key, a in plain.items()} | {
+        f"{key}.{name}": (part.A.shape[1], part.scaling)
+        for key, parts in stacks.items()
+        for name, part in _stacks(parts)
+    }
+    kinds = {type(adapter) for adapter in plain.values()}
+    views = {type(layers[key].view) for key in plain}
     config = {
         "peft_type": "LORA",
         "bias": "none",
-        **scales({key: (len(a.A), a.scaling) for key, a in found.items()}),
-        "lora_dropout": common("dropout", [a.dropout for a in found.values()]),
+        **scales(sizes),
+        "lora_dropout": common("dropout", [a.dropout for a in plain.values()]),
         "use_dora": DoRA in kinds,
         "lora_bias": BiasedLoRA in kinds,
         "fan_in_fan_out": views == {Transposed},
         "init_lora_weights": True,
     }
-    constants = {f"{key}.scaling": a.scaling for key, a in found.items()}
+    if stacks:
+        config["target_parameters"] = [key for key in sizes if key not in plain]
+        if config["lora_dropout"]:
+            raise InputError(
+                f"dropout is {config['lora_dropout']}, and peft takes none in a file "
+                "with experts; set it to 0"
+            )
+    constants = {f"{key}.scaling": s for key, (_, s) in sizes.items()}
     return Written(config, tensors, constants)
 
 
-def _lora_parts(adapter: LoRA, layer: Adapted[Any]) -> dict[str, Tensor]:
+def _stacks(adapter: ExpertsLoRA) -> Iterable[tuple[str, StackLoRA]]:
+    return ((name, cast(StackLoRA, part)) for name, part in adapter.items())
+
+
+def _table(key: str, layer: Adapted[Any]) -> dict[str, Tensor]:
+    """Return the tensors of the frozen layer where peft saves them too."""
+    if key.rpartition(".")[2] not in TABLES:
+        return {}
+    own = layer.base.state_dict()
+    return {f"{PREFIX}{key}.base_layer.{part}": t for part, t in own.items()}
+
+
+def _lora_parts(adapter: LoRA | ExpertsLoRA, layer: Adapted[Any]) -> dict[str, Tensor]:
     parts: dict[str, Tensor]
+    if isinstance(adapter, ExpertsLoRA):
+        names = cast(Stacked, layer.view).names(layer.base)
+        return peft_experts.written(adapter, names)
     if isinstance(layer.view, Lookup):
         parts = {"lora_embedding_A": adapter.A, "lora_embedding_B": adapter.B}
     else:
@@ -163,12 +198,55 @@ def _ia3(found: Mapping[str, IA3], layers: Layers) -> Written:
     return Written(config, tensors, {f"{key}.side": a.side for key, a in found.items()})
 
 
+def _hira(found: Mapping[str, HiRA], layers: Layers) -> Written:
+    tensors: dict[str, Tensor] = {}
+    for key, a in found.items():
+        start = "hira_embedding_" if isinstance(layers[key].view, Lookup) else "hira_"
+        # The format has no scaling: it goes into B.
+        B = a.B if a.scaling == 1 else (a.scaling * a.B.double()).to(a.B.dtype)
+        tensors[f"{PREFIX}{key}.{start}A"] = a.A
+        tensors[f"{PREFIX}{key}.{start}B"] = B
+        tensors |= _table(key, layers[key])
+    config = {
+        "peft_type": "HIRA",
+        # peft 0.21.2 does not apply the rank_pattern of HiRA.
+        "r": common("r", [len(a.A) for a in found.values()]),
+        "hira_dropout": common("dropout", [a.dropout for a in found.values()]),
+        "fan_in_fan_out": {type(layers[key].view) for key in found} == {Transposed},
+        "init_weights": True,
+    }
+    return Written(config, tensors)
+
+
+def _miss(found: Mapping[str, MiSS], layers: Layers) -> Written:
+    for key in found:
+        if isinstance(layers[key].view, Transposed):
+            raise InputError(
+                f"{key} is a {type(layers[key].base).__name__}, and peft has MiSS for "
+                "linear layers alone; save the model's state dict instead"
+            )
+    config = {
+        "peft_type": "MISS",
+        "bias": "none",
+        "r": common("r", [len(a.D) for a in found.values()]),
+        "miss_dropout": common("dropout", [a.dropout for a in found.values()]),
+        "mini_r": 1,
+        "init_weights": True,
+    }
+    tensors = {f"{PREFIX}{key}.miss_block": a.D for key, a in found.items()}
+    for key in found:
+        tensors |= _table(key, layers[key])
+    return Written(config, tensors)
+
+
 _METHODS: Mapping[type[nn.Module], Callable[[Any, Layers], Written]] = {
     LoRA: lora,
     DoRA: lora,
     BiasedLoRA: lora,
     VeRA: _vera,
     IA3: _ia3,
+    HiRA: _hira,
+    MiSS: _miss,
 }
 
 

@@ -38,7 +38,7 @@ class Update:
     @property
     def r(self) -> int:
         """The rank."""
-        return self.A.shape[0]
+        return self.A.shape[-2]
 
     @property
     def scaling(self) -> float:

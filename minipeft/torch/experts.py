@@ -92,11 +92,11 @@ class StackLoRA(nn.Module):
 
 
 class ExpertsLoRA(nn.ModuleDict):
-    """The updates of all stacks of a module, by the names of the stacks."""
+    """The updates of the stacks of a module, or of some, by the names of the stacks."""
 
     def forward(self, name: str, stack: Stack, share: float, turned: bool) -> Stack:
-        """Return one stack together with its factors."""
-        changed: Stack = self[name](stack, share, turned)
+        """Return one stack together with its factors, if it has some."""
+        changed: Stack = self[name](stack, share, turned) if name in self else stack
         return changed
 
 
@@ -177,7 +177,7 @@ class LoRAExperts(Adapted[ExpertsLoRA]):
             InputError: if the name cannot be used, or the adapter does not fit.
         """
         self.check_new(name)
-        if set(adapter) != set(self.names):
+        if not adapter or not set(adapter) <= set(self.names):
             raise InputError(
                 f"the adapter is of {', '.join(adapter)}; these experts hold "
                 f"{', '.join(self.names)}."
@@ -205,6 +205,8 @@ class LoRAExperts(Adapted[ExpertsLoRA]):
         with full_precision(W.device):
             total = torch.zeros(W.shape, dtype=torch.float32, device=W.device)
             for share, adapter in self.shares():
+                if name not in adapter:
+                    continue
                 delta = cast(StackLoRA, adapter[name]).delta()
                 total = total + share * (delta.mT if self._view.turned else delta)
             return (W + total).to(W.dtype).detach()

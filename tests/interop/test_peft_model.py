@@ -1,5 +1,6 @@
 """peft's files, read and written, against the library itself."""
 
+import copy
 import json
 
 import pytest
@@ -9,8 +10,11 @@ from minipeft.errors import InputError
 from minipeft.interop import peft_folder, peft_model
 from minipeft.torch import inject
 from minipeft.torch.dora import DoRAConfig
+from minipeft.torch.hira import HiRAConfig
 from minipeft.torch.ia3 import IA3Config
+from minipeft.torch.loftq import LoftQConfig
 from minipeft.torch.lora import LoRAConfig
+from minipeft.torch.miss import MiSSConfig
 from minipeft.torch.pissa import PiSSAConfig
 from minipeft.torch.prefix import PrefixConfig, PrefixModel
 from minipeft.torch.prompt import PromptConfig, PromptModel
@@ -58,12 +62,21 @@ def config(case):
             feedforward_modules=["down_proj"],
             **task,
         ),
+        "HiRA": lambda: peft.HiraConfig(
+            r=4, target_modules=TARGETS, rank_pattern={"v_proj": 3}, **task
+        ),
+        "HiRA on embeddings": lambda: peft.HiraConfig(
+            r=4, target_modules=["embed_tokens", "q_proj"], **task
+        ),
+        "MiSS": lambda: peft.MissConfig(r=8, target_modules=TARGETS, **task),
+        "MiSS, uneven": lambda: peft.MissConfig(r=5, target_modules=TARGETS, **task),
         "prompt": lambda: peft.PromptTuningConfig(num_virtual_tokens=3, **task),
         "prefix": lambda: peft.PrefixTuningConfig(num_virtual_tokens=3, **task),
     }[case]()
 
 
 CASES = [*LORA, "VeRA", "IA3", "prompt", "prefix"]
+CASES += ["HiRA", "HiRA on embeddings", "MiSS", "MiSS, uneven"]
 
 
 def silent(line):
@@ -118,11 +131,14 @@ def test_the_settings_are_written_back(tmp_path):
         (peers.biased, {"lora_bias": True, "target_modules": ["q_proj", "o_proj"]}),
         (peers.gpt2, {"target_modules": ["c_attn", "c_proj"], "fan_in_fan_out": True}),
         (peers.gpt2, {"target_modules": ["c_fc"], "use_dora": True, "r": 3}),
+        (peers.gpt2, {"hira": 3, "target_modules": ["c_attn", "c_proj"]}),
     ],
 )
 def test_biases_and_transposed_layers(make, settings, tmp_path):
     base = make()
-    theirs = peers.trained(base, peers.lora(**settings))
+    r = settings.pop("hira", None)
+    given = peft.HiraConfig(r=r, **settings) if r else peers.lora(**settings)
+    theirs = peers.trained(base, given)
     folder = peers.saved(theirs, tmp_path / "theirs")
     mine = peft_model.load(make(), folder, say=silent).eval()
     assert_same_logits(base, peers.logits(mine), peers.logits(theirs))
@@ -148,12 +164,66 @@ def test_pissa_of_peft_needs_its_base_and_leaves_as_plain_lora(tmp_path):
     assert_same_logits(base, peers.logits(again), peers.logits(theirs))
 
 
+def test_loftq_leaves_as_lora_on_its_own_base(tmp_path):
+    model = inject.inject(llama(), LoftQConfig(r=3, alpha=7, blocksize=16), TARGETS)
+    quantized = inject.unload(copy.deepcopy(model))
+    torch.manual_seed(3)
+    for parameter in inject.trainable_parameters(model):
+        parameter.data += 0.1 * torch.randn_like(parameter)
+    expected = peers.logits(model.eval())
+    peft_model.save(model, tmp_path / "adapter")
+    base = llama()
+    for name, layer in inject.adapted(model).items():
+        base.get_submodule(name).weight.data = layer.base.dequantize(torch.float32)
+    theirs = peers.reloaded(base, tmp_path / "adapter")
+    assert_same_logits(base, peers.logits(theirs), expected)
+    said = []
+    mine = peft_model.load(quantized, tmp_path / "adapter", say=said.append)
+    assert "the base is the one" in said[0]
+    assert_same_logits(base, peers.logits(mine.eval()), expected)
+    with pytest.raises(InputError, match="another base"):
+        peft_model.load(llama(), tmp_path / "adapter", say=silent)
+
+
+def test_the_small_matrix_of_miss_serves_the_outputs_in_turn(tmp_path):
+    settings = {"r": 8, "mini_r": 4, "init_weights": "mini", "target_modules": TARGETS}
+    theirs = peers.trained(llama(), peft.MissConfig(**settings))
+    folder = peers.saved(theirs, tmp_path / "theirs")
+    mine = peft_model.load(llama(), folder, say=silent).eval()
+    assert_same_logits(llama(), peers.logits(mine), peers.logits(theirs))
+    peft_model.save(mine, tmp_path / "mine")
+    again = peers.reloaded(llama(), tmp_path / "mine")
+    assert_same_logits(llama(), peers.logits(again), peers.logits(theirs))
+
+
+def test_a_miss_that_multiplies_the_weight_is_refused(tmp_path):
+    settings = {"r": 8, "init_weights": "bat", "target_modules": ["q_proj"]}
+    theirs = peers.trained(llama(), peft.MissConfig(**settings))
+    folder = peers.saved(theirs, tmp_path / "theirs")
+    model = llama()
+    with pytest.raises(InputError, match="init_weights is 'bat'"):
+        peft_model.load(model, folder, say=silent)
+    assert not inject.adapted(model)
+
+
+def test_one_rank_serves_all_layers_of_hira(tmp_path):
+    model = inject.inject(llama(), HiRAConfig(r=3), TARGETS)
+    layer = next(iter(inject.adapted(model).values()))
+    adapter = layer.adapters["default"]
+    adapter.A.data, adapter.B.data = adapter.A.data[:2], adapter.B.data[:, :2]
+    with pytest.raises(InputError, match="r is 2 in one layer and 3 in another"):
+        peft_model.save(model, tmp_path / "adapter")
+    assert not (tmp_path / "adapter").exists()
+
+
 OURS = {
     "LoRA": LoRAConfig(r=3, alpha=7, rank_stabilized=True, dropout=0.1),
     "DoRA": DoRAConfig(r=3, alpha=7),
     "VeRA": VeRAConfig(r=8, seed=4),
     "IA3": IA3Config(feedforward=["down_proj"]),
     "PiSSA": PiSSAConfig(r=3, alpha=7),
+    "HiRA": HiRAConfig(r=3, scaling=0.7),
+    "MiSS": MiSSConfig(r=5, dropout=0.1),
     "prompt": PromptConfig(num_virtual_tokens=3),
     "prefix": PrefixConfig(num_virtual_tokens=3, hidden=5),
 }
@@ -218,7 +288,7 @@ REFUSED = {
     "use_qalora": ({"use_qalora": True}, "use_qalora"),
     "a1": ({"alora_invocation_tokens": [1, 2]}, "alora_invocation_tokens"),
     "replicated": ({"layer_replication": [[0, 2]]}, "layer_replication"),
-    "experts": ({"target_parameters": ["experts.up"]}, "target_parameters"),
+    "more parameters": ({"target_parameters": ["k_proj.weight"]}, "k_proj"),
     "unknown": ({"a_setting_of_tomorrow": 3}, "a_setting_of_tomorrow"),
     "biases": ({"bias": "all"}, "bias = 'all'"),
     "a changed base": ({"init_lora_weights": "olora"}, "olora"),

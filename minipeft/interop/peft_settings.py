@@ -1,0 +1,63 @@
+"""The settings of peft's files: which are read, and which change the function."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from minipeft.errors import InputError
+
+COMMON = """
+    auto_mapping base_model_name_or_path bias exclude_modules inference_mode
+    layers_pattern layers_to_transform modules_to_save peft_type peft_version revision
+    target_modules task_type
+"""
+FIELDS = {
+    "LORA": """
+        alpha_pattern corda_config ensure_weight_tying eva_config fan_in_fan_out
+        init_lora_weights loftq_config lora_alpha lora_bias lora_dropout lora_ga_config
+        megatron_core qalora_group_size r rank_pattern target_parameters
+        trainable_token_indices use_dora use_rslora
+    """,
+    "VERA": """
+        d_initial fan_in_fan_out init_weights projection_prng_key r save_projection
+        vera_dropout
+    """,
+    "IA3": "fan_in_fan_out feedforward_modules init_ia3_weights",
+    "HIRA": "fan_in_fan_out hira_dropout init_weights r rank_pattern",
+    "MISS": "init_weights mini_r miss_dropout r",
+}
+"""Settings that are read, or that say nothing about the function."""
+PLAIN_STARTS = (True, False, None, "gaussian", "eva", "orthogonal")
+"""Ways to start A and B that leave the base as it is."""
+
+
+def check_config(config: Mapping[str, Any]) -> None:
+    """Refuse a method or a setting that minipeft has no adapter for.
+
+    Raises:
+        InputError: the sentence names the first.
+    """
+    kind = config.get("peft_type")
+    if not isinstance(kind, str) or kind not in FIELDS:
+        raise InputError(
+            f"the adapter is of type {kind!r}, for which minipeft has no method; it "
+            f"reads {', '.join(FIELDS)}, PROMPT_TUNING and PREFIX_TUNING"
+        )
+    known = f"{COMMON} {FIELDS[kind]}".split()
+    for name, value in config.items():
+        if name not in known and value not in (None, False, {}, [], "", 0):
+            raise InputError(
+                f"the adapter was made with {name} = {value!r}, for which minipeft has "
+                "no method; merge it with the library that trained it"
+            )
+    if config.get("bias", "none") != "none":
+        raise InputError(
+            f"the adapter was made with bias = {config['bias']!r} and trains biases of "
+            "the base; merge it with the library that trained it"
+        )
+    start = config.get("init_lora_weights")
+    if start not in PLAIN_STARTS and start != "pissa":
+        raise InputError(
+            f"init_lora_weights is {start!r}, which changed the base, and the file "
+            "does not hold that base; save it again with "
+            "path_initial_model_for_weight_conversion"
+        )
