@@ -186,7 +186,7 @@ chapter.show(
 # %% [markdown]
 # Read the bars from the top. In 32 bits the gradients are as large as the weights, and Adam's two states twice as
 # large. Sixteen bits save only {=f"{1 - ways['everything, 16 bits'].total / ways['everything, 32 bits'].total:.0%}"=} of the
-# sum: weights and gradients shrink to half and activations nearly so, but Adam's states stay in 32 bits, and so does a second copy of the weights, the
+# sum: weights and gradients shrink to half and activations to {=f"{ways['everything, 16 bits'].activations / ways['everything, 32 bits'].activations:.0%}"=}, but Adam's states stay in 32 bits, and so does a second copy of the weights, the
 # *master copy*, to which the small steps are added. With an adapter, the rest becomes smaller too:
 #
 # - **LoRA** trains {=f"{memory.lora_parameters(llama, adapter) / 1e6:.0f}"=} million numbers instead of

@@ -82,7 +82,7 @@ chapter.show(
 # %% [markdown]
 # ## The code
 #
-# The reference is the formula. `scaling` also knows the variant of rsLoRA, which divides by $\sqrt r$ and has a chapter of
+# The reference is the formula. `scaling` also has the variant of rsLoRA, which divides by $\sqrt r$: it has a chapter of
 # its own.
 #
 # @source minipeft.reference.lora.LoRA
@@ -241,6 +241,12 @@ gain = {name: start_loss - last[name] for name in count}
 share = gain["LoRA, r = 8"] / gain["full fine-tuning"]
 for name, n in count.items():
     print(f"{name:17s} trains {n:9,} parameters, gains {gain[name]:.3f} nats")
+trained_share = count["LoRA, r = 8"] / count["full fine-tuning"]
+run_of = f"{chapter.model}, {chapter.steps} steps"
+for name, loss in (*last.items(), ("token frequencies alone", unigram)):
+    chapter.quantity(f"{run_of}, {name}: loss", loss, "nats per token")
+chapter.quantity(f"{run_of}, LoRA, r = 8: trained", 100 * trained_share, "%", 1)
+chapter.quantity(f"{run_of}, LoRA, r = 8: of the full gain", 100 * share, "%", 0)
 assert count["LoRA, r = 8"] < count["full fine-tuning"] / 8
 chapter.claim(
     f"LoRA reaches {share:.0%} of the gain of full fine-tuning, not all of it",
@@ -282,7 +288,7 @@ chapter.show(
     figure,
     "loss",
     alt="Loss on held-out definitions at five moments of training. Full fine-tuning and LoRA start at one point and fall, LoRA a little less. Full training of random weights starts at 7, falls fast, and ends just below a dashed line for token frequencies. LoRA on random weights falls a little and ends above that line by one nat.",
-    caption=f"After {chapter.steps} steps LoRA, which trains {count['LoRA, r = 8'] / count['full fine-tuning']:.1%} of the parameters, has {share:.0%} of the gain of full fine-tuning. On random weights neither comes near: full training ends at {from_random:.2f}, just below the loss of bare token frequencies ({unigram:.2f}), and LoRA at {last['LoRA on random weights']:.2f}, above it.",
+    caption=f"After {chapter.steps} steps LoRA, which trains {count['LoRA, r = 8'] / count['full fine-tuning']:.1%} of the parameters, has {share:.0%} of the gain of full fine-tuning. On random weights full training ends at {from_random:.2f}, just below the loss of bare token frequencies ({unigram:.2f}), and LoRA at {last['LoRA on random weights']:.2f}, above it.",
 )
 
 # %% [markdown]
@@ -422,8 +428,8 @@ assert apart < moved / 100
 # {=f"{in_experts / everything:.0%}"=} of Mixtral's weights lie in its experts: who quantizes only linear layers leaves that much in 16 bits. `quantize_linears` quantizes each
 # expert for itself, and `unquantized` lists what it leaves: the embeddings, the head and the routers.
 #
-# Files differ here. peft stores one $A$ of shape (experts · r, in), with the experts outside, and one $B$ of shape (out, r · experts), with the experts *inside*. A loader that reads both in one
-# order mixes the experts wherever there are not as many of them as ranks; the golden vectors of `experts_merge` have a case for it.
+# Files differ here. peft stores one $A$ of shape (experts · r, in), in which the $r$ rows of an expert lie together, and one $B$ of shape (out, r · experts), in which the columns of an expert lie apart, one in each group of experts. A loader that reads both in one
+# order mixes the experts without an error, because the sizes are the same; the golden vectors of `experts_merge` have a case for it.
 #
 # ## What goes wrong in practice
 #

@@ -186,7 +186,7 @@ q = blockwise.quantize(W, NF4, blocksize=4)
 print("absmax ", q.absmax)
 print("codes  ", blockwise.unpack(q.packed, 4, 8))
 print("bytes  ", " ".join(f"{byte:08b}" for byte in q.packed))
-print("back   ", blockwise.dequantize(q).round(4).tolist())
+print("back   ", " ".join(f"{w:.4f}" for w in blockwise.dequantize(q).flat))
 
 # %% [markdown]
 # In the bytes, the first code of each pair is in the high four bits. The second block is all
@@ -410,8 +410,8 @@ assert 0 < moved < 0.001
 # %% [markdown]
 # - **Rows that are not a multiple of the block.** Blocks run across rows. The AVX-512 kernel of bitsandbytes
 #   finds the scale of column $j$ in row $i$ by dividing within the row. This is wrong when the row length is
-#   no multiple of the block: in a (1152, 4304) matrix, {=f"{100 * misread:.0f}"=} % of the values come back
-#   with another block's scale. The golden vectors have such a matrix. The first exercise builds this bug.
+#   no multiple of the block: in a (1152, 4304) matrix, {=f"{100 * misread:.1f}"=} % of the values are decoded
+#   with another block's scale, and only those whose code means 0 come out right. The golden vectors have such a matrix. The first exercise builds this bug.
 # - **Nibbles in the other order.** One back end packed the first code low, another high
 #   ([bitsandbytes 1472](https://github.com/bitsandbytes-foundation/bitsandbytes/pull/1472)); a vector of two
 #   elements finds it.

@@ -83,8 +83,8 @@ for tokens in (256, 512, 1024, 2048):
 # @source minipeft.reference.paged.step
 # @source minipeft.torch.paged.PagedAdamW
 #
-# On a GPU the host's pages lie in pinned memory, from which the device can copy by itself, and travel on a stream of their own: while one page is in use, the
-# next is under way. On a CPU a copy is a copy.
+# On a GPU the host's pages lie in pinned memory, from which the device can copy by itself. They travel on two streams of their own, one for each direction: while one page is in use, the
+# next is under way, and the last one goes back. On a CPU a copy is a copy.
 #
 # @source minipeft.torch.paged.PageTable
 #
@@ -230,7 +230,7 @@ chapter.show(
 
 # %% [markdown]
 # In step {=first=} the activations need {=f"{needed[first] / 1e9:.1f}"=} GB. Pages of the state leave, and come back when the optimizer's step needs them: the blue band is thinner there.
-# Without paging the run ends in this step, {=f"{(unpaged[first] - CAPACITY) / 1e9:.2f}"=} GB short. The cost is {=f"{moved[first] / 1e9:.1f}"=} GB of traffic in this step. A PCIe 4.0 bus carries about 25 GB/s, so that takes
+# Without paging the run ends in this step, {=f"{(unpaged[first] - CAPACITY) / 1e9:.2f}"=} GB short. The cost is {=f"{moved[first] / 1e9:.1f}"=} GB of traffic in this step. A PCIe 4.0 bus of 16 lanes carries about 25 GB/s, so that takes
 # {=f"{moved[first] / 25e9:.2f}"=} seconds. In the other steps after the first nothing is moved. Paged optimizers are made for such rare spikes.
 #
 # ## The experiment: too little room in every step
@@ -273,11 +273,11 @@ assert np.abs(np.subtract([*fewest.values()], straight)).max() < 0.1
 figure, ax = plots.axes(
     x=f"budget, of {PAGES} pages", y="faults in each step", size=(6.4, 3.0)
 )
-ax.plot([*per_step], [*per_step.values()], "o", color=plots.PALETTE[0], markersize=5)
-ax.plot([*fewest], [*fewest.values()], "o", color=plots.PALETTE[1], markersize=5)
+ax.plot([*per_step], [*per_step.values()], "o", color=plots.PALETTE[0], markersize=8)
+ax.plot([*fewest], [*fewest.values()], "o", color=plots.PALETTE[1], markersize=4)
 ax.text(5, PAGES + 0.9, "least recently used", color=plots.PALETTE[0], weight="bold")
 ax.text(2, 5.2, "best possible", color=plots.PALETTE[1], weight="bold")
-ax.set(ylim=(-0.8, PAGES + 2.4), xticks=[1, 4, 8, 12, 16])
+ax.set(ylim=(-0.8, PAGES + 2.4), xticks=[1, 4, 8, 12, 16], yticks=range(0, 17, 4))
 chapter.show(
     figure,
     "lru",
@@ -298,8 +298,8 @@ chapter.show(
 # - **Traffic in every step.** The QLoRA paper reports the same speed as without paging, at batch size 16 on a 65-billion-parameter model, and gives no measurements for runs that page all the time. The experiment above shows that such a run may move the whole state in each step.
 # - **Resuming.** A state dict taken while pages are dirty on the device must contain *them*, not the host's stale copies. Ours writes back first; a law saves with one size of page and loads with another.
 #   Lost states after resuming have been [reported](https://github.com/axolotl-ai-cloud/axolotl/issues/864).
-# - **Copies in the wrong order.** Our torch version copies on its own stream: the copy out waits for the computation, the computation for the copy in, and memory is not reused before both have finished. If
-#   one of the three is missing, the result is wrong now and then. Only the tests marked `gpu` run this code on streams, and no GPU has run them yet.
+# - **Copies in the wrong order.** Our torch version copies on streams of its own. The copy out waits for the computation, a copy in for the last copy out of its page, the computation for the copy in, and memory is not reused before all of them have finished. If
+#   one of these four is missing, the result is wrong now and then. Only the tests marked `gpu` run this code on streams, and no GPU has run them yet.
 #
 # ## Exercises
 #

@@ -34,7 +34,7 @@ chapter = start("07_rslora", steps=25, model="tiny")
 # | what the adapter adds, $\propto s^2 r$ | $r^{-1}$ | $r^{0}$ |
 # | gradient of $B$, $\propto s\,\lVert x A^T\rVert \propto s \sqrt r$ | $r^{-1/2}$ | $r^{0}$ |
 #
-# Kalajdzievski proves it for the whole course of training: outputs and gradients keep their size for every rank if and only if $s \propto 1/\sqrt r$ [@kalajdzievski2023, theorem 3.2].
+# Kalajdzievski proves it for the whole course of training: outputs and gradients keep their size as the rank grows if and only if $s \propto 1/\sqrt r$ [@kalajdzievski2023, theorem 3.2].
 #
 # ## The formula, and the code
 #
@@ -144,7 +144,7 @@ for style, (_, name) in zip(
 ax.set(xscale="log", yscale="log")
 ax.set_xticks(RANKS, [str(r) for r in RANKS])
 ax.minorticks_off()
-ax.legend(fontsize=8, frameon=False, labelcolor=plots.INK)
+ax.legend(fontsize=8, frameon=False, labelcolor=plots.INK, handlelength=4)
 chapter.show(
     figure,
     "slopes",

@@ -370,7 +370,7 @@ assert np.allclose(np.linalg.norm(right, axis=1), turned.magnitude)
 #   ([ComfyUI 13011](https://github.com/Comfy-Org/ComfyUI/pull/13011)). No weight in our tests is square, except where this mistake itself is tested.
 # - **A scaled bias.** Code that multiplies the output of the base layer multiplies its bias as well.
 # - **A zero row** divides zero by zero. Pruned models have such rows.
-# - **Merging twice** with a norm taken from the already merged weight ([peft 3608](https://github.com/huggingface/peft/issues/3608)).
+# - **Two adapters on one layer**, merged in turn, where the second took its norm from the already merged weight ([peft 3608](https://github.com/huggingface/peft/issues/3608)).
 #
 # ## Exercises
 #

@@ -189,7 +189,7 @@ for name, config, rates in [
 ]:
     runs = {rate: run(config, rate) for rate in rates}
     losses = {rate: loss for rate, (_, loss) in runs.items()}
-    best[name] = chapter.best(name, losses)
+    best[name] = chapter.best(f"{name}, {chapter.steps} steps", losses)
     found[name] = (runs[best[name]][0], before - losses[best[name]])
     print(f"{name:14s} {found[name][0]:6,} trained, gains {found[name][1]:.3f} nats")
 gains = {name: gain for name, (_, gain) in found.items()}

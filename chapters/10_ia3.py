@@ -92,7 +92,7 @@ for side, features in (("output", 4), ("input", 5)):
 # %% [markdown]
 # ## The experiment
 #
-# `tiny` learns the *Devil's Dictionary* with these vectors alone. The control is LoRA of rank 1 on the same three layers of each block: the smallest LoRA there is. Each tries five or more learning rates, two to a
+# `tiny` learns the *Devil's Dictionary* with these vectors alone. The control is LoRA of rank 1 on the same three layers of each block: the smallest LoRA for these layers. Each tries five or more learning rates, two to a
 # decade, until the best one has a worse one on both sides.
 
 # %%
@@ -117,7 +117,7 @@ for name, (config, rates) in METHODS.items():
     sweeps[name] = {lr: run.after for lr, run in runs.items()}
     print(f"{name}, the loss at each rate:")
     print("  " + ", ".join(f"{lr:g}: {loss:.2f}" for lr, loss in sweeps[name].items()))
-    best[name] = chapter.best(name, sweeps[name])
+    best[name] = chapter.best(f"{name}, {chapter.steps} steps", sweeps[name])
     chosen[name] = runs[best[name]]
 before = chosen["IA3"].before
 chapter.quantity(chapter.before, before, "nats per token")

@@ -34,7 +34,7 @@ chapter = start("13_bottleneck", steps=25, model="tiny")
 #
 # $$ f(x) = s\,\big(\mathrm{ReLU}(x D^T + c)\,U^T + e\big), $$
 #
-# with $D$ of shape $(b, \text{features})$ $U$ of shape $(\text{features}, b)$, the biases $c$ and $e$, and a scaling $s$ that is chosen before training. $U$, $c$ and $e$ start at zero, so the start is the base model, exactly. There are three places for it:
+# with $D$ of shape $(b, \text{features})$, $U$ of shape $(\text{features}, b)$, the biases $c$ and $e$, and a scaling $s$ that is chosen before training. $U$, $c$ and $e$ start at zero, so the start is the base model, exactly. There are three places for it:
 #
 # | placement | in a block with attention $S$ and feed-forward $F$ | adapters |
 # |---|---|---|
@@ -154,7 +154,7 @@ part_of_a_block = 2 * 32 * width / of_a_block
 
 # %% [markdown]
 # From {=f"{before:.3f}"=} nats, Houlsby's placement reaches {=f"{losses['Houlsby']:.3f}"=}, Pfeiffer's {=f"{losses['Pfeiffer']:.3f}"=}, the parallel one {=f"{losses['parallel']:.3f}"=} and LoRA {=f"{losses['LoRA']:.3f}"=}. The placements lie
-# {=f"{spread:.3f}"=} nats apart, all four methods {=f"{max(losses.values()) - min(losses.values()):.3f}"=}. One seed and {=chapter.steps=} steps cannot rank them: in [chapter 17](17_side_by_side.md) the three seeds of LoRA alone lie 0.02 nats apart. What they show is that every placement learns, and that the
+# {=f"{spread:.3f}"=} nats apart, all four methods {=f"{max(losses.values()) - min(losses.values()):.3f}"=}. One seed and {=chapter.steps=} steps do not rank methods that lie so close: in [chapter 17](17_side_by_side.md) the three seeds of LoRA alone lie 0.02 nats apart. What they show is that every placement learns, and that the
 # nonlinearity brings no large gain over LoRA on this task. So the choice depends on the cost.
 #
 # ## The experiment: what they cost
@@ -206,7 +206,7 @@ chapter.claim(
 #
 # Why so much, for so few multiplications? An adapter of this size has {=f"{100 * part_of_a_block:.0f}"=} % of the weights of a block. But a model this small
 # spends its time on starting operations, not on arithmetic, and an adapter starts three or four more. On a GPU it is similar as long as the batch is small: Hu and others [@hu2021, table 1] measured 20.7 % and 30.3 % more time for
-# two kinds of adapters in GPT-2 medium at batch size 1, and 2.2 % and 3.0 % at batch size 32. A parallel adapter could run at the same time as its sublayer; nothing here arranges that.
+# two kinds of adapters in GPT-2 medium for one text of 128 tokens, and 2.2 % and 3.0 % for 32 texts of 512. A parallel adapter could run at the same time as its sublayer; nothing here arranges that.
 #
 # `merge` raises an error for such a model, and the message gives the reason:
 
@@ -221,7 +221,7 @@ except InputError as error:
 # %% [markdown]
 # ## What goes wrong in practice
 #
-# - **The scaling hides in two places.** He et al. scale the parallel adapter by 4 and leave the serial one unscaled. A library that applies its scale before the up projection's bias,
+# - **The scaling stands in two places.** He et al. scale the parallel adapter by 4 and leave the serial one unscaled. A library that applies its scale before the up projection's bias,
 #   or not to it, trains as well, and gives wrong outputs with weights from another library.
 # - **A start that is not the base model.** If the up projection starts random as well, every block adds noise in the first step. It must be zero or very small; Houlsby and others draw it with a deviation of $10^{-2}$.
 # - **Which input does a parallel adapter read?** He et al. worked on models that normalize *behind* a sublayer, where adapter and sublayer read the same $x$. In a Llama the norm stands in

@@ -2,8 +2,8 @@
 # # Prefix tuning: keys and values that no text has
 #
 # Put a good instruction before a text and a language model behaves differently. No weight has changed; the
-# attention of every layer has met some more keys and values. Prefix tuning [@li2021] asks: if the text acts
-# through keys and values alone, why should they come from words? It trains them directly.
+# attention of every layer has some more keys and values. If a text acts through its keys and values alone, these
+# need not come from words. Prefix tuning [@li2021] trains them directly.
 
 # %%
 import copy
@@ -127,8 +127,10 @@ head = Head(queries, key, key)
 gates = prefix.gate(head, opposite)
 print("gate of the first query", f"{gates[0]:.4f}", " of the second", f"{gates[1]:.4f}")
 blended = (1 - gates[:, None]) * attention.forward(head) + gates[:, None] * opposite.V
-print("as a gated sum:", blended.round(4).tolist())
-print("as attention:  ", prefix.forward(head, opposite).round(4).tolist())
+attended = prefix.forward(head, opposite)
+for way, outputs in (("a gated sum", blended), ("attention", attended)):
+    print(f"as {way:12s}", " ".join(f"{y:.4f}" for y in outputs.flat))
+assert np.abs(blended - attended).max() < 2.0**-20
 assert gates[0] < 0.01
 assert gates[1] > 0.99
 
@@ -294,7 +296,7 @@ for name, seconds in cost.items():
 #
 # ## What goes wrong in practice
 #
-# - **The mask.** The prefix must be visible to every query. A causal mask that is aligned at the wrong end hides the prefix, or shows tokens of the future. Here the mask is the text's own, and ones stand before it.
+# - **The mask.** The prefix must be visible to every query. A causal mask that is aligned at the wrong end leaves out the prefix, or lets in tokens of the future. Here the mask is the text's own, and ones stand before it.
 # - **Positions.** With rotary embeddings the cached keys are already turned. The text begins at position $n$. If it begins at 0, its distance to every virtual token is wrong.
 # - **Gradient checkpointing switches the cache off**, and with it the prefix. transformers only writes this to its log: the run goes on and trains nothing. Here it is an error.
 # - **A random start.** From $N(0, 1)$ the model above lost {=f"{lost:.2f}"=} nats before training, and from random numbers of the size of real keys and values {=f"{matched - without:.2f}"=}. From real words it lost {=f"{tuned['from words'].before - without:.3f}"=}.

@@ -396,6 +396,7 @@ chapter.show(
 # |---|---|---|
 # | LoRA, rsLoRA, [PiSSA](11_pissa.md), [LoftQ](12_loftq.md) | yes | $W + s\,BA$ |
 # | [DoRA](08_dora.md), [VeRA](09_vera.md) | yes | rescaled rows; a product of fixed matrices |
+# | [HiRA, MiSS](20_hira_miss.md) | yes | $W + s\,W \odot BA$; repeated rows of one matrix |
 # | [(IA)³](10_ia3.md) | yes, also where $l = 0$ | rows or columns scaled |
 # | [bottleneck adapters](13_bottleneck.md) | no | a nonlinearity stands between |
 # | [prefix](14_prefix.md) | no | a gate that depends on the query |

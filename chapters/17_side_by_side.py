@@ -570,7 +570,7 @@ if as_in_the_book:
 # %% [markdown]
 # ## What follows, and what does not
 #
-# Of methods with equally many numbers, take the one that suits the purpose: memory of a large base (QLoRA), small files (IA3, prompt, VeRA), merging (the relatives of LoRA), no change to any layer (prefix, prompt). Then
+# Of methods with equally many numbers, take the one that suits the purpose: memory of a large base (QLoRA), small files (IA3, prompt, prefix; VeRA where layers are wide), merging (the relatives of LoRA), no change to any layer (prefix, prompt). Then
 # tune its rate. That is what this page supports. It does not support a ranking, for these reasons:
 #
 # - **A tiny model.** With a million parameters, activations are most of the memory and the embedding is a good part of the weights. At 7 billion the columns of memory and file spread by orders of magnitude
@@ -582,7 +582,7 @@ if as_in_the_book:
 #
 # ## What goes wrong in practice
 #
-# - **One rate for all.** Schulman and others find that LoRA wants about ten times the rate of full fine-tuning [@schulman2025]. In this sweep it is {=f"{rates['LoRA'] / rates['full fine-tuning']:.0f}"=} times, on a grid whose neighbours differ by a factor of 3; for VeRA it is {=f"{rates['VeRA'] / rates['full fine-tuning']:.0f}"=} times and for the prompt {=f"{rates['prompt'] / rates['full fine-tuning']:.0f}"=}. The best rates range
+# - **One rate for all.** Schulman and others find that the best rate of LoRA is about ten times that of full fine-tuning [@schulman2025]. In this sweep it is {=f"{rates['LoRA'] / rates['full fine-tuning']:.0f}"=} times, on a grid whose neighbours differ by a factor of 3; for VeRA it is {=f"{rates['VeRA'] / rates['full fine-tuning']:.0f}"=} times and for the prompt {=f"{rates['prompt'] / rates['full fine-tuning']:.0f}"=}. The best rates range
 #   from {=f"{min(rates.values()):g}"=} to {=f"{max(rates.values()):g}"=}: to fix one rate for all is to choose the winner.
 # - **A best rate at the edge of the sweep** is not a best rate: one beyond the edge may be better. In this book the chapter fails where one is.
 # - **One loss to choose and to report.** If the rate is taken where the reported loss is lowest, the methods with the most trials win. Here the rate is chosen on a hundred definitions, and the loss reported on others.

@@ -548,7 +548,7 @@ chapter.show(
 # %% [markdown]
 # Three regimes, on each of the three devices:
 #
-# - **One token**: the bytes give the bound, and 4.5 bits against 16 are a factor of {=gain["A100"]:.2f=}. A real kernel also issues instructions that the bound leaves out: the comment at the head of `qlora.cu` counts five to decode a weight. On a device with faster memory, such as an H100, they take longer than the bytes.
+# - **One token**: the bytes give the bound, and 4.5 bits against 16 are a factor of {=gain["A100"]:.2f=}. A real kernel also issues instructions that the bound leaves out: the comment at the head of `qlora.cu` counts five to decode a weight. On an H100, whose memory is faster, they take longer than the bytes: they leave {=f"{caps['product'][1]:.0%}" if caps else 'less than 100 %'=} of the memory's speed ([above](#what-the-instructions-cost)).
 #   And the factor holds only if the kernel is fused: dequantizing first takes {=slower["A100"]:.1f=} times as long as float16, since the weight is read, written and read again.
 # - **Tens of tokens**: our fused kernel multiplies by ordinary units. On an A100 it falls behind float16 at {=best_below["A100"]=} tokens, on an RTX 4090, whose ordinary units are faster, at {=best_below["RTX 4090"]=}. A kernel that decodes *into tensor cores* keeps the gain
 #   for longer; ours is for decoding.

@@ -103,7 +103,7 @@ if not NO_NVRTC:
         assert spilled == "0"
 
 # %% [markdown]
-# A check that never fails proves nothing. So take this book's real `quantize`, which wants many more registers, and squeeze it into 24:
+# A check that never fails proves nothing. So take this book's real `quantize`, which needs many more registers, and squeeze it into 24:
 
 # %%
 if not NO_NVRTC:
@@ -132,7 +132,7 @@ if not NO_NVRTC:
 print(fibers.heart())
 
 # %% [markdown]
-# This is the model of the tests, which knows warps and shuffles too. There it runs every kernel of this library, in half precision as well, behind NVIDIA's own headers.
+# This is the model of the tests, which has warps and shuffles too. There it runs every kernel of this library, in half precision as well, behind NVIDIA's own headers.
 #
 # Now the mistakes, each an edit of the source: three barriers taken out, one put where not all threads come, and some that have nothing to do with threads.
 

@@ -27,8 +27,8 @@ chapter = start("20_hira_miss", steps=24, model="tiny")
 # %% [markdown]
 # ## The problem
 #
-# An update $s\,BA$ has rank $r$ at most. Full fine-tuning changes a weight by a matrix of higher rank. HiRA asks for a high rank without more trained numbers. MiSS asks for fewer: LoRA needs $A$ only because
-# somebody has to choose the $r$ combinations of the inputs that $B$ sees, and a fixed choice might do.
+# An update $s\,BA$ has rank $r$ at most. Full fine-tuning changes a weight by a matrix of higher rank. HiRA gives a high rank without more trained numbers. MiSS trains fewer: LoRA's $A$ chooses
+# the $r$ combinations of the inputs that $B$ sees, and a choice that is fixed might do as well.
 #
 # ## The formula
 #
@@ -122,7 +122,8 @@ rank = {
     "MiSS": np.linalg.matrix_rank(miss.delta(miss.MiSS(B.T), own.shape[1])),
 }
 print(
-    f"a weight of {own.shape[0]} x {own.shape[1]}, r = {R}; rank of the update:", rank
+    f"a weight of {own.shape[0]} x {own.shape[1]}, r = {R}; rank of the update:",
+    ", ".join(f"{name} {value}" for name, value in rank.items()),
 )
 chapter.claim(
     "the update of HiRA has a higher rank than r",
@@ -218,7 +219,7 @@ chapter.show(
     figure,
     "rates",
     alt="Loss on held-out definitions against the learning rate: one curve each for LoRA, LoRA plus, HiRA and MiSS, each lowest in the middle of its own three rates.",
-    caption=f"The best losses: LoRA {at_best['LoRA']:.2f}, LoRA+ {at_best['LoRA+']:.2f}, HiRA {at_best['HiRA']:.2f}, MiSS {at_best['MiSS']:.2f}. The best rates lie a decade apart.",
+    caption=f"The best losses: LoRA {at_best['LoRA']:.2f}, LoRA+ {at_best['LoRA+']:.2f}, HiRA {at_best['HiRA']:.2f}, MiSS {at_best['MiSS']:.2f}. The best rates lie between {min(best.values()):g} and {max(best.values()):g}.",
 )
 
 # %% [markdown]

@@ -53,6 +53,10 @@ def generate(layout: Layout, say: Callable[[str], None] = print) -> Book:
     parts = group(chapters, Path(__file__).with_name("parts.yml"))
     results = run_all(layout, chapters, say)
     quantities.check(results)
+    readme, figure_of = layout.root / "README.md", "01_lora"
+    if readme.exists() and figure_of in results:
+        text = readme.read_text("utf-8")
+        quantities.check_readme(text, figure_of, results[figure_of])
     written: list[Path] = []
     cited_in: dict[str, list[str]] = {}
     for part, members in parts.items():

@@ -30,6 +30,54 @@ def test_a_bare_print_below_a_known_label_is_compared_too(small, book_of_quantit
         book_of_quantities(25.44, 25.44)
 
 
+TWICE = "# %%\nfor loss in ({}, {}):\n    print('loss of a run:', loss)\n"
+
+
+def test_a_line_that_nobody_registered_is_compared_between_chapters(small):
+    small.chapter(TWICE.format(4.1, 4.2), "01_one")
+    small.build()  # in one chapter a line may change, as in a loop
+    small.chapter(TWICE.format(4.1, 4.3), "02_two")
+    with pytest.raises(BookError) as caught:
+        small.build()
+    said = str(caught.value)
+    assert said.startswith("'loss of a run' is 4.1 in 01_one and 4.3 in 02_two")
+
+
+def test_sentences_of_a_claim_are_no_quantities(small):
+    said = "# %%\nprint('claim: {0} bits are enough\\n  control: {0} bits')\n"
+    small.chapter(said.format(8), "01_one")
+    small.chapter(said.format(4), "02_two")
+    small.build()
+
+
+README = """<picture>
+  <img alt="It ends at 3.76." src="x.svg">
+</picture>
+
+*A figure. LoRA has {} % of the gain.*
+
+Version 9.99
+"""
+
+
+@pytest.mark.parametrize(("share", "agrees"), [("89", True), ("88", False)])
+def test_the_readme_tells_what_its_figure_shows(tmp_path, share, agrees):
+    pairs = [["loss", "3.761 nats per token"], ["of the gain", "89 %"]]
+    result = Result(tmp_path, 1.0, {"quantities": pairs, "cells": [], "solutions": []})
+    told = README.format(share)
+    if agrees:
+        quantities.check_readme(told, "01_lora", result)
+    else:
+        with pytest.raises(BookError, match=r"README.md says 88 of its figure"):
+            quantities.check_readme(told, "01_lora", result)
+
+
+def test_the_real_readme_has_a_figure_to_compare(root):
+    result = Result(root, 1.0, {"quantities": [], "cells": [], "solutions": []})
+    with pytest.raises(BookError, match=r"README.md says 3\.70"):
+        quantities.check_readme((root / "README.md").read_text(), "01_lora", result)
+
+
 def test_one_chapter_may_not_contradict_itself_either(tmp_path):
     pairs = [["the loss before", "4.325"], ["the loss before", "4.293"]]
     result = Result(tmp_path, 1.0, {"quantities": pairs, "cells": [], "solutions": []})

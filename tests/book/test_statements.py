@@ -1,10 +1,13 @@
 """How chapters state things: claims with a control, swept rates, words with numbers."""
 
+import json
 from pathlib import Path
 
 import pytest
 from book import Layout, chapter
 
+from minipeft.lab import memory
+from minipeft.lab.memory import LLAMA_7B
 from tests.book.statements import TRAINED, Asserts, calls, sweeps, vague, words
 
 ROOT = Path(__file__).parents[2]
@@ -113,3 +116,33 @@ def test_a_loop_over_rates_is_a_sweep():
 )
 def test_a_word_without_its_number_is_found(text, count):
     assert len(vague(text)) == count
+
+
+def of_seventeen(method):
+    path = ROOT / "chapters" / "results" / "17_side_by_side.json"
+    return json.loads(path.read_text())["methods"][method]
+
+
+def apart(method):
+    losses = [run["validation"] for run in of_seventeen(method)["runs"]]
+    return max(losses) - min(losses)
+
+
+def share_of_7b(r):
+    adapter = memory.Adapter(r)
+    return 100 * memory.lora_parameters(LLAMA_7B, adapter) / LLAMA_7B.parameters
+
+
+# Numbers that a chapter tells of another one, and where they come from.
+TOLD = [
+    ("13_bottleneck", "three seeds of LoRA alone lie {:.2f} nats apart", apart("LoRA")),
+    ("15_prompt", "more than the {:,} of [IA3]", of_seventeen("IA3")["trained"]),
+    ("01_lora", "it is {:.1f} % at eight times the rank", share_of_7b(64)),
+    ("17_side_by_side", "a rank of 8 is {:.1f} % of the parameters", share_of_7b(8)),
+]
+
+
+@pytest.mark.parametrize(("name", "sentence", "value"), TOLD, ids=[t[0] for t in TOLD])
+def test_what_a_chapter_tells_of_another_is_what_that_one_has(name, sentence, value):
+    (script,) = [c for c in CHAPTERS if c.name == name]
+    assert sentence.format(value) in " ".join(prose(script).split())
