@@ -2,7 +2,7 @@
 # # What 4 bits cost on a GPU
 #
 # Four bits a weight save memory. Do they also save *time*? That depends on how many tokens are multiplied at
-# once: for one token the bound is 3.5 times lower than that of 16 bits, for hundreds of tokens it is higher. This chapter derives these bounds: how the bytes lie, how a GPU fetches them, how many each of our kernels moves, and what bound follows from that on any device. All speeds here are such bounds, and none is a measurement.
+# once: for one token the bound is 3.6 times lower than that of 16 bits, for hundreds of tokens it is higher. This chapter derives these bounds: how the bytes lie, how a GPU fetches them, how many each of our kernels moves, and what bound follows from that on any device. All speeds here are such bounds, and none is a measurement.
 
 # %%
 import re
