@@ -39,20 +39,25 @@ class Contents:
     metadata: Mapping[str, str] = field(default_factory=dict)
 
 
-def read(folder: Path) -> Contents:
+def read(folder: Path, weights: str = WEIGHTS) -> Contents:
     """Return what an adapter's folder holds.
+
+    Args:
+        folder: of the adapter.
+        weights: the name of its file of tensors.
 
     Raises:
         InputError: a file is absent, damaged, too large to be one of an adapter, or a
             pickle, or a number in it is not finite.
     """
     config = read_config(folder)
-    path = folder / WEIGHTS
-    if not path.exists() and (folder / "adapter_model.bin").exists():
-        raise InputError(
-            f"{folder} holds adapter_model.bin, a pickle, which can run any program "
-            "when it is opened; convert it to safetensors where it was made"
-        )
+    path = folder / weights
+    for pickle in ("adapter_model.bin", "pytorch_adapter.bin"):
+        if not path.exists() and (folder / pickle).exists():
+            raise InputError(
+                f"{folder} holds {pickle}, a pickle, which can run any program when it "
+                "is opened; convert it to safetensors where it was made"
+            )
     _check_size(path, LARGEST_WEIGHTS)
     file = SafeTensors(path)
     tensors = {name: file.read(name) for name in file.about}
@@ -84,8 +89,13 @@ def read_config(folder: Path) -> dict[str, Any]:
     return config
 
 
-def write(folder: Path, contents: Contents) -> None:
+def write(folder: Path, contents: Contents, weights: str = WEIGHTS) -> None:
     """Write an adapter's folder; it appears whole, or not at all.
+
+    Args:
+        folder: a new one.
+        contents: of its two files.
+        weights: the name of the file of tensors.
 
     Raises:
         InputError: the folder exists, a tensor is not finite, or the disk is full.
@@ -101,7 +111,7 @@ def write(folder: Path, contents: Contents) -> None:
     except OSError as error:
         raise _cannot_write(folder, error) from error
     try:
-        _write_tensors(part / WEIGHTS, contents)
+        _write_tensors(part / weights, contents)
         (part / CONFIG).write_text(text + "\n", "utf-8")
         part.chmod(0o755)
         part.rename(folder)
