@@ -49,7 +49,7 @@ chapter = start("00_why", steps=1, model="tiny")
 
 # %%
 tiny = chapter.load()
-architecture = memory.Architecture.of(tiny.model)
+architecture = memory.of_model(tiny.model)
 counted = sum(p.numel() for p in tiny.model.parameters())
 print(
     f"{architecture.layers} layers, width {architecture.width}, {architecture.vocabulary} tokens"
@@ -104,7 +104,7 @@ chapter.claim(
 # The formula counts every tensor that a block keeps: norms, queries, keys, values, the gate. Its docstring lists them
 # all.
 #
-# @source minipeft.lab.memory.activation_memory
+# @source minipeft.lab.memory.activations.activation_memory
 #
 # For this small model and this batch of {=batch=} × {=length=} tokens the sum is:
 
@@ -140,7 +140,7 @@ for name, way in ways.items():
 for name, way in ways.items():
     label = f"Llama 2 7B, 4 x 512 tokens, {name}: memory in all"
     chapter.quantity(label, way.total / 1e9, "GB", 1)
-thin = memory.lora_parameters(llama, adapter) / llama.parameters
+thin = memory.adapter_parameters(llama, adapter) / llama.parameters
 print(f"LoRA of rank {adapter.r} trains {thin:.1%} of the parameters")
 
 # %% [markdown]
@@ -189,7 +189,7 @@ chapter.show(
 # sum: weights and gradients shrink to half and activations to {=f"{ways['everything, 16 bits'].activations / ways['everything, 32 bits'].activations:.0%}"=}, but Adam's states stay in 32 bits, and so does a second copy of the weights, the
 # *master copy*, to which the small steps are added. With an adapter, the rest becomes smaller too:
 #
-# - **LoRA** trains {=f"{memory.lora_parameters(llama, adapter) / 1e6:.0f}"=} million numbers instead of
+# - **LoRA** trains {=f"{memory.adapter_parameters(llama, adapter) / 1e6:.0f}"=} million numbers instead of
 #   {=f"{llama.parameters / 1e9:.2f}"=} billion. Their gradients and states take
 #   {=f"{(ways['LoRA on 16 bits'].gradients + ways['LoRA on 16 bits'].optimizer) / 1e9:.1f}"=} GB. Weights and activations are what remains.
 # - **QLoRA** keeps the frozen weights of the linear layers in {=f"{8 * nested:.3f}"=} bits each instead of 16.
@@ -240,7 +240,7 @@ assert 1000 < crossing < 20000
 # %% tags=["solution"]
 for name, trained in (
     ("everything", llama.parameters),
-    (f"LoRA, r = {adapter.r}", memory.lora_parameters(llama, adapter)),
+    (f"LoRA, r = {adapter.r}", memory.adapter_parameters(llama, adapter)),
 ):
     print(f"{name:13s} saves {trained * 6 / 1e9:.2f} GB")
 assert llama.parameters * 6 > 40e9

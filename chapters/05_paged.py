@@ -17,7 +17,7 @@ from minipeft.lab.memory import (
     COUNTED_ADAPTER,
     LLAMA_7B,
     activation_memory,
-    lora_parameters,
+    adapter_parameters,
     quantized_bits,
 )
 from minipeft.reference import adamw, paged
@@ -33,7 +33,7 @@ chapter = start("05_paged", steps=40, model=None)
 
 # %%
 ADAPTER = COUNTED_ADAPTER
-trained = lora_parameters(LLAMA_7B, ADAPTER)
+trained = adapter_parameters(LLAMA_7B, ADAPTER)
 rest = LLAMA_7B.parameters - LLAMA_7B.linear_parameters
 BASE = LLAMA_7B.linear_parameters * quantized_bits(4, 64, 256) / 8 + 2 * rest
 STATE = 8 * trained

@@ -270,7 +270,7 @@ llama_65b = memory.Architecture(80, 8192, 22016, 64, 64, 32000, 128, tied=False)
 bits = memory.quantized_bits(4, 64, 256)
 rest = llama_65b.parameters - llama_65b.linear_parameters
 at_rest = llama_65b.linear_parameters * bits / 8 + 2 * rest
-trained = memory.lora_parameters(llama_65b, memory.COUNTED_ADAPTER)
+trained = memory.adapter_parameters(llama_65b, memory.COUNTED_ADAPTER)
 print(
     f"base {at_rest / 1e9:.1f} GB, adapters, gradients, states {16 * trained / 1e9:.1f} GB"
 )

@@ -18,6 +18,7 @@ from minipeft import __version__
 from minipeft.errors import InputError
 from minipeft.golden import command as verify
 from minipeft.interop import command as files
+from minipeft.lab.memory import command as memory
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -40,6 +41,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     verify.add(commands)
     files.add(commands)
+    memory.add(commands)
     _add_models(commands)
     _add_gpu_report(commands)
     return parser

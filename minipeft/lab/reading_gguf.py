@@ -39,6 +39,16 @@ def read(path: Path, dtype: torch.dtype, device: str) -> nn.Module:
     return model.eval()
 
 
+def config(path: Path) -> Any:
+    """Return the configuration of the Llama that a GGUF file holds.
+
+    Raises:
+        InputError: the file is damaged, or holds another architecture.
+    """
+    tensors = GgufTensors(path)
+    return _config(tensors.metadata, tensors)
+
+
 def _config(metadata: Mapping[str, str], tensors: GgufTensors) -> Any:
     if tensors.arch != "llama":
         raise InputError(f"{tensors.path} holds a {tensors.arch}; only Llama is loaded")

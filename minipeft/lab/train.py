@@ -29,6 +29,7 @@ from minipeft.lab.checkpoint import (
 from minipeft.lab.diagnosis import bad_gradient, bad_loss, checked_labels, predicted
 from minipeft.lab.files import claimed, write_atomic
 from minipeft.lab.identity import Identity
+from minipeft.lab.memory.measured import step_memory
 from minipeft.lab.progress import Bar, bar
 
 Batch = Mapping[str, torch.Tensor]
@@ -203,13 +204,15 @@ class _Run:
             path = checkpoint.path
             start = load_checkpoint(path, model, self.optimizer, self.identity)
             self.settings = start.settings
-        self.step, self.losses = start.step, list(start.losses)
+        self.step, self.losses, self.fresh = start.step, list(start.losses), 0
         self.validation, self.seconds = list(start.validation), start.seconds
 
     def advance(self, shown: Bar) -> None:
         """Take one step, then validate and save if it is time."""
         began = time.perf_counter()
-        value = self.update()
+        self.fresh += 1
+        second = self.fresh == 2  # the first makes the optimizer's states
+        value = self.measured(shown) if second else self.update()
         self.step += 1
         self.losses.append(value)
         every = self.config.validate_every
@@ -219,6 +222,16 @@ class _Run:
         shown.advance(value)
         if self.checkpoint and self.step % self.checkpoint.every == 0:
             self.keep()
+
+    def measured(self, shown: Bar) -> float:
+        """Take a step, and say what peak of memory was predicted, and what was met."""
+        first = self.step * self.config.accumulate
+        with step_memory(
+            self.model, self.optimizer, self.batches(first), self.config.accumulate
+        ) as found:
+            value = self.update()
+        shown.note(found[0])
+        return value
 
     def update(self) -> float:
         """Descend along the gradient of one step's batches; return their loss."""

@@ -93,7 +93,9 @@ class WeightView:
 
     def project(self, layer: Any, x: Input, A: Weight, p: float) -> Output:
         """Return $x A^T$ in the dtype of A; drop each entry of x with chance p."""
-        if x.dtype.itemsize < A.dtype.itemsize and not p and _eager(x):
+        # A frozen A has no use for x, so that torch's own product keeps nothing of it.
+        wider = A.requires_grad and x.dtype.itemsize < A.dtype.itemsize
+        if wider and not p and _eager(x):
             return cast(Tensor, _Widened.apply(x, A))  # type: ignore[no-untyped-call]
         x = x.to(A.dtype)
         return linear(dropout(x, p) if p else x, A)

@@ -52,7 +52,8 @@ def test_progress_goes_to_stderr(toy, capsys):
     train(toy, BATCHES, TrainConfig(20), VALIDATION)
     out, err = capsys.readouterr()
     assert out == ""
-    assert len(err.splitlines()) == 10
+    assert len(err.splitlines()) == 1 + 10
+    assert err.startswith("peak memory of a step: measured ")
     assert re.fullmatch(
         r"step 20/20  loss \d\.\d{3}  \(mean of 20 steps \d\.\d{3}\)  .*0 s left",
         err.splitlines()[-1],

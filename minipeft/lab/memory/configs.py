@@ -1,0 +1,159 @@
+"""From a model's `config.json` to its sizes."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from minipeft.errors import InputError
+from minipeft.lab.memory.shapes import GPT2, Architecture, Block, Experts
+
+QKV = ("q_proj", "k_proj", "v_proj")
+BLOCKS: Mapping[str, Block] = {
+    "llama": Block(),
+    "mistral": Block(),
+    "mixtral": Block(),
+    "qwen2": Block(biases=QKV),
+    "qwen2_moe": Block(biases=QKV),
+    "qwen3": Block(head_norms=True),
+    "qwen3_moe": Block(head_norms=True),
+    "gemma": Block(),
+    "gemma2": Block(norms=4, soft_caps=True),
+    "gemma3_text": Block(norms=4, head_norms=True),
+    "gpt2": Block(gated=False, biases=GPT2, norm_vectors=2),
+}
+"""The families whose blocks are known, by the `model_type` of their configuration."""
+
+
+def of_config(config: Any) -> Architecture:
+    """Read the sizes from a configuration of transformers.
+
+    Of a model that sees, the part that writes is counted.
+
+    Raises:
+        InputError: the family is not known here, or has parts that are not counted.
+    """
+    config = getattr(config, "text_config", config)
+    family = config.model_type
+    if family not in BLOCKS:
+        raise InputError(
+            f"the sizes of {family!r} are not known here; give one of "
+            f"{', '.join(BLOCKS)}"
+        )
+    for part in ("mlp_bias", "attention_bias"):
+        if getattr(config, part, False) and family not in ("qwen2", "qwen2_moe"):
+            raise InputError(
+                f"{part} is true, and biases are not counted for {family}; set it to "
+                "false if the model has none"
+            )
+    if family == "gpt2":
+        return _gpt2(config)
+    found = Architecture(
+        layers=config.num_hidden_layers,
+        width=config.hidden_size,
+        feedforward=config.intermediate_size,
+        heads=config.num_attention_heads,
+        key_value_heads=config.num_key_value_heads or config.num_attention_heads,
+        vocabulary=config.vocab_size,
+        head=getattr(config, "head_dim", None)
+        or config.hidden_size // config.num_attention_heads,
+        tied=config.tie_word_embeddings,
+        block=BLOCKS[family],
+    )
+    return EXPERTS[family](config, found) if family in EXPERTS else found
+
+
+def of_model(model: Any) -> Architecture:
+    """Read the sizes from a transformers model.
+
+    Raises:
+        InputError: its parameters are not those of its configuration's sizes.
+    """
+    counted = sum(parameter.numel() for parameter in model.parameters())
+    try:
+        found = of_config(model.config)
+    except (InputError, AttributeError):
+        found = None
+    if found is None or found.parameters != counted:
+        raise InputError(
+            f"the formulas are those of Llama and its kin, and {type(model).__name__} "
+            f"with its {counted:,} parameters is built otherwise; give a model of "
+            f"{', '.join(BLOCKS)}"
+        )
+    return found
+
+
+def named(name: str) -> Architecture:
+    """Read the sizes of a model: a `config.json`, a folder, or a name on this machine.
+
+    Raises:
+        InputError: there is no such file or model, or its family is not known here.
+    """
+    import transformers
+
+    from minipeft.lab import models
+
+    path = Path(name)
+    if path.suffix != ".json":
+        models.check_name(name)
+        if name == "smollm2":
+            from minipeft.lab import reading_gguf
+
+            file = models.cached(name) / models.WHEELS[name].files[0]
+            return of_config(reading_gguf.config(file))
+        path = models.folder_of(name) / "config.json"
+    if not path.is_file():
+        raise InputError(f"there is no file {name}; give a model's config.json")
+    try:
+        config = transformers.AutoConfig.from_pretrained(path, local_files_only=True)
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise InputError(f"{path} is no configuration of a model ({reason})") from error
+    return of_config(config)
+
+
+def _gpt2(config: Any) -> Architecture:
+    return Architecture(
+        layers=config.n_layer,
+        width=config.n_embd,
+        feedforward=config.n_inner or 4 * config.n_embd,
+        heads=config.n_head,
+        key_value_heads=config.n_head,
+        vocabulary=config.vocab_size,
+        head=config.n_embd // config.n_head,
+        tied=config.tie_word_embeddings,
+        block=BLOCKS["gpt2"],
+        positions=config.n_positions,
+    )
+
+
+def _mixtral(config: Any, dense: Architecture) -> Architecture:
+    experts = Experts(
+        count=config.num_local_experts,
+        active=config.num_experts_per_tok,
+        width=config.intermediate_size,
+        layers=config.num_hidden_layers,
+    )
+    return replace(dense, experts=experts)
+
+
+def _qwen_moe(config: Any, dense: Architecture) -> Architecture:
+    plain = set(config.mlp_only_layers or ())
+    step, layers = config.decoder_sparse_step, config.num_hidden_layers
+    sparse = [i for i in range(layers) if i not in plain and (i + 1) % step == 0]
+    experts = Experts(
+        count=config.num_experts,
+        active=config.num_experts_per_tok,
+        width=config.moe_intermediate_size,
+        shared=getattr(config, "shared_expert_intermediate_size", 0) or 0,
+        layers=len(sparse),
+    )
+    return replace(dense, experts=experts if sparse else None)
+
+
+EXPERTS: Mapping[str, Callable[[Any, Architecture], Architecture]] = {
+    "mixtral": _mixtral,
+    "qwen2_moe": _qwen_moe,
+    "qwen3_moe": _qwen_moe,
+}
+"""How the families with experts name them."""

@@ -1,0 +1,169 @@
+"""One run, as a person names it: the options of `minipeft memory`."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+from minipeft.errors import InputError
+from minipeft.lab.memory.rows import (
+    METHODS,
+    Adapter,
+    adapter_parameters,
+    frozen_values,
+)
+from minipeft.lab.memory.shapes import Architecture
+from minipeft.lab.memory.training import (
+    Peak,
+    Precision,
+    Step,
+    base_memory,
+    peak,
+    quantized_bits,
+)
+
+
+class Base(NamedTuple):
+    """How the frozen weights are stored: bytes a number, and of what stays exact."""
+
+    linears: float
+    rest: int
+
+
+BASES: Mapping[str, Base] = {
+    "float32": Base(4, 4),
+    "bfloat16": Base(2, 2),
+    "nf4": Base(quantized_bits(4, 64) / 8, 2),
+    "nf4-double": Base(quantized_bits(4, 64, 256) / 8, 2),
+}
+
+
+class Optimizer(NamedTuple):
+    """Bytes a trained parameter: of the states, while stepping, and on the host."""
+
+    states: float
+    transient: float
+    paged: float = 0.0
+
+
+EIGHT = 2 + 2 * 4 / 256
+"""Two codes of 8 bits, and their float32 scales, one for 256 of them."""
+
+OPTIMIZERS: Mapping[str, Optimizer] = {
+    "adamw": Optimizer(8, 4),
+    "adamw-master": Optimizer(12, 4),
+    "adamw8": Optimizer(EIGHT, 0),
+    "paged-adamw": Optimizer(8, 0, 8),
+    "paged-adamw8": Optimizer(EIGHT, 0, EIGHT),
+    "sgd": Optimizer(0, 0),
+}
+"""AdamW in float32; with a float32 copy of 16-bit weights; in 8 bits; on the host."""
+
+
+@dataclass(frozen=True)
+class Options:
+    """What a run's memory depends on, besides the model.
+
+    Attributes:
+        method: one of `METHODS`.
+        r: the rank; of a bottleneck its width, of virtual tokens their number.
+        targets: last parts of names; empty: where the method stands by default.
+        base: one of `BASES`; activations are of 16 bits unless it is float32.
+        optimizer: one of `OPTIMIZERS`.
+        batch: sequences.
+        sequence: tokens of one.
+        attention: `fused`, `masked` or `eager`.
+        checkpointing: whether blocks are computed again in the backward pass.
+        experts: whether a quantized base quantizes its experts, as ours does.
+        adapt_experts: whether LoRA stands on every expert too.
+    """
+
+    method: str = "lora"
+    r: int = 16
+    targets: Sequence[str] = ()
+    base: str = "bfloat16"
+    optimizer: str = "adamw"
+    batch: int = 1
+    sequence: int = 512
+    attention: str = "fused"
+    checkpointing: bool = False
+    experts: bool = True
+    adapt_experts: bool = False
+
+    def __post_init__(self) -> None:
+        _choose("method", self.method, METHODS)
+        _choose("base", self.base, tuple(BASES))
+        _choose("optimizer", self.optimizer, tuple(OPTIMIZERS))
+        for name in ("batch", "sequence"):
+            if getattr(self, name) < 1:
+                raise InputError(f"{name} is {getattr(self, name)}; give at least 1")
+        if self.method == "full" and self.base.startswith("nf4"):
+            raise InputError(
+                f"the base is {self.base}, and weights in 4 bits are not trained; "
+                "choose a method with adapters, or bfloat16"
+            )
+
+    @property
+    def adapter(self) -> Adapter | None:
+        """What trains; None: everything."""
+        if self.method == "full":
+            return None
+        return Adapter(self.r, self.targets or None, self.method, self.adapt_experts)
+
+    @property
+    def precision(self) -> Precision:
+        """Bytes a number, by what it is for."""
+        base, whole = BASES[self.base], self.method == "full"
+        short = 4 if self.base == "float32" else 2
+        return Precision(
+            weights=base.linears,
+            gradients=short if whole else 4,
+            states=OPTIMIZERS[self.optimizer].states,
+            activations=short,
+            rest=base.rest,
+            experts=None if self.experts else float(base.rest),
+        )
+
+    def trained(self, model: Architecture) -> int:
+        """Return how many parameters train."""
+        adapter = self.adapter
+        return adapter_parameters(model, adapter) if adapter else model.parameters
+
+    def peak(self, model: Architecture) -> Peak:
+        """Return the fullest moment of a step on this model."""
+        optimizer, trained = OPTIMIZERS[self.optimizer], self.trained(model)
+        step = Step(
+            attention=self.attention,
+            checkpointing=self.checkpointing,
+            transient=optimizer.transient,
+            paged=optimizer.paged * trained,
+        )
+        tokens = (self.batch, self.sequence)
+        return peak(model, tokens, self.adapter, self.precision, step)
+
+    def host(self, model: Architecture) -> float:
+        """Return the bytes of states that a paged optimizer keeps on the host."""
+        return OPTIMIZERS[self.optimizer].paged * self.trained(model)
+
+    def weights(self, model: Architecture) -> dict[str, float]:
+        """Return the bytes of the weights by what they are, constants apart."""
+        parts = base_memory(model, self.precision)
+        constants = 0.0
+        if self.base.startswith("nf4"):
+            counted = replace(self.precision, weights=0.5)
+            codes = base_memory(model, counted)
+            constants = sum(parts.values()) - sum(codes.values())
+            parts = codes
+        found = {name: size for name, size in parts.items() if size}
+        if constants:
+            found["quantization constants"] = constants
+        adapter = self.adapter
+        if adapter is not None:
+            found["adapters"] = 4.0 * adapter_parameters(model, adapter)
+            frozen = 4.0 * frozen_values(model, adapter)
+            found |= {"the adapters' frozen part": frozen} if frozen else {}
+        return found
+
+
+def _choose(what: str, word: str, choices: Sequence[str]) -> None:
+    if word not in choices:
+        raise InputError(f"there is no {what} {word!r}; choose {', '.join(choices)}")

@@ -1,0 +1,165 @@
+"""`minipeft memory`: what it prints, from a configuration alone."""
+
+import json
+
+import pytest
+
+from minipeft import cli
+from minipeft.errors import InputError
+from minipeft.lab.memory import LLAMA_7B, command, named
+from minipeft.lab.memory.options import BASES, OPTIMIZERS, Options
+
+LLAMA = {
+    "model_type": "llama",
+    "vocab_size": 128256,
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "tie_word_embeddings": False,
+}
+MIXTRAL = {
+    **LLAMA,
+    "model_type": "mixtral",
+    "num_local_experts": 8,
+    "vocab_size": 32000,
+}
+
+
+@pytest.fixture
+def config(tmp_path):
+    """Write a configuration, and return its path."""
+
+    def written(**fields):
+        path = tmp_path / "config.json"
+        path.write_text(json.dumps(fields))
+        return str(path)
+
+    return written
+
+
+def ran(capsys, *arguments):
+    code = cli.main(["memory", *arguments])
+    return code, *capsys.readouterr()
+
+
+def test_llama_3_1_8b_from_its_config_alone(config, capsys):
+    code, out, _ = ran(capsys, config(**LLAMA), "--base", "nf4-double", "-r", "64")
+    assert code == 0
+    assert out.startswith("8,030,261,248 parameters; 167,772,160 train (2.046%)")
+    for part in ("embeddings", "output layer", "norms, biases, routers"):
+        line = next(line for line in out.splitlines() if part in line)
+        assert f"not quantized: {command.STAYS[part]}" in line
+    assert "quantization constants" in out
+    assert "fits on: T4" in out
+
+
+def test_json_holds_bytes_that_add_up(config, capsys):
+    code, out, _ = ran(capsys, config(**LLAMA), "--json", "--checkpointing")
+    found = json.loads(out)
+    assert code == 0
+    peak = found["peak"]
+    parts = ("weights", "gradients", "optimizer", "activations", "logits", "transient")
+    assert peak["total"] == sum(peak[part] for part in parts)
+    assert peak["weights"] == sum(found["weights"].values())
+    assert found["parameters"] == 8_030_261_248
+    assert found["options"]["checkpointing"] is True
+    assert found["cards"]["T4, sold as 16 GB"] is False
+    assert found["cards"]["RTX 4090, sold as 24 GB"] is True
+
+
+def test_experts_stay_exact_where_that_is_asked(config, capsys):
+    path = config(**MIXTRAL)
+    model = named(path)
+    assert model.parameters == 46_702_792_704  # Mixtral 8x7B
+    ours = Options(base="nf4-double").peak(model)
+    theirs = Options(base="nf4-double", experts=False).peak(model)
+    bits = 8 * BASES["nf4-double"].linears
+    saved = model.expert_parameters * (16 - bits) / 8
+    assert theirs.weights - ours.weights == pytest.approx(saved)
+    _, out, _ = ran(capsys, path, "--base", "nf4-double", "--exact-experts")
+    assert f"not quantized: {command.STAYS['experts']}" in out
+    _, out, _ = ran(capsys, path, "--base", "nf4-double", "--adapt-experts")
+    assert f"not quantized: {command.STAYS['experts']}" not in out
+    plain = Options().trained(model)
+    adapted = Options(adapt_experts=True).trained(model)
+    # Of rank 16, in 32 layers, 8 experts: gate and up are one matrix.
+    one = 16 * ((4096 + 2 * 14336) + (14336 + 4096))
+    assert adapted - plain == 32 * 8 * one
+
+
+def test_names_and_folders_are_found(tmp_path, tiny):
+    tiny.model.config.save_pretrained(tmp_path)
+    assert named(str(tmp_path)) == named("tiny")
+    assert named("tiny").parameters == 918_656
+
+
+@pytest.mark.parametrize("name", [*OPTIMIZERS])
+def test_optimizers_keep_what_they_say(name):
+    options = Options(method="full", optimizer=name)
+    peak, P = options.peak(LLAMA_7B), LLAMA_7B.parameters
+    assert peak.optimizer + options.host(LLAMA_7B) == pytest.approx(
+        P * OPTIMIZERS[name].states
+    )
+    assert (peak.optimizer == 0) == (name.startswith("paged") or name == "sgd")
+
+
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_checkpointing_and_attention_move_the_peak_as_they_should(method):
+    def total(**changes):
+        return (
+            Options(**{"method": method, "sequence": 2048, "batch": 16} | changes)
+            .peak(LLAMA_7B)
+            .total
+        )
+
+    usual = total()
+    assert total(checkpointing=True) < usual
+    assert usual < total(attention="masked") < total(attention="eager")
+    assert total(batch=17) > usual
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (("--method", "lorra"), "there is no method 'lorra'; choose full, lora"),
+        (("--base", "int3"), "there is no base 'int3'; choose float32, bfloat16"),
+        (("--optimizer", "lion"), "there is no optimizer 'lion'; choose adamw"),
+        (("--attention", "flash"), "there is no attention 'flash'; choose from fused"),
+        (("--batch", "0"), "batch is 0; give at least 1"),
+        (("-r", "0"), "the rank is 0; it must be at least 1"),
+        (("--targets", "query"), "targets are ['query']; choose from q_proj"),
+        (("--targets", "c_fc"), "targets are ['c_fc']; choose from q_proj"),
+        (("--method", "full", "--base", "nf4"), "weights in 4 bits are not trained"),
+        (("--method", "dora", "--adapt-experts"), "dora does not adapt experts"),
+    ],
+)
+def test_wrong_options_are_one_sentence(config, capsys, arguments, sentence):
+    code, out, err = ran(capsys, config(**LLAMA), *arguments)
+    assert (code, out) == (2, "")
+    assert sentence in err
+
+
+@pytest.mark.parametrize(
+    ("fields", "sentence"),
+    [
+        ({"model_type": "bert"}, "the sizes of 'bert' are not known here; give one of"),
+        ({"hidden_size": 8}, "is no configuration of a model"),
+        ({**LLAMA, "attention_bias": True}, "attention_bias is true, and biases are"),
+    ],
+)
+def test_a_configuration_that_is_not_known_is_one_sentence(
+    config, capsys, fields, sentence
+):
+    code, _, err = ran(capsys, config(**fields))
+    assert code == 2
+    assert sentence in err
+
+
+def test_no_such_file_is_one_sentence(tmp_path, capsys):
+    code, _, err = ran(capsys, str(tmp_path / "none.json"))
+    assert code == 2
+    assert "give a model's config.json" in err
+    with pytest.raises(InputError, match="there is no model"):
+        named("no-such-model")
