@@ -48,7 +48,7 @@ class Adapted(nn.Module, ABC, Generic[Adapter]):
 
     Args:
         base: the layer to wrap; it is frozen.
-        adapter: the trained part.
+        adapter: the trained part; None: there is none yet.
         name: of the adapter.
 
     Raises:
@@ -59,7 +59,7 @@ class Adapted(nn.Module, ABC, Generic[Adapter]):
     merged_weight: Weight | None
     merged_bias: Bias | None
 
-    def __init__(self, base: nn.Module, adapter: Adapter, name: str = "default"):
+    def __init__(self, base: nn.Module, adapter: Adapter | None, name: str = "default"):
         super().__init__()
         self.view = weight_view(base)
         self.adapters = nn.ModuleDict()
@@ -68,8 +68,9 @@ class Adapted(nn.Module, ABC, Generic[Adapter]):
         self.register_buffer("merged_bias", None, persistent=False)
         self.register_load_state_dict_post_hook(_merge_again)  # type: ignore[no-untyped-call]
         self.base = base
-        self.add(name, adapter)
-        self.activate({name: 1.0})
+        if adapter is not None:
+            self.add(name, adapter)
+            self.activate({name: 1.0})
         base.requires_grad_(False)
         self.train(base.training)
 

@@ -170,6 +170,17 @@ def adapted(model: nn.Module) -> dict[str, Layer]:
     return {n: m for n, m in model.named_modules() if isinstance(m, Adapted)}
 
 
+def adapters_of(model: nn.Module, name: str = "default") -> dict[str, nn.Module]:
+    """Return one adapter by the names of the layers that hold a part of it.
+
+    Raises:
+        InputError: if no layer holds an adapter of this name.
+    """
+    layers = adapted(model)
+    _check_known(layers, [name])
+    return {k: m.adapters[name] for k, m in layers.items() if name in m.adapters}
+
+
 def trainable_parameters(model: nn.Module) -> list[nn.Parameter]:
     """Return the parameters that are trained, as an optimizer takes them."""
     return [p for p in model.parameters() if p.requires_grad]

@@ -244,6 +244,19 @@ class Product:
         """Return $x A^T$ in the dtype of A; in training, first drop entries of x."""
         return self.view.project(self.layer, self.x, A, p if self.training else 0.0)
 
+    def rows(self, index: Tensor, of: int) -> "Product":
+        """Return the product of some rows of a batch; its y is not computed again.
+
+        Args:
+            index: of the rows.
+            of: how many rows the batch has; each may be several rows of x.
+        """
+        args = list(self.args)
+        args[self.view.places[0]] = taken(self.x, index, of)
+        part = Product(self.view, self.layer, args, self.kwargs, self.training)
+        part._y = taken(self.y, index, of)
+        return part
+
     def compute(
         self, x: Input | None = None, W: Weight | None = None, bias: Bias | None = None
     ) -> Output:
@@ -258,6 +271,11 @@ class Product:
         if bias is not None:
             args[at_bias] = bias
         return cast(Tensor, self.view.function(*args, **self.kwargs))
+
+
+def taken(rows: Shaped[Tensor, "..."], index: Tensor, of: int) -> Output:
+    """Return some rows of a batch of `of`, whose positions may be rows themselves."""
+    return rows.reshape(of, -1, *rows.shape[1:])[index].flatten(0, 1)
 
 
 class _Widened(torch.autograd.Function):

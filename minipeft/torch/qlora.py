@@ -109,6 +109,11 @@ class QuantizedLinear(nn.Module):
         return self.kind(**tensors, **self.constants)
 
     @property
+    def device(self) -> torch.device:
+        """Where the weight lies."""
+        return cast(Tensor, self.codebook).device
+
+    @property
     def weight(self) -> Weight:
         r"""$\hat W$, decoded when used; to read its dtype or shape decodes nothing."""
         if torch.compiler.is_compiling():
@@ -147,13 +152,13 @@ class QuantizedLinear(nn.Module):
         self, fn: Callable[[Tensor], Tensor], recurse: bool = True
     ) -> "QuantizedLinear":
         # `.to(dtype)` must not cast scales and codebook: 16 bits would round them.
-        exact = {name: getattr(self, name) for name in self.tensors}
-        probe = torch.empty(0, dtype=self.dtype, device=self.packed.device)
+        exact = {n: b for n, b in self._buffers.items() if b is not None}
+        probe = torch.empty(0, dtype=self.dtype, device=self.device)
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         self.dtype = fn(probe).dtype
         for name, tensor in exact.items():
             if not tensor.is_meta:
-                setattr(self, name, tensor.to(self.packed.device))
+                setattr(self, name, tensor.to(self.device))
         return self
 
     def extra_repr(self) -> str:
@@ -211,7 +216,7 @@ class _Quantized(WeightView):
 
     def form(self, layer: Any) -> Form:
         rows, columns = layer.out_features, layer.in_features
-        return Form(rows, columns, layer.dtype, layer.packed.device)
+        return Form(rows, columns, layer.dtype, layer.device)
 
     def held(self, layer: Any) -> Any:
         return layer

@@ -11,7 +11,16 @@ import torch
 from torch import Tensor, nn
 
 from minipeft.kernels import driver
-from minipeft.torch import adamw, dora, launches, lora, operators, paged, qlora
+from minipeft.torch import (
+    adamw,
+    dora,
+    launches,
+    lora,
+    lora_batched,
+    operators,
+    paged,
+    qlora,
+)
 from tests.cuda.executors import CpuLauncher
 from tests.properties import device
 
@@ -58,6 +67,18 @@ def norms(there):
     return [(4 * norm.square()).round()]  # torch's root may be off by the last bit
 
 
+def many_adapters(there, tokens=1):
+    """One token a request goes through the kernels; a prompt is a batched product."""
+    base = nn.Linear(64, 24, bias=False)
+    base.weight = nn.Parameter(whole(24, 64))
+    pool = lora_batched.Pool(model := nn.Sequential(base).to(there), ["0"])
+    for name, r in (("a", 8), ("b", 16)):
+        pool.add(name, {"0": lora.LoRA(whole(r, 64), whole(24, r), 0.5)})
+    x = whole(3, tokens, 64).to(there)
+    with torch.no_grad(), pool.serve(["a", None, {"a": 2.0, "b": 0.5}]):
+        return [model(x)]
+
+
 PAGING = paged.Paging(page_size=2048, budget=2)
 RECIPES = {
     "a layer": (quantized, {"product", "dequantize"}),
@@ -72,6 +93,8 @@ RECIPES = {
         lambda there: optimizer(there, paged.PagedAdamW, bits=8, paging=PAGING),
         {"adamw_8bit"},
     ),
+    "many adapters": (many_adapters, {"shrink", "expand"}),
+    "many adapters, prompts": (lambda there: many_adapters(there, 9), set()),
     "norms": (norms, {"row_norm"}),
 }
 

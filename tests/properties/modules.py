@@ -20,10 +20,13 @@ from minipeft.torch.bottleneck import Bottleneck, BottleneckConfig, Parallel, Se
 from minipeft.torch.dora import DoRAConfig, DoRALinear
 from minipeft.torch.ia3 import IA3Config, IA3Linear
 from minipeft.torch.loftq import LoftQConfig, LoftQLinear
+from minipeft.torch.lora import LoRA
+from minipeft.torch.lora_batched import Pool
 from minipeft.torch.pissa import PiSSAConfig, PiSSALinear
 from minipeft.torch.prefix import PrefixConfig, PrefixModel, Reparametrization
 from minipeft.torch.prompt import PromptConfig, PromptModel
 from minipeft.torch.qlora import QuantizedLinear
+from minipeft.torch.sharding import ByteLinear
 from tests.agreement.llama import TEXT, llama
 from tests.agreement.on_torch import CONFIGS
 from tests.parametrizations import ROWS
@@ -150,12 +153,27 @@ def serial(device):
     return wrapped(Serial, BottleneckConfig(4, 0.5), device)
 
 
-def quantized(device):
+def batched(device):
+    """Three requests with two adapters, of which one row has none."""
+    base = whole(nn.Linear(IN, OUT)).to(device)
+    pool = Pool(nn.Sequential(base), ["0"])
+    for name, r in (("a", 2), ("b", 3)):
+        pool.add(name, {"0": LoRA(integers(r, IN), integers(OUT, r), 0.5)})
+    layer = pool.layers["0"]
+    pool.serve(["b", None, {"a": 2.0, "b": 0.5}]).__enter__()
+    return Example(layer, {"x": integers(3, 5, IN).to(device)})
+
+
+def quantized(device, kind=QuantizedLinear):
     codes = torch.randint(0, 16, (OUT * IN,), dtype=torch.uint8)
     absmax = torch.full((-(-OUT * IN // 8),), 8.0)
     q = Blockwise(pack(codes, 4), absmax, EIGHTHS, 8, (OUT, IN))
-    layer = QuantizedLinear(q, integers(OUT)).to(device)
+    layer = kind(q, integers(OUT)).to(device)
     return Example(layer, {"x": integers(5, IN).to(device)})
+
+
+def in_bytes(device):
+    return quantized(device, ByteLinear)
 
 
 def bottleneck(device):
@@ -210,10 +228,12 @@ EXAMPLES: dict[str, tuple[Callable[[Any], Example], ...]] = {
     "ia3.IA3Linear": (ia3,),
     "pissa.PiSSALinear": (pissa,),
     "loftq.LoftQLinear": (loftq,),
+    "lora_batched.BatchedLinear": (batched,),
     "bottleneck.Bottleneck": (bottleneck,),
     "bottleneck.Serial": (serial,),
     "bottleneck.Parallel": (parallel,),
     "qlora.QuantizedLinear": (quantized,),
+    "sharding.ByteLinear": (in_bytes,),
     "prefix.Reparametrization": (reparametrization,),
     "prefix.PrefixModel": (prefix, prefix_with_a_network, prefix_from_text),
     "prompt.PromptModel": (prompt, prompt_from_text),

@@ -34,6 +34,7 @@ from minipeft.torch import (
     inject,
     loftq,
     lora,
+    lora_batched,
     lora_plus,
     paged,
     pissa,
@@ -277,6 +278,32 @@ def four_bits(there):
     return out, model(x.bfloat16()), moved.weight, dict(moved.named_buffers())
 
 
+def many_adapters_at_once(there):
+    """The host holds all of them; what serves is on the device."""
+    model, ids = Small().to(there), torch.arange(6).to(there).view(3, 2)
+    pool, configs = lora_batched.Pool(model, ALL, budget=4000), CONFIGS
+    layers = {n: m.base for n, m in pool.layers.items()}
+    for name in ("lora", "vera", "miss"):
+        pool.add(name, whole_adapters(configs[name].adapters(layers)))
+    with torch.no_grad(), pool.serve(["lora", None, "vera"]):
+        out = [model(ids)]
+        assert pool.stacked_bytes > 0
+        pool.switch(0, {"miss": 2.0})
+        out += [model(ids), pool.layers["up"].weight.shape[0] * ids]
+    pool.evict("vera")
+    pool.remove("miss")
+    assert pool.shared_bytes > 0
+    layer = pool.layers["up"]
+    for wrong in (layer.merge, layer.delta, lambda: layer.change(None, layer.W)):
+        refused(wrong, "there is no one weight")
+    held = inject.adapters_of(inject.inject(Small(), configs["lora"], ["up"]))
+    return out, [pool.resident["lora"][key] for key in ALL], len(held) * ids
+
+
+def whole_adapters(found):
+    return {key: modules.whole(adapter) for key, adapter in found.items()}
+
+
 def beside_a_sublayer(there):
     model = nn.Sequential(nn.Sequential(nn.Linear(6, 6)), nn.ReLU()).to(there)
     config = bottleneck.BottleneckConfig(3)
@@ -303,7 +330,7 @@ RECIPES: list[Callable[[Any], Any]] = [
     *(adamw_with_states_of_32_bits, adamw_with_states_of_8_bits, paged_adamw),
     one_tensor_of_adamw,
     *(attended, attended_with_a_prefix, a_prompt_before_a_text, generated),
-    *(four_bits, beside_a_sublayer, two_rates),
+    *(four_bits, many_adapters_at_once, beside_a_sublayer, two_rates),
     *(adapted(config, ALL) for row, config in CONFIGS.items() if row != "ia3"),
     adapted(ia3.IA3Config(["down"]), ALL),
     adapted(pissa.PiSSAConfig(2, 4.0), ALL),

@@ -68,10 +68,21 @@ EXPERTS = (
     "stack.name_of",
 )
 
+# One model over several processes: test_sharding runs them, on CPUs only so far.
+PROCESSES = (
+    "sharding.gathered",
+    "sharding.replicate",
+    "sharding.resume",
+    "sharding.save",
+    "sharding.shard",
+    "sharding.shardable",
+)
+
 # Public functions that no recipe runs on the device.
 NOT_ON_A_DEVICE = {
     **dict.fromkeys(LAUNCHES, "runs on another pretended device, in tests/cuda"),
     **dict.fromkeys(EXPERTS, "runs on a CPU only, in tests/agreement/test_experts"),
+    **dict.fromkeys(PROCESSES, "runs over processes, in test_sharding"),
     "linear.computes_as_linear": "probes a layer with numbers on the CPU",
     "qlora.QuantizedLinear.multiply": "decodes the weight where it is",
     "qlora.prepare": "casts parameters where they are",
@@ -92,6 +103,7 @@ FOR_CUDA_ALONE = {
     "launches._stream": "asks torch for the stream that computes",
     "operators._register": "names the device whose kernels these are",
     "adamw._root": "there, torch's float32 root is rounded correctly",
+    "lora_batched.Pool._on_host": "pins host memory, which needs the driver",
     "paged.PagedAdamW.placed": "pins host memory, which needs the driver",
 }
 

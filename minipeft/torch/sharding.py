@@ -1,0 +1,224 @@
+"""One model over several processes, on torch's own engine: FSDP2, DDP, checkpoints.
+
+    distributed.init_process_group()  # under torchrun
+    model = shardable(quantize_linears(model))
+    shard(inject(model, LoRAConfig(r=16, alpha=32), "all-linear"))
+    optimizer = torch.optim.AdamW(trainable_parameters(model))
+    ...
+    save(folder, model, optimizer, step)
+
+`replicate` stands beside `shard`: every process holds the whole model, and only
+gradients travel.
+"""
+
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from inspect import signature
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.filesystem import FileSystemReader
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_state_dict,
+    set_state_dict,
+)
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import fully_shard
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim import Optimizer
+
+from minipeft.errors import InputError
+from minipeft.torch.adapted import Adapted
+from minipeft.torch.blockwise import Blockwise
+from minipeft.torch.double_quant import Nested
+from minipeft.torch.linear import Bias
+from minipeft.torch.qlora import QuantizedLinear
+from minipeft.torch.targets import replace
+
+Model = TypeVar("Model", bound=nn.Module)
+
+WHOLE = ("codebook", "offset")
+"""Parts of a quantized weight that each process holds whole: a few numbers."""
+
+TRAINED = StateDictOptions(ignore_frozen_params=True, strict=False)
+
+
+class ByteLinear(QuantizedLinear):
+    """A 4-bit layer whose codes and scales are frozen parameters of bytes.
+
+    FSDP2 shards parameters and leaves buffers whole. Bytes, because a mixed-precision
+    policy casts what is floating-point: it would round scales of 32 bits to 16.
+    """
+
+    def __init__(
+        self,
+        q: Blockwise | Nested,
+        bias: Bias | None = None,
+        dtype: torch.dtype = torch.float32,
+    ):
+        super().__init__(q, bias, dtype)
+        self.stored: dict[str, tuple[torch.dtype, torch.Size]] = {}
+        for name in [name for name in self.tensors if name not in WHOLE]:
+            tensor = self._buffers.pop(name)
+            if tensor is not None:
+                self.stored[name] = (tensor.dtype, tensor.shape)
+                held = tensor.reshape(-1).view(torch.uint8)
+                self.register_parameter(f"{name}_bytes", nn.Parameter(held, False))
+
+    def __getattr__(self, name: str) -> Any:
+        """Read a part of the quantized weight from its bytes.
+
+        Raises:
+            InputError: if this process holds a part of them alone.
+        """
+        kept = self.__dict__.get("stored", {})
+        if name not in kept:
+            return super().__getattr__(name)
+        held = self._parameters[f"{name}_bytes"]
+        if held is None or hasattr(held, "placements"):
+            raise InputError(
+                "the weight is sharded over several processes; read it within a call "
+                "of the model, or gather it (FSDP2: unshard())."
+            )
+        dtype, shape = kept[name]
+        return held.view(dtype).view(shape)
+
+
+def shardable(model: Model) -> Model:
+    """Put a `ByteLinear` in the place of every 4-bit layer.
+
+    Args:
+        model: changed in place and returned; not yet adapted.
+
+    Raises:
+        InputError: if no layer is quantized, or the model has adapters.
+    """
+    for name, module in model.named_modules():
+        if isinstance(module, Adapted):
+            raise InputError(
+                f"{name} has adapters; call shardable() first, then inject."
+            )
+    found = [m for m in model.modules() if type(m) is QuantizedLinear]
+    if not found:
+        raise InputError("no layer is quantized; call quantize_linears(model) first.")
+    made = {id(m): ByteLinear(m.q, m.bias, m.dtype).train(m.training) for m in found}
+    replace(model, made)
+    return model
+
+
+def shard(model: Model, mesh: DeviceMesh | None = None) -> Model:
+    """Shard a model over the processes: each of its blocks for itself, then the rest.
+
+    A block is an element of an outermost list of modules. Its weights are gathered for
+    its forward and its backward, frozen ones too; gradients of adapters are averaged.
+
+    Args:
+        model: with its adapters; changed in place and returned.
+        mesh: of the processes; None: all of them.
+
+    Raises:
+        InputError: if a 4-bit layer keeps its codes in buffers, which would stay whole.
+    """
+    for name, module in model.named_modules():
+        if type(module) is QuantizedLinear:
+            raise InputError(
+                f"{name} keeps its codes in buffers, which every process would hold "
+                "whole; call shardable(model) before inject."
+            )
+    for block in _blocks(model):
+        fully_shard(block, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    return model
+
+
+def replicate(model: nn.Module) -> DistributedDataParallel:
+    """Return the model in DDP: every process holds all of it.
+
+    Buffers are frozen here, so they are not sent again in each pass.
+    """
+    known = signature(DistributedDataParallel).parameters  # torch 2.13 renames it
+    new = "forward_sync_buffers" in known
+    name = "forward_sync_buffers" if new else "broadcast_buffers"
+    never: dict[str, Any] = {name: False}
+    return DistributedDataParallel(model, **never)
+
+
+def save(folder: Path, model: nn.Module, optimizer: Optimizer, step: int) -> None:
+    """Save what is trained and its optimizer; each process writes its own part."""
+    state = _state(model, optimizer, step)
+    with _one_process_is_fine():
+        state_dict_saver.save(state, checkpoint_id=folder)
+
+
+def resume(folder: Path, model: nn.Module, optimizer: Optimizer) -> int:
+    """Load what `save` wrote, on any number of processes; return the step.
+
+    Raises:
+        InputError: if there is no checkpoint, or it is of another configuration.
+    """
+    if not (folder / ".metadata").is_file():
+        raise InputError(f"{folder} holds no checkpoint; give a folder of save().")
+    state = _state(model, optimizer, 0)
+    saved = FileSystemReader(folder).read_metadata().state_dict_metadata
+    known = {f"model.{name}" for name in state["model"]}
+    others = [k for k in saved if k.startswith("model.") and k not in known]
+    if others:
+        raise InputError(
+            f"{folder} does not fit this model (it holds {others[0]}, and "
+            f"{len(others) - 1} more); resume with the configuration that wrote it."
+        )
+    try:
+        with _one_process_is_fine():
+            state_dict_loader.load(state, checkpoint_id=folder)
+    except CheckpointException as error:
+        reason, _ = next(iter(error.failures.values()))
+        raise InputError(
+            f"{folder} does not fit this model ({str(reason).splitlines()[-1]}); "
+            "resume with the configuration that wrote it."
+        ) from error
+    parts = {"model_state_dict": state["model"], "optim_state_dict": state["optimizer"]}
+    set_state_dict(model, optimizer, **parts, options=TRAINED)
+    return int(state["step"])
+
+
+def gathered(model: nn.Module) -> dict[str, Tensor]:
+    """Return what is trained, whole and on the CPU; on the first process alone."""
+    whole = StateDictOptions(True, True, ignore_frozen_params=True)
+    return _only_trained(model, get_model_state_dict(model, options=whole))
+
+
+def _only_trained(model: nn.Module, state: dict[str, Any]) -> dict[str, Any]:
+    # torch leaves frozen parameters out, but not buffers, which are frozen too here.
+    trained = {n for n, p in model.named_parameters() if p.requires_grad}
+    return {name: value for name, value in state.items() if name in trained}
+
+
+@contextmanager
+def _one_process_is_fine() -> Iterator[None]:
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "torch.distributed is disabled")
+        yield
+
+
+def _state(model: nn.Module, optimizer: Optimizer, step: int) -> dict[str, Any]:
+    trained, states = get_state_dict(model, optimizer, options=TRAINED)
+    trained = _only_trained(model, trained)
+    return {"model": trained, "optimizer": states, "step": torch.tensor(step)}
+
+
+def _blocks(model: nn.Module) -> list[nn.Module]:
+    found: list[nn.Module] = []
+    inside: list[str] = []
+    for name, module in model.named_modules():
+        within = any(name.startswith(f"{outer}.") for outer in inside)
+        if isinstance(module, nn.ModuleList) and not within:
+            found += [m for m in module if next(m.parameters(), None) is not None]
+            inside.append(name)
+    return found

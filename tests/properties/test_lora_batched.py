@@ -1,0 +1,490 @@
+"""Many adapters on one model: a mixed batch is the loop over its samples.
+
+The loop has a model for each request, adapted by the methods' own layers.
+"""
+
+import re
+from copy import deepcopy
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from minipeft.errors import InputError
+from minipeft.torch import inject
+from minipeft.torch.bottleneck import Bottleneck
+from minipeft.torch.dora import DoRA
+from minipeft.torch.experts import ExpertsLoRA
+from minipeft.torch.hira import HiRA
+from minipeft.torch.ia3 import IA3
+from minipeft.torch.lora import LoRA, LoRAConfig
+from minipeft.torch.lora_batched import METHODS, Pool, forward, stack
+from minipeft.torch.miss import MiSS
+from minipeft.torch.pissa import PiSSAConfig
+from minipeft.torch.qlora import QuantizedLinear
+from minipeft.torch.vera import Projections, VeRA, VeRAConfig
+from tests.agreement.llama import TEXT, llama, logit_bound
+from tests.bounds import assert_both_within, counted
+from tests.strategies import seeds
+from tests.tolerance import assert_within
+
+NAMES = ("a", "b", "c", "d", "e", "f")
+SHARES = st.sampled_from([-1.0, 0.5, 1.0, 2.0])
+
+
+def whole(rng, *shape):
+    return torch.from_numpy(rng.integers(-3, 4, shape).astype(np.float32))
+
+
+def new(rng, kind, layer):
+    """Return an adapter of small integers for a layer: every order gives its bits."""
+    d, k = layer.weight.shape
+    r = int(rng.integers(1, 4))
+    s = float(rng.choice([0.5, 2.0, 4.0]))
+    if kind in (LoRA, HiRA):
+        return kind(whole(rng, r, k), whole(rng, d, r), s)
+    if kind is DoRA:
+        return dora(rng, layer, r, s)
+    if kind is VeRA:
+        pair = Projections.given(whole(rng, r, k), whole(rng, d, r))
+        return VeRA(whole(rng, r), whole(rng, d), pair)
+    if kind is IA3:
+        side = ("output", "input")[r % 2]
+        return IA3(whole(rng, d if side == "output" else k), side)
+    if kind is MiSS:
+        return MiSS(whole(rng, min(r, k), d))
+    return Bottleneck(whole(rng, r, d), whole(rng, d, r), s)
+
+
+def dora(rng, layer, r, s):
+    """Return one whose B is zero but in rows that cancel W: no norm is rounded."""
+    d, k = layer.weight.shape
+    W = layer.weight.detach()
+    norm = W.square().sum(dim=1).sqrt()
+    update = LoRA(whole(rng, r, k), torch.zeros(d, r), s)
+    return DoRA(update, norm * 2.0 ** torch.from_numpy(rng.integers(-2, 3, d)))
+
+
+def squares(layer):
+    """Give each row one entry, a power of two, so that its norm is that."""
+    d, k = layer.weight.shape
+    W = torch.zeros(d, k)
+    W[range(d), torch.arange(d) * 3 % k] = 2.0 ** (torch.arange(d) % 3)
+    layer.weight = nn.Parameter(W)
+    return layer
+
+
+def network(rng, with_dora=False):
+    """Return layers of whole numbers: linear ones and a Conv1D, and a bend."""
+    k, d = (int(n) for n in rng.integers(2, 7, 2))
+    first, last = nn.Linear(k, d), nn.Linear(d, 3, bias=False)
+    conv = Conv1D(d, d)
+    for layer in (first, conv, last):
+        for p in layer.parameters():
+            p.data = whole(rng, *p.shape)
+    if with_dora:
+        squares(first)
+    return nn.Sequential(first, nn.ReLU(), conv, last)
+
+
+def adapters(rng, model, kind):
+    """Return adapters for some layers; DoRA for the one whose norms are exact."""
+    layers = {"0": model[0], "3": model[3]}
+    if kind is LoRA:
+        layers["2"] = nn.Linear(*model[2].weight.shape)
+    if kind is DoRA:
+        return {"0": new(rng, kind, model[0])}
+    keys = [key for key in layers if rng.integers(3)] or ["0"]
+    return {key: new(rng, kind, layers[key]) for key in keys}
+
+
+def alone(model, found, shares):
+    """Return the model of one request, each layer adapted by its own method's layer."""
+    model = deepcopy(model)
+    for key in {key for name in shares for key in found[name]}:
+        own = {n: found[n][key] for n in shares if key in found[n]}
+        base = model.get_submodule(key)
+        layer = METHODS[type(next(iter(own.values())))](base, None)
+        for name, adapter in own.items():
+            layer.add(name, deepcopy(adapter))
+        layer.activate({n: s for n, s in shares.items() if n in own})
+        model.set_submodule(key, layer.eval())
+    return model
+
+
+def loop(model, found, requests, x):
+    rows = [alone(model, found, r)(x[i : i + 1]) for i, r in enumerate(requests)]
+    return torch.cat(rows).detach()
+
+
+@st.composite
+def batches(draw):
+    """Draw methods by the names of their adapters, and requests for them."""
+    kinds = draw(st.lists(st.sampled_from([*METHODS]), min_size=1, max_size=len(NAMES)))
+    kind_of = dict(zip(NAMES, kinds, strict=False))
+    return kind_of, draw(st.lists(requests(kind_of), min_size=1, max_size=6))
+
+
+def requests(kind_of):
+    """Draw the shares of a request: none, one adapter, or several of one method."""
+    sums = [
+        st.lists(st.sampled_from(names), unique=True, max_size=3).flatmap(
+            lambda chosen: st.fixed_dictionaries(dict.fromkeys(chosen, SHARES))
+        )
+        for kind in {*kind_of.values()}
+        if (names := [n for n, k in kind_of.items() if k is kind])
+    ]
+    return st.one_of(st.just({}), *sums)
+
+
+def inputs(rng, model, n):
+    lead = (n, int(rng.integers(1, 4)))
+    return whole(rng, *lead, model[0].in_features)
+
+
+@given(batch=batches(), seed=seeds)
+def test_a_mixed_batch_is_the_loop_over_its_samples_bit_for_bit(batch, seed):
+    kind_of, wanted = batch
+    rng = np.random.default_rng(seed)
+    model = network(rng, DoRA in kind_of.values())
+    found = {n: adapters(rng, model, k) for n, k in kind_of.items()}
+    x = inputs(rng, model, len(wanted))
+    expected = loop(model, found, wanted, x)
+    pool = Pool(model)
+    for name, own in found.items():
+        pool.add(name, own)
+    plain = model(x)
+    with torch.no_grad(), pool.serve(wanted):
+        assert torch.equal(model(x), expected)
+    assert torch.equal(model(x), plain)
+
+
+@given(seed=seeds, n=st.integers(1, 5), dtype=st.sampled_from(["float32", "bfloat16"]))
+def test_low_rank_updates_are_those_of_the_loop_up_to_rounding(seed, n, dtype):
+    rng = np.random.default_rng(seed)
+    k, d, m = (int(v) for v in rng.integers(1, 9, 3))
+    base = nn.Linear(k, d)
+    loras = [
+        LoRA(
+            torch.randn(r, k, generator=torch.manual_seed(seed % 2**31 + i)),
+            torch.randn(d, r),
+            0.3 + i,
+        )
+        for i, r in enumerate(rng.integers(1, 6, m))
+    ]
+    pool = Pool(nn.Sequential(base), ["0"])
+    for i, lora in enumerate(loras):
+        pool.add(str(i), {"0": lora.to(getattr(torch, dtype))})
+    wanted = [
+        {str(i): float(rng.choice([1, 0.7, -1.3])) for i in rng.permutation(m)[:2]}
+        for _ in range(n)
+    ]
+    x = torch.randn(n, 2, k)
+    with torch.no_grad(), pool.serve(wanted):
+        mixed = pool.layers["0"](x).numpy()
+    found = {str(i): {"0": lora} for i, lora in enumerate(loras)}
+    one_by_one = loop(nn.Sequential(base), found, wanted, x).numpy()
+    sizes = np.stack(
+        [formula(x[i].numpy(), base, found, r) for i, r in enumerate(wanted)]
+    )
+    assert_both_within(mixed, one_by_one, sizes, sizes, dtype=dtype)
+
+
+def formula(x, base, found, shares):
+    """Return y + sum of w s (x A^T) B^T, which counts its roundings.
+
+    The stack rounds w s B where the loop rounds w (s h): as often. The operands of a
+    product in 16 bits, x and h, and its result are rounded once more each.
+    """
+    x, W = counted(x), counted(base.weight.detach().numpy())
+    total = x @ W.T + counted(base.bias.detach().numpy())
+    for name, share in shares.items():
+        lora = found[name]["0"]
+        A, B = (counted(M.detach().float().numpy()) for M in (lora.A, lora.B))
+        once = counted(np.ones(1)) * 1
+        update = (x * once @ A.T * once * lora.scaling) @ B.T * once * share
+        total = total + update
+    return total
+
+
+@given(seed=seeds, ranks=st.lists(st.integers(1, 5), min_size=1, max_size=4))
+def test_a_stack_holds_the_updates_themselves(seed, ranks):
+    rng = np.random.default_rng(seed)
+    layer = nn.Linear(6, 7)
+    loras = [new(rng, LoRA, layer) for _ in ranks]
+    A, B, _ = stack([[(1.0, lora)] for lora in loras])
+    assert A.shape == (len(loras), max(len(lora.A) for lora in loras), 6)
+    for i, lora in enumerate(loras):
+        r = len(lora.A)
+        assert torch.equal(A[i, :r], lora.A)
+        assert torch.equal(B[i, :, :r], lora.B)
+        assert not A[i, r:].any()
+        assert not B[i, :, r:].any()
+    together = stack([[(2.0, lora) for lora in loras]])
+    total = sum(2 * lora.scaling * lora.B @ lora.A for lora in loras)
+    s = together.scaling[0]
+    assert torch.equal(s * together.B[0] @ together.A[0], total.detach())
+
+
+class Expected:
+    """What a pool should hold: names, those used longest ago first."""
+
+    def __init__(self, sizes, budget):
+        self.sizes, self.budget = sizes, budget
+        self.held, self.hits, self.moved = [], 0, 0
+
+    def serve(self, requests):
+        names = list(dict.fromkeys(n for r in requests for n in r))
+        self.hits += sum(n in self.held for n in names)
+        self.moved += sum(self.sizes[n] for n in names if n not in self.held)
+        while sum(self.sizes[n] for n in {*self.held, *names}) > self.budget:
+            self.held.remove(next(n for n in self.held if n not in names))
+        self.held = [n for n in self.held if n not in names] + names
+
+    def forget(self, name):
+        self.held = [n for n in self.held if n != name]
+
+
+def drop(pool, expected, current, step, name):
+    """Remove or evict an adapter: refused where a request uses it."""
+    if any(name in request for request in current):
+        with pytest.raises(InputError, match="uses adapter"):
+            getattr(pool, step)(name)
+    else:
+        getattr(pool, step)(name)
+        expected.forget(name)
+
+
+@given(seed=seeds, data=st.data())
+def test_adapters_come_and_go_while_requests_are_served(seed, data):
+    rng = np.random.default_rng(seed)
+    model = network(rng)
+    found = {n: adapters(rng, model, LoRA) for n in NAMES}
+    sizes = {
+        n: sum(p.nbytes for a in own.values() for p in a.parameters())
+        for n, own in found.items()
+    }
+    budget = sum(sorted(sizes.values())[-2:])
+    plain, pool, current = deepcopy(model), Pool(model, budget=budget), [{}, {"a": 1.0}]
+    for name in NAMES[:3]:
+        pool.add(name, found[name])
+    expected, x = Expected(sizes, budget), inputs(rng, plain, 2)
+    with torch.no_grad(), pool.serve(current):
+        expected.serve(current)
+        for _ in range(data.draw(st.integers(1, 6))):
+            step = data.draw(st.sampled_from(["remove", "switch", "evict"]))
+            name = data.draw(st.sampled_from(NAMES))
+            if name not in pool.host:
+                pool.add(name, found[name])
+            elif step == "switch":
+                row = data.draw(st.integers(0, 1))
+                current[row] = {name: data.draw(SHARES)}
+                pool.switch(row, current[row])
+                expected.serve(current)
+            else:
+                drop(pool, expected, current, step, name)
+            assert list(pool.resident) == expected.held
+            assert sum(map(pool.nbytes, pool.resident)) <= budget
+            assert pool.traffic[0] == expected.hits
+            assert pool.traffic.moved == expected.moved
+            assert torch.equal(model(x), loop(plain, found, current, x))
+
+
+def test_a_llama_serves_several_methods():
+    """Also GQA, an output head without adapters, and layers that some adapters lack."""
+    model, ids = llama(), TEXT[:1].repeat(4, 1) + torch.arange(4)[:, None]
+    configs = {
+        "lora": (LoRAConfig(3, 6.0), ["q_proj", "down_proj"]),
+        "small": (LoRAConfig(1, 1.0), ["v_proj"]),
+        "vera": (VeRAConfig(8), ["o_proj"]),
+    }
+    served, tuned = deepcopy(model), {}
+    pool = Pool(served)
+    for name, (config, targets) in configs.items():
+        tuned[name] = inject.inject(deepcopy(model), config, targets, name)
+        with torch.no_grad():
+            for p in inject.trainable_parameters(tuned[name]):
+                p.add_(torch.randn_like(p) / 4)
+        pool.add(name, inject.adapters_of(tuned[name], name))
+    bound = logit_bound(model, model(ids).logits)
+    with torch.no_grad(), pool.serve(["lora", None, "vera", "small"]):
+        mixed = served(ids).logits
+    for i, one in enumerate((tuned["lora"], model, tuned["vera"], tuned["small"])):
+        own = one(ids[i : i + 1]).logits[0].detach()
+        assert_within(mixed[i].numpy(), own.numpy(), 2 * bound)
+        off = (mixed[i] - model(ids[i : i + 1]).logits[0].detach()).abs().numpy()
+        assert (i == 1) == bool((off <= 2 * bound).all())
+
+
+def test_a_base_of_four_bits_serves():
+    rng = np.random.default_rng(0)
+    base = QuantizedLinear.from_linear(nn.Linear(64, 24))
+    lora = LoRA(whole(rng, 2, 64), whole(rng, 24, 2), 0.5)
+    x = whole(rng, 2, 3, 64)
+    expected = base(x)
+    pool = Pool(model := nn.Sequential(base), ["0"])
+    pool.add("a", {"0": lora})
+    with torch.no_grad(), pool.serve([None, "a"]):
+        y = model(x)
+    assert torch.equal(y[0], expected[0])
+    change = 0.5 * (x[1] @ lora.A.T) @ lora.B.T
+    assert torch.equal(y[1], expected[1] + change)
+
+
+def test_an_embedding_serves():
+    torch.manual_seed(0)
+    table = nn.Embedding(9, 4, _weight=torch.randint(-3, 4, (9, 4)).float())
+    found = {
+        n: {"0": LoRA(torch.ones(r, 9), torch.full((4, r), float(r)), 0.5)}
+        for n, r in (("a", 1), ("b", 2))
+    }
+    ids = torch.tensor([[1, 2], [3, 3], [8, 0]])
+    pool = Pool(model := nn.Sequential(table), ["0"])
+    for name, own in found.items():
+        pool.add(name, own)
+    with torch.no_grad(), pool.serve(["b", None, {"a": 2.0}]):
+        y = model(ids)
+    rows = torch.tensor([2 * 2 * 0.5, 0, 2 * 0.5]).view(3, 1, 1)
+    assert torch.equal(y, table(ids) + rows)
+
+
+def served():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 4), nn.ReLU(), nn.Linear(4, 3))
+    pool = Pool(model, budget=4 * (6 + 4) * 2)
+    for name, r in (("a", 1), ("b", 1), ("c", 3)):
+        lora = LoRA(torch.ones(r, 6), torch.ones(4, r), 2.0)
+        pool.add(name, {"0": lora})
+    pool.add("ia3", {"0": IA3(torch.ones(4), "output")})
+    return pool, model
+
+
+def state(pool):
+    plans = [layer.plan for layer in pool.layers.values()]
+    return (*pool.host, *pool.resident, pool.traffic, pool.requests, *map(id, plans))
+
+
+LORA = LoRA(torch.ones(2, 6), torch.ones(4, 2), 2.0)
+OFF = LoRA(torch.ones(1, 6), torch.tensor([[1.0], [torch.inf], [1], [1]]), 2.0)
+EXPERTS = ExpertsLoRA({})
+WRONG = {
+    "an unknown name": (lambda p: p.switch(0, "z"), "no adapter 'z'; choose from a, b"),
+    "removing an unknown name": (lambda p: p.remove("z"), "no adapter 'z'"),
+    "no such row": (lambda p: p.switch(2, "a"), "row 2 is none of the 2 requests"),
+    "removed in use": (lambda p: p.remove("a"), "request 0 uses adapter 'a'; switch"),
+    "evicted in use": (lambda p: p.evict("a"), "before evicting it"),
+    "a taken name": (lambda p: p.add("a", {"0": LORA}), "remove it first"),
+    "nothing": (lambda p: p.add("n", {}), "'n' is empty"),
+    "another layer": (lambda p: p.add("n", {"9": LORA}), "9 is none of the layers"),
+    "another shape": (lambda p: p.add("n", {"2": LORA}), r"2: A has shape \(2, 6\)"),
+    "infinite": (lambda p: p.add("n", {"0": OFF}), "0: B is not finite"),
+    "experts": (lambda p: p.add("n", {"0": EXPERTS}), "a ExpertsLoRA cannot be served"),
+    "a share": (lambda p: p.switch(0, {"a": np.nan}), "request 0 gives 'a' the share"),
+    "two methods": (lambda p: p.switch(1, {"a": 1, "ia3": 1}), "IA3 and LoRA in 0"),
+    "too many": (lambda p: p.switch(1, "c"), "take 160 bytes and the budget is 80"),
+    "served twice": (lambda p: p.serve(["a"]).__enter__(), "2 requests are served"),
+    "merging": (lambda p: p.layers["0"].merge(), "there is no one weight"),
+    "its weight": (lambda p: p.layers["0"].weight + 1, "there is no one weight"),
+    "rows": (lambda p: p.layers["0"](torch.ones(3, 6)), r"\(3, 6\) and 2 requests"),
+    "a vector": (lambda p: p.layers["0"](torch.ones(6)), r"shape \(6,\)"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_what_cannot_be_is_refused_in_a_sentence_and_changes_nothing(case):
+    pool, _ = served()
+    wrong, sentence = WRONG[case]
+    with pool.serve(["a", None]):
+        before = state(pool)
+        with pytest.raises(InputError, match=sentence):
+            wrong(pool)
+        assert state(pool) == before
+
+
+@pytest.mark.parametrize("requests", ["a", [], ()])
+def test_a_list_of_requests_is_needed(requests):
+    pool, _ = served()
+    with (
+        pytest.raises(InputError, match="give a list, one a row"),
+        pool.serve(requests),
+    ):
+        pass
+
+
+def test_what_cannot_become_a_pool_is_left_alone():
+    model = nn.Sequential(nn.Linear(6, 4))
+    with pytest.raises(InputError, match="budget is 0 bytes"):
+        Pool(model, budget=0)
+    with pytest.raises(InputError, match="matches no layer"):
+        Pool(model, ["q_proj"])
+    assert type(model[0]) is nn.Linear
+    assert model[0].weight.requires_grad
+
+
+def test_pissa_is_refused_with_its_remedy():
+    tuned = inject.inject(nn.Sequential(nn.Linear(6, 4)), PiSSAConfig(2, 4.0), ["0"])
+    pool, _ = served()
+    with pytest.raises(InputError, match=re.escape("`pissa.to_lora` makes PiSSA LoRA")):
+        pool.add("p", inject.adapters_of(tuned))
+
+
+def test_bytes_are_those_of_the_tensors_and_a_shared_pair_counts_once():
+    model = nn.Sequential(nn.Linear(6, 4), nn.Linear(4, 5))
+    config, pool = VeRAConfig(8), Pool(deepcopy(model))
+    for name in "ab":
+        tuned = inject.inject(deepcopy(model), config, "all-linear", name)
+        pool.add(name, inject.adapters_of(tuned, name))
+        assert pool.nbytes(name) == 4 * (8 + 4 + 8 + 5) + 2 * 4 * 8  # d, b; drawn
+    assert pool.shared_bytes == 0
+    with pool.serve(["a", "b"]):
+        assert pool.shared_bytes == 4 * (8 * 6 + 5 * 8)
+        assert pool.stacked_bytes == 0
+    pool.remove("a")
+    assert pool.shared_bytes > 0
+    pool.remove("b")
+    assert pool.shared_bytes == 0
+    pool, _ = served()
+    with pool.serve(["a", "b"]):
+        assert pool.stacked_bytes == 2 * (pool.nbytes("a") + 4)
+
+
+def test_what_is_served_is_a_copy_in_evaluation():
+    pool, model = served()
+    lora = LoRA(torch.ones(1, 6), torch.ones(4, 1), 2.0, dropout=0.5)
+    pool.add("d", {"0": lora})
+    x = torch.randn(1, 6)
+    with torch.no_grad(), pool.serve(["d"]):
+        y = model.train()(x)
+        lora.A.zero_()
+        assert all(torch.equal(model(x), y) for _ in range(4))
+    assert not [p for p in model.parameters() if p.requires_grad]
+    inject.unload(model)
+    assert [type(m) for m in model] == [nn.Linear, nn.ReLU, nn.Linear]
+
+
+def test_rows_without_an_adapter_keep_every_bit():
+    torch.manual_seed(0)
+    x, y = torch.randn(4, 6), torch.randn(4, 4)
+    updates = stack([[(1.0, LORA)]])
+    found = forward(x, y, updates, torch.tensor([-1, 0, -1, 0], dtype=torch.int32))
+    same = [bool((found[i] == y[i]).all()) for i in range(4)]
+    assert same == [True, False, True, False]
+
+
+def test_stacks_of_different_layers_are_refused():
+    other = LoRA(torch.ones(1, 5), torch.ones(4, 1), 1.0)
+    for updates in ([], [[]], [[(1.0, LORA)], [(1.0, other)]]):
+        with pytest.raises(InputError, match="stack at least one"):
+            stack(updates)
+
+
+def test_a_batch_may_be_as_large_as_the_budget():
+    pool, _ = served()
+    for wanted in (["a", "b"], ["b", "ia3"], ["a", "a"]):
+        with pool.serve(wanted):
+            assert {*wanted} <= {*pool.resident}
+    assert pool.traffic.evictions == 2  # a for ia3, then b for a

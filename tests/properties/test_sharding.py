@@ -1,0 +1,167 @@
+"""FSDP2 and DDP over two processes: what one process computes, and its checkpoints."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch import nn
+
+from minipeft.errors import InputError
+from minipeft.torch.inject import inject, trainable_parameters
+from minipeft.torch.lora import LoRAConfig
+from minipeft.torch.qlora import QuantizedLinear, quantize_linears
+from minipeft.torch.sharding import ByteLinear, resume, save, shard, shardable
+from tests.properties import over_processes as program
+from tests.tolerance import assert_within, gamma
+
+cases = pytest.mark.parametrize(
+    ("way", "bits"), program.CASES, ids=[f"{w}-{b}" for w, b in program.CASES]
+)
+EVERY = range(program.ROWS)
+
+
+def trained(bits):
+    """Train in this process alone."""
+    model = program.network(bits)
+    optimizer = program.adamw(model)
+    program.train(model, optimizer, range(program.STEPS), EVERY)
+    return model, optimizer
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """What one process saved, and two found, which went on from it."""
+    folder = tmp_path_factory.mktemp("processes")
+    for bits in {bits for _, bits in program.CASES}:
+        save(folder / f"one-{bits}", *trained(bits), program.STEPS)
+    command = ["torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command += ["-m", "tests.properties.over_processes", str(folder)]
+    done = subprocess.run(
+        [sys.executable, "-m", *command], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return folder
+
+
+def found(folder, way, bits):
+    return torch.load(folder / f"found-{way}-{bits}.pt")
+
+
+@pytest.mark.slow
+@cases
+def test_two_processes_have_the_losses_and_gradients_of_one(folder, way, bits):
+    """A row's loss is the same bits; a gradient is the same sum in another order.
+
+    It adds up the rows' gradients: n - 1 additions, a division by n, and by the number
+    of processes, each rounded, on both sides.
+    """
+    two, model = found(folder, way, bits), program.network(bits)
+    own = program.losses(model, 0, EVERY)
+    assert torch.equal(two["losses"], own)
+    parameters = trainable_parameters(model)
+    sizes = [torch.zeros_like(p) for p in parameters]
+    for row in EVERY:
+        model.zero_grad()
+        program.losses(model, 0, [row])
+        sizes = [s + p.grad.abs() for s, p in zip(sizes, parameters, strict=True)]
+    model.zero_grad()
+    program.losses(model, 0, EVERY)
+    allowed = 2 * gamma(program.ROWS + 2)
+    assert len(two["gradients"]) == len(parameters) == 8
+    for ours, p, size in zip(two["gradients"], parameters, sizes, strict=True):
+        assert p.grad.abs().max() > 0
+        assert_within(ours.numpy(), p.grad.numpy(), allowed * size.double().numpy())
+
+
+@pytest.mark.slow
+@cases
+def test_what_two_processes_saved_one_loads_whole_and_goes_on(folder, way, bits):
+    two, (model, optimizer) = found(folder, way, bits), trained(bits)
+    with torch.no_grad():
+        for p in trainable_parameters(model):
+            p.zero_()
+    step = resume(folder / f"two-{way}-{bits}", model, optimizer)
+    assert step == program.STEPS
+    for p, other in zip(
+        trainable_parameters(model), two["trained"].values(), strict=True
+    ):
+        assert torch.equal(p, other)
+    for one, other in zip(
+        program.moments(model, optimizer), two["moments"], strict=True
+    ):
+        assert torch.equal(one, other)
+    before = [p.detach().clone() for p in trainable_parameters(model)]
+    program.train(model, optimizer, [step], EVERY)
+    for p, old in zip(trainable_parameters(model), before, strict=True):
+        assert not torch.equal(p, old)
+
+
+@pytest.mark.slow
+@cases
+def test_two_processes_go_on_from_what_one_saved(folder, way, bits):
+    two, (model, optimizer) = found(folder, way, bits), trained(bits)
+    assert two["step"] == program.STEPS
+    parameters = trainable_parameters(model)
+    for p, other in zip(parameters, two["resumed"].values(), strict=True):
+        assert torch.equal(p, other)
+    own = program.moments(model, optimizer)
+    for one, other in zip(own, two["resumed moments"], strict=True):
+        assert torch.equal(one, other)
+
+
+@pytest.mark.slow
+@cases
+def test_a_shard_is_half_of_the_model_and_a_replica_all_of_it(folder, way, bits):
+    """Half, and what the first axis of each parameter is rounded up by."""
+    parameters = [*program.network(bits).parameters()]
+    whole = sum(p.nbytes for p in parameters)
+    spare = sum(p.nbytes // max(1, len(p)) for p in parameters)
+    local = found(folder, way, bits)["local"]
+    if way == "shard":
+        assert whole / 2 <= local <= whole / 2 + spare
+    else:
+        assert local == whole
+
+
+@pytest.mark.parametrize("nested", [None, 8])
+def test_bytes_hold_the_same_weight_and_are_not_cast(nested):
+    layer = QuantizedLinear.from_linear(nn.Linear(24, 5), nested_blocksize=nested)
+    model = shardable(nn.Sequential(layer))
+    x = torch.randn(3, 24)
+    assert type(model[0]) is ByteLinear
+    assert torch.equal(model(x), layer(x))
+    assert {p.dtype for n, p in model.named_parameters() if "bytes" in n} == {
+        torch.uint8
+    }
+    cast = model.bfloat16()[0]
+    assert torch.equal(cast.dequantize(torch.float32), layer.dequantize(torch.float32))
+    assert cast.dtype == torch.bfloat16
+
+
+def test_what_cannot_be_sharded_is_refused():
+    with pytest.raises(InputError, match="no layer is quantized"):
+        shardable(nn.Sequential(nn.Linear(4, 4)))
+    model = quantize_linears(nn.Sequential(nn.Linear(64, 4)))
+    with pytest.raises(InputError, match=r"call shardable\(model\) before inject"):
+        shard(model)
+    with pytest.raises(InputError, match="0 has adapters"):
+        shardable(inject(model, LoRAConfig(2, 4.0), ["0"]))
+
+
+def test_a_checkpoint_of_another_model_is_refused(tmp_path):
+    model, optimizer = trained(32)
+    with pytest.raises(InputError, match="holds no checkpoint"):
+        resume(tmp_path / "none", model, optimizer)
+    save(tmp_path / "one", model, optimizer, 1)
+    for r, targets, reason in (
+        (4, ["up", "down"], "Size mismatch"),
+        (3, ["up", "down", "head"], "Missing key .* model.head"),
+        (3, ["up"], "it holds model.blocks.0.down.adapters.default.A, and 3 more"),
+    ):
+        other = inject(program.Network(), LoRAConfig(r, 8.0), targets)
+        before = [p.detach().clone() for p in trainable_parameters(other)]
+        with pytest.raises(InputError, match=reason):
+            resume(tmp_path / "one", other, program.adamw(other))
+        for p, old in zip(trainable_parameters(other), before, strict=True):
+            assert torch.equal(p, old)
