@@ -404,11 +404,11 @@ steps = {
     "loop over the tenants": D * (whole_bytes + adapter_bytes) / A100,
     "load a merged model each": D * whole_bytes * (1 / PCIE + 1 / A100),
 }
-rates = {way: ROWS / time for way, time in steps.items()}
+speeds = {way: ROWS / time for way, time in steps.items()}
 print("tokens a second, at most          1 tenant   8 tenants   32 tenants")
-for way, rate in rates.items():
-    print(f"{way:30s} {rate[0]:11.0f} {rate[7]:11.0f} {rate[31]:12.1f}")
-kept = rates["one mixed batch"][-1] / (ROWS * A100 / whole_bytes)
+for way, speed in speeds.items():
+    print(f"{way:30s} {speed[0]:11.0f} {speed[7]:11.0f} {speed[31]:12.1f}")
+kept = speeds["one mixed batch"][-1] / (ROWS * A100 / whole_bytes)
 chapter.claim(
     "with 32 tenants in a batch of 32, the bytes leave over 80 % of the base's speed",
     kept > 0.8,
@@ -423,12 +423,12 @@ figure, ax = plots.axes(
 )
 ax.axhline(ROWS * A100 / whole_bytes, color=plots.INK, linestyle="--", linewidth=1)
 ax.text(1.05, 1.1 * ROWS * A100 / whole_bytes, "the base alone", color=plots.INK)
-for color, (way, rate), at in zip(
-    plots.PALETTE, rates.items(), ((12, 0.6), (3.2, 1.25), (1.6, 1.3)), strict=False
+for color, (way, speed), at in zip(
+    plots.PALETTE, speeds.items(), ((12, 0.6), (3.2, 1.25), (1.6, 1.3)), strict=False
 ):
-    ax.plot(D, rate, color=color)
+    ax.plot(D, speed, color=color)
     x_at, lift = at
-    ax.text(x_at, lift * np.interp(x_at, D, rate), way, color=color, weight="bold")
+    ax.text(x_at, lift * np.interp(x_at, D, speed), way, color=color, weight="bold")
 ax.set(xscale="log", yscale="log", xlim=(1, 32), ylim=(1, 9000))
 ax.set_xticks([1, 2, 4, 8, 16, 32], ["1", "2", "4", "8", "16", "32"])
 ax.set_yticks([1, 10, 100, 1000], ["1", "10", "100", "1000"])
@@ -437,7 +437,7 @@ chapter.show(
     figure,
     "tokens",
     alt="Tokens a second against the number of different tenants in a batch of 32, on logarithmic axes. The mixed batch stays just below the dashed line of the base alone; the loop falls as one over the number of tenants; loading a merged model each begins fifty times lower and falls as fast.",
-    caption=f"A mixed batch of 32 tenants keeps {kept:.0%} of the base's speed. The loop keeps 1/32, and loading merged models {rates['load a merged model each'][-1] / rates['loop over the tenants'][-1]:.0%} of that.",
+    caption=f"A mixed batch of 32 tenants keeps {kept:.0%} of the base's speed. The loop keeps 1/32, and loading merged models {speeds['load a merged model each'][-1] / speeds['loop over the tenants'][-1]:.0%} of that.",
 )
 
 # %% [markdown]
