@@ -1,6 +1,7 @@
 """Weighted sums of adapters in peft's format, exact: what is not linear is refused."""
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from math import isfinite
@@ -39,8 +40,9 @@ def weighted_sum(parts: Sequence[Part]) -> Contents:
 
     LoRA: $\sum_i w_i s_i B_i A_i = s [w_1 B_1, w_2 s_2 / s\,B_2, …] [A_1; A_2; …]$ with
     $s = s_1$: the ranks add up, and no product of one adapter's B with another one's A
-    appears. IA3: $l = 1 + \sum_i w_i (l_i - 1)$. One adapter at weight 1 gives itself
-    back, bit for bit.
+    appears. HiRA: the same, without s. IA3: $l = 1 + \sum_i w_i (l_i - 1)$. MiSS, of
+    one rank: $D = \sum_i w_i D_i$. One adapter at weight 1 gives itself back, bit for
+    bit.
 
     Args:
         parts: the adapters, each with its weight.
@@ -48,13 +50,18 @@ def weighted_sum(parts: Sequence[Part]) -> Contents:
     Raises:
         InputError: there is none, a weight is not finite, they are of several methods
             or bases, or the method is not linear: DoRA, VeRA, virtual tokens, modules
-            saved whole.
+            saved whole; stacks of experts are summed on a model.
     """
     _check(parts)
     first, weight = parts[0]
     if len(parts) == 1 and weight == 1:
         return first
-    sums = {"LORA": _sum_of_lora, "IA3": _sum_of_ia3}
+    sums = {
+        "LORA": _sum_of_lora,
+        "IA3": _sum_of_ia3,
+        "HIRA": _sum_of_hira,
+        "MISS": _sum_of_miss,
+    }
     kind = first.config["peft_type"]
     if kind not in sums:
         raise InputError(
@@ -97,8 +104,8 @@ def _base(parts: Sequence[Part]) -> dict[str, str]:
 
 def _sum_of_lora(parts: Sequence[Part]) -> Contents:
     first = parts[0][0]
-    updates, biases, tables = _read(parts)
-    tensors: Tables = {PREFIX + key: table for key, table in tables.items()}
+    updates, biases = _read(parts)
+    tensors = _tables(parts)
     scales: dict[str, tuple[int, int | float]] = {}
     stabilized = bool(first.config.get("use_rslora"))
     for module, found in updates.items():
@@ -123,26 +130,16 @@ Updates = dict[str, list[tuple[Update, float]]]
 Biases = dict[str, list[tuple[Tensor, float, float]]]
 
 
-def _read(parts: Sequence[Part]) -> tuple[Updates, Biases, Tables]:
-    """Return the updates and biases of each module, and the tables of the base."""
+def _read(parts: Sequence[Part]) -> tuple[Updates, Biases]:
+    """Return the updates and biases of each module."""
     updates: Updates = {}
     biases: Biases = {}
-    tables: Tables = {}
     for contents, weight in parts:
         found, others = split(contents)
         _check_linear(contents, found)
-        for key, table in others.items():
+        for key in others:
             if ".base_layer." not in key:
-                raise InputError(
-                    f"one adapter brings {key} whole, and a sum of whole modules needs "
-                    "the base; merge the adapters into it one by one"
-                )
-            if key in tables and not torch.equal(tables[key], table):
-                raise InputError(
-                    f"{key} differs between the adapters, so their bases differ; sum "
-                    "adapters of one base"
-                )
-            tables[key] = table
+                raise _whole(key)
         for module, tensors in found.items():
             plain = {k.removesuffix(".weight"): t for k, t in tensors.items()}
             update = peft_format.update(module, plain, contents.config)
@@ -150,7 +147,7 @@ def _read(parts: Sequence[Part]) -> tuple[Updates, Biases, Tables]:
             if "lora_B.bias" in plain:
                 entry = plain["lora_B.bias"], update.scaling, weight
                 biases.setdefault(module, []).append(entry)
-    return updates, biases, tables
+    return updates, biases
 
 
 def _check_linear(
@@ -161,6 +158,11 @@ def _check_linear(
         raise InputError(
             f"init_lora_weights is {start!r}, which changed the base, so the adapter "
             "is no update of it; write it as plain LoRA first (to_lora)"
+        )
+    if contents.config.get("target_parameters"):
+        raise InputError(
+            "an adapter holds stacks of experts (target_parameters); load the adapters "
+            "onto one model under several names, and activate their sum there"
         )
     for module, tensors in found.items():
         for part in tensors:
@@ -206,15 +208,89 @@ def _targets(
     return sorted(modules)
 
 
+def _sum_of_hira(parts: Sequence[Part]) -> Contents:
+    first = parts[0][0]
+    shapes = {
+        key: t.shape for contents, _ in parts for key, t in contents.tensors.items()
+    }
+    tensors = _tables(parts)
+    for key, shape in shapes.items():
+        if key in tensors:
+            continue
+        if not re.fullmatch(r".+\.hira_(embedding_)?[AB]", key):
+            raise _whole(key)
+        rows = key.endswith("A")
+        # A layer that one adapter lacks gets zeros of its rank: all layers have one.
+        found = [
+            _times(c.tensors[key], 1.0 if rows else weight)
+            if key in c.tensors
+            else torch.zeros(
+                (c.config["r"], shape[1]) if rows else (shape[0], c.config["r"])
+            )
+            for c, weight in parts
+        ]
+        tensors[key] = torch.cat(found, dim=0 if rows else 1)
+    names = (re.sub(r"\.(hira_|base_layer).*", "", k) for k in tensors)
+    modules = {name.removeprefix(PREFIX): 0 for name in names}
+    config = {**first.config, "r": sum(contents.config["r"] for contents, _ in parts)}
+    config["target_modules"] = _targets([c.config for c, _ in parts], modules)
+    return Contents({**config, "rank_pattern": {}}, tensors)
+
+
+def _sum_of_miss(parts: Sequence[Part]) -> Contents:
+    first = parts[0][0]
+    ranks = {
+        (c.config.get("r"), c.config.get("init_weights", True) in (True, False))
+        for c, _ in parts
+    }
+    if len(ranks) > 1 or not next(iter(ranks))[1]:
+        raise InputError(
+            "the adapters of MiSS differ in r, or are not of its plain kind, so no D "
+            "is their sum; write each as plain LoRA first (to_lora)"
+        )
+    tensors: Tables = {}
+    for contents, weight in parts:
+        for key, D in contents.tensors.items():
+            if not key.endswith(".miss_block"):
+                raise _whole(key)
+            more = weight * D.double()
+            tensors[key] = tensors[key] + more if key in tensors else more
+    modules = {k.removeprefix(PREFIX).removesuffix(".miss_block"): 0 for k in tensors}
+    config = {**first.config}
+    config["target_modules"] = _targets([c.config for c, _ in parts], modules)
+    dtypes = {k: t.dtype for c, _ in parts for k, t in c.tensors.items()}
+    return Contents(config, {k: t.to(dtypes[k]) for k, t in tensors.items()})
+
+
+def _tables(parts: Sequence[Part]) -> Tables:
+    """Return the tables of the base that stand beside the adapters; they are one."""
+    tables: Tables = {}
+    for contents, _ in parts:
+        for key, table in contents.tensors.items():
+            if ".base_layer." not in key:
+                continue
+            if key in tables and not torch.equal(tables[key], table):
+                raise InputError(
+                    f"{key} differs between the adapters, so their bases differ; sum "
+                    "adapters of one base"
+                )
+            tables[key] = table
+    return tables
+
+
+def _whole(key: str) -> InputError:
+    return InputError(
+        f"one adapter brings {key} whole, and a sum of whole modules needs the base; "
+        "merge the adapters into it one by one"
+    )
+
+
 def _sum_of_ia3(parts: Sequence[Part]) -> Contents:
     found: dict[str, list[tuple[Tensor, float]]] = {}
     for contents, weight in parts:
         for key, l in contents.tensors.items():  # noqa: E741  # the paper's name
             if not key.endswith(".ia3_l"):
-                raise InputError(
-                    f"one adapter brings {key} whole, and a sum of whole modules needs "
-                    "the base; merge the adapters into it one by one"
-                )
+                raise _whole(key)
             found.setdefault(key, []).append((l, weight))
     tensors = {key: _around_one(key, vectors) for key, vectors in found.items()}
     configs = [contents.config for contents, _ in parts]

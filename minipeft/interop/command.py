@@ -1,4 +1,4 @@
-"""`minipeft merge`, `inspect`, `audit`, `export`: what one does with adapters in files.
+"""`minipeft merge`, `inspect`, `audit`, `export`, `combine`: adapters in files.
 
 Exit code 0: done, or exact; 1: the audit found something wrong; 2: the input was wrong,
 and one sentence on stderr says why.
@@ -32,6 +32,7 @@ def add(commands: Any) -> None:
     _add_inspect(commands)
     _add_audit(commands)
     _add_export(commands)
+    _add_combine(commands)
 
 
 def _add_merge(commands: Any) -> None:
@@ -99,7 +100,44 @@ def _add_export(commands: Any) -> None:
         default="F16",
         help="how a merged GGUF stores weights (default: %(default)s)",
     )
+    parser.add_argument(
+        "--rank",
+        type=int,
+        metavar="R",
+        help="for peft: write any method as plain LoRA of this rank, with the error",
+    )
+    parser.add_argument(
+        "--share",
+        type=float,
+        metavar="P",
+        help="for peft: the same, of the ranks that keep this share of each |ΔW|²",
+    )
     _add_dtype(parser)
+
+
+def _add_combine(commands: Any) -> None:
+    parser = _command(
+        commands,
+        "combine",
+        "write the weighted sum of adapters as one adapter",
+        "minipeft combine first second --weights 0.7 0.3 --out both",
+        _combine,
+    )
+    parser.add_argument(
+        "adapters",
+        type=Path,
+        nargs="+",
+        metavar="ADAPTER",
+        help="folders in peft's format, of one method and one base",
+    )
+    parser.add_argument(
+        "--weights",
+        type=float,
+        nargs="+",
+        metavar="W",
+        help="one for each adapter (default: 1 each, which is their concatenation)",
+    )
+    _add_out(parser, "the new folder")
 
 
 def _command(
@@ -202,6 +240,8 @@ def report(findings: "list[Finding]") -> Iterator[str]:
 def _export(options: argparse.Namespace) -> int:
     if options.to == "safetensors":
         return _merge(options)
+    if options.rank is not None or options.share is not None:
+        return _export_lora(options)
     adapter = _adapter(options)
     if options.to == "peft":
         from minipeft.interop import fixing, parts
@@ -220,9 +260,55 @@ def _export(options: argparse.Namespace) -> int:
     return 0
 
 
+def _export_lora(options: argparse.Namespace) -> int:
+    if options.to != "peft":
+        raise InputError(
+            f"--rank and --share write plain LoRA for peft, not for {options.to}; "
+            "write that first, and export it then"
+        )
+    from minipeft.interop import peft_folder, to_lora
+
+    with progress("factoring") as step:
+        found = to_lora.of_files(
+            options.base,
+            options.adapter,
+            (options.rank, options.share),
+            options.allow_base_mismatch,
+            step,
+        )
+    peft_folder.write(options.out, found.contents)
+    ranks, (worst, error) = found.ranks.values(), found.worst
+    print(
+        f"wrote {options.out}: {len(ranks)} updates as LoRA of rank {min(ranks)} to "
+        f"{max(ranks)}\nlost: {found.error:.2g} of all updates together, at most "
+        f"{error:.2g} of one ({worst})"
+    )
+    return 0
+
+
+def _combine(options: argparse.Namespace) -> int:
+    weights = options.weights or [1.0] * len(options.adapters)
+    if len(weights) != len(options.adapters):
+        raise InputError(
+            f"there are {len(options.adapters)} adapters and {len(weights)} weights; "
+            "give one weight for each"
+        )
+    from minipeft.interop import combine, peft_folder
+
+    with progress("reading") as step:
+        parts = []
+        for folder, weight in zip(options.adapters, weights, strict=True):
+            step(str(folder))
+            parts.append((peft_folder.read(folder), weight))
+    total = combine.weighted_sum(parts)
+    peft_folder.write(options.out, total)
+    print(f"wrote {options.out}: {len(total.tensors)} tensors")
+    return 0
+
+
 def _export_gguf(options: argparse.Namespace, adapter: "Adapter") -> None:
     from minipeft.interop import gguf_format, merging
-    from minipeft.interop.tensors import open_tensors
+    from minipeft.interop.tensors import Watched, open_tensors
 
     if options.to == "gguf" and not options.merged:
         config = gguf_format.read_config(options.base)
@@ -231,7 +317,9 @@ def _export_gguf(options: argparse.Namespace, adapter: "Adapter") -> None:
         return
     path = options.out / "model.gguf" if options.to == "ollama" else options.out
     base = open_tensors(options.base)
-    gguf_format.write_model(path, base, options.base, adapter, options.kind)
+    with progress("writing") as step:
+        watched = Watched(base, step)
+        gguf_format.write_model(path, watched, options.base, adapter, options.kind)
     if options.to == "ollama":
         merging.write_text(options.out / "Modelfile", "FROM ./model.gguf\n")
         print(

@@ -68,14 +68,14 @@ def read(folder: Path, weights: str = WEIGHTS) -> Contents:
     return Contents(config, tensors, file.metadata)
 
 
-def read_config(folder: Path) -> dict[str, Any]:
-    """Return the adapter's configuration.
+def read_config(folder: Path, name: str = CONFIG) -> dict[str, Any]:
+    """Return the configuration of an adapter, or another JSON object of a folder.
 
     Raises:
         InputError: it is absent, no JSON, no object, has a key twice, or a number in it
             is not finite.
     """
-    path = folder / CONFIG
+    path = folder / name
     _check_size(path, LARGEST_CONFIG)
     try:
         text = path.read_text("utf-8")

@@ -7,7 +7,7 @@ the first tensor is read: its header, its length, its names, its shards.
 import json
 import os
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from math import prod
@@ -170,6 +170,30 @@ class Shards:
         for name, file in self._file.items():
             found.setdefault(file.path.name, []).append(name)
         return found
+
+
+class Watched:
+    """Tensors that say the name of each one as it is read, for progress.
+
+    Args:
+        source: of the tensors.
+        step: is called with each name.
+    """
+
+    def __init__(self, source: Tensors, step: Callable[[str], None]):
+        self._source, self._step = source, step
+        self.about: Mapping[str, About] = source.about
+        self.metadata: Mapping[str, str] = source.metadata
+
+    def read(self, name: str) -> Tensor:
+        """Return one tensor."""
+        self._step(name)
+        return self._source.read(name)
+
+    def pieces(self, name: str) -> Iterator[bytes]:
+        """Yield the bytes of one tensor, a piece at a time."""
+        self._step(name)
+        return self._source.pieces(name)
 
 
 def open_tensors(path: Path) -> Tensors:

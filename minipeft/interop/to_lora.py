@@ -2,15 +2,17 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from math import sqrt
+from pathlib import Path
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from minipeft.errors import InputError
-from minipeft.interop import peft_write
+from minipeft.interop import peft_model, peft_write
 from minipeft.interop.made import Made
-from minipeft.interop.peft_folder import Contents
+from minipeft.interop.peft_folder import Contents, read_config
 from minipeft.interop.peft_model import contents_with, target_modules, trained_beside
 from minipeft.interop.peft_rows import BiasedLoRA
 from minipeft.torch import inject, lora
@@ -27,11 +29,25 @@ class Approximation:
         contents: of the adapter's folder; `peft_folder.write` writes it.
         errors: of each layer, $\|\Delta W - B A\|_F / \|\Delta W\|_F$; 0 for no change.
         ranks: of each layer.
+        norms: of each layer, $\|\Delta W\|_F$.
     """
 
     contents: Contents
     errors: Mapping[str, float]
     ranks: Mapping[str, int]
+    norms: Mapping[str, float]
+
+    @property
+    def worst(self) -> tuple[str, float]:
+        """The layer with the largest error, and that error."""
+        return max(self.errors.items(), key=lambda one: one[1])
+
+    @property
+    def error(self) -> float:
+        """The error of all layers together, relative to the norm of all updates."""
+        lost = sum((self.errors[key] * norm) ** 2 for key, norm in self.norms.items())
+        whole = sum(norm**2 for norm in self.norms.values())
+        return sqrt(lost / whole) if whole else 0.0
 
 
 def to_lora(
@@ -39,6 +55,7 @@ def to_lora(
     rank: int | None = None,
     share: float | None = None,
     made: Made | None = None,
+    step: Callable[[str], None] = lambda name: None,
 ) -> Approximation:
     r"""Return the active update of every layer as plain LoRA of scaling 1.
 
@@ -51,6 +68,7 @@ def to_lora(
         share: of $\|\Delta W\|_F^2$ that each layer keeps, above 0, at most 1: each
             layer gets the smallest rank that does.
         made: what only the caller knows of the training.
+        step: is called with the name of each layer, for progress.
 
     Raises:
         InputError: not one of rank and share is given, one is out of range, or the
@@ -62,15 +80,59 @@ def to_lora(
         raise InputError(
             f"{type(model).__name__} has no adapter that changes weights; inject one"
         )
-    found, errors = {}, {}
+    found, errors, norms = {}, {}, {}
     for key, layer in layers.items():
         with naming(key):
-            found[key], errors[key] = _nearest(layer, choose)
+            found[key], errors[key], norms[key] = _nearest(layer, choose)
+        step(key)
     plain = _with_biases(found, layers)
     result = peft_write.lora(plain, layers)
     result.config["target_modules"] = target_modules(list(layers), model)
     contents = contents_with(result, model, trained_beside(model), made or Made())
-    return Approximation(contents, errors, {k: len(a.A) for k, a in found.items()})
+    ranks = {key: len(adapter.A) for key, adapter in found.items()}
+    return Approximation(contents, errors, ranks, norms)
+
+
+def of_files(
+    base: Path,
+    adapter: Path,
+    chosen: tuple[int | None, float | None],
+    allow_base_mismatch: bool = False,
+    step: Callable[[str], None] = lambda name: None,
+) -> Approximation:
+    """Return the adapter of a folder as plain LoRA; its model is loaded for that.
+
+    Args:
+        base: a model's folder, of a class of transformers.
+        adapter: a folder in peft's format, of any method that changes weights.
+        chosen: rank and share, of which one is None, as `to_lora` takes them.
+        allow_base_mismatch: do not compare the base with the one that the file names.
+        step: is called with the name of each layer, for progress.
+
+    Raises:
+        InputError: as `to_lora`, or the folders do not fit each other.
+    """
+    import transformers
+
+    _chooser(*chosen)  # refuses before a model is loaded
+    config = read_config(base, "config.json")
+    (kind, *_) = config.get("architectures") or [""]
+    if not hasattr(transformers, str(kind)):
+        raise InputError(
+            f"{base / 'config.json'} names the class {kind!r}, which transformers does "
+            "not have; give a model's folder"
+        )
+    try:
+        model = getattr(transformers, kind).from_pretrained(
+            base, dtype="auto", local_files_only=True
+        )
+    except (OSError, ValueError, RuntimeError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise InputError(
+            f"transformers does not load {base}: {reason}; give a model's folder"
+        ) from error
+    model = peft_model.load(model, adapter, allow_base_mismatch=allow_base_mismatch)
+    return to_lora(model, *chosen, step=step)
 
 
 Chooser = Callable[[Tensor], int]
@@ -97,7 +159,7 @@ def _chooser(rank: int | None, share: float | None) -> Chooser:
 
 
 @torch.no_grad()
-def _nearest(layer: Adapted[Any], choose: Chooser) -> tuple[LoRA, float]:
+def _nearest(layer: Adapted[Any], choose: Chooser) -> tuple[LoRA, float, float]:
     delta = layer.delta()
     with full_precision(delta.device):
         U, S, Vt = torch.linalg.svd(delta, full_matrices=False)
@@ -108,7 +170,7 @@ def _nearest(layer: Adapted[Any], choose: Chooser) -> tuple[LoRA, float]:
         norm = torch.linalg.matrix_norm(delta.double())
         left = delta.double() - found.B.double() @ found.A.double()
         error = torch.linalg.matrix_norm(left) / norm if norm else norm
-    return found, float(error)
+    return found, float(error), float(norm)
 
 
 @torch.no_grad()

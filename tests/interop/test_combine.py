@@ -7,9 +7,11 @@ from minipeft.errors import InputError
 from minipeft.interop import peft_folder, peft_model
 from minipeft.interop.combine import concatenate, weighted_sum
 from minipeft.interop.merging import BASE
-from minipeft.torch import inject
+from minipeft.torch import inject, miss
+from minipeft.torch.hira import HiRA
 from minipeft.torch.ia3 import IA3
 from minipeft.torch.lora import LoRAConfig
+from minipeft.torch.miss import MiSS
 from tests.agreement.llama import llama, logit_bound
 from tests.interop import peers
 from tests.interop.test_peft_model import LORA, assert_same_tensors, config, silent
@@ -17,6 +19,7 @@ from tests.tolerance import assert_within, gamma
 
 peft = pytest.importorskip("peft")
 
+MULTIPLIED = ["HiRA", "HiRA on embeddings", "MiSS", "MiSS, uneven"]
 LINEAR = ["plain", "rank-stabilized", "patterns", "patterns, rank-stabilized"]
 
 
@@ -35,7 +38,9 @@ def loaded(*adapters, folder, model=llama):
     return made.eval()
 
 
-@pytest.mark.parametrize("case", [*LORA, "VeRA", "IA3", "prompt", "prefix"])
+@pytest.mark.parametrize(
+    "case", [*LORA, "VeRA", "IA3", "HiRA", "MiSS", "prompt", "prefix"]
+)
 def test_one_adapter_at_weight_1_gives_itself_back(case, tmp_path):
     one = contents(config(case), tmp_path / "one")
     same = weighted_sum([(one, 1.0)])
@@ -43,7 +48,7 @@ def test_one_adapter_at_weight_1_gives_itself_back(case, tmp_path):
     assert dict(one.config) == dict(same.config)
 
 
-@pytest.mark.parametrize("case", [*LINEAR, "embeddings", "IA3"])
+@pytest.mark.parametrize("case", [*LINEAR, "embeddings", "IA3", *MULTIPLIED])
 def test_an_adapter_joined_by_one_at_weight_0_does_what_it_did(case, tmp_path):
     # Nothing comes back untouched here: the general way is taken.
     one, other = (contents(config(case), tmp_path / str(s), s) for s in (5, 6))
@@ -58,10 +63,16 @@ def size_of(adapter, W):
     """Return the sum of the sizes of what an update is summed from."""
     if isinstance(adapter, IA3):
         return 2 * (1 + adapter.l.abs().max()) * W.abs()
+    if isinstance(adapter, MiSS):
+        return miss.delta(adapter, W.shape[1]).abs()
+    if isinstance(adapter, HiRA):
+        return W.abs() * (adapter.B.abs() @ adapter.A.abs())
     return adapter.scaling * (adapter.B.abs() @ adapter.A.abs())
 
 
-@pytest.mark.parametrize("case", [*LINEAR, "embeddings", "every linear layer", "IA3"])
+@pytest.mark.parametrize(
+    "case", [*LINEAR, "embeddings", "every linear layer", "IA3", *MULTIPLIED]
+)
 def test_a_sum_is_the_sum_of_its_active_adapters(case, tmp_path):
     seeds, shares = (5, 6, 7), (0.5, -1.25, 2.0)
     parts = [contents(config(case), tmp_path / str(seed), seed) for seed in seeds]
@@ -104,6 +115,43 @@ def test_adapters_of_different_layers_keep_their_own(tmp_path):
     assert_same_tensors(kept, both.tensors)  # each at its own scaling
     model = loaded(both, folder=tmp_path)
     assert len(inject.adapted(model)) == 4
+
+
+def test_a_layer_that_one_hira_lacks_gets_zeros_of_its_rank(tmp_path):
+    task = {"task_type": "CAUSAL_LM"}
+    one, two = (
+        contents(peft.HiraConfig(r=r, target_modules=[t], **task), tmp_path / t)
+        for r, t in ((4, "q_proj"), (3, "v_proj"))
+    )
+    both = loaded(concatenate([one, two]), folder=tmp_path / "both")
+    for i, alone in enumerate((one, two)):
+        single = loaded(alone, folder=tmp_path / f"alone{i}")
+        for key, layer in inject.adapted(single).items():
+            found = inject.adapted(both)[key]
+            assert len(found.adapters["0"].A) == 7
+            bound = 2 * gamma(8) * size_of(layer.adapters["0"], layer.W)
+            assert_within(
+                found.delta().detach().numpy(),
+                layer.delta().detach().numpy(),
+                bound.detach().double().numpy(),
+            )
+
+
+def test_ranks_of_miss_that_differ_are_refused(tmp_path):
+    one, two = (
+        contents(peft.MissConfig(r=r, target_modules=["q_proj"]), tmp_path / str(r))
+        for r in (4, 8)
+    )
+    with pytest.raises(InputError, match="MiSS differ in r"):
+        concatenate([one, two])
+
+
+def test_experts_are_summed_on_a_model(tmp_path):
+    plain = contents(config("plain"), tmp_path / "plain")
+    settings = {**plain.config, "target_parameters": ["experts.down_proj"]}
+    stacks = peft_folder.Contents(settings, plain.tensors)
+    with pytest.raises(InputError, match="stacks of experts"):
+        weighted_sum([(stacks, 0.5)])
 
 
 def test_adapters_of_different_bases_are_refused(tmp_path):

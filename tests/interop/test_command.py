@@ -1,21 +1,27 @@
 """The commands on files: what they print, write and return."""
 
 import json
+from pathlib import Path
 
 import pytest
 import safetensors.torch
 import torch
 
 from minipeft import cli
-from minipeft.interop import fingerprint
+from minipeft.interop import fingerprint, peft_folder, peft_model, to_lora
+from minipeft.interop.combine import weighted_sum
 from minipeft.interop.merging import BASE
 from minipeft.interop.tensors import open_tensors
+from minipeft.torch import inject
+from minipeft.torch.dora import DoRAConfig
+from tests.agreement.llama import llama
 from tests.interop.folders import (
     adapter_tensors,
     base_tensors,
     write_adapter,
     write_model,
 )
+from tests.tolerance import assert_within, gamma
 
 
 @pytest.fixture
@@ -83,9 +89,72 @@ def test_another_base_is_refused_by_name(folders, capsys):
     assert cli.main(["merge", *allowed]) == 0
 
 
-@pytest.mark.parametrize("command", ["merge", "audit", "inspect", "export"])
+@pytest.mark.parametrize("command", ["merge", "audit", "inspect", "export", "combine"])
 def test_help_has_an_example(command, capsys):
     with pytest.raises(SystemExit) as stopped:
         cli.main([command, "--help"])
     assert stopped.value.code == 0
     assert f"example: minipeft {command} " in " ".join(capsys.readouterr().out.split())
+
+
+def test_combine_writes_the_weighted_sum(folders, capsys):
+    path, given = folders
+    second = write_adapter(path / "second", adapter_tensors(seed=9, r=3), r=3)
+    arguments = ["combine", given[3], str(second), "--out", str(path / "both")]
+    assert cli.main([*arguments, "--weights", "0.5"]) == 2
+    assert "2 adapters and 1 weights" in capsys.readouterr().err
+    assert cli.main([*arguments, "--weights", "0.5", "-2"]) == 0
+    assert "wrote" in capsys.readouterr().out
+    parts = [peft_folder.read(Path(folder)) for folder in (given[3], second)]
+    expected = weighted_sum([*zip(parts, (0.5, -2.0), strict=True)])
+    found = peft_folder.read(path / "both")
+    assert found.config == expected.config
+    for name, tensor in expected.tensors.items():
+        assert torch.equal(found.tensors[name], tensor)
+    assert cli.main([*arguments[:3], "--out", str(path / "concatenated")]) == 0
+
+
+def test_export_writes_any_method_as_lora_and_states_the_error(tmp_path, capsys):
+    base, adapter = tmp_path / "base", tmp_path / "adapter"
+    llama().save_pretrained(base)
+    model = inject.inject(llama(), DoRAConfig(r=2, alpha=3), ["q_proj", "v_proj"])
+    torch.manual_seed(3)
+    for parameter in inject.trainable_parameters(model):
+        parameter.data += 0.1 * torch.randn_like(parameter)
+    peft_model.save(model, adapter)
+    given = ["export", "--base", str(base), "--adapter", str(adapter)]
+    out = tmp_path / "out"
+    assert cli.main([*given, "--to", "peft", "--rank", "3", "--out", str(out)]) == 0
+    said = capsys.readouterr()
+    assert "4 updates as LoRA of rank 3 to 3" in said.out
+    assert "the base is the one" in said.err
+    expected = to_lora.to_lora(model, rank=3)
+    assert f"lost: {expected.error:.2g} of all updates together" in said.out
+    found = peft_folder.read(out)
+    for name, tensor in expected.contents.tensors.items():
+        assert torch.equal(found.tensors[name], tensor)
+    wrong = [*given, "--to", "gguf", "--rank", "3", "--out", str(tmp_path / "x")]
+    assert cli.main(wrong) == 2
+    assert "write plain LoRA for peft, not for gguf" in capsys.readouterr().err
+    both = [*given, "--to", "peft", "--rank", "3", "--share", "0.9"]
+    assert cli.main([*both, "--out", str(tmp_path / "x")]) == 2
+    assert "give one of the two" in capsys.readouterr().err
+    assert not (tmp_path / "x").exists()
+
+
+def test_the_error_of_all_layers_is_that_of_their_sum():
+    model = inject.inject(llama(), DoRAConfig(r=2, alpha=3), ["q_proj", "down_proj"])
+    torch.manual_seed(3)
+    for parameter in inject.trainable_parameters(model):
+        parameter.data += 0.1 * torch.randn_like(parameter)
+    found = to_lora.to_lora(model, rank=1)
+    lost, whole = 0.0, 0.0
+    for key, layer in inject.adapted(model).items():
+        start = f"base_model.model.{key}.lora_"
+        B, A = (found.contents.tensors[f"{start}{M}.weight"].double() for M in "BA")
+        delta = layer.delta().detach().double()
+        lost += float((delta - B @ A).square().sum())
+        whole += float(delta.square().sum())
+    expected = (lost / whole) ** 0.5
+    assert_within(found.error, expected, gamma(2 * 32 * 48) * expected)
+    assert found.worst[1] == max(found.errors.values())
