@@ -12,7 +12,7 @@ import numpy as np
 
 from minipeft.lab import models, plots
 from minipeft.lab.chapter import start
-from minipeft.reference import blockwise
+from minipeft.reference import blockwise, bof4, double_quant, microscaling
 from minipeft.reference.codebook import FP4, NF4, normal_float
 
 chapter = start("02_nf4", steps=1, model=None)
@@ -392,6 +392,88 @@ assert bits == 4 + 32 / 64
 # Half a bit of scale for four bits of code is a lot. [The next chapter](03_double_quant.md) quantizes the
 # scales too.
 #
+# ## Other tables, other scales
+#
+# Three formats of four bits are newer than NF4. Each changes one thing.
+#
+# **BOF4-S** [@blumenberg2025] keeps the blocks and changes the table and the sign of the scale. The scale of a block is its largest value *with its sign*, so the largest value always becomes 1,
+# and no code is needed for −1. Fifteen codes are left for the others. They stand where the mean squared error of normal weights is smallest, under two conditions: 0 and 1 are among them.
+# The paper finds the table from samples. The table here is the same minimum by integration; a test checks that every value is the mean of what is rounded to it.
+#
+# @source minipeft.reference.bof4.quantize
+# @source minipeft.reference.blockwise.scale
+#
+# **MXFP4** and **NVFP4** are made for hardware: tensor cores multiply them without a table. Their sixteen values are those of a float with two bits of exponent and one of mantissa (E2M1):
+# 0, 0.5, 1, 1.5, 2, 3, 4, 6 and the same below zero. MXFP4 [@ocp2023] scales 32 values by a power of two, which takes one byte. NVFP4 [@nvidia2025] scales 16 values by a float of one byte
+# (E4M3), and the whole matrix by one float32. Their blocks lie within a row, and the first of two codes stands in the *low* half of a byte.
+#
+# @source minipeft.reference.microscaling.quantize_mxfp4
+# @source minipeft.reference.microscaling.dequantize_mxfp4
+# @source minipeft.reference.microscaling.quantize_nvfp4
+# @source minipeft.reference.microscaling.dequantize_nvfp4
+#
+# What does a bit buy? Each format quantizes the same normal numbers and the same real weights; the error is squared, and divided by the mean square of the weights.
+
+# %%
+
+
+def formats(W):
+    """Each format's bits per weight and relative squared error."""
+    nested = double_quant.quantize(W)
+    mx, nv = microscaling.quantize_mxfp4(W), microscaling.quantize_nvfp4(W)
+    found = {
+        "NF4": blockwise.dequantize(blockwise.quantize(W)),
+        "NF4, nested scales": double_quant.dequantize(nested),
+        "BOF4-S": blockwise.dequantize(bof4.quantize(W)),
+        "int4": blockwise.dequantize(blockwise.quantize(W, INT4)),
+        "MXFP4": microscaling.dequantize_mxfp4(mx),
+        "NVFP4": microscaling.dequantize_nvfp4(nv),
+    }
+    stored = {name: 4.5 for name in ("NF4", "BOF4-S", "int4")} | {
+        "NF4, nested scales": double_quant.bits_per_parameter(nested),
+        "MXFP4": 8 * (mx.packed.nbytes + mx.scales.nbytes) / W.size,
+        "NVFP4": 8 * (nv.packed.nbytes + nv.scales.nbytes + 4) / W.size,
+    }
+    return {
+        name: (stored[name], float(((back - W) ** 2).mean() / (W**2).mean()))
+        for name, back in found.items()
+    }
+
+
+on_normal = formats(normal)
+on_weights = [formats(W) for W in weights.values()]
+real = {name: float(np.mean([f[name][1] for f in on_weights])) for name in on_normal}
+print("squared error in thousandths of the mean square    bits   normal   MiniLM")
+for name, (stored, error) in on_normal.items():
+    print(f"{name:48s} {stored:6.3f} {1e3 * error:8.2f} {1e3 * real[name]:8.2f}")
+better = 1 - on_normal["BOF4-S"][1] / on_normal["NF4"][1]
+assert on_normal["BOF4-S"][1] < on_normal["NF4"][1] < on_normal["NVFP4"][1]
+assert on_normal["NVFP4"][1] < on_normal["int4"][1] < on_normal["MXFP4"][1]
+assert real["BOF4-S"] < real["NF4"]
+
+# %% tags=["fold"]
+figure, ax = plots.axes(
+    x="bits per weight", y="squared error, thousandths", size=(6.4, 3.2)
+)
+for name, (stored, error) in on_normal.items():
+    color = COLORS.get(name.split(",")[0], plots.INK)
+    ax.plot(stored, 1e3 * error, "o", color=color)
+    ax.annotate(
+        name, (stored, 1e3 * error), (7, 4), textcoords="offset points", color=color
+    )
+ax.set(xlim=(4.08, 4.66), ylim=(0, 15))
+chapter.show(
+    figure,
+    "formats",
+    alt="Squared error against bits per weight for six formats. NF4 with nested scales stands at 4.13 bits and 8.5, BOF4-S at 4.5 and 7.4, NF4 at 4.5 and 8.5, NVFP4 at 4.5 and 8.8, MXFP4 at 4.25 and 13.2, int4 at 4.5 and 11.6.",
+    caption=f"On normal numbers BOF4-S has the smallest error, {100 * better:.0f} % below NF4's with the same bits. MXFP4 has the largest: its scale is a power of two, so a block can miss the largest code by a factor of up to two.",
+)
+
+# %% [markdown]
+# On normal numbers BOF4-S has {=f"{100 * better:.0f}"=} % less squared error than NF4 and takes the same {=f"{on_normal['BOF4-S'][0]:g}"=} bits. On MiniLM's weights the difference is {=f"{100 * (1 - real['BOF4-S'] / real['NF4']):.0f}"=} %. NVFP4 lies at
+# {=f"{1e3 * on_normal['NVFP4'][1]:.2f}"=} thousandths beside NF4's {=f"{1e3 * on_normal['NF4'][1]:.2f}"=}, MXFP4 at {=f"{1e3 * on_normal['MXFP4'][1]:.2f}"=} with a quarter of a bit less. Double quantization, the subject of the next chapter, leaves NF4's error as it is and
+# saves more than MXFP4 does: {=f"{on_normal['NF4, nested scales'][0]:.3f}"=} bits. A squared error of weights is not a loss of a model; [chapter 6](06_qlora.md) measures that for NF4.
+#
 # ## What goes wrong in practice
 
 # %% tags=["hide"]
@@ -477,4 +559,4 @@ assert np.sum(before != after) <= 64
 # ## References
 #
 # The data type and the blocks of 64 are from QLoRA [@dettmers2023]; quantization by blocks, in 8 bits, is from [@dettmers2021]. In
-# which sense NF4 is optimal is discussed by Yoshida [@yoshida2023].
+# which sense NF4 is optimal is discussed by Yoshida [@yoshida2023]. BOF4-S is from [@blumenberg2025], MXFP4 from the specification of the Open Compute Project [@ocp2023], NVFP4 from NVIDIA [@nvidia2025].

@@ -31,6 +31,7 @@ from minipeft.reference import (
     ia3,
     loftq,
     lora,
+    microscaling,
     paged,
     pissa,
     prefix,
@@ -122,6 +123,12 @@ def operands(row: ModuleType) -> dict[str, object]:
         **{row.module: {"adapter": new_adapter(row)} for row in PARAMETRIZATIONS},
         bottleneck: {"adapter": small, "grad_y": f32(3, 5), "adapters": (small, small)},
         loftq: {"q": q},
+        microscaling: {
+            "W": f32(2, 32),
+            "mx": microscaling.quantize_mxfp4(f32(2, 32)),
+            "nv": microscaling.quantize_nvfp4(f32(2, 32)),
+        },
+        blockwise: {"blocks": f32(5, 4)},
         double_quant: {"q": double_quant.quantize(f32(4, 5), blocksize=4)},
         attention: {
             "head": replace(common["head"], mask=mask),

@@ -22,6 +22,9 @@ class Argument:
         return "dtypes" in self.type
 
 
+Named = Mapping[str, Argument]
+
+
 def tensor(axes: str, meaning: str, *dtypes: str) -> Argument:
     """Describe a tensor; float32 where no other dtype is named."""
     return Argument(meaning, {"axes": axes, "dtypes": dtypes or ("float32",)})
@@ -55,6 +58,11 @@ def optional(argument: Argument) -> Argument:
 def exact(argument: Argument) -> Argument:
     """Return the output as one that is always compared as bytes."""
     return replace(argument, exact=True)
+
+
+def exactly(arguments: Named) -> Named:
+    """Return the outputs as ones that are always compared as bytes."""
+    return {name: exact(argument) for name, argument in arguments.items()}
 
 
 def gradient(name: str, argument: Argument) -> Argument:
@@ -99,6 +107,19 @@ SHAPE = Argument(
     {"type": "array", "items": {"type": "integer", "minimum": 0}},
 )
 DTYPE = word("The dtype of the result.", *FLOATS)
+NIBBLES = tensor(
+    "(..., in_features / 2)", "Two codes in a byte, the first one low.", "uint8"
+)
+ROWS = tensor("(..., in_features)", "The weight; blocks lie within rows.", *FLOATS)
+MXFP4 = {
+    "packed": NIBBLES,
+    "scales": tensor("(..., blocks of 32)", "The exponent of each, + 127.", "uint8"),
+}
+NVFP4 = {
+    "packed": NIBBLES,
+    "scales": tensor("(..., blocks of 16)", "The scale of each in E4M3.", "uint8"),
+    "tensor_scale": tensor("()", "The scale of the scales."),
+}
 CODEBOOK = tensor("(codes,)", "The values, in the order of their codes.")
 
 # Attention

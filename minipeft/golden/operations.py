@@ -6,6 +6,8 @@ needs an entry here, a file in `cases/`, and a file of functions in each driver.
 and lists of functions are written from this table.
 """
 
+from dataclasses import replace
+
 from minipeft.golden import arguments as a
 from minipeft.golden.arguments import Operation as Operation
 from minipeft.golden.arguments import exact, integer, number, tensor, word
@@ -22,6 +24,8 @@ _DEQUANTIZE = Operation(
     parameters={"blocksize": a.BLOCKSIZE, "shape": a.SHAPE, "dtype": a.DTYPE},
     outputs={"W": exact(a.VALUES)},
 )
+_OF_ROWS: tuple[a.Named, a.Named] = ({"W": a.ROWS}, {})
+_TO_ROWS = ({"dtype": a.DTYPE}, {"W": exact(a.ROWS)})
 _MISS = {"W": a.W, "D": tensor("(r, out_features)", "What r inputs add, in turn.")}
 OPERATIONS: dict[str, Operation] = {
     "codebook_table": Operation(
@@ -49,6 +53,12 @@ OPERATIONS: dict[str, Operation] = {
     "nf4_dequantize": _DEQUANTIZE,
     "fp4_quantize": _QUANTIZE,
     "fp4_dequantize": _DEQUANTIZE,
+    "bof4_quantize": replace(_QUANTIZE, row="bof4"),
+    "bof4_dequantize": replace(_DEQUANTIZE, row="bof4"),
+    "mxfp4_quantize": Operation("microscaling", *_OF_ROWS, a.exactly(a.MXFP4)),
+    "mxfp4_dequantize": Operation("microscaling", a.MXFP4, *_TO_ROWS),
+    "nvfp4_quantize": Operation("microscaling", *_OF_ROWS, a.exactly(a.NVFP4)),
+    "nvfp4_dequantize": Operation("microscaling", a.NVFP4, *_TO_ROWS),
     "linear_forward": Operation(
         row="linear",
         tensors={"x": a.X, "W": a.W, "bias": a.BIAS},
@@ -347,7 +357,7 @@ OPERATIONS: dict[str, Operation] = {
         row="double_quant",
         tensors={"W": a.VALUES},
         parameters=a.NESTED_SIZES,
-        outputs={name: exact(argument) for name, argument in a.NESTED.items()},
+        outputs=a.exactly(a.NESTED),
     ),
     "double_quant_dequantize": Operation(
         row="double_quant",
@@ -365,10 +375,7 @@ OPERATIONS: dict[str, Operation] = {
         row="adamw",
         tensors=a.STEP | a.CODED,
         parameters=a.ADAMW,
-        outputs={
-            "W": a.STEP["W"],
-            **{name: exact(argument) for name, argument in a.CODED.items()},
-        },
+        outputs={"W": a.STEP["W"], **a.exactly(a.CODED)},
     ),
     "paged_trace": Operation(
         row="paged",
@@ -380,7 +387,7 @@ OPERATIONS: dict[str, Operation] = {
             "pages": integer("How many pages there are, all on the host."),
             "budget": integer("How many fit on the device; at least 1."),
         },
-        outputs={name: exact(argument) for name, argument in a.TRACE.items()},
+        outputs=a.exactly(a.TRACE),
     ),
     "qlora_forward": Operation(
         row="qlora",

@@ -14,6 +14,8 @@ WAYS: dict[str, str] = {
     "fp4-by-magnitude": "bitsandbytes' CUDA kernel, which compares magnitudes",
     "fp4-signed-zero": "those who give FP4's code 8 a sign",
     "unsigned-zero": "those whose zeros have no sign",
+    "scale-at-least-normal": "torchao, which stores no scale below 2^-6, the smallest "
+    "normal number of E4M3",
     "refuses-empty": "those who refuse an empty tensor",
     # Codebooks
     "float32-quantiles": "those who take float32 quantiles at float32 points, as NF4's "

@@ -52,7 +52,7 @@ def quantize(W: Values, codebook: Codebook = NF4, blocksize: int = 64) -> Blockw
     blocks = np.zeros((-(-flat.size // blocksize), blocksize), np.float32)
     blocks.reshape(-1)[: flat.size] = flat
     absmax = np.abs(blocks).max(axis=1)
-    codes = nearest(_scaled(blocks, absmax), codebook).reshape(-1)
+    codes = nearest(scale(blocks, absmax), codebook).reshape(-1)
     (zero,) = nearest(np.zeros(1, np.float32), codebook)
     packed = pack(codes[: flat.size], bits, fill=int(zero))
     return Blockwise(packed, absmax, codebook.copy(), blocksize, W.shape)
@@ -93,6 +93,23 @@ def nearest(scaled: Values, codebook: Codebook) -> UInt8[np.ndarray, "..."]:
     values = codebook[order]
     midpoints = (values[:-1] + values[1:]) / np.float32(2)
     return order[np.searchsorted(midpoints, scaled, side="left")].astype(np.uint8)
+
+
+def scale(blocks: Blocks, absmax: Scales) -> Blocks:
+    """Multiply each block by the reciprocal of its scale; leave a block of scale 0.
+
+    Args:
+        blocks: finite values.
+        absmax: one scale a block, of either sign.
+
+    Raises:
+        InputError: if there are scales too few or too many.
+    """
+    check_shapes({"blocks": (blocks, "blocks n"), "absmax": (absmax, "blocks")})
+    # The reciprocal of a subnormal overflows. To multiply both by 2**64 first is exact.
+    lift = np.where(np.abs(absmax) < 2.0**-126, np.float32(2**64), np.float32(1))
+    inverse = np.float32(1) / np.where(absmax == 0, np.float32(1), absmax * lift)
+    return (blocks * lift[:, None]) * inverse[:, None]
 
 
 def pack(codes: Codes, bits: int, fill: int = 0) -> Bytes:
@@ -183,10 +200,3 @@ def _check_bytes(name: str, array: np.ndarray) -> None:
             f"{name} has dtype {array.dtype} and shape {array.shape}; give a list of "
             "bytes (uint8)."
         )
-
-
-def _scaled(blocks: Blocks, absmax: Scales) -> Blocks:
-    # The reciprocal of a subnormal overflows. To multiply both by 2**64 first is exact.
-    lift = np.where(absmax < 2.0**-126, np.float32(2**64), np.float32(1))
-    inverse = np.float32(1) / np.where(absmax == 0, np.float32(1), absmax * lift)
-    return (blocks * lift[:, None]) * inverse[:, None]

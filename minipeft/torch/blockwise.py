@@ -85,7 +85,7 @@ def _encode(
     # Zeros fill the last block and the unused end of the last byte.
     blocks = _fill(flat, max(blocksize, 8)).view(-1, blocksize)
     absmax = blocks.abs().amax(dim=1)
-    packed = pack(nearest(_scaled(blocks, absmax), codebook).view(-1), bits)
+    packed = pack(nearest(scale(blocks, absmax), codebook).view(-1), bits)
     return packed[: -(-n * bits // 8)], absmax[: -(-n // blocksize)]
 
 
@@ -251,13 +251,17 @@ def check_finite(flat: Float[Tensor, " n"], absmax: Float[Tensor, " blocks"]) ->
         )
 
 
-def _scaled(
+def scale(
     blocks: Float[Tensor, "blocks blocksize"], absmax: Float[Tensor, " blocks"]
 ) -> Float[Tensor, "blocks blocksize"]:
+    """Multiply each block by the reciprocal of its scale; leave a block of scale 0."""
+    check_shapes({"blocks": (blocks, "blocks n"), "absmax": (absmax, "blocks")})
     # The reciprocal of a subnormal overflows. To multiply both by 2**64 first is exact.
     # (`where` would give two plain numbers torch's default dtype.)
     one = torch.ones_like(absmax)
-    lift = torch.where(absmax < torch.finfo(torch.float32).tiny, one * 2.0**64, one)
+    lift = torch.where(
+        absmax.abs() < torch.finfo(torch.float32).tiny, one * 2.0**64, one
+    )
     lifted = torch.where(absmax == 0, 1.0, absmax * lift)
     # In float64, because GPU compilers may approximate a float32 division; the
     # second rounding never changes the result of the first.

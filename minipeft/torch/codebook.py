@@ -12,7 +12,8 @@ Codebook = Float[Tensor, " codes"]
 
 
 @torch.inference_mode(False)
-def _table(values: list[float]) -> Codebook:
+def table(values: list[float]) -> Codebook:
+    """Return a codebook on the CPU that is no part of any graph."""
     # A plain tensor on the CPU, also if another default device is set when this file is
     # imported; `quantize` copies the tensor to the device of the weight.
     return torch.tensor(values, dtype=torch.float32, device="cpu")
@@ -20,7 +21,7 @@ def _table(values: list[float]) -> Codebook:
 
 # The published numbers: the published formula gives other last bits, because the
 # numbers were computed from float32 probabilities (see `normal_float`).
-NF4: Codebook = _table(
+NF4: Codebook = table(
     [
         -1.0,
         -0.6961928009986877,
@@ -44,7 +45,7 @@ NF4: Codebook = _table(
 # Sign, two exponent bits, one mantissa bit; divided by 12. The order is that of the
 # bits, so the values are not sorted, and codes 0 and 8 are both +0.
 _TWELFTHS = (0, 0.0625, 8, 12, 4, 6, 2, 3, 0, -0.0625, -8, -12, -4, -6, -2, -3)
-FP4: Codebook = _table([twelfths / 12 for twelfths in _TWELFTHS])
+FP4: Codebook = table([twelfths / 12 for twelfths in _TWELFTHS])
 
 
 @torch.inference_mode(False)
@@ -77,7 +78,7 @@ def dynamic_map(signed: bool = True) -> Codebook:
 
     Source: 8-bit optimizers (arXiv:2110.02861), section 1.3.
     """
-    values = [_table([0.0, 1.0])]
+    values = [table([0.0, 1.0])]
     for i in range(7):
         edges = _linspace32(0.1, 1.0, 2 ** (i if signed else i + 1) + 1)
         fractions = 10.0 ** (i - 6) * ((edges[:-1] + edges[1:]) / 2)
@@ -115,7 +116,7 @@ def _quantiles(offset: float, points: int) -> Float[Tensor, " points"]:
 def _linspace32(start: float, stop: float, points: int) -> Codebook:
     # The bits of `torch.linspace` in float32 on a CPU with a fused multiply-add. On a
     # CPU without one, `torch.linspace` returns other last bits.
-    first, last = _table([start, stop]).double()
+    first, last = table([start, stop]).double()
     step = ((last - first) / (points - 1)).float().double()
     i = torch.arange(points, device="cpu")
     rising, falling = first + step * i, last - step * (points - 1 - i)

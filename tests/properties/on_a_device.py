@@ -26,6 +26,7 @@ from minipeft.torch import (
     adamw,
     attention,
     blockwise,
+    bof4,
     bottleneck,
     codebook,
     dora,
@@ -36,6 +37,7 @@ from minipeft.torch import (
     lora,
     lora_batched,
     lora_plus,
+    microscaling,
     paged,
     pissa,
     prefix,
@@ -56,6 +58,10 @@ def codecs(there):
         out += [vars(q), blockwise.dequantize(q, torch.bfloat16)]
     q = double_quant.quantize(W, codebook.NF4, 4, 8)
     assert double_quant.bits_per_parameter(q) > 4
+    rows, signed = torch.randn(3, 64).to(there), bof4.quantize(W, 8)
+    mx, nv = microscaling.quantize_mxfp4(rows), microscaling.quantize_nvfp4(rows)
+    out += [vars(signed), blockwise.dequantize(signed), vars(mx), vars(nv)]
+    out += [microscaling.dequantize_mxfp4(mx), microscaling.dequantize_nvfp4(nv)]
     return out, vars(q), double_quant.dequantize(q), vars(double_quant.unnest(q))
 
 

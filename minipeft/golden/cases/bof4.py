@@ -1,0 +1,91 @@
+"""Cases of bof4_quantize and bof4_dequantize: bytes, always."""
+
+from collections.abc import Iterator
+
+import numpy as np
+
+from minipeft.golden.cases import File, Spec, gaussian
+from minipeft.golden.cases.build import refused
+from minipeft.golden.tensors import Array
+from minipeft.reference import blockwise
+from minipeft.reference.bof4 import BOF4_S
+
+PAPERS = ("https://arxiv.org/abs/2505.06653",)
+F32 = np.float32
+
+
+def files() -> Iterator[File]:
+    """Yield the two files of the row."""
+    yield File(
+        operation="bof4_quantize",
+        header=(
+            "a = the value of a block with the largest absolute value, the first if",
+            "there are two; W * (1/a) in float32 to the nearest of 16 values, a tie to",
+            "the lower; two codes in a byte, the first one high.",
+        ),
+        source="minipeft.reference.bof4.quantize",
+        papers=PAPERS,
+        specs=[*_quantize()],
+    )
+    yield File(
+        operation="bof4_dequantize",
+        header=("W = the code's value * a, in float32, then one rounding.",),
+        source="minipeft.reference.bof4",
+        papers=PAPERS,
+        specs=[*_dequantize()],
+    )
+
+
+def _quantize() -> Iterator[Spec]:
+    yield _spec("two blocks, normal values", "Basic", gaussian("bof4", (2, 64)))
+    W = gaussian("bof4 weights", (3, 40), 0.02)
+    yield _spec("rows of 40 in blocks of 64", "Basic FlattenRowMajor", W)
+    yield _spec("every value of the codebook, a = 1", "EveryCode", BOF4_S)
+    yield _spec("the same, a = -1", "EveryCode NegativeAbsmax", -BOF4_S)
+    yield _spec("the same, a = -pi", "EveryCode NegativeAbsmax", BOF4_S * -F32(np.pi))
+    for values in ([2, -2, 1], [-2, 2, 1]):
+        W = np.array(values, F32)
+        yield _spec(f"{values}: two are the largest", "FirstLargest OddLength", W)
+    middle = (BOF4_S[:-1] + BOF4_S[1:]) / 2
+    yield _spec("every midpoint", "Tie", np.append(middle, F32(1)))
+    yield _spec("negated midpoints", "Tie NegativeAbsmax", np.append(-middle, F32(-1)))
+    W = np.concatenate([np.zeros(64, F32), gaussian("bof4 zero", (8,))])
+    yield _spec("a block of zeros", "ZeroBlock ShortBlock", W)
+    W = np.linspace(-1, 1, 16, dtype=F32) * F32(-9e-39)
+    yield _spec("a = 9e-39", "Subnormal", W)
+    fine = _spec("", "", np.ones(8, F32))
+    for bad in (np.nan, -np.inf):
+        W = np.array([1, bad], F32)
+        yield refused(fine, f"W holds {bad}", "NotFinite", W=W)
+    yield refused(fine, "blocks of 48", "InvalidBlocksize", blocksize=48)
+
+
+def _dequantize() -> Iterator[Spec]:
+    table = np.arange(16, dtype=np.uint8)
+    yield _decode("all codes, a = 1", "Table", table, [1])
+    yield _decode("all codes, a = -0.3", "Table NegativeAbsmax", table, [-0.3])
+    codes = np.tile(table, 9)[:130]
+    scales = [0.5, -3, 7]
+    yield _decode(
+        "130 values: the last block is two", "Basic ShortBlock", codes, scales
+    )
+    for dtype in ("float16", "bfloat16"):
+        yield _decode(f"to {dtype}", "RoundOnce", table, [np.pi], dtype)
+    fine = _decode("", "", table, [1])
+    two = np.ones(2, F32)
+    yield refused(fine, "a scale too many", "ShapeMismatch", absmax=two)
+
+
+def _spec(comment: str, flags: str, W: Array) -> Spec:
+    return Spec(comment, tuple(flags.split()), {"W": W}, {"blocksize": 64})
+
+
+def _decode(
+    comment: str, flags: str, codes: Array, scales: list[float], dtype: str = "float32"
+) -> Spec:
+    inputs = {
+        "packed": blockwise.pack(codes, 4, fill=7),
+        "absmax": np.array(scales, F32),
+    }
+    parameters = {"blocksize": 64, "shape": [len(codes)], "dtype": dtype}
+    return Spec(comment, tuple(flags.split()), inputs, parameters)
