@@ -130,7 +130,7 @@ assert WRONG not in halves
 # %% [markdown]
 # ## The experiment: five ways to break it
 #
-# Each of these has happened to somebody. The audit gets the file and is not told what was done to it. It makes every mistake of its list itself and names the one that comes closest. The number says what the mistake leaves unexplained, relative to the size of the update.
+# Each is an easy mistake to make in a converter. The audit gets the file and is not told what was done to it. It makes every mistake of its list itself and names the one that comes closest. The number says what the mistake leaves unexplained, relative to the size of the update.
 
 
 # %%
