@@ -130,7 +130,7 @@ def apart(method):
 
 def share_of_7b(r):
     adapter = memory.Adapter(r)
-    return 100 * memory.lora_parameters(LLAMA_7B, adapter) / LLAMA_7B.parameters
+    return 100 * memory.adapter_parameters(LLAMA_7B, adapter) / LLAMA_7B.parameters
 
 
 # Numbers that a chapter tells of another one, and where they come from.
