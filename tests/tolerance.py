@@ -23,6 +23,17 @@ def gamma(n: int, dtype="float32") -> float:
     return n * u / (1 - n * u)
 
 
+def svd_roundings(W) -> int:
+    """The number of roundings that an SVD of W (m x n) counts as: 4 (m + n).
+
+    LAPACK's manual says |W - U S V^T| <= p(m, n) u |W| with a slowly growing p, but
+    gives no formula for p. LAPACK's own tests allow p = 70 max(m, n) (TESTING/svd.in:
+    35 max(m, n) last bits), and as much for the orthogonality of U and V. We allow a
+    ninth of that: 4 (m + n) is at most 8 max(m, n).
+    """
+    return 4 * sum(W.shape)
+
+
 def assert_bits(actual: np.ndarray, expected: np.ndarray) -> None:
     """Same dtype, same shape, same bytes."""
     assert actual.dtype == expected.dtype, (actual.dtype, expected.dtype)

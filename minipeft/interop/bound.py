@@ -7,7 +7,8 @@ the weight. DoRA divides by a norm, whose squares are summed over in_features.
 import torch
 from torch import Tensor
 
-from minipeft.interop.update import Update, exact, gain, read, row_norm
+from minipeft.interop.update import Update, exact, read, row_norm
+from minipeft.torch.dora import over_norm
 
 ROUNDOFF = {
     torch.float64: 2.0**-53,
@@ -47,8 +48,8 @@ def _dora(W: Tensor, update: Update, size: Tensor) -> Tensor:
     V = exact(W, _lora(update), wide)
     norm = row_norm(V)
     assert update.magnitude is not None
-    g = gain(update.magnitude.to(wide).abs(), norm)
-    condition = gain((size * size).sum(dim=1), norm * norm).clamp(min=1)
+    g = over_norm(update.magnitude.to(wide).abs(), norm)
+    condition = over_norm((size * size).sum(dim=1), norm * norm).clamp(min=1)
     # The squared norm: in_features products, those of A A^T and of B, 2 r more; half
     # of its relative error, the root, the quotient and the product.
     roundings = V.shape[1] + 3 * update.r + 8

@@ -17,13 +17,13 @@ from minipeft.interop.update import (
     Update,
     delta,
     exact,
-    gain,
     merged,
     read,
     row_norm,
     stored,
 )
 from minipeft.torch import blockwise
+from minipeft.torch.dora import over_norm
 
 F32 = torch.float32
 Maker = Callable[[Tensor, Update], Tensor | None]
@@ -149,7 +149,7 @@ def columns_scaled(W: Tensor, update: Update) -> Tensor | None:
         return None
     V = exact(W, replace(update, magnitude=None), F32)
     norm = torch.linalg.vector_norm(V, dim=0)
-    return stored(V * gain(update.magnitude.to(F32), norm), update).to(W.dtype)
+    return stored(V * over_norm(update.magnitude.to(F32), norm), update).to(W.dtype)
 
 
 def norm_of_the_merged(W: Tensor, update: Update) -> Tensor | None:
@@ -324,7 +324,7 @@ def _with_norm(
     if update.magnitude is None:
         return None
     V = exact(W, replace(update, magnitude=None), F32)
-    scaled = gain(update.magnitude.to(F32), norm(V))[:, None] * V
+    scaled = over_norm(update.magnitude.to(F32), norm(V))[:, None] * V
     return stored(scaled, update).to(W.dtype)
 
 

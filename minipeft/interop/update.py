@@ -1,14 +1,17 @@
-"""What an adapter does to one tensor of a model, and the right merge of the two.
+"""The change of one tensor by an adapter's file, and the correct merge of the two.
 
-The update is read as it lies in a file: its own matrices, its alpha, the way the base
-stores the weight. `merged` is the definition against which files are judged.
+An update holds what the file holds: the matrices, alpha, and how the base stores the
+weight. The audit compares files with the result of `merged`, which has the formulas of
+`torch.lora` and `torch.dora`, computed block by block of rows, or in a wider dtype.
 """
 
 from dataclasses import dataclass
-from math import sqrt
 
 import torch
 from torch import Tensor
+
+from minipeft.torch import lora
+from minipeft.torch.dora import over_norm
 
 ROWS = 256
 """Rows of a weight that are merged at a time."""
@@ -43,14 +46,14 @@ class Update:
     @property
     def scaling(self) -> float:
         r"""$\alpha / r$, or $\alpha / \sqrt r$."""
-        return self.alpha / (sqrt(self.r) if self.rank_stabilized else self.r)
+        return lora.scaling(self.alpha, self.r, self.rank_stabilized)
 
 
 def merged(W: Tensor, update: Update) -> Tensor:
     """Return the merged weight, computed in float32 and rounded once to W's dtype."""
     plain = read(W, update)
     result = torch.empty_like(plain)
-    # A block of rows at a time stays in the cache, from the product to the rounding.
+    # Block by block: the rows stay in the cache from the product to the rounding.
     for start in range(0, len(plain), ROWS):
         rows = slice(start, start + ROWS)
         result[rows] = _merged_rows(plain[rows], update, rows)
@@ -61,7 +64,7 @@ def _merged_rows(W: Tensor, update: Update, rows: slice) -> Tensor:
     V = update.B[rows].float() @ update.A.float()
     V.mul_(update.scaling).add_(W)
     if update.magnitude is not None:
-        V *= gain(update.magnitude[rows].float(), row_norm(V))[:, None]
+        V *= over_norm(update.magnitude[rows].float(), row_norm(V))[:, None]
     return V
 
 
@@ -73,7 +76,7 @@ def exact(W: Tensor, update: Update, dtype: torch.dtype) -> Tensor:
     V = read(W, update).to(dtype) + delta(update, dtype)
     if update.magnitude is None:
         return V
-    return gain(update.magnitude.to(dtype), row_norm(V))[:, None] * V
+    return over_norm(update.magnitude.to(dtype), row_norm(V))[:, None] * V
 
 
 def delta(update: Update, dtype: torch.dtype) -> Tensor:
@@ -84,12 +87,6 @@ def delta(update: Update, dtype: torch.dtype) -> Tensor:
 def row_norm(V: Tensor) -> Tensor:
     """Return the norm of each output row, over in_features."""
     return torch.linalg.vector_norm(V, dim=1)
-
-
-def gain(magnitude: Tensor, norm: Tensor) -> Tensor:
-    """Return m / norm, and 0 for a zero row."""
-    zero = norm == 0
-    return torch.where(zero, 0, magnitude / torch.where(zero, 1, norm))
 
 
 def read(stored_weight: Tensor, update: Update) -> Tensor:

@@ -8,26 +8,26 @@ import numpy as np
 from minipeft.errors import InputError
 from minipeft.reference import attention, linear
 from minipeft.reference.attention import Head, Keys, Mixed, Queries, Values
-from minipeft.shapes import Float, check_shapes
+from minipeft.shapes import Float, Shaped, check_shapes
 
 
 @dataclass(frozen=True)
 class Prefix:
     """The virtual tokens of one head: their keys and values."""
 
-    K: Float[np.ndarray, "num_virtual_tokens d"]
-    V: Float[np.ndarray, "num_virtual_tokens d_v"]
+    K: Shaped[np.ndarray, "num_virtual_tokens d"]
+    V: Shaped[np.ndarray, "num_virtual_tokens d_v"]
 
 
 @dataclass(frozen=True)
 class Reparametrization:
     """A small network whose output is the prefix; training it is more stable."""
 
-    P: Float[np.ndarray, "num_virtual_tokens width"]
-    W_down: Float[np.ndarray, "hidden width"]
-    b_down: Float[np.ndarray, " hidden"]
-    W_up: Float[np.ndarray, "both hidden"]  # keys, then values
-    b_up: Float[np.ndarray, " both"]
+    P: Shaped[np.ndarray, "num_virtual_tokens width"]
+    W_down: Shaped[np.ndarray, "hidden width"]
+    b_down: Shaped[np.ndarray, " hidden"]
+    W_up: Shaped[np.ndarray, "both hidden"]  # keys, then values
+    b_up: Shaped[np.ndarray, " both"]
 
 
 class PrefixGradients(NamedTuple):

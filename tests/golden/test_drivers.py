@@ -14,6 +14,7 @@ OURS = [
     for path in sorted(DRIVERS.glob(f"{column}/*.py"))
 ]
 SIZES = ("shape", "ndim", "size", "len(")
+RANKS = {"r", "rank", "axis", "axes", "experts", "in_features", "out_features"}
 
 
 def checks(text: str) -> list[str]:
@@ -24,12 +25,16 @@ def checks(text: str) -> list[str]:
         judges = {
             ast.Assert: True,
             ast.Raise: "Unsupported" not in said and "Unavailable" not in said,
-            ast.Compare: any(word in said for word in SIZES),
+            ast.Compare: any(word in said for word in SIZES) or _names(node) & RANKS,
             ast.Call: ".check_" in said.split("(")[0],
         }
         if judges.get(type(node), False):
             found.append(said)
     return found
+
+
+def _names(node: ast.AST) -> set[str]:
+    return {part.id for part in ast.walk(node) if isinstance(part, ast.Name)}
 
 
 @pytest.mark.parametrize("path", OURS, ids=lambda p: f"{p.parent.name}/{p.stem}")
@@ -42,6 +47,8 @@ def test_a_check_is_found():
         "assert x",
         "raise ValueError(x)",
         "A.shape == B.shape",
+        "r < 1",
+        "0 <= axis",
         "lora.check_rank(r)",
     )
     assert all(map(checks, bad))

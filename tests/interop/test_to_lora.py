@@ -17,7 +17,7 @@ from minipeft.torch.vera import VeRAConfig
 from tests.agreement.llama import llama, logit_bound
 from tests.interop import peers
 from tests.interop.test_peft_model import silent
-from tests.tolerance import assert_within, gamma
+from tests.tolerance import assert_within, gamma, svd_roundings
 
 TARGETS = ["q_proj", "v_proj", "down_proj"]
 METHODS = {
@@ -56,8 +56,8 @@ def test_the_error_is_that_of_the_best_rank(method, choice):
         S = torch.linalg.svdvals(exact)
         r, total = found.ranks[key], S.square().sum().sqrt()
         left = torch.linalg.matrix_norm(exact - product(found.contents, key)) / total
-        # An SVD of float32 is that of a matrix this near.
-        slack = gamma(4 * sum(exact.shape))
+        # An SVD in float32 is the exact SVD of a matrix that differs by so much.
+        slack = gamma(svd_roundings(exact))
         assert abs(found.errors[key] - left) <= slack
         assert abs(left - S[r:].square().sum().sqrt() / total) <= slack
         if "rank" in choice:
@@ -73,7 +73,8 @@ def test_the_whole_rank_does_the_same_and_peft_loads_it(method, tmp_path):
     pytest.importorskip("peft")
     model = adapted(method)
     found = to_lora(model, share=1.0)
-    assert max(found.errors.values()) <= gamma(4 * 80)
+    for key, layer in inject.adapted(model).items():
+        assert found.errors[key] <= gamma(svd_roundings(layer.delta()))
     peft_folder.write(tmp_path / "plain", found.contents)
     expected = peers.logits(model)
     bound = 2 * logit_bound(llama(), expected)  # of the update, and of its SVD

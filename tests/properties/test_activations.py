@@ -58,6 +58,7 @@ def off_head(dtype, Q, K, V, P_K=None, P_V=None):
     h = head(Q, K, V)
     if P_K is not None:
         h = prefix.attach(h, prefix.Prefix(P_K, P_V))
+    # Both results are sums of one product for each key.
     shares = rounding(h, dtype) + 2 * gamma(h.K.shape[-2], dtype)
     return shares * (attention.weights(h) @ abs(h.V))
 
@@ -145,7 +146,8 @@ def test_gradients_are_the_slopes_of_the_reference(row, seed, lead):
     def loss(*moved):
         return float((G * row.forward(*moved)).sum())
 
-    # Twice, for the step: what the outputs are off by, and the sum over them.
+    # The error of the outputs, and that of the sum over them. Twice, because the step
+    # makes the operands a little larger.
     off = (abs(G) * row.off("float64", *values)).sum()
     noise = 2 * float(off + gamma(G.size, "float64") * (abs(G) * abs(y)).sum())
     assert_slopes(loss, values, row.backward(G, *values), noise, seed)

@@ -1,5 +1,7 @@
 """Laws of AdamW alone: its formula, its symmetries, its states in eight bits."""
 
+from math import sqrt
+
 import ml_dtypes
 import numpy as np
 import pytest
@@ -9,6 +11,7 @@ from hypothesis import strategies as st
 from minipeft.errors import InputError
 from minipeft.reference import adamw, blockwise
 from minipeft.reference.adamw import MIN_8BIT_SIZE, AdamW
+from tests.bounds import Counted, bound
 from tests.states import SETTINGS, assert_same, bits
 from tests.strategies import seeds
 from tests.tolerance import assert_bits, assert_within, gamma
@@ -38,18 +41,26 @@ def test_a_step_follows_the_formula(seed, config, k, b):
     before, state = run(W, grads[:-1], config, adamw.init(W, b))
     after, _ = adamw.step(before, grads[-1], state, config)
 
-    m = v = absolute = np.zeros(W.size)
+    m = v = np.zeros(W.size)
     (beta1, beta2), lr = config.betas, config.lr
-    for g in (g.astype(np.float64) for g in grads):
+    sizes = Counted(m), Counted(v)
+    for t, g in enumerate((g.astype(np.float64) for g in grads), 1):
         m, v = beta1 * m + (1 - beta1) * g, beta2 * v + (1 - beta2) * g**2
-        absolute = absolute + (1 - beta1) * (np.abs(g) + absolute)
+        *sizes, reach = counted_step(abs(before), abs(g), *sizes, t, config)
     scale = lr / (1 - beta1**k) / (np.sqrt(v / (1 - beta2**k)) + config.eps)
     decayed = (1 - lr * config.weight_decay) * before.astype(np.float64)
-    # Roundings: 4 a step for m, 5 a step for v (halved by the root), then root, scalar,
-    # quotient, eps (scalar and sum), step size, product, quotient, and for the weight
-    # scalar, product and sum: 11.
-    bound = gamma(4 * k + 3 * k + 11) * (np.abs(decayed) + scale * absolute)
-    assert_within(after, decayed - scale * m, bound)
+    assert_within(after, decayed - scale * m, bound(reach))
+
+
+def counted_step(W, g, m, v, t, config):
+    """The formula of a step on sizes; a setting is rounded to float32 once."""
+    (beta1, beta2), lr = config.betas, config.lr
+    W, g = (Counted(size.astype(np.float64)) for size in (W, g))
+    m = m + (g - m) * Counted(1 - beta1, 1)
+    v = v * Counted(beta2, 1) + g * g * Counted(1 - beta2, 1)
+    root = np.sqrt(v) / Counted(sqrt(1 - beta2**t), 1) + Counted(config.eps, 1)
+    moved = m * Counted(lr / (1 - beta1**t), 1) / root
+    return m, v, W * Counted(1 - lr * config.weight_decay, 1) - moved
 
 
 @given(seeds, SETTINGS, bits)
@@ -141,7 +152,8 @@ def test_over_weights_of_16_bits_the_second_moment_keeps_its_digits(dtype):
     assert state.m.dtype == state.v.dtype == np.float32
     for _ in range(100):
         W, state = adamw.step(W, np.ones_like(W), state, AdamW())
-    assert_within(state.v, np.full(4, 1 - 0.999**100), gamma(500))
+    # Five roundings a step: two settings, two products, one sum.
+    assert_within(state.v, np.full(4, 1 - 0.999**100), gamma(5 * 100))
 
 
 @pytest.mark.parametrize("size", [1, 255, MIN_8BIT_SIZE - 1])

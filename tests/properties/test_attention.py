@@ -32,7 +32,8 @@ def test_weights_are_shares(head):
     P = attention.weights(head)
     keys = head.K.shape[-2]
     assert np.all(P >= 0)
-    assert_within(P.sum(axis=-1), np.ones(P.shape[:-1]), gamma(2 * keys + 2))
+    # The sum below the fraction, the division, and the sum of this test.
+    assert_within(P.sum(axis=-1), np.ones(P.shape[:-1]), gamma(2 * keys - 1))
     if head.mask is not None:
         assert not np.any(P[..., ~head.mask])
 
@@ -118,10 +119,17 @@ def assert_slopes(loss, values, gradients, noise, seed):
 
 
 def rounding(head, dtype="float32"):
-    """Relative error of a share, twice: the logits' absolute error, exp, sum, division.
+    """How far two results for a share may differ, relative to the share.
 
-    exp turns an absolute error of its argument into a relative one.
+    A share is e_j / (e_1 + … + e_keys) with e_j = exp(l_j - max).
     """
     d, keys = head.Q.shape[-1], head.K.shape[-2]
     largest = (abs(head.Q) @ abs(head.K).swapaxes(-1, -2)).max() / np.sqrt(d)
-    return 2 * (gamma(d + 3, dtype) * 2 * float(largest) + gamma(keys + 8, dtype))
+    # A logit has d products, their sum, a root and a division: d + 2 roundings. To
+    # subtract the maximum rounds once, relative to at most twice the largest logit; an
+    # error of the maximum itself cancels in the fraction.
+    argument = gamma(d + 4, dtype) * float(largest)
+    # exp turns an absolute error of its argument into a relative one, above and below
+    # the fraction line. exp itself errs by up to 3 last bits, which are 6 roundings,
+    # also in both places; then come keys - 1 sums and the division.
+    return 2 * (np.expm1(2 * argument) + gamma(2 * 6 + keys, dtype))
