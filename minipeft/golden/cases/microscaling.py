@@ -83,7 +83,7 @@ def _quantize_nv() -> Iterator[Spec]:
     yield from _weights("nv", 16)
     yield _spec("6 and -6, then zeros", "NibbleOrder", _row(16, [6, -6]))
     whole = np.concatenate([448 * CODES, CODES / 512])
-    yield _spec("every code, scales 448 and 1/512", "EveryCode EveryE4M3", whole[None])
+    yield _small("every code, scales 448 and 1/512", "EveryCode EveryE4M3", whole[None])
     every = np.stack([np.full(16, 6 * s, F32) for s in E4M3[8:]])
     yield _spec("every normal scale", "EveryE4M3", every)
     ties = 448 * _row(16, [6, *TIES])

@@ -33,8 +33,14 @@ def mxfp4_dequantize(
 def nvfp4_quantize(W: Array) -> tuple[Array, Array, Array]:
     """Return the packed codes, the scales of the blocks, and theirs."""
     tensor_scale = per_tensor_amax_to_scale(to_torch(W).abs().max())
-    scales, packed = quantize(to_torch(W), 16, tensor_scale)
-    return _bytes(packed), _bytes(scales), to_numpy(tensor_scale)
+    rows = to_torch(W).reshape(-1, W.shape[-1])  # it takes two axes
+    scales, packed = quantize(rows, 16, tensor_scale)
+    lead = W.shape[:-1]
+    return (
+        _bytes(packed).reshape(*lead, -1),
+        _bytes(scales).reshape(*lead, -1),
+        to_numpy(tensor_scale),
+    )
 
 
 def _bytes(tensor: torch.Tensor) -> Array:
