@@ -78,3 +78,10 @@ def test_bitsandbytes_has_the_published_codebooks(tmp_path):
 
 def test_torchao_has_nf4_in_four_decimals(tmp_path):
     assert "Literal" in flags("torchao", "codebook", tmp_path)[0]
+
+
+def test_torchao_halves_a_block_of_subnormals_in_mxfp4(tmp_path):
+    # It divides by 2**-126 at least, and stores 2**-127.
+    found, policy = flags("torchao", "microscaling", tmp_path)
+    assert found == {"Subnormal"}
+    assert policy == {"NotFinite"}
