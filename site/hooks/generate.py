@@ -145,6 +145,7 @@ def hand_written(book: Book, where: str) -> Page:
         "map": lambda: methods.table(book.layout.root, partial(map_link, book.layout)),
         "operations": lambda: vectors.table(book.layout.package / "golden" / "v1"),
         "matrix": lambda: matrix.table(book.layout.root / "results"),
+        "historic": lambda: matrix.historic(book.layout.package / "golden" / "v1"),
         "matrix-details": lambda: matrix.details(book.layout.root / "results"),
         "figure": lambda chapter, name: figure(book, where, chapter, name),
         "glossary": lambda: expand(shelf.glossary(book.terms), setting),

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -30,6 +31,28 @@ def test_drivers_are_short_and_name_their_versions(tool):
         packages = tool.requirements(name)
         assert f"{name}==" in " ".join(packages)
         assert all("==" in package or package == "scipy" for package in packages)
+
+
+def test_the_page_of_bugs_names_what_fails():
+    text = (ROOT / "site" / "bugs.md").read_text("utf-8")
+    entries = re.findall(r"\*\*(\w+) (\d[\d.]+\d)(.*?)(?=\n\n)", text, re.S)
+    named = 0
+    for library, number, told in entries:
+        found = json.loads((RESULTS / library / f"{number}.json").read_text("utf-8"))
+        also = re.findall(r" and (\w+) (\d[\d.]+\d)", told)
+        results = [found, *(read_result(*other) for other in also)]
+        for operation, case in re.findall(r"`(\w+):(\d+)`", told):
+            failing = [
+                int(case) in r["operations"].get(operation, {}).get("failed", ())
+                for r in results
+            ]
+            assert any(failing), (library, operation, case)
+            named += 1
+    assert named >= 20
+
+
+def read_result(library, number):
+    return json.loads((RESULTS / library / f"{number}.json").read_text("utf-8"))
 
 
 def test_each_library_has_a_result_or_a_dated_reason(tool):
