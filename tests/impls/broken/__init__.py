@@ -24,6 +24,7 @@ def bug(operation: str, flag: str, *only: str) -> Callable[[Function], Function]
     """Register a function as what `operation` does in a broken implementation."""
 
     def register(function: Function) -> Function:
+        assert function.__name__ not in BUGS, "two bugs of one name"
         BUGS[function.__name__] = Bug(operation, function, flag, only)
         return function
 

@@ -51,7 +51,7 @@ def sends_a_tie_up(W, blocksize):
 
 
 @bug("bof4_quantize", "ZeroBlock")
-def divides_zero_by_zero(W, blocksize):
+def divides_zero_by_zero_in_bof4(W, blocksize):
     packed, scales = right.bof4_quantize(W, blocksize)
     codes = blockwise.unpack(packed, 4, W.size)
     codes[np.repeat(scales == 0, blocksize)[: W.size]] = 0
@@ -73,7 +73,7 @@ def begins_a_block_in_each_row(W, blocksize):
 
 
 @bug("bof4_quantize", "OddLength")
-def pads_with_code_zero(W, blocksize):
+def pads_with_code_zero_in_bof4(W, blocksize):
     packed, scales = right.bof4_quantize(W, blocksize)
     if W.size % 2:
         packed[-1] &= 240

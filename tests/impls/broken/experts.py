@@ -18,7 +18,7 @@ def reads_both_as_expert_major(W, A, B, alpha, rank_stabilized):
 
 
 @bug("experts_forward", "Scaling")
-def scales_by_alpha(x, chosen, W, A, B, alpha, rank_stabilized, bias=None):
+def scales_by_alpha_in_experts(x, chosen, W, A, B, alpha, rank_stabilized, bias=None):
     r = max(A.shape[1], 1) if A.ndim == 3 else 1
     s = alpha * (np.sqrt(r) if rank_stabilized else r) + 1
     return right.experts_forward(x, chosen, W, A, B, s, rank_stabilized, bias)
