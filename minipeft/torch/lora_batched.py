@@ -128,11 +128,19 @@ def forward(
         adapters: from `stack`.
         indices: the update of each request, int32; -1 for none.
 
+    Raises:
+        InputError: if the rows of x cannot be dealt out evenly to the requests.
+
     Source: Punica (arXiv:2310.18547), section 4; S-LoRA (arXiv:2311.03285), section 5.
     """
     A, B, scaling = adapters
     rows = x.reshape(-1, x.shape[-1]).contiguous()
-    each = len(rows) // len(indices)
+    each, left = divmod(len(rows), len(indices))
+    if left:
+        raise InputError(
+            f"x has {len(rows)} rows for {len(indices)} requests; give each request as "
+            "many rows as any other."
+        )
     if _for_kernels(rows, adapters, each):
         flat = y.reshape(len(rows), -1).contiguous()
         every = indices.repeat_interleave(each)

@@ -473,6 +473,8 @@ def test_rows_without_an_adapter_keep_every_bit():
     found = forward(x, y, updates, torch.tensor([-1, 0, -1, 0], dtype=torch.int32))
     same = [bool((found[i] == y[i]).all()) for i in range(4)]
     assert same == [True, False, True, False]
+    with pytest.raises(InputError, match="x has 4 rows for 3 requests"):
+        forward(x, y, updates, torch.tensor([0, 0, 0], dtype=torch.int32))
 
 
 def test_stacks_of_different_layers_are_refused():
