@@ -15,7 +15,7 @@ from torch import nn
 
 from minipeft.lab import plots, timing
 from minipeft.lab.chapter import start
-from minipeft.lab.memory import LLAMA_7B, Adapter, lora_parameters
+from minipeft.lab.memory import LLAMA_7B, Adapter, adapter_parameters
 from minipeft.torch import inject
 from minipeft.torch.ia3 import IA3
 from minipeft.torch.lora import LoRA, LoRAConfig
@@ -31,7 +31,7 @@ chapter = start("22_many_adapters", steps=200, model="tiny")
 
 # %%
 whole_bytes = 2 * LLAMA_7B.parameters
-adapter_bytes = 2 * lora_parameters(LLAMA_7B, Adapter(r=16))
+adapter_bytes = 2 * adapter_parameters(LLAMA_7B, Adapter(r=16))
 TENANTS = 1000
 print(f"{TENANTS} merged models:  {TENANTS * whole_bytes / 1e12:8.2f} TB")
 print(

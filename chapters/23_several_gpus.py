@@ -4,7 +4,6 @@
 # A model of 70 billion parameters in four bits is larger than a card of 24 GB. Two such cards hold it if each keeps half. This chapter says what is cut up and what is not, checks the two facts on which that rests, and predicts what a card needs, for 1 to 8 of them. Nothing here ran on a GPU.
 
 # %%
-from dataclasses import replace
 from fractions import Fraction
 
 import numpy as np
@@ -17,10 +16,12 @@ from minipeft.lab.memory import (
     Adapter,
     Architecture,
     Precision,
-    activation_memory,
-    lora_parameters,
+    Step,
+    adapter_parameters,
+    peak,
     quantized_bits,
 )
+from minipeft.lab.memory.cards import CARDS
 from minipeft.torch.qlora import QuantizedLinear
 from minipeft.torch.sharding import ByteLinear, shardable
 
@@ -44,7 +45,7 @@ LLAMA_70B = Architecture(
     tied=False,
 )
 BITS = quantized_bits(4, 64, 256)
-CARD = 24 * 2**30  # a card of "24 GB" has so many bytes
+CARD = CARDS["RTX 3090, sold as 24 GB"]
 linears = LLAMA_70B.linear_parameters
 rest = LLAMA_70B.parameters - linears
 weights = linears * BITS / 8 + 2 * rest
@@ -101,13 +102,13 @@ assert CARD < weights < 2 * CARD
 
 # %%
 rng = np.random.default_rng(0)
-ROWS, CARDS = 8, 4
+ROWS, RANKS = 8, 4
 per_row = np.array(
     [[Fraction(int(n), 7) for n in rng.integers(-40, 41, 5)] for _ in range(ROWS)]
 )
 one_card = per_row.sum(axis=0) / ROWS
-cards = [CARDS * per_row[rank::CARDS].sum(axis=0) / ROWS for rank in range(CARDS)]
-assert (sum(cards) / CARDS == one_card).all()
+cards = [RANKS * per_row[rank::RANKS].sum(axis=0) / ROWS for rank in range(RANKS)]
+assert (sum(cards) / RANKS == one_card).all()
 print("the mean over four cards is the gradient of one card, exactly")
 
 # %% [markdown]
@@ -143,39 +144,46 @@ assert lost > 0
 # %% [markdown]
 # ## The experiment: 70 billion parameters on cards of 24 GB
 #
-# One sequence of 512 tokens a card, checkpointing: only the input of each block is kept, and one block at a time is computed again. LoRA of rank 16 on all linear layers, in 32 bits with Adam. Everything is counted; nothing was measured.
+# One sequence of 512 tokens a card, checkpointing: only the input of each block is kept, and one block at a time is computed again. LoRA of rank 16 on all linear layers, in 32 bits with Adam. The count is that of `minipeft memory`, to which the gathered blocks and one decoded weight are added; nothing was measured.
 
 # %%
 TOKENS, RANK = (1, 512), Adapter(r=16)
-trained = lora_parameters(LLAMA_70B, RANK)
-use = Precision()
-adapters = trained * (4 + use.gradients + use.states)
-n = TOKENS[0] * TOKENS[1]
-block = LLAMA_70B.linear_parameters / LLAMA_70B.layers * BITS / 8
-largest = max(m * k for m, k in LLAMA_70B.linears.values())
+CHECKPOINTED = Step(checkpointing=True, transient=0)
+
+
+def fullest(bits, tokens=TOKENS):
+    """Return the fullest moment of the passes on one card, by the book's count."""
+    use = Precision(weights=bits / 8, gradients=4, activations=2)
+    return peak(LLAMA_70B, tokens, RANK, use, CHECKPOINTED)
+
+
+found = fullest(BITS)
+trained = adapter_parameters(LLAMA_70B, RANK)
+adapters = found.weights - weights + found.gradients + found.optimizer
+assert abs(adapters - trained * (4 + 4 + 8)) < 1e-6 * adapters
+block = linears / LLAMA_70B.layers * BITS / 8
 kept = {
-    "inputs of the blocks": 2 * n * LLAMA_70B.width * LLAMA_70B.layers,
-    "one block, computed again": activation_memory(
-        replace(LLAMA_70B, layers=1), TOKENS, RANK, 2
-    ),
-    "one decoded weight": 2 * largest,
-    "logits and their gradient": 2 * 4 * n * LLAMA_70B.vocabulary,
+    "activations": found.activations,
+    f"what the {found.moment} needs besides": found.logits + found.transient,
+    "one decoded weight": 2 * max(m * k for m, k in LLAMA_70B.linears.values()),
 }
 own = sum(kept.values())
 for name, value in kept.items():
-    print(f"{name:27s} {value / 1e9:5.2f} GB")
-print(f"{'two gathered blocks':27s} {2 * block / 1e9:5.2f} GB")
-print(f"{'adapters, gradients, Adam':27s} {adapters / 1e9:5.2f} GB, divided by N")
+    print(f"{name:36s} {value / 1e9:5.2f} GB")
+print(f"{'two gathered blocks':36s} {2 * block / 1e9:5.2f} GB")
+print(f"{'adapters, gradients, Adam':36s} {adapters / 1e9:5.2f} GB, divided by N")
 
 
-def sharded(cards, held=weights):
+def sharded(cards, bits=BITS):
     """Return the bytes that a card needs under FSDP."""
-    return (held + adapters) / cards + (2 * block if cards > 1 else 0) + own
+    held = linears * bits / 8 + 2 * rest + adapters
+    gathered = 2 * linears / LLAMA_70B.layers * bits / 8 if cards > 1 else 0
+    return held / cards + gathered + own
 
 
-def replicated(held=weights):
+def replicated():
     """Return them under DDP, on any number of cards."""
-    return held + adapters + own
+    return weights + adapters + own
 
 
 half = 2 * LLAMA_70B.parameters
@@ -197,9 +205,8 @@ chapter.claim(
     needs[2] < CARD < needs[1],
     control="DDP on the same two cards, and 16 bits under FSDP",
 )
-half_on_two = half / 2 + adapters / 2 + own
 assert replicated() > CARD
-assert half_on_two > CARD
+assert sharded(2, 16) > CARD
 
 # %% tags=["fold"]
 figure, ax = plots.axes(x="cards", y="GB a card", size=(6.4, 3.6))
@@ -207,12 +214,7 @@ N = np.arange(1, 9)
 lines = {
     "DDP, 4 bits": [replicated() / 1e9 for _ in N],
     "FSDP, 4 bits": [sharded(c) / 1e9 for c in N],
-    "FSDP, 16 bits": [
-        (half + adapters) / c / 1e9
-        + own / 1e9
-        + (2 * 2 * linears / LLAMA_70B.layers / 1e9 if c > 1 else 0)
-        for c in N
-    ],
+    "FSDP, 16 bits": [sharded(c, 16) / 1e9 for c in N],
 }
 for color, (name, values), at in zip(
     plots.PALETTE,
@@ -239,7 +241,7 @@ chapter.show(
 
 # %%
 PCIE = 31.5e9
-gradients = trained * use.gradients
+gradients = 4 * trained
 print("cards   sent for each card in a step   at least")
 for cards in (2, 4, 8):
     moved = (cards - 1) / cards * (2 * weights + gradients)
@@ -269,18 +271,26 @@ assert sixteen > 3 * two
 # 1. *Four cards of 16 GB.* Does the same run fit them?
 
 # %% tags=["solution"]
-small = 16 * 2**30
+small = CARDS["T4, sold as 16 GB"]
 print(f"{needs[4] / 1e9:.1f} GB of {small / 1e9:.1f}: it fits")
 assert needs[4] < small
 
 # %% [markdown]
-# 2. *The longest sequence.* How many tokens fit a card when there are two of them? Take all of $t$ but the decoded weight as proportional to the tokens.
+# 2. *The longest sequence.* How many tokens fit a card when there are two of them?
+
 
 # %% tags=["solution"]
-per_token = (own - kept["one decoded weight"]) / n
-spare = CARD - (needs[2] - n * per_token)
-print(f"about {int(spare / per_token):,} tokens, with nothing left for anything else")
-assert spare / per_token > n
+def on_two_cards(tokens):
+    """Return what a card needs for one sequence of so many tokens."""
+    at = fullest(BITS, (1, tokens))
+    moved = at.activations + at.logits + at.transient
+    return sharded(2) - own + moved + kept["one decoded weight"]
+
+
+assert on_two_cards(512) == needs[2]
+longest = max(n for n in range(512, 20_000, 64) if on_two_cards(n) < CARD)
+print(f"about {longest:,} tokens, with nothing left for anything else")
+assert longest > 1024
 
 # %% [markdown]
 # 3. *Full fine-tuning.* On how many cards of 80 GB does full fine-tuning in 16 bits, with 32-bit Adam and a master copy, fit by weights, gradients and states alone?
