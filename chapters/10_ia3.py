@@ -209,7 +209,7 @@ with torch.no_grad():
     layer.adapters["default"].l.copy_(torch.tensor([0.0, 1e-8, 1.0, 2.0]))
 merged = layer.merge().merged_weight
 divided = merged / (layer.adapters["default"].l.detach()[:, None] + 1e-8)
-share = (divided / original).detach().numpy().mean(axis=1)
+share = (divided / original).detach().float().numpy().mean(axis=1)
 print("rows that division gives back:", share.round(3))
 layer.unmerge()
 assert torch.equal(layer.base.weight, original)

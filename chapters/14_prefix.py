@@ -241,7 +241,9 @@ with torch.no_grad():
     call, _ = watched.ahead({"input_ids": one})
     shares = eager(**call, output_attentions=True).attentions
 to_prefix = torch.stack([layer[..., :N].sum(-1).movedim(1, -1) for layer in shares])
-gate = to_prefix[:, real].mean(1).cpu().numpy()  # layers, heads: over real tokens
+gate = (
+    to_prefix[:, real].mean(1).cpu().float().numpy()
+)  # layers, heads: over real tokens
 place = torch.arange(1, one.shape[1] + 1, device=one.device).expand_as(one)
 alike = float((N / (N + place))[real].mean())
 print(f"a head that looks at all keys alike would give {alike:.0%}")

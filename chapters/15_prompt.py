@@ -145,7 +145,7 @@ chapter.show(
 def nearest(P):
     """The token nearest to each vector, and the cosine."""
     unit = torch.nn.functional.normalize
-    cosine = unit(P.detach(), dim=1) @ unit(table, dim=1).T
+    cosine = unit(P.detach(), dim=1) @ unit(table.to(P.dtype), dim=1).T
     best = cosine.max(dim=1)
     return [tokenizer.decode([i]) for i in best.indices.tolist()], best.values
 
@@ -283,7 +283,8 @@ assert 200 * 3072 == 614_400
 # %% tags=["solution"]
 model = tuned["words of Bierce"].model
 unit = torch.nn.functional.normalize
-ids = (unit(model.P.detach(), dim=1) @ unit(table, dim=1).T).argmax(dim=1)
+P = model.P.detach()
+ids = (unit(P, dim=1) @ unit(table.to(P.dtype), dim=1).T).argmax(dim=1)
 as_words = train.loss(
     PromptModel(base.model, PromptConfig(tokens=ids.tolist())), lesson.held_out
 )
@@ -304,7 +305,11 @@ with torch.no_grad():
     model.P.copy_(model.P.flip(0))
 reversed_loss = train.loss(model, lesson.held_out)
 print(f"in order {tuned['words of Bierce'].after:.3f}, reversed {reversed_loss:.3f}")
-assert reversed_loss != tuned["words of Bierce"].after
+chapter.claim(
+    "the order matters",
+    reversed_loss != tuned["words of Bierce"].after,
+    control="the same prompt, in order",
+)
 
 # %% [markdown]
 # ## References

@@ -1,6 +1,6 @@
 """What is wrong with a batch, a loss or a gradient: the true cause in a sentence."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import nn
@@ -64,3 +64,54 @@ def bad_gradient(model: nn.Module, norm: float) -> str:
                 "division by zero or a root of zero in the model"
             )
     return f"the norm of the gradient is {norm}, beyond its dtype; scale the loss down"
+
+
+def check_reached(model: nn.Module, again: Callable[[], object]) -> None:
+    """Refuse where what trains is called only while gradients are off.
+
+    Reentrant checkpointing calls a block so, and calls it once more with gradients only
+    if one of its inputs requires one: torch warns of it and trains nothing there.
+
+    Args:
+        model: After backward.
+        again: Computes the same forward and backward once more, to be watched; done
+            only if something got no gradient, which may have other reasons.
+
+    Raises:
+        InputError: A module is called and gets no gradient for that reason.
+    """
+    grads = {p: p.grad for p in trainable(model).values()}
+    if all(grad is not None for grad in grads.values()):
+        return
+    called: dict[str, bool] = {}
+    hooks = []
+    for name, module in model.named_modules():
+        own = [p for p in module.parameters(recurse=False) if p.requires_grad]
+        if own and all(grads[p] is None for p in own):
+            hooks.append(module.register_forward_pre_hook(_note(called, name)))
+    for parameter in grads:
+        parameter.grad = None  # else what is added would stay
+    with torch.random.fork_rng():
+        again()
+    for hook in hooks:
+        hook.remove()
+    for parameter, grad in grads.items():
+        parameter.grad = grad
+    lost = [name for name, with_gradients in called.items() if not with_gradients]
+    if lost:
+        raise InputError(
+            f"{lost[0]} gets no gradient{_more(lost)}: it is computed under reentrant "
+            "checkpointing, and no input of its block requires a gradient; pass "
+            "use_reentrant=False, or call model.enable_input_require_grads()"
+        )
+
+
+def _note(called: dict[str, bool], name: str) -> Callable[..., None]:
+    def hook(*_: object) -> None:
+        called[name] = called.get(name, False) or torch.is_grad_enabled()
+
+    return hook
+
+
+def _more(names: list[str]) -> str:
+    return f", as do {len(names) - 1} more" * (len(names) > 1)

@@ -26,7 +26,13 @@ from minipeft.lab.checkpoint import (
     save_checkpoint,
     trainable,
 )
-from minipeft.lab.diagnosis import bad_gradient, bad_loss, checked_labels, predicted
+from minipeft.lab.diagnosis import (
+    bad_gradient,
+    bad_loss,
+    check_reached,
+    checked_labels,
+    predicted,
+)
 from minipeft.lab.files import claimed, write_atomic
 from minipeft.lab.identity import Identity
 from minipeft.lab.memory.measured import step_memory
@@ -241,6 +247,8 @@ class _Run:
         self.set_rates()
         try:
             value = self.add_gradients(batches)
+            if self.fresh == 1:
+                check_reached(self.model, lambda: self.add_gradients(batches))
             self.check_gradients()
             self.optimizer.step()
         finally:

@@ -232,6 +232,10 @@ class Adapted(nn.Module, ABC, Generic[Adapter]):
         self.active = dict(shares)
         _merge_again(self)
 
+    def own_adapters(self) -> list[nn.Module]:
+        """Return what is trained here, active or not."""
+        return list(self.adapters.values())
+
     def shares(self) -> list[tuple[float, Adapter]]:
         """Return the active adapters as pairs (share, adapter)."""
         return [(s, cast(Adapter, self.adapters[n])) for n, s in self.active.items()]
@@ -335,13 +339,39 @@ def mixed(
     return total
 
 
+def freeze_all_but_adapters(model: nn.Module) -> None:
+    """Let nothing train but adapters, of whatever kind they are."""
+    kept = {
+        id(parameter)
+        for module in model.modules()
+        for adapter in getattr(module, "own_adapters", list)()
+        for parameter in adapter.parameters()
+    }
+    for parameter in model.parameters():
+        if id(parameter) not in kept:
+            parameter.requires_grad_(False)
+
+
+@contextmanager
+def training_as_before(model: nn.Module) -> Iterator[None]:
+    """Where an error comes out, let what required a gradient require one again."""
+    before = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    try:
+        yield
+    except BaseException:
+        for parameter, wanted in before:
+            parameter.requires_grad_(wanted)
+        raise
+
+
 @contextmanager
 def naming(layer: str) -> Iterator[None]:
-    """Put the layer's name in front of the message of an error."""
+    """Put the layer's name, if it has one, in front of the message of an error."""
     try:
         yield
     except InputError as error:
-        raise InputError(f"{layer}: {error}") from None
+        where = f"{layer}: " if layer else ""
+        raise InputError(f"{where}{error}") from None
 
 
 def _merge_again(layer: Any, keys: object = None) -> None:

@@ -11,7 +11,8 @@ from torch.nn.functional import linear, relu
 
 from minipeft.errors import InputError
 from minipeft.shapes import Float, check_shapes
-from minipeft.torch.adapted import Adapted, naming
+from minipeft.torch import saving
+from minipeft.torch.adapted import Adapted, freeze_all_but_adapters, naming
 from minipeft.torch.linear import (
     Form,
     Output,
@@ -20,10 +21,13 @@ from minipeft.torch.linear import (
     check_shape,
     weight_view,
 )
-from minipeft.torch.targets import chosen
+from minipeft.torch.targets import chosen, replace
 
 Model = TypeVar("Model", bound=nn.Module)
-
+REMEDY = (
+    "the model holds adapters beside its modules, which from_pretrained does not know; "
+    "save model.state_dict()."
+)
 
 Stream = Float[Tensor, "... features"]
 Down = Float[Tensor, "bottleneck features"]
@@ -185,7 +189,8 @@ class Parallel(nn.Module):
 
     def __init__(self, base: nn.Module, adapter: Bottleneck):
         super().__init__()
-        self.base = base.requires_grad_(False)
+        freeze_all_but_adapters(base)
+        self.base = base
         self.adapter = adapter
         self.train(base.training)
 
@@ -203,6 +208,10 @@ class Parallel(nn.Module):
                 "writes one width."
             )
         return cast(Tensor, (h + change).to(h.dtype))
+
+    def own_adapters(self) -> list[nn.Module]:
+        """Return what is trained here."""
+        return [self.adapter]
 
     def __getattr__(self, name: str) -> Any:
         """Return an attribute of the sublayer; refuse its weights, without f."""
@@ -244,9 +253,10 @@ def place_beside(
                 raise InputError("has an adapter beside it already; choose another.")
             adapter = init(generator, features, config.bottleneck, config.scaling)
         adapters[name] = _where_it_lives(adapter, module)
-    model.requires_grad_(False)
-    for name, adapter in adapters.items():
-        model.set_submodule(name, Parallel(found[name], adapter))
+    beside = {id(found[name]): Parallel(found[name], adapters[name]) for name in found}
+    replace(model, beside)
+    freeze_all_but_adapters(model)
+    saving.refuse(model, REMEDY)
     return model
 
 

@@ -62,12 +62,15 @@ class Experts(nn.Module):
                 f"expert {int(wrong[0])} is chosen; choose 0 to {experts - 1}, for the "
                 f"stack holds {experts}."
             )
-        y = x.new_zeros(*x.shape[:-1], rows)
+        y = None
         for e in range(experts):
             bias = None if self.bias is None else self.bias[e]
             found = torch.where(chosen == e)
-            y[found] = linear(x[found], self.W[e], bias)
-        return y
+            part = linear(x[found], self.W[e], bias)
+            if y is None:  # in the dtype of the products, also under autocast
+                y = part.new_zeros(*x.shape[:-1], rows)
+            y[found] = part
+        return cast(Tensor, y)
 
 
 class StackLoRA(nn.Module):
@@ -122,6 +125,11 @@ class LoRAExperts(Adapted[ExpertsLoRA]):
                 "experts_implementation to 'eager'."
             )
         return cast(Tensor, y)
+
+    @property
+    def W(self) -> Any:
+        """The adapted stack of this name, if the module has one: no one weight."""
+        return self.stack("W") if "W" in self.names else self._view.form(self.base)
 
     @property
     def names(self) -> list[str]:

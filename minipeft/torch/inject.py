@@ -17,10 +17,15 @@ from torch import Tensor, nn
 
 from minipeft.errors import InputError
 from minipeft.torch import saving
-from minipeft.torch.adapted import Adapted, naming
+from minipeft.torch.adapted import (
+    Adapted,
+    freeze_all_but_adapters,
+    naming,
+    training_as_before,
+)
 from minipeft.torch.linear import Stacked, weight_view
+from minipeft.torch.targets import check_inside, replace
 from minipeft.torch.targets import layers as layers_of
-from minipeft.torch.targets import replace
 
 Model = TypeVar("Model", bound=nn.Module)
 REMEDY = (
@@ -73,7 +78,11 @@ def inject(
             _check_offered(config, layer)
     with torch.inference_mode(False):
         adapters = config.adapters(found, generator)
-    wrapped = {n: _wrapper(config, m)(m, adapters[n], name) for n, m in found.items()}
+    wrapped = {}
+    with training_as_before(model):
+        for key, layer in found.items():
+            with naming(key):
+                wrapped[key] = _wrapper(config, layer)(layer, adapters[key], name)
     freeze(model)
     replace(model, {id(found[n]): wrapped[n] for n in found})
     return model
@@ -102,8 +111,15 @@ def add(
     bases = {key: layer.base for key, layer in layers.items()}
     with torch.inference_mode(False):
         adapters = config.adapters(bases, generator)
-    for key, adapter in adapters.items():
-        layers[key].add(name, adapter)
+    try:
+        for key, adapter in adapters.items():
+            with naming(key):
+                layers[key].add(name, adapter)
+    except InputError:
+        for layer in layers.values():
+            if name in layer.adapters:
+                del layer.adapters[name]
+        raise
     return model
 
 
@@ -142,9 +158,23 @@ def remove(model: Model, name: str) -> Model:
 
 
 def merge(model: Model) -> Model:
-    """Merge the active adapters of every layer; the layers keep the base weights."""
-    for layer in adapted(model).values():
-        layer.merge()
+    """Merge the active adapters of every layer; the layers keep the base weights.
+
+    Raises:
+        InputError: if one of them cannot be merged; none is then.
+    """
+    done: list[Layer] = []
+    try:
+        for key, layer in adapted(model).items():
+            before = layer.merged_weight
+            with naming(key):
+                layer.merge()
+            if before is None:
+                done.append(layer)
+    except InputError:
+        for layer in done:
+            layer.unmerge()
+        raise
     return model
 
 
@@ -160,7 +190,9 @@ def unload(model: Model) -> Model:
 
     The weights stay frozen; `model.requires_grad_(True)` makes them trainable again.
     """
-    replace(model, {id(a): a.unload() for a in adapted(model).values()})
+    layers = adapted(model)
+    check_inside(model, {id(layer) for layer in layers.values()})
+    replace(model, {id(layer): layer.unload() for layer in layers.values()})
     _allow_saving(model)
     return model
 
@@ -281,10 +313,7 @@ def _allow_saving(model: nn.Module) -> None:
 def freeze(model: nn.Module) -> None:
     """Train only adapters; refuse `save_pretrained`, which would lose them."""
     saving.refuse(model, REMEDY)
-    kept = {id(p) for a in adapted(model).values() for p in a.adapters.parameters()}
-    for parameter in model.parameters():
-        if id(parameter) not in kept:
-            parameter.requires_grad_(False)
+    freeze_all_but_adapters(model)
 
 
 def _odd_values(tensors: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> list[str]:

@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import islice
-from typing import ClassVar
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +14,7 @@ from minipeft.torch import blockwise, pissa
 from minipeft.torch.adapted import Adapted, naming
 from minipeft.torch.blockwise import Blockwise
 from minipeft.torch.codebook import NF2, NF4
+from minipeft.torch.linear import weight_view
 from minipeft.torch.lora import LoRA, LoRALinear, check_dropout
 from minipeft.torch.qlora import QuantizedLinear
 
@@ -113,10 +114,11 @@ class LoftQLinear(LoRALinear):
     `unload` returns the quantized layer, because the quantized layer is the base.
     """
 
-    def __init__(self, base: nn.Linear, adapter: LoRA, name: str = "default"):
-        found: nn.Module = base
+    def __init__(self, base: nn.Module, adapter: LoRA, name: str = "default"):
+        found = base
         if isinstance(adapter, LoftQ):
-            found = QuantizedLinear(adapter.q, base.bias, base.weight.dtype)
+            bias, form = cast(Any, base.bias), weight_view(base).form(base)
+            found = QuantizedLinear(adapter.q, bias, form.dtype)
             del adapter.q
         super().__init__(found, adapter, name)
 
@@ -156,12 +158,13 @@ class LoftQConfig:
 
     def _adapter(self, name: str, layer: nn.Module) -> LoftQ:
         check_dropout(self.dropout)
-        if not isinstance(layer, nn.Linear):
+        view = weight_view(layer)
+        if isinstance(layer, QuantizedLinear) or not view.linear:
             raise InputError(
                 f"{type(layer).__name__} cannot be quantized; leave it out."
             )
         codebook = self.codebooks.get(name, self.codebook)
-        W = layer.weight.detach()
+        W = view.turn(cast(Tensor, layer.weight)).detach().contiguous()
         found = init(W, self.r, self.alpha, codebook, self.blocksize, self.steps)
         return LoftQ(*found, self.dropout)
 

@@ -152,6 +152,7 @@ class PrefixModel(VirtualTokens):
                     device = model.device
                     rows = wide(torch.randn(shape, device=device, dtype=rows.dtype))
                 self.P = nn.Parameter(rows.clone())
+        self.freeze()
 
     @property
     def num_virtual_tokens(self) -> int:

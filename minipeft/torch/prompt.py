@@ -103,6 +103,7 @@ class PromptModel(VirtualTokens):
             P = init_random(generator, config.num_virtual_tokens, E.shape[1]).P
         with torch.inference_mode(False):  # else no training
             self.P = nn.Parameter(wide(P.to(E.device, copy=True)))
+        self.freeze()
 
     @property
     def num_virtual_tokens(self) -> int:

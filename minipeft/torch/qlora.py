@@ -134,14 +134,10 @@ class QuantizedLinear(nn.Module):
         return blockwise.dequantize(q, dtype)
 
     def forward(
-        self, x: Shaped[Tensor, "... in_features"]
+        self, x: Shaped[Tensor, "... in_features"], bias: Bias | None = None
     ) -> Shaped[Tensor, "... out_features"]:
-        """Apply the layer."""
-        return quantized_linear(x, self, self.bias)
-
-    def multiply(self, x: Input, bias: Bias | None) -> Output:
-        r"""Return $x \hat W^T + b$ without running the hooks of a call."""
-        return quantized_linear(x, self, bias)
+        """Apply the layer, with another bias where one is given."""
+        return quantized_linear(x, self, self.bias if bias is None else bias)
 
     def runs_kernels(self, dtype: torch.dtype) -> bool:
         """Tell whether a GPU kernel can decode the weight to this dtype."""
@@ -255,7 +251,7 @@ class QuantizedExperts(nn.Module):
         stacks: a quantized layer for each expert, by the names of the stacks.
     """
 
-    adapted_whole = True  # no code calls the layers inside it
+    adapted_whole = True  # the layers inside it are parts of what is adapted
 
     def __init__(self, base: nn.Module, stacks: Mapping[str, Sequence[nn.Module]]):
         super().__init__()
@@ -463,10 +459,20 @@ def _to_quantize(model: nn.Module, skip: Sequence[str]) -> dict[str, nn.Module]:
     if not found:
         raise InputError("the model has no linear layer to quantize; give another one.")
     for name, layer in found.items():
-        for weight in (p for p in layer._parameters.values() if p is not None):
-            if not (weight.is_meta or torch.isfinite(weight).all()):
-                raise InputError(f"{name}: the weight is not finite; repair it first.")
+        with naming(name):
+            _check_values(layer)
     return found
+
+
+def _check_values(layer: nn.Module) -> None:
+    for weight in (p for p in layer._parameters.values() if p is not None):
+        if weight.is_meta:
+            raise InputError(
+                "the weight is on the device meta, and has no values to quantize; load "
+                "it first, or bring it back if it is offloaded."
+            )
+        if not torch.isfinite(weight).all():
+            raise InputError("the weight is not finite; repair it first.")
 
 
 def _is_plain(module: nn.Module) -> bool:

@@ -4,26 +4,68 @@
 other names: it would warn and start from random weights. So each module with a
 `save_pretrained` gets a method on its instance that raises an error. `state_dict` works
 as before.
+
+A program that keeps the state of a run, such as the `Trainer` of transformers, passes
+`state_dict`. For it the method writes a file of the tensors by their names, from which
+the program can go on, and a `config.json` at which `from_pretrained` raises an error.
 """
 
-from typing import Any, NoReturn
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+from weakref import ref
 
-from torch import nn
+from torch import Tensor, nn
 
 from minipeft.errors import InputError
 
 METHOD = "save_pretrained"
+FILE = "model.safetensors"
+NOTE = "a run with adapters or few bits; load its tensors with model.load_state_dict"
+NO_MODEL = {"model_type": "minipeft", "vocab_size": NOTE, "hidden_size": NOTE}
 
 
 class Refusal:
-    """The method that replaces `save_pretrained`; it reports its first reason."""
+    """The method that replaces `save_pretrained`; it reports its first reason.
 
-    def __init__(self, reasons: tuple[str, ...]):
-        self.reasons = reasons
+    It does not keep its module alive, and a copy belongs to the copied module.
+    """
 
-    def __call__(self, *args: Any, **kwargs: Any) -> NoReturn:
-        """Raise the error for any arguments."""
-        raise InputError(f"save_pretrained is refused: {self.reasons[0]}")
+    def __init__(self, module: nn.Module, reasons: tuple[str, ...]):
+        self.module, self.reasons = ref(module), reasons
+
+    def __call__(self, *args: Any, **settings: Any) -> None:
+        """Refuse, unless a program keeps its state."""
+        if "state_dict" not in settings:
+            raise InputError(f"save_pretrained is refused: {self.reasons[0]}")
+        folder = args[0] if args else settings["save_directory"]
+        if settings.get("is_main_process", True):
+            _write(Path(folder), settings["state_dict"] or self._tensors())
+
+    def _tensors(self) -> Mapping[str, Tensor]:
+        module = self.module()
+        return {} if module is None else module.state_dict()
+
+    def __getstate__(self) -> tuple[nn.Module | None, tuple[str, ...]]:
+        return self.module(), self.reasons
+
+    def __setstate__(self, state: tuple[nn.Module, tuple[str, ...]]) -> None:
+        self.module, self.reasons = ref(state[0]), state[1]
+
+
+def _write(folder: Path, tensors: Mapping[str, Tensor]) -> None:
+    from safetensors.torch import save_file
+
+    once: dict[tuple[Any, ...], str] = {}  # tied weights share their memory
+    for name, tensor in tensors.items():
+        place = (tensor.data_ptr(), tensor.shape, tensor.stride())
+        once.setdefault(place if tensor.numel() else (name,), name)
+    kept = {name: tensors[name].contiguous() for name in once.values()}
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file(kept, folder / FILE, metadata={"format": "pt"})
+    text = json.dumps(NO_MODEL, indent=2) + "\n"
+    (folder / "config.json").write_text(text, encoding="utf-8")
 
 
 def refuse(model: nn.Module, reason: str) -> None:
@@ -31,7 +73,7 @@ def refuse(model: nn.Module, reason: str) -> None:
     for module in model.modules():
         if hasattr(type(module), METHOD):
             reasons = dict.fromkeys((reason, *_reasons(module)))
-            vars(module)[METHOD] = Refusal(tuple(reasons))
+            vars(module)[METHOD] = Refusal(module, tuple(reasons))
 
 
 def allow(model: nn.Module, reason: str) -> None:
@@ -39,7 +81,7 @@ def allow(model: nn.Module, reason: str) -> None:
     for module in model.modules():
         left = tuple(r for r in _reasons(module) if r != reason)
         if left:
-            vars(module)[METHOD] = Refusal(left)
+            vars(module)[METHOD] = Refusal(module, left)
         elif _reasons(module):
             del vars(module)[METHOD]
 

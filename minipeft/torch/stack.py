@@ -34,7 +34,7 @@ class Coded(NamedTuple):
     """Quantized weights, one layer for each expert.
 
     Attributes:
-        layers: each has `dequantize(dtype)` and is called with x.
+        layers: each has `dequantize(dtype)` and is called with x, and a bias if any.
         turned: whether the model stores the transposes of the layers' weights.
         one: whether a single expert was selected; then there is no leading axis.
         dtype: of the weights after decoding.
@@ -47,6 +47,11 @@ class Coded(NamedTuple):
 
     def decode(self) -> Tensor:
         """Return the weights as the model would store them."""
+        if any(layer.packed.is_meta for layer in self.layers):
+            raise InputError(
+                "the weights are offloaded and come in for a call of one expert alone; "
+                "set experts_implementation to 'eager' or 'grouped_mm'."
+            )
         W = torch.stack([layer.dequantize(self.dtype) for layer in self.layers])
         W = W.mT if self.turned else W
         return W[0] if self.one else W
@@ -60,7 +65,7 @@ class Coded(NamedTuple):
 
     def product(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """Return x times the one weight; backward decodes the weight again."""
-        y: Tensor = self.layers[0].multiply(x, bias)
+        y: Tensor = self.layers[0](x, bias)
         return y
 
     def grouped(self, x: Tensor, ends: Tensor) -> Tensor:
@@ -68,7 +73,7 @@ class Coded(NamedTuple):
         out, start = [], 0
         for layer, end in zip(self.layers, ends.tolist(), strict=True):
             if end > start:
-                out.append(layer.multiply(x[start:end], None))
+                out.append(layer(x[start:end]))
             start = end
         rows, columns = self.layers[0].out_features, len(x) - start
         return torch.cat([*out, x.new_zeros(columns, rows)])
@@ -156,6 +161,8 @@ def _step(function: Any, args: Any) -> Callable[..., Any] | None:
         return _take if _first_axis(args[1]) else None
     if function in TURNED or (function in TURNS and {-1, -2} == _axes(args)):
         return _turn
+    if function is Tensor.to:
+        return _to
     if function is torch.nn.functional.linear:
         return _linear
     if function in GROUPED or name_of(function).startswith("grouped_mm"):
@@ -205,6 +212,15 @@ def _turn(stack: Stack, *axes: int) -> Stack:
     )
     factors = tuple((R.mT, L.mT) for L, R in stack.factors)
     return Stack(turned, factors, (*shape[:-2], shape[-1], shape[-2]))
+
+
+def _to(stack: Stack, *args: Any, **kwargs: Any) -> Any:
+    # A program that brings operands to a device finds it there: it stays a stack.
+    device, dtype, *_ = torch._C._nn._parse_to(*args, **kwargs)
+    with torch._C.DisableTorchFunctionSubclass():
+        here = device is None or device == stack.device or stack.is_meta
+        same = dtype is None or dtype == stack.dtype
+    return stack if here and same else stack.whole().to(*args, **kwargs)
 
 
 def _linear(x: Tensor, weight: Any, bias: Tensor | None = None) -> Tensor:

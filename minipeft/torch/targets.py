@@ -5,7 +5,7 @@ A target is a full name (`model.layers.0.mlp.up_proj`), the last parts of one
 `"all-linear"`: every linear layer except output heads and routers.
 """
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
 
 from torch import nn
@@ -94,8 +94,7 @@ def outside_adapters(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 def replace(model: nn.Module, replacements: Mapping[int, nn.Module]) -> None:
     """Replace modules, given by their id, everywhere in the model."""
-    if id(model) in replacements:
-        raise InputError("the model is itself an adapted layer; call its own unload().")
+    check_inside(model, replacements)
     places = [
         (parent, attribute, replacements[id(child)])
         for parent in model.modules()
@@ -104,6 +103,12 @@ def replace(model: nn.Module, replacements: Mapping[int, nn.Module]) -> None:
     ]
     for parent, attribute, module in places:
         setattr(parent, attribute, module)
+
+
+def check_inside(model: nn.Module, replaced: Container[int]) -> None:
+    """Refuse to replace the model itself, which no parent holds."""
+    if id(model) in replaced:
+        raise InputError("the model is itself an adapted layer; call its own unload().")
 
 
 def tied(model: nn.Module) -> dict[str, list[str]]:

@@ -41,9 +41,13 @@ class VirtualTokens(nn.Module, ABC):
     def __init__(self, model: Any) -> None:
         super().__init__()
         check_causal(model)
-        self.model = model.requires_grad_(False)
-        self.train(model.training)
+        self.model = model
         self.takes_positions = "position_ids" in signature(model.forward).parameters
+
+    def freeze(self) -> None:
+        """Train nothing of the model, and follow its mode: when nothing is refused."""
+        self.model.requires_grad_(False)
+        self.train(self.model.training)
 
     @property
     def device(self) -> torch.device:

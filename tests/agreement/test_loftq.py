@@ -7,6 +7,8 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 from minipeft.errors import InputError
 from minipeft.reference import linear
@@ -143,3 +145,20 @@ def test_what_is_out_of_range_is_refused_with_the_name_of_the_layer():
         surgery.inject(llama(), LoftQConfig(r=4, alpha=8), ["embed_tokens"])
     with pytest.raises(InputError, match=r"mean_bits is 5"):
         loftq.plan({"a": torch.ones(4, 4)}, 5)
+
+
+def test_a_conv1d_is_split_as_the_linear_layer_of_its_transpose():
+    torch.manual_seed(0)
+    conv, plain = Conv1D(8, 12), nn.Linear(12, 8)
+    with torch.no_grad():
+        plain.weight.copy_(conv.weight.T)
+        plain.bias.copy_(conv.bias.normal_())
+    x = torch.randn(3, 12)
+    found = []
+    for layer in (conv, plain):
+        config = LoftQConfig(r=2, alpha=4.0, blocksize=8)
+        model = surgery.inject(nn.Sequential(layer), config, ["0"])
+        assert isinstance(model[0].base, QuantizedLinear)
+        found += [model(x), surgery.merge(model)(x)]
+    assert torch.equal(found[0], found[2])
+    assert torch.equal(found[1], found[3])

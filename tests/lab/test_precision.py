@@ -1,7 +1,12 @@
-"""Training a base in 16 bits with adapters in 32, and preparing one in 4 bits."""
+"""Training in 16 bits with adapters in 32: plain, under autocast, checkpointed."""
+
+import copy
+from functools import partial
 
 import pytest
 import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from minipeft.errors import InputError
 from minipeft.lab.text import consecutive, windows
@@ -13,12 +18,22 @@ from minipeft.torch.qlora import QuantizedLinear, prepare, quantize_linears
 
 TEXT = torch.arange(400) * 7 % 29 + 2
 BATCHES = windows(TEXT, (4, 12), bos=1, seed=3)
+HALF = windows(TEXT, (2, 12), bos=1, seed=3)
 VALIDATION = consecutive(TEXT, (4, 12), bos=1)[:2]
 
 
 def adapted(model, method=LoRAConfig):
     torch.manual_seed(0)
     return inject(model, method(r=4, alpha=8), "all-linear")
+
+
+def gradients(model, batches=(0,), enable=lambda model: None):
+    """Return the gradients of some batches, added up."""
+    model.train()
+    enable(model)
+    for index in batches:
+        model(**BATCHES(index)).loss.backward()
+    return [p.grad for p in trainable_parameters(model)]
 
 
 @pytest.mark.parametrize("quantized", [False, True])
@@ -45,6 +60,101 @@ def test_an_update_below_the_steps_of_bfloat16_is_kept(toy):
             moved = parameter != before[name]
             unseen = parameter.bfloat16() == before[name].bfloat16()
             assert (moved & unseen).any()
+
+
+@pytest.mark.parametrize("quantized", [False, True])
+@pytest.mark.parametrize("method", [LoRAConfig, DoRAConfig])
+def test_under_autocast_a_model_in_float32_trains(toy, method, quantized):
+    model = adapted(quantize_linears(toy) if quantized else toy, method)
+    before = loss(model, VALIDATION)
+    seen = []
+    layer = model.model.layers[0].self_attn.q_proj
+    hook = layer.register_forward_hook(lambda *given: seen.append(given[-1].dtype))
+    with torch.autocast("cpu", torch.bfloat16):
+        train(model, BATCHES, TrainConfig(5, lr=3e-2))
+    hook.remove()
+    assert set(seen) == {torch.bfloat16}
+    assert loss(model, VALIDATION) < before
+    assert {p.dtype for p in trainable_parameters(model)} == {torch.float32}
+
+
+def test_accumulation_in_bfloat16_adds_up_in_float32(toy):
+    """What one batch adds after another is the sum of what each would give alone."""
+    model = adapted(toy.to(torch.bfloat16))
+    apart = [gradients(copy.deepcopy(model), [index]) for index in (0, 1)]
+    together = gradients(model, (0, 1))
+    for one, other, both in zip(*apart, together, strict=True):
+        assert both.dtype == torch.float32
+        assert torch.equal(one + other, both)
+
+
+def test_accumulation_in_bfloat16_trains(toy):
+    model = adapted(toy.to(torch.bfloat16))
+    before = loss(model, VALIDATION)
+    history = train(model, HALF, TrainConfig(4, lr=3e-2, accumulate=2), VALIDATION)
+    assert len(history.losses) == 4
+    assert history.validation[-1][1] < before
+
+
+def checkpointed(model, reentrant):
+    model.activation_checkpointing_enable(
+        activation_checkpointing_kwargs={"use_reentrant": reentrant}
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("quantized", [False, True])
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_checkpointing_changes_no_bit_of_a_gradient(toy, dtype, quantized, reentrant):
+    base = toy.to(dtype)
+    base = quantize_linears(base) if quantized else base
+    plain = gradients(adapted(copy.deepcopy(base)))
+    enable = partial(checkpointed, reentrant=reentrant)
+    again = gradients(adapted(base), enable=enable)
+    assert all(torch.equal(a, b) for a, b in zip(plain, again, strict=True))
+
+
+class Blocks(nn.Module):
+    """A block under checkpointing between an embedding and a head that trains."""
+
+    def __init__(self, reentrant):
+        super().__init__()
+        self.reentrant = reentrant
+        self.embed = nn.Embedding(31, 8)
+        self.block = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+        self.head, self.unused = nn.Linear(8, 31), nn.Linear(8, 8)
+
+    def forward(self, input_ids, labels):
+        x = self.embed(input_ids)
+        self.unused(x)
+        x = checkpoint(self.block, x, use_reentrant=self.reentrant)
+        self.logits = self.head(x)
+        self.loss = nn.functional.cross_entropy(
+            self.logits.flatten(0, 1), labels.flatten()
+        )
+        return self
+
+
+@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")  # torch's
+def test_checkpointing_that_would_train_nothing_is_refused():
+    """The head trains, so neither the loss nor torch stops the run."""
+    model = inject(Blocks(True), LoRAConfig(2, 4.0), "all-linear")
+    sentence = r"^block\.0\.adapters.* as do 1 more: .* pass use_reentrant=False"
+    before = [p.clone() for p in trainable_parameters(model)]
+    with pytest.raises(InputError, match=sentence):
+        train(model, BATCHES, TrainConfig(2))
+    assert all(map(torch.equal, before, trainable_parameters(model)))
+    assert all(p.grad is None for p in trainable_parameters(model))
+    assert not any(m._forward_pre_hooks for m in model.modules())
+
+
+def test_a_layer_that_nothing_depends_on_does_not_stop_a_run():
+    model = inject(Blocks(False), LoRAConfig(2, 4.0), "all-linear")
+    other = inject(Blocks(True), LoRAConfig(2, 4.0), "all-linear")
+    other.load_state_dict(model.state_dict())
+    other.embed.register_forward_hook(lambda *given: given[-1].requires_grad_())
+    histories = [train(m, BATCHES, TrainConfig(2)) for m in (model, other)]
+    assert histories[0].losses == histories[1].losses
 
 
 def test_preparing_keeps_in_float32_what_is_not_quantized(toy):

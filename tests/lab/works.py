@@ -3,8 +3,10 @@
 `python -m tests.lab.works` writes the page of the book.
 """
 
+import functools
 import re
 from collections.abc import Callable, Iterable
+from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,10 +16,12 @@ from minipeft.errors import InputError
 from minipeft.torch.bottleneck import BottleneckConfig
 from minipeft.torch.dora import DoRAConfig
 from minipeft.torch.experts import experts
+from minipeft.torch.hira import HiRAConfig
 from minipeft.torch.ia3 import IA3Config
 from minipeft.torch.inject import inject, merge, trainable_parameters, unload
 from minipeft.torch.loftq import LoftQConfig
 from minipeft.torch.lora import LoRAConfig
+from minipeft.torch.miss import MiSSConfig
 from minipeft.torch.pissa import PiSSAConfig
 from minipeft.torch.prefix import PrefixConfig, PrefixModel
 from minipeft.torch.prompt import PromptConfig, PromptModel
@@ -52,8 +56,10 @@ METHODS = {
     "DoRA": Method(_linear(DoRAConfig(2, 4.0))),
     "VeRA": Method(_linear(VeRAConfig(2))),
     "IA3": Method(_linear(IA3Config())),
+    "HiRA": Method(_linear(HiRAConfig(2))),
+    "MiSS": Method(_linear(MiSSConfig(2))),
     "PiSSA": Method(_linear(PiSSAConfig(2, 4.0))),
-    "LoftQ": Method(_linear(LoftQConfig(2, 4.0, blocksize=16))),
+    "LoftQ": Method(_linear(LoftQConfig(2, 4.0, blocksize=16, steps=1))),
     "QLoRA": Method(_qlora),
     "LoRA on experts": Method(
         lambda model: inject(model, LoRAConfig(2, 4.0), ["experts"])
@@ -64,9 +70,14 @@ METHODS = {
 }
 
 
+@functools.lru_cache(maxsize=1)  # the methods take turns on one class
+def _built(name: str):
+    return build(name)
+
+
 def outcome(method: str, name: str) -> str:
     """Build, inject, take a step, merge: return `WORKS`, or the sentence."""
-    model = build(name)
+    model = deepcopy(_built(name))
     if method == "LoRA on experts" and not experts(model):
         return NONE
     try:

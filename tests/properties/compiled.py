@@ -12,6 +12,8 @@ import torch
 from torch import nn
 
 from minipeft.torch import blockwise, codebook
+from minipeft.torch.experts import Experts
+from minipeft.torch.inject import inject
 from minipeft.torch.lora import LoRAConfig, LoRALinear
 from minipeft.torch.qlora import QuantizedLinear
 from tests.properties import modules
@@ -170,6 +172,26 @@ EXAMPLES = [
     if not build.__name__.endswith("from_text")
 ]
 
+
+def lora_on_experts():
+    """A stack is met outside the graph, which breaks there: no value changes."""
+    holder = nn.ModuleDict({"experts": Experts(torch.randn(3, 5, 8))})
+    layer = inject(holder, LoRAConfig(2, 4.0), ["experts"])["experts"]
+    with torch.no_grad():
+        for p in layer.adapters.parameters():
+            p.normal_()
+    x, chosen = torch.randn(4, 8), torch.tensor([0, 2, 1, 2])
+    torch.compiler.reset()
+    run = torch.compile(layer, backend="aot_eager")
+    y, expected = run(x, chosen), layer(x, chosen)
+    assert torch.equal(y, expected)
+    ours, right = (
+        torch.autograd.grad(out.sum(), list(layer.adapters.parameters()))
+        for out in (y, expected)
+    )
+    assert all(map(torch.equal, ours, right))
+
+
 CHECKS: list[Callable[[], None]] = [
     quantize_nf4,
     quantize_fp4_from_bfloat16,
@@ -181,6 +203,7 @@ CHECKS: list[Callable[[], None]] = [
     lora_merged_and_switched,
     lora_on_an_embedding_with_dropout,
     lora_on_four_bits,
+    lora_on_experts,
     *EXAMPLES,
 ]
 

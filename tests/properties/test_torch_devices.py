@@ -84,7 +84,6 @@ NOT_ON_A_DEVICE = {
     **dict.fromkeys(EXPERTS, "runs on a CPU only, in tests/agreement/test_experts"),
     **dict.fromkeys(PROCESSES, "runs over processes, in test_sharding"),
     "linear.computes_as_linear": "probes a layer with numbers on the CPU",
-    "qlora.QuantizedLinear.multiply": "decodes the weight where it is",
     "qlora.prepare": "casts parameters where they are",
     "qlora.quantizable": "reads a weight where it is",
     "codebook.normal_float": "makes a table on the CPU; quantize moves it",

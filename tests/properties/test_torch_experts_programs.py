@@ -1,0 +1,217 @@
+"""LoRA on experts inside programs: the wrappers and states of the other rows."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+from torch import nn
+
+from minipeft.errors import InputError
+from minipeft.torch.experts import Experts
+from minipeft.torch.inject import (
+    adapter_state_dict,
+    inject,
+    load_adapter_state_dict,
+    merge,
+    trainable_parameters,
+    unload,
+    unmerge,
+)
+from minipeft.torch.lora import LoRAConfig
+from minipeft.torch.qlora import QuantizedExperts, quantize_linears
+from tests.properties.test_torch_programs import AMBIENT, offloaded, sharded, trained
+from tests.tolerance import assert_within, gamma
+
+CONFIG = LoRAConfig(2, 4.0)
+CHOSEN = torch.tensor([0, 2, 1, 2])
+KINDS = ("plain", "four bits")
+each_kind = pytest.mark.parametrize("kind", KINDS)
+
+
+class Model(nn.Module):
+    """One module of experts; every token has one."""
+
+    def __init__(self):
+        super().__init__()
+        self.experts = Experts(torch.randn(3, 5, 8), torch.randn(3, 5))
+
+    def forward(self, x):
+        return self.experts(x, CHOSEN.to(x.device))
+
+
+def plain(kind):
+    torch.manual_seed(0)
+    model = Model()
+    return quantize_linears(model, blocksize=8) if kind == "four bits" else model
+
+
+def start(model):
+    return inject(
+        model, CONFIG, ["experts"], generator=torch.Generator().manual_seed(2)
+    )
+
+
+def make(kind):
+    return trained(start(plain(kind)))
+
+
+def x_of(dtype=torch.float32):
+    return torch.linspace(-1, 1, 32).reshape(4, 8).to(dtype)
+
+
+def run(model):
+    model.zero_grad()
+    y = model(x_of())
+    y.square().sum().backward()
+    return [y.detach(), *(p.grad for p in trainable_parameters(model))]
+
+
+def same(ours, theirs):
+    return all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
+
+
+COPIES = {
+    "copied": copy.deepcopy,
+    "pickled": lambda model: pickle.loads(pickle.dumps(model)),
+}
+
+
+@pytest.mark.parametrize("way", list(COPIES))
+@each_kind
+def test_copies_compute_and_train_alike_and_apart(kind, way):
+    model = make(kind)
+    expected = run(model)
+    twin = COPIES[way](model)
+    assert same(run(twin), expected)
+    with torch.no_grad():
+        for p in trainable_parameters(twin):
+            p += 1
+    assert same(run(model), expected)
+    assert torch.equal(merge(COPIES[way](model))(x_of()), merge(model)(x_of()))
+
+
+@each_kind
+def test_offloaded_experts_come_in_for_a_call(kind):
+    y = make(kind)(x_of()).detach()
+    with offloaded(make(kind)) as model, torch.no_grad():
+        assert torch.equal(model(x_of()), y)
+        if kind == "plain":
+            with pytest.raises(InputError, match="is offloaded and comes in for a"):
+                merge(model)
+
+
+def test_sharded_experts_compute_and_train_alike():
+    expected = run(make("plain"))
+    with sharded(make("plain")) as model:
+        found = run(model)
+        found = [t.full_tensor() if hasattr(t, "placements") else t for t in found]
+        assert same(found, expected)
+        with pytest.raises(InputError, match="is sharded over several processes"):
+            merge(model)
+
+
+@pytest.mark.parametrize("state", list(AMBIENT))
+@each_kind
+def test_they_start_and_merge_as_if_nothing_were_ambient(kind, state):
+    model, expected = plain(kind), run(make(kind))
+    right = merge(make(kind))(x_of())
+    with AMBIENT[state]():
+        start(model)
+    assert same(run(trained(model)), expected)
+    with AMBIENT[state]():
+        merge(model)
+    assert torch.equal(model(x_of()), right)
+    assert torch.equal(unmerge(model)(x_of()).detach(), expected[0])
+
+
+@pytest.mark.parametrize("state", ["inference mode", "no gradients", "deterministic"])
+@each_kind
+def test_the_forward_is_the_same(kind, state):
+    model = make(kind)
+    y = model(x_of())
+    with AMBIENT[state]():
+        assert torch.equal(model(x_of()), y)
+
+
+@each_kind
+def test_under_autocast_they_follow_the_module(kind):
+    model, bare = make(kind), plain(kind)
+    exact = model(x_of()).detach()
+    with torch.autocast("cpu", torch.bfloat16):
+        y = model(x_of())
+        assert y.dtype == bare(x_of()).dtype
+    y.float().square().sum().backward()
+    assert all(p.grad.dtype == torch.float32 for p in trainable_parameters(model))
+    # x, the weight, the factors and three results are rounded to bfloat16: a few times
+    # 2**-8 of sums of 8 products, which are no larger than 8 times the largest.
+    assert_within(
+        y.detach().float().numpy(),
+        exact.numpy(),
+        2.0**-8 * 8 * float(exact.abs().max()),
+    )
+
+
+@each_kind
+def test_in_16_bits_the_adapters_have_32_and_the_output_16(kind):
+    model = plain("plain").bfloat16()
+    model = quantize_linears(model, blocksize=8) if kind == "four bits" else model
+    model = trained(start(model))
+    y = model(x_of(torch.bfloat16))
+    assert y.dtype == torch.bfloat16
+    assert {p.dtype for p in trainable_parameters(model)} == {torch.float32}
+    merged = merge(model)(x_of(torch.bfloat16))
+    assert merged.dtype == torch.bfloat16
+    y.float().sum().backward()
+    assert all(p.grad is not None for p in trainable_parameters(model))
+
+
+def test_a_model_without_memory_is_filled_by_assignment():
+    source = make("plain")
+    with torch.device("meta"):
+        model = Model()
+    inject(model, CONFIG, ["experts"])
+    assert model.experts.W.is_meta
+    model.load_state_dict(source.state_dict(), assign=True)
+    assert torch.equal(model(x_of()), source(x_of()))
+    model.to("meta").to_empty(device="cpu").load_state_dict(source.state_dict())
+    assert torch.equal(model(x_of()), source(x_of()))
+
+
+@each_kind
+def test_their_tensors_carry_over_and_hooks_see_every_adapter(kind):
+    source, model = make(kind), start(plain(kind))
+    load_adapter_state_dict(model, adapter_state_dict(source))
+    called = []
+    model.experts.adapters["default"].register_forward_hook(lambda *_: called.append(1))
+    assert same(run(model), run(source))
+    assert called
+
+
+@each_kind
+def test_a_stack_that_is_read_is_the_adapted_one_and_is_not_written_to(kind):
+    layer = make(kind).experts
+    read = layer.W
+    assert read.shape == (3, 5, 8)
+    assert read.dtype == torch.float32
+    merged = layer.merged_stacks()["W"]
+    assert_within(
+        (read + 0).detach().numpy(),
+        merged.numpy(),
+        gamma(8) * float(merged.abs().max()),
+    )
+    with pytest.raises(InputError, match="what is written to it would be lost"):
+        read.mul_(2)
+
+
+@each_kind
+def test_training_mode_follows_the_module(kind):
+    for training in (True, False):
+        model = start(plain(kind).train(training))
+        assert {module.training for module in model.modules()} == {training}
+        assert {m.training for m in unload(merge(model)).modules()} == {training}
+
+
+def test_the_kinds_are_those_that_a_model_may_hold():
+    assert isinstance(plain("four bits").experts, QuantizedExperts)
+    assert isinstance(plain("plain").experts, Experts)

@@ -1,0 +1,121 @@
+"""Virtual tokens and networks beside modules in programs: states, modes, copies."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+
+from minipeft.torch.bottleneck import BottleneckConfig, place_beside
+from minipeft.torch.inject import trainable_parameters
+from minipeft.torch.prefix import PrefixConfig, PrefixModel
+from minipeft.torch.prompt import PromptConfig, PromptModel
+from tests.agreement.llama import TEXT, llama
+from tests.properties.test_torch_programs import AMBIENT
+
+
+def beside(model):
+    seed = torch.Generator().manual_seed(2)
+    return place_beside(model, BottleneckConfig(3), ["mlp"], 32, seed)
+
+
+WORDS = (4, 9, 2)
+KINDS = {
+    "prefix": lambda m: PrefixModel(m, PrefixConfig(3)),
+    "prefix with a network": lambda m: PrefixModel(m, PrefixConfig(3, hidden=5)),
+    "prefix from words": lambda m: PrefixModel(m, PrefixConfig(tokens=WORDS)),
+    "prompt": lambda m: PromptModel(m, PromptConfig(3)),
+    "prompt from words": lambda m: PromptModel(m, PromptConfig(tokens=WORDS)),
+    "bottleneck beside": beside,
+}
+each_kind = pytest.mark.parametrize("kind", list(KINDS))
+each_state = pytest.mark.parametrize("state", list(AMBIENT))
+
+
+def make(kind, model=None):
+    model = llama() if model is None else model
+    torch.manual_seed(3)
+    return KINDS[kind](model)
+
+
+def trained(model):
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for p in trainable_parameters(model):
+            p += 0.1 * torch.randn(p.shape, generator=generator)
+    return model
+
+
+@each_state
+@each_kind
+def test_they_start_as_if_nothing_were_ambient_and_can_be_trained(kind, state):
+    expected, base = make(kind), llama()
+    with AMBIENT[state]():
+        found = make(kind, base)
+    ours, right = (dict(m.named_parameters()) for m in (found, expected))
+    assert ours.keys() == right.keys()
+    assert all(torch.equal(ours[name], right[name]) for name in right)
+    assert {p.dtype for p in trainable_parameters(found)} == {torch.float32}
+    found(TEXT, labels=TEXT).loss.backward()
+    assert all(p.grad is not None for p in trainable_parameters(found))
+
+
+@pytest.mark.parametrize("state", [s for s in AMBIENT if s != "autocast"])
+@each_kind
+def test_the_forward_is_the_same(kind, state):
+    model = trained(make(kind))
+    y = model(TEXT).logits
+    with AMBIENT[state]():
+        assert torch.equal(model(TEXT).logits, y)
+
+
+@each_kind
+def test_under_autocast_they_follow_the_model(kind):
+    model = trained(make(kind))
+    exact = model(TEXT).logits
+    with torch.autocast("cpu", torch.bfloat16):
+        y = model(TEXT).logits
+        assert y.dtype == llama()(TEXT).logits.dtype
+    assert not torch.equal(y.float(), exact)
+    y.float().square().sum().backward()
+    assert {p.grad.dtype for p in trainable_parameters(model)} == {torch.float32}
+
+
+@pytest.mark.parametrize("training", [True, False])
+@each_kind
+def test_the_mode_is_the_model_s_and_follows(kind, training):
+    """The model is run once to start from words: without dropout, whatever its mode."""
+    model = make(kind, llama().train(training))
+    assert {m.training for m in model.modules()} == {training}
+    for mode in (not training, training):
+        model.train(mode)
+        assert {m.training for m in model.modules()} == {mode}
+    assert {m.training for m in model.eval().modules()} == {False}
+
+
+COPIES = {
+    "copied": copy.deepcopy,
+    "pickled": lambda model: pickle.loads(pickle.dumps(model)),
+}
+
+
+@pytest.mark.parametrize("way", list(COPIES))
+@each_kind
+def test_copies_compute_alike_and_apart(kind, way):
+    model = trained(make(kind))
+    y = model(TEXT).logits
+    twin = COPIES[way](model)
+    assert torch.equal(twin(TEXT).logits, y)
+    trained(twin)
+    assert not torch.equal(twin(TEXT).logits, y)
+    assert torch.equal(model(TEXT).logits, y)
+
+
+@each_kind
+def test_a_base_in_16_bits_keeps_what_is_trained_in_32(kind):
+    model = make(kind, llama().bfloat16())
+    assert {p.dtype for p in trainable_parameters(model)} == {torch.float32}
+    out = model(TEXT, labels=TEXT)
+    assert out.logits.dtype == torch.bfloat16
+    out.loss.backward()
+    assert {p.grad.dtype for p in trainable_parameters(model)} == {torch.float32}
