@@ -1,1 +1,1 @@
-"""Files that others load, and what they do: formats, fingerprints, merges, audits."""
+"""Adapters and models in files: formats, fingerprints, merges, audits."""

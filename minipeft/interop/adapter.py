@@ -1,4 +1,4 @@
-"""An adapter as it lies in a folder, and the tensors of a base that it changes."""
+"""An adapter that was read from a folder, with the names of the base's tensors."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -12,12 +12,12 @@ from minipeft.interop.update import Update
 
 @dataclass(frozen=True)
 class Adapter:
-    """All that a merge needs: by the names of the base's tensors.
+    """The input of a merge, by the names of the base's tensors.
 
     Args:
         updates: of weights.
-        biases: what is added to biases, already scaled.
-        saved: tensors that take the place of the base's.
+        biases: the changes of biases, already scaled.
+        saved: tensors that replace those of the base.
         config: as it was read.
         metadata: of the file.
     """

@@ -1,7 +1,8 @@
-"""Is this model really base + adapter, and if not, which mistake made it?
+"""Check whether a model is base + adapter; if not, name the mistake.
 
-Tensor by tensor: bit for bit the merge that is rounded once; else within the bound that
-any order of sums can reach; else the mistake that comes nearest, by name.
+Each tensor gets one of three findings: equal, bit for bit, to the merge that is rounded
+once; within the error bound of a correct merge in another order of sums; or wrong, with
+the name of the nearest mistake.
 """
 
 from collections.abc import Iterable, Iterator
@@ -28,15 +29,15 @@ EXACT, BOUND, WRONG = "exact", "within the bound", "wrong"
 
 @dataclass(frozen=True)
 class Finding:
-    """What the audit says of one tensor.
+    """The finding of the audit for one tensor.
 
     Args:
         tensor: its name in the base.
         verdict: `exact`, `within the bound` or `wrong`.
         mistake: the name of the nearest mistake, if it is wrong.
         sentence: what happened.
-        residual: how far the tensor is from what the mistake makes, relative to the
-            size of the update (0: the mistake explains all).
+        residual: distance of the tensor from the result of the mistake, relative to the
+            size of the update (0: the mistake explains the tensor).
         adapted: whether the adapter changes the tensor.
     """
 
@@ -50,19 +51,19 @@ class Finding:
 
 @dataclass(frozen=True)
 class Stored:
-    """A tensor to judge, and how its file rounds it."""
+    """A tensor of the audited model, and how its file rounds."""
 
     values: Tensor
     rounding: Rounding
 
 
 def audit(base: Tensors, adapter: Adapter, found: Tensors) -> Iterator[Finding]:
-    """Yield a finding for each tensor of the base, and for each that is too many.
+    """Yield a finding for each tensor of the base, and for each extra tensor.
 
     Args:
-        base: what the adapter was trained on.
-        adapter: what should have been merged.
-        found: the model that claims to be the merge.
+        base: the model on which the adapter was trained.
+        adapter: that should have been merged.
+        found: the model to audit.
 
     Raises:
         InputError: the adapter does not belong to the base.
@@ -81,10 +82,10 @@ def audit(base: Tensors, adapter: Adapter, found: Tensors) -> Iterator[Finding]:
 
 
 def concluded(findings: list[Finding]) -> list[Finding]:
-    """Say once that the base is another, in place of once for every tensor.
+    """Report another base once, instead of once for every tensor.
 
-    It is another where more than half of the tensors that the adapter leaves alone are
-    not the base's; then nothing can be said about the others.
+    The base is another one if more than half of the tensors that the adapter does not
+    change differ from the base's. Then the other tensors cannot be judged.
     """
     alone = [f for f in findings if not f.adapted]
     other = [f for f in alone if f.mistake == "wrong base"]
@@ -107,7 +108,7 @@ def _missing(name: str, adapter: Adapter) -> Finding:
 
 
 def _surplus(name: str, base: Tensors, found: Tensors) -> Finding:
-    # A tied head may be written out: right, if it is a copy of the embedding.
+    # A tied head may be stored too: correct if it is a copy of the embedding.
     for other in found.about:
         tied = other != name and found.about[other] == found.about[name]
         if tied and "embed" in other and _same_bytes(found, name, found, other):
@@ -139,7 +140,7 @@ def _judged(
 def _of_another_expert(
     finding: Finding, base: Tensors, adapter: Adapter, held: Stored
 ) -> Finding:
-    """Return the finding of another expert's update, if that explains more."""
+    """Return the finding "another expert's update", if that mistake is nearer."""
     name = finding.tensor
     W, update = held.rounding.wide(base.read(name)), adapter.updates[name]
     mistakes = [
@@ -162,17 +163,17 @@ def _shape(name: str, base: Tensors, adapter: Adapter) -> tuple[int, ...]:
 def judge(
     name: str, W: Tensor, update: Update, found: Tensor | Stored, alphas: set[float]
 ) -> Finding:
-    """Say whether one tensor is W merged with its update.
+    """Tell whether one tensor is W merged with its update.
 
     Args:
         name: of the tensor.
         W: of the base.
         update: of the adapter.
         found: the tensor to judge.
-        alphas: every alpha of the adapter: taking another layer's is a mistake.
+        alphas: of all layers, because another layer's alpha is a possible mistake.
     """
     held = found if isinstance(found, Stored) else Stored(found, Cast(found.dtype))
-    W = held.rounding.wide(W)  # nothing is lost before the one rounding
+    W = held.rounding.wide(W)  # wide enough for a single rounding
     if same(held.rounding.round(merged(W, update)), held.values):
         return Finding(name, EXACT, adapted=True)
     if _within(W, update, held):
@@ -182,20 +183,20 @@ def judge(
 
 
 def _within(W: Tensor, update: Update, held: Stored) -> bool:
-    """Return whether another order of sums may have given the tensor."""
+    """Return whether a correct merge in another order of sums can give the tensor."""
     exactly = exact(W, update, torch.float64)
     if type(held.rounding) is not Cast:
         slack = stored(allowed(W, update, exactly), update)
         return held.rounding.reachable(held.values, stored(exactly, update), slack)
     difference = (held.values.to(torch.float64) - stored(exactly, update)).abs()
-    rounded = W.to(held.values.dtype)  # only its dtype matters: one rounding to it
+    rounded = W.to(held.values.dtype)  # only the dtype of `found` matters
     return bool((difference <= stored(allowed(rounded, update, exactly), update)).all())
 
 
 def nearest(
     name: str, W: Tensor, update: Update, held: Stored, mistakes: Iterable[Mistake]
 ) -> Finding:
-    """Return the finding of the mistake that explains a wrong tensor best."""
+    """Return the finding with the mistake that is nearest to a wrong tensor."""
     size = float((merged(W, update).double() - W.double()).norm()) or 1.0
     best: tuple[float, Mistake] | None = None
     for mistake in mistakes:

@@ -1,7 +1,7 @@
 """Write base + adapter as a 4-bit checkpoint that transformers loads with bitsandbytes.
 
-The merge is made first, as in every other export, and each weight of a layer is then
-quantized to NF4 with double quantization. Little of a small update is left in 4 bits.
+The adapter is merged first, as in every other export. Then each weight of a layer is
+quantized to NF4 with double quantization. 4 bits lose most of a small update.
 """
 
 import json
@@ -39,8 +39,8 @@ def write_model(
         step: is called with the name of each tensor, for progress.
 
     Raises:
-        InputError: the folder exists, the adapter does not fit the base, or no weight
-            of the base is one that is quantized here.
+        InputError: the folder exists, the adapter does not fit the base, or the base
+            has no weight to quantize.
     """
     if out.exists():
         raise InputError(f"{out} exists; choose another folder, or remove it")
@@ -71,7 +71,7 @@ def _write(
     shutil.copytree(
         merged.path, folder, ignore=shutil.ignore_patterns("*.safetensors", INDEX)
     )
-    # Twice: the header of the file comes first, and one tensor at a time is in memory.
+    # Two passes: the header of the file comes first, and only one tensor is in memory.
     about = {}
     for name in merged.about:
         for key, tensor in _parts(name, merged, names).items():

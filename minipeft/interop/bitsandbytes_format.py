@@ -1,4 +1,4 @@
-"""4-bit weights as bitsandbytes and transformers keep them in safetensors.
+"""4-bit weights in safetensors, in the format of bitsandbytes and transformers.
 
 A weight is six tensors, or eight with double quantization: the packed codes, their
 scales, the tables, and a JSON text stored as bytes, which holds block size, dtype and
@@ -34,7 +34,7 @@ def write(name: str, q: Quantized, dtype: torch.dtype) -> dict[str, Tensor]:
     Args:
         name: of the weight, such as `model.layers.0.mlp.up_proj.weight`.
         q: the quantized weight; its codebook is NF4 or FP4.
-        dtype: that the weight had, and that bitsandbytes decodes it to.
+        dtype: of the weight before; bitsandbytes decodes to this dtype.
 
     Raises:
         InputError: the codebook is another one.
@@ -66,11 +66,10 @@ def write(name: str, q: Quantized, dtype: torch.dtype) -> dict[str, Tensor]:
 
 
 def read(name: str, tensors: Tensors) -> tuple[Quantized, torch.dtype]:
-    """Return one weight and the dtype it had.
+    """Return one weight and its dtype before quantization.
 
     Raises:
-        InputError: a part is missing, malformed, or not of the size that the others
-            say.
+        InputError: a part is missing, malformed, or contradicts the size of another.
     """
     state = _state(name, tensors)
     packed = tensors.read(name).reshape(-1)
@@ -97,14 +96,14 @@ def read(name: str, tensors: Tensors) -> tuple[Quantized, torch.dtype]:
 
 
 def decode(q: Quantized, dtype: torch.dtype) -> Tensor:
-    """Return the weight, whichever way its scales are stored."""
+    """Return the decoded weight; the scales may be numbers or codes."""
     if isinstance(q, Nested):
         return double_quant.dequantize(q, dtype)
     return blockwise.dequantize(q, dtype)
 
 
 class FourBitTensors:
-    """A 4-bit checkpoint as if it held plain weights, decoded as they are read.
+    """A 4-bit checkpoint that decodes each weight when it is read.
 
     Args:
         tensors: of the files.

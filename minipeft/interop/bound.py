@@ -1,4 +1,4 @@
-"""How far a right merge may lie from the exact one: derived, never tuned.
+"""The error bound of a correct merge, derived and never tuned.
 
 A merge in float32 sums r products and W, in any order, and rounds once to the dtype of
 the weight. DoRA divides by a norm, whose squares are summed over in_features.
@@ -25,9 +25,9 @@ def gamma(n: int) -> float:
 
 
 def allowed(W: Tensor, update: Update, wanted: Tensor) -> Tensor:
-    """Return the largest right difference from `wanted`, the exact merge in float64.
+    """Return the largest error of a correct merge; `wanted` is exact, in float64.
 
-    Both the merge that is judged and ours are right if they lie within it.
+    The merge under audit and our own merge are correct if both are within the bound.
     """
     wide = torch.float64
     size = read(W, update).to(wide).abs()
@@ -38,12 +38,14 @@ def allowed(W: Tensor, update: Update, wanted: Tensor) -> Tensor:
     if update.magnitude is not None:
         before = _dora(W, update, size)
     unit = ROUNDOFF[W.dtype]
-    tiny = torch.finfo(W.dtype).smallest_normal * unit  # below it, steps are equal
+    tiny = (
+        torch.finfo(W.dtype).smallest_normal * unit
+    )  # below it, floats are evenly spaced
     return before * (1 + unit) + unit * wanted.abs() + tiny
 
 
 def _dora(W: Tensor, update: Update, size: Tensor) -> Tensor:
-    """The norm's square may be summed from parts that cancel: its condition."""
+    """The bound for DoRA; terms of the squared norm may cancel: its condition."""
     wide = torch.float64
     V = exact(W, _lora(update), wide)
     norm = row_norm(V)

@@ -1,4 +1,4 @@
-"""Weighted sums of adapters in peft's format, exact: what is not linear is refused."""
+"""Exact weighted sums of adapters in peft's format; methods not linear are refused."""
 
 import json
 import re
@@ -23,11 +23,11 @@ Part = tuple[Contents, float]
 Tables = dict[str, Tensor]
 
 WEIGHTS = "minipeft.weights"
-"""Where a file's metadata keeps the weights of the adapters that it is the sum of."""
+"""The key of a file's metadata with the weights of the adapters in its sum."""
 
 
 def concatenate(adapters: Sequence[Contents]) -> Contents:
-    """Return one adapter that does what all of them do together.
+    """Return one adapter with the sum of all updates.
 
     Raises:
         InputError: as `weighted_sum`.
@@ -94,7 +94,7 @@ def _check(parts: Sequence[Part]) -> None:
 
 
 def _base(parts: Sequence[Part]) -> dict[str, str]:
-    """Return the fingerprint that all agree on; refuse adapters of several bases."""
+    """Return the common fingerprint; refuse adapters of several bases."""
     texts = [c.metadata[BASE] for c, _ in parts if BASE in c.metadata]
     prints = [Fingerprint.from_json(text) for text in texts]
     for other in prints[1:]:
@@ -201,7 +201,7 @@ def _scales(
 def _targets(
     configs: Sequence[Mapping[str, Any]], modules: Mapping[str, object]
 ) -> list[str]:
-    # The same layers keep their short names; else every layer is named in full.
+    # If all adapters have the same layers, their short names stay; else full names.
     given = [config.get("target_modules") for config in configs]
     if all(isinstance(g, list) and sorted(g) == sorted(given[0] or []) for g in given):
         return sorted(given[0] or [])

@@ -331,7 +331,7 @@ def _export_gguf(options: argparse.Namespace, adapter: "Adapter") -> None:
 
 
 def _adapter(options: argparse.Namespace) -> "Adapter":
-    """Return the adapter, once it is known to belong to the base."""
+    """Return the adapter, after checking that it belongs to the base."""
     from minipeft.interop import fingerprint, merging, peft_format
     from minipeft.interop.tensors import open_tensors
 
@@ -360,7 +360,7 @@ def write_json(path: Path, value: Any) -> None:
 
 @contextmanager
 def progress(what: str) -> Iterator[Callable[[str], None]]:
-    """Show the tensor in work on a terminal; say nothing elsewhere."""
+    """Show the current tensor on a terminal; print nothing elsewhere."""
     from rich.console import Console
 
     console = Console(stderr=True)

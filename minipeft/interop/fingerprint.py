@@ -1,4 +1,4 @@
-"""Which base is this? SHA-256 of each tensor, and one of them all."""
+"""The fingerprint of a base: a SHA-256 of each tensor, and one of all."""
 
 import hashlib
 import json
@@ -26,12 +26,12 @@ class Fingerprint:
         return hashlib.sha256(text.encode()).hexdigest()
 
     def to_json(self) -> str:
-        """Return the text that a file's metadata carries."""
+        """Return the text for a file's metadata."""
         return json.dumps({"whole": self.whole, "tensors": dict(self.tensors)})
 
     @classmethod
     def from_json(cls, text: str) -> "Fingerprint":
-        """Read what `to_json` wrote.
+        """Read the text that `to_json` wrote.
 
         Raises:
             InputError: the text is no fingerprint, or its hashes do not belong
@@ -88,12 +88,12 @@ def check(saved: Fingerprint, own: Fingerprint, without: Collection[str] = ()) -
     Checkpoints of transformers 4 and 5 name the same tensors differently.
 
     Args:
-        saved: of the base that a file was made for.
-        own: of the base at hand.
-        without: names of tensors that the file brings itself.
+        saved: fingerprint of the base in the metadata of a file.
+        own: fingerprint of the present base.
+        without: names of tensors that the file contains itself.
 
     Raises:
-        InputError: a tensor differs, is missing or is new; the sentence names the
+        InputError: a tensor differs, is missing or is new; the message names the
             first.
     """
     if saved.whole == own.whole:

@@ -1,8 +1,7 @@
 """Rewrite an adapter so that every loader computes its scale: alpha = r, no patterns.
 
-Each scale is folded into B, and into the bias beside B. Smaller ranks are filled up
-with zeros to the largest one. What the adapter does stays the same, up to the one
-rounding of s B.
+B, and the bias beside B, are multiplied by the scale. Zeros fill the smaller ranks up
+to the largest. The update stays the same, up to the one rounding of s B.
 """
 
 from pathlib import Path
@@ -52,7 +51,7 @@ def folded(parts: Parts) -> peft_folder.Contents:
 
 
 def _largest(parts: Parts) -> int:
-    """Return the largest rank, once it is known that all can be brought to it."""
+    """Return the largest rank, after checking that all layers can have that rank."""
     if parts.config.get("peft_type") != "LORA" or not parts.modules:
         raise InputError(
             f"an adapter of type {parts.config.get('peft_type')!r} has no scale to "
@@ -74,7 +73,7 @@ def _largest(parts: Parts) -> int:
 
 
 def _scaled(tensor: Tensor, scaling: float) -> Tensor:
-    """Return s B: in B's dtype where that is exact, else rounded once to float32."""
+    """Return s B: in B's dtype if that is exact, else rounded once to float32."""
     exact = tensor.double() * scaling
     kept = exact.to(tensor.dtype)
     return kept if torch.equal(kept.double(), exact) else exact.float()

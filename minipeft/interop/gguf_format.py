@@ -1,8 +1,8 @@
 """GGUF, the format of llama.cpp and Ollama: adapters, merged models, and reading both.
 
-llama.cpp computes the scale of an adapter as alpha / r from one alpha for all layers.
-It knows neither rank-stabilized scales nor patterns. So every scale is folded into B
-here, and alpha is written as 0, which llama.cpp takes for "scale 1".
+llama.cpp computes the scale of an adapter as alpha / r, with one alpha for all layers,
+and supports neither rank-stabilized scales nor patterns. So B is multiplied by its
+scale here, and alpha is written as 0, which means "scale 1" to llama.cpp.
 """
 
 import json
@@ -43,7 +43,7 @@ Plan = dict[str, tuple[tuple[int, ...], gguf.GGMLQuantizationType]]
 
 
 def write_lora(path: Path, adapter: Adapter, config: Config) -> None:
-    """Write a LoRA for `llama-server --lora`, every scale folded into B.
+    """Write a LoRA for `llama-server --lora`; B is multiplied by the scale.
 
     Args:
         path: of the file.
@@ -51,8 +51,8 @@ def write_lora(path: Path, adapter: Adapter, config: Config) -> None:
         config: of the base model, as in its config.json.
 
     Raises:
-        InputError: the adapter holds what the format cannot: a magnitude, a bias, a
-            saved module; the sentence names the alternative.
+        InputError: the adapter holds a magnitude, a bias or a saved module, which the
+            format cannot store; the message names the alternative.
     """
     _check_holds(adapter)
     arch = family(config)
@@ -68,7 +68,7 @@ def write_lora(path: Path, adapter: Adapter, config: Config) -> None:
             if heads := heads_turned(name, arch, config):
                 B = turn(B, heads)
             if theirs[name].startswith("token_embd"):
-                A = A.T  # llama.cpp looks rows of it up
+                A = A.T  # llama.cpp looks up rows of A
             writer.add_tensor(f"{theirs[name]}.lora_a", A.contiguous().numpy())
             writer.add_tensor(f"{theirs[name]}.lora_b", B.contiguous().numpy())
         writer.write_header_to_file()
@@ -98,7 +98,7 @@ def write_model(
     adapter: Adapter | None = None,
     kind: str = "F16",
 ) -> None:
-    """Write a model, merged with an adapter if there is one, for llama.cpp and Ollama.
+    """Write a model, optionally merged with an adapter, for llama.cpp and Ollama.
 
     A merged weight is computed in float32 and rounded once to the kind of the file.
     One-dimensional tensors stay in float32, as llama.cpp expects them.
@@ -106,7 +106,7 @@ def write_model(
     Args:
         path: of the file.
         base: the model's tensors.
-        folder: where its config.json and its tokenizer lie.
+        folder: with its config.json and its tokenizer.
         adapter: what to merge.
         kind: F32, F16, BF16 or Q8_0.
 
@@ -191,9 +191,7 @@ def _plan(
 def _values(name: str, base: Tensors, adapter: Adapter) -> Tensor:
     if name in adapter.saved:
         return adapter.saved[name].float()
-    W = base.read(
-        name
-    ).float()  # wider than the file: nothing is rounded before the end
+    W = base.read(name).float()  # wider than the file, so that only the end rounds
     if name in adapter.updates:
         return merged(W, adapter.updates[name])
     return W + adapter.biases[name].float() if name in adapter.biases else W
@@ -245,7 +243,7 @@ def _hyperparameters(writer: gguf.GGUFWriter, config: Config) -> None:
 
 
 def rope(config: Config) -> dict[str, Any]:
-    """Return the rotary parameters, wherever this version of transformers puts them."""
+    """Return the rotary parameters, which transformers has in several places."""
     found = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
     found.setdefault("rope_theta", config.get("rope_theta", 10000.0))
     found.setdefault("rope_type", found.get("type", "default"))
@@ -258,10 +256,10 @@ def rope(config: Config) -> dict[str, Any]:
 
 
 def rope_factors(config: Config) -> np.ndarray | None:
-    """Return what llama.cpp divides each frequency by, or None where it is 1.
+    """Return the divisors of llama.cpp for each frequency, or None if all are 1.
 
-    Llama 3.1 keeps short wavelengths, stretches long ones by `factor`, and goes from
-    one to the other in between.
+    Llama 3.1 keeps short wavelengths and stretches long ones by `factor`. Between the
+    two it interpolates.
     """
     found = rope(config)
     if found["rope_type"] != "llama3":
@@ -369,7 +367,7 @@ class GgufTensors:
         """Return how the file rounds one tensor.
 
         Raises:
-            InputError: the kind is one to which no merge is rounded here.
+            InputError: minipeft does not write this kind.
         """
         kind = self.kind(name)
         if kind not in ROUNDINGS:
@@ -397,7 +395,7 @@ FACTORS = "rope_freqs.weight"
 
 @contextmanager
 def _decoding(path: Path) -> Iterator[None]:
-    """Turn what the package raises on damaged files, of many kinds, into a sentence."""
+    """Turn the many errors of the package `gguf` for damaged files into one message."""
     try:
         yield
     except FileNotFoundError:

@@ -1,4 +1,4 @@
-"""What llama.cpp calls the tensors of a model, and how it turns two of them.
+"""The names of llama.cpp for a model's tensors, and its order of rows in q and k.
 
 The names are those of the package `gguf`. Only families are listed whose weights
 llama.cpp stores as they are, but for the rows of q and k in the family `llama`: it
@@ -67,7 +67,7 @@ def names(arch: str, layers: int) -> dict[str, str]:
 
 
 def heads_turned(name: str, arch: str, config: Mapping[str, Any]) -> int:
-    """Return the number of heads whose rows llama.cpp turns, or 0."""
+    """Return the number of heads whose rows llama.cpp reorders, or 0."""
     if arch != "llama":
         return 0
     heads = int(config["num_attention_heads"])
@@ -77,7 +77,7 @@ def heads_turned(name: str, arch: str, config: Mapping[str, Any]) -> int:
 
 
 def turn(rows: Tensor, heads: int) -> Tensor:
-    """Put the two halves of each head's rows in turns: llama.cpp's order."""
+    """Interleave the two halves of each head's rows: llama.cpp's order."""
     halves = rows.reshape(heads, 2, len(rows) // heads // 2, *rows.shape[1:])
     return halves.transpose(1, 2).reshape(rows.shape)
 

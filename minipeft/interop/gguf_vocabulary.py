@@ -1,7 +1,7 @@
-"""A tokenizer of transformers as llama.cpp wants it: tokens, kinds, merges, pre-split.
+"""A tokenizer in llama.cpp's form: tokens, kinds, merges, and the rule of splitting.
 
-Byte-level BPE only: what llama.cpp splits a text by, before it merges, must be known by
-name, and a wrong name gives other tokens in silence.
+Only byte-level BPE. llama.cpp knows each rule of splitting a text by a name, and a
+wrong name gives other tokens without a message.
 """
 
 import json

@@ -1,7 +1,7 @@
-"""`minipeft inspect`: what an adapter does, and what others will do with it.
+"""`minipeft inspect`: describe an adapter, and how other programs load it.
 
-Exit code 0: it was read, and with `--for` nothing would be lost; 1: with `--for`,
-something would be, or is not known; 2: it could not be read.
+Exit code 0: the adapter was read, and the program of `--for` loses nothing; 1: that
+program loses something, or its behaviour is not known; 2: the adapter cannot be read.
 """
 
 import argparse
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from minipeft.interop.inspecting import Inspection
 
 LISTED = 5
-"""Names that a line gives before it counts the rest."""
+"""The most names that a line lists; it counts the others."""
 TARGETS = (
     *("peft", "vLLM", "SGLang", "llama.cpp"),
     *("Ollama", "TensorRT-LLM", "diffusers", "MLX"),
@@ -23,7 +23,7 @@ TARGETS = (
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add what the command takes."""
+    """Add the options of the command."""
     parser.add_argument("adapter", type=Path, metavar="ADAPTER", help="its folder")
     parser.add_argument(
         "--base",
@@ -48,7 +48,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _target(text: str) -> str:
-    """Return a loader's name in its own spelling, however it was typed."""
+    """Return a loader's name in its own spelling; capitals do not matter."""
     return next((name for name in TARGETS if name.lower() == text.lower()), text)
 
 
@@ -75,7 +75,7 @@ def run(options: argparse.Namespace) -> int:
 
 
 def plain(value: Any) -> Any:
-    """Return a value that JSON has: no NaN, no tuple."""
+    """Return a value for JSON, without NaN and tuples."""
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, dict):

@@ -1,7 +1,7 @@
-"""What is in an adapter: method, scales, sizes, dead layers, and what does not fit.
+"""The contents of an adapter: method, scales, sizes, layers without effect, misfits.
 
-The norm of s B A needs no product of the size of a weight: |BA|² is the trace of
-(BᵀB)(AAᵀ), two matrices of r × r.
+The norm of s B A needs no matrix of the size of a weight: |BA|² is the trace of
+(BᵀB)(AAᵀ), a product of two r × r matrices.
 """
 
 import re
@@ -30,8 +30,8 @@ class Layer:
     Args:
         module: its path in the model.
         r: its rank.
-        scaling: what B A is multiplied by.
-        norm: Frobenius norm of the change of the weight; NaN where it needs the base.
+        scaling: the factor of B A.
+        norm: Frobenius norm of the change of the weight; NaN if it needs the base.
         share: norm / norm of the base's weight; NaN without the base.
         dead: whether B = 0, so that the layer changes nothing.
     """
@@ -46,7 +46,7 @@ class Layer:
 
 @dataclass(frozen=True)
 class Inspection:
-    """What a folder holds, and what others do with it.
+    """The contents of a folder, and the judgements of the loaders.
 
     Args:
         method: LoRA, rsLoRA, DoRA, or peft's name of another.
@@ -55,9 +55,9 @@ class Inspection:
         incomplete: modules without their A or their B.
         matched: modules that the base has, in the right shape; None without a base.
         unmatched: modules that the base does not have, or has in another shape.
-        missing: what the configuration names and the file does not hold.
+        missing: names in the configuration that the file does not hold.
         others: tensors that belong to no pair.
-        base: what is known about the base.
+        base: a line about the base.
         loaders: a judgement for each.
     """
 
@@ -82,7 +82,7 @@ def inspect(
 
     Args:
         contents: of the adapter's folder.
-        base: the model that it belongs to, if it is there.
+        base: the model of the adapter, if given.
         step: is called with each module, for progress.
     """
     whole = {m for m, parts in contents.modules.items() if A in parts and B in parts}
@@ -107,7 +107,7 @@ def inspect(
 
 
 def method(contents: Parts) -> str:
-    """Return the name of the method, as the field has it."""
+    """Return the usual name of the method."""
     c = contents.config
     if c.get("peft_type") != "LORA":
         return str(c.get("peft_type"))
@@ -200,7 +200,7 @@ def _fits(contents: Parts, base: Tensors) -> dict[str, str | None]:
 
 
 def missing(contents: Parts, base: Tensors | None) -> Iterator[str]:
-    """Yield what `target_modules` names and the file does not hold.
+    """Yield the names in `target_modules` that the file does not hold.
 
     With a base: each of its modules that is a target. Without: each target that no
     module of the file ends with.
@@ -223,7 +223,7 @@ def targeted(module: str, config: Mapping[str, object]) -> bool:
     """Return whether peft would adapt a module of this name."""
     targets, spared = config.get("target_modules"), config.get("exclude_modules")
     if targets == "all-linear" or not _named(module, targets):
-        return False  # which modules are linear stands in no file
+        return False  # no file says which modules are linear
     layers = config.get("layers_to_transform")
     number = re.search(r"\.(\d+)\.", f".{module}")
     chosen = [layers] if isinstance(layers, int) else layers

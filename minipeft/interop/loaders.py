@@ -1,8 +1,7 @@
-"""What other programs do with an adapter's folder: their rules, each with its source.
+"""The rules by which other programs load an adapter's folder, each with its source.
 
-A rule stands here only if it was read in the program's source or in the thread that
-changed it; a file is named with the commit that was read. What no rule covers is said
-to be not known.
+Each rule was read in the program's source or in the thread that changed the program; a
+file is named with its commit. If no rule covers a feature, the report says "not known".
 """
 
 import math
@@ -28,7 +27,7 @@ Scale = Callable[[Parts, str], float]
 
 @dataclass(frozen=True)
 class Rule:
-    """What a loader does with one feature.
+    """The result for one feature in a loader.
 
     Args:
         outcome: EXACT, IGNORED, REFUSED or UNKNOWN.
@@ -102,7 +101,7 @@ def _right(contents: Parts, module: str) -> float:
 
 
 def _config_rank(contents: Parts, module: str) -> float:
-    """Alpha and rank of the configuration alone; the root where it says so."""
+    """Alpha and rank of the configuration without patterns; the root for rsLoRA."""
     c = contents.config
     return c["lora_alpha"] / (math.sqrt(c["r"]) if c.get("use_rslora") else c["r"])
 
@@ -264,7 +263,7 @@ LOADERS = {
 
 @dataclass(frozen=True)
 class Judgement:
-    """What one loader makes of an adapter.
+    """The result for an adapter in one loader.
 
     Args:
         loader: its name.
@@ -280,12 +279,12 @@ class Judgement:
 
     @property
     def lost(self) -> bool:
-        """Whether something would be lost, as far as is known."""
+        """Whether the loader loses something, as far as is known."""
         return self.verdict != EXACT
 
 
 def judge(loader: Loader, contents: Parts) -> Judgement:
-    """Say what a loader does with an adapter: exactly, changed, or not at all."""
+    """Judge how a loader loads an adapter: exactly, changed, or not at all."""
     features = present(contents)
     rules = {f: loader.rules[f] for f in ("any", *features) if f in loader.rules}
     refused = [rule for rule in rules.values() if rule.outcome == REFUSED]
@@ -293,7 +292,7 @@ def judge(loader: Loader, contents: Parts) -> Judgement:
         reasons = "; ".join(dict.fromkeys(rule.reason for rule in refused))
         return Judgement(loader.name, REFUSED, f"refuses: {reasons}", _sources(refused))
     wrong = scales(loader, contents)
-    # A pattern that is ignored shows as a wrong scale, layer by layer.
+    # An ignored pattern appears as a wrong scale of a layer.
     lost = [
         feature
         for feature, rule in rules.items()

@@ -1,7 +1,7 @@
-"""What made a file, in its own metadata: base, method, constants, data, seed, versions.
+"""The origin of a file, in its metadata: base, method, constants, data, seed, versions.
 
-An adapter on another base is another function. So a file names the base it was made
-for, tensor by tensor, and whoever loads it elsewhere is told which tensor differs.
+An adapter on another base computes another function. So a file contains a hash of each
+tensor of its base. Loading the file on another base names the tensor that differs.
 """
 
 import json
@@ -25,7 +25,7 @@ DATA, SEED, VERSIONS = "minipeft.data", "minipeft.seed", "minipeft.versions"
 
 @dataclass(frozen=True)
 class Made:
-    """What only the caller knows of a training.
+    """The facts about a training that only the caller knows.
 
     Args:
         data: a hash of the training data; empty: not known.
@@ -39,7 +39,7 @@ class Made:
 def metadata(
     base: Fingerprint, method: str, constants: Mapping[str, Any], made: Made
 ) -> dict[str, str]:
-    """Return what a file's header carries about its making."""
+    """Return the metadata of a file about its origin."""
     versions = {
         "minipeft": __version__,
         "torch": torch.__version__,
@@ -59,10 +59,10 @@ def metadata(
 
 
 def base_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """Return the live tensors of a model without its adapters, by the names of files.
+    """Return the tensors of a model without its adapters, by their names in files.
 
-    A tensor that serves in several places stands under the first name alone, as files
-    of transformers have it.
+    A tensor with several names appears only under the first one, as in files of
+    transformers.
     """
     layers = adapted(model)
     found: dict[int, tuple[str, Tensor]] = {}
@@ -78,7 +78,7 @@ def of_base(model: nn.Module, without: Collection[str] = ()) -> Fingerprint:
 
     Args:
         model: adapted or not.
-        without: names of tensors that were trained and go with the file.
+        without: names of trained tensors that the file contains.
     """
     tensors = base_tensors(model)
     return Fingerprint(
@@ -89,15 +89,15 @@ def of_base(model: nn.Module, without: Collection[str] = ()) -> Fingerprint:
 def checked(
     found: Mapping[str, str], model: nn.Module, brought: Collection[str] = ()
 ) -> str:
-    """Refuse a base that is not the file's; return a line about what is known.
+    """Refuse a base that is not the file's; return a line about the base.
 
     Args:
         found: the metadata of a file.
-        model: that the file is to be loaded onto.
+        model: into which the file is loaded.
         brought: names of the model's tensors that the file replaces.
 
     Raises:
-        InputError: the file was made for another base; the sentence names the first
+        InputError: the file was made for another base; the message names the first
             tensor that differs.
     """
     if BASE not in found:

@@ -1,4 +1,4 @@
-"""Merge an adapter into a base, file by file, a tensor at a time."""
+"""Merge an adapter into a base: file by file, tensor by tensor."""
 
 import json
 import shutil
@@ -16,7 +16,7 @@ from minipeft.interop.tensors import INDEX, About, Shards, Writer, writing
 from minipeft.interop.update import merged
 
 BASE = "minipeft.base"
-"""Where a file's metadata keeps the fingerprint of the base it belongs to."""
+"""The key of a file's metadata with the fingerprint of its base."""
 
 
 def merge(
@@ -66,7 +66,7 @@ def merge(
 
 
 def check_base(adapter: Adapter, base: Fingerprint) -> str:
-    """Refuse a base that is not the adapter's; return a line about what is known.
+    """Refuse a base that is not the adapter's; return a line about the base.
 
     Raises:
         InputError: the adapter was made for another base.
@@ -94,7 +94,7 @@ def write_text(path: Path, text: str) -> None:
 
 
 def _files(source: Shards, adapter: Adapter) -> dict[str, list[str]]:
-    """Return the tensors of each file; what is new goes to the last."""
+    """Return the tensors of each file; new tensors go to the last file."""
     places = source.files()
     new = [name for name in adapter.saved if name not in source.about]
     places[max(places)] += new
@@ -157,7 +157,7 @@ def _write_index(folder: Path, places: Mapping[str, list[str]], source: Shards) 
 
 
 def _copy_others(base: Path, folder: Path) -> None:
-    """Copy configuration and tokenizer; weights in other formats stay behind."""
+    """Copy configuration and tokenizer, but no weights in other formats."""
     for path in sorted(base.iterdir()):
         kept = path.suffix in (".json", ".txt", ".model", ".jinja", ".md")
         if path.is_file() and kept and path.name != INDEX:

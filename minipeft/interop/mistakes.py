@@ -1,8 +1,8 @@
-"""The ways in which merges go wrong: each a function that makes the mistake.
+"""The known mistakes in merging; each function makes one of them.
 
-Each takes the weight as the base stores it and the update, and returns what a program
-with this mistake would have written. A function that does not apply (no magnitude, not
-square) returns None. The audit tries them all on a tensor that is not right.
+Each function takes the stored weight and the update, and returns the weight that a
+program with this mistake writes. If the mistake cannot be made (no magnitude, not
+square), the function returns None. The audit tries all functions on a wrong tensor.
 """
 
 import re
@@ -31,7 +31,7 @@ Maker = Callable[[Tensor, Update], Tensor | None]
 
 @dataclass(frozen=True)
 class Mistake:
-    """A name, what happened in a sentence, and the function that does it."""
+    """A name, a sentence about the mistake, and the function that makes it."""
 
     name: str
     sentence: str
@@ -39,12 +39,12 @@ class Mistake:
 
 
 def not_applied(W: Tensor, update: Update) -> Tensor:
-    """Leave the base as it was."""
+    """Do not change the base."""
     return W
 
 
 def applied_twice(W: Tensor, update: Update) -> Tensor:
-    """Merge into a weight that holds the update already."""
+    """Merge into a weight that already contains the update."""
     return merged(merged(W, update), update)
 
 
@@ -64,12 +64,12 @@ def not_scaled(W: Tensor, update: Update) -> Tensor:
 
 
 def other_root(W: Tensor, update: Update) -> Tensor:
-    """Divide by r where the adapter is rank-stabilized, or by its root where not."""
+    """Divide by r for a rank-stabilized adapter, or by sqrt(r) for another."""
     return merged(W, replace(update, rank_stabilized=not update.rank_stabilized))
 
 
 def transposed(W: Tensor, update: Update) -> Tensor | None:
-    """Add the transpose of the update, which a square weight accepts in silence."""
+    """Add the transpose of the update, which fits a square weight."""
     if update.magnitude is not None or not _square(update):
         return None
     V = read(W, update).to(F32) + delta(update, F32).T
@@ -77,7 +77,7 @@ def transposed(W: Tensor, update: Update) -> Tensor | None:
 
 
 def swapped(W: Tensor, update: Update) -> Tensor | None:
-    """Take the buffer of A for B and that of B for A."""
+    """Exchange the values of A and B."""
     if not _square(update):
         return None
     A, B = update.B.reshape(update.A.shape), update.A.reshape(update.B.shape)
@@ -117,7 +117,7 @@ def matrices_rounded(dtype: torch.dtype) -> Maker:
 
 
 def into_dequantized(W: Tensor, update: Update) -> Tensor:
-    """Merge into what 4-bit NormalFloat has left of the base."""
+    """Merge into the base after rounding it to NF4."""
     return merged(_through_nf4(W), update)
 
 
@@ -127,7 +127,7 @@ def requantized(W: Tensor, update: Update) -> Tensor:
 
 
 def quantized_after(W: Tensor, update: Update) -> Tensor:
-    """Merge rightly, and quantize the result."""
+    """Merge correctly, and quantize the result."""
     return _through_nf4(merged(W, update))
 
 
@@ -153,7 +153,7 @@ def columns_scaled(W: Tensor, update: Update) -> Tensor | None:
 
 
 def norm_of_the_merged(W: Tensor, update: Update) -> Tensor | None:
-    """Divide by the norm of a weight that was merged already."""
+    """Divide by the norm of an already merged weight."""
     if update.magnitude is None:
         return None
     return _with_norm(
@@ -169,14 +169,14 @@ def magnitude_lost(W: Tensor, update: Update) -> Tensor | None:
 
 
 def through_half(W: Tensor, update: Update) -> Tensor | None:
-    """Merge rightly, but with the result rounded to float16 on the way."""
+    """Merge correctly, but round the result to float16 in between."""
     if W.dtype == torch.float16:
         return None
     return merged(W, update).to(torch.float16).to(W.dtype)
 
 
 def through_bfloat16(W: Tensor, update: Update) -> Tensor | None:
-    """Merge rightly, but with the result rounded to bfloat16 on the way."""
+    """Merge correctly, but round the result to bfloat16 in between."""
     if W.dtype == torch.bfloat16:
         return None
     return merged(W, update).to(torch.bfloat16).to(W.dtype)
@@ -266,7 +266,7 @@ MISTAKES = (
 
 
 def other_alphas(W: Tensor, update: Update, alphas: set[float]) -> Iterator[Mistake]:
-    """Yield the mistake of taking another layer's alpha, for each alpha in the file."""
+    """Yield, for each alpha in the file, the mistake of using this alpha."""
     for alpha in sorted(alphas - {update.alpha}):
 
         def make(W: Tensor, update: Update, alpha: float = alpha) -> Tensor:
@@ -286,7 +286,7 @@ def experts(name: str, names: Iterable[str]) -> list[str]:
 
 
 def other_expert(name: str, V: Tensor, other: Update) -> Iterator[Mistake]:
-    """Yield what puts an expert, or its update alone, in the place of another.
+    """Yield the mistakes with another expert, or only its update.
 
     Args:
         name: of the other expert's weight.

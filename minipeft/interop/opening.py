@@ -1,4 +1,4 @@
-"""Open whatever holds a model's tensors: safetensors, folders, 4 bits, GGUF."""
+"""Open a model's tensors in any format: safetensors, folders, 4 bits, GGUF."""
 
 from pathlib import Path
 
@@ -7,10 +7,10 @@ from minipeft.interop.tensors import Tensors, open_tensors
 
 
 def open_model(path: Path) -> Tensors:
-    """Return a model's tensors by transformers' names, decoded where they are packed.
+    """Return a model's tensors by transformers' names; packed tensors are decoded.
 
     Raises:
-        InputError: there is nothing that can be read, or it is damaged.
+        InputError: the format is unknown, or the file is absent or damaged.
     """
     if path.suffix == ".gguf":
         from minipeft.interop.gguf_format import GgufTensors

@@ -1,7 +1,8 @@
-"""What lies in an adapter's folder, before anything is refused.
+"""The contents of an adapter's folder, before any check.
 
-`peft_format.read` refuses what cannot be merged. A report must name it instead: so the
-names of the tensors are sorted into modules here, and each tensor is read when needed.
+`peft_format.read` refuses adapters that cannot be merged, but a report must describe
+them. So the names of the tensors are sorted into modules here, and each tensor is read
+when it is needed.
 """
 
 import math

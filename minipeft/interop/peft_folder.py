@@ -1,7 +1,7 @@
-"""The two files of an adapter's folder, as they lie there: a configuration and tensors.
+"""The two files of an adapter's folder: a configuration and tensors.
 
-Only safetensors and JSON are read and written. A folder is judged whole before anything
-is made of it, and it appears whole, or not at all.
+Only safetensors and JSON are read and written. A folder is checked completely before it
+is used. A written folder appears complete, or not at all.
 """
 
 import json
@@ -21,12 +21,12 @@ CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
 LARGEST_CONFIG = 2**24
 LARGEST_WEIGHTS = 2**36
-"""Bytes of the two files; what is larger is no adapter."""
+"""The largest size of the two files in bytes; a larger file is no adapter."""
 
 
 @dataclass(frozen=True)
 class Contents:
-    """What the two files hold.
+    """The contents of the two files.
 
     Args:
         config: of `adapter_config.json`.
@@ -40,7 +40,7 @@ class Contents:
 
 
 def read(folder: Path, weights: str = WEIGHTS) -> Contents:
-    """Return what an adapter's folder holds.
+    """Return the contents of an adapter's folder.
 
     Args:
         folder: of the adapter.
@@ -122,7 +122,7 @@ def write(folder: Path, contents: Contents, weights: str = WEIGHTS) -> None:
 
 
 def check_finite(name: str, tensor: Tensor) -> None:
-    """Refuse numbers that would spread through the whole model.
+    """Refuse NaN and infinities.
 
     Raises:
         InputError: the tensor holds NaN or an infinity.

@@ -43,7 +43,7 @@ def read(folder: Path) -> Adapter:
 
 
 def matched(patterns: Any, module: str, default: Any) -> Any:
-    """Return what a pattern says of a module: peft tries them in order, at the end."""
+    """Return the value of the first pattern that matches the end of a module's name."""
     try:
         for pattern, value in patterns.items():
             if re.match(rf"(.*\.)?({pattern})$", module):
@@ -90,7 +90,7 @@ def update(
     config: Mapping[str, Any],
     experts: int = 1,
 ) -> Update:
-    """Return the change that a layer's parts make, with its own rank and alpha.
+    """Return the update of a layer from its parts, with its own rank and alpha.
 
     Args:
         module: its name.
@@ -131,6 +131,6 @@ def update(
 
 
 def _plain(key: str) -> str:
-    """Return the base's name of a tensor that the adapter brings whole."""
+    """Return the base's name of a tensor that the adapter replaces."""
     name = key.removeprefix(PREFIX)
     return name.replace(".modules_to_save.", ".").replace(".base_layer.", ".")

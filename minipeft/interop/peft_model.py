@@ -1,4 +1,4 @@
-"""Models and adapters in peft's format: load a folder onto a model, save one of it.
+"""Load adapters in peft's format onto a model, and save them.
 
 load(model, Path("adapter"))
 save(model, Path("trained"))
@@ -41,7 +41,7 @@ TASKS = {
 
 
 def warn(line: str) -> None:
-    """Say a line on stderr."""
+    """Print a line on stderr."""
     print(line, file=sys.stderr)
 
 
@@ -52,22 +52,22 @@ def load(
     allow_base_mismatch: bool = False,
     say: Callable[[str], None] = warn,
 ) -> nn.Module:
-    """Put the adapter of a folder onto a model: all of it, or nothing.
+    """Load the adapter of a folder onto a model: all of it, or nothing.
 
-    Layers are wrapped in place. Modules that the file brings whole replace the model's
-    values and are trainable. A soft prompt or a prefix comes as the `PromptModel` or
-    `PrefixModel` around the model.
+    Layers are wrapped in place. Modules that the file contains as a whole replace the
+    model's values and are trainable. For a soft prompt or a prefix the result is a
+    `PromptModel` or `PrefixModel` around the model.
 
     Args:
         model: as it was before training, or with an adapter on the same layers.
         folder: in peft's format.
         name: of the new adapter.
-        allow_base_mismatch: do not compare the base with the one that the file names.
+        allow_base_mismatch: do not compare the model with the base of the file.
         say: is called with a line about the base.
 
     Raises:
         InputError: the files are damaged, were made for another base, do not fit the
-            model, or hold what minipeft has no adapter for.
+            model, or need an adapter that minipeft does not have.
     """
     contents = peft_folder.read(folder)
     if contents.config.get("peft_type") in peft_virtual.KINDS:
@@ -98,8 +98,8 @@ def save(
 ) -> None:
     """Write one adapter of a model as a new folder in peft's format.
 
-    The folder appears whole, or not at all. PiSSA becomes plain LoRA of rank 2r. What
-    is trained beside the adapter goes with it, module by module.
+    The folder appears complete, or not at all. PiSSA becomes plain LoRA of rank 2r.
+    Modules that are trained beside the adapter are saved as a whole.
 
     Args:
         model: with adapters, or behind virtual tokens.
@@ -117,7 +117,7 @@ def save(
 def contents_of(
     model: nn.Module, name: str = "default", made: Made | None = None
 ) -> Contents:
-    """Return what the two files of one adapter hold.
+    """Return the contents of the two files of one adapter.
 
     Raises:
         InputError: peft has no format for the adapter.
@@ -125,7 +125,7 @@ def contents_of(
     made = made or Made()
     if isinstance(model, VirtualTokens):
         return contents_with(peft_virtual.written(model), model.model, {}, made)
-    inject.adapter_state_dict(model, name)  # refuses a name that no layer holds
+    inject.adapter_state_dict(model, name)  # raises if no layer has this name
     layers = inject.adapted(model)
     mine = {key: layer for key, layer in layers.items() if name in layer.adapters}
     result = peft_write.written(mine, name)
@@ -145,7 +145,7 @@ def contents_of(
 def contents_with(
     result: Written, base: nn.Module, trained: Mapping[str, Tensor], made: Made
 ) -> Contents:
-    """Return the contents of the two files, with all that says what made them.
+    """Return the contents of the two files, with the metadata of their origin.
 
     Args:
         result: settings and tensors of the method.
@@ -181,7 +181,7 @@ def _check_base(
 
 
 def _unwrapped(model: nn.Module) -> dict[str, nn.Module]:
-    """Return the modules by name; of adapted layers, those that are wrapped."""
+    """Return the modules by name; for adapted layers, the wrapped layers."""
     layers = inject.adapted(model)
     outside = dict(targets.outside_adapters(model))
     return {n: layers[n].base if n in layers else m for n, m in outside.items()}
@@ -200,7 +200,7 @@ def _place(key: str, own: Mapping[str, nn.Module]) -> str:
 def _check_complete(
     config: Mapping[str, Any], own: Mapping[str, nn.Module], found: set[str]
 ) -> None:
-    """Refuse a file without tensors for a layer that its settings name."""
+    """Refuse a file that lacks the tensors of a layer named in its settings."""
     wanted = config.get("target_modules")
     narrowed = ("layers_to_transform", "exclude_modules", "layers_pattern")
     if not isinstance(wanted, list) or any(config.get(key) for key in narrowed):
@@ -219,7 +219,7 @@ def _check_complete(
 def _brought(
     config: Mapping[str, Any], others: Mapping[str, Tensor], model: nn.Module
 ) -> dict[str, Tensor]:
-    """Return the tensors that the file brings whole, by the model's names."""
+    """Return the tensors of whole modules in the file, by the model's names."""
     own, tied = making.base_tensors(model), targets.tied(model)
     found = {}
     for key, tensor in others.items():
@@ -246,7 +246,7 @@ def _brought(
 
 
 def _is_named(tensor: str, modules: Any) -> bool:
-    """Tell whether a tensor is one of a module that the settings name."""
+    """Tell whether a tensor belongs to a module named in the settings."""
     inside = f".{_module(tensor)}."
     return isinstance(modules, list) and any(f".{m}." in inside for m in modules)
 
@@ -271,7 +271,7 @@ def _check_same_table(name: str, table: Tensor, own: Tensor) -> None:
 def _attach(
     model: nn.Module, built: Mapping[str, tuple[type[Any], nn.Module]], name: str
 ) -> None:
-    """Wrap the layers, or refuse with nothing changed."""
+    """Wrap the layers, or raise an error and change nothing."""
     layers = inject.adapted(model)
     if layers:
         _add(layers, built, name)
@@ -317,7 +317,7 @@ def trained_beside(model: nn.Module) -> dict[str, Tensor]:
 
 
 def target_modules(chosen: Sequence[str], model: nn.Module) -> list[str] | str:
-    """Return what peft's settings say to mean these layers of a model, and no other."""
+    """Return the `target_modules` that select exactly these layers of a model."""
     others = [key for key in _unwrapped(model) if key not in chosen]
     found = peft_write.shortest(chosen, others)
     if any(other.endswith(f".{end}") for other in others for end in found):

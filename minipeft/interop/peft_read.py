@@ -1,7 +1,7 @@
-"""From the tensors of peft's files to the adapters of a model's layers.
+"""Make the adapters of a model's layers from the tensors of peft's files.
 
-What a file says and minipeft has no adapter for is refused: a setting that would change
-the function and is passed over gives an adapter that does something else.
+A setting that minipeft has no adapter for is refused. An ignored setting that changes
+the function would give an adapter with another output.
 """
 
 import re
@@ -158,7 +158,7 @@ def _check_alone(*parts: Tensor | None) -> None:
 
 
 def _pissa(trained: LoRA, layer: nn.Module) -> PiSSA:
-    # The residual was never saved: the SVD of the base says what was taken from it.
+    # The file has no residual: the SVD of the base computes the subtracted part again.
     W, r = weight_of(layer).detach(), len(trained.A)
     lora.check_rank(r, W.shape[1], W.shape[0])
     if not trained.scaling > 0 or not bool(W.isfinite().all()):
@@ -331,7 +331,7 @@ _WITH = {
 
 
 def _wide(tensor: Tensor, form: Form) -> Tensor:
-    """Return the tensor in a dtype in which small steps are not rounded away."""
+    """Return the tensor in float32, or in the layer's dtype if wider."""
     if not tensor.is_floating_point():
         raise InputError(f"a part has dtype {tensor.dtype}; get the adapter again")
     dtype = torch.promote_types(tensor.dtype, form.wide)

@@ -1,4 +1,4 @@
-"""Two adapters that files of peft hold and that no method's paper describes.
+"""Two adapters in files of peft that no paper describes.
 
 A bias that is trained with LoRA's B, and rows of an embedding table that are trained
 while all others stay.
@@ -40,16 +40,16 @@ class BiasedLoRA(LoRA):
         self.c = nn.Parameter(c)
 
     def forward(self, product: Product) -> Output:
-        """Return what is added to the output."""
+        """Return the change of the output."""
         return super().forward(product) + self.scaling * self.c
 
 
 class BiasedLoRALinear(LoRALinear):
-    """A frozen layer, its updates, and what they add to its bias."""
+    """A frozen layer, its updates, and their changes of the bias."""
 
     @staticmethod
     def check_fits(form: Form, adapter: Any) -> None:
-        """Refuse parts of another layer: one number would broadcast."""
+        """Refuse parts of another layer; torch would broadcast a single number."""
         check_fits(form, adapter)
         check_shape("the bias of B", adapter.c, form.out_features)
 
@@ -78,7 +78,7 @@ class TokenRows(nn.Module):
     """Trained rows of an embedding table.
 
     Args:
-        rows: what the tokens are embedded as.
+        rows: the embeddings of the tokens.
         tokens: the number of each row in the table, none twice.
     """
 
@@ -91,7 +91,7 @@ class TokenRows(nn.Module):
         self.register_buffer("tokens", tokens)
 
     def forward(self, product: Product) -> Output:
-        """Return the output, with the trained rows in the place of the table's."""
+        """Return the output, with trained rows in place of those of the table."""
         place = self.tokens.new_full((product.form.in_features,), -1)
         place[self.tokens] = torch.arange(len(self.tokens), device=place.device)
         at = place[product.x]
@@ -131,11 +131,11 @@ class TokenRowsEmbedding(Adapted[TokenRows]):
         return y.to(product.y.dtype)
 
     def adapt_weight(self, W: Weight) -> Weight:
-        """Return the table with the trained rows in it."""
+        """Return the table with the trained rows."""
         return mixed(W, self.shares(), lambda adapter: _table(adapter, W))
 
     def change(self, adapter: TokenRows, W: Weight) -> Weight:
-        """Return what the trained rows differ from those of the table."""
+        """Return the difference between trained rows and the table's rows."""
         return _table(adapter, W) - W
 
 

@@ -15,14 +15,14 @@ from minipeft.torch.virtual import VirtualTokens
 TENSOR = "prompt_embeddings"
 KINDS = ("PROMPT_TUNING", "PREFIX_TUNING")
 LARGEST = 2**16
-"""Virtual tokens; a file that names more is damaged."""
+"""The most virtual tokens; a file with more is damaged."""
 
 
 def load(contents: Contents, model: nn.Module) -> VirtualTokens:
-    """Return the model behind the virtual tokens of a file.
+    """Return the model with the virtual tokens of a file.
 
     Raises:
-        InputError: the file holds anything else, or tokens of another model.
+        InputError: the file holds something else, or tokens of another model.
     """
     config, rows = contents.config, contents.tensors.get(TENSOR)
     n = config.get("num_virtual_tokens")
@@ -47,7 +47,7 @@ def load(contents: Contents, model: nn.Module) -> VirtualTokens:
 
 
 def written(model: VirtualTokens) -> Written:
-    """Return what the file of a prompt or a prefix holds.
+    """Return the contents of a file for a prompt or a prefix.
 
     Raises:
         InputError: the heads of the prefix have several widths, which the format lacks.

@@ -1,4 +1,4 @@
-"""From the adapters of a model's layers to the tensors and settings of peft's files."""
+"""Make the tensors and settings of peft's files from the adapters of a model."""
 
 import re
 from collections import Counter
@@ -30,7 +30,7 @@ from minipeft.torch.vera import VeRA
 Layers = Mapping[str, Adapted[Any]]
 
 TABLES = ("embed_tokens", "lm_head")
-"""Adapted layers of these names stand in peft's files with their own weights too."""
+"""For adapted layers of these names, peft's files contain the frozen weight too."""
 
 
 @dataclass(frozen=True)
@@ -38,9 +38,9 @@ class Written:
     """The settings and tensors of one method.
 
     Args:
-        config: what peft's configuration says of the method.
+        config: the settings of the method in peft's configuration.
         tensors: by their names in the file.
-        constants: that the function depends on and no tensor holds.
+        constants: numbers of the adapter that no tensor holds.
     """
 
     config: dict[str, Any]
@@ -49,12 +49,12 @@ class Written:
 
 
 def written(layers: Layers, name: str) -> Written:
-    """Return one adapter of all layers as peft's file has it.
+    """Return one adapter of all layers in the form of peft's files.
 
-    PiSSA becomes plain LoRA of rank 2r on the base that was never touched.
+    PiSSA becomes plain LoRA of rank 2r on the original base.
 
     Raises:
-        InputError: peft has no format for the method, or none for such a mixture.
+        InputError: peft has no format for the method or the mixture of methods.
     """
     found = {key: _plain(layer.adapters[name]) for key, layer in layers.items()}
     rows = {key: a for key, a in found.items() if isinstance(a, TokenRows)}
@@ -87,7 +87,7 @@ def _kind(adapter: nn.Module) -> type[nn.Module]:
 
 
 def _plain(adapter: nn.Module) -> nn.Module:
-    """Return an adapter of a kind that has a format; LoftQ's is LoRA on its base."""
+    """Return an adapter that has a format; LoftQ's is LoRA on its base."""
     if isinstance(adapter, PiSSA):
         return pissa.to_lora(adapter, adapter.initial)
     if isinstance(adapter, LoftQ):
@@ -96,7 +96,7 @@ def _plain(adapter: nn.Module) -> nn.Module:
 
 
 def lora(found: Mapping[str, Any], layers: Layers) -> Written:
-    """Return what the file of LoRA, or DoRA, holds for these layers."""
+    """Return the contents of a file of LoRA or DoRA for these layers."""
     tensors: dict[str, Tensor] = {}
     for key, adapter in found.items():
         for part, tensor in _lora_parts(adapter, layers[key]).items():
@@ -175,7 +175,7 @@ def _vera(found: Mapping[str, VeRA], layers: Layers) -> Written:
         "peft_type": "VERA",
         "bias": "none",
         "r": r,
-        "projection_prng_key": max(seed, 0),  # a pair that was given has none
+        "projection_prng_key": max(seed, 0),  # a given pair has no key
         "save_projection": True,
         "vera_dropout": common("dropout", [a.dropout for a in found.values()]),
         "fan_in_fan_out": {type(layers[key].view) for key in found} == {Transposed},
@@ -270,7 +270,7 @@ def scales(found: Mapping[str, tuple[int, float]]) -> dict[str, Any]:
 
 
 def _is_stabilized(found: Iterable[tuple[int, float]]) -> bool:
-    """Tell whether the scalings are those of whole alphas over the root of the rank."""
+    """Tell whether each scaling is a whole alpha over the root of the rank."""
     found = list(found)
     return not _are_whole(found, False) and _are_whole(found, True)
 
@@ -282,8 +282,8 @@ def _are_whole(found: Iterable[tuple[int, float]], stabilized: bool) -> bool:
 def alpha_of(r: int, s: float, stabilized: bool) -> int | float:
     r"""Return the alpha with $\alpha / r = s$, or $\alpha / \sqrt r = s$, bit for bit.
 
-    A whole number, where one does it. A scaling that no alpha gives exactly is met
-    within one unit in the last place of float64.
+    A whole number if possible. If no alpha gives the scaling exactly, the result errs
+    by at most one unit in the last place of float64.
     """
     divisor = sqrt(r) if stabilized else r
     near = s * divisor
@@ -295,14 +295,14 @@ def alpha_of(r: int, s: float, stabilized: bool) -> int | float:
 
 
 def patterns(values: Mapping[str, Any], default: Any) -> tuple[Any, dict[str, Any]]:
-    """Return the most frequent value, and the others by the names of their layers."""
+    """Return the most frequent value, and other values by the names of their layers."""
     if not values:
         return default, {}
     usual = Counter(values.values()).most_common(1)[0][0]
     pattern = {key: value for key, value in values.items() if value != usual}
     if all(peft_format.matched(pattern, key, usual) == v for key, v in values.items()):
         return usual, pattern
-    # A name is the end of another one, so each is held to its beginning.
+    # A name can be the end of another one, so the pattern includes its beginning.
     return usual, {f"^{re.escape(key)}": value for key, value in pattern.items()}
 
 
@@ -310,7 +310,7 @@ def common(what: str, values: Sequence[Any]) -> Any:
     """Return the one value that all layers have.
 
     Raises:
-        InputError: they differ, and the format has one for all.
+        InputError: the values differ, but the format has one value for all layers.
     """
     different = sorted({*values})
     if len(different) > 1:
@@ -322,9 +322,9 @@ def common(what: str, values: Sequence[Any]) -> Any:
 
 
 def shortest(chosen: Sequence[str], others: Iterable[str]) -> list[str]:
-    """Return last parts of names that mean the chosen and none of the others.
+    """Return the last parts of names that match the chosen layers and no others.
 
-    The full names, if last parts do not tell them apart.
+    Return full names if last parts also match other layers.
     """
     others = list(others)
     ends = sorted({name.rpartition(".")[2] for name in chosen})

@@ -1,7 +1,7 @@
-"""How a file rounds what is written to it: a cast, a kind of GGUF, four bits.
+"""How a file rounds its values: a cast, a kind of GGUF, four bits.
 
-A merge is right if some order of its sums, rounded as the file rounds, gives what the
-file holds. `reachable` answers that for values that are known up to a slack.
+A merge is correct if some order of its sums, rounded as the file rounds, gives the
+values of the file. `reachable` decides this for values that are known up to a slack.
 """
 
 from dataclasses import dataclass
@@ -23,10 +23,10 @@ class Rounding(Protocol):
     """The rounding of one tensor of a file."""
 
     def wide(self, W: Tensor) -> Tensor:
-        """Return a weight in a dtype in which nothing is lost before the rounding."""
+        """Return a weight in a dtype that loses nothing before the rounding."""
 
     def round(self, values: Tensor) -> Tensor:
-        """Return the values as they come back from the file."""
+        """Return the values as they would be read from the file."""
 
     def reachable(self, found: Tensor, wanted: Tensor, slack: Tensor) -> bool:
         """Return whether values within `slack` of `wanted` are rounded to `found`."""
@@ -34,7 +34,7 @@ class Rounding(Protocol):
 
 @runtime_checkable
 class Rounded(Protocol):
-    """Tensors of a file that stores them in fewer bits than it returns."""
+    """Tensors of a file that stores fewer bits than it returns."""
 
     def rounding(self, name: str) -> Rounding:
         """Return how the file rounds one tensor."""
@@ -55,14 +55,14 @@ class Cast:
         return values.to(self.dtype)
 
     def reachable(self, found: Tensor, wanted: Tensor, slack: Tensor) -> bool:
-        """Rounding keeps the order: the ends of the interval decide."""
+        """Test both ends of the interval: rounding keeps the order of values."""
         low, high = (self.round(end) for end in (wanted - slack, wanted + slack))
         return bool(((low <= found) & (found <= high)).all())
 
 
 @dataclass(frozen=True)
 class Through(Cast):
-    """A rounding to a narrow dtype, read back in a wide one."""
+    """A rounding to a narrow dtype that is read in a wide one."""
 
     narrow: torch.dtype = torch.float16
 
@@ -93,7 +93,7 @@ class Q8:
         d = blocks.abs().amax(dim=1, keepdim=True) / 127
         scaled = blocks * torch.where(d == 0, 0, 1 / d)
         # Halves are rounded away from zero, as C's roundf does.
-        q = scaled.sign() * (scaled.abs() + 0.5).floor() + 0.0  # no integer is -0
+        q = scaled.sign() * (scaled.abs() + 0.5).floor() + 0.0  # an integer has no -0
         return (d.half().float() * q).reshape(values.shape)
 
     def reachable(self, found: Tensor, wanted: Tensor, slack: Tensor) -> bool:
@@ -105,13 +105,13 @@ class Q8:
             for sign in (-1, 1)
         )
         scale = held.abs().amax(dim=1, keepdim=True) / 127
-        near = 2 * F32  # the quotients by 127, here and there
+        near = 2 * F32  # two quotients by 127
         ends = (low * (1 - near)).half().double(), (high * (1 + near)).half().double()
         right = (ends[0] <= scale * (1 + near)) & (scale * (1 - near) <= ends[1])
         q = (held / torch.where(scale == 0, 1, scale)).round()
         least = torch.where(low == 0, torch.inf, low)
         far = (q - x / torch.where(high == 0, 1, high)).abs()
-        # x / d lies between the quotients by both ends; three roundings on the way.
+        # x / d lies between the quotients with both ends, after three roundings.
         between = x.abs() / least - x.abs() / torch.where(high == 0, torch.inf, high)
         error = s / least + between + 128 * 4 * F32
         return bool(right.all()) and bool(((far <= 0.5 + error) | (high == 0)).all())
@@ -119,11 +119,11 @@ class Q8:
 
 @dataclass(frozen=True)
 class FourBits:
-    """Blocks of 4-bit codes, with the table and the block size that the file has.
+    """Blocks of 4-bit codes, with the file's table and block size.
 
     Args:
-        q: as the file holds it.
-        dtype: that the weight had when it was quantized.
+        q: the weight in the file.
+        dtype: of the weight when it was quantized.
     """
 
     q: Quantized
@@ -144,7 +144,7 @@ class FourBits:
         return decode(double_quant.quantize(plain, q.codebook, *sizes), self.dtype)
 
     def reachable(self, found: Tensor, wanted: Tensor, slack: Tensor) -> bool:
-        """Check that each code is between those of both ends, and each scale too."""
+        """Check that each code and scale lies between those of both ends."""
         low, high = ((wanted + sign * slack).to(self.dtype) for sign in (-1, 1))
         low, high = (self._blocks(end.double()) for end in (low, high))
         outer = torch.maximum(low.abs(), high.abs())

@@ -1,7 +1,7 @@
-"""Tensors in files, one at a time: safetensors alone, in shards, or as a folder.
+"""Tensors in files: one safetensors file, shards, or a folder.
 
-Nothing is unpickled, and no more than one tensor is in memory. A file is checked before
-the first tensor is read: its header, its length, its names, its shards.
+No pickle is read, and at most one tensor is in memory. Header, length, names and shards
+of a file are checked before the first tensor is read.
 """
 
 import json
@@ -42,7 +42,7 @@ INDEX = "model.safetensors.index.json"
 
 @dataclass(frozen=True)
 class About:
-    """Dtype and shape of a tensor that was not read yet."""
+    """Dtype and shape of a tensor, known without reading it."""
 
     dtype: torch.dtype
     shape: tuple[int, ...]
@@ -55,13 +55,13 @@ class About:
 
 @runtime_checkable
 class Tensors(Protocol):
-    """Tensors by name, wherever they lie."""
+    """Tensors by name, from any kind of file."""
 
     about: Mapping[str, About]
     metadata: Mapping[str, str]
 
     def read(self, name: str) -> Tensor:
-        """Return one tensor, in memory of its own."""
+        """Return one tensor as a copy."""
 
     def pieces(self, name: str) -> Iterator[bytes]:
         """Yield the bytes of one tensor, a piece at a time."""
@@ -80,7 +80,7 @@ class SafeTensors:
     def __init__(self, path: Path):
         self.path = path
         try:
-            # The library refuses what does not add up: offsets, lengths, overlaps.
+            # The library refuses wrong offsets, lengths and overlaps.
             with safetensors.safe_open(path, framework="pt"):
                 pass
             with path.open("rb") as file:
@@ -94,7 +94,7 @@ class SafeTensors:
                 f"{path} is damaged or not in the format safetensors ({reason}); get "
                 "the file again"
             ) from None
-        # The library reads a null as no metadata.
+        # The library reads null as missing metadata.
         self.metadata: Mapping[str, str] = header.pop("__metadata__", None) or {}
         self._start = 8 + length
         self._begin = {name: entry["data_offsets"][0] for name, entry in header.items()}
@@ -104,7 +104,7 @@ class SafeTensors:
         }
 
     def read(self, name: str) -> Tensor:
-        """Return one tensor; the file is read, not mapped, so that memory is known."""
+        """Return one tensor; the file is read, not mapped, to limit the memory."""
         about = self.about[name]
         data = bytearray(about.size)
         with self.path.open("rb") as file:
@@ -132,8 +132,8 @@ class Shards:
     """A folder of a model: one file `model.safetensors`, or several with an index.
 
     Raises:
-        InputError: the folder holds neither, a shard is missing or lies elsewhere, or
-            a tensor is not where the index says.
+        InputError: the folder has neither, a shard is missing or outside the folder, or
+            a tensor is not in the shard that the index names.
     """
 
     def __init__(self, folder: Path, index: str = INDEX):
@@ -200,7 +200,7 @@ def open_tensors(path: Path) -> Tensors:
     """Return the tensors of a file or of a model's folder.
 
     Raises:
-        InputError: there is nothing that can be read, or it is damaged.
+        InputError: the file is absent, unknown or damaged.
     """
     if path.is_dir():
         return Shards(path)
@@ -242,7 +242,7 @@ def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """Return a JSON object as a dict; for `object_pairs_hook`.
 
     Raises:
-        ValueError: a key stands twice, and readers would differ about which holds.
+        ValueError: a key appears twice; programs differ in which value they use.
     """
     found = dict(pairs)
     if len(found) < len(pairs):
@@ -262,19 +262,19 @@ def _dtype(path: Path, name: str, dtype: str) -> torch.dtype:
 
 
 class Writer:
-    """Writes the tensors of one file in the order that was announced."""
+    """Writes the tensors of one file in the announced order."""
 
     def __init__(self, file: BinaryIO, about: Mapping[str, About]):
         self._file, self._left = file, dict(about)
 
     def write(self, name: str, tensor: Tensor) -> None:
-        """Append one tensor; it must be the next one, of the announced form."""
+        """Append the next tensor; its form must be the announced one."""
         self._take(name, About(tensor.dtype, tuple(tensor.shape)))
         plain = tensor.detach().cpu().contiguous().reshape(-1)
         self._file.write(plain.view(torch.uint8).numpy().data)
 
     def copy(self, name: str, source: Tensors) -> None:
-        """Append one tensor of another file, byte by byte as it is there."""
+        """Append one tensor of another file with unchanged bytes."""
         self._take(name, source.about[name])
         for piece in source.pieces(name):
             self._file.write(piece)
@@ -286,7 +286,7 @@ class Writer:
         del self._left[name]
 
     def finish(self) -> None:
-        """Make sure that all is written and on the disk."""
+        """Check that all tensors were written, and flush the file to the disk."""
         if self._left:
             raise ValueError(f"{next(iter(self._left))} was announced and not written")
         self._file.flush()
@@ -300,8 +300,8 @@ def writing(
     """Write a safetensors file tensor by tensor; it appears whole, or not at all.
 
     Args:
-        path: of the file; what is there is replaced at the end.
-        about: dtype and shape of each tensor, in the order in which they come.
+        path: of the file; an existing file is replaced at the end.
+        about: dtype and shape of each tensor, in the order of the file.
         metadata: text by name, kept in the header.
 
     Raises:

@@ -1,4 +1,4 @@
-"""Any method that changes weights, written as plain LoRA: by SVD, with what is lost."""
+"""Write any method that changes weights as plain LoRA, by SVD, and report the loss."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -23,7 +23,7 @@ from minipeft.torch.lora import LoRA
 
 @dataclass(frozen=True)
 class Approximation:
-    r"""A plain LoRA and how far it is from what it stands for.
+    r"""A plain LoRA and its distance from the original update.
 
     Args:
         contents: of the adapter's folder; `peft_folder.write` writes it.
@@ -60,7 +60,7 @@ def to_lora(
     r"""Return the active update of every layer as plain LoRA of scaling 1.
 
     $\Delta W = U S V^T$ is cut after the largest singular values: no LoRA of that rank
-    is nearer (Eckart, Young, Mirsky). What the method changes of biases is kept whole.
+    is nearer (Eckart, Young, Mirsky). Changes of biases are kept exactly.
 
     Args:
         model: with active adapters of any method that changes weights.
@@ -139,7 +139,7 @@ Chooser = Callable[[Tensor], int]
 
 
 def _chooser(rank: int | None, share: float | None) -> Chooser:
-    """Return what gives the rank of an update with these singular values."""
+    """Return the function that chooses a rank from singular values."""
     if (rank is None) == (share is None):
         raise InputError(
             f"rank is {rank} and share is {share}; give one of the two, not both"

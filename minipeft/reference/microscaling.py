@@ -1,4 +1,4 @@
-"""MXFP4 and NVFP4: four-bit floats in short blocks, whose scales take one byte."""
+"""MXFP4 and NVFP4: 4-bit floats in short blocks, each with a scale of one byte."""
 
 from dataclasses import dataclass
 
@@ -29,7 +29,7 @@ _SIGN = np.uint8(8)
 
 @dataclass(frozen=True)
 class MXFP4:
-    """Codes of a weight, and a power of two for each 32 values of a row."""
+    """The codes of a weight, and one power of two for each 32 values of a row."""
 
     packed: Codes
     scales: Bytes
@@ -37,7 +37,7 @@ class MXFP4:
 
 @dataclass(frozen=True)
 class NVFP4:
-    """Codes of a weight, a scale in E4M3 for each 16 values of a row, one for all."""
+    """The codes of a weight, a scale in E4M3 per 16 values, and one scale for all."""
 
     packed: Codes
     scales: Bytes
@@ -48,7 +48,7 @@ def quantize_mxfp4(W: Weights) -> MXFP4:
     r"""Scale 32 values by a power of two, round them to E2M1.
 
     $X = 2^{\lfloor \log_2 \max_j |W_j| \rfloor - 2}$, $q_i = \mathrm{E2M1}(W_i / X)$:
-    ties go to the even code, and what is above 6 becomes 6. X is stored as its exponent
+    ties go to the even code, and values above 6 become 6. X is stored as its exponent
     plus 127; a block of zeros gets the smallest, 0.
 
     Args:
@@ -68,11 +68,11 @@ def quantize_mxfp4(W: Weights) -> MXFP4:
 
 
 def dequantize_mxfp4(mx: MXFP4, dtype: DTypeLike = np.float32) -> Weights:
-    r"""Give every code its value back: $\hat W_i = \mathrm{E2M1}_{q_i} \cdot X$.
+    r"""Replace every code by its value: $\hat W_i = \mathrm{E2M1}_{q_i} \cdot X$.
 
     Args:
         mx: what `quantize_mxfp4` returned.
-        dtype: what the float32 product is rounded to.
+        dtype: of the result; the float32 product is rounded to it.
 
     Raises:
         InputError: if codes and scales do not belong together, or a scale is 255: NaN.
@@ -87,7 +87,7 @@ def dequantize_mxfp4(mx: MXFP4, dtype: DTypeLike = np.float32) -> Weights:
 
 
 def quantize_nvfp4(W: Weights) -> NVFP4:
-    r"""Scale 16 values by a number in E4M3, and all by one; round them to E2M1.
+    r"""Scale each 16 values by a number in E4M3, all by one number; round to E2M1.
 
     $s = \max |W| / (6 \cdot 448)$, $e = \mathrm{E4M3}(\max_j |W_j| / (6 s))$ in each
     block, $q_i = \mathrm{E2M1}(W_i / (e s))$. Products and quotients are rounded to
@@ -110,11 +110,11 @@ def quantize_nvfp4(W: Weights) -> NVFP4:
 
 
 def dequantize_nvfp4(nv: NVFP4, dtype: DTypeLike = np.float32) -> Weights:
-    r"""Give every code its value back: $\hat W_i = \mathrm{E2M1}_{q_i} \cdot (e s)$.
+    r"""Replace every code by its value: $\hat W_i = \mathrm{E2M1}_{q_i} (e s)$.
 
     Args:
         nv: what `quantize_nvfp4` returned.
-        dtype: what the float32 products are rounded to.
+        dtype: of the result; the float32 products are rounded to it.
 
     Raises:
         InputError: if codes and scales do not belong together, a scale is no positive
@@ -140,7 +140,7 @@ def _nearest_even(
 ) -> UInt8[np.ndarray, "..."]:
     """Return the code of the nearest value; a tie goes to the even code."""
     middle = (values[:-1] + values[1:]) / 2
-    below = np.searchsorted(middle, x, side="left")  # a tie stays below
+    below = np.searchsorted(middle, x, side="left")  # a tie takes the lower value
     tie = x == middle[np.minimum(below, len(middle) - 1)]
     return (below + (tie & (below % 2 == 1))).astype(np.uint8)
 
@@ -153,7 +153,7 @@ def _divided(
 
 
 def _pack(codes: UInt8[np.ndarray, "... blocks blocksize"]) -> Codes:
-    # The first of two codes in the LOW four bits, as files of these formats have it.
+    # The first of two codes is in the LOW four bits, as in files of these formats.
     pairs = codes.reshape(*codes.shape[:-2], codes.shape[-2] * codes.shape[-1] // 2, 2)
     return pairs[..., 0] | pairs[..., 1] << np.uint8(4)
 
@@ -168,7 +168,7 @@ def _unpack(packed: Codes, blocksize: int) -> Blocks:
 def _rows(blocks: Blocks, dtype: DTypeLike) -> Weights:
     check_floats("the result", np.empty(0, dtype))
     lead, (count, size) = blocks.shape[:-2], blocks.shape[-2:]
-    with np.errstate(over="ignore"):  # float16 ends at 65504; above it stands inf
+    with np.errstate(over="ignore"):  # above 65504 float16 is inf
         return blocks.reshape(*lead, count * size).astype(dtype)
 
 

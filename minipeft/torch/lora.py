@@ -119,7 +119,7 @@ def check_rank(r: int, in_features: int, out_features: int) -> None:
 def check_fits(form: Form, adapter: LoRA) -> None:
     """Refuse matrices of another layer; torch would broadcast a B of one row.
 
-    A rank above the rank of W is allowed here: `pissa.to_lora` doubles the rank.
+    Like `reference.lora.check_fits`, it allows a rank above the rank of W.
     """
     r = len(adapter.A)
     if r < 1:

@@ -21,7 +21,7 @@ E2M1: Codebook = table([0, 0.5, 1, 1.5, 2, 3, 4, 6])
 
 @dataclass(frozen=True)
 class MXFP4:
-    """Codes of a weight, and a power of two for each 32 values of a row."""
+    """The codes of a weight, and one power of two for each 32 values of a row."""
 
     packed: Codes
     scales: Bytes
@@ -29,7 +29,7 @@ class MXFP4:
 
 @dataclass(frozen=True)
 class NVFP4:
-    """Codes of a weight, a scale in E4M3 for each 16 values of a row, one for all."""
+    """The codes of a weight, a scale in E4M3 per 16 values, and one scale for all."""
 
     packed: Codes
     scales: Bytes
@@ -39,8 +39,8 @@ class NVFP4:
 def quantize_mxfp4(W: Weights) -> MXFP4:
     """Scale 32 values by a power of two, round them to E2M1.
 
-    The formula is that of the reference; `scales` viewed as `torch.float8_e8m0fnu` are
-    the powers.
+    Formula: `reference.microscaling.quantize_mxfp4`. The powers of two are `scales`
+    viewed as `torch.float8_e8m0fnu`.
 
     Args:
         W: (…, in_features), a multiple of 32; the blocks lie within rows.
@@ -57,11 +57,7 @@ def quantize_mxfp4(W: Weights) -> MXFP4:
 
 
 def dequantize_mxfp4(mx: MXFP4, dtype: torch.dtype = torch.float32) -> Weights:
-    """Give every code its value back: E2M1 times a power of two.
-
-    Args:
-        mx: what `quantize_mxfp4` returned.
-        dtype: what the float32 product is rounded to.
+    """Replace every code by its value: `reference.microscaling.dequantize_mxfp4`.
 
     Raises:
         InputError: if codes and scales do not belong together, or a scale is 255: NaN.
@@ -69,16 +65,16 @@ def dequantize_mxfp4(mx: MXFP4, dtype: torch.dtype = torch.float32) -> Weights:
     _check_parts(mx.packed, mx.scales, MX_BLOCKSIZE)
     _check_scales(mx.scales, 255)
     exponents = mx.scales[..., None].int() - 127
-    # In float64, where no power of two that float32 has is subnormal.
+    # In float64, which has all powers of two of float32 as normal numbers.
     blocks = torch.ldexp(_unpack(mx.packed, MX_BLOCKSIZE).double(), exponents)
     return _rows(blocks.float(), dtype)
 
 
 def quantize_nvfp4(W: Weights) -> NVFP4:
-    """Scale 16 values by a number in E4M3, and all by one; round them to E2M1.
+    """Scale each 16 values by a number in E4M3, all by one number; round to E2M1.
 
-    The formula is that of the reference; `scales` viewed as `torch.float8_e4m3fn` are
-    the numbers.
+    Formula: `reference.microscaling.quantize_nvfp4`. The numbers are `scales` viewed
+    as `torch.float8_e4m3fn`.
 
     Args:
         W: (…, in_features), a multiple of 16; the blocks lie within rows.
@@ -96,11 +92,7 @@ def quantize_nvfp4(W: Weights) -> NVFP4:
 
 
 def dequantize_nvfp4(nv: NVFP4, dtype: torch.dtype = torch.float32) -> Weights:
-    """Give every code its value back: E2M1 times the scale of its block and of all.
-
-    Args:
-        nv: what `quantize_nvfp4` returned.
-        dtype: what the float32 products are rounded to.
+    """Replace every code by its value: `reference.microscaling.dequantize_nvfp4`.
 
     Raises:
         InputError: if codes and scales do not belong together, a scale is no positive
@@ -119,7 +111,7 @@ def dequantize_nvfp4(nv: NVFP4, dtype: torch.dtype = torch.float32) -> Weights:
 def _e2m1(scaled: Blocks) -> UInt8[Tensor, "..."]:
     values = E2M1.to(scaled.device)
     middle = (values[:-1] + values[1:]) / 2
-    below = torch.bucketize(scaled.abs(), middle)  # a tie stays below
+    below = torch.bucketize(scaled.abs(), middle)  # a tie takes the lower value
     tie = scaled.abs() == middle[below.clamp(max=6)]
     codes = below + (tie & (below % 2 == 1))
     return (codes + 8 * torch.signbit(scaled)).to(torch.uint8)
@@ -134,7 +126,7 @@ def _divided(x: Inexact[Tensor, "..."], by: Inexact[Tensor, "..."]) -> Tensor:
 
 
 def _pack(codes: UInt8[Tensor, "... blocks blocksize"]) -> Codes:
-    # The first of two codes in the LOW four bits, as files of these formats have it.
+    # The first of two codes is in the LOW four bits, as in files of these formats.
     flat = codes.flatten(-2)
     return flat[..., 0::2] | flat[..., 1::2] << 4
 

@@ -63,8 +63,7 @@ def init_randomized(
 ) -> tuple[Inexact[Tensor, "out_features in_features"], LoRA]:
     """Split the weight as `init` does, with the faster randomized SVD.
 
-    The singular values of the adapter are slightly smaller than the exact ones. The
-    residual holds the difference, so the two parts still sum to W.
+    Accuracy: `reference.pissa.init_randomized`. Here the SVD works in float32 or wider.
 
     Source: PiSSA (arXiv:2404.02948), initialization with a fast SVD.
     """

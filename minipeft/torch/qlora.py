@@ -511,8 +511,7 @@ def merge(layer: LoRALinear) -> nn.Linear:
 def requantize(layer: LoRALinear) -> QuantizedLinear:
     r"""Return the layer of $q(\hat W + s B A)$, in as many bits as its base.
 
-    Where the update is smaller than half the distance of two codebook values, it is
-    lost.
+    Small updates are lost: see `reference.qlora.requantize`.
 
     Args:
         layer: LoRA on a `QuantizedLinear`; this layer does not change.

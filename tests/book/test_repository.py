@@ -273,6 +273,28 @@ def test_functions_are_small():
     assert sorted(set(WIDER) - set(found)) == [], "within the budget now: take them off"
 
 
+def explained(path: Path) -> dict[str, list[str]]:
+    """Return the lines of each docstring below its first, without errors and source."""
+    found = {}
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ClassDef | ast.FunctionDef):
+            text = re.split("\n\n(?:Raises|Source):", ast.get_docstring(node) or "")[0]
+            lines = [line.strip() for line in text.split("\n")[1:]]
+            found[node.name] = [line for line in lines if line not in ("", "Args:")]
+    return found
+
+
+def test_a_torch_docstring_is_no_copy_of_the_reference():
+    copies = []
+    for path in sources("minipeft/torch/*.py"):
+        if (definition := ROOT / "minipeft/reference" / path.name).exists():
+            said = explained(definition)
+            for name, lines in explained(path).items():
+                same = [line for line in lines if line in said.get(name, [])]
+                copies += [(path.name, name)] * (len(same) > len(lines) / 2)
+    assert copies == []
+
+
 def fences(page: str) -> list[str]:
     text = (ROOT / "site" / page).read_text()
     return re.findall(r"^```\w+[^\n]*\n(.*?)^```$", text, re.M | re.S)

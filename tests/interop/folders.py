@@ -5,7 +5,8 @@ import json
 import safetensors.torch
 import torch
 
-from minipeft.interop.tensors import About
+from minipeft.interop.tensors import About, open_tensors
+from minipeft.lab import models
 
 SIZES = {"square": (16, 16), "wide": (16, 32), "tall": (48, 16)}
 
@@ -52,6 +53,20 @@ def adapter_tensors(seed=1, r=4, dora=False, layers=(0, 1)):
             if dora:
                 m = torch.rand(out_features, generator=draw) + 0.5
                 tensors[f"{key}.lora_magnitude_vector"] = m
+    return tensors
+
+
+def adapter_of_tiny():
+    """Return LoRA of rank 4 for every projection of the committed model."""
+    draw = torch.Generator().manual_seed(0)
+    tensors = {}
+    for name, about in open_tensors(models.TINY).about.items():
+        if name.endswith("_proj.weight"):
+            key = f"base_model.model.{name.removesuffix('.weight')}.lora_"
+            A = torch.randn(4, about.shape[1], generator=draw) * 0.1
+            tensors[f"{key}A.weight"] = A
+            B = torch.randn(about.shape[0], 4, generator=draw) * 0.1
+            tensors[f"{key}B.weight"] = B
     return tensors
 
 

@@ -12,20 +12,12 @@ from minipeft.interop.gguf_format import GgufTensors
 from minipeft.interop.opening import open_model
 from minipeft.interop.tensors import open_tensors
 from minipeft.lab import models
-from tests.interop.folders import write_adapter
+from tests.interop.folders import adapter_of_tiny, write_adapter
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    draw = torch.Generator().manual_seed(0)
-    tensors = {}
-    for name, about in open_tensors(models.TINY).about.items():
-        if name.endswith("_proj.weight"):
-            key = f"base_model.model.{name.removesuffix('.weight')}.lora_"
-            A = torch.randn(4, about.shape[1], generator=draw) * 0.1
-            tensors[f"{key}A.weight"] = A
-            B = torch.randn(about.shape[0], 4, generator=draw) * 0.1
-            tensors[f"{key}B.weight"] = B
+    tensors = adapter_of_tiny()
     path = tmp_path_factory.mktemp("adapter")
     return write_adapter(path, tensors, use_rslora=True, alpha_pattern={"q_proj": 7})
 

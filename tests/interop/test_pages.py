@@ -7,11 +7,9 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
 
-from minipeft.interop.tensors import open_tensors
 from minipeft.lab import models
-from tests.interop.folders import write_adapter
+from tests.interop.folders import adapter_of_tiny, write_adapter
 
 ROOT = Path(__file__).parents[2]
 BLOCK = re.compile(r'^```(\w+)(?: title="([^"]*)")?\n(.*?)^```$', re.DOTALL | re.M)
@@ -23,15 +21,7 @@ PAGES = ("peft", "transformers", "vllm", "llama_cpp", "ollama")
 def folder(tmp_path):
     """A base and an adapter beside it, and the commands of this source."""
     (tmp_path / "base").symlink_to(models.TINY)
-    draw = torch.Generator().manual_seed(0)
-    tensors = {}
-    for name, about in open_tensors(models.TINY).about.items():
-        if name.endswith("_proj.weight"):
-            key = f"base_model.model.{name.removesuffix('.weight')}.lora_"
-            A = torch.randn(4, about.shape[1], generator=draw) * 0.1
-            tensors[f"{key}A.weight"] = A
-            B = torch.randn(about.shape[0], 4, generator=draw) * 0.1
-            tensors[f"{key}B.weight"] = B
+    tensors = adapter_of_tiny()
     targets = sorted({name.split(".")[-3] for name in tensors})
     config = {"use_rslora": True, "alpha_pattern": {"q_proj": 7}}
     write_adapter(tmp_path / "adapter", tensors, target_modules=targets, **config)
