@@ -1,4 +1,4 @@
-"""Every codec, as the contract of its kind sees it."""
+"""All codecs, in the form in which the laws of their kind use them."""
 
 from dataclasses import dataclass, replace
 from types import ModuleType
@@ -22,12 +22,12 @@ codebooks = st.sampled_from(list(CODEBOOKS.values()))
 
 @dataclass(frozen=True)
 class Codec:
-    """One row: what `quantize` computes, and which of it grows with the weight."""
+    """One codec: the parts that `quantize` returns, and which grow with the weight."""
 
     module: ModuleType
     codes: tuple[str, ...]
     scales: tuple[str, ...]
-    sizes: int = 1  # how many block sizes it takes
+    sizes: int = 1  # the number of block sizes in its arguments
 
     @property
     def name(self):
@@ -41,7 +41,7 @@ class Codec:
         return self.module.quantize(W, values, *sizes[: self.sizes])
 
     def spoilt(self):
-        """Yield quantized tensors of which one part is too short or too long."""
+        """Yield quantized tensors with one part too short or too long."""
         q = self.quantize(np.linspace(-1, 1, 40, dtype=np.float32).reshape(5, 8))
         for name in self.parts:
             part = np.asarray(getattr(q, name))

@@ -34,7 +34,7 @@ def pytest_addoption(parser):
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item, call):
-    """In continuous integration only a GPU excuses a skip, missing or there."""
+    """In continuous integration, a skip is a failure unless its reason is a GPU."""
     report = yield
     by_gpu = any(map(item.get_closest_marker, ("gpu", "no_gpu")))
     excused = by_gpu or hasattr(report, "wasxfail")

@@ -1,4 +1,4 @@
-"""Proofs over the rationals: equality, and gradients as differences without error."""
+"""Checks with fractions: exact equality, and gradients as exact differences."""
 
 import numpy as np
 
@@ -11,7 +11,7 @@ def equal(a, b):
 
 
 def assert_gradients(loss, values, gradients, data, steps=rationals):
-    """The loss is linear in each value taken alone, so a difference is no estimate.
+    """Check gradients; the loss is linear in each value, so differences are exact.
 
     (loss(v + h) - loss(v - h)) / 2 equals <gradient, h>, for any step h.
     """

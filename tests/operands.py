@@ -1,7 +1,7 @@
-"""Operands that fit every public function of the reference, and how to spoil them.
+"""Correct and wrong operands for every public function of the reference.
 
-The annotations say which axes two operands share and what a number may be, so a new
-function needs an entry here only where a parameter has a new name.
+The annotations show the axes that two operands share, and the types of their numbers.
+So a new function needs an entry here only if a parameter has a new name.
 """
 
 import contextlib
@@ -46,7 +46,7 @@ ROWS = tuple(
     for found in pkgutil.iter_modules(minipeft.reference.__path__)
 )
 
-# A number outside of these is out of range for every function that takes it.
+# A number outside these ranges is out of range for every function with this argument.
 OUT_OF_RANGE = {
     "r": (0, -1),
     "alpha": (np.nan, np.inf),
@@ -71,7 +71,7 @@ OUT_OF_RANGE = {
 }
 
 
-# A layer uses the corner of a larger pair: these axes may be longer than its own.
+# A layer uses the corner of a larger pair, so these axes may be longer than its own.
 MAY_BE_LONGER = {("pair", "in_features"), ("pair", "out_features")}
 
 
@@ -164,9 +164,9 @@ def public_functions(row: ModuleType) -> list[str]:
 
 
 def arguments(row: ModuleType, name: str) -> dict[str, object]:
-    """Return what a public function is called with.
+    """Return the arguments for a public function.
 
-    A table p is no copy: a copy of its pages could be written.
+    The table p is not copied: the pages of a copy would be writable.
     """
     parameters = inspect.signature(getattr(row, name)).parameters
     pool = operands(row)
@@ -268,7 +268,7 @@ def reshaped(
 
 
 def retyped(row: ModuleType, name: str) -> Iterator[tuple[tuple[str, ...], np.ndarray]]:
-    """Yield arrays of numbers that their operand may not hold."""
+    """Yield arrays with numbers of a wrong type."""
     given = arguments(row, name)
     for path, hint in annotated(row, name).items():
         for dtype in ("complex64", "bool", "int32", "float32", "uint8"):
@@ -289,7 +289,7 @@ def _at(given: Mapping[str, object], path: tuple[str, ...]) -> np.ndarray:
 
 @contextlib.contextmanager
 def annotations_off() -> Iterator[None]:
-    """Call functions as a user without jaxtyping does: only their own checks run."""
+    """Call functions without checks of annotations, as for a user without jaxtyping."""
     jaxtyping.config.update("jaxtyping_disable", True)
     try:
         yield

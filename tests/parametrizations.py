@@ -1,4 +1,4 @@
-"""Every parametrization, as the contract of its kind sees it.
+"""All parametrizations, in the form in which the laws of their kind use them.
 
 A new row adds one entry: its module, its trained fields, how an adapter of a drawn
 layer is made, how a new one starts, and how torch's config is called.
@@ -42,14 +42,14 @@ from tests.strategies import (
 
 @dataclass(frozen=True)
 class Parametrization:
-    """One row: `make` draws (base, frozen operands, adapter) for a layer."""
+    """One row; `make` draws (base, frozen operands, adapter) for a layer."""
 
     name: str
     module: Any  # forward, backward, merge of the reference
     trained: tuple[str, ...]  # fields of the adapter, in the order of the gradients
     make: Callable[[Callable, Callable, Layer], tuple[Any, tuple, Any]]
     start: Callable[[np.random.Generator, np.ndarray, int], tuple[Any, tuple, Any]]
-    proof: Any = None  # the same module where a norm is data
+    proof: Any = None  # the same module with the norm as an argument
     formula: Any = None  # the same formula on a dequantized base
     fractions: bool = True  # whether the formula runs on fractions
     exact: Callable | None = None  # a case without roundings, where integers have some
@@ -108,16 +108,16 @@ class Case:
         return linear.forward(self.x, self.merged(), self.merged_bias())
 
     def values(self):
-        """Return what gets a gradient: x, then the trained arrays."""
+        """Return the values with gradients: x, then the trained arrays."""
         return (self.x, *(getattr(self.adapter, name) for name in self.row.trained))
 
     def at(self, x, *trained):
-        """Return the case with other values."""
+        """Return the same case with other values."""
         changed = dict(zip(self.row.trained, trained, strict=True))
         return replace(self, x=x, adapter=replace(self.adapter, **changed))
 
     def counted(self):
-        """Return the case whose operands count the roundings of what is computed."""
+        """Return the case with counted operands, for error bounds."""
         base = self.base if isinstance(self.base, np.ndarray) else weight(self.base)
         return replace(
             self,
@@ -138,7 +138,7 @@ def weight(base):
 
 def _counted(operand):
     if isinstance(operand, np.ndarray):
-        # A norm divides; whoever hands it in as data hands in an exact number.
+        # The norm is a divisor; given as an argument, it is exact.
         return operand
     assert is_dataclass(operand)
     parts = {f.name: getattr(operand, f.name) for f in fields(operand)}
@@ -165,8 +165,8 @@ def _lora_start(rng, W, r):
     return W, (), lora.init(rng, W.shape[1], W.shape[0], r, 16)
 
 
-# The root of a sum is no fraction, so the norms are drawn like the other operands: here
-# the first frozen one.
+# The root of a sum is no fraction, so the norms are drawn like the other operands; they
+# are the first frozen operand.
 _dora = SimpleNamespace(
     forward=lambda x, W, norm, adapter, bias: dora._forward(x, W, adapter, bias, norm),
     backward=lambda grad_y, x, W, norm, a: dora._backward(grad_y, x, W, a, norm),
@@ -187,9 +187,9 @@ def _exact_dora(row, draw, t):
     for values in V:
         chosen = rng.permutation(len(values))[:places]
         values[chosen] = rng.choice([-1, 1], places) * rng.choice([0, 2, 4])
-    A, B = np.sign(t.A), np.sign(t.B)  # keeps the squares of W below 2**24
+    A, B = np.sign(t.A), np.sign(t.B)  # so that the squares of W stay below 2**24
     W = V - np.float32(t.scaling) * (B @ A)
-    # Zero among them, and gains far below 1.
+    # With zeros, and with gains far below 1.
     magnitude = draw(integers((len(W),))) * rng.choice([1, 2.0**-6], len(W))
     adapter = dora.DoRA(A, B, t.scaling, magnitude.astype(np.float32))
     return Case(row, dora, t.x, W, t.bias, (), adapter, t.grad_y)
@@ -216,7 +216,7 @@ SIDES = ("output", "input")
 def _make_ia3(draw, tensor, t):
     side = draw(st.sampled_from(SIDES))
     scale = draw(tensor((t.W.shape[SIDES.index(side)],)))
-    if draw(st.booleans()):  # a merge that no division undoes
+    if draw(st.booleans()):  # with zeros, no division can undo a merge
         scale[0] = 0 * scale[0]
     return t.W, (), ia3.IA3(scale, side)
 
@@ -230,7 +230,7 @@ GRID = np.arange(-8, 8, dtype=np.float32) / np.float32(8)
 
 
 def on_a_grid(W, seed):
-    """A base of the shape of W that stands for small integers."""
+    """Return a quantized base in the shape of W whose values are small integers."""
     rng = np.random.default_rng(seed)
     codes = rng.integers(0, 16, W.size).astype(np.uint8)
     scales = rng.choice([8, 16, 32], -(-W.size // 4)).astype(np.float32)
@@ -238,7 +238,7 @@ def on_a_grid(W, seed):
 
 
 def quantized(W, double):
-    """A base in four bits, its scales in 32 bits or in eight."""
+    """Return a 4-bit base with scales in 32 bits or in eight."""
     return (double_quant if double else blockwise).quantize(W, NF4, 16)
 
 

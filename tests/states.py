@@ -1,7 +1,7 @@
-"""Every state of an optimizer, as the contract of its kind sees it.
+"""All optimizer states, in the form in which the laws of their kind use them.
 
-A new row adds one entry: how it holds the states of several tensors, how one of them
-takes a step, and what else may happen between two steps.
+A new row adds one entry: how to store the states of several tensors, how to take a step
+for one of them, and what may happen between two steps.
 """
 
 from collections.abc import Callable
@@ -27,12 +27,12 @@ bits = st.sampled_from([8, 32])
 dtypes = st.sampled_from([np.float32, np.float16, ml_dtypes.bfloat16])
 page_sizes = st.sampled_from([256, 512, 1024, 8192])
 budgets = st.integers(1, 9)
-SHAPES = [(17, 31), (64, 66), (5,)]  # 8 bits take hold at 4,096 values
+SHAPES = [(17, 31), (64, 66), (5,)]  # 8 bits need at least 4,096 values
 
 
 @dataclass(frozen=True)
 class Row:
-    """One row: what it holds is opaque, and `state` reads a tensor's state from it."""
+    """One row; `state` reads the state of a tensor from what `hold` returned."""
 
     name: str
     hold: Callable[[Any, list[adamw.State]], Any]
@@ -87,7 +87,7 @@ def steps(draw):
 
 
 def assert_same(a, b):
-    """Two states are the same, bit for bit."""
+    """Check that two states are equal, bit for bit."""
     first, second = adamw.to_arrays(a), adamw.to_arrays(b)
     assert first.keys() == second.keys()
     for name in first:

@@ -1,4 +1,4 @@
-"""What the laws are tried on: sizes, tensors, and whole adapted layers.
+"""The drawn inputs of the laws: sizes, tensors, and adapted layers.
 
 Three kinds of numbers, one for each meaning of "exact": fractions (no rounding at
 all), small integers with power-of-two scalings (every float32 sum is exact, in any
@@ -18,7 +18,7 @@ blocksizes = st.sampled_from([2**k for k in range(13)])
 
 @dataclass(frozen=True)
 class Layer:
-    """An adapted layer with everything a test needs; never a degenerate one.
+    """An adapted layer for a test, without special cases.
 
     W is not square, B is not zero, scaling is neither 0 nor 1.
     """
@@ -66,13 +66,13 @@ def _layers(draw, tensor, scalings):
     )
 
 
-# Arrays come from one drawn seed: element by element, hypothesis would spend a hundred
-# times longer on drawing than the laws on checking. The sizes still shrink.
+# Arrays are made from one drawn seed. If hypothesis drew each element, it would need a
+# hundred times as long as the checks. Hypothesis can still shrink the sizes.
 
 
 @st.composite
 def rationals(draw, shape):
-    """Object arrays of fractions: what runs on them is computed without rounding."""
+    """Object arrays of fractions, on which a formula runs without rounding."""
     rng = np.random.default_rng(draw(seeds))
     top, bottom = rng.integers(-40, 41, shape), rng.integers(1, 13, shape)
     values = [
@@ -110,7 +110,7 @@ gaussian_layers = _layers(gaussians, st.sampled_from([0.3, 1.7, 2.0, 32.0]))
 
 @st.composite
 def weights(draw, max_size=700):
-    """Finite float32 tensors as quantizers meet them: any shape, zeros, outliers."""
+    """Finite float32 tensors for quantizers: any shape, with zeros and outliers."""
     shape = draw(
         st.one_of(
             st.tuples(st.integers(1, max_size)),

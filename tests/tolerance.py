@@ -1,6 +1,6 @@
-"""How far two results may differ: nothing, or a bound derived here.
+"""How much two results may differ: not at all, or by a bound that is derived here.
 
-The only file in which a tolerance is written. `gamma` is Higham's bound for n
+Only this file contains tolerances. `gamma` is Higham's bound for n
 roundings (Accuracy and Stability of Numerical Algorithms, section 3.1): a sum of n
 products, in any order, errs by at most gamma(n) times the sum of absolute products.
 """
@@ -49,8 +49,8 @@ def assert_bits(actual: np.ndarray, expected: np.ndarray) -> None:
 
 
 def assert_sums(actual: np.ndarray, expected: np.ndarray) -> None:
-    """Same bits, but a zero has no sign: whether a sum starts at 0 decides it."""
-    zero = np.zeros((), actual.dtype)  # -0 + 0 = 0; nothing else changes
+    """Same bits, except for signs of zeros, which a sum that starts at 0 changes."""
+    zero = np.zeros((), actual.dtype)  # -0 + 0 = 0; no other value changes
     assert_bits(actual + zero, expected + zero)
 
 
@@ -75,7 +75,7 @@ def matmul_bound(*factors: np.ndarray, roundings: int, dtype="float32") -> np.nd
 
 
 def central_difference(f, noise: float, h=2.0**-14) -> tuple[float, float]:
-    """The slope of a float64 function at 0, and how far it may be off.
+    """Return the slope of a float64 function at 0, and the bound of its error.
 
     D(h) = (f(h) - f(-h)) / 2h errs by a sixth of the third derivative times h^2 and
     higher orders, of which D(2h) shows four times as much; and by noise / h, if a value

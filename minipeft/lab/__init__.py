@@ -1,1 +1,1 @@
-"""The laboratory: models, data, training, memory, figures. Uses every other room."""
+"""The laboratory: models, data, training, memory, figures. It may use all packages."""

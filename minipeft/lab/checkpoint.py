@@ -1,8 +1,8 @@
-"""One file that continues a training run: parameters, optimizer, generators, step.
+"""A file to continue a training run: parameters, optimizer, generators, step.
 
 The format is safetensors; its header carries a JSON description under the key
-`minipeft`, and under `sha256` a checksum of that description and of every tensor. One
-file and one rename: a checkpoint is the old one or the new one, never half of each.
+`minipeft`, and under `sha256` a checksum of that description and of every tensor. The
+file is written under another name and then renamed, so it is never half written.
 """
 
 import hashlib
@@ -36,20 +36,20 @@ __all__ = [
 FORMAT = "minipeft-checkpoint"
 VERSION = 2
 FREE = {"lr", "initial_lr", "betas", "eps", "weight_decay", "momentum", "foreach"}
-"""Options of an optimizer that another run may choose anew: its states fit them all."""
+"""Options of an optimizer that another run may change; its states fit all of them."""
 
 MOMENTS = {"exp_avg", "exp_avg_sq", "m", "v", "momentum_buffer"}
-"""States that have the shape of their parameter."""
+"""Names of states that have the shape of their parameter."""
 
 Tensors = dict[str, Tensor]
 
 
 @dataclass(frozen=True)
 class Progress:
-    """How far a run has come: all that is neither a parameter nor optimizer state.
+    """The progress of a run: everything but parameters and optimizer state.
 
-    `settings` are those of the run that wrote it (batch shape, accumulation, rate):
-    another run may change them, and says so.
+    `settings` are those of the run that wrote the file (batch shape, accumulation,
+    rate). Another run may change them; then it prints a warning.
     """
 
     step: int
@@ -60,7 +60,7 @@ class Progress:
 
 
 def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
-    """Return {name: parameter} of what training changes."""
+    """Return {name: parameter} of the trained parameters."""
     return {n: p for n, p in model.named_parameters() if p.requires_grad}
 
 
@@ -82,7 +82,7 @@ def save_checkpoint(
 
     Raises:
         InputError: A parameter or a state is not finite; the folder cannot be written
-            or the disk is full. The file is what it was before.
+            or the disk is full. Then the old file is unchanged.
     """
     identity = identity or Identity(model)
     numbers, tensors = _optimizer_state(optimizer)
@@ -99,7 +99,7 @@ def save_checkpoint(
         "optimizer": _configuration(optimizer, model),
         "numbers": numbers,
     }
-    # safetensors writes no two tensors that share memory, and no views.
+    # safetensors refuses views, and tensors that share memory.
     plain = {n: t.detach().cpu().clone().contiguous() for n, t in tensors.items()}
     text = json.dumps(header)
     metadata = {"minipeft": text, "sha256": _checksum(text, plain)}
@@ -123,12 +123,12 @@ def load_checkpoint(
 ) -> Progress:
     """Put a checkpoint into `model` (and `optimizer`, and the random generators).
 
-    Nothing is changed unless all of it fits.
+    If a part does not fit, nothing is changed.
 
     Raises:
         InputError: The file is absent, damaged, from another program or version, or
             belongs to another model, adapter, optimizer or generator, which the
-            sentence names.
+            message names.
     """
     header, tensors = _read(path)
     if header.get("format") != FORMAT or header.get("version") != VERSION:
@@ -154,7 +154,7 @@ def load_checkpoint(
 
 @contextmanager
 def _naming(path: Path) -> Iterator[None]:
-    """Put the file in front of what is wrong with it."""
+    """Put the file's name in front of the message of an error."""
     try:
         yield
     except InputError as error:
@@ -170,7 +170,7 @@ def _naming(path: Path) -> Iterator[None]:
 
 
 def _read(path: Path) -> tuple[dict[str, Any], Tensors]:
-    """Return header and tensors of a file whose checksum is right."""
+    """Return header and tensors of a file, after checking its checksum."""
     damaged = f"{path} is damaged or not a checkpoint; start again without it"
     try:
         with safetensors.safe_open(path, framework="pt") as file:
@@ -187,7 +187,7 @@ def _read(path: Path) -> tuple[dict[str, Any], Tensors]:
         raise InputError(damaged) from error
     if not isinstance(header, dict):
         raise InputError(damaged)
-    if header.get("version") != VERSION:  # which had another checksum, or none
+    if header.get("version") != VERSION:  # with another checksum, or none
         return header, {}
     if metadata.keys() != {"minipeft", "sha256"}:
         raise InputError(damaged)
@@ -242,7 +242,7 @@ def _loss(value: Any) -> float:
 def _own(
     model: nn.Module, identity: Identity, header: dict[str, Any], tensors: Tensors
 ) -> Tensors:
-    """Return the parameters and buffers that the file's tensors go to."""
+    """Return the parameters and buffers into which the tensors are loaded."""
     if what := difference(header["identity"], identity.facts):
         raise InputError(what)
     own: Tensors = {f"parameter/{n}": p for n, p in trainable(model).items()}
@@ -298,7 +298,7 @@ def _configuration(optimizer: Optimizer, model: nn.Module) -> dict[str, Any]:
 def _fitting_state(
     optimizer: Optimizer, model: nn.Module, header: dict[str, Any], tensors: Tensors
 ) -> dict[str, Any]:
-    """Return what the optimizer can load, once it is known to be the same one."""
+    """Return the state for the optimizer, after checking that it is the same one."""
     saved, own = header["optimizer"], _configuration(optimizer, model)
     if saved["class"] != own["class"]:
         raise InputError(f"its optimizer was {saved['class']} and is {own['class']}")

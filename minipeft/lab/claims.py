@@ -1,8 +1,8 @@
-"""What a chapter states: quantities, claims with their controls, best learning rates.
+"""The statements of a chapter: quantities, claims with controls, best learning rates.
 
-A quantity is printed below a label, and the book is not built if one label has two
-values. A claim is asserted for the default model and number of steps; elsewhere it is
-shown whether it holds.
+A quantity is printed with a label; if one label has two values, the book is not built.
+A claim is asserted for the default model and number of steps. With other settings the
+chapter only prints whether the claim holds.
 """
 
 from collections.abc import Mapping
@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from minipeft.errors import InputError
 
 QUANTITIES: list[tuple[str, str]] = []
-"""(label, value with its unit) of all that this process has printed, in order."""
+"""(label, value with its unit) of all quantities that this process has printed."""
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class Claims:
         "Llama 7B, LoRA r = 64, 1 x 512 tokens: memory in all".
 
         Args:
-            label: what is measured, and in which setting.
+            label: the measured quantity and its setting.
             value: in that unit.
             unit: as it is printed, "GB" or "nats per token"; "" for a count.
             digits: behind the point.
@@ -46,13 +46,13 @@ class Claims:
         """Print whether a claim holds, with the control that could have refuted it.
 
         Args:
-            sentence: what is claimed.
+            sentence: the claim.
             holds: the comparison with the control, true or false.
             control: the baseline that this comparison uses.
 
         Raises:
-            AssertionError: it does not hold for the default model and steps.
-            InputError: the control is not named.
+            AssertionError: the claim does not hold for the default model and steps.
+            InputError: the control has no name.
         """
         if not control.strip():
             raise InputError(f"the claim {sentence!r} names no control; name one")
@@ -64,10 +64,10 @@ class Claims:
         return true
 
     def best(self, name: str, losses: Mapping[float, float]) -> float:
-        """Return the rate with the lowest loss, claimed to lie inside its sweep.
+        """Return the rate with the lowest loss, and claim that it is inside the sweep.
 
         Args:
-            name: whose learning rate it is.
+            name: of the method.
             losses: of each learning rate that was tried, in nats.
 
         Raises:

@@ -1,7 +1,8 @@
 """The two texts of the laboratory: Jane Austen's novels and The Devil's Dictionary.
 
-Both are in the public domain and lie beside this module, compressed; `data/README.md`
-says where they come from. Every file is checked against `data/SHA256SUMS` on loading.
+Both are in the public domain and are stored, compressed, beside this module;
+`data/README.md` gives their sources. Loading checks every file against
+`data/SHA256SUMS`.
 """
 
 import hashlib
@@ -24,7 +25,7 @@ AUSTEN_TRAIN = (
     "sense_and_sensibility",
 )
 HELD_OUT = "persuasion"
-"""The novel that `tiny` has never read: what forgetting is measured on."""
+"""The novel that `tiny` has never read; chapters measure forgetting on it."""
 
 VALIDATION_SHARE = 0.1
 Split = Literal["train", "validation"]
@@ -40,17 +41,17 @@ class Entry:
 
     @property
     def prompt(self) -> str:
-        """What the model is given. Not in capitals, which a small vocabulary spells."""
+        """The prompt. Not in capitals, which a small vocabulary splits into letters."""
         return f"{self.word.capitalize()}, {self.part}"
 
     @property
     def answer(self) -> str:
-        """What the model must continue with."""
+        """The correct continuation."""
         return f" {self.definition}"
 
     @property
     def split(self) -> Split:
-        """A word's side, by its hash: no seed, and stable if entries come or go."""
+        """The side of the word, by its hash; other entries do not change it."""
         digest = hashlib.sha256(self.word.encode()).digest()
         share = int.from_bytes(digest[:4], "big") / 2**32
         return "validation" if share < VALIDATION_SHARE else "train"
@@ -72,7 +73,7 @@ def austen(novel: str) -> str:
 
 
 def devils_dictionary(split: Split | None = None) -> list[Entry]:
-    """Return the entries in the book's order: one side of the split, or all.
+    """Return the entries of one side of the split, or all, in the order of the book.
 
     Raises:
         InputError: The file is damaged.

@@ -1,4 +1,4 @@
-"""What is wrong with a batch, a loss or a gradient: the true cause in a sentence."""
+"""Errors in a batch, a loss or a gradient, each with its cause in one sentence."""
 
 from collections.abc import Callable, Mapping
 
@@ -9,7 +9,7 @@ from minipeft.errors import InputError
 from minipeft.lab.checkpoint import trainable
 
 IGNORE = -100
-"""The label that the loss leaves out: torch's convention."""
+"""The label that the loss ignores, as in torch."""
 
 
 def predicted(labels: torch.Tensor) -> int:
@@ -40,7 +40,7 @@ def checked_labels(batch: Mapping[str, torch.Tensor], step: int) -> int:
 
 
 def bad_loss(model: nn.Module, value: float, lr: float) -> str:
-    """Say why a loss is not finite: a weight that is not, or a step too large."""
+    """Tell why a loss is not finite: a bad weight, or too large a step."""
     for name, parameter in model.named_parameters():
         if parameter.is_floating_point() and not bool(parameter.isfinite().all()):
             cause = (
@@ -56,7 +56,7 @@ def bad_loss(model: nn.Module, value: float, lr: float) -> str:
 
 
 def bad_gradient(model: nn.Module, norm: float) -> str:
-    """Say which gradient is not finite."""
+    """Name the gradient that is not finite."""
     for name, parameter in trainable(model).items():
         if parameter.grad is not None and not bool(parameter.grad.isfinite().all()):
             return (

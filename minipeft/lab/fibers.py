@@ -1,4 +1,4 @@
-"""A GPU made of fibers: small CUDA kernels run on a CPU, their threads in any order.
+"""A GPU made of fibers: run small CUDA kernels on a CPU, with threads in any order.
 
 For chapter 19: kernels of one signature, in blocks of 64 threads. The execution model
 is that of the tests, `minipeft/kernels/cpu/`; here it needs no header of NVIDIA's.
@@ -17,8 +17,8 @@ from minipeft import kernels
 from minipeft.errors import InputError
 from minipeft.shapes import Float, UInt8
 
-# What each way of compiling makes visible: wrong values; accesses that nothing orders;
-# addresses outside an array, and what C++ leaves undefined.
+# The errors that each way of compiling makes visible: wrong values; data races;
+# addresses outside an array, and undefined behaviour of C++.
 FLAVOURS = {
     "values": (),
     "races": ("-fsanitize=thread",),
@@ -74,7 +74,7 @@ def heart() -> str:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a launch left: the packed bytes, the scales, and complaints."""
+    """The result of a launch: the packed bytes, the scales, and error messages."""
 
     packed: UInt8[np.ndarray, " bytes"]
     absmax: Float[np.ndarray, " blocks"]
@@ -93,10 +93,10 @@ class Program:
     ) -> Outcome:
         """Run a variant on some weights, in the order that the seed draws.
 
-        A launch that is stopped leaves zeros.
+        A stopped launch returns zeros.
         """
         arguments = (f"v{self.variants.index(variant)}", W.size, seed)
-        # ThreadSanitizer waits a second at the end, for threads that are not there.
+        # ThreadSanitizer waits for other threads at the end, a second, without need.
         environment = os.environ | {"TSAN_OPTIONS": "atexit_sleep_ms=0"}
         ended = subprocess.run(
             [self.path, *map(str, arguments)],
@@ -127,7 +127,7 @@ def build(variants: Mapping[str, str], flavour: str, folder: Path) -> Program:
 
     Args:
         variants: the CUDA source of `quantize(W, packed, absmax, n)`, by a name.
-        flavour: what to make visible, from `FLAVOURS`.
+        flavour: the errors to make visible, from `FLAVOURS`.
         folder: for the program.
 
     Raises:
@@ -144,7 +144,7 @@ def build(variants: Mapping[str, str], flavour: str, folder: Path) -> Program:
     entries = ", ".join(f'{{"{v}", shim::describe(&{v}::quantize)}}' for v in names)
     parts.append(f"Registry registry() {{ return {{{entries}}}; }}")
     path = folder / f"{flavour}-{len(list(folder.iterdir()))}"
-    # The model is compiled without a sanitizer: it is not what is looked at.
+    # The execution model is compiled without a sanitizer: only the kernel is tested.
     model = path.with_suffix(".o")
     races = ("-DSHIM_RACES",) if flavour == "races" else ()
     sources = f'#include "{CPU / "fibers.cpp"}"\n{MAIN}'

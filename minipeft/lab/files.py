@@ -1,4 +1,4 @@
-"""Files that are whole or absent: written to a temporary name, then renamed."""
+"""Write files completely or not at all: to a temporary name, then a rename."""
 
 import contextlib
 import hashlib
@@ -13,10 +13,10 @@ from minipeft.errors import InputError
 
 
 def write_atomic(path: Path, data: bytes) -> None:
-    """Put `data` at `path`; on any failure leave what was there before.
+    """Write `data` to `path`; on any failure the old file stays.
 
-    A symbolic link stays, and the file that it names is written. The new file has the
-    permissions of the old one, or those that the umask gives.
+    A symbolic link stays; its target is written. The new file has the permissions of
+    the old one, or those of the umask.
 
     Raises:
         InputError: The folder cannot be written or the disk is full.
@@ -31,7 +31,7 @@ def write_atomic(path: Path, data: bytes) -> None:
         with os.fdopen(descriptor, "wb") as file:
             _write(file.fileno(), data)
             os.fchmod(file.fileno(), _mode(target))
-            os.fsync(file.fileno())  # the rename must not outrun the data
+            os.fsync(file.fileno())  # the data must be on the disk before the rename
         os.replace(temporary, target)
         _sync_folder(target.parent)
     except OSError as error:
@@ -47,12 +47,12 @@ def write_atomic(path: Path, data: bytes) -> None:
 
 @contextlib.contextmanager
 def claimed(path: Path) -> Iterator[None]:
-    """Keep other processes that ask for the same claim away from a file.
+    """Lock a file against other processes that call this function.
 
     Raises:
         InputError: Another process has claimed the file.
     """
-    # The lock lies elsewhere, so that nothing is left beside the file.
+    # The lock is in another folder, so that no file is left beside this one.
     key = hashlib.sha256(os.path.realpath(path).encode()).hexdigest()[:16]
     place = Path(tempfile.gettempdir(), f"minipeft-{key}.lock")
     lock = FileLock(place, timeout=0)
@@ -78,7 +78,7 @@ def _mode(path: Path) -> int:
 
 
 def _sync_folder(folder: Path) -> None:
-    # The new name must survive a power cut too; some file systems refuse.
+    # Write the new name to the disk as well; some file systems refuse.
     descriptor = os.open(folder, os.O_RDONLY)
     with contextlib.suppress(OSError):
         os.fsync(descriptor)
@@ -86,7 +86,7 @@ def _sync_folder(folder: Path) -> None:
 
 
 def _write(descriptor: int, data: bytes) -> None:
-    """Write all of `data`: the one place that a full disk stops."""
+    """Write all of `data`; the only place where a full disk raises an error."""
     view = memoryview(data)
     while view:
         view = view[os.write(descriptor, view) :]

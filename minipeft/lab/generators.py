@@ -1,7 +1,7 @@
-"""Every random generator that a run may draw from, so that a resumed run draws alike.
+"""All random generators of a run, saved so that a resumed run draws the same numbers.
 
-torch's on the CPU and on each device of the model, those that modules hold, Python's
-and NumPy's.
+These are torch's on the CPU and on each device of the model, those that modules hold,
+Python's and NumPy's.
 """
 
 import random
@@ -36,10 +36,10 @@ def states(model: nn.Module) -> dict[str, Tensor]:
 
 
 def check(saved: dict[str, Tensor], model: nn.Module) -> None:
-    """Refuse saved states of other generators than this run has.
+    """Refuse saved states that do not belong to the generators of this run.
 
     Raises:
-        InputError: a generator is missing here, or there, or of another kind.
+        InputError: a generator is missing in the run or in the file, or differs.
     """
     own = states(model)
     for name in sorted(own.keys() | saved.keys()):
@@ -53,7 +53,7 @@ def check(saved: dict[str, Tensor], model: nn.Module) -> None:
 
 
 def restore(saved: dict[str, Tensor], model: nn.Module) -> None:
-    """Set every generator to its saved state; `check` has accepted them."""
+    """Set every generator to its saved state, after `check`."""
     words = [int(word) for word in saved["python"]]
     gauss = _spared(saved["python/gauss"])
     random.setstate((words[0], tuple(words[1:]), gauss))
@@ -91,7 +91,7 @@ def _held(model: nn.Module) -> Iterator[tuple[str, torch.Generator]]:
 
 
 def _spare(value: float | None) -> Tensor:
-    """A normal draw that Python and NumPy keep for the next call, or NaN for none."""
+    """The normal number that Python and NumPy store for the next call, or NaN."""
     return torch.tensor([float("nan") if value is None else value], dtype=torch.float64)
 
 

@@ -1,4 +1,4 @@
-"""What a model computes, apart from what training changes: fact by fact, by name.
+"""The identity of a model: all facts that training does not change, by name.
 
 Two runs can exchange checkpoints if and only if their models have the same identity:
 the same classes, constants, configuration, frozen weights and buffers, and trained
@@ -14,11 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-# What a run may change without changing the function that the model computes.
+# Settings that a run may change without changing the model's function.
 NOT_THE_FUNCTION = {
     "_name_or_path",
     "architectures",
-    "config",  # stands once, as the configuration
+    "config",  # stored once, as the configuration
     "dtype",
     "gradient_checkpointing",
     "name_or_path",
@@ -37,7 +37,7 @@ class Identity:
     """The facts of a model at the start of a run.
 
     Args:
-        model: is read once; later changes of its values do not change the facts.
+        model: read once; later changes of the model do not change the facts.
     """
 
     def __init__(self, model: nn.Module):
@@ -53,8 +53,9 @@ class Identity:
     def moved(self, model: nn.Module) -> dict[str, Tensor]:
         """Return the buffers that a run changes: running statistics, counters.
 
-        Those of normalization layers always, others if they were written to since the
-        start. They are state, which a checkpoint keeps beside the parameters.
+        Buffers of normalization layers always belong to them, other buffers if they
+        have changed since the start. A checkpoint saves them together with the
+        parameters.
         """
         running = {
             f"{name}.{buffer}".lstrip(".")
@@ -70,16 +71,17 @@ class Identity:
 
 
 def fingerprint(model: nn.Module) -> str:
-    """Return the SHA-256 of what training does not change.
+    """Return the SHA-256 of everything that training does not change.
 
-    It covers names, classes, constants (scaling, dropout, sides, bits, block sizes,
-    seeds), the configuration, frozen weights and all buffers but running statistics.
+    The hash covers names, classes, constants (scaling, dropout, sides, bits, block
+    sizes, seeds), the configuration, frozen weights and all buffers but running
+    statistics.
     """
     return Identity(model).fingerprint
 
 
 def difference(saved: Facts, own: Facts) -> str:
-    """Say the first fact in which two models differ; empty if there is none."""
+    """Describe the first difference between two models; empty if there is none."""
     for name in sorted(saved.keys() | own.keys()):
         if name not in own:
             return f"it holds {name}, which this model lacks"
@@ -143,7 +145,7 @@ def _digest(tensor: Tensor) -> str:
 
 
 def _plain(value: Any) -> Iterator[Any]:
-    """Yield the value as JSON has it, or nothing if it is no constant."""
+    """Yield the value for JSON, or nothing if it is no constant."""
     if value is None or isinstance(value, bool | int | float | str):
         yield value
     elif isinstance(value, torch.dtype):

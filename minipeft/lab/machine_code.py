@@ -1,4 +1,4 @@
-"""What the compiler made of the kernels: resources and instructions, without a GPU."""
+"""The machine code of the kernels: resources and instructions, read without a GPU."""
 
 import os
 import re
@@ -16,7 +16,7 @@ WARP = 32
 
 @dataclass(frozen=True)
 class MachineCode:
-    """One kernel as a GPU runs it.
+    """The machine code of one kernel.
 
     Args:
         registers: of a thread.
@@ -36,7 +36,7 @@ class MachineCode:
         return sum(bool(form.search(instruction)) for instruction in self.instructions)
 
     def occupancy(self, warps: int = 8) -> float:
-        """Return the share of an A100's warps that can be there at once.
+        """Return the share of an A100's warps that can be resident at the same time.
 
         A multiprocessor has room for 64 warps and 32 blocks, 65,536 registers, which a
         warp gets in units of 256, and 164 KB of shared memory, of which every block
@@ -65,14 +65,14 @@ def missing() -> str | None:
 
 
 def disassemble(row: str, architecture: str = "80") -> dict[str, MachineCode]:
-    """Compile a row, and read what came out, by the C++ names of its instances.
+    """Compile a file and return its machine code, by the C++ names of the instances.
 
     Args:
         row: the file in `minipeft/kernels` without its ending.
         architecture: of the device, as in "80".
 
     Raises:
-        InputError: the sentence of `missing`.
+        InputError: with the message of `missing`.
     """
     if reason := missing():
         raise InputError(reason)
@@ -85,7 +85,7 @@ def read(code: bytes, names: Mapping[str, str]) -> dict[str, MachineCode]:
 
     Args:
         code: a cubin.
-        names: the name in it of each kernel, by the name that the result shall have.
+        names: {name in the result: name of the kernel in the cubin}.
     """
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(code)
@@ -114,7 +114,7 @@ def _tool() -> Path | None:
 def _listing(option: str, path: str) -> str:
     tool = _tool()
     assert tool is not None
-    # cuobjdump calls nvdisasm, which lies beside it.
+    # cuobjdump calls nvdisasm, which is in the same folder.
     search = f"{tool.parent}{os.pathsep}{os.environ.get('PATH', '')}"
     environment = os.environ | {"PATH": search}
     return subprocess.check_output([tool, option, path], text=True, env=environment)

@@ -1,9 +1,9 @@
-"""Where in a language model adapters stand: derived from the model, not from names.
+"""The places of adapters in a language model, derived from its modules.
 
-`tiny`'s places are named as the book names them, so that its numbers stay. In another
-model they follow from the tree of modules: blocks are what a list of modules holds, a
-block's children are its sublayers, and a sublayer's last linear layer writes to the
-residual stream.
+The places in `tiny` are fixed by the names that the book uses. In other models they
+follow from the tree of modules: the modules in a list are the blocks, the children of a
+block are its sublayers, and the last linear layer of a sublayer writes to the residual
+stream.
 """
 
 import re
@@ -25,10 +25,10 @@ VALUES = ("v_proj", "value", "v", "value_proj", "v_lin")
 
 @dataclass(frozen=True)
 class Places:
-    """Targets for `inject`, by their part in the model.
+    """Targets for `inject`, by their role in the model.
 
     Attributes:
-        linears: every linear layer of the blocks, or those that were asked for.
+        linears: every linear layer of the blocks, or the chosen ones.
         ends: the last linear layer of each sublayer.
         feedforward: the last linear layer of each feed-forward sublayer, where a block
             has two sublayers with linear layers.

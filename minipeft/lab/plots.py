@@ -35,7 +35,7 @@ PALETTE = (
 )
 HEAT = LinearSegmentedColormap.from_list("minipeft", ("#eef4f9", PALETTE[0]))
 HEAT_TEXT = ("#1f2328", "#fcfcfc")
-"""On pale cells and on dark ones: cells look alike on both pages."""
+"""The colours of text on pale and on dark cells, the same on both pages."""
 SIZE = (6.4, 3.6)
 """Width and height in inches: the width of the book's column."""
 NAME_SIZE = (95, 15)
@@ -100,7 +100,7 @@ def save(figure: Figure, path: Path) -> None:
         figure.savefig(
             buffer,
             format="svg",
-            dpi=200,  # of a heat map's cells: all else is outlines
+            dpi=200,  # only for the cells of a heat map; all other parts are outlines
             metadata={"Date": None, "Creator": "minipeft"},
         )
     write_atomic(path, buffer.getvalue())
@@ -198,9 +198,9 @@ def name_points(
 ) -> None:
     """Write each point's name to its right, pushed up or down until none is covered.
 
-    Call it last: it settles the layout.
+    Call this function last: it fixes the layout.
     """
-    figure.draw_without_rendering()  # only now does a point have a place in pixels
+    figure.draw_without_rendering()  # now the points have positions in pixels
     pixels = {n: _pixels(ax, point) for n, point in points.items()}
     heights = _apart(pixels, NAME_SIZE)
     for name, point in points.items():

@@ -17,9 +17,9 @@ from rich.progress import (
 )
 
 MEAN_OF = 20
-"""How many steps the mean covers."""
+"""The number of steps in the mean."""
 LINES = 10
-"""How many lines a run prints where nobody watches."""
+"""The number of lines that a run prints without a terminal."""
 
 
 class Bar(ABC):
@@ -32,7 +32,7 @@ class Bar(ABC):
         self.validation: float | None = None
 
     def advance(self, loss: float) -> None:
-        """One more step is done; its loss."""
+        """Count one more step, with its loss."""
         self.done += 1
         self.losses.append(loss)
         self.draw()
@@ -47,7 +47,7 @@ class Bar(ABC):
 
     @property
     def per_step(self) -> float:
-        """Seconds a step, validation included."""
+        """Seconds per step, with validation."""
         return (time.perf_counter() - self.began) / max(1, self.done - self.first)
 
     @property
@@ -64,7 +64,7 @@ class Bar(ABC):
 
 
 class _Lines(Bar):
-    """For logs and captured output."""
+    """Plain lines, for logs and captured output."""
 
     def draw(self) -> None:
         if self.done % max(1, self.steps // LINES) and self.done != self.steps:
@@ -78,7 +78,7 @@ class _Lines(Bar):
 
 
 class _Rich(Bar):
-    """For people."""
+    """A bar on a terminal."""
 
     def __init__(self, steps: int, done: int, progress: Progress) -> None:
         super().__init__(steps, done)
@@ -94,7 +94,7 @@ class _Rich(Bar):
 
 @contextlib.contextmanager
 def bar(steps: int, done: int = 0) -> Iterator[Bar]:
-    """Show a run of `steps` steps of which `done` are behind."""
+    """Show the progress of a run of `steps` steps, of which `done` are done."""
     console = Console(stderr=True)
     if not console.is_terminal:
         yield _Lines(steps, done)

@@ -1,8 +1,8 @@
-"""Read a model from files: weight by weight, quantized on the way if that is asked.
+"""Read a model from files, weight by weight, and quantize each layer on request.
 
-The peak is the model as it will be, and one layer. What the files do not hold, or hold
-in another shape, is refused by name: a layer of random numbers trains too, and nobody
-sees it.
+The memory peak is the final model plus one layer. If a weight is missing or has another
+shape, the message names it. Otherwise the layer would keep random numbers, and nobody
+would notice.
 """
 
 import logging
@@ -51,7 +51,7 @@ def read(
     Args:
         folder: with config.json and safetensors.
         dtype: of every floating tensor that is not quantized.
-        device: where it lives in the end.
+        device: of the returned model.
         quantize: of every linear layer but the output layer; None: of none.
 
     Raises:
@@ -64,17 +64,17 @@ def read(
     tensors = open_tensors(folder)
     model = empty(auto, config, dtype)
     names = _names(model, tensors.about)
-    if names is None:  # fused or renamed on the way: transformers knows how
+    if names is None:  # transformers fuses or renames these weights
         return _by_transformers(folder, auto, dtype, device, quantize)
     fill(model, tensors, names, (dtype, device), quantize)
     return model.eval()
 
 
 def head(config: Any) -> Any:
-    """Return the auto class that a configuration asks for.
+    """Return the auto class for a configuration.
 
-    A causal language model is known by the class that it names, whatever its ending:
-    GPT-2's is called GPT2LMHeadModel.
+    The names of classes of causal language models have several endings, such as
+    GPT2LMHeadModel.
     """
     kinds = set(config.architectures or ())
     causal = set(modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values())
@@ -99,7 +99,7 @@ def fill(
     place: tuple[torch.dtype, str],
     quantize: Quantize | None,
 ) -> None:
-    """Read each tensor to its place; quantize a layer as soon as it is whole.
+    """Read each tensor into the model; quantize a layer as soon as it is complete.
 
     Args:
         model: from `empty`.
@@ -113,7 +113,7 @@ def fill(
     """
     output = _output_layer(model)
     for name in [name for name, _ in model.named_modules()]:
-        module = model.get_submodule(name)  # a list of modules would keep them all
+        module = model.get_submodule(name)  # a list would keep all in memory
         prefix = f"{name}." if name else ""
         for key in [k for k in _own(module) if prefix + k in names]:
             tensor = tensors.read(names[prefix + key])
@@ -163,7 +163,7 @@ def _cast(name: str, tensor: Tensor, place: tuple[torch.dtype, str]) -> Tensor:
     dtype, device = place
     if not tensor.is_floating_point():
         return tensor.to(device)
-    # Piece by piece: the test makes copies of what it looks at.
+    # Piece by piece, because the test makes copies.
     pieces = torch.split(tensor.reshape(-1), PIECE)
     if not all(bool(piece.isfinite().all()) for piece in pieces):
         raise InputError(f"{name} holds values that are not finite; get it again")
@@ -183,7 +183,7 @@ def _names(model: Any, about: Mapping[str, Any]) -> dict[str, str] | None:
     """Return {name in the model: name in the files}, or None if they do not fit.
 
     Raises:
-        InputError: a name fits, and its shape does not.
+        InputError: a name fits, but its shape does not.
     """
     own = {n: tuple(t.shape) for n, t in model.state_dict(keep_vars=True).items()}
     base = f"{model.base_model_prefix}."
@@ -219,7 +219,7 @@ def _ignored(model: Any, name: str) -> bool:
 def _by_transformers(
     folder: Path, auto: Any, dtype: torch.dtype, device: str, quantize: Quantize | None
 ) -> nn.Module:
-    """Let transformers rename and fuse; refuse what it would fill with numbers."""
+    """Let transformers rename and fuse weights; refuse missing ones."""
     transformers.utils.logging.disable_progress_bar()
     logger = logging.getLogger("transformers.modeling_utils")
     before = logger.level

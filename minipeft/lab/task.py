@@ -1,7 +1,7 @@
 """The task that the chapters share: `tiny` learns The Devil's Dictionary.
 
-One training set, one held-out set and one length of an example, so that the losses of
-two chapters can be compared. A file of one's own takes its place with `--data`.
+All chapters use one training set, one held-out set and one length of an example, so
+their losses can be compared. `--data` replaces the task by a file.
 """
 
 import hashlib
@@ -32,7 +32,7 @@ Pair = tuple[str, str]
 
 @dataclass(frozen=True)
 class Task:
-    """What a chapter trains on, and what it is judged on: (prompt, answer) pairs."""
+    """The training and the held-out examples: (prompt, answer) pairs."""
 
     train: list[Pair]
     validation: list[Pair]
@@ -80,7 +80,7 @@ def from_file(path: Path) -> Task:
         if line.strip()
     ]
     sides: dict[bool, list[Pair]] = {True: [], False: []}
-    for pair in dict.fromkeys(pairs):  # a copy would be on both sides
+    for pair in dict.fromkeys(pairs):  # each pair on one side only
         digest = hashlib.sha256(pair[0].encode() or pair[1].encode()).digest()
         sides[digest[0] < 26].append(pair)
     if len(pairs) < FEWEST or not sides[True]:

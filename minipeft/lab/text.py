@@ -1,4 +1,4 @@
-"""From text to batches, and from a model back to text."""
+"""Make batches from text, and text from a model."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""Two ways to do one thing, timed in turns, so that a slow minute slows both."""
+"""Time two implementations in turns, so that a slow minute slows both."""
 
 import statistics
 import time
@@ -11,12 +11,12 @@ from minipeft.errors import InputError
 
 Turn = Callable[[], object]
 Clock = Callable[[Turn], float]
-"""Says how many seconds a turn takes."""
+"""Returns the seconds of a turn."""
 
 
 @dataclass(frozen=True)
 class Pair:
-    """Two ways to do one thing: ours, theirs, and the ratio we set out to reach."""
+    """Two implementations: ours, theirs, and the ratio to reach."""
 
     name: str
     against: str
@@ -28,7 +28,7 @@ class Pair:
 
 @dataclass(frozen=True)
 class Row:
-    """What was measured: milliseconds, and the ratio ours / theirs."""
+    """The measured milliseconds, and the ratio ours / theirs."""
 
     name: str
     against: str
@@ -54,7 +54,7 @@ def wall(run: Turn) -> float:
 
 
 def processor(run: Turn) -> float:
-    """Return the seconds of this process, whatever else the machine is doing."""
+    """Return the processor seconds of this process; other processes do not count."""
     began = time.process_time()
     run()
     return time.process_time() - began
@@ -63,7 +63,7 @@ def processor(run: Turn) -> float:
 def events(run: Turn) -> float:
     """Return the seconds between two events on CUDA's current stream.
 
-    A launch returns at once: a clock of the host would time the launching.
+    A launch returns at once, so a clock of the host would time only the launch.
     """
     start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
     start.record()
@@ -105,7 +105,7 @@ def measure(pair: Pair, rounds: int, clock: Clock = wall) -> Row:
 
 
 def check(what: str, distance: float, bound: float) -> None:
-    """Refuse to time two things that do not compute the same.
+    """Refuse to time two implementations with different results.
 
     Raises:
         InputError: the relative distance is above its bound.

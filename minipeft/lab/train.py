@@ -1,7 +1,7 @@
 """The one training loop: pretraining and every chapter use it.
 
-A batch is what the model takes, with `labels`; `batches(index)` is a pure function of
-its index, so a run is determined by its seed and can be continued from any step.
+A batch holds the model's arguments, with `labels`. `batches(index)` depends only on its
+index, so the seed determines a run, and a run can be continued from any step.
 """
 
 import contextlib
@@ -101,7 +101,7 @@ class TrainConfig:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """Where a run keeps its last good state, and how often (in steps)."""
+    """The file for the last good state of a run, and the steps between two writes."""
 
     path: Path
     every: int = 100
@@ -122,7 +122,7 @@ class History:
 
     @classmethod
     def load(cls, path: Path) -> "History":
-        """Read what `save` wrote.
+        """Read the file that `save` wrote.
 
         Raises:
             InputError: The file is absent or is not a loss curve.
@@ -142,7 +142,7 @@ class Interrupted(KeyboardInterrupt):
 
 
 class ResumeWarning(UserWarning):
-    """A run goes on with other settings than it began with."""
+    """A run continues with other settings than at its start."""
 
 
 def train(
@@ -278,7 +278,7 @@ class _Run:
         return value
 
     def check_gradients(self) -> None:
-        """Clip the gradient; refuse one that is not finite before anything moves."""
+        """Clip the gradient; before a weight changes, refuse one that is not finite."""
         parameters = trainable(self.model).values()
         norm = float(nn.utils.clip_grad_norm_(parameters, self.config.clip))
         if not math.isfinite(norm):
@@ -286,7 +286,7 @@ class _Run:
 
     @property
     def at(self) -> str:
-        """Where the run is, for a sentence about what went wrong."""
+        """The position of the run, for error messages."""
         return f"(step {self.step + 1}; the parameters are those of step {self.step})"
 
     def set_rates(self) -> None:
@@ -301,7 +301,7 @@ class _Run:
                 )
 
     def note_settings(self, batch: Batch) -> None:
-        """Keep what a resumed run may change; warn of what has changed, once."""
+        """Store the settings; warn once if a resumed run has changed them."""
         if self.settings and not self.resumed:
             return
         now = {
@@ -320,14 +320,14 @@ class _Run:
         self.settings, self.resumed = now, False
 
     def validate(self, shown: Bar) -> None:
-        """Note the validation loss of this step."""
+        """Record the validation loss of this step."""
         if self.validation_batches:
             value = loss(self.model, self.validation_batches)
             self.validation.append((self.step, value))
             shown.validation = value
 
     def keep(self) -> None:
-        """Save the state, where there is a place for it."""
+        """Save the state if the run has a checkpoint."""
         if self.checkpoint is not None:
             progress = Progress(
                 self.step, self.losses, self.validation, self.seconds, self.settings
@@ -336,7 +336,7 @@ class _Run:
             save_checkpoint(place, self.model, optimizer, progress, self.identity)
 
     def stopped(self, number: int) -> Interrupted:
-        """Save, and return what says so."""
+        """Save the state, and return the message about it."""
         self.keep()
         done = f"stopped after step {self.step} of {self.config.steps}"
         where = (
@@ -351,10 +351,10 @@ class _Run:
 
 @contextlib.contextmanager
 def signals() -> Iterator[list[int]]:
-    """Note the first Ctrl-C or SIGTERM, so that the current step is finished."""
+    """Record the first Ctrl-C or SIGTERM; the run ends after the current step."""
     caught: list[int] = []
     if threading.current_thread() is not threading.main_thread():
-        yield caught  # signals reach the main thread only
+        yield caught  # only the main thread gets signals
         return
     before = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
 
@@ -363,7 +363,7 @@ def signals() -> Iterator[list[int]]:
             signal.signal(number, handler)
 
     def on_signal(number: int, frame: Any) -> None:
-        restore()  # the second one interrupts at once
+        restore()  # a second signal interrupts at once
         caught.append(number)
 
     for number in before:
@@ -395,6 +395,6 @@ def loss(model: nn.Module, batches: Iterable[Batch]) -> float:
 
 
 def on_device_of(model: nn.Module, batch: Batch) -> Batch:
-    """Return the batch where the model's parameters live."""
+    """Return the batch on the device of the model's parameters."""
     device = next(model.parameters()).device
     return {name: tensor.to(device) for name, tensor in batch.items()}

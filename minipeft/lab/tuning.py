@@ -1,4 +1,4 @@
-"""A model tuned on one task from several starts, and a picture of it."""
+"""Train a model on one task from several starts, and draw the losses."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -22,7 +22,7 @@ from minipeft.lab.train import (
 )
 
 FARTHEST = 4
-"""Half decades that a sweep of rates may move from where it started."""
+"""The most half decades that a sweep of rates moves from its start."""
 
 
 def nowhere() -> Checkpoint | None:
@@ -32,9 +32,9 @@ def nowhere() -> Checkpoint | None:
 
 @dataclass(frozen=True)
 class Lesson:
-    """What to learn: the pairs of the training split, and both splits in batches.
+    """The training data: the pairs of the training split, and both splits in batches.
 
-    `kept` says where a run keeps its state, once for each run.
+    `kept` returns the checkpoint of the next run.
     """
 
     pairs: list[tuple[str, str]]
@@ -45,7 +45,7 @@ class Lesson:
 
 @dataclass(frozen=True)
 class Run:
-    """A tuned model, how many numbers were trained, and what the loss did (nats)."""
+    """A tuned model, the count of trained numbers, and its losses (nats)."""
 
     model: nn.Module
     trained: int
@@ -70,7 +70,7 @@ def lesson(
         task: the examples.
         tokenizer: of the model that will learn.
         rows: examples in a batch.
-        kept: where a run keeps its state.
+        kept: returns the checkpoint of a run.
     """
     batches, held_out = task.training(tokenizer, rows), task.held_out(tokenizer)
     return Lesson(task.train, batches, held_out, kept)
@@ -82,7 +82,7 @@ def tune(
     """Train what requires gradients: a tenth of the steps warms up, a cosine follows.
 
     Args:
-        model: as `train.train` takes it; it is changed.
+        model: as in `train.train`; it is changed.
         learn: the task.
         steps: of training.
         lr: the largest learning rate.
@@ -114,7 +114,7 @@ def sweep(
         learn: the task.
         steps: of training.
         start: k of the first rate, 10^(k/2); its two neighbours follow.
-        checks: as `tune` takes it.
+        checks: as in `tune`.
 
     Returns:
         The runs by rate, the rates rising; at most `FARTHEST` steps from the start.
@@ -141,8 +141,8 @@ def curves(runs: Mapping[str, Run], without: float, label: str) -> Figure:
 
     Args:
         runs: by name, in the order of the legend.
-        without: the loss of the base, a dashed line.
-        label: what to call that line.
+        without: the loss of the base, drawn as a dashed line.
+        label: of that line.
     """
     figure, ax = plots.axes(
         x="step", y="validation loss (nats per token)", size=(6.4, 3.3)

@@ -1,10 +1,10 @@
-"""`minipeft gpu-report`: what the kernels do on a real GPU.
+"""`minipeft gpu-report`: check and time the kernels on a real GPU.
 
-launches   the launches of a kernel, noted while a launcher makes them
-trials     every kernel with inputs whose result is known to the byte
-device     where calls are timed: CuPy's events on a GPU
+launches   records the launches that a launcher makes
+trials     every kernel with inputs whose result is known in every byte
+device     times calls, with CuPy's events on a GPU
 peers      bitsandbytes' kernels on the same tensors
 examination  one kernel checked and timed, in a process of its own
-slots      what a kernel's instructions cost, from its machine code
-report     all of them, compared with what the device can do; Markdown and JSON
+slots      the cost of a kernel's instructions, from its machine code
+report     all kernels, compared with the limits of the device; Markdown and JSON
 """

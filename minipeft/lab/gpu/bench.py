@@ -1,10 +1,10 @@
-"""What training and decoding cost on a GPU, beside bitsandbytes and peft.
+"""The cost of training and decoding on a GPU, compared with bitsandbytes and peft.
 
     python -m minipeft.lab.gpu.bench NAME [--device cuda] [--out FILE]
 
-One pair a process, in turns as `lab.bench` does on a CPU; the clock is CUDA's events,
-and beside the time stands the peak of what each allocates. Where a peer is not
-installed, ours is timed alone, and the row says so.
+Each pair runs in one process, in turns as in `lab.bench` on a CPU. CUDA's events
+measure the time; the peak of allocated memory is measured too. If a peer is not
+installed, only our side is timed, and the row shows the reason.
 """
 
 import argparse
@@ -57,7 +57,7 @@ class Sizes:
 
 @dataclass(frozen=True)
 class Row:
-    """What was measured of a pair.
+    """The measurements of a pair.
 
     Args:
         name: of what was done.
@@ -84,7 +84,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Bench:
-    """Two ways to do one thing; theirs may be a reason why it is not here."""
+    """Two implementations; theirs may be missing, with the reason."""
 
     name: str
     against: str
@@ -97,7 +97,7 @@ Place = torch.device
 
 
 def measure(made: Bench, device: str, clock: Clock) -> Row:
-    """Time both in turns, and look at what each allocates."""
+    """Time both in turns, and measure the memory that each allocates."""
     theirs = made.theirs
     ours = memory_peak.peak_bytes(made.ours, device)
     if isinstance(theirs, str):
@@ -158,7 +158,7 @@ def quantize(sizes: Sizes, place: Place) -> Bench:
 
 
 def dequantize(sizes: Sizes, place: Place) -> Bench:
-    """The way back, to bfloat16."""
+    """Dequantize to bfloat16."""
     W = _normal(place, sizes.inner, sizes.width)
     parts = operators.parts(blockwise.quantize(W, NF4, 64))
 
@@ -284,7 +284,7 @@ def qlora_step(tokens: int) -> Callable[[Sizes, Place], Bench]:
 
 
 def _losses(ours: Turn, theirs: Turn | str) -> str:
-    """Say what each model's first loss is: the same base, B = 0 in both."""
+    """Return the first loss of each model: the same base, B = 0 in both."""
     if isinstance(theirs, str):
         return ""
     losses = [float(turn()) for turn in (ours, theirs)]  # type: ignore[arg-type]

@@ -1,4 +1,4 @@
-"""Where calls are timed: CuPy's events on a GPU, or what a test puts in their place."""
+"""Time calls with CuPy's events on a GPU, or with a substitute in the tests."""
 
 from collections.abc import Callable
 from functools import cached_property
@@ -26,7 +26,7 @@ METHOD = (
 
 @runtime_checkable
 class Device(Protocol):
-    """What the report asks of a device."""
+    """The functions of a device that the report needs."""
 
     place: str
 
@@ -90,7 +90,7 @@ class CupyDevice:
         }
 
     def elapsed(self, call: Call) -> float:
-        """Fill L2 with what nobody needs, then time the call between two events."""
+        """Fill L2 with unused data, then time the call between two events."""
         cuda = self._cupy.cuda
         start, stop = cuda.Event(), cuda.Event()
         self._buffer.max(out=self._largest)
@@ -110,7 +110,7 @@ class CupyDevice:
         try:
             call = _torch_product(dtype, n) or self._cupy_product(dtype, n)
             call()
-        except Exception as error:  # each way of not having it has its own type
+        except Exception as error:  # many types of error mean: not available
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise InputError(reason) from error
         return call

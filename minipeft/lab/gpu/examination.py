@@ -2,8 +2,8 @@
 
 python -m minipeft.lab.gpu.examination < task.json     one trial, its row as JSON
 
-CUDA's errors are sticky: after a wild address nothing runs any more in that process. So
-each trial has one, and the report goes on without it.
+After an access outside of memory, CUDA runs nothing more in that process. So each trial
+has a process of its own, and the report continues after a crash.
 """
 
 import json
@@ -30,7 +30,7 @@ LIMIT = 300  # seconds of a trial, compiling included
 
 @dataclass(frozen=True)
 class Ceilings:
-    """What the device was measured to do.
+    """The measured limits of the device.
 
     Args:
         bandwidth: bytes a second of a copy, read and written.
@@ -42,7 +42,7 @@ class Ceilings:
     products: Mapping[str, float | str]
 
     def bound(self, bytes_moved: float, operations: float) -> tuple[float, str]:
-        """Return the seconds that no kernel can pass, and what sets them.
+        """Return the least possible seconds of a kernel, and which limit sets them.
 
         The roofline: the time of the bytes or of the operations, whichever is longer.
         All kernels here sum in float32 outside of the tensor cores.
@@ -57,7 +57,7 @@ class Ceilings:
 
 @dataclass(frozen=True)
 class Row:
-    """What was found of one kernel.
+    """The results for one kernel.
 
     Args:
         kernel: its name.
@@ -100,7 +100,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Task:
-    """One trial: its place in the table, and what its process must know.
+    """One trial: its index in the table, and the inputs of its process.
 
     Args:
         index: in `trials.TABLE`.
@@ -131,7 +131,7 @@ def tasks(sizes: Sizes, ceilings: Ceilings) -> list[Task]:
 
 
 def isolated(task: Task) -> Row:
-    """Examine in a process of its own; whatever happens to it is the row's verdict."""
+    """Examine in a process of its own; a crash becomes the result of the row."""
     message = json.dumps(asdict(task))
     try:
         done = subprocess.run(
@@ -161,7 +161,7 @@ def examined(task: Task, device: Device) -> Row:
 
 
 def measure_ceilings(device: Device) -> Ceilings:
-    """Measure what nothing on this device goes beyond."""
+    """Measure the limits of this device."""
     seconds = measure(device, device.copying(COPIED))
     rates = {dtype: _product_rate(device, dtype) for dtype in MATRIX_DTYPES}
     return Ceilings(2 * COPIED / seconds, rates)
@@ -178,7 +178,7 @@ def _product_rate(device: Device, dtype: str) -> float | str:
 def examine(
     recorder: Recorder, trial: Trial, device: Device, ceilings: Ceilings
 ) -> Row:
-    """Check a kernel; time it if it is right."""
+    """Check a kernel; if it is correct, time it."""
     try:
         trial.run()
         launch = recorder.take(trial.kernel)
@@ -213,7 +213,7 @@ def _in_a_row(launch: Launch, device: Device) -> float:
 def beside(
     trial: Trial, launch: Launch, device: Device
 ) -> tuple[float | str | None, float | None]:
-    """Time bitsandbytes on the same tensors, and say how often it gives our values."""
+    """Time bitsandbytes on the same tensors, and count equal values."""
     build = peers.PEERS.get(peers.key(trial))
     if build is None:
         return None, None
@@ -223,7 +223,7 @@ def beside(
         peer = build(peers.Tensors(launch.arguments, device.place))
         agreement = peer.agreement(launch)
         return measure(device, peer.call), agreement
-    except Exception as error:  # a stranger may fail in any way
+    except Exception as error:  # another library may raise any exception
         return f"failed: {_first_line(error)}", None
 
 

@@ -1,7 +1,7 @@
-"""Note the launches that a launcher makes, so that they can be repeated and timed.
+"""Record the launches that a launcher makes, to repeat and time them.
 
-A launcher checks, allocates and waits; its kernel is one call in the middle. What is
-timed is that call, with the arguments that the launcher gave it.
+A launcher checks, allocates, launches a kernel and waits. Only the launch of the kernel
+is timed, with the arguments of the launcher.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -39,7 +39,7 @@ class Launch:
 
     @property
     def bytes_moved(self) -> int:
-        """Count every array once: what any kernel for this must move."""
+        """Count every array once: the bytes that a kernel must move at least."""
         kinds = self.kernel.arguments
         arrays = [a for name, a in self.arguments.items() if kinds[name] == POINTER]
         return sum(array.nbytes for array in arrays if array is not None)
@@ -82,7 +82,7 @@ OPERATIONS: dict[str, Callable[[Mapping[str, Any]], float]] = {
 
 
 class Recorder:
-    """An executor that passes everything on, and notes the launches."""
+    """An executor that calls another one and records the launches."""
 
     def __init__(self, gpu: Executor) -> None:
         self._gpu = gpu
@@ -93,18 +93,18 @@ class Recorder:
         return id(self)
 
     def forget(self) -> None:
-        """Forget what was noted, as when a trial did not come to its end."""
+        """Delete all records, for example after a trial that failed."""
         self._noted.clear()
 
     def take(self, kernel: Kernel) -> Launch:
-        """Return the one launch of a kernel, and forget all that was noted."""
+        """Return the only launch of a kernel, and delete all records."""
         found = [launch for launch in self._noted if launch.kernel is kernel]
         self.forget()
         (launch,) = found
         return launch
 
     def launch(self, kernel: Kernel, dtype: str, args: Sequence[Any]) -> None:
-        """Launch, and note it."""
+        """Launch the kernel and record the launch."""
 
         def again() -> None:
             self._gpu.launch(kernel, dtype, args)

@@ -1,4 +1,4 @@
-"""bitsandbytes' kernels on the tensors of a launch, for those that it has."""
+"""bitsandbytes' kernels on the tensors of a launch, where such a kernel exists."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ from minipeft.lab.gpu.trials import SETTINGS, STEPS, Trial
 
 @dataclass(frozen=True)
 class Peer:
-    """A stranger's kernel, ready to be called.
+    """A kernel of another library, ready to be called.
 
     Args:
         call: does what the launch did.
@@ -25,7 +25,7 @@ class Peer:
     result: str
 
     def agreement(self, launch: Launch) -> float | None:
-        """Return the share of values that are the same as ours."""
+        """Return the share of values that equal ours."""
         if not self.result:
             return None
         from minipeft.golden.drivers.bridge import to_numpy  # needs torch

@@ -1,4 +1,4 @@
-"""The report: every kernel checked, timed, and compared with what the device can do."""
+"""The report: every kernel checked, timed, and compared with the device's limits."""
 
 import json
 import sys
@@ -17,7 +17,7 @@ from minipeft.lab.gpu.trials import Sizes
 
 @dataclass(frozen=True)
 class Report:
-    """All that goes into the files."""
+    """The contents of the files."""
 
     facts: Mapping[str, str]
     ceilings: Ceilings
@@ -60,7 +60,7 @@ def run(
         verdict = "WRONG" if row.wrong else f"{1e6 * row.seconds:.1f} µs"
         print(f"{row.kernel} {row.dtype}: {verdict}", file=sys.stderr)
         rows.append(row)
-        # After each: what comes may end the machine.
+        # After each kernel, because the next one may crash the machine.
         write(folder, Report(about, ceilings, rows))
     report = Report(about, ceilings, rows)
     print(markdown(report), end="")
@@ -79,7 +79,7 @@ def _written(folder: Path, about: Mapping[str, str]) -> list[Row]:
         same = (found["minipeft"], found["device"]) == (__version__, about)
         return [Row(**row) for row in found["kernels"]] if same else []
     except (OSError, ValueError, KeyError, TypeError):
-        return []  # there is none, or what is there is not one
+        return []  # there is no earlier report, or it is unreadable
 
 
 def write(folder: Path, report: Report) -> None:

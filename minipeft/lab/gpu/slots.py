@@ -1,8 +1,8 @@
-"""What a kernel costs in instructions: the other half of its bound, from machine code.
+"""The cost of a kernel's instructions, from machine code: a second bound of its time.
 
 A multiprocessor has four schedulers, and each issues one instruction of one warp a
-cycle. Bytes alone say "bound by memory" of nearly every kernel; decoding a weight takes
-ten instructions, and those have to be issued.
+cycle. By bytes alone, memory limits nearly every kernel; but decoding a weight takes
+ten instructions, and these take time too.
 
 Of all ways through a kernel's machine code that do the work of a thread, the cheapest
 is looked for. What counts as the work is a sequence of instructions that no way can do
@@ -29,7 +29,7 @@ BYTES_OF_AN_INSTRUCTION = 16
 
 
 class Work(NamedTuple):
-    """What one thread does: instructions in their order, and for how many values."""
+    """The work of one thread: instructions in their order, and the number of values."""
 
     phases: tuple[tuple[str, int], ...]
     values: int
@@ -86,12 +86,12 @@ class Cost:
 
     @property
     def cycles(self) -> float:
-        """Return what no warp can be faster than."""
+        """Return the least cycles of a warp."""
         return max(self.issue, *self.pipes.values())
 
     @property
     def limit(self) -> str:
-        """Name what takes longest: `issue`, or a pipe."""
+        """Name the slowest part: `issue`, or a pipe."""
         return max({**self.pipes, "issue": self.issue}.items(), key=lambda p: p[1])[0]
 
     def seconds(self, values: float, gpu: Gpu) -> float:
@@ -101,7 +101,7 @@ class Cost:
 
 
 def cost(kernel: Kernel, dtype: str, architecture: str) -> Cost | None:
-    """Return a kernel's cost; None where nothing is known of its work.
+    """Return a kernel's cost; None if its work is not known.
 
     Args:
         kernel: from the table.
@@ -109,7 +109,7 @@ def cost(kernel: Kernel, dtype: str, architecture: str) -> Cost | None:
         architecture: as in "90".
 
     Raises:
-        InputError: the sentence of `machine_code.missing`.
+        InputError: with the message of `machine_code.missing`.
     """
     work = work_of(kernel, dtype)
     if work is None:
@@ -126,7 +126,7 @@ def disassembled(row: str, architecture: str) -> Mapping[str, machine_code.Machi
 
 
 def work_of(kernel: Kernel, dtype: str) -> Work | None:
-    """Say what a thread does, from the geometry at the head of the kernel's file."""
+    """Return the work of a thread, from the head of the kernel's file."""
     size = SIZES[dtype]
     vector = 16 // size
     # Two stretches of two rows of W: look up 32 weights; multiply by one row of x.
@@ -146,7 +146,7 @@ def work_of(kernel: Kernel, dtype: str) -> Work | None:
 
 
 def pipes(way: Sequence[str], architecture: str, values: int) -> dict[str, float]:
-    """Add up how long the instructions keep each pipe busy, a value."""
+    """Return the cycles per value that the instructions use each pipe."""
     busy: Counter[str] = Counter()
     for instruction in way:
         name = _name(instruction)
@@ -193,7 +193,7 @@ def cheapest(
     wanted = [form for form, times in phases for _ in range(times)]
     blocks = _blocks(instructions)
     marks = [_marked(block, {form for form, _ in phases}) for block in blocks]
-    start = (0, 0)  # a block, and how much was done before it
+    start = (0, 0)  # a block, and the number of finished phases before it
     best, came = {start: 0}, {start: start}
     queue = [(0, start)]
     while queue:

@@ -1,10 +1,10 @@
-"""Every kernel with inputs on which the reference says what it must write, to the byte.
+"""Every kernel with inputs for which the reference gives every byte of the result.
 
-Codecs and optimizers are defined bit by bit, so any input serves. Where sums are taken
-the inputs are small integers over a power of two: every partial sum is exact in
-float32, whatever its order, and the reference computes the same in float64. A trial
-runs the launcher that everybody calls; what the kernel wrote is read from the arguments
-of its launch.
+Codecs and optimizers are defined bit by bit, so their inputs can be any numbers.
+Kernels with sums get small integers over a power of two: every partial sum is exact in
+float32, in every order, and the reference computes the same in float64. A trial runs
+the public launcher; the results of the kernel are read from the arguments of its
+launch.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -72,11 +72,11 @@ class Trial:
     """One kernel on one set of inputs.
 
     Args:
-        kernel: what is looked at.
+        kernel: the kernel under test.
         dtype: of its instance.
-        note: what distinguishes it from other trials of the kernel.
+        note: the difference from other trials of the kernel.
         run: calls the launcher.
-        expected: what the kernel must have written, by the name of the argument.
+        expected: the correct results, by the name of the argument.
     """
 
     kernel: Kernel
@@ -92,7 +92,7 @@ class Trial:
 
 
 def difference(trial: Trial, launch: Launch) -> str | None:
-    """Say how the launch's results differ from what is expected; None if they do not.
+    """Describe a difference from the expected results; None if there is none.
 
     Every byte counts.
     """
@@ -109,7 +109,7 @@ def difference(trial: Trial, launch: Launch) -> str | None:
 
 
 def trials(sizes: Sizes) -> Iterator[Trial]:
-    """Build them one by one: the arrays of one fill a good part of a small memory."""
+    """Build the trials one by one: the arrays of one trial use much memory."""
     for kernel, note, build in TABLE:
         for dtype in kernel.dtypes or ("float32",):
             run, expected = build(sizes, dtype)
