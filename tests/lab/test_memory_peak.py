@@ -1,6 +1,8 @@
 """The predicted peak of a step against what torch's allocator hands out."""
 
 import dataclasses
+import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -8,22 +10,20 @@ import transformers
 
 from minipeft.lab import memory, memory_peak, train
 from minipeft.lab.memory import measured
+from minipeft.lab.memory import prepared as adapting
 from minipeft.torch.adamw import AdamW
 from minipeft.torch.inject import trainable_parameters
-from tests.lab import adapting
 from tests.lab.test_memory import kept_by_autograd
 
 ON_TINY, ON_SMOLLM2 = 0.15, 0.05
 """The bands that the formulas promise, on models of 1 and of 135 million parameters."""
 
 
-def ready(config, name, dtype=torch.float32, checkpointing=False):
+def ready(config, name, dtype=torch.float32):
     """Return a model with adapters, its optimizer with states, and a batch."""
     torch.manual_seed(0)
     base = transformers.LlamaForCausalLM(config).to(dtype)
     model = adapting.prepared(base, name)
-    if checkpointing:
-        base.activation_checkpointing_enable({"use_reentrant": False})
     optimizer = train.adamw(model.train(), train.TrainConfig(1))
     for parameter in trainable_parameters(model):
         parameter.grad = torch.zeros_like(parameter)
@@ -54,20 +54,52 @@ CASES = [
 
 @pytest.mark.parametrize(("name", "checkpointing"), CASES)
 def test_the_peak_on_tiny_is_within_its_band(tiny, name, checkpointing):
-    case = ready(tiny.model.config, name, checkpointing=checkpointing)
-    expected = measured.predicted(*case)
-    real = real_peak(*case)
+    torch.manual_seed(0)
+    tokens = (4, 64)
+    real, expected = adapting.measured_peak(
+        tiny.model.config, name, tokens, checkpointing
+    )
     assert abs(real / expected.total - 1) < ON_TINY, (real, expected)
+
+
+RESULTS = Path(__file__).parents[2] / "chapters" / "results" / "24_costs.json"
+SMOLLM2 = memory.Architecture(30, 576, 1536, 9, 3, 49152, 64)
+
+
+@pytest.mark.parametrize(("name", "checkpointing"), CASES)
+def test_the_peak_that_was_measured_on_smollm2_is_within_its_band(name, checkpointing):
+    result = json.loads(RESULTS.read_text())
+    (real,) = (r for n, c, r in result["measured"] if (n, c) == (name, checkpointing))
+    bits = {"qlora": memory.quantized_bits(4, 64, 256), "loftq": 4.5}.get(name, 32)
+    use = memory.Precision(weights=bits / 8, rest=4)
+    how = memory.Step(checkpointing=checkpointing)
+    tokens = tuple(result["tokens"])
+    expected = memory.peak(SMOLLM2, tokens, adapting.adapter(name), use, how)
+    assert abs(real / expected.total - 1) < ON_SMOLLM2
+
+
+def test_smollm2_in_two_blocks_is_within_its_band():
+    """Its words and widths, measured here: all that a step of seconds is about."""
+    config = transformers.LlamaConfig(
+        vocab_size=49152,
+        hidden_size=576,
+        intermediate_size=1536,
+        num_hidden_layers=2,
+        num_attention_heads=9,
+        num_key_value_heads=3,
+        tie_word_embeddings=True,
+    )
+    torch.manual_seed(0)
+    for checkpointing in (False, True):
+        real, expected = adapting.measured_peak(config, "lora", (1, 64), checkpointing)
+        assert abs(real / expected.total - 1) < ON_SMOLLM2
 
 
 @pytest.mark.parametrize("name", adapting.NAMES)
 def test_the_weights_and_what_trains_are_counted_to_the_byte(tiny, name):
     model, optimizer, _ = ready(tiny.model.config, name)
     sizes = memory.of_config(tiny.model.config)
-    adapter = None
-    if name != "full":
-        method = {"qlora": "lora"}.get(name, name)
-        adapter = memory.Adapter(adapting.rank(name), method=method)
+    adapter = adapting.adapter(name)
     trained = sum(p.numel() for p in trainable_parameters(model))
     bits = {"qlora": memory.quantized_bits(4, 64, 256), "loftq": 4.5}.get(name, 32)
     use = memory.Precision(weights=bits / 8, rest=4)

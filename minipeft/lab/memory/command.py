@@ -82,8 +82,8 @@ def _add_step(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--optimizer",
         default="adamw",
-        help="adamw, adamw-master, adamw8, paged-adamw, paged-adamw8 or sgd (default: "
-        "%(default)s)",
+        help="adamw, adamw16, adamw-master, adamw8, paged-adamw, paged-adamw8 or sgd "
+        "(default: %(default)s)",
     )
     count = "(default: %(default)s)"
     parser.add_argument(

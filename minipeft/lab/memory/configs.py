@@ -89,6 +89,15 @@ def named(name: str) -> Architecture:
     Raises:
         InputError: there is no such file or model, or its family is not known here.
     """
+    return of_config(configuration(name))
+
+
+def configuration(name: str) -> Any:
+    """Return the configuration of a model: a file, a folder, or a name.
+
+    Raises:
+        InputError: there is no such file or model.
+    """
     import transformers
 
     from minipeft.lab import models
@@ -100,16 +109,15 @@ def named(name: str) -> Architecture:
             from minipeft.lab import reading_gguf
 
             file = models.cached(name) / models.WHEELS[name].files[0]
-            return of_config(reading_gguf.config(file))
+            return reading_gguf.config(file)
         path = models.folder_of(name) / "config.json"
     if not path.is_file():
         raise InputError(f"there is no file {name}; give a model's config.json")
     try:
-        config = transformers.AutoConfig.from_pretrained(path, local_files_only=True)
+        return transformers.AutoConfig.from_pretrained(path, local_files_only=True)
     except (OSError, ValueError, TypeError, KeyError) as error:
         reason = str(error).strip().splitlines()[0]
         raise InputError(f"{path} is no configuration of a model ({reason})") from error
-    return of_config(config)
 
 
 def _gpt2(config: Any) -> Architecture:

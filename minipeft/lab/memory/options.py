@@ -50,13 +50,15 @@ EIGHT = 2 + 2 * 4 / 256
 
 OPTIMIZERS: Mapping[str, Optimizer] = {
     "adamw": Optimizer(8, 4),
+    "adamw16": Optimizer(4, 2),
     "adamw-master": Optimizer(12, 4),
     "adamw8": Optimizer(EIGHT, 0),
     "paged-adamw": Optimizer(8, 0, 8),
     "paged-adamw8": Optimizer(EIGHT, 0, EIGHT),
     "sgd": Optimizer(0, 0),
 }
-"""AdamW in float32; with a float32 copy of 16-bit weights; in 8 bits; on the host."""
+"""AdamW with float32 states; with 16-bit states, as torch has them over 16-bit weights;
+with a float32 copy of such weights; with 8-bit states; with states on the host."""
 
 
 @dataclass(frozen=True)
