@@ -11,6 +11,7 @@ import torch
 
 from minipeft.lab import memory, plots
 from minipeft.lab.chapter import start
+from minipeft.lab.memory.cards import CARDS
 
 chapter = start("00_why", steps=1, model="tiny")
 
@@ -149,15 +150,8 @@ print(f"LoRA of rank {adapter.r} trains {thin:.1%} of the parameters")
 # `nvidia-smi` reports (a [list](https://thundergolfer.com/blog/nvidia-gpu-memory-capacity) of those in data centres is online):
 
 # %%
-CARDS = {  # what nvidia-smi reports, in MiB
-    "A10, sold as 24 GB": 23_028,
-    "L4, sold as 24 GB": 23_034,
-    "RTX 4090, sold as 24 GB": 24_564,
-    "RTX 3090, sold as 24 GB": 24_576,
-    "H100, sold as 80 GB": 81_559,
-    "A100, sold as 80 GB": 81_920,
-}
-held = {name: mebibytes * 2**20 for name, mebibytes in CARDS.items()}
+SOLD = ("24 GB", "80 GB")
+held = {name: size for name, size in CARDS.items() if name.endswith(SOLD)}
 for name, size in held.items():
     fits = [way for way, need in ways.items() if need.total < size]
     print(f"{name:24s} {size / 1e9:5.2f} GB: {', '.join(fits)}")
@@ -197,8 +191,8 @@ chapter.show(
 # Of QLoRA's {=f"{qlora / 1e9:.1f}"=} GB, {=f"{ways['QLoRA: LoRA on 4 bits'].activations / qlora:.0%}"=} are activations. A method of their own
 # makes those smaller: keep only some of them and compute the others again in the backward pass (gradient checkpointing).
 #
-# These sums are lower bounds. They leave out what lives only inside one operation, what the allocator loses between its
-# blocks, and the few hundred megabytes that the driver takes.
+# These sums are lower bounds. They leave out what lives only inside one operation, which [another chapter](24_costs.md)
+# counts, what the allocator loses between its blocks, and the few hundred megabytes that the driver takes.
 #
 # ## The published number
 #
