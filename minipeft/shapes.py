@@ -6,9 +6,12 @@ page. Tests check the annotations with jaxtyping; without it they cost nothing.
 """
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+from fractions import Fraction
+from numbers import Real
+from typing import TYPE_CHECKING, Any, Protocol, cast, runtime_checkable
 
 from minipeft.errors import InputError
+from minipeft.values import check_kind, check_number
 
 if TYPE_CHECKING:
     from jaxtyping import Bool as Bool
@@ -38,7 +41,9 @@ __all__ = [
     "Integer",
     "Shaped",
     "UInt8",
+    "check_array",
     "check_floats",
+    "check_scaling",
     "check_shapes",
 ]
 
@@ -65,12 +70,35 @@ def check_floats(name: str, array: Operand) -> None:
     Raises:
         InputError: if it is no array, or its dtype is complex, boolean or an integer.
     """
-    if not hasattr(array, "dtype") or not hasattr(array, "shape"):
-        kind = type(array).__name__
-        raise InputError(f"{name} is of type {kind}; give an array of floats.")
+    check_array(name, array, "floats")
     dtype = str(array.dtype).removeprefix("torch.")
     if dtype not in FLOATS:
         raise InputError(f"{name} has dtype {dtype}; convert it to a float dtype.")
+    if dtype == "object":
+        values: Any = array  # NumPy's: torch has no arrays of objects
+        odd = next((v for v in values.flat if not isinstance(v, Real)), 0)
+        check_kind(f"a value of {name}", odd, Real)
+
+
+def check_scaling(scaling: Any, beside: Operand) -> None:
+    """Refuse a scaling that is no finite number, or a fraction beside floats.
+
+    Raises:
+        InputError: names it and what to choose.
+    """
+    if not (isinstance(scaling, Fraction) and str(beside.dtype) == "object"):
+        check_number("scaling", scaling)
+
+
+def check_array(name: str, array: Operand, of: str) -> None:
+    """Refuse what is no array.
+
+    Raises:
+        InputError: names the operand, its type, and the numbers it should hold.
+    """
+    if not hasattr(array, "dtype") or not hasattr(array, "shape"):
+        kind = type(array).__name__
+        raise InputError(f"{name} is of type {kind}; give an array of {of}.")
 
 
 def check_shapes(operands: Mapping[str, tuple[Operand | None, str]]) -> None:
@@ -78,21 +106,25 @@ def check_shapes(operands: Mapping[str, tuple[Operand | None, str]]) -> None:
 
     `{"W": (W, "out_features in_features"), "bias": (bias, "out_features")}` asks for a
     bias of W's first length. A first word `...` stands for any leading axes, the same
-    for all operands. An operand that is None is left out.
+    for all operands. A first word `?` lets an operand be None: it is left out.
 
     Args:
         operands: each by name, with the names of its axes.
 
     Raises:
-        InputError: at the first wrong shape, or dtype that is no float.
+        InputError: at the first that is no array, or has a wrong shape or no floats.
     """
     lengths: dict[str, tuple[int, ...]] = {}
     seen: list[str] = []
     for name, (array, axes) in operands.items():
-        if array is None:
-            continue
-        check_floats(name, array)
-        shape, words = tuple(array.shape), axes.split()
+        words = axes.split()
+        if words[0] == "?":
+            if array is None:
+                continue
+            del words[0]
+        operand = cast("Operand", array)
+        check_floats(name, operand)
+        shape = tuple(operand.shape)
         parts = _parts(shape, words)
         if parts is None or any(lengths.get(w, p) != p for w, p in parts.items()):
             beside = f" beside {' and '.join(seen)}" if seen else ""

@@ -11,10 +11,12 @@ import pkgutil
 import typing
 from collections.abc import Iterator, Mapping
 from dataclasses import fields, is_dataclass, replace
+from fractions import Fraction
 from functools import cache
 from importlib import import_module
 from itertools import islice
 from types import ModuleType
+from typing import Any
 
 import jaxtyping
 import numpy as np
@@ -71,6 +73,26 @@ OUT_OF_RANGE = {
 }
 
 
+# No operand may be one of these, but where its annotation says so.
+ODD = (
+    *(None, "three", b"3", 2j, Fraction(1, 3), np.nan, np.inf, -1, 1.5, 10**400),
+    *([1.0], (), {}, object(), np.array("three"), np.float32(np.nan)),
+)
+# An operand that is refused under the name it has where it is checked.
+CALLED = {
+    **{
+        "flat": "W",
+        "update": "adapter",
+        "initial": "adapter|initial",
+        "states": "states|a state",
+    },
+    **{"absmax_codes": "the scales", "nested_absmax": "the scales"},
+    ("q", "nested_blocksize"): "the scales: blocksize",
+    **{("prefix", "K"): "P_K", ("prefix", "V"): "P_V"},
+}
+
+NUMBERS = {float, Any, np.float32, int, bool}
+
 # A layer uses the corner of a larger pair, so these axes may be longer than its own.
 MAY_BE_LONGER = {("pair", "in_features"), ("pair", "out_features")}
 
@@ -103,7 +125,14 @@ def operands(row: ModuleType) -> dict[str, object]:
         **{"rows": 3, "columns": 4, "pair": vera.Projections(f32(2, 5), f32(4, 2))},
         **{"features": 5, "side": "input", "bits": 4, "offset": 0.9, "signed": True},
         **{"codebook": codebook.NF4.copy(), "blocksize": 4, "nested_blocksize": 2},
-        **{"q": q, "dtype": np.float32, "scaled": f32(4, 5), "n": 20, "fill": 7},
+        **{
+            "q": q,
+            "name": "blocksize",
+            "dtype": np.float32,
+            "scaled": f32(4, 5),
+            "n": 20,
+            "fill": 7,
+        },
         **{"codes": np.arange(10, dtype=np.uint8), "packed": q.packed},
         **{"absmax": q.absmax, "flat": f32(7), "steps": 2, "mean_bits": 3.0},
         **{"weights": {"a": f32(4, 5), "b": f32(3, 7)}, "sketch": pissa.SKETCH},
@@ -115,6 +144,7 @@ def operands(row: ModuleType) -> dict[str, object]:
         **{"head": attention.Head(f32(2, 3, 5), f32(2, 4, 5), f32(2, 4, 6))},
         **{"prefix": prefix.Prefix(f32(2, 5), f32(2, 6)), "X": f32(2, 3, 5)},
         **{"prompt": prompt.Prompt(f32(2, 5)), "h": f32(3, 5), "bottleneck": 2},
+        **{"given": {"x": f32(3, 5), "grad_y": f32(3, 4)}},
         **{"sublayers": (np.tanh, np.negative), "rank_stabilized": True},
     }
     small = bottleneck.Bottleneck(f32(2, 5), f32(2), f32(5, 2), f32(5), 0.5)
@@ -148,6 +178,7 @@ def operands(row: ModuleType) -> dict[str, object]:
         experts: {
             **{"W": f32(3, 4, 5), "bias": f32(3, 4), "shape": (3, 4, 5)},
             **{"x": f32(6, 5), "grad_y": f32(6, 4)},
+            "given": {"x": f32(6, 5), "grad_y": f32(6, 4)},
             "adapter": experts.ExpertsLoRA(f32(3, 2, 5), f32(3, 4, 2), 0.5),
             "chosen": np.array([0, 2, 1, 0, 2, 2]),
         },
@@ -274,6 +305,33 @@ def retyped(row: ModuleType, name: str) -> Iterator[tuple[tuple[str, ...], np.nd
         for dtype in ("complex64", "bool", "int32", "float32", "uint8"):
             if not _allowed(hint, dtype):
                 yield path, _at(given, path).astype(dtype)
+
+
+def odd(row: ModuleType, name: str) -> Iterator[tuple[tuple[str, ...], object]]:
+    """Yield, for every operand and every part of one, what it may not be."""
+    given, hints = arguments(row, name), typing.get_type_hints(getattr(row, name))
+    for parameter, value in given.items():
+        own = {(parameter,): hints[parameter]}
+        if is_dataclass(value):
+            inner = typing.get_type_hints(type(value))
+            own |= {(parameter, field): hint for field, hint in inner.items()}
+        for path, hint in own.items():
+            yield from ((path, one) for one in ODD if not _admits(hint, one))
+    for path in annotated(row, name):
+        array = _at(given, path).astype(object)
+        if array.size:
+            array.flat[0] = None
+            yield path, array
+
+
+def _admits(hint: object, value: object) -> bool:
+    if hint is str or (isinstance(value, np.generic) and hint not in NUMBERS):
+        return True  # a name in a sentence; an array without axes
+    if value is None or isinstance(value, Mapping | tuple):
+        kinds = (hint, *typing.get_args(hint))
+        return any(typing.get_origin(k) or k is type(value) for k in kinds)
+    number = isinstance(value, int | float) and abs(value) < 2
+    return number and hint in NUMBERS - {int, bool}
 
 
 def _allowed(hint: type, dtype: str) -> bool:

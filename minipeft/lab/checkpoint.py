@@ -7,7 +7,7 @@ file is written under another name and then renamed, so it is never half written
 
 import hashlib
 import json
-import math
+import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields
@@ -224,7 +224,8 @@ def _progress(header: dict[str, Any]) -> Progress:
     step, seconds, settings = (found[k] for k in ("step", "seconds", "settings"))
     if type(step) is not int or step < 0:
         raise ValueError(f"step is {step!r}")
-    if type(seconds) not in (int, float) or not 0 <= seconds < math.inf:
+    # A whole number may lie beyond every float.
+    if type(seconds) not in (int, float) or not 0 <= seconds <= sys.float_info.max:
         raise ValueError(f"seconds is {seconds!r}")
     if not isinstance(settings, dict) or not all(
         isinstance(value, str) for value in settings.values()

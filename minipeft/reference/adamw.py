@@ -2,7 +2,8 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from math import inf, sqrt
+from math import sqrt
+from numbers import Real
 
 import numpy as np
 
@@ -10,7 +11,8 @@ from minipeft.errors import InputError
 from minipeft.reference import blockwise
 from minipeft.reference.blockwise import Blockwise
 from minipeft.reference.codebook import dynamic_map
-from minipeft.shapes import Float, check_floats, check_shapes
+from minipeft.shapes import Float, check_array, check_floats, check_shapes
+from minipeft.values import check_integer, check_kind, check_number
 
 Weight = Float[np.ndarray, "..."]
 Moment = Weight | Blockwise
@@ -28,11 +30,15 @@ class AdamW:
     weight_decay: float = 1e-2
 
     def __post_init__(self) -> None:
-        if not all(0 <= beta < 1 for beta in self.betas):
-            raise InputError(f"betas are {self.betas}; choose both in [0, 1).")
+        pair = isinstance(self.betas, tuple | list) and len(self.betas) == 2
+        if not pair or not all(
+            isinstance(beta, Real) and 0 <= beta < 1 for beta in self.betas
+        ):
+            raise InputError(f"betas are {self.betas!r}; choose both in [0, 1).")
         for name in ("lr", "eps", "weight_decay"):
-            if not 0 <= (value := getattr(self, name)) < inf:
-                raise InputError(f"{name} is {value}; choose a finite 0 or more.")
+            check_number(name, value := getattr(self, name))
+            if value < 0:
+                raise InputError(f"{name} is {value}; choose 0 or more.")
 
 
 @dataclass(frozen=True)
@@ -45,6 +51,7 @@ class State:
 
     def __post_init__(self) -> None:
         """Refuse two moments of different sizes."""
+        check_integer("t", self.t, 0)
         for name, moment in (("m", self.m), ("v", self.v)):
             if not isinstance(moment, Blockwise):
                 check_floats(name, moment)
@@ -69,6 +76,7 @@ def init(W: Weight, bits: int = 32) -> State:
 
     Source: 8-bit optimizers (arXiv:2110.02861), section 2.
     """
+    check_integer("bits", bits)
     if bits not in (8, 32):
         raise InputError(f"bits is {bits}; choose 8 or 32.")
     check_shapes({"W": (W, "...")})
@@ -104,6 +112,8 @@ def step(W: Weight, grad: Weight, state: State, config: AdamW) -> tuple[Weight, 
 
     Source: AdamW (arXiv:1711.05101), algorithm 2; 8-bit states: arXiv:2110.02861.
     """
+    check_kind("the state", state, State)
+    check_kind("the config", config, AdamW)
     m, v = decode(state.m), decode(state.v)
     check_fits(W, grad, m, v)
     t = state.t + 1
@@ -127,23 +137,28 @@ def decode(moment: Moment) -> Weight:
     """Return the values of a moment, decoded if it is stored in 8 bits."""
     if isinstance(moment, Blockwise):
         return blockwise.dequantize(moment)
+    check_floats("the moment", moment)
     return moment.copy()
 
 
 def encode(values: Weight, like: Moment) -> Moment:
     """Store the values of a moment in the form of `like`."""
+    check_floats("values", values)
+    check_kind("like", like, np.ndarray, Blockwise)
     if isinstance(like, Blockwise):
         blockwise.check_parts(like)
         return blockwise.quantize(values, like.codebook, like.blocksize)
-    check_floats("the values", values)
+    check_floats("like", like)
     return values.copy()
 
 
 def to_arrays(state: State) -> dict[str, np.ndarray]:
     """Return the state as named arrays, which every file format can store."""
+    check_kind("the state", state, State)
     arrays = {"t": np.asarray(state.t)}
     for name, moment in (("m", state.m), ("v", state.v)):
         if isinstance(moment, Blockwise):
+            blockwise.check_parts(moment)
             arrays[f"{name}_codes"] = moment.packed.reshape(moment.shape).copy()
             arrays[f"{name}_absmax"] = moment.absmax.copy()
         else:
@@ -161,11 +176,17 @@ def from_arrays(arrays: Mapping[str, np.ndarray]) -> State:
         values = dynamic_map(signed=name == "m")
         return Blockwise(codes.reshape(-1), absmax, values, BLOCKSIZE, codes.shape)
 
+    check_kind("arrays", arrays, Mapping)
     needed = [("t",), ("m", "m_codes"), ("v", "v_codes")]
     missing = [names[0] for names in needed if not any(n in arrays for n in names)]
     if missing:
         raise InputError(f"the arrays hold no {missing[0]}; give all of `to_arrays`.")
-    return State(int(arrays["t"]), moment("m"), moment("v"))
+    for name, array in arrays.items():
+        check_array(f"{name} of the arrays", array, "numbers")
+    t = arrays["t"]
+    if t.size != 1:
+        raise InputError(f"t has shape {t.shape}; give one whole number.")
+    return State(t.item(), moment("m"), moment("v"))
 
 
 def check_fits(W: Weight, grad: Weight, m: Weight, v: Weight) -> None:

@@ -7,7 +7,8 @@ from typing import NamedTuple
 import numpy as np
 
 from minipeft.errors import InputError
-from minipeft.shapes import Bool, Float, check_shapes
+from minipeft.shapes import Bool, Float, check_array, check_shapes
+from minipeft.values import check_integer, check_kind
 
 Queries = Float[np.ndarray, "*batch queries d"]
 Keys = Float[np.ndarray, "*batch keys d"]
@@ -44,6 +45,8 @@ def causal(queries: int, keys: int) -> Mask:
     Raises:
         InputError: if there are fewer keys than queries.
     """
+    check_integer("queries", queries, 0)
+    check_integer("keys", keys, 0)
     if keys < queries:
         raise InputError(
             f"{queries} queries and {keys} keys; every query needs its key."
@@ -91,8 +94,14 @@ def backward(grad_y: Mixed, head: Head) -> AttentionGradients:
         InputError: if the shapes contradict each other, or a mask hides all keys from a
             query.
     """
-    check_fits(head, grad_y)
     P = weights(head)
+    check_shapes(
+        {
+            "P": (P, "... queries keys"),
+            "grad_y": (grad_y, "... queries d_v"),
+            "V": (head.V, "... keys d_v"),
+        }
+    )
     share = grad_y @ head.V.swapaxes(-1, -2)
     S = P * (share - (P * share).sum(axis=-1, keepdims=True))
     S = S / sqrt(head.Q.shape[-1])
@@ -101,18 +110,18 @@ def backward(grad_y: Mixed, head: Head) -> AttentionGradients:
     )
 
 
-def check_fits(head: Head, grad_y: Mixed | None = None) -> None:
+def check_fits(head: Head) -> None:
     """Refuse parts of different heads, and masks that are not booleans.
 
     Masks of numbers have two meanings in use: in some, 0 hides a key; others are added
     to the logits, where 0 leaves a key visible.
     """
+    check_kind("the head", head, Head)
     check_shapes(
         {
             "Q": (head.Q, "... queries d"),
             "K": (head.K, "... keys d"),
             "V": (head.V, "... keys d_v"),
-            "grad_y": (grad_y, "... queries d_v"),
         }
     )
     queries, keys, mask = head.Q.shape[-2], head.K.shape[-2], head.mask
@@ -120,6 +129,7 @@ def check_fits(head: Head, grad_y: Mixed | None = None) -> None:
         raise InputError("there are 0 keys; give every query at least one.")
     if mask is None:
         return
+    check_array("the mask", mask, "booleans")
     if mask.dtype != bool:
         raise InputError(
             f"the mask has dtype {mask.dtype}; give booleans, True where a query may "

@@ -8,7 +8,8 @@ from numpy.typing import DTypeLike
 
 from minipeft.errors import InputError
 from minipeft.reference.codebook import NF4, Codebook, code_bits
-from minipeft.shapes import Float, UInt8, check_floats, check_shapes
+from minipeft.shapes import Float, UInt8, check_array, check_floats, check_shapes
+from minipeft.values import check_integer, check_kind, check_sizes
 
 Bytes = UInt8[np.ndarray, " bytes"]
 Codes = UInt8[np.ndarray, " n"]
@@ -70,7 +71,7 @@ def dequantize(q: Blockwise, dtype: DTypeLike = np.float32) -> Values:
         InputError: if the number of codes or scales does not fit the shape, or `dtype`
             is no float dtype.
     """
-    check_floats("the result", np.empty(0, dtype))
+    _check_dtype(dtype)
     size = check_parts(q)
     codes = unpack(q.packed, code_bits(q.codebook), size)
     absmax = np.repeat(q.absmax.astype(np.float32), q.blocksize)[:size]
@@ -125,11 +126,9 @@ def pack(codes: Codes, bits: int, fill: int = 0) -> Bytes:
     """
     _check_bits(bits)
     _check_bytes("codes", codes)
-    if max(fill, codes.max(initial=0)) >= 2**bits:
-        raise InputError(
-            f"a code is {max(fill, codes.max(initial=0))}; {bits} bits hold 0 to "
-            f"{2**bits - 1}."
-        )
+    check_integer("fill", fill, 0, 2**bits - 1)
+    if (largest := codes.max(initial=0)) >= 2**bits:
+        raise InputError(f"a code is {largest}; {bits} bits hold 0 to {2**bits - 1}.")
     spare = -codes.size % 8  # eight codes always fill whole bytes
     padded = np.concatenate([codes, np.full(spare, fill, np.uint8)])
     bit_rows = np.unpackbits(padded[:, None], axis=1)[:, 8 - bits :]
@@ -144,6 +143,7 @@ def unpack(packed: Bytes, bits: int, n: int) -> Codes:
     """
     _check_bits(bits)
     _check_bytes("packed", packed)
+    check_integer("n", n)
     if not 0 <= n * bits <= 8 * packed.size:
         raise InputError(
             f"n is {n}; {packed.size} bytes hold {8 * packed.size // bits}."
@@ -152,19 +152,20 @@ def unpack(packed: Bytes, bits: int, n: int) -> Codes:
     return np.packbits(bit_rows, axis=1, bitorder="big")[:, 0] >> np.uint8(8 - bits)
 
 
-def check_blocksize(blocksize: int) -> None:
+def check_blocksize(blocksize: int, name: str = "blocksize") -> None:
     """Refuse a block size that is not a positive power of two."""
+    check_integer(name, blocksize)
     if blocksize < 1 or blocksize & (blocksize - 1):
         raise InputError(
-            f"blocksize is {blocksize}; choose a positive power of two, such as 64."
+            f"{name} is {blocksize}; choose a positive power of two, such as 64."
         )
 
 
 def check_parts(q: Blockwise) -> int:
     """Return the number of weights; refuse another number of codes or scales."""
+    check_kind("q", q, Blockwise)
     check_blocksize(q.blocksize)
-    if min(q.shape, default=0) < 0:
-        raise InputError(f"shape is {q.shape}; choose lengths of 0 or more.")
+    check_sizes("shape", q.shape)
     _check_bytes("packed", q.packed)
     check_shapes({"absmax": (q.absmax, "blocks")})
     n, bits = prod(q.shape), code_bits(q.codebook)
@@ -175,6 +176,11 @@ def check_parts(q: Blockwise) -> int:
                 f"{name} has {size} values where shape {list(q.shape)} and blocksize "
                 f"{q.blocksize} need {wanted}; pass the parts of one quantized tensor."
             )
+    bad = np.flatnonzero(~np.isfinite(q.absmax))
+    if bad.size:
+        raise InputError(
+            f"absmax holds {q.absmax[bad[0]]} at block {bad[0]}; give finite scales."
+        )
     return n
 
 
@@ -190,11 +196,22 @@ def check_finite(flat: Float[np.ndarray, " n"]) -> None:
 
 
 def _check_bits(bits: int) -> None:
-    if not 1 <= bits <= 8:
-        raise InputError(f"bits is {bits}; choose 1 to 8.")
+    check_integer("bits", bits, 1, 8)
+
+
+def _check_dtype(dtype: DTypeLike) -> None:
+    try:
+        # None would mean float64.
+        found = None if dtype is None else np.dtype(dtype)
+    except TypeError:
+        found = None
+    if found is None:
+        raise InputError(f"dtype is {dtype!r}; choose a float dtype, such as float32.")
+    check_floats("the result", np.empty(0, found))
 
 
 def _check_bytes(name: str, array: np.ndarray) -> None:
+    check_array(name, array, "bytes")
     if array.dtype != np.uint8 or array.ndim != 1:
         raise InputError(
             f"{name} has dtype {array.dtype} and shape {array.shape}; give a list of "

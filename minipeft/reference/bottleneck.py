@@ -2,14 +2,14 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from math import isfinite
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from minipeft.errors import InputError
 from minipeft.reference import linear
-from minipeft.shapes import Shaped, check_shapes
+from minipeft.shapes import Shaped, check_floats, check_scaling, check_shapes
+from minipeft.values import check_calls, check_integer, check_kind, check_number
 
 Sublayer = Callable[[Any], Any]
 Stream = Shaped[np.ndarray, "... features"]
@@ -52,10 +52,10 @@ def init(
 
     Source: Houlsby et al. (arXiv:1902.00751), section 2.1.
     """
-    if bottleneck < 1:
-        raise InputError(f"bottleneck is {bottleneck}; choose 1 or more features.")
-    if not isfinite(scaling):
-        raise InputError(f"scaling is {scaling}; choose a finite number.")
+    check_kind("rng", rng, np.random.Generator)
+    check_integer("features", features, 0)
+    check_integer("bottleneck", bottleneck, 1)
+    check_number("scaling", scaling)
     down = 0.02 * rng.standard_normal((bottleneck, features), np.float32)
     up = np.zeros((features, bottleneck), np.float32)
     down_bias = np.zeros(bottleneck, np.float32)
@@ -92,11 +92,13 @@ def backward(grad_y: Stream, x: Stream, adapter: Bottleneck) -> BottleneckGradie
 
 def serial(h: Stream, adapter: Bottleneck) -> Stream:
     """Place the adapter behind a sublayer, with a skip: h + f(h)."""
+    check_floats("h", h)
     return h + forward(h, adapter)
 
 
 def parallel(x: Stream, h: Stream, adapter: Bottleneck) -> Stream:
     """Place the adapter beside a sublayer that turns x into h: h + f(x)."""
+    check_floats("h", h)
     return _add(h, forward(x, adapter))
 
 
@@ -114,6 +116,10 @@ def houlsby(
 
     Source: Houlsby et al. (arXiv:1902.00751), figure 2.
     """
+    _check_block(x, sublayers)
+    check_kind("adapters", adapters, tuple, list)
+    if len(adapters) != 2:
+        raise InputError(f"adapters holds {len(adapters)}; give one for each sublayer.")
     for sublayer, adapter in zip(sublayers, adapters, strict=True):
         x = _add(x, serial(sublayer(x), adapter))
     return x
@@ -126,7 +132,7 @@ def pfeiffer(
 
     Source: Pfeiffer et al. (arXiv:2005.00247), section 3.
     """
-    attention, feedforward = sublayers
+    attention, feedforward = _check_block(x, sublayers)
     x = _add(x, attention(x))
     return _add(x, serial(feedforward(x), adapter))
 
@@ -138,13 +144,27 @@ def beside(
 
     Source: He et al. (arXiv:2110.04366), section 4.
     """
-    attention, feedforward = sublayers
+    attention, feedforward = _check_block(x, sublayers)
     x = _add(x, attention(x))
     return _add(x, parallel(x, feedforward(x), adapter))
 
 
+def _check_block(
+    x: Stream, sublayers: tuple[Sublayer, Sublayer]
+) -> tuple[Sublayer, Sublayer]:
+    """Refuse what no block runs on, before the first sublayer runs."""
+    check_floats("x", x)
+    check_kind("sublayers", sublayers, tuple, list)
+    if len(sublayers) != 2:
+        raise InputError(f"sublayers holds {len(sublayers)}; give two functions.")
+    for sublayer in sublayers:
+        check_calls("a sublayer", sublayer)
+    return sublayers
+
+
 def _check_fits(x: Stream, adapter: Bottleneck) -> None:
     """Refuse an input or parts of another adapter: a bias of one would broadcast."""
+    check_kind("the adapter", adapter, Bottleneck)
     check_shapes(
         {
             "down": (adapter.down, "bottleneck features"),
@@ -154,6 +174,7 @@ def _check_fits(x: Stream, adapter: Bottleneck) -> None:
             "x": (x, "... features"),
         }
     )
+    check_scaling(adapter.scaling, adapter.down)
 
 
 def _add(skip: Stream, h: Stream) -> Stream:

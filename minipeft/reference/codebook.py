@@ -6,6 +6,7 @@ import numpy as np
 
 from minipeft.errors import InputError
 from minipeft.shapes import Float, check_shapes
+from minipeft.values import check_flag, check_integer, check_number
 
 Codebook = Float[np.ndarray, " codes"]
 
@@ -60,8 +61,8 @@ def normal_float(bits: int, offset: float = 929 / 960) -> Codebook:
 
     Source: QLoRA (arXiv:2305.14314), section 3 and appendix E.
     """
-    if not 2 <= bits <= 8:
-        raise InputError(f"bits is {bits}; choose 2 to 8.")
+    check_integer("bits", bits, 2, 8)
+    check_number("offset", offset)
     if not 0.5 < offset < 1:
         raise InputError(f"offset is {offset}; choose a probability in (1/2, 1).")
     half = 2 ** (bits - 1)
@@ -89,6 +90,7 @@ def dynamic_map(signed: bool = True) -> Codebook:
 
     Source: 8-bit optimizers (arXiv:2110.02861), section 1.3.
     """
+    check_flag("signed", signed)
     values = [np.float32(0), np.float32(1)]
     for i in range(7):
         edges = _linspace32(0.1, 1.0, 2 ** (i if signed else i + 1) + 1)

@@ -9,6 +9,7 @@ from minipeft.reference import linear, lora
 from minipeft.reference.linear import Bias, Input, Output, Weight
 from minipeft.reference.lora import LoRA, MatrixA, MatrixB
 from minipeft.shapes import Shaped, check_shapes
+from minipeft.values import check_kind
 
 Rows = Shaped[np.ndarray, " out_features"]
 
@@ -45,7 +46,7 @@ def init(rng: np.random.Generator, W: Weight, r: int, alpha: float) -> DoRA:
 
     Source: DoRA (arXiv:2402.09353), section 4.1.
     """
-    linear.check_fits(W)
+    linear.check_fits(W, {})
     new = lora.init(rng, W.shape[1], W.shape[0], r, alpha)
     return DoRA(new.A, new.B, new.scaling, row_norm(W, new))
 
@@ -95,6 +96,7 @@ def forward(x: Input, W: Weight, adapter: DoRA, bias: Bias | None = None) -> Out
 
     Source: DoRA (arXiv:2402.09353), equation 5.
     """
+    _check_kind(adapter)
     return _forward(x, W, adapter, bias, row_norm(W, adapter.lora))
 
 
@@ -109,6 +111,7 @@ def backward(grad_y: Output, x: Input, W: Weight, adapter: DoRA) -> DoRAGradient
 
     Source: DoRA (arXiv:2402.09353), section 4.3 and equation 11.
     """
+    _check_kind(adapter)
     return _backward(grad_y, x, W, adapter, row_norm(W, adapter.lora))
 
 
@@ -118,6 +121,7 @@ def merge(W: Weight, adapter: DoRA) -> Weight:
     Raises:
         InputError: if an operand has another layer's shape, or no float dtype.
     """
+    _check_kind(adapter)
     return _merge(W, adapter, row_norm(W, adapter.lora))
 
 
@@ -128,7 +132,7 @@ def merge(W: Weight, adapter: DoRA) -> Weight:
 def _forward(
     x: Input, W: Weight, adapter: DoRA, bias: Bias | None, norm: Rows
 ) -> Output:
-    linear.check_fits(W, x=x, bias=bias)
+    linear.check_fits(W, {"x": x}, bias)
     y = _gain(W, adapter, norm) * lora.forward(x, W, adapter.lora)
     return y if bias is None else y + bias
 
@@ -137,7 +141,7 @@ def _backward(
     grad_y: Output, x: Input, W: Weight, adapter: DoRA, norm: Rows
 ) -> DoRAGradients:
     g = _gain(W, adapter, norm)
-    linear.check_fits(W, x=x, grad_y=grad_y)
+    linear.check_fits(W, {"x": x, "grad_y": grad_y})
     turned = lora.backward(g * grad_y, x, W, adapter.lora)
     rows = (grad_y * lora.forward(x, W, adapter.lora)).reshape(-1, len(norm))
     return DoRAGradients(*turned, over_norm(rows.sum(axis=0), norm))
@@ -155,6 +159,10 @@ def _gain(W: Weight, adapter: DoRA, norm: Rows) -> Rows:
         }
     )
     return over_norm(adapter.magnitude, norm)
+
+
+def _check_kind(adapter: DoRA) -> None:
+    check_kind("the adapter", adapter, DoRA)
 
 
 def _wide(factor: Shaped[np.ndarray, "..."]) -> Shaped[np.ndarray, "..."]:

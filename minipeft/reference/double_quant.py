@@ -1,6 +1,6 @@
 """Double quantization: the scales of the blocks are quantized too, to eight bits."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import fsum, prod
 
 import numpy as np
@@ -10,7 +10,8 @@ from minipeft.errors import InputError
 from minipeft.reference import blockwise
 from minipeft.reference.blockwise import Blockwise, Bytes, Scales, Values
 from minipeft.reference.codebook import NF4, Codebook, dynamic_map
-from minipeft.shapes import Float, UInt8, check_floats
+from minipeft.shapes import Float, UInt8, check_shapes
+from minipeft.values import check_kind, check_number, check_sizes
 
 
 @dataclass(frozen=True)
@@ -51,7 +52,7 @@ def quantize(
 
     Source: QLoRA (arXiv:2305.14314), section 3, "Double Quantization".
     """
-    blockwise.check_blocksize(nested_blocksize)
+    blockwise.check_blocksize(nested_blocksize, "nested_blocksize")
     q = blockwise.quantize(W, codebook, blocksize)
     offset = mean(q.absmax)
     scales = blockwise.quantize(q.absmax - offset, dynamic_map(), nested_blocksize)
@@ -93,7 +94,10 @@ def unnest(q: Nested) -> Blockwise:
     Raises:
         InputError: if the number of codes or nested scales does not fit the shape.
     """
+    check_kind("q", q, Nested)
     blockwise.check_blocksize(q.blocksize)
+    check_sizes("shape", q.shape)
+    check_number("offset", q.offset)
     scales = Blockwise(
         q.absmax_codes,
         q.nested_absmax,
@@ -105,11 +109,9 @@ def unnest(q: Nested) -> Blockwise:
         absmax = blockwise.dequantize(scales) + q.offset
     except InputError as error:
         raise InputError(f"the scales: {error}") from None
-    if not np.isfinite(q.offset):
-        raise InputError(f"offset is {q.offset}; give the mean of the scales.")
-    whole = Blockwise(q.packed.copy(), absmax, q.codebook.copy(), q.blocksize, q.shape)
+    whole = Blockwise(q.packed, absmax, q.codebook, q.blocksize, q.shape)
     blockwise.check_parts(whole)
-    return whole
+    return replace(whole, packed=q.packed.copy(), codebook=q.codebook.copy())
 
 
 def bits_per_parameter(q: Nested | Blockwise) -> float:
@@ -124,6 +126,7 @@ def bits_per_parameter(q: Nested | Blockwise) -> float:
 
     Source: QLoRA (arXiv:2305.14314), section 3.
     """
+    check_kind("q", q, Nested, Blockwise)
     weights = blockwise.check_parts(unnest(q) if isinstance(q, Nested) else q)
     if not weights:
         raise InputError(f"q has shape {q.shape} and no weight; give at least one.")
@@ -141,5 +144,5 @@ def mean(absmax: Scales) -> np.float32:
     The exact sum is rounded to float64, divided there, and rounded to float32. (A
     float32 sum depends on the order, and libraries differ in its last bit.)
     """
-    check_floats("absmax", absmax)
+    check_shapes({"absmax": (absmax, "blocks")})
     return np.float32(fsum(absmax) / max(absmax.size, 1))

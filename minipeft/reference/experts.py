@@ -1,5 +1,6 @@
 """LoRA on a stack of weights; each token uses the weights of its experts."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from math import sqrt
 from typing import Any, NamedTuple
@@ -7,8 +8,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from minipeft.errors import InputError
-from minipeft.reference import lora
-from minipeft.shapes import Integer, Shaped, check_shapes
+from minipeft.reference import linear, lora
+from minipeft.shapes import Integer, Shaped, check_array, check_scaling, check_shapes
+from minipeft.values import check_kind, check_sizes
 
 Weights = Shaped[np.ndarray, "experts out_features in_features"]
 Biases = Shaped[np.ndarray, "experts out_features"]
@@ -57,12 +59,15 @@ def init(
 
     Source: LoRA (arXiv:2106.09685), section 4.1.
     """
+    check_sizes("shape", shape, 3)
     experts, out_features, in_features = shape
     lora.check_rank(r, in_features, out_features)
+    check_kind("rng", rng, np.random.Generator)
+    s = lora.scaling(alpha, r, rank_stabilized)
     bound = 1 / sqrt(in_features)
     A = rng.uniform(-bound, bound, (experts, r, in_features)).astype(np.float32)
     B = np.zeros((experts, out_features, r), np.float32)
-    return ExpertsLoRA(A, B, lora.scaling(alpha, r, rank_stabilized))
+    return ExpertsLoRA(A, B, s)
 
 
 def delta(adapter: ExpertsLoRA) -> Weights:
@@ -71,7 +76,7 @@ def delta(adapter: ExpertsLoRA) -> Weights:
     Raises:
         InputError: if A and B do not fit each other.
     """
-    check_fits(None, adapter)
+    _check_parts(adapter)
     return adapter.scaling * (adapter.B @ adapter.A)
 
 
@@ -98,7 +103,7 @@ def forward(
     Source: LoRA (arXiv:2106.09685), equation 3, for each expert.
     """
     check_fits(W, adapter, bias)
-    check_tokens(W, chosen, x=x)
+    check_tokens(W, chosen, {"x": x})
     A, B, s = adapter.A[chosen], adapter.B[chosen], adapter.scaling
     column = x[..., None]
     y = (W[chosen] @ column + s * (B @ (A @ column)))[..., 0]
@@ -119,7 +124,7 @@ def backward(
             expert is chosen that there is not.
     """
     check_fits(W, adapter)
-    check_tokens(W, chosen, x=x, grad_y=grad_y)
+    check_tokens(W, chosen, {"x": x, "grad_y": grad_y})
     A, B = adapter.A[chosen], adapter.B[chosen]
     column, g = x[..., None], adapter.scaling * grad_y[..., None]
     up = B.swapaxes(-1, -2) @ g
@@ -140,37 +145,55 @@ def merge(W: Weights, adapter: ExpertsLoRA) -> Weights:
     return W + delta(adapter)
 
 
-def check_fits(
-    W: Weights | None, adapter: ExpertsLoRA, bias: Biases | None = None
-) -> None:
+def check_fits(W: Weights, adapter: ExpertsLoRA, bias: Biases | None = None) -> None:
     """Refuse matrices of another stack; NumPy would broadcast a single expert."""
+    _check_parts(adapter)
     check_shapes(
         {
             "W": (W, "experts out_features in_features"),
             "A": (adapter.A, "experts r in_features"),
             "B": (adapter.B, "experts out_features r"),
-            "bias": (bias, "experts out_features"),
+            "bias": (bias, "? experts out_features"),
         }
     )
+
+
+def _check_parts(adapter: ExpertsLoRA) -> None:
+    check_kind("the adapter", adapter, ExpertsLoRA)
+    A, B = (adapter.A, "experts r in_features"), (adapter.B, "experts out_features r")
+    check_shapes({"A": A, "B": B})
+    check_scaling(adapter.scaling, adapter.A)
     if not adapter.A.shape[1]:
         raise InputError("r is 0; give A at least one row and B at least one column.")
 
 
 def check_tokens(
-    W: Weights, chosen: Chosen, x: Input, grad_y: Output | None = None
+    W: Weights, chosen: Chosen, given: Mapping[str, Shaped[np.ndarray, "..."]]
 ) -> None:
-    """Refuse tokens of another layer, and numbers that name no expert."""
+    """Refuse tokens of another layer, and numbers that name no expert.
+
+    Args:
+        W: the stack of weights.
+        chosen: the expert of each token.
+        given: x, and grad_y in the backward pass, by name.
+
+    Raises:
+        InputError: if an operand has another layer's shape, or no float dtype; if an
+            expert is chosen that there is not.
+    """
+    check_kind("given", given, Mapping)
     check_shapes(
         {
             "W": (W, "experts out_features in_features"),
-            "x": (x, "... in_features"),
-            "grad_y": (grad_y, "... out_features"),
+            **{name: (array, linear.AXES[name]) for name, array in given.items()},
         }
     )
-    if chosen.dtype.kind not in "iu" or chosen.shape != x.shape[:-1]:
+    check_array("chosen", chosen, "whole numbers")
+    tokens = given["x"].shape[:-1]
+    if chosen.dtype.kind not in "iu" or chosen.shape != tokens:
         raise InputError(
             f"chosen has dtype {chosen.dtype} and shape {chosen.shape}; give one "
-            f"integer a token, in shape {x.shape[:-1]}."
+            f"integer a token, in shape {tokens}."
         )
     wrong = chosen[(chosen < 0) | (chosen >= len(W))]
     if wrong.size:

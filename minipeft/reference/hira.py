@@ -1,15 +1,14 @@
 """HiRA: the frozen weight times a product of thin matrices, entry by entry."""
 
 from dataclasses import dataclass
-from math import isfinite
 from typing import Any
 
 import numpy as np
 
-from minipeft.errors import InputError
 from minipeft.reference import linear, lora
 from minipeft.reference.linear import Bias, Input, Output, Weight
 from minipeft.reference.lora import LoRA, LoRAGradients, MatrixA, MatrixB
+from minipeft.values import check_kind, check_number
 
 
 @dataclass(frozen=True)
@@ -42,8 +41,7 @@ def init(
 
     Source: HiRA (ICLR 2025, openreview TwJrTz9cRS), section 3.2.
     """
-    if not isfinite(scaling):
-        raise InputError(f"scaling is {scaling}; choose a finite number.")
+    check_number("scaling", scaling)
     new = lora.init(rng, in_features, out_features, r, alpha=r)
     return HiRA(new.A, new.B, scaling)
 
@@ -70,7 +68,8 @@ def forward(x: Input, W: Weight, adapter: HiRA, bias: Bias | None = None) -> Out
     Raises:
         InputError: if an operand has another layer's shape, or no float dtype.
     """
-    return linear.forward(x, W, bias) + linear.forward(x, delta(W, adapter))
+    dW = delta(W, adapter)
+    return linear.forward(x, W, bias) + linear.forward(x, dW)
 
 
 def backward(grad_y: Output, x: Input, W: Weight, adapter: HiRA) -> LoRAGradients:
@@ -101,4 +100,5 @@ def merge(W: Weight, adapter: HiRA) -> Weight:
 
 def check_fits(W: Weight, adapter: HiRA) -> None:
     """Refuse matrices of another layer; NumPy would broadcast a B of one row."""
+    check_kind("the adapter", adapter, HiRA)
     lora.check_fits(W, LoRA(adapter.A, adapter.B, adapter.scaling))

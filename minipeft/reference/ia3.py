@@ -9,6 +9,7 @@ from minipeft.errors import InputError
 from minipeft.reference import linear
 from minipeft.reference.linear import Bias, Input, Output, Weight
 from minipeft.shapes import Shaped, check_shapes
+from minipeft.values import check_integer, check_kind
 
 Side = Literal["output", "input"]
 Vector = Shaped[np.ndarray, " features"]
@@ -51,6 +52,7 @@ def init(features: int, side: Side = "output") -> IA3:
 
     Source: IA3 (arXiv:2205.05638), section 3.3.
     """
+    check_integer("features", features, 0)
     return IA3(np.ones(features, np.float32), side)
 
 
@@ -66,7 +68,7 @@ def forward(x: Input, W: Weight, adapter: IA3, bias: Bias | None = None) -> Outp
     Source: IA3 (arXiv:2205.05638), section 3.3.
     """
     _check_fits(W, adapter)
-    linear.check_fits(W, x=x, bias=bias)
+    linear.check_fits(W, {"x": x}, bias)
     if adapter.side == "input":
         return linear.forward(adapter.l * x, W, bias)
     return adapter.l * linear.forward(x, W, bias)
@@ -84,7 +86,7 @@ def backward(
         InputError: if an operand has another layer's shape, or no float dtype.
     """
     _check_fits(W, adapter)
-    linear.check_fits(W, x=x, bias=bias, grad_y=grad_y)
+    linear.check_fits(W, {"x": x, "grad_y": grad_y}, bias)
     if adapter.side == "input":
         scaled = grad_y @ W
         return IA3Gradients(adapter.l * scaled, _over_positions(x * scaled))
@@ -111,6 +113,7 @@ def merge_bias(bias: Bias, adapter: IA3) -> Bias:
     Raises:
         InputError: if l scales the output and the bias has another length.
     """
+    check_kind("the adapter", adapter, IA3)
     if adapter.side == "input":
         check_shapes({"bias": (bias, "out_features")})
         return bias.copy()
@@ -120,6 +123,7 @@ def merge_bias(bias: Bias, adapter: IA3) -> Bias:
 
 def _check_fits(W: Weight, adapter: IA3) -> None:
     """Refuse a vector for another layer, or for the other side of this layer."""
+    check_kind("the adapter", adapter, IA3)
     side = "in_features" if adapter.side == "input" else "out_features"
     check_shapes({"W": (W, "out_features in_features"), "l": (adapter.l, side)})
 

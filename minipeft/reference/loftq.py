@@ -11,6 +11,7 @@ from minipeft.reference.blockwise import Blockwise
 from minipeft.reference.codebook import NF2, NF4, Codebook
 from minipeft.reference.lora import LoRA
 from minipeft.shapes import Float
+from minipeft.values import check_integer, check_kind, check_number
 
 Weight = Float[np.ndarray, "out_features in_features"]
 
@@ -43,8 +44,7 @@ def init(
 
     Source: LoftQ (arXiv:2310.08659), algorithm 1.
     """
-    if steps < 1:
-        raise InputError(f"steps is {steps}; take at least one.")
+    check_integer("steps", steps, 1)
     pairs = islice(alternate(W, r, alpha, codebook, blocksize), steps)
     return min(pairs, key=lambda pair: error(W, *pair))
 
@@ -74,6 +74,7 @@ def error(W: Weight, q: Blockwise, initial: LoRA) -> float:
         InputError: if the base or the adapter has another layer's shape.
     """
     lora.check_fits(W, initial)
+    blockwise.check_parts(q)
     if q.shape != W.shape:
         raise InputError(f"the base has shape {q.shape}; W has {W.shape}: give W's.")
     return float(np.linalg.norm(W - blockwise.dequantize(q) - lora.delta(initial)))
@@ -100,6 +101,8 @@ def plan(
 
     Source: LoftQ (arXiv:2310.08659), section 4.3, mixed precision.
     """
+    check_number("mean_bits", mean_bits)
+    check_kind("weights", weights, Mapping)
     if not 2 <= mean_bits <= 4:
         raise InputError(f"mean_bits is {mean_bits}; choose 2 to 4.")
     gains = {name: _gain(W, blocksize) for name, W in weights.items()}

@@ -1,7 +1,7 @@
 """LoRA: a frozen weight plus a trained product of two thin matrices."""
 
 from dataclasses import dataclass
-from math import isfinite, sqrt
+from math import sqrt
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -9,7 +9,8 @@ import numpy as np
 from minipeft.errors import InputError
 from minipeft.reference import linear
 from minipeft.reference.linear import Bias, Input, Output, Weight
-from minipeft.shapes import Shaped, check_shapes
+from minipeft.shapes import Shaped, check_scaling, check_shapes
+from minipeft.values import check_flag, check_integer, check_kind, check_number
 
 MatrixA = Shaped[np.ndarray, "r in_features"]
 MatrixB = Shaped[np.ndarray, "out_features r"]
@@ -43,10 +44,9 @@ def scaling(alpha: float, r: int, rank_stabilized: bool = False) -> float:
     Source: LoRA (arXiv:2106.09685), section 4.1; rsLoRA (arXiv:2312.03732),
     theorem 3.2.
     """
-    if r < 1:
-        raise InputError(f"r is {r}; choose 1 or more.")
-    if not isfinite(alpha):
-        raise InputError(f"alpha is {alpha}; choose a finite number, such as 2 r.")
+    check_integer("r", r, 1)
+    check_number("alpha", alpha)
+    check_flag("rank_stabilized", rank_stabilized)
     return alpha / sqrt(r) if rank_stabilized else alpha / r
 
 
@@ -77,10 +77,12 @@ def init(
     Source: LoRA (arXiv:2106.09685), section 4.1.
     """
     check_rank(r, in_features, out_features)
+    check_kind("rng", rng, np.random.Generator)
+    s = scaling(alpha, r, rank_stabilized)
     bound = 1 / sqrt(in_features)
     A = rng.uniform(-bound, bound, (r, in_features)).astype(np.float32)
     B = np.zeros((out_features, r), np.float32)
-    return LoRA(A, B, scaling(alpha, r, rank_stabilized))
+    return LoRA(A, B, s)
 
 
 def delta(adapter: LoRA) -> Weight:
@@ -89,7 +91,7 @@ def delta(adapter: LoRA) -> Weight:
     Raises:
         InputError: if A and B do not fit each other.
     """
-    check_fits(None, adapter)
+    _check_parts(adapter)
     return adapter.scaling * (adapter.B @ adapter.A)
 
 
@@ -118,7 +120,7 @@ def backward(grad_y: Output, x: Input, W: Weight, adapter: LoRA) -> LoRAGradient
         InputError: if an operand has another layer's shape, or no float dtype.
     """
     check_fits(W, adapter)
-    linear.check_fits(W, x=x, grad_y=grad_y)
+    linear.check_fits(W, {"x": x, "grad_y": grad_y})
     up = linear.backward(adapter.scaling * grad_y, x @ adapter.A.T, adapter.B)
     down = linear.backward(up.x, x, adapter.A)
     return LoRAGradients(grad_y @ W + down.x, down.W, up.W)
@@ -136,6 +138,9 @@ def merge(W: Weight, adapter: LoRA) -> Weight:
 
 def check_rank(r: int, in_features: int, out_features: int) -> None:
     """Refuse a rank below 1, or above the rank that W can have."""
+    for name, value in (("in_features", in_features), ("out_features", out_features)):
+        check_integer(name, value, 1)
+    check_integer("r", r)
     if not 1 <= r <= min(in_features, out_features):
         raise InputError(
             f"r is {r}; choose 1 to {min(in_features, out_features)} for a weight of "
@@ -143,11 +148,12 @@ def check_rank(r: int, in_features: int, out_features: int) -> None:
         )
 
 
-def check_fits(W: Weight | None, adapter: LoRA) -> None:
+def check_fits(W: Weight, adapter: LoRA) -> None:
     """Refuse matrices of another layer; NumPy would broadcast a B of one row.
 
     A rank above the rank of W is allowed here: `pissa.to_lora` doubles the rank.
     """
+    _check_parts(adapter)
     check_shapes(
         {
             "W": (W, "out_features in_features"),
@@ -155,5 +161,13 @@ def check_fits(W: Weight | None, adapter: LoRA) -> None:
             "B": (adapter.B, "out_features r"),
         }
     )
+
+
+def _check_parts(adapter: LoRA) -> None:
+    check_kind("the adapter", adapter, LoRA)
+    check_shapes(
+        {"A": (adapter.A, "r in_features"), "B": (adapter.B, "out_features r")}
+    )
+    check_scaling(adapter.scaling, adapter.A)
     if not len(adapter.A):
         raise InputError("r is 0; give A at least one row and B at least one column.")

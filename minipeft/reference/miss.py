@@ -9,6 +9,7 @@ from minipeft.errors import InputError
 from minipeft.reference import linear
 from minipeft.reference.linear import Bias, Input, Output, Weight
 from minipeft.shapes import Shaped, check_shapes
+from minipeft.values import check_integer, check_kind
 
 MatrixD = Shaped[np.ndarray, "r out_features"]
 Folded = Shaped[np.ndarray, "... r"]
@@ -42,6 +43,9 @@ def init(in_features: int, out_features: int, r: int) -> MiSS:
 
     Source: MiSS (arXiv:2409.15371), section 3.
     """
+    check_integer("in_features", in_features, 1)
+    check_integer("out_features", out_features, 0)
+    check_integer("r", r)
     if not 1 <= r <= in_features:
         raise InputError(f"r is {r}; choose 1 to {in_features}, the inputs of W.")
     return MiSS(np.zeros((r, out_features), np.float32))
@@ -55,7 +59,8 @@ def delta(adapter: MiSS, in_features: int) -> Weight:
 
     Source: MiSS (arXiv:2409.15371), section 3.
     """
-    _check_fits(None, adapter)
+    _check_parts(adapter)
+    check_integer("in_features", in_features, 0)
     return adapter.D[np.arange(in_features) % len(adapter.D)].T.copy()
 
 
@@ -81,7 +86,7 @@ def backward(grad_y: Output, x: Input, W: Weight, adapter: MiSS) -> MiSSGradient
         InputError: if an operand has another layer's shape, or no float dtype.
     """
     _check_fits(W, adapter)
-    linear.check_fits(W, x=x, grad_y=grad_y)
+    linear.check_fits(W, {"x": x, "grad_y": grad_y})
     thin = linear.backward(grad_y, fold(x, len(adapter.D)), adapter.D.T)
     spread = np.arange(W.shape[1]) % len(adapter.D)
     return MiSSGradients(grad_y @ W + thin.x[..., spread], thin.W.T)
@@ -104,21 +109,26 @@ def fold(x: Input, r: int) -> Folded:
         InputError: if r is below 1, or x has no float dtype.
     """
     check_shapes({"x": (x, "... in_features")})
-    if r < 1:
-        raise InputError(f"r is {r}; choose 1 or more.")
+    check_integer("r", r, 1)
     # Zeros fill the last shard.
     missing = np.zeros((*x.shape[:-1], -x.shape[-1] % r), x.dtype)
     full = np.concatenate([x, missing], axis=-1)
     return full.reshape(*x.shape[:-1], -1, r).sum(axis=-2)
 
 
-def _check_fits(W: Weight | None, adapter: MiSS) -> None:
+def _check_fits(W: Weight, adapter: MiSS) -> None:
     """Refuse a matrix of another layer; NumPy would broadcast a single column."""
+    _check_parts(adapter)
     check_shapes(
         {
             "W": (W, "out_features in_features"),
             "D": (adapter.D, "r out_features"),
         }
     )
+
+
+def _check_parts(adapter: MiSS) -> None:
+    check_kind("the adapter", adapter, MiSS)
+    check_shapes({"D": (adapter.D, "r out_features")})
     if not len(adapter.D):
         raise InputError("r is 0; give D at least one row.")

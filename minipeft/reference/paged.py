@@ -10,6 +10,7 @@ from minipeft.errors import InputError
 from minipeft.reference import adamw
 from minipeft.reference.adamw import AdamW, State, Weight
 from minipeft.reference.blockwise import Blockwise
+from minipeft.values import check_integer, check_kind
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,15 @@ class Paged:
     shapes: tuple[tuple[int, ...], ...]  # of each tensor
     traffic: Traffic = Traffic()
 
+    def __post_init__(self) -> None:
+        """Refuse what no table is made of."""
+        for name in ("host", "pages", "shapes"):
+            check_kind(name, getattr(self, name), tuple)
+        check_kind("device", self.device, Mapping)
+        check_kind("traffic", self.traffic, Traffic)
+        check_integer("budget", self.budget, 1)
+        check_integer("page_size", self.page_size, 1)
+
 
 def init(states: Sequence[State], page_size: int, budget: int) -> Paged:
     """Cut the states of some tensors into pages, all of them on the host.
@@ -56,6 +66,11 @@ def init(states: Sequence[State], page_size: int, budget: int) -> Paged:
 
     Source: QLoRA (arXiv:2305.14314), section 3, "Paged Optimizers".
     """
+    check_integer("page_size", page_size)
+    check_integer("budget", budget, 1)
+    check_kind("states", states, Sequence)
+    for state in states:
+        check_kind("a state", state, State)
     if page_size < 1 or page_size % adamw.BLOCKSIZE:
         raise InputError(f"page_size is {page_size}; choose a multiple of 256.")
     host: list[State] = []
@@ -65,8 +80,7 @@ def init(states: Sequence[State], page_size: int, budget: int) -> Paged:
         pages.append(range(len(host), len(host) + len(cut)))
         host += cut
     shapes = tuple(state.m.shape for state in states)
-    p = Paged(tuple(host), {}, budget, page_size, tuple(pages), shapes)
-    return resize(p, budget)
+    return Paged(tuple(host), {}, budget, page_size, tuple(pages), shapes)
 
 
 def step(
@@ -79,9 +93,10 @@ def step(
             no float dtype, or the gradient is not finite.
     """
     _check_tensor(p, tensor)
+    adamw.check_fits(W, grad, W, W)
+    check_kind("the config", config, AdamW)
     if W.shape != p.shapes[tensor]:
         raise InputError(f"W has shape {W.shape}; its state has {p.shapes[tensor]}.")
-    adamw.check_fits(W, grad, W, W)
     old, slope = W.reshape(-1), grad.reshape(-1)
     new = np.empty(W.size, W.dtype)
     for i, page in enumerate(p.pages[tensor]):
@@ -138,8 +153,8 @@ def resize(p: Paged, budget: int) -> Paged:
     Raises:
         InputError: if the budget is below 1.
     """
-    if budget < 1:
-        raise InputError(f"budget is {budget}; the device must hold at least 1 page.")
+    check_kind("the table p", p, Paged)
+    check_integer("budget", budget, 1)
     while len(p.device) > budget:
         p = evict(p, next(iter(p.device)))
     return replace(p, budget=budget)
@@ -169,14 +184,14 @@ def nbytes(state: State) -> int:
 
 def _check_tensor(p: Paged, tensor: int) -> None:
     """Refuse the number of a tensor that is not in the table."""
-    if not 0 <= tensor < len(p.shapes):
-        raise InputError(f"tensor is {tensor}; choose 0 to {len(p.shapes) - 1}.")
+    check_kind("the table p", p, Paged)
+    check_integer("tensor", tensor, 0, len(p.shapes) - 1)
 
 
 def _check_page(p: Paged, page: int) -> None:
     """Refuse the number of a page that is not in the table."""
-    if not 0 <= page < len(p.host):
-        raise InputError(f"page is {page}; choose 0 to {len(p.host) - 1}.")
+    check_kind("the table p", p, Paged)
+    check_integer("page", page, 0, len(p.host) - 1)
 
 
 def _bring(p: Paged, page: int, reason: Traffic) -> Paged:

@@ -8,7 +8,8 @@ from numpy.linalg import qr, svd
 from minipeft.errors import InputError
 from minipeft.reference import linear, lora
 from minipeft.reference.lora import LoRA
-from minipeft.shapes import Float, Shaped, check_shapes
+from minipeft.shapes import Float, Shaped, check_scaling, check_shapes
+from minipeft.values import check_integer, check_kind, check_number
 
 Weight = Float[np.ndarray, "out_features in_features"]
 
@@ -20,6 +21,11 @@ class Sketch:
     seed: int = 0
     oversampling: int = 4  # directions beyond r, in each block
     iterations: int = 2  # products with W W^T; each adds a block to Q
+
+    def __post_init__(self) -> None:
+        """Refuse what is no number of anything."""
+        for name in ("seed", "oversampling", "iterations"):
+            check_integer(name, getattr(self, name), 0)
 
 
 SKETCH = Sketch()
@@ -92,6 +98,8 @@ def to_lora(trained: LoRA, initial: LoRA) -> LoRA:
 
     Source: PiSSA (arXiv:2404.02948), conversion to LoRA.
     """
+    for name, adapter in (("trained", trained), ("initial", initial)):
+        check_kind(name, adapter, LoRA)
     check_shapes(
         {
             "A after training": (trained.A, "r in_features"),
@@ -100,6 +108,8 @@ def to_lora(trained: LoRA, initial: LoRA) -> LoRA:
             "B before training": (initial.B, "out_features r_initial"),
         }
     )
+    for adapter in (trained, initial):
+        check_scaling(adapter.scaling, adapter.A)
     if trained.scaling != initial.scaling:
         raise InputError(
             f"scaling is {trained.scaling} after training and {initial.scaling} "
@@ -140,6 +150,7 @@ def principal_randomized(
     Source: Musco, Musco (arXiv:1504.05477), algorithm 2.
     """
     _check_split(W, r, scaling)
+    check_kind("the sketch", sketch, Sketch)
     W = W.astype(np.result_type(W, np.float32))
     rng = np.random.default_rng(sketch.seed)
     columns = min(r + sketch.oversampling, *W.shape)
@@ -156,7 +167,8 @@ def principal_randomized(
 
 def checked_scaling(W: Weight, r: int, alpha: float) -> float:
     """Return alpha / r; refuse a weight, rank or alpha that allows no split."""
-    if not 0 < alpha < np.inf:
+    check_number("alpha", alpha)
+    if not alpha > 0:
         raise InputError(f"alpha is {alpha}; a split of W needs a positive one.")
     _check_split(W, r, alpha)
     return lora.scaling(alpha, r)
@@ -164,9 +176,10 @@ def checked_scaling(W: Weight, r: int, alpha: float) -> float:
 
 def _check_split(W: Weight, r: int, scaling: float) -> None:
     """Refuse a weight, rank or scaling that allows no split."""
-    linear.check_fits(W)
+    linear.check_fits(W, {})
     lora.check_rank(r, W.shape[1], W.shape[0])
-    if not 0 < scaling < np.inf:
+    check_number("scaling", scaling)
+    if not scaling > 0:
         raise InputError(f"scaling is {scaling}; a split of W needs a positive one.")
     bad = np.argwhere(~np.isfinite(W))
     if len(bad):

@@ -9,6 +9,7 @@ from minipeft.errors import InputError
 from minipeft.reference import attention, linear
 from minipeft.reference.attention import Head, Keys, Mixed, Queries, Values
 from minipeft.shapes import Float, Shaped, check_shapes
+from minipeft.values import check_integer, check_kind
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,9 @@ def init(rng: np.random.Generator, num_virtual_tokens: int, d: int) -> Prefix:
     Raises:
         InputError: if there is no virtual token.
     """
-    _check_count(num_virtual_tokens)
+    check_kind("rng", rng, np.random.Generator)
+    check_integer("num_virtual_tokens", num_virtual_tokens, 1)
+    check_integer("d", d, 1)
     K, V = rng.standard_normal((2, num_virtual_tokens, d)).astype(np.float32)
     return Prefix(K, V)
 
@@ -57,7 +60,10 @@ def init_reparametrized(
 
     Source: Prefix-tuning (arXiv:2101.00190), section 4.3.
     """
-    _check_count(num_virtual_tokens)
+    check_kind("rng", rng, np.random.Generator)
+    check_integer("num_virtual_tokens", num_virtual_tokens, 1)
+    check_integer("d", d, 1)
+    check_integer("hidden", hidden, 1)
     P = rng.standard_normal((num_virtual_tokens, d)).astype(np.float32)
     bound = d**-0.5
     W_down = rng.uniform(-bound, bound, (hidden, d)).astype(np.float32)
@@ -88,6 +94,7 @@ def expand_backward(grad: Prefix, network: Reparametrization) -> Reparametrizati
         InputError: if the shapes of the parts or of the prefix contradict each other.
     """
     _check_network(network)
+    check_kind("grad", grad, Prefix)
     check_shapes(
         {
             "half of b_up": (network.b_up[::2], "d"),
@@ -109,6 +116,7 @@ def attach(head: Head, prefix: Prefix) -> Head:
         InputError: if the prefix is not one of this head.
     """
     attention.check_fits(head)
+    check_kind("the prefix", prefix, Prefix)
     check_shapes(
         {
             "K": (head.K, "... keys d"),
@@ -165,6 +173,7 @@ def gate(head: Head, prefix: Prefix) -> Float[np.ndarray, "*batch queries"]:
 
 def _check_network(network: Reparametrization) -> None:
     """Refuse parts of different networks, and an output that does not split in two."""
+    check_kind("the network", network, Reparametrization)
     check_shapes(
         {
             "P": (network.P, "num_virtual_tokens width"),
@@ -177,11 +186,4 @@ def _check_network(network: Reparametrization) -> None:
     if len(network.W_up) % 2:
         raise InputError(
             f"W_up has {len(network.W_up)} rows; give as many for keys as for values."
-        )
-
-
-def _check_count(num_virtual_tokens: int) -> None:
-    if num_virtual_tokens < 1:
-        raise InputError(
-            f"num_virtual_tokens is {num_virtual_tokens}; choose at least 1."
         )

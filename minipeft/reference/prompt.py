@@ -6,7 +6,8 @@ from typing import NamedTuple
 import numpy as np
 
 from minipeft.errors import InputError
-from minipeft.shapes import Integer, Shaped, check_shapes
+from minipeft.shapes import Integer, Shaped, check_array, check_shapes
+from minipeft.values import check_integer, check_kind
 
 Texts = Shaped[np.ndarray, "*batch tokens d"]
 Vectors = Shaped[np.ndarray, "num_virtual_tokens d"]
@@ -42,6 +43,7 @@ def init(
     Source: Prompt tuning (arXiv:2104.08691), section 3.2.
     """
     check_shapes({"E": (E, "vocabulary d")})
+    check_array("tokens", tokens, "whole numbers")
     if tokens.ndim != 1 or tokens.dtype.kind not in "iu":
         raise InputError(
             f"tokens have shape {tokens.shape} and dtype {tokens.dtype}; give whole "
@@ -59,10 +61,9 @@ def init(
 
 def init_random(rng: np.random.Generator, num_virtual_tokens: int, d: int) -> Prompt:
     """Start from U(-0.5, 0.5), the paper's baseline; it needs more training steps."""
-    if num_virtual_tokens < 1:
-        raise InputError(
-            f"num_virtual_tokens is {num_virtual_tokens}; choose at least 1."
-        )
+    check_kind("rng", rng, np.random.Generator)
+    check_integer("num_virtual_tokens", num_virtual_tokens, 1)
+    check_integer("d", d, 1)
     return Prompt(rng.uniform(-0.5, 0.5, (num_virtual_tokens, d)).astype(np.float32))
 
 
@@ -74,6 +75,7 @@ def forward(X: Texts, prompt: Prompt) -> Shaped[np.ndarray, "*batch all_tokens d
 
     Source: Prompt tuning (arXiv:2104.08691), section 2.
     """
+    check_kind("the prompt", prompt, Prompt)
     check_shapes({"P": (prompt.P, "tokens d"), "X": (X, "... texts d")})
     P = np.broadcast_to(prompt.P, (*X.shape[:-2], *prompt.P.shape))
     return np.concatenate([P, X], axis=-2)
@@ -87,6 +89,7 @@ def backward(
     Raises:
         InputError: if the gradient does not have the shape of [P; X].
     """
+    check_kind("the prompt", prompt, Prompt)
     check_shapes({"P": (prompt.P, "tokens d"), "grad_y": (grad_y, "... all d")})
     n = len(prompt.P)
     if grad_y.shape[-2] < n:

@@ -8,6 +8,7 @@ from minipeft.reference.blockwise import Blockwise
 from minipeft.reference.double_quant import Nested
 from minipeft.reference.lora import LoRA, LoRAGradients
 from minipeft.shapes import Float, check_shapes
+from minipeft.values import check_kind
 
 Bias = Float[np.ndarray, " out_features"]
 Input = Float[np.ndarray, "... in_features"]
@@ -34,7 +35,7 @@ def forward(x: Input, q: Base, adapter: LoRA, bias: Bias | None = None) -> Outpu
 
     Source: QLoRA (arXiv:2305.14314), equations 5 and 6.
     """
-    check_shapes({"x": (x, "... in_features"), "bias": (bias, "out_features")})
+    check_shapes({"x": (x, "... in_features"), "bias": (bias, "? out_features")})
     rounded = None if bias is None else bias.astype(x.dtype)
     return lora.forward(x, dequantize(q, x.dtype), adapter, rounded).astype(x.dtype)
 
@@ -88,6 +89,7 @@ def dequantize(q: Base, dtype: DTypeLike = np.float32) -> Weight:
     Raises:
         InputError: if the parts of q do not fit each other.
     """
+    check_kind("q", q, Blockwise, Nested)
     if isinstance(q, Nested):
         return double_quant.dequantize(q, dtype)
     return blockwise.dequantize(q, dtype)

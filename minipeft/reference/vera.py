@@ -1,7 +1,7 @@
 """VeRA: one frozen random pair for all layers, and two trained vectors per layer."""
 
 from dataclasses import dataclass
-from math import isfinite, sqrt
+from math import sqrt
 from typing import NamedTuple
 
 import numpy as np
@@ -11,6 +11,7 @@ from minipeft.reference import linear
 from minipeft.reference.linear import Bias, Input, Output, Weight
 from minipeft.reference.lora import MatrixA, MatrixB
 from minipeft.shapes import Shaped, check_shapes
+from minipeft.values import check_integer, check_kind, check_number
 
 Directions = Shaped[np.ndarray, " r"]
 Rows = Shaped[np.ndarray, " out_features"]
@@ -57,15 +58,10 @@ def projections(seed: int, r: int, in_features: int, out_features: int) -> Proje
 
     Source: VeRA (arXiv:2310.11454), section 3.2.
     """
-    if not 0 <= seed < 2**32:
-        raise InputError(f"seed is {seed}; choose 0 to {2**32 - 1}.")
-    if in_features < 1 or out_features < 1:
-        raise InputError(
-            f"the largest layer is ({out_features}, {in_features}); its sizes are 1 or "
-            "more."
-        )
-    if r < 1:
-        raise InputError(f"r is {r}; choose 1 or more.")
+    check_integer("seed", seed, 0, 2**32 - 1)
+    check_integer("in_features", in_features, 1)
+    check_integer("out_features", out_features, 1)
+    check_integer("r", r, 1)
     # RandomState, not Generator: NumPy promises never to change this stream, and torch
     # draws from the same one.
     stream = np.random.RandomState(seed)
@@ -77,6 +73,9 @@ def kaiming_uniform(
     stream: np.random.RandomState, rows: int, columns: int
 ) -> Shaped[np.ndarray, "rows columns"]:
     """Draw one matrix as torch's CPU generator does, 24 bits of a word per number."""
+    check_kind("stream", stream, np.random.RandomState)
+    check_integer("rows", rows, 0)
+    check_integer("columns", columns, 1)
     words = np.frombuffer(stream.bytes(4 * rows * columns), "<u4")
     u = (words & 0xFFFFFF) * 2.0**-24
     bound = np.float32(sqrt(6 / columns)).astype(np.float64)
@@ -91,16 +90,15 @@ def fit(pair: Projections, in_features: int, out_features: int) -> Projections:
     Raises:
         InputError: if the layer is larger than the pair, or A and B have another r.
     """
+    check_kind("the pair", pair, Projections)
     check_shapes({"A": (pair.A, "r in_features"), "B": (pair.B, "out_features r")})
+    check_integer("in_features", in_features, 0)
+    check_integer("out_features", out_features, 0)
     widest, tallest = pair.A.shape[1], pair.B.shape[0]
     if in_features > widest or out_features > tallest:
         raise InputError(
             f"the projections serve weights up to ({tallest}, {widest}); draw them for "
             f"the largest layer, here ({out_features}, {in_features})."
-        )
-    if in_features < 0 or out_features < 0:
-        raise InputError(
-            f"the layer is ({out_features}, {in_features}); its sizes are 0 or more."
         )
     A = pair.A[:, :in_features].copy()
     return Projections(A, pair.B[:out_features].copy())
@@ -114,12 +112,9 @@ def init(r: int, out_features: int, d_initial: float = 0.1) -> VeRA:
 
     Source: VeRA (arXiv:2310.11454), section 3.2.
     """
-    if r < 1:
-        raise InputError(f"r is {r}; choose 1 or more.")
-    if out_features < 0:
-        raise InputError(f"out_features is {out_features}; choose 0 or more.")
-    if not isfinite(d_initial):
-        raise InputError(f"d_initial is {d_initial}; choose a finite number.")
+    check_integer("r", r, 1)
+    check_integer("out_features", out_features, 0)
+    check_number("d_initial", d_initial)
     d = np.full(r, d_initial, np.float32)
     return VeRA(d, np.zeros(out_features, np.float32))
 
@@ -144,7 +139,7 @@ def forward(
 
     Source: VeRA (arXiv:2310.11454), equation 2.
     """
-    linear.check_fits(W, x=x, bias=bias)
+    linear.check_fits(W, {"x": x}, bias)
     p = fit(pair, W.shape[1], W.shape[0])
     _check_fits(p, adapter)
     update = adapter.b * ((adapter.d * (x @ p.A.T)) @ p.B.T)
@@ -162,9 +157,10 @@ def backward(
     Raises:
         InputError: if an operand has another layer's shape, or no float dtype.
     """
-    linear.check_fits(W, x=x, grad_y=grad_y)
-    p, d, b = fit(pair, W.shape[1], W.shape[0]), adapter.d, adapter.b
+    linear.check_fits(W, {"x": x, "grad_y": grad_y})
+    p = fit(pair, W.shape[1], W.shape[0])
     _check_fits(p, adapter)
+    d, b = adapter.d, adapter.b
     h = x @ p.A.T
     e = (grad_y * b) @ p.B
     grad_d = (e * h).reshape(-1, len(d)).sum(axis=0)
@@ -178,12 +174,14 @@ def merge(W: Weight, pair: Projections, adapter: VeRA) -> Weight:
     Raises:
         InputError: if an operand has another layer's shape, or no float dtype.
     """
-    linear.check_fits(W)
+    linear.check_fits(W, {})
     return W + delta(fit(pair, W.shape[1], W.shape[0]), adapter)
 
 
 def _check_fits(pair: Projections, adapter: VeRA) -> None:
     """Refuse vectors of another length; NumPy would broadcast a single number."""
+    check_kind("the pair", pair, Projections)
+    check_kind("the adapter", adapter, VeRA)
     check_shapes(
         {
             "A": (pair.A, "r in_features"),

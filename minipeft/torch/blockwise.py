@@ -187,7 +187,8 @@ def unpack(packed: UInt8[Tensor, " bytes"], bits: int, n: int) -> UInt8[Tensor, 
 
 def check_blocksize(blocksize: int) -> None:
     """Refuse a block size that is not a positive power of two."""
-    if blocksize < 1 or blocksize & (blocksize - 1):
+    whole = hasattr(blocksize, "__index__")  # a compiler follows no more than that
+    if not whole or blocksize < 1 or blocksize & (blocksize - 1):
         raise InputError(
             f"blocksize is {blocksize}; choose a positive power of two, such as 64."
         )

@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from math import isfinite
 from typing import Any, ClassVar, TypeVar, cast
 
 import torch
@@ -22,6 +21,7 @@ from minipeft.torch.linear import (
     weight_view,
 )
 from minipeft.torch.targets import chosen, replace
+from minipeft.values import check_integer, check_number
 
 Model = TypeVar("Model", bound=nn.Module)
 REMEDY = (
@@ -53,8 +53,7 @@ class Bottleneck(nn.Module):
         up_bias: UpBias | None = None,
     ):
         super().__init__()
-        if not isfinite(scaling):
-            raise InputError(f"scaling is {scaling}; choose a finite number.")
+        check_number("scaling", scaling)
         self.down, self.up = nn.Parameter(down), nn.Parameter(up)
         zeros = down.new_zeros(len(down)) if down_bias is None else down_bias
         self.down_bias = nn.Parameter(zeros)
@@ -84,7 +83,7 @@ class Bottleneck(nn.Module):
                 "down_bias": (self.down_bias, "bottleneck"),
                 "up": (self.up, "features bottleneck"),
                 "up_bias": (self.up_bias, "features"),
-                "x": (x, "... features"),
+                "x": (x, "? ... features"),
             }
         )
 
@@ -103,8 +102,8 @@ def init(
     Raises:
         InputError: if the bottleneck is empty, or the scaling not finite.
     """
-    if bottleneck < 1:
-        raise InputError(f"bottleneck is {bottleneck}; choose 1 or more features.")
+    check_integer("features", features, 0)
+    check_integer("bottleneck", bottleneck, 1)
     down = torch.empty(bottleneck, features, dtype=torch.float32, device="cpu")
     down.normal_(0, 0.02, generator=generator)
     up = torch.zeros(features, bottleneck, dtype=torch.float32, device="cpu")

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from minipeft.errors import InputError
 from minipeft.shapes import Float, check_shapes
+from minipeft.values import check_integer, check_number
 
 Codebook = Float[Tensor, " codes"]
 
@@ -59,8 +60,8 @@ def normal_float(bits: int, offset: float = 929 / 960) -> Codebook:
 
     Source: QLoRA (arXiv:2305.14314), section 3 and appendix E.
     """
-    if not 2 <= bits <= 8:
-        raise InputError(f"bits is {bits}; choose 2 to 8.")
+    check_integer("bits", bits, 2, 8)
+    check_number("offset", offset)
     if not 0.5 < offset < 1:
         raise InputError(f"offset is {offset}; choose a probability in (1/2, 1).")
     half = 2 ** (bits - 1)

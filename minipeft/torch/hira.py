@@ -2,17 +2,16 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from math import isfinite
 from typing import ClassVar, cast
 
 import torch
 from torch import nn
 
-from minipeft.errors import InputError
 from minipeft.torch import lora
 from minipeft.torch.adapted import Adapted
 from minipeft.torch.linear import Form, Output, Product, Weight
 from minipeft.torch.lora import LoRA, LoRAConfig
+from minipeft.values import check_number
 
 
 class HiRA(LoRA):
@@ -76,8 +75,7 @@ class HiRAConfig:
         Raises:
             InputError: if r, the scaling or dropout is out of range.
         """
-        if not isfinite(self.scaling):
-            raise InputError(f"scaling is {self.scaling}; choose a finite number.")
+        check_number("scaling", self.scaling)
         thin = LoRAConfig(self.r, self.r, dropout=self.dropout)
         found = thin.adapters(layers, generator)
         return {name: self._adapter(cast(LoRA, found[name])) for name in layers}

@@ -17,6 +17,7 @@ from minipeft.torch.codebook import NF2, NF4
 from minipeft.torch.linear import weight_view
 from minipeft.torch.lora import LoRA, LoRALinear, check_dropout
 from minipeft.torch.qlora import QuantizedLinear
+from minipeft.values import check_integer
 
 
 def init(
@@ -38,6 +39,7 @@ def init(
 
     Source: LoftQ (arXiv:2310.08659), algorithm 1.
     """
+    check_integer("steps", steps)
     if steps < 1:
         raise InputError(f"steps is {steps}; take at least one.")
     pairs = islice(alternate(W, r, alpha, codebook, blocksize), steps)

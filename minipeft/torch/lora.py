@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from math import isfinite, sqrt
+from math import sqrt
 from typing import ClassVar
 
 import torch
@@ -24,6 +24,7 @@ from minipeft.torch.linear import (
     check_shape,
     weight_view,
 )
+from minipeft.values import check_flag, check_integer, check_number
 
 MatrixA = Float[Tensor, "r in_features"]
 MatrixB = Float[Tensor, "out_features r"]
@@ -60,10 +61,9 @@ def scaling(alpha: float, r: int, rank_stabilized: bool = False) -> float:
     Source: LoRA (arXiv:2106.09685), section 4.1; rsLoRA (arXiv:2312.03732),
     theorem 3.2.
     """
-    if r < 1:
-        raise InputError(f"r is {r}; choose 1 or more.")
-    if not isfinite(alpha):
-        raise InputError(f"alpha is {alpha}; choose a finite number, such as 2 r.")
+    check_integer("r", r, 1)
+    check_number("alpha", alpha)
+    check_flag("rank_stabilized", rank_stabilized)
     return alpha / sqrt(r) if rank_stabilized else alpha / r
 
 
@@ -109,6 +109,7 @@ def delta(adapter: LoRA) -> Weight:
 
 def check_rank(r: int, in_features: int, out_features: int) -> None:
     """Refuse a rank below 1, or above the rank that W can have."""
+    check_integer("r", r)
     if not 1 <= r <= min(in_features, out_features):
         raise InputError(
             f"r is {r}; choose 1 to {min(in_features, out_features)} for a weight of "

@@ -20,6 +20,7 @@ from minipeft.torch.linear import (
     weight_view,
 )
 from minipeft.torch.lora import check_dropout
+from minipeft.values import check_integer
 
 MatrixD = Float[Tensor, "r out_features"]
 
@@ -53,6 +54,7 @@ class MiSS(nn.Module):
 
 def init(in_features: int, out_features: int, r: int) -> MiSS:
     """Start at zero update: D is zero, but its gradient is not."""
+    check_integer("r", r)
     if not 1 <= r <= in_features:
         raise InputError(f"r is {r}; choose 1 to {in_features}, the inputs of W.")
     return MiSS(torch.zeros(r, out_features, dtype=torch.float32, device="cpu"))

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from minipeft.errors import InputError
 from minipeft.torch.adamw import BLOCKSIZE, AdamW, Job, State, init, update
+from minipeft.values import check_integer
 
 
 @dataclass(frozen=True)
@@ -314,5 +315,4 @@ def _scaled(part: slice, name: str) -> slice:
 
 
 def _check_budget(budget: int) -> None:
-    if budget < 1:
-        raise InputError(f"budget is {budget}; the device must hold at least 1 page.")
+    check_integer("budget", budget, 1)

@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from math import inf
 from typing import ClassVar
 
 import torch
@@ -23,6 +22,7 @@ from minipeft.torch.linear import (
     weight_of,
 )
 from minipeft.torch.lora import LoRA, check_dropout
+from minipeft.values import check_number
 
 
 @dataclass(frozen=True)
@@ -249,7 +249,8 @@ def checked_scaling(
 ) -> float:
     """Return alpha / r; refuse a weight, rank or alpha that allows no split."""
     lora.check_rank(r, W.shape[1], W.shape[0])
-    if not 0 < alpha < inf:
+    check_number("alpha", alpha)
+    if not alpha > 0:
         raise InputError(f"alpha is {alpha}; a split of W needs a positive one.")
     if not torch.isfinite(W).all():
         i, j = (int(index) for index in torch.nonzero(~torch.isfinite(W))[0])

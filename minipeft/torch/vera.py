@@ -21,6 +21,7 @@ from minipeft.torch.linear import (
     weight_view,
 )
 from minipeft.torch.lora import MatrixA, MatrixB, check_dropout
+from minipeft.values import check_integer
 
 
 class Projections(nn.Module):
@@ -145,10 +146,8 @@ def projections(
 
     Source: VeRA (arXiv:2310.11454), section 3.2.
     """
-    if not 0 <= seed < 2**32:
-        raise InputError(f"seed is {seed}; choose 0 to {2**32 - 1}.")
-    if r < 1:
-        raise InputError(f"r is {r}; choose 1 or more.")
+    check_integer("seed", seed, 0, 2**32 - 1)
+    check_integer("r", r, 1)
     stream = torch.Generator("cpu").manual_seed(seed)
     A = kaiming_uniform(stream, r, in_features)
     return A, kaiming_uniform(stream, out_features, r)

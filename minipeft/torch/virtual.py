@@ -17,6 +17,7 @@ from torch.nn.functional import pad
 
 from minipeft.errors import InputError
 from minipeft.shapes import Integer
+from minipeft.values import check_integer
 
 IGNORE = -100  # torch's cross-entropy ignores this label
 Ids = Integer[Tensor, "batch tokens"]
@@ -192,6 +193,7 @@ def check_causal(model: Any) -> None:
 
 def check_count(num_virtual_tokens: int) -> None:
     """Refuse fewer than one virtual token."""
+    check_integer("num_virtual_tokens", num_virtual_tokens)
     if num_virtual_tokens < 1:
         raise InputError(
             f"num_virtual_tokens is {num_virtual_tokens}; choose at least 1."

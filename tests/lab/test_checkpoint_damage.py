@@ -4,6 +4,7 @@ import copy
 import json
 import os
 import random
+import signal
 import struct
 
 import pytest
@@ -22,18 +23,20 @@ from minipeft.lab.checkpoint import (
 from tests.lab.test_checkpoint import small, step, tensors_of
 
 
-def damaged_files(good, count):
-    """Truncations, and flipped bits in header and data, each drawn."""
+def damaged_files(good, count=5000):
+    """Yield the kind and the bytes of files: cut, or with one bit flipped."""
     draw = random.Random(0)
     (header,) = struct.unpack("<Q", good[:8])
-    for kind in draw.choices(("cut", "header", "data"), k=count):
+    kinds = ("cut", "a bit of the header", "a bit of the data")
+    for kind in draw.choices(kinds, k=count):
         if kind == "cut":
-            yield good[: draw.randrange(len(good))]
+            yield kind, good[: draw.randrange(len(good))]
             continue
-        low, high = (0, 8 + header) if kind == "header" else (8 + header, len(good))
+        last = 8 + header
+        low, high = (0, last) if "header" in kind else (last, len(good))
         data = bytearray(good)
         data[draw.randrange(low, high)] ^= 1 << draw.randrange(8)
-        yield bytes(data)
+        yield kind, bytes(data)
 
 
 def test_every_damaged_file_is_refused_in_one_sentence(tmp_path):
@@ -43,7 +46,7 @@ def test_every_damaged_file_is_refused_in_one_sentence(tmp_path):
     save_checkpoint(path, model, optimizer, Progress(3))
     load_checkpoint(path, model, optimizer)
     before = copy.deepcopy((model.state_dict(), optimizer.state_dict()))
-    for data in damaged_files(path.read_bytes(), 5000):
+    for _, data in damaged_files(path.read_bytes()):
         path.write_bytes(data)
         with pytest.raises(InputError) as caught:
             load_checkpoint(path, model, optimizer)
@@ -83,6 +86,10 @@ FORGERIES = {
     ),
     "seconds are a word": lambda h, t: (
         {**h, "progress": {**h["progress"], "seconds": "("}},
+        t,
+    ),
+    "seconds are beyond every float": lambda h, t: (
+        {**h, "progress": {**h["progress"], "seconds": 10**400}},
         t,
     ),
     "a setting is a number": lambda h, t: (
@@ -142,33 +149,46 @@ def test_every_malformed_field_is_one_sentence(tmp_path, name):
 CALLS = ("mkdir", "mkstemp", "_write", "fchmod", "fsync", "replace", "_sync_folder")
 
 
+SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT)
+
+
+@pytest.mark.parametrize("number", SIGNALS, ids=lambda number: number.name)
 @pytest.mark.parametrize("call", CALLS)
 @pytest.mark.parametrize("after", [False, True])
-def test_a_process_killed_at_any_call_leaves_the_old_or_the_new_file(
-    tmp_path, call, after
+def test_a_process_stopped_at_any_call_leaves_the_old_or_the_new_file(
+    tmp_path, call, after, number
 ):
     path = tmp_path / "run.safetensors"
     files.write_atomic(path, b"old" * 1000)
     child = os.fork()
     if not child:
-        _die_at(call, after)
-        files.write_atomic(path, b"new" * 1000)
-        os._exit(0)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        try:
+            _stop_at(call, after, number)
+            files.write_atomic(path, b"new" * 1000)
+        except KeyboardInterrupt:
+            os._exit(-signal.SIGINT % 256)
+        finally:
+            os._exit(0)
     _, status = os.waitpid(child, 0)
-    assert os.waitstatus_to_exitcode(status) == 9, "the call was never reached"
+    code = os.waitstatus_to_exitcode(status)
+    assert code in (-number, -number % 256), "the call was never reached"
     assert path.read_bytes() in (b"old" * 1000, b"new" * 1000)
     replaced = CALLS.index(call) > 5 or (call == "replace" and after)
     assert (path.read_bytes()[:3] == b"new") == replaced
+    if number == signal.SIGINT and (call, after) != ("mkstemp", True):
+        assert list(tmp_path.iterdir()) == [path]  # nobody else could clear it away
 
 
-def _die_at(call, after):
+def _stop_at(call, after, number):
     holder = {"mkstemp": files.tempfile, "mkdir": files.Path}.get(call)
     holder = holder or (files if call.startswith("_") else files.os)
     original = getattr(holder, call)
 
-    def dying(*args, **kwargs):
-        if after:
-            original(*args, **kwargs)
-        os._exit(9)
+    def stopped(*args, **kwargs):
+        found = original(*args, **kwargs) if after else None
+        signal.raise_signal(number)
+        return found
 
-    setattr(holder, call, dying)
+    setattr(holder, call, stopped)

@@ -1,6 +1,10 @@
 import errno
 import os
+import resource
+import shutil
 import stat
+import tempfile
+from pathlib import Path
 
 import pytest
 
@@ -91,3 +95,72 @@ def test_a_file_is_claimed_once(tmp_path):
         assert not list(tmp_path.glob("*.lock"))
     with files.claimed(path):
         pass
+
+
+def in_a_child(act):
+    """Run it in a process of its own; return what it was refused with."""
+    reads, writes = os.pipe()
+    if not os.fork():
+        try:
+            act()
+        except InputError as error:
+            os.write(writes, str(error).encode())
+        finally:
+            os._exit(0)
+    os.close(writes)
+    with os.fdopen(reads) as said:
+        sentence = said.read()
+    os.wait()
+    return sentence
+
+
+def test_a_limit_of_the_system_in_the_middle_of_a_write_keeps_the_old_file(tmp_path):
+    path = tmp_path / "file.bin"
+    files.write_atomic(path, b"old")
+
+    def limited():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
+        files.write_atomic(path, bytes(5000))
+
+    assert "File too large; free some space" in in_a_child(limited)
+    assert path.read_bytes() == b"old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_read_only_folder_is_one_sentence_and_keeps_the_old_file():
+    folder = Path(tempfile.mkdtemp())
+    path = folder / "file.bin"
+    files.write_atomic(path, b"old")
+    folder.chmod(0o555)
+
+    def unprivileged():
+        if os.geteuid() == 0:  # root may write where nobody may
+            os.seteuid(65534)
+        files.write_atomic(path, b"new")
+
+    try:
+        assert "cannot write" in in_a_child(unprivileged)
+        assert path.read_bytes() == b"old"
+        assert list(folder.iterdir()) == [path]
+    finally:
+        folder.chmod(0o755)
+        shutil.rmtree(folder)
+
+
+def test_two_processes_that_write_leave_one_whole_file(tmp_path):
+    path = tmp_path / "file.bin"
+    whole = [bytes([i]) * 100_000 for i in range(4)]
+    children = []
+    for data in whole:
+        child = os.fork()
+        if not child:
+            try:
+                for _ in range(20):
+                    files.write_atomic(path, data)
+            finally:
+                os._exit(0)
+        children.append(child)
+    for child in children:
+        assert os.waitpid(child, 0)[1] == 0
+        assert path.read_bytes() in whole
+    assert list(tmp_path.iterdir()) == [path]

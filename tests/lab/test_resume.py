@@ -162,9 +162,10 @@ def test_a_second_run_on_the_same_checkpoint_is_refused(toy, tmp_path):
 
 
 POINTS = ("batch", "forward", "backward", "step", "validate", "save")
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", SIGNALS)
 @pytest.mark.parametrize("point", POINTS)
 def test_a_signal_anywhere_in_a_step_keeps_whole_steps(
     toy, tmp_path, point, number, monkeypatch

@@ -9,11 +9,13 @@ import pytest
 from minipeft.errors import InputError
 from minipeft.reference import linear
 from tests.operands import (
+    CALLED,
     OUT_OF_RANGE,
     ROWS,
     annotations_off,
     arguments,
     arrays,
+    odd,
     public_functions,
     reshaped,
     retyped,
@@ -78,9 +80,22 @@ def test_numbers_out_of_range_are_refused(row, name):
                     call(row, name, {**given, parameter: value})
 
 
+@functions
+def test_what_an_operand_may_not_be_is_refused_by_name(row, name):
+    given = arguments(row, name)
+    with annotations_off(), np.errstate(all="raise"):
+        for path, wrong in odd(row, name):
+            with pytest.raises(InputError, match=rf"^[^\n]*\b({called(path)})\b.*\.$"):
+                call(row, name, substituted(given, path, wrong))
+
+
+def called(path):
+    return CALLED.get(path, CALLED.get(path[-1], path[-1]))
+
+
 def test_what_is_no_array_is_refused_by_name(monkeypatch):
     # The tests' own check of annotations would come first.
     monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
-    for odd in ([[1.0, 2.0]], "ab", 1.0):
+    for wrong in ([[1.0, 2.0]], "ab", 1.0):
         with pytest.raises(InputError, match=r"^x is of type \w+; give an array"):
-            linear.forward(odd, np.ones((3, 2)))
+            linear.forward(wrong, np.ones((3, 2)))

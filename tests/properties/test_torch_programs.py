@@ -11,6 +11,7 @@ import io
 import os
 import pickle
 from contextlib import contextmanager, nullcontext
+from itertools import product
 
 import pytest
 import torch
@@ -200,7 +201,10 @@ def test_values_and_gradients_are_those_of_the_plain_model(row, wrapper):
         assert same(found, expected)
 
 
-@pytest.mark.parametrize("wrapper", ["hooked", "base hooked", "parametrized", "copied"])
+MERGED = ("hooked", "base hooked", "parametrized", "copied")
+
+
+@pytest.mark.parametrize("wrapper", MERGED)
 @each_mergeable
 def test_merged_values_are_those_of_the_plain_model(row, wrapper):
     x = torch.linspace(-1, 1, 18).reshape(3, 6)
@@ -314,7 +318,10 @@ def test_adapters_start_and_merge_as_if_nothing_were_ambient(row, state):
         run_of_a_merged_model.sum().backward()
 
 
-@pytest.mark.parametrize("state", ["inference mode", "no gradients", "deterministic"])
+FORWARD = ("inference mode", "no gradients", "deterministic")
+
+
+@pytest.mark.parametrize("state", FORWARD)
 @each_row
 def test_the_forward_is_the_same(row, state):
     x = torch.linspace(-1, 1, 18).reshape(3, 6)
@@ -322,6 +329,26 @@ def test_the_forward_is_the_same(row, state):
     y = model(x)
     with AMBIENT[state]():
         assert torch.equal(model(x), y)
+
+
+# Every wrapper under every state, and the rows in turn.
+PAIRS = [
+    (list(ROWS)[i % len(ROWS)], wrapper, state)
+    for i, (wrapper, state) in enumerate(product(WRAPPERS, AMBIENT))
+]
+
+
+@pytest.mark.parametrize(("row", "wrapper", "state"), PAIRS)
+def test_a_wrapped_model_computes_under_a_state_what_the_plain_one_does(
+    row, wrapper, state
+):
+    x, model = torch.linspace(-1, 1, 18).reshape(3, 6), make(row)
+    with AMBIENT[state]():
+        expected = model(x)
+    with WRAPPERS[wrapper](make(row)) as wrapped, AMBIENT[state]():
+        y = wrapped(x)
+        assert y.dtype == expected.dtype
+        assert torch.equal(y, expected)
 
 
 @each_row
