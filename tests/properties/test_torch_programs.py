@@ -335,6 +335,8 @@ def test_the_forward_is_the_same(row, state):
 PAIRS = [
     (list(ROWS)[i % len(ROWS)], wrapper, state)
     for i, (wrapper, state) in enumerate(product(WRAPPERS, AMBIENT))
+    # FSDP2 runs no model in inference mode, with or without adapters.
+    if (wrapper, state) != ("sharded", "inference mode")
 ]
 
 
