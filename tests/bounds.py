@@ -7,6 +7,7 @@ gamma(roundings) times that sum (Higham, section 3.1), in every order of summati
 """
 
 from dataclasses import dataclass
+from numbers import Real
 from typing import Any
 
 import numpy as np
@@ -55,6 +56,9 @@ class Counted:
     __radd__ = __sub__ = __rsub__ = __add__
     __rmul__ = __mul__
     __ge__ = __gt__
+
+
+Real.register(Counted)  # an operand of the formulas, as fractions are
 
 
 def _read(other):
