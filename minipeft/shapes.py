@@ -10,6 +10,9 @@ from fractions import Fraction
 from numbers import Real
 from typing import TYPE_CHECKING, Any, Protocol, cast, runtime_checkable
 
+import numpy as np
+from numpy.typing import DTypeLike
+
 from minipeft.errors import InputError
 from minipeft.values import check_kind, check_number
 
@@ -42,6 +45,7 @@ __all__ = [
     "Shaped",
     "UInt8",
     "check_array",
+    "check_dtype",
     "check_floats",
     "check_scaling",
     "check_shapes",
@@ -78,6 +82,22 @@ def check_floats(name: str, array: Operand) -> None:
         values: Any = array  # NumPy's: torch has no arrays of objects
         odd = next((v for v in values.flat if not isinstance(v, Real)), 0)
         check_kind(f"a value of {name}", odd, Real)
+
+
+def check_dtype(dtype: DTypeLike) -> None:
+    """Refuse what is no float dtype of NumPy for a result.
+
+    Raises:
+        InputError: names it and what to choose.
+    """
+    try:
+        # None would mean float64.
+        found = None if dtype is None else np.dtype(dtype)
+    except TypeError:
+        found = None
+    if found is None:
+        raise InputError(f"dtype is {dtype!r}; choose a float dtype, such as float32.")
+    check_floats("the result", np.empty(0, found))
 
 
 def check_scaling(scaling: Any, beside: Operand) -> None:

@@ -8,7 +8,14 @@ from numpy.typing import DTypeLike
 
 from minipeft.errors import InputError
 from minipeft.reference.codebook import NF4, Codebook, code_bits
-from minipeft.shapes import Float, UInt8, check_array, check_floats, check_shapes
+from minipeft.shapes import (
+    Float,
+    UInt8,
+    check_array,
+    check_dtype,
+    check_floats,
+    check_shapes,
+)
 from minipeft.values import check_integer, check_kind, check_sizes
 
 Bytes = UInt8[np.ndarray, " bytes"]
@@ -71,7 +78,7 @@ def dequantize(q: Blockwise, dtype: DTypeLike = np.float32) -> Values:
         InputError: if the number of codes or scales does not fit the shape, or `dtype`
             is no float dtype.
     """
-    _check_dtype(dtype)
+    check_dtype(dtype)
     size = check_parts(q)
     codes = unpack(q.packed, code_bits(q.codebook), size)
     absmax = np.repeat(q.absmax.astype(np.float32), q.blocksize)[:size]
@@ -197,17 +204,6 @@ def check_finite(flat: Float[np.ndarray, " n"]) -> None:
 
 def _check_bits(bits: int) -> None:
     check_integer("bits", bits, 1, 8)
-
-
-def _check_dtype(dtype: DTypeLike) -> None:
-    try:
-        # None would mean float64.
-        found = None if dtype is None else np.dtype(dtype)
-    except TypeError:
-        found = None
-    if found is None:
-        raise InputError(f"dtype is {dtype!r}; choose a float dtype, such as float32.")
-    check_floats("the result", np.empty(0, found))
 
 
 def _check_bytes(name: str, array: np.ndarray) -> None:

@@ -7,7 +7,8 @@ from numpy.typing import DTypeLike
 
 from minipeft.errors import InputError
 from minipeft.reference.blockwise import check_finite
-from minipeft.shapes import Float, UInt8, check_floats
+from minipeft.shapes import Float, UInt8, check_array, check_dtype, check_floats
+from minipeft.values import check_kind
 
 Weights = Float[np.ndarray, "... in_features"]
 Blocks = Float[np.ndarray, "... blocks blocksize"]
@@ -77,6 +78,8 @@ def dequantize_mxfp4(mx: MXFP4, dtype: DTypeLike = np.float32) -> Weights:
     Raises:
         InputError: if codes and scales do not belong together, or a scale is 255: NaN.
     """
+    check_kind("mx", mx, MXFP4)
+    check_dtype(dtype)
     _check_parts(mx.packed, mx.scales, MX_BLOCKSIZE)
     _check_scales(mx.scales, 255)
     blocks = _unpack(mx.packed, MX_BLOCKSIZE)
@@ -120,6 +123,8 @@ def dequantize_nvfp4(nv: NVFP4, dtype: DTypeLike = np.float32) -> Weights:
         InputError: if codes and scales do not belong together, a scale is no positive
             number of E4M3, or `tensor_scale` is no number of at least 0.
     """
+    check_kind("nv", nv, NVFP4)
+    check_dtype(dtype)
     _check_parts(nv.packed, nv.scales, NV_BLOCKSIZE)
     _check_scales(nv.scales, 127)
     check_floats("tensor_scale", nv.tensor_scale)
@@ -166,7 +171,6 @@ def _unpack(packed: Codes, blocksize: int) -> Blocks:
 
 
 def _rows(blocks: Blocks, dtype: DTypeLike) -> Weights:
-    check_floats("the result", np.empty(0, dtype))
     lead, (count, size) = blocks.shape[:-2], blocks.shape[-2:]
     with np.errstate(over="ignore"):  # above 65504 float16 is inf
         return blocks.reshape(*lead, count * size).astype(dtype)
@@ -185,6 +189,7 @@ def _blocks(W: Weights, blocksize: int) -> Blocks:
 
 def _check_parts(packed: Codes, scales: Bytes, blocksize: int) -> None:
     for name, part in {"packed": packed, "scales": scales}.items():
+        check_array(name, part, "bytes")
         if part.dtype != np.uint8 or not part.ndim:
             raise InputError(
                 f"{name} has dtype {part.dtype} and shape {part.shape}; give rows of "

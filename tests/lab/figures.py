@@ -8,7 +8,6 @@ from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 
-from tests import operands
 from tests.interop import test_peft_damage as folders
 from tests.lab import test_checkpoint_damage as checkpoints
 from tests.lab import test_resume as runs
@@ -49,17 +48,6 @@ def kills() -> dict[str, int]:
     }
 
 
-def oddities() -> dict[str, int]:
-    """Return how many odd values the public functions of each module refuse."""
-    return {
-        row.__name__.removeprefix("minipeft."): sum(
-            len(list(operands.odd(row, name)))
-            for name in operands.public_functions(row)
-        )
-        for row in operands.ROWS
-    }
-
-
 def programs_around() -> dict[str, int]:
     """Return how many rows were run under each state and each wrapper."""
     rows, merges = len(programs.ROWS), len(programs.MERGE)
@@ -83,7 +71,6 @@ def page() -> str:
     tables = (
         table("damaged: one sentence, the model untouched", damages()),
         table("stopped", kills()),
-        table("operands of another kind: one sentence, by name", oddities()),
         table("in other programs: the values of the plain model", programs_around()),
         f"Rows: {', '.join(programs.ROWS)}.\n",
     )
