@@ -124,21 +124,24 @@ def check_fits(head: Head) -> None:
             "V": (head.V, "... keys d_v"),
         }
     )
-    queries, keys, mask = head.Q.shape[-2], head.K.shape[-2], head.mask
+    keys, mask = head.K.shape[-2], head.mask
     if not keys:
         raise InputError("there are 0 keys; give every query at least one.")
-    if mask is None:
-        return
+    if mask is not None:
+        _check_mask(mask, head.Q.shape[:-1], keys)
+
+
+def _check_mask(mask: Mask, queries: tuple[int, ...], keys: int) -> None:
     check_array("the mask", mask, "booleans")
     if mask.dtype != bool:
         raise InputError(
             f"the mask has dtype {mask.dtype}; give booleans, True where a query may "
             "look at a key."
         )
-    if mask.shape not in ((queries, keys), (*head.Q.shape[:-1], keys)):
+    if mask.shape not in ((queries[-1], keys), (*queries, keys)):
         raise InputError(
             f"the mask has shape {mask.shape}; these queries and keys need "
-            f"({queries}, {keys}), or one such mask for each text."
+            f"({queries[-1]}, {keys}), or one such mask for each text."
         )
     blind = np.argwhere(~mask.any(axis=-1))
     if blind.size:
