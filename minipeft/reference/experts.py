@@ -9,7 +9,14 @@ import numpy as np
 
 from minipeft.errors import InputError
 from minipeft.reference import linear, lora
-from minipeft.shapes import Integer, Shaped, check_array, check_scaling, check_shapes
+from minipeft.shapes import (
+    Integer,
+    Operand,
+    Shaped,
+    check_array,
+    check_scaling,
+    check_shapes,
+)
 from minipeft.values import check_kind, check_sizes
 
 Weights = Shaped[np.ndarray, "experts out_features in_features"]
@@ -76,7 +83,7 @@ def delta(adapter: ExpertsLoRA) -> Weights:
     Raises:
         InputError: if A and B do not fit each other.
     """
-    _check_parts(adapter)
+    _check_parts(adapter, {})
     return adapter.scaling * (adapter.B @ adapter.A)
 
 
@@ -147,21 +154,19 @@ def merge(W: Weights, adapter: ExpertsLoRA) -> Weights:
 
 def check_fits(W: Weights, adapter: ExpertsLoRA, bias: Biases | None = None) -> None:
     """Refuse matrices of another stack; NumPy would broadcast a single expert."""
-    _check_parts(adapter)
-    check_shapes(
-        {
-            "W": (W, "experts out_features in_features"),
-            "A": (adapter.A, "experts r in_features"),
-            "B": (adapter.B, "experts out_features r"),
-            "bias": (bias, "? experts out_features"),
-        }
-    )
+    W_and_bias = {
+        "W": (W, "experts out_features in_features"),
+        "bias": (bias, "? experts out_features"),
+    }
+    _check_parts(adapter, W_and_bias)
 
 
-def _check_parts(adapter: ExpertsLoRA) -> None:
+def _check_parts(
+    adapter: ExpertsLoRA, beside: Mapping[str, tuple[Operand | None, str]]
+) -> None:
     check_kind("the adapter", adapter, ExpertsLoRA)
     A, B = (adapter.A, "experts r in_features"), (adapter.B, "experts out_features r")
-    check_shapes({"A": A, "B": B})
+    check_shapes({**beside, "A": A, "B": B})
     check_scaling(adapter.scaling, adapter.A)
     if not adapter.A.shape[1]:
         raise InputError("r is 0; give A at least one row and B at least one column.")

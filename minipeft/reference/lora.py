@@ -1,5 +1,6 @@
 """LoRA: a frozen weight plus a trained product of two thin matrices."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from math import sqrt
 from typing import Any, NamedTuple
@@ -9,7 +10,7 @@ import numpy as np
 from minipeft.errors import InputError
 from minipeft.reference import linear
 from minipeft.reference.linear import Bias, Input, Output, Weight
-from minipeft.shapes import Shaped, check_scaling, check_shapes
+from minipeft.shapes import Operand, Shaped, check_scaling, check_shapes
 from minipeft.values import check_flag, check_integer, check_kind, check_number
 
 MatrixA = Shaped[np.ndarray, "r in_features"]
@@ -91,7 +92,7 @@ def delta(adapter: LoRA) -> Weight:
     Raises:
         InputError: if A and B do not fit each other.
     """
-    _check_parts(adapter)
+    _check_parts(adapter, {})
     return adapter.scaling * (adapter.B @ adapter.A)
 
 
@@ -153,21 +154,15 @@ def check_fits(W: Weight, adapter: LoRA) -> None:
 
     A rank above the rank of W is allowed here: `pissa.to_lora` doubles the rank.
     """
-    _check_parts(adapter)
-    check_shapes(
-        {
-            "W": (W, "out_features in_features"),
-            "A": (adapter.A, "r in_features"),
-            "B": (adapter.B, "out_features r"),
-        }
-    )
+    _check_parts(adapter, {"W": (W, "out_features in_features")})
 
 
-def _check_parts(adapter: LoRA) -> None:
+def _check_parts(
+    adapter: LoRA, beside: Mapping[str, tuple[Operand | None, str]]
+) -> None:
     check_kind("the adapter", adapter, LoRA)
-    check_shapes(
-        {"A": (adapter.A, "r in_features"), "B": (adapter.B, "out_features r")}
-    )
+    A, B = (adapter.A, "r in_features"), (adapter.B, "out_features r")
+    check_shapes({**beside, "A": A, "B": B})
     check_scaling(adapter.scaling, adapter.A)
     if not len(adapter.A):
         raise InputError("r is 0; give A at least one row and B at least one column.")

@@ -1,5 +1,6 @@
 """MiSS: one small trained matrix that all shards of the input share."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -8,7 +9,7 @@ import numpy as np
 from minipeft.errors import InputError
 from minipeft.reference import linear
 from minipeft.reference.linear import Bias, Input, Output, Weight
-from minipeft.shapes import Shaped, check_shapes
+from minipeft.shapes import Operand, Shaped, check_shapes
 from minipeft.values import check_integer, check_kind
 
 MatrixD = Shaped[np.ndarray, "r out_features"]
@@ -59,7 +60,7 @@ def delta(adapter: MiSS, in_features: int) -> Weight:
 
     Source: MiSS (arXiv:2409.15371), section 3.
     """
-    _check_parts(adapter)
+    _check_parts(adapter, {})
     check_integer("in_features", in_features, 0)
     return adapter.D[np.arange(in_features) % len(adapter.D)].T.copy()
 
@@ -118,17 +119,13 @@ def fold(x: Input, r: int) -> Folded:
 
 def _check_fits(W: Weight, adapter: MiSS) -> None:
     """Refuse a matrix of another layer; NumPy would broadcast a single column."""
-    _check_parts(adapter)
-    check_shapes(
-        {
-            "W": (W, "out_features in_features"),
-            "D": (adapter.D, "r out_features"),
-        }
-    )
+    _check_parts(adapter, {"W": (W, "out_features in_features")})
 
 
-def _check_parts(adapter: MiSS) -> None:
+def _check_parts(
+    adapter: MiSS, beside: Mapping[str, tuple[Operand | None, str]]
+) -> None:
     check_kind("the adapter", adapter, MiSS)
-    check_shapes({"D": (adapter.D, "r out_features")})
+    check_shapes({**beside, "D": (adapter.D, "r out_features")})
     if not len(adapter.D):
         raise InputError("r is 0; give D at least one row.")
