@@ -228,7 +228,6 @@ hits = {}
 for load in LOADS:
     before, counted = thousand.traffic, 0
     batches = trace(load, chapter.steps * BATCH).reshape(-1, BATCH)
-    resident = OrderedDict.fromkeys(thousand.resident)
     for tenants in batches:
         names = [f"t{i}" for i in tenants]
         counted += sum(bytes_of[n] for n in {*names} - {*thousand.resident})
@@ -247,7 +246,7 @@ chapter.claim(
 assert hits["every tenant alike"] < 2 * SHARE
 
 # %% [markdown]
-# The first requests find an empty device, and a batch asks for each adapter once, however many of its rows want it. The formula leaves both out. To compare with it, the same rule of the last use runs on single requests, with adapters of one size, after a warm-up:
+# The first requests under Zipf's law find an empty device, and a batch asks for each adapter once, however many of its rows want it. The formula leaves both out. To compare with it, the same rule of the last use runs on single requests, with adapters of one size, after a warm-up:
 
 
 # %%
