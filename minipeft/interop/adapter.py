@@ -7,6 +7,9 @@ from typing import Any
 from torch import Tensor
 
 from minipeft.errors import InputError
+from minipeft.interop import peft_stacks
+from minipeft.interop.spelling import counterpart
+from minipeft.interop.tensors import About
 from minipeft.interop.update import Update
 
 
@@ -20,6 +23,8 @@ class Adapter:
         saved: tensors that replace those of the base.
         config: as it was read.
         metadata: of the file.
+        stacks: matrices of stacks of experts, by module and by their names in it; which
+            stack each belongs to, the base says (`renamed`).
     """
 
     updates: Mapping[str, Update]
@@ -27,31 +32,30 @@ class Adapter:
     saved: Mapping[str, Tensor] = field(default_factory=dict)
     config: Mapping[str, Any] = field(default_factory=dict)
     metadata: Mapping[str, str] = field(default_factory=dict)
+    stacks: Mapping[str, Mapping[str, Tensor]] = field(default_factory=dict)
 
-    def renamed(self, names: Mapping[str, object]) -> "Adapter":
+    def renamed(self, names: Mapping[str, About]) -> "Adapter":
         """Return the adapter by the names that a base has for the same tensors.
 
         Checkpoints of transformers 4 and 5 put `model.` in different places.
+
+        Args:
+            names: of the base's tensors, with their shapes.
 
         Raises:
             InputError: an update belongs to no tensor of the base; the sentence names
                 the first.
         """
+        updates = {_found(n, names): u for n, u in self.updates.items()}
+        for module, parts in self.stacks.items():
+            updates |= peft_stacks.updates(module, parts, self.config, names)
         return Adapter(
-            {_found(n, names): u for n, u in self.updates.items()},
+            updates,
             {_found(n, names): b for n, b in self.biases.items()},
             {_found(n, names, new=True): t for n, t in self.saved.items()},
             self.config,
             self.metadata,
         )
-
-
-def counterpart(name: str, names: Mapping[str, object]) -> str | None:
-    """Return the name under which `names` holds the same tensor, or None."""
-    for candidate in _spellings(name):
-        if candidate in names:
-            return candidate
-    return None
 
 
 def _found(name: str, names: Mapping[str, object], new: bool = False) -> str:
@@ -62,11 +66,3 @@ def _found(name: str, names: Mapping[str, object], new: bool = False) -> str:
             "that it was trained on"
         )
     return found or name
-
-
-def _spellings(name: str) -> list[str]:
-    """Return the names that one tensor has had in checkpoints over time."""
-    inner = name.replace("model.language_model.", "language_model.model.")
-    outer = name.replace("language_model.model.", "model.language_model.")
-    short = name.removeprefix("model.")
-    return [name, inner, outer, short, f"model.{name}", f"base_model.{name}"]

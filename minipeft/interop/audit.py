@@ -6,12 +6,12 @@ the name of the nearest mistake.
 """
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from minipeft.interop.adapter import Adapter, counterpart
+from minipeft.interop.adapter import Adapter
 from minipeft.interop.bound import ROUNDOFF, allowed
 from minipeft.interop.mistakes import (
     MISTAKES,
@@ -21,6 +21,7 @@ from minipeft.interop.mistakes import (
     other_expert,
 )
 from minipeft.interop.rounding import Cast, Rounded, Rounding, of
+from minipeft.interop.spelling import counterpart
 from minipeft.interop.tensors import Tensors
 from minipeft.interop.update import Update, exact, merged, stored
 
@@ -173,6 +174,8 @@ def judge(
         alphas: of all layers, because another layer's alpha is a possible mistake.
     """
     held = found if isinstance(found, Stored) else Stored(found, Cast(found.dtype))
+    if W.ndim == 3:
+        return _stack(name, W, update, held, alphas)
     W = held.rounding.wide(W)  # wide enough for a single rounding
     if same(held.rounding.round(merged(W, update)), held.values):
         return Finding(name, EXACT, adapted=True)
@@ -180,6 +183,40 @@ def judge(
         return Finding(name, BOUND, adapted=True)
     mistakes = (*MISTAKES, *other_alphas(W, update, alphas))
     return nearest(name, W, update, held, mistakes)
+
+
+def _stack(
+    name: str, W: Tensor, update: Update, held: Stored, alphas: set[float]
+) -> Finding:
+    """Say whether a stack of experts is right, expert by expert."""
+    found = [_expert(e, W, update, held, alphas) for e in range(len(W))]
+    wrong = [f"expert {e}" for e, one in enumerate(found) if one.verdict == WRONG]
+    if not wrong:
+        exactly = all(one.verdict == EXACT for one in found)
+        return Finding(name, EXACT if exactly else BOUND, adapted=True)
+    worst = max(found, key=lambda one: (one.verdict == WRONG, one.residual))
+    number = found.index(worst)
+    sentence = f"expert {number}: {worst.sentence} ({len(wrong)} of {len(W)} are wrong)"
+    return replace(worst, tensor=name, sentence=sentence)
+
+
+def _expert(
+    e: int, W: Tensor, update: Update, held: Stored, alphas: set[float]
+) -> Finding:
+    name = f"expert {e}"
+    own, one = update.expert(e), Stored(held.values[e], held.rounding)
+    finding = judge(name, W[e], own, one, alphas)
+    if finding.verdict != WRONG or not finding.residual:
+        return finding
+    wide = held.rounding.wide
+    mistakes = [
+        mistake
+        for o in range(len(W))
+        if o != e
+        for mistake in other_expert(f"expert {o}", wide(W[o]), update.expert(o))
+    ]
+    other = nearest(name, wide(W[e]), own, one, mistakes) if mistakes else finding
+    return min(finding, other, key=lambda f: f.residual)
 
 
 def _within(W: Tensor, update: Update, held: Stored) -> bool:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from minipeft.errors import InputError
-from minipeft.interop import fingerprint, peft_format
+from minipeft.interop import fingerprint, peft_update
 from minipeft.interop.fingerprint import Fingerprint
 from minipeft.interop.merging import BASE
 from minipeft.interop.peft_folder import PREFIX, Contents
@@ -142,7 +142,7 @@ def _read(parts: Sequence[Part]) -> tuple[Updates, Biases]:
                 raise _whole(key)
         for module, tensors in found.items():
             plain = {k.removesuffix(".weight"): t for k, t in tensors.items()}
-            update = peft_format.update(module, plain, contents.config)
+            update = peft_update.update(module, plain, contents.config)
             updates.setdefault(module, []).append((update, weight))
             if "lora_B.bias" in plain:
                 entry = plain["lora_B.bias"], update.scaling, weight

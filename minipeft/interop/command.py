@@ -100,6 +100,11 @@ def _add_export(commands: Any) -> None:
         default="F16",
         help="how a merged GGUF stores weights (default: %(default)s)",
     )
+    _add_rank(parser)
+    _add_dtype(parser)
+
+
+def _add_rank(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--rank",
         type=int,
@@ -112,7 +117,6 @@ def _add_export(commands: Any) -> None:
         metavar="P",
         help="for peft: the same, of the ranks that keep this share of each |ΔW|²",
     )
-    _add_dtype(parser)
 
 
 def _add_combine(commands: Any) -> None:
@@ -192,7 +196,8 @@ def _merge(options: argparse.Namespace) -> int:
     dtype = getattr(torch, options.dtype) if options.dtype else None
     with progress("merging") as step:
         merging.merge(options.base, adapter, options.out, dtype, step)
-    print(f"merged {len(adapter.updates)} weights into {options.out}")
+    stacks = sum(len(parts) // 2 for parts in adapter.stacks.values())
+    print(f"merged {len(adapter.updates) + stacks} weights into {options.out}")
     return 0
 
 

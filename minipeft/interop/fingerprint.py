@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from minipeft.errors import InputError
-from minipeft.interop.adapter import counterpart
+from minipeft.interop.spelling import counterpart
 from minipeft.interop.tensors import About, Tensors
 
 

@@ -58,6 +58,12 @@ def _largest(parts: Parts) -> int:
             "fold; only LoRA and DoRA are rewritten"
         )
     for module, names in parts.modules.items():
+        if parts.is_unclear(module):
+            raise InputError(
+                f"{module} holds stacks of experts beside a rank_pattern or "
+                "alpha_pattern, and the file does not say which stack a pattern means; "
+                "load it onto its model and save it"
+            )
         for part in (A, B):
             if part not in names:
                 raise InputError(f"{module} has no {part}; get the file again")

@@ -51,8 +51,8 @@ def write_lora(path: Path, adapter: Adapter, config: Config) -> None:
         config: of the base model, as in its config.json.
 
     Raises:
-        InputError: the adapter holds a magnitude, a bias or a saved module, which the
-            format cannot store; the message names the alternative.
+        InputError: the adapter holds a magnitude, a bias, a saved module or experts,
+            which the format cannot store; the message names the alternative.
     """
     _check_holds(adapter)
     arch = family(config)
@@ -77,6 +77,11 @@ def write_lora(path: Path, adapter: Adapter, config: Config) -> None:
 
 
 def _check_holds(adapter: Adapter) -> None:
+    if adapter.stacks:
+        raise InputError(
+            f"{next(iter(adapter.stacks))} holds stacks of experts, which a GGUF "
+            "adapter cannot hold; export the merged model instead"
+        )
     for name, update in adapter.updates.items():
         if update.magnitude is not None:
             raise InputError(

@@ -7,17 +7,19 @@ The norm of s B A needs no matrix of the size of a weight: |BA|² is the trace o
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from math import nan, sqrt
+from math import hypot, nan, sqrt
 
 import torch
 from torch import Tensor
 
-from minipeft.interop import fingerprint
-from minipeft.interop.adapter import counterpart
+from minipeft.errors import InputError
+from minipeft.interop import fingerprint, peft_stacks
 from minipeft.interop.fingerprint import Fingerprint
 from minipeft.interop.loaders import LOADERS, Judgement, judge
 from minipeft.interop.merging import BASE
 from minipeft.interop.parts import MAGNITUDE, A, B, Parts
+from minipeft.interop.peft_experts import turned_from_file
+from minipeft.interop.spelling import counterpart
 from minipeft.interop.tensors import Tensors
 
 WIDE = torch.float64
@@ -122,20 +124,26 @@ def _layer(
     down, up = contents.tensor(module, A), contents.tensor(module, B)
     assert down is not None
     assert up is not None
-    s = contents.scaling(module)
-    W = None
+    W, called = None, ""
     if base is not None and weight is not None:
-        W = _rows(base.read(weight), contents, module)
+        W = base.read(weight)
+        called = weight if W.ndim == 3 else ""
+        W = W if called else _rows(W, contents, module)
+    unclear = contents.is_unclear(module) and not called
+    s = nan if unclear else contents.scaling(module, called)
+    r = contents.rank(module, called)
     magnitude = contents.tensor(module, MAGNITUDE)
-    if contents.rank(module) != len(down):
-        norm = nan  # stacked experts: A and B hold several updates
+    if r != len(down):
+        experts = len(down) // r
+        pairs = zip(*turned_from_file(down, up, experts), strict=True)
+        norm = hypot(*(delta_norm(one, other, s) for one, other in pairs))
     elif magnitude is None:
         norm = delta_norm(down, up, s)
     else:
         norm = nan if W is None else dora_norm(W, down, up, s, magnitude)
     share = nan if W is None else norm / float(W.norm(dtype=WIDE))
     dead = not bool(up.count_nonzero())
-    return Layer(module, contents.rank(module), s, norm, share, dead)
+    return Layer(module, r, s, norm, share, dead)
 
 
 def delta_norm(down: Tensor, up: Tensor, scaling: float) -> float:
@@ -182,9 +190,9 @@ def _rows(W: Tensor, contents: Parts, module: str) -> Tensor:
 
 def _fits(contents: Parts, base: Tensors) -> dict[str, str | None]:
     """Return {whole module: the base's name of its weight, or None}."""
-    found: dict[str, str | None] = {}
+    found: dict[str, str | None] = _stacks_of(contents, base)
     for module, parts in contents.modules.items():
-        if A not in parts or B not in parts:
+        if A not in parts or B not in parts or module in found:
             continue
         name = counterpart(f"{module}.weight", base.about)
         if name is not None:
@@ -196,6 +204,31 @@ def _fits(contents: Parts, base: Tensors) -> dict[str, str | None]:
             wanted = shape[::-1] if flipped else shape
             name = name if base.about[name].shape == wanted else None
         found[module] = name
+    return found
+
+
+def _stacks_of(contents: Parts, base: Tensors) -> dict[str, str | None]:
+    """Return {pair of a stack of experts: the base's name of the stack, or None}."""
+    levels: dict[str, dict[str, str]] = {}
+    for module, parts in contents.modules.items():
+        owner, level = peft_stacks.owner(module)
+        if {A, B} <= parts.keys() and peft_stacks.parameters(owner, contents.config):
+            levels.setdefault(owner, {})[level] = module
+    found: dict[str, str | None] = {}
+    for owner, modules in levels.items():
+        about = contents.file.about
+        shapes = {
+            level: (about[parts[A]].shape, about[parts[B]].shape)
+            for level, parts in (
+                (level, contents.modules[module]) for level, module in modules.items()
+            )
+        }
+        try:
+            places = peft_stacks.places(owner, shapes, contents.config, base.about)
+        except InputError:
+            found |= dict.fromkeys(modules.values())
+        else:
+            found |= {modules[level]: place.name for level, place in places.items()}
     return found
 
 

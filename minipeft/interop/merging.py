@@ -3,17 +3,18 @@
 import json
 import shutil
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
 from minipeft.errors import InputError
-from minipeft.interop import fingerprint
+from minipeft.interop import fingerprint, tensors
 from minipeft.interop.adapter import Adapter
 from minipeft.interop.fingerprint import Fingerprint
 from minipeft.interop.tensors import INDEX, About, Shards, Writer, writing
-from minipeft.interop.update import merged
+from minipeft.interop.update import ROWS, Update, merged
 
 BASE = "minipeft.base"
 """The key of a file's metadata with the fingerprint of its base."""
@@ -135,6 +136,8 @@ def _write_one(
         writer.write(name, adapter.saved[name].to(about.dtype))
     elif not changed and about == source.about[name]:
         writer.copy(name, source)
+    elif changed and _streams(name, source, adapter, about):
+        writer.write_pieces(name, about, _rows(name, source, adapter.updates[name]))
     else:
         W = source.read(name)
         # The wider of the two dtypes, so that the sum is rounded once.
@@ -144,6 +147,30 @@ def _write_one(
         elif name in adapter.biases:
             W = (W.float() + adapter.biases[name].float()).to(W.dtype)
         writer.write(name, W.to(about.dtype))
+
+
+def _streams(name: str, source: Shards, adapter: Adapter, about: About) -> bool:
+    """Return whether a weight can be merged a piece of its rows at a time.
+
+    Whole blocks of rows have to lie in each piece of the file: then the sums, and so
+    the bits, are those of the whole weight.
+    """
+    update = adapter.updates.get(name)
+    own = source.about[name]
+    if update is None or update.transposed or len(own.shape) != 2 or own != about:
+        return False
+    return tensors.PIECE % (ROWS * own.shape[1] * own.dtype.itemsize) == 0
+
+
+def _rows(name: str, source: Shards, update: Update) -> Iterator[torch.Tensor]:
+    about, start = source.about[name], 0
+    for piece in source.pieces(name):
+        W = torch.frombuffer(bytearray(piece), dtype=about.dtype)
+        W = W.reshape(-1, about.shape[1])
+        rows = slice(start, start + len(W))
+        m = None if update.magnitude is None else update.magnitude[rows]
+        yield merged(W, replace(update, B=update.B[rows], magnitude=m))
+        start += len(W)
 
 
 def _write_index(folder: Path, places: Mapping[str, list[str]], source: Shards) -> None:

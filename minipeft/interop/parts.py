@@ -16,8 +16,9 @@ import torch
 from torch import Tensor
 
 from minipeft.errors import InputError
+from minipeft.interop import peft_stacks
 from minipeft.interop.peft_folder import CONFIG, PREFIX, WEIGHTS, read_config
-from minipeft.interop.peft_format import matched
+from minipeft.interop.peft_update import matched
 from minipeft.interop.tensors import SafeTensors
 
 PART = re.compile(
@@ -57,29 +58,41 @@ class Parts:
         name = self.modules[module].get(part)
         return None if name is None else self.file.read(name)
 
-    def rank(self, module: str) -> int:
+    def rank(self, module: str, called: str = "") -> int:
         """Return the rank of one update, 0 if the file has no A.
 
         Stacked experts share one matrix: its rows are a multiple of the rank.
+
+        Args:
+            module: its path in the file.
+            called: what the settings call it, if that is another name.
         """
         name = self.modules[module].get(A)
         rows = self.file.about[name].shape[0] if name else 0
         said = matched(
-            self.config.get("rank_pattern") or {}, module, self.config.get("r")
+            self.config.get("rank_pattern") or {},
+            called or module,
+            self.config.get("r"),
         )
         return said if type(said) is int and said > 0 and rows % said == 0 else rows
 
-    def alpha(self, module: str) -> float:
+    def alpha(self, module: str, called: str = "") -> float:
         """Return alpha of a module, NaN if the configuration has none."""
         patterns = self.config.get("alpha_pattern") or {}
-        said = matched(patterns, module, self.config.get("lora_alpha"))
+        said = matched(patterns, called or module, self.config.get("lora_alpha"))
         return float(said) if isinstance(said, int | float) else math.nan
 
-    def scaling(self, module: str) -> float:
+    def scaling(self, module: str, called: str = "") -> float:
         r"""Return $\alpha / r$, or $\alpha / \sqrt r$."""
-        r = self.rank(module)
+        r = self.rank(module, called)
         root = math.sqrt(r) if self.config.get("use_rslora") else r
-        return self.alpha(module) / root if r else math.nan
+        return self.alpha(module, called) / root if r else math.nan
+
+    def is_unclear(self, module: str) -> bool:
+        """Return whether a pattern may mean a stack that the file does not name."""
+        patterns = self.config.get("rank_pattern") or self.config.get("alpha_pattern")
+        owner, _ = peft_stacks.owner(module)
+        return bool(patterns and peft_stacks.parameters(owner, self.config))
 
     def embedding(self, module: str) -> bool:
         """Return whether the module is an embedding."""

@@ -8,12 +8,13 @@ module nest: the last of them stands under the module's name, the one before it 
 
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor, nn
 
 from minipeft.errors import InputError
-from minipeft.interop import peft_format
+from minipeft.interop import peft_update
 from minipeft.interop.update import Update
 from minipeft.torch.experts import ExpertsLoRA, StackLoRA, check_fits
 from minipeft.torch.linear import Stacked
@@ -83,9 +84,9 @@ def update(
             "give the base that the adapter was trained on"
         )
     names = {"lora_A": A, "lora_B": B}
-    whole = peft_format.update(name, names, config, experts)
+    whole = peft_update.update(name, names, config, experts)
     A, B = turned_from_file(A, B, experts)
-    return Update(A, B, whole.alpha, whole.rank_stabilized)
+    return replace(whole, A=A, B=B, transposed=False)
 
 
 def read(

@@ -16,13 +16,13 @@ from torch import Tensor, nn
 from minipeft.errors import InputError
 from minipeft.interop import made as making
 from minipeft.interop import peft_folder, peft_virtual, peft_write
-from minipeft.interop.adapter import counterpart
 from minipeft.interop.made import Made
 from minipeft.interop.peft_experts import targeted
 from minipeft.interop.peft_folder import PREFIX, Contents
 from minipeft.interop.peft_read import adapters, split
 from minipeft.interop.peft_settings import check_config
 from minipeft.interop.peft_write import Written
+from minipeft.interop.spelling import counterpart
 from minipeft.torch import inject, targets
 from minipeft.torch.adapted import naming
 from minipeft.torch.experts import LoRAExperts

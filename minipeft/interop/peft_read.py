@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from minipeft.errors import InputError
-from minipeft.interop import peft_experts, peft_format
+from minipeft.interop import peft_experts, peft_update
 from minipeft.interop.peft_folder import Contents
 from minipeft.interop.peft_rows import (
     BiasedLoRA,
@@ -112,16 +112,11 @@ def _lora_layer(
     if isinstance(view, Stacked):
         return LoRAExperts, peft_experts.read(config, name, parts, view, layer)
     form = view.form(layer)
-    nested = [part for part in parts if part.startswith(peft_experts.NESTED)]
-    if nested:
-        raise InputError(
-            f"the file has {nested[0]}, and {type(layer).__name__} is no module of "
-            "experts; give the model that the adapter was trained on"
-        )
+    _check_not_nested(parts, layer)
     if TOKENS in parts:
         return TokenRowsEmbedding, _token_rows(name, parts, form, config)
     names = {key.removesuffix(".weight"): tensor for key, tensor in parts.items()}
-    update = peft_format.update(name, names, config)
+    update = peft_update.update(name, names, config)
     magnitude, bias = names.get("lora_magnitude_vector"), parts.get("lora_B.bias")
     _check_agrees(config, "use_dora", "a magnitude", magnitude)
     _check_agrees(config, "lora_bias", "a bias of B", bias)
@@ -137,6 +132,15 @@ def _lora_layer(
     if bias is not None:
         return BiasedLoRALinear, BiasedLoRA(plain, _per_row(bias, form))
     return LoRALinear, plain
+
+
+def _check_not_nested(parts: Parts, layer: nn.Module) -> None:
+    nested = [part for part in parts if part.startswith(peft_experts.NESTED)]
+    if nested:
+        raise InputError(
+            f"the file has {nested[0]}, and {type(layer).__name__} is no module of "
+            "experts; give the model that the adapter was trained on"
+        )
 
 
 def _check_agrees(
@@ -177,7 +181,7 @@ def _token_rows(
         raise InputError("rows of tokens are trained beside LoRA; train one of the two")
     given = config.get("trainable_token_indices")
     tokens = (
-        peft_format.matched({re.escape(k): v for k, v in given.items()}, name, None)
+        peft_update.matched({re.escape(k): v for k, v in given.items()}, name, None)
         if isinstance(given, dict)
         else given
     )
@@ -269,7 +273,7 @@ def _hira(contents: Contents, layers: Mapping[str, nn.Module]) -> Builder:
         names = {f"lora_{M}": _part(parts, f"hira_{embedding}{M}") for M in "AB"}
         # peft 0.21.2 gives every layer the rank r, whatever rank_pattern says.
         own = {"r": config.get("r"), "lora_alpha": 1}
-        update = peft_format.update(name, names, own)
+        update = peft_update.update(name, names, own)
         form = weight_view(layer).form(layer)
         A, B = (_wide(M, form) for M in (update.A, update.B))
         return HiRALinear, HiRA(A, B, 1.0, dropout)

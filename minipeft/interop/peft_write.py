@@ -10,7 +10,7 @@ from typing import Any, cast
 from torch import Tensor, nn
 
 from minipeft.errors import InputError
-from minipeft.interop import peft_experts, peft_format
+from minipeft.interop import peft_experts, peft_update
 from minipeft.interop.peft_folder import PREFIX
 from minipeft.interop.peft_read import TOKENS
 from minipeft.interop.peft_rows import BiasedLoRA, TokenRows
@@ -104,11 +104,10 @@ def lora(found: Mapping[str, Any], layers: Layers) -> Written:
         tensors |= _table(key, layers[key])
     stacks = {k: a for k, a in found.items() if isinstance(a, ExpertsLoRA)}
     plain = {key: a for key, a in found.items() if key not in stacks}
-    sizes = {key: (len(a.A), a.scaling) for key, a in plain.items()} | {
-        f"{key}.{name}": (part.A.shape[1], part.scaling)
-        for key, parts in stacks.items()
-        for name, part in _stacks(parts)
-    }
+    sizes = {key: (len(a.A), a.scaling) for key, a in plain.items()}
+    for key, parts in stacks.items():
+        own = ((f"{key}.{name}", part) for name, part in _stacks(parts))
+        sizes |= {name: (part.A.shape[1], part.scaling) for name, part in own}
     kinds = {type(adapter) for adapter in plain.values()}
     views = {type(layers[key].view) for key in plain}
     config = {
@@ -123,13 +122,17 @@ def lora(found: Mapping[str, Any], layers: Layers) -> Written:
     }
     if stacks:
         config["target_parameters"] = [key for key in sizes if key not in plain]
-        if config["lora_dropout"]:
-            raise InputError(
-                f"dropout is {config['lora_dropout']}, and peft takes none in a file "
-                "with experts; set it to 0"
-            )
+        _check_no_dropout(config["lora_dropout"])
     constants = {f"{key}.scaling": s for key, (_, s) in sizes.items()}
     return Written(config, tensors, constants)
+
+
+def _check_no_dropout(dropout: float) -> None:
+    if dropout:
+        raise InputError(
+            f"dropout is {dropout}, and peft takes none in a file with experts; set it "
+            "to 0"
+        )
 
 
 def _stacks(adapter: ExpertsLoRA) -> Iterable[tuple[str, StackLoRA]]:
@@ -300,7 +303,7 @@ def patterns(values: Mapping[str, Any], default: Any) -> tuple[Any, dict[str, An
         return default, {}
     usual = Counter(values.values()).most_common(1)[0][0]
     pattern = {key: value for key, value in values.items() if value != usual}
-    if all(peft_format.matched(pattern, key, usual) == v for key, v in values.items()):
+    if all(peft_update.matched(pattern, key, usual) == v for key, v in values.items()):
         return usual, pattern
     # A name can be the end of another one, so the pattern includes its beginning.
     return usual, {f"^{re.escape(key)}": value for key, value in pattern.items()}

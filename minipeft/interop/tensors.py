@@ -7,7 +7,7 @@ of a file are checked before the first tensor is read.
 import json
 import os
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from math import prod
@@ -278,6 +278,13 @@ class Writer:
         self._take(name, source.about[name])
         for piece in source.pieces(name):
             self._file.write(piece)
+
+    def write_pieces(self, name: str, about: About, pieces: Iterable[Tensor]) -> None:
+        """Append one tensor, a piece at a time; together they are of the form."""
+        self._take(name, about)
+        for piece in pieces:
+            plain = piece.contiguous().reshape(-1)
+            self._file.write(plain.view(torch.uint8).numpy().data)
 
     def _take(self, name: str, about: About) -> None:
         following = next(iter(self._left), None)

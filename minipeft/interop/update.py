@@ -5,7 +5,7 @@ weight. The audit compares files with the result of `merged`, which has the form
 `torch.lora` and `torch.dora`, computed block by block of rows, or in a wider dtype.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -22,8 +22,8 @@ class Update:
     r"""LoRA's change of one weight, or DoRA's where there is a magnitude.
 
     Args:
-        A: (r, in_features).
-        B: (out_features, r).
+        A: (r, in_features); of a stack of experts, (experts, r, in_features).
+        B: (out_features, r); of a stack, (experts, out_features, r).
         alpha: numerator of the scaling.
         rank_stabilized: whether the scaling is alpha / sqrt(r) and not alpha / r.
         magnitude: DoRA's length of each output row, or None.
@@ -48,9 +48,15 @@ class Update:
         r"""$\alpha / r$, or $\alpha / \sqrt r$."""
         return lora.scaling(self.alpha, self.r, self.rank_stabilized)
 
+    def expert(self, number: int) -> "Update":
+        """Return the update of one expert of a stack."""
+        return replace(self, A=self.A[number], B=self.B[number])
+
 
 def merged(W: Tensor, update: Update) -> Tensor:
     """Return the merged weight, computed in float32 and rounded once to W's dtype."""
+    if W.ndim == 3:
+        return torch.stack([merged(W[e], update.expert(e)) for e in range(len(W))])
     plain = read(W, update)
     result = torch.empty_like(plain)
     # Block by block: the rows stay in the cache from the product to the rounding.

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from minipeft.errors import InputError
-from minipeft.interop import merging, mistakes, peft_format
+from minipeft.interop import merging, mistakes, peft_format, tensors
+from minipeft.interop.adapter import Adapter
 from minipeft.interop.audit import BOUND, EXACT, WRONG, audit, judge
 from minipeft.interop.tensors import open_tensors
 from minipeft.interop.update import Update, merged
@@ -217,6 +218,25 @@ def test_our_merge_of_a_folder_is_exact(setting, shards):
     assert {f.verdict for f in found} == {EXACT}
     assert sum(f.adapted for f in found) == 8  # six weights, a bias, the head
     assert not list(path.glob(".*"))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dora", [False, True])
+def test_a_merge_in_pieces_has_the_bits_of_a_merge_at_once(
+    dtype, dora, tmp_path, monkeypatch
+):
+    W, update = drawn(4, shape=(1300, 16), dora=dora)
+    W = W.to(dtype)
+    name = "model.layers.0.mlp.up_proj.weight"
+    folder = write_model(tmp_path / "base", {name: W})
+    monkeypatch.setattr(tensors, "PIECE", 2 * 256 * 16 * dtype.itemsize)
+    source = open_tensors(folder)
+    assert len([*source.pieces(name)]) == 3
+    adapter = Adapter({name: update})
+    assert merging._streams(name, source, adapter, source.about[name])
+    merging.merge(folder, adapter, tmp_path / "merged")
+    found = open_tensors(tmp_path / "merged").read(name)
+    assert torch.equal(found, merged(W, update))
 
 
 def right(base, adapter, tmp_path):
