@@ -130,14 +130,13 @@ def _not_known(contents: Parts, module: str) -> float:
 
 _TYPES = "peft 0.21.2: src/peft/utils/peft_types.py"
 _PEFT = "peft 0.21.2: src/peft/tuners/lora/model.py"
-_VLLM = "vllm/lora/peft_helper.py, read in 2026"
-_VLLM_NAMES = "vllm/lora/utils.py: parse_fine_tuned_lora_name, read in 2026"
+_VLLM = "vllm/lora/peft_helper.py @ e745baff"
+_VLLM_BIAS = "vllm pull request 25807, 2025-09-27"
 _SGLANG = "sglang/srt/lora/lora_config.py @ 0ceb81fe"
 _LLAMA = "llama.cpp: convert_lora_to_gguf.py @ 0b03adaa"
 _TENSORRT = "tensorrt_llm/lora_manager.py @ 007e181b"
-_DIFFUSERS = (
-    "diffusers: src/diffusers/utils/peft_utils.py, get_peft_kwargs, read in 2026"
-)
+_DIFFUSERS = "diffusers: src/diffusers/utils/peft_utils.py @ 18a3d237"
+_DIFFUSERS_BIAS = "diffusers pull request 10474, 2025-01-06"
 _MLX = "mlx-lm: mlx_lm/tuner/utils.py, load_adapters @ 03672867"
 _OLLAMA = (
     "generative-computing/mellea issue 1651, 2026-09-18; ollama pull request 14969"
@@ -165,8 +164,10 @@ LOADERS = {
                 "method": Rule(REFUSED, "it needs r and lora_alpha of LoRA", _VLLM),
                 "dora": Rule(REFUSED, "it does not support DoRA", _VLLM),
                 "saved modules": Rule(REFUSED, "modules_to_save must be None", _VLLM),
-                "trained bias": Rule(REFUSED, "adapter bias is not supported", _VLLM),
-                "bias": Rule(REFUSED, "it knows no tensor lora_B.bias", _VLLM_NAMES),
+                "trained bias": Rule(
+                    REFUSED, "it removed biases of adapters", _VLLM_BIAS
+                ),
+                "bias": Rule(REFUSED, "it removed biases of adapters", _VLLM_BIAS),
                 "alpha pattern": Rule(IGNORED, "it reads no alpha_pattern", _VLLM),
             },
         ),
@@ -242,7 +243,7 @@ LOADERS = {
                     "diffusers: src/diffusers/loaders/peft.py @ 01e87ccf",
                 ),
                 "dora": Rule(EXACT, "it finds magnitudes by their names", _DIFFUSERS),
-                "bias": Rule(EXACT, "it finds lora_B.bias by its name", _DIFFUSERS),
+                "bias": Rule(EXACT, "it asks peft for lora_bias", _DIFFUSERS_BIAS),
                 "rank pattern": Rule(
                     EXACT, "the rank is that of the tensor", _DIFFUSERS
                 ),

@@ -248,3 +248,11 @@ def test_the_command(tmp_path, capsys):
     assert "  source: vllm/lora/peft_helper.py" in capsys.readouterr().out
     assert cli.main(["inspect", str(tmp_path / "none")]) == 2
     assert "there is no" in capsys.readouterr().err
+
+
+def test_every_rule_says_which_version_was_read():
+    version = re.compile(r"@ [0-9a-f]{8}|, 20\d\d-\d\d-\d\d|\d+\.\d+\.\d+|request \d+$")
+    for loader in LOADERS.values():
+        for rule in (loader.scale_rule, *loader.rules.values()):
+            bare = not rule.source and rule.outcome == UNKNOWN
+            assert bare or version.search(rule.source), (loader.name, rule)
