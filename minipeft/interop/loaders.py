@@ -165,7 +165,7 @@ LOADERS = {
                 "dora": Rule(REFUSED, "it does not support DoRA", _VLLM),
                 "saved modules": Rule(REFUSED, "modules_to_save must be None", _VLLM),
                 "trained bias": Rule(
-                    REFUSED, "it removed biases of adapters", _VLLM_BIAS
+                    REFUSED, "adapter bias is not supported", _VLLM_BIAS
                 ),
                 "bias": Rule(REFUSED, "it removed biases of adapters", _VLLM_BIAS),
                 "alpha pattern": Rule(IGNORED, "it reads no alpha_pattern", _VLLM),
