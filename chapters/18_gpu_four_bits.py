@@ -18,7 +18,7 @@ from minipeft import kernels
 from minipeft.cupy import executor
 from minipeft.lab import machine_code, plots
 from minipeft.lab.chapter import start
-from minipeft.lab.gpu import report, slots
+from minipeft.lab.gpu import gpu_report, slots
 from minipeft.lab.gpu.device import CupyDevice
 from minipeft.lab.gpu.launches import OPERATIONS
 from minipeft.lab.machine_code import MachineCode
@@ -584,7 +584,7 @@ reason = executor.missing() if chapter.device == "cuda" else "no GPU, or --devic
 if reason:
     print(f"not measured here: {reason}")
 else:
-    wrong = report.run(chapter.out, CupyDevice())
+    wrong = gpu_report.run(chapter.out, CupyDevice())
     assert not wrong
 
 # %% [markdown]

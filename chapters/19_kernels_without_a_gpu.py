@@ -414,7 +414,7 @@ COMMITTED = Path(__file__).with_name("results") / f"{chapter.name}.json"
 if chapter.full:
     if not (ROOT / "tests" / "cuda").is_dir():
         raise InputError("--full runs the repository's tests; run it from a checkout")
-    command = [sys.executable, "-m", "tests.cuda.trials"]
+    command = [sys.executable, "-m", "tests.cuda.mutation_runs"]
     ran = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, check=True)
     result = {
         "command": f"python chapters/{chapter.name}.py --full",

@@ -107,14 +107,14 @@ def _fetch_model(options: argparse.Namespace) -> int:
 
 def _gpu_report(options: argparse.Namespace) -> int:
     from minipeft.cupy.executor import current
-    from minipeft.lab.gpu import device, report
+    from minipeft.lab.gpu import device, gpu_report
     from minipeft.lab.gpu.trials import Sizes
 
     current()  # says what is missing
     if options.size < 256 or options.size % 256:
         raise InputError(f"--size is {options.size}; give a multiple of 256")
     sizes = Sizes(options.size, options.size)
-    return report.run(options.out, device.CupyDevice(), sizes, options.resume)
+    return gpu_report.run(options.out, device.CupyDevice(), sizes, options.resume)
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ import torch
 
 from minipeft.errors import InputError
 from minipeft.lab.files import write_atomic
-from minipeft.lab.timing import Pair, Row, measure, table
+from minipeft.lab.timing import Pair, Timing, measure, table
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -48,7 +48,7 @@ def _bench(options: argparse.Namespace) -> None:
             raise InputError(f"--{name} is {getattr(options, name)}; give at least 1")
     builders = _chosen(options.only)
     torch.set_num_threads(options.threads)
-    rows: list[Row] = []
+    rows: list[Timing] = []
     for build in builders:
         rows.append(measure(build(), options.rounds))
         print(table(rows[-1:]).splitlines()[-1], file=sys.stderr)

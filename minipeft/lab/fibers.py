@@ -82,7 +82,7 @@ class Outcome:
 
 
 @dataclass(frozen=True)
-class Program:
+class Variants:
     """Variants of a kernel, compiled in one way."""
 
     path: Path
@@ -122,7 +122,7 @@ def missing() -> str | None:
     return "g++ is not installed: install it, or read the book on the web."
 
 
-def build(variants: Mapping[str, str], flavour: str, folder: Path) -> Program:
+def build(variants: Mapping[str, str], flavour: str, folder: Path) -> Variants:
     """Compile variants of one kernel into a program.
 
     Args:
@@ -151,7 +151,7 @@ def build(variants: Mapping[str, str], flavour: str, folder: Path) -> Program:
     _compile(sources, ("-c", *races), model)
     flags = (*FLAVOURS[flavour], "-x", "none", str(model))
     _compile("\n".join(parts), flags, path)
-    return Program(path, tuple(variants))
+    return Variants(path, tuple(variants))
 
 
 def _compile(text: str, flags: tuple[str, ...], path: Path) -> None:

@@ -27,7 +27,7 @@ class Pair:
 
 
 @dataclass(frozen=True)
-class Row:
+class Timing:
     """The measured milliseconds, and the ratio ours / theirs."""
 
     name: str
@@ -80,7 +80,7 @@ def cost(device: str, run: Callable[..., object], *arguments: object) -> float:
     return clock(lambda: run(*arguments))
 
 
-def measure(pair: Pair, rounds: int, clock: Clock = wall) -> Row:
+def measure(pair: Pair, rounds: int, clock: Clock = wall) -> Timing:
     """Time a pair's turns, alternating and exchanging who goes first."""
     seconds: dict[Turn, list[float]] = {pair.ours: [], pair.theirs: []}
     for turn in seconds:
@@ -91,7 +91,7 @@ def measure(pair: Pair, rounds: int, clock: Clock = wall) -> Row:
             seconds[turn].append(clock(turn))
     ours, theirs = seconds.values()
     ratios = [a / b for a, b in zip(ours, theirs, strict=True)]
-    return Row(
+    return Timing(
         name=pair.name,
         against=pair.against,
         ours=1e3 * statistics.median(ours),
@@ -117,7 +117,7 @@ def check(what: str, distance: float, bound: float) -> None:
         )
 
 
-def table(rows: list[Row]) -> str:
+def table(rows: list[Timing]) -> str:
     """Lay the rows out as Markdown."""
     lines = [
         "| what | against | ours, ms | theirs, ms | ratio | min to max | target | |",

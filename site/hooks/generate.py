@@ -14,7 +14,7 @@ from typing import Any
 
 from book import (
     BookError,
-    Layout,
+    Folders,
     api,
     figures,
     matrix,
@@ -27,7 +27,7 @@ from book import (
     vectors,
 )
 from book.chapter import Chapter, read_all
-from book.prose import Page, expand
+from book.prose import References, expand
 from book.run import Result, run_all
 
 ROOT = Path(__file__).parents[2]
@@ -37,7 +37,7 @@ ROOT = Path(__file__).parents[2]
 class Book:
     """What was generated, as far as the hand-written pages and MkDocs need it."""
 
-    layout: Layout
+    layout: Folders
     nav: dict[str, list[Any]]
     works: dict[str, shelf.Work]
     terms: list[shelf.Term]
@@ -45,7 +45,7 @@ class Book:
     results: dict[str, Result]
 
 
-def generate(layout: Layout, say: Callable[[str], None] = print) -> Book:
+def generate(layout: Folders, say: Callable[[str], None] = print) -> Book:
     """Run the chapters, and write every generated page."""
     works = shelf.works(layout.docs / "bibliography.yml")
     terms = shelf.terms(layout.docs / "glossary.yml")
@@ -85,10 +85,10 @@ def group(chapters: list[Chapter], file: Path) -> dict[str, list[Chapter]]:
 
 
 def chapter_page(
-    layout: Layout, chapter: Chapter, result: Result, works: dict[str, shelf.Work]
-) -> Page:
+    layout: Folders, chapter: Chapter, result: Result, works: dict[str, shelf.Work]
+) -> References:
     """Return what the prose of one chapter may refer to."""
-    setting = Page(
+    setting = References(
         where=f"chapters/{chapter.path.name}",
         root="../",
         works=works,
@@ -100,7 +100,7 @@ def chapter_page(
 
 
 def publish(
-    layout: Layout, chapter: Chapter, result: Result, setting: Page, part: str
+    layout: Folders, chapter: Chapter, result: Result, setting: References, part: str
 ) -> list[Path]:
     """Write one chapter's page, figures and downloads."""
     setter = page.Setter(chapter, result, setting, layout.docs)
@@ -135,10 +135,10 @@ def book_nav(parts: dict[str, list[Chapter]]) -> list[Any]:
     ]
 
 
-def hand_written(book: Book, where: str) -> Page:
+def hand_written(book: Book, where: str) -> References:
     """Return what a hand-written page may refer to."""
     root = "../" * where.count("/")
-    setting = Page(
+    setting = References(
         where, root, book.works, partial(source.find, package=book.layout.package)
     )
     setting.blocks = {
@@ -169,7 +169,7 @@ def figure(book: Book, where: str, chapter: str, name: str) -> str:
     raise BookError(f"{where}: chapter {chapter} shows no figure {name!r}")
 
 
-def map_link(layout: Layout, column: str, file: Path) -> str:
+def map_link(layout: Folders, column: str, file: Path) -> str:
     """Where a tick of the map leads on the site."""
     if column == "chapter":
         return f"book/{file.stem}.md"
@@ -178,7 +178,7 @@ def map_link(layout: Layout, column: str, file: Path) -> str:
     return "verify.md"
 
 
-def prune(layout: Layout, written: list[Path]) -> None:
+def prune(layout: Folders, written: list[Path]) -> None:
     """Remove generated files that this generation did not write."""
     for folder in ("book", "api"):
         for path in (layout.docs / folder).rglob("*"):
@@ -192,7 +192,7 @@ def prune(layout: Layout, written: list[Path]) -> None:
 def main() -> int:
     """Generate from the command line."""
     try:
-        generate(Layout(ROOT))
+        generate(Folders(ROOT))
     except BookError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from book import BookError, Layout, font, maths, shelf
+from book import BookError, Folders, font, maths, shelf
 from book.prose import expand
 from generate import ROOT, Book, generate, hand_written
 from mkdocs.exceptions import PluginError
@@ -19,7 +19,7 @@ def say(line: str) -> None:
 def on_pre_build(config: Any) -> None:
     """Run the chapters, write their pages, and put them into the navigation."""
     try:
-        book = generate(Layout(ROOT), say)
+        book = generate(Folders(ROOT), say)
     except BookError as error:
         raise PluginError(str(error)) from None
     built[:] = [book]
@@ -56,6 +56,6 @@ def on_post_build(config: Any) -> None:
     site = Path(config.site_dir)
     try:
         characters = maths.typeset(site)
-        font.publish(characters, site, Layout(ROOT).cache)
+        font.publish(characters, site, Folders(ROOT).cache)
     except BookError as error:
         raise PluginError(str(error)) from None

@@ -75,9 +75,9 @@ class SmallBook:
     """A repository in a temporary folder."""
 
     def __init__(self, root: Path):
-        from book import Layout
+        from book import Folders
 
-        self.layout = Layout(root)
+        self.layout = Folders(root)
         self.lines: list[str] = []
         files = {
             "minipeft/__init__.py": '"""Small."""',

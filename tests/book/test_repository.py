@@ -10,11 +10,11 @@ import tokenize
 from pathlib import Path
 
 import pytest
-from book import Layout, chapter, methods, shelf, source
+from book import Folders, chapter, methods, shelf, source
 from generate import book_nav, group
 
 ROOT = Path(__file__).parents[2]
-LAYOUT = Layout(ROOT)
+LAYOUT = Folders(ROOT)
 CHAPTERS = chapter.read_all(LAYOUT.chapters)
 PARTS = ROOT / "site" / "hooks" / "parts.yml"
 FRONT = re.compile(r'^chapter = start\(\s*(?:name=)?"(\w+)"', re.M)

@@ -4,14 +4,14 @@ import json
 from pathlib import Path
 
 import pytest
-from book import Layout, chapter
+from book import Folders, chapter
 
 from minipeft.lab import memory
 from minipeft.lab.memory import LLAMA_7B
 from tests.book.statements import TRAINED, Asserts, calls, sweeps, vague, words
 
 ROOT = Path(__file__).parents[2]
-CHAPTERS = chapter.read_all(Layout(ROOT).chapters)
+CHAPTERS = chapter.read_all(Folders(ROOT).chapters)
 by_name = pytest.mark.parametrize("script", CHAPTERS, ids=lambda c: c.name)
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.cuda import trials
+from tests.cuda import mutation_runs
 from tests.cuda.mutation import CHECKS
 from tests.cuda.rows import ROWS
 from tests.cuda.toolchain import needs_cpu_build, needs_nvrtc
@@ -19,9 +19,9 @@ TABLE = ROOT / "chapters" / "results" / "19_kernels_without_a_gpu.json"
 
 
 @needs_cpu_build
-@pytest.mark.parametrize(("row", "mutation"), trials.planted("values"))
+@pytest.mark.parametrize(("row", "mutation"), mutation_runs.planted("values"))
 def test_wrong_values_are_seen(row, mutation):
-    trials.must_see(row, mutation, "values")
+    mutation_runs.must_see(row, mutation, "values")
 
 
 @pytest.mark.parametrize("row", ROWS)
@@ -33,12 +33,12 @@ def test_every_check_is_put_to_the_test(row):
 @needs_nvrtc
 @needs_cpu_build
 def test_the_table_says_what_a_check_sees_and_to_what_it_is_blind(monkeypatch, capsys):
-    blind = trials.ROWS["adamw"].mutations[2]
+    blind = mutation_runs.ROWS["adamw"].mutations[2]
     assert blind.caught_by == ("races",)
     rows = {"adamw": replace(ROWS["adamw"], mutations=(blind,)), "paged": ROWS["paged"]}
     monkeypatch.setattr(trials, "ROWS", rows)
     monkeypatch.setattr(trials, "CHECKS", ("ptx",))
-    assert trials.main([]) == 0
+    assert mutation_runs.main([]) == 0
     table = json.loads(capsys.readouterr().out)
     seen = {t["mistake"]: t["seen"] for t in table["trials"]}
     assert seen == {

@@ -2,11 +2,11 @@
 
 import pytest
 
-from tests.cuda import trials
+from tests.cuda import mutation_runs
 from tests.cuda.toolchain import needs_nvrtc
 
 
 @needs_nvrtc
-@pytest.mark.parametrize(("row", "mutation"), trials.planted("ptx"))
+@pytest.mark.parametrize(("row", "mutation"), mutation_runs.planted("ptx"))
 def test_mistakes_are_seen_in_ptx(row, mutation):
-    trials.must_see(row, mutation, "ptx")
+    mutation_runs.must_see(row, mutation, "ptx")

@@ -11,7 +11,7 @@ from minipeft.cupy.executor import missing, use
 from minipeft.golden.implementations import functions
 from minipeft.golden.runner import verify
 from minipeft.golden.vectors import load_all
-from tests.cuda import trials
+from tests.cuda import mutation_runs
 from tests.cuda.executors import CpuExecutor
 from tests.cuda.rows import ROWS
 from tests.cuda.toolchain import needs_cpu_build
@@ -56,7 +56,7 @@ def test_nothing_else_is_skipped(row):
 @pytest.mark.parametrize("row", MISTAKES)
 def test_a_mistake_in_a_kernel_is_found(row):
     seen = tuple(m for m in ROWS[row].mutations if "values" in m.caught_by)
-    built = trials.program(row, "values", seen)
+    built = mutation_runs.program(row, "values", seen)
     assert outcomes(row, CpuExecutor(mutants={row: (built, MISTAKES[row])}), "fail")
 
 

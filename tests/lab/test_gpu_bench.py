@@ -57,11 +57,11 @@ def test_a_peer_that_fails_says_so():
 
 
 def test_the_command_writes_the_row(tmp_path, monkeypatch, capsys):
-    row = bench.Row("LoRA", "peft", 1.0, 2.0, 0.5, 0.4, 0.6, 3, 4, "a note")
+    row = bench.Measurement("LoRA", "peft", 1.0, 2.0, 0.5, 0.4, 0.6, 3, 4, "a note")
     monkeypatch.setattr(bench, "run", lambda name, device: row)
     file = tmp_path / "row.json"
     assert bench.main(["nf4-quantize", "--out", str(file)]) == 0
-    assert bench.Row(**json.loads(file.read_text())) == row
+    assert bench.Measurement(**json.loads(file.read_text())) == row
     out = capsys.readouterr().out
     assert out.splitlines()[-1].endswith("| 0.50 | 0.40 to 0.60 | 0.0 | 0.0 | a note |")
     lines = out.splitlines()

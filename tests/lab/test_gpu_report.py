@@ -15,10 +15,10 @@ import pytest
 from minipeft import cli, kernels
 from minipeft.cupy.executor import missing, use
 from minipeft.errors import InputError
-from minipeft.lab.gpu import device, examination, peers, report, trials
-from minipeft.lab.gpu.examination import Ceilings, Row
+from minipeft.lab.gpu import device, examination, gpu_report, peers, trials
+from minipeft.lab.gpu.examination import Ceilings, Checked
+from minipeft.lab.gpu.gpu_report import Report
 from minipeft.lab.gpu.launches import Launch
-from minipeft.lab.gpu.report import Report
 from minipeft.lab.gpu.trials import TABLE, Sizes
 from tests.cuda.executors import CpuExecutor
 from tests.cuda.toolchain import needs_cpu_build
@@ -196,9 +196,9 @@ def test_a_kernel_that_kills_its_process_spoils_no_other(tmp_path, monkeypatch):
     table = [row for row in TABLE if row[0].template in ("shrink", "expand")]
     monkeypatch.setattr(examination, "TABLE", table)
     written = []
-    write = report.write
-    monkeypatch.setattr(report, "write", lambda *a: (written.append(1), write(*a)))
-    assert report.run(tmp_path, FakeDevice(), SIZES) == 1
+    write = gpu_report.write
+    monkeypatch.setattr(gpu_report, "write", lambda *a: (written.append(1), write(*a)))
+    assert gpu_report.run(tmp_path, FakeDevice(), SIZES) == 1
     found = json.loads((tmp_path / "gpu-report.json").read_text())["kernels"]
     assert len(written) == len(found) == 6  # after each
     verdicts = [
@@ -218,10 +218,10 @@ def test_a_report_goes_on_where_it_stopped(tmp_path, monkeypatch):
         asked.append(task.dtype)
         if len(asked) == 4:
             raise KeyboardInterrupt
-        return Row(task.name, task.dtype, seconds=TICK)
+        return Checked(task.name, task.dtype, seconds=TICK)
 
     def rows(**how):
-        report.run(tmp_path, FakeDevice(), **how)
+        gpu_report.run(tmp_path, FakeDevice(), **how)
         return json.loads((tmp_path / "gpu-report.json").read_text())["kernels"]
 
     monkeypatch.setattr(examination, "isolated", examine)
@@ -270,13 +270,13 @@ def test_the_process_gets_the_task_and_gives_the_row(monkeypatch, capsys):
     task = examination.Task(3, "float16", SIZES, Ceilings(1e12, {"float32": 1e13}))
     given = io.StringIO(json.dumps(asdict(task)))
     monkeypatch.setattr(sys, "stdin", given)
-    row, seen = Row("a", "float16", seconds=1e-6), []
+    row, seen = Checked("a", "float16", seconds=1e-6), []
     monkeypatch.setattr(examination, "examined", lambda *a: (seen.append(a), row)[1])
     examination.main()
     ((same, where),) = seen
     assert same == task
     assert isinstance(where, FakeDevice)
-    assert Row(**json.loads(capsys.readouterr().out)) == row
+    assert Checked(**json.loads(capsys.readouterr().out)) == row
 
 
 @needs_cpu_build
@@ -306,7 +306,7 @@ def test_numpy_and_cupy_are_all_it_needs():
         "import sys\n"
         "for name in ('torch', 'bitsandbytes', 'transformers', 'matplotlib'):\n"
         "    sys.modules[name] = None\n"
-        "from minipeft.lab.gpu import device, peers, report\n"
+        "from minipeft.lab.gpu import device, gpu_report, peers\n"
         "print(peers.missing('cuda'))\n"
     )
     said = subprocess.check_output([sys.executable, "-c", program], text=True)
@@ -392,15 +392,19 @@ def test_the_median_after_the_warm_up():
 
 
 ROWS = (
-    Row("a.b", "float32", None, 4e-6, 3e-6, 8_000_000, 1e6, 1e-6, "memory", 8e-6, 0.5),
-    Row("a.c", "float16", None, 4e-6, 0.0, 8_000_000, 1e6, 3e-6, "memory", "no torch"),
-    Row("a.d", "float16", None, 4e-6, 3e-6, 8_000_000, 1e6, 3e-6, "arithmetic"),
-    Row("a.e", "bfloat16", "all differ"),
+    Checked(
+        "a.b", "float32", None, 4e-6, 3e-6, 8_000_000, 1e6, 1e-6, "memory", 8e-6, 0.5
+    ),
+    Checked(
+        "a.c", "float16", None, 4e-6, 0.0, 8_000_000, 1e6, 3e-6, "memory", "no torch"
+    ),
+    Checked("a.d", "float16", None, 4e-6, 3e-6, 8_000_000, 1e6, 3e-6, "arithmetic"),
+    Checked("a.e", "bfloat16", "all differ"),
 )
 
 
 def test_the_numbers_of_the_table():
-    text = report.markdown(Report({"name": "X"}, Ceilings(1e12, {}), ROWS))
+    text = gpu_report.markdown(Report({"name": "X"}, Ceilings(1e12, {}), ROWS))
     assert "| a.b | float32 | 4.0 | 3.0 | 8.00 | 2000 | 1.0 | 25% | memory " in text
     assert "| memory | 8.0 | 0.50 | 50.0000% |" in text
     assert "| memory | not measured |  |  |" in text
@@ -414,7 +418,7 @@ def test_the_numbers_of_the_table():
 def test_the_json_holds_all_of_it():
     facts = {"name": "X"}
     made = Report(facts, Ceilings(1e12, {"tf32": "no", "float32": 1e13}), ROWS)
-    found = json.loads(report.as_json(made))
+    found = json.loads(gpu_report.as_json(made))
     assert found["device"] == facts
     assert found["products"] == {"tf32": "no", "float32": 1e13}
-    assert [Row(**row) for row in found["kernels"]] == list(ROWS)
+    assert [Checked(**row) for row in found["kernels"]] == list(ROWS)

@@ -6,5 +6,5 @@ device     times calls, with CuPy's events on a GPU
 peers      bitsandbytes' kernels on the same tensors
 examination  one kernel checked and timed, in a process of its own
 slots      the cost of a kernel's instructions, from its machine code
-report     all kernels, compared with the limits of the device; Markdown and JSON
+gpu_report all kernels, compared with the limits of the device; Markdown and JSON
 """

@@ -56,7 +56,7 @@ class Sizes:
 
 
 @dataclass(frozen=True)
-class Row:
+class Measurement:
     """The measurements of a pair.
 
     Args:
@@ -96,16 +96,16 @@ class Bench:
 Place = torch.device
 
 
-def measure(made: Bench, device: str, clock: Clock) -> Row:
+def measure(made: Bench, device: str, clock: Clock) -> Measurement:
     """Time both in turns, and measure the memory that each allocates."""
     theirs = made.theirs
     ours = memory_peak.peak_bytes(made.ours, device)
     if isinstance(theirs, str):
         # In turns with itself: the same number of calls, at the same distances.
         alone = timing.measure(_pair(made, lambda: made.ours()), ROUNDS, clock)
-        return Row(made.name, made.against, alone.ours, theirs, our_peak=ours)
+        return Measurement(made.name, made.against, alone.ours, theirs, our_peak=ours)
     row = timing.measure(_pair(made, theirs), ROUNDS, clock)
-    return Row(
+    return Measurement(
         name=made.name,
         against=made.against,
         ours=row.ours,
@@ -343,7 +343,7 @@ PAIRS: dict[str, Callable[[Sizes, Place], Bench]] = {
 }
 
 
-def table(rows: Sequence[Row]) -> str:
+def table(rows: Sequence[Measurement]) -> str:
     """Lay the rows out as Markdown; a ratio below 1 is in our favour."""
     lines = [
         "| what | against | ours, ms | theirs, ms | ours / theirs | min to max "
@@ -353,7 +353,7 @@ def table(rows: Sequence[Row]) -> str:
     return "\n".join([*lines, *map(_line, rows)])
 
 
-def _line(row: Row) -> str:
+def _line(row: Measurement) -> str:
     cells = [row.name, row.against, f"{row.ours:.3f}"]
     peak = f"{row.our_peak / 1e6:.1f}"
     if isinstance(row.theirs, str):
@@ -365,7 +365,7 @@ def _line(row: Row) -> str:
     return f"| {' | '.join(cells)} |"
 
 
-def run(name: str, device: str, sizes: Sizes | None = None) -> Row:
+def run(name: str, device: str, sizes: Sizes | None = None) -> Measurement:
     """Build and measure one pair.
 
     Raises:

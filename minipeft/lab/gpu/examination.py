@@ -56,7 +56,7 @@ class Ceilings:
 
 
 @dataclass(frozen=True)
-class Row:
+class Checked:
     """The results for one kernel.
 
     Args:
@@ -130,7 +130,7 @@ def tasks(sizes: Sizes, ceilings: Ceilings) -> list[Task]:
     ]
 
 
-def isolated(task: Task) -> Row:
+def isolated(task: Task) -> Checked:
     """Examine in a process of its own; a crash becomes the result of the row."""
     message = json.dumps(asdict(task))
     try:
@@ -138,16 +138,16 @@ def isolated(task: Task) -> Row:
             WORKER, input=message, capture_output=True, text=True, timeout=LIMIT
         )
     except subprocess.TimeoutExpired:
-        return Row(task.name, task.dtype, f"does not end within {LIMIT} seconds")
+        return Checked(task.name, task.dtype, f"does not end within {LIMIT} seconds")
     try:
-        return Row(**json.loads(done.stdout.splitlines()[-1]))
+        return Checked(**json.loads(done.stdout.splitlines()[-1]))
     except (ValueError, TypeError, IndexError):
         said = (done.stderr.strip().splitlines() or ["without a word"])[-1]
         wrong = f"does not run: its process ended with {done.returncode}: {said}"
-        return Row(task.name, task.dtype, wrong)
+        return Checked(task.name, task.dtype, wrong)
 
 
-def examined(task: Task, device: Device) -> Row:
+def examined(task: Task, device: Device) -> Checked:
     """Examine in this process."""
     kernel, note, build = TABLE[task.index]
     recorder = Recorder(current())
@@ -157,7 +157,7 @@ def examined(task: Task, device: Device) -> Row:
             return examine(recorder, trial, device, task.ceilings)
     except MemoryError as error:
         wrong = f"does not run: too little free memory ({_first_line(error)})"
-        return Row(task.name, task.dtype, wrong)
+        return Checked(task.name, task.dtype, wrong)
 
 
 def measure_ceilings(device: Device) -> Ceilings:
@@ -177,7 +177,7 @@ def _product_rate(device: Device, dtype: str) -> float | str:
 
 def examine(
     recorder: Recorder, trial: Trial, device: Device, ceilings: Ceilings
-) -> Row:
+) -> Checked:
     """Check a kernel; if it is correct, time it."""
     try:
         trial.run()
@@ -186,10 +186,10 @@ def examine(
     except RuntimeError as error:  # what CUDA and its compiler raise
         wrong = f"does not run: {_first_line(error)}"
     if wrong:
-        return Row(trial.name, trial.dtype, wrong)
+        return Checked(trial.name, trial.dtype, wrong)
     bound, limit = ceilings.bound(launch.bytes_moved, launch.operations)
     peer, agreement = beside(trial, launch, device)
-    return Row(
+    return Checked(
         kernel=trial.name,
         dtype=trial.dtype,
         seconds=measure(device, launch.again),

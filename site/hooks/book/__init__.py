@@ -22,7 +22,7 @@ class BookError(Exception):
 
 
 @dataclass(frozen=True)
-class Layout:
+class Folders:
     """Where everything lies, from the root of the repository."""
 
     root: Path

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from . import Layout, write
+from . import Folders, write
 from .methods import ROWS
 from .source import kernels
 
@@ -55,7 +55,7 @@ class Module:
         return (ast.get_docstring(ast.parse(text)) or "").split("\n")[0]
 
 
-def modules(layout: Layout) -> list[Module]:
+def modules(layout: Folders) -> list[Module]:
     """Every public module, column by column."""
     found = []
     for column in COLUMNS:
@@ -73,7 +73,7 @@ def reading_order(row: str) -> int:
     return ROWS.index(row) if row in ROWS else len(ROWS)
 
 
-def publish(layout: Layout, seen_in: dict[str, list[str]]) -> list[Path]:
+def publish(layout: Folders, seen_in: dict[str, list[str]]) -> list[Path]:
     """Write all pages; `seen_in` says, by module, which chapters show it."""
     every = modules(layout)
     pages = [write(layout.docs / "api" / "index.md", _index(every))]
@@ -85,7 +85,7 @@ def publish(layout: Layout, seen_in: dict[str, list[str]]) -> list[Path]:
     return pages
 
 
-def nav(layout: Layout) -> list[Any]:
+def nav(layout: Folders) -> list[Any]:
     """Return the navigation: a section for each column."""
     every = modules(layout)
     entries: list[Any] = [{"Overview": "api/index.md"}]

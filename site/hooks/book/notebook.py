@@ -12,7 +12,7 @@ from nbformat import NotebookNode, v4
 
 from . import shelf
 from .chapter import VALUE, Cell, Chapter, pieces
-from .prose import CITATION, Page, outside_spans
+from .prose import CITATION, References, outside_spans
 from .run import Result
 from .source import DIRECTIVE
 
@@ -28,7 +28,7 @@ START = re.compile(r"^(chapter = start\([^)]*)\)", re.M)
 ATTRIBUTES = re.compile(r"\{ ?[.#:][^}]*\}$", re.M)
 
 
-def write(chapter: Chapter, result: Result, page: Page) -> str:
+def write(chapter: Chapter, result: Result, page: References) -> str:
     """Return the notebook, outputs included, as JSON."""
     outputs = iter(result.cells)
     cells = [
@@ -42,7 +42,7 @@ def write(chapter: Chapter, result: Result, page: Page) -> str:
     return nbformat.writes(v4.new_notebook(cells=cells, metadata=metadata)) + "\n"
 
 
-def _prose(cell: Cell, page: Page) -> NotebookNode:
+def _prose(cell: Cell, page: References) -> NotebookNode:
     return v4.new_markdown_cell(clean(cell.source, page), **_about(cell))
 
 
@@ -77,13 +77,13 @@ def _without_arguments(match: re.Match[str]) -> str:
     return f"{match[1].rstrip().rstrip(',')}, arguments=[])"
 
 
-def clean(text: str, page: Page) -> str:
+def clean(text: str, page: References) -> str:
     """Turn what only the site understands into plain Markdown."""
     parts = [p if fenced else _open(p, page) for fenced, p in pieces(_boxes(text))]
     return "\n".join(parts).strip()
 
 
-def _open(text: str, page: Page) -> str:
+def _open(text: str, page: References) -> str:
     text = VALUE.sub(lambda m: page.values[m[1]], text)
     text = outside_spans(lambda t: CITATION.sub(lambda m: _cite(m[1], page), t), text)
     text = LINK.sub(_link, SYMBOL.sub(_symbol, text))
@@ -91,7 +91,7 @@ def _open(text: str, page: Page) -> str:
     return "\n".join(_directive(line, page) for line in text.split("\n"))
 
 
-def _cite(inside: str, page: Page) -> str:
+def _cite(inside: str, page: References) -> str:
     links = []
     for item in inside.split("; "):
         key, comma, place = item[1:].partition(", ")
@@ -114,7 +114,7 @@ def _link(match: re.Match[str]) -> str:
     return f"]({SITE}{folder}{match['page']}.html{match['anchor'] or ''})"
 
 
-def _directive(line: str, page: Page) -> str:
+def _directive(line: str, page: References) -> str:
     if found := DIRECTIVE.match(line):
         source = page.source(found["name"])
         return f"\n`{source.name}`\n\n```{source.language}\n{source.text}\n```\n"

@@ -6,7 +6,7 @@ from typing import Any
 
 from . import figures, write
 from .chapter import FENCE, Cell, Chapter
-from .prose import Page, expand, indent
+from .prose import References, expand, indent
 from .run import Result
 
 FOLDED = '??? code "{}"\n\n{}'
@@ -15,7 +15,7 @@ FOLDED = '??? code "{}"\n\n{}'
 class Setter:
     """Sets one chapter: goes through its cells, and numbers figures on the way."""
 
-    def __init__(self, chapter: Chapter, result: Result, page: Page, docs: Path):
+    def __init__(self, chapter: Chapter, result: Result, page: References, docs: Path):
         self.chapter = chapter
         self.result = result
         self.page = page

@@ -18,8 +18,8 @@ SPAN = re.compile(r"(`+)(?!`).+?(?<!`)\1(?!`)", re.S)
 
 
 @dataclass
-class Page:
-    """What one page may refer to; `cited` collects the works it does cite."""
+class References:
+    """The works and sources that a page can name; `cited` collects citations."""
 
     where: str
     root: str
@@ -39,14 +39,14 @@ def outside_spans(change: Callable[[str], str], text: str) -> str:
     return "".join([*done, change(text[at:])])
 
 
-def expand(text: str, page: Page) -> str:
+def expand(text: str, page: References) -> str:
     """Expand one page's, or one cell's, Markdown."""
     return "\n".join(
         part if fenced else _open(part, page) for fenced, part in pieces(text)
     )
 
 
-def _open(text: str, page: Page) -> str:
+def _open(text: str, page: References) -> str:
     """Expand text that is not fenced: numbers, then citations, then directives.
 
     Two formulas on lines of their own, one below the other, are two paragraphs.
@@ -57,13 +57,13 @@ def _open(text: str, page: Page) -> str:
     return _directives(text, page)
 
 
-def _value(expression: str, page: Page) -> str:
+def _value(expression: str, page: References) -> str:
     if expression not in page.values:
         raise BookError(f"{page.where}: {{={expression}=}} can stand only in a chapter")
     return page.values[expression]
 
 
-def _cite(inside: str, page: Page) -> str:
+def _cite(inside: str, page: References) -> str:
     """`@hu2021, section 4; @dettmers2023` as "(Hu et al., 2021, section 4; …)"."""
     links = []
     for item in inside.split("; "):
@@ -77,7 +77,7 @@ def _cite(inside: str, page: Page) -> str:
     return f"({'; '.join(links)})"
 
 
-def _directives(text: str, page: Page) -> str:
+def _directives(text: str, page: References) -> str:
     """Replace directive lines; consecutive `@source` lines go together."""
     done: list[str] = []
     sources: list[str] = []
@@ -94,7 +94,7 @@ def _directives(text: str, page: Page) -> str:
     return "\n".join(done[:-1])
 
 
-def _block(line: str, page: Page) -> str:
+def _block(line: str, page: References) -> str:
     """`@name`, or `@name words`, of the blocks this page has."""
     name, _, words = line[1:].strip().partition(" ")
     if name not in page.blocks:
@@ -105,7 +105,7 @@ def _block(line: str, page: Page) -> str:
     return page.blocks[name](*words.split())
 
 
-def _sources(names: list[str], page: Page) -> str:
+def _sources(names: list[str], page: References) -> str:
     """Show symbols; those of several columns become tabs, one for each column."""
     columns: dict[str, list[Source]] = {}
     for name in names:

@@ -17,7 +17,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from . import BookError, Layout
+from . import BookError, Folders
 from .chapter import Chapter
 
 RUNNER = Path(__file__).with_name("cells.py")
@@ -68,7 +68,7 @@ class Result:
 
 
 def run_all(
-    layout: Layout, chapters: list[Chapter], say: Callable[[str], None] = print
+    layout: Folders, chapters: list[Chapter], say: Callable[[str], None] = print
 ) -> dict[str, Result]:
     """Run what has changed, two at a time; forget what no chapter needs any more."""
     library = digest_of_library(layout)
@@ -81,7 +81,7 @@ def run_all(
     return {name: _load(folder) for name, folder in folders.items()}
 
 
-def digest_of_library(layout: Layout) -> str:
+def digest_of_library(layout: Folders) -> str:
     """Hash every file that a chapter's output may depend on, and the versions."""
     state = hashlib.sha256()
     for path in sorted(layout.package.rglob("*")):
@@ -94,7 +94,7 @@ def digest_of_library(layout: Layout) -> str:
     return state.hexdigest()
 
 
-def folder_of(layout: Layout, chapter: Chapter, library: str) -> Path:
+def folder_of(layout: Folders, chapter: Chapter, library: str) -> Path:
     """Name the folder for this chapter as it is now.
 
     The hash is of what runs: a change to the prose alone runs nothing again.
@@ -223,7 +223,7 @@ def _kill(process: subprocess.Popen[bytes]) -> None:
     process.wait()
 
 
-def _prune(layout: Layout, wanted: set[Path]) -> None:
+def _prune(layout: Folders, wanted: set[Path]) -> None:
     for folder in (layout.cache / "chapters").glob("*-*"):
         if folder.is_dir() and folder not in wanted:
             shutil.rmtree(folder)

@@ -11,7 +11,13 @@ from minipeft.errors import InputError
 from minipeft.lab.files import write_atomic
 from minipeft.lab.gpu import examination
 from minipeft.lab.gpu.device import METHOD, Device
-from minipeft.lab.gpu.examination import LAYERS, Ceilings, Row, measure_ceilings, tasks
+from minipeft.lab.gpu.examination import (
+    LAYERS,
+    Ceilings,
+    Checked,
+    measure_ceilings,
+    tasks,
+)
 from minipeft.lab.gpu.trials import Sizes
 
 
@@ -21,10 +27,10 @@ class Report:
 
     facts: Mapping[str, str]
     ceilings: Ceilings
-    rows: Sequence[Row]
+    rows: Sequence[Checked]
 
     @property
-    def wrong(self) -> list[Row]:
+    def wrong(self) -> list[Checked]:
         """Return the kernels that differ from the reference."""
         return [row for row in self.rows if row.wrong]
 
@@ -72,12 +78,12 @@ def _described(sizes: Sizes) -> dict[str, str]:
     return {"weights": f"{shape}, rank {sizes.r}, {sizes.adapters} adapters"}
 
 
-def _written(folder: Path, about: Mapping[str, str]) -> list[Row]:
+def _written(folder: Path, about: Mapping[str, str]) -> list[Checked]:
     """Read the rows of an earlier report, which are the first of a longer one."""
     try:
         found = json.loads((folder / "gpu-report.json").read_text("utf-8"))
         same = (found["minipeft"], found["device"]) == (__version__, about)
-        return [Row(**row) for row in found["kernels"]] if same else []
+        return [Checked(**row) for row in found["kernels"]] if same else []
     except (OSError, ValueError, KeyError, TypeError):
         return []  # there is no earlier report, or it is unreadable
 
@@ -134,7 +140,7 @@ def _ceilings(ceilings: Ceilings) -> str:
     return "\n".join(lines)
 
 
-def _kernels(rows: Sequence[Row]) -> str:
+def _kernels(rows: Sequence[Checked]) -> str:
     lines = [
         "| kernel | dtype | µs | in a row, µs | MB | GB/s | bound, µs | reached "
         "| bound by | bitsandbytes, µs | ours / theirs | same values |",
@@ -143,7 +149,7 @@ def _kernels(rows: Sequence[Row]) -> str:
     return "\n".join([*lines, *map(_line, rows)])
 
 
-def _line(row: Row) -> str:
+def _line(row: Checked) -> str:
     cells = [row.kernel, row.dtype]
     if row.wrong:
         return _cells([*cells, "**WRONG**", *[""] * 9])

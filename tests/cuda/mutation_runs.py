@@ -1,6 +1,6 @@
 """Put a mistake under a check, and see whether the check reports it.
 
-    python -m tests.cuda.trials [ROW …]     every mistake under every check, as JSON
+    python -m tests.cuda.mutation_runs [ROW …]   every mistake and check, as JSON
 
 The tests ask only for the checks that *must* see a mistake. The table that this module
 prints also says which others do, and which are blind to it.
