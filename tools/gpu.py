@@ -339,7 +339,11 @@ def _failures(results: Results) -> str:
 
 def _benches() -> str:
     files = [RESULTS / f"bench-{name}.json" for name in bench.PAIRS]
-    rows = [bench.Row(**json.loads(f.read_text("utf-8"))) for f in files if f.is_file()]
+    rows = [
+        bench.Measurement(**json.loads(f.read_text("utf-8")))
+        for f in files
+        if f.is_file()
+    ]
     return bench.table(rows) if rows else ""
 
 
