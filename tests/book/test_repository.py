@@ -32,6 +32,7 @@ WIDER = {
     "minipeft/torch/loftq.py:init": "the signature that every column shares",
     "minipeft/torch/paged.py:__init__": "what torch's own optimizer takes",
     "minipeft/torch/virtual.py:generate": "hands on what transformers' own takes",
+    "minipeft/torch/stack.py:_to": "hands on what `Tensor.to` takes",
     "minipeft/torch/saving.py:__call__": "refuses whatever transformers' own takes",
 }
 # Here a function's parameters are the inputs of a golden vector, by name.
