@@ -55,6 +55,11 @@ def watched(device: str = "cpu") -> Iterator[list[int]]:
     found.append(int(torch.tensor([0, *sizes]).cumsum(0).max()))
 
 
+def unwatched() -> bool:
+    """Tell whether torch's profiler is free: there is one, and a second ends it."""
+    return not torch._C._autograd._profiler_enabled()
+
+
 def held(*owners: nn.Module | torch.optim.Optimizer) -> int:
     """Return the bytes that models and optimizers keep, each storage once."""
     tensors = [t for owner in owners for t in _tensors(owner)]

@@ -36,6 +36,7 @@ from minipeft.lab.diagnosis import (
 from minipeft.lab.files import claimed, write_atomic
 from minipeft.lab.identity import Identity
 from minipeft.lab.memory.measured import step_memory
+from minipeft.lab.memory_peak import unwatched
 from minipeft.lab.progress import Bar, bar
 
 Batch = Mapping[str, torch.Tensor]
@@ -217,8 +218,8 @@ class _Run:
         """Take one step, then validate and save if it is time."""
         began = time.perf_counter()
         self.fresh += 1
-        second = self.fresh == 2  # the first makes the optimizer's states
-        value = self.measured(shown) if second else self.update()
+        watch = self.fresh == 2 and unwatched()  # the first makes the states
+        value = self.measured(shown) if watch else self.update()
         self.step += 1
         self.losses.append(value)
         every = self.config.validate_every
@@ -231,10 +232,9 @@ class _Run:
 
     def measured(self, shown: Bar) -> float:
         """Take a step, and say what peak of memory was predicted, and what was met."""
-        first = self.step * self.config.accumulate
-        with step_memory(
-            self.model, self.optimizer, self.batches(first), self.config.accumulate
-        ) as found:
+        count = self.config.accumulate
+        batch = self.batches(self.step * count)
+        with step_memory(self.model, self.optimizer, batch, count) as found:
             value = self.update()
         shown.note(found[0])
         return value

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
+from torch.profiler import ProfilerActivity, profile
 
 from minipeft.lab import memory, memory_peak, train
 from minipeft.lab.memory import measured
@@ -135,6 +136,15 @@ def test_the_training_loop_says_both_peaks(tiny, capsys):
     assert len(said) == 1
     share = float(said[0].split("(")[1].split("%")[0])
     assert abs(share) < 100 * ON_TINY
+
+
+def test_a_profiler_that_runs_already_is_left_alone(toy, capsys):
+    ids = torch.randint(3, 31, (2, 8))
+    batch = {"input_ids": ids, "labels": ids}
+    with profile(activities=[ProfilerActivity.CPU]) as seen:
+        train.train(toy, lambda i: batch, train.TrainConfig(3))
+    assert "peak memory" not in capsys.readouterr().err
+    assert seen.key_averages()
 
 
 def test_padded_batches_and_accumulation_are_predicted(tiny):
