@@ -40,6 +40,17 @@ def folder_of(name, place, tokenizer):
 # Whole chapters with another model
 
 
+def run_chapter(number, model, out, *options):
+    """Run a whole chapter with one step a run, and return what it prints."""
+    (chapter,) = CHAPTERS.glob(f"{number}_*.py")
+    line = [sys.executable, str(chapter), "--model", str(model), "--steps", "1"]
+    line += ["--device", "cpu", "--out", str(out), *map(str, options)]
+    ran = subprocess.run(line, capture_output=True, text=True, check=False)
+    assert ran.returncode == 0, ran.stderr[-2000:]
+    assert list(out.glob("*.svg"))
+    return ran.stdout
+
+
 @pytest.mark.parametrize(
     ("name", "number"),
     [
@@ -47,17 +58,33 @@ def folder_of(name, place, tokenizer):
         ("GPT2LMHeadModel", "08"),
         ("GPT2LMHeadModel", "10"),
         ("Qwen2ForCausalLM", "06"),
+        ("GemmaForCausalLM", "14"),
     ],
 )
 def test_a_stranger_s_model_goes_through_a_chapter(tmp_path, tiny, name, number):
     model = folder_of(name, tmp_path / "model", tiny.tokenizer)
-    (chapter,) = CHAPTERS.glob(f"{number}_*.py")
-    line = [sys.executable, str(chapter), "--model", str(model), "--steps", "1"]
-    line += ["--device", "cpu", "--out", str(tmp_path / "out")]
-    ran = subprocess.run(line, capture_output=True, text=True, check=False)
-    assert ran.returncode == 0, ran.stderr[-2000:]
-    assert list((tmp_path / "out").glob("*.svg"))
-    assert f"{model} in float32, loss on the held-out examples: " in ran.stdout
+    shown = run_chapter(number, model, tmp_path / "out")
+    assert f"{model} in float32, loss on the held-out examples: " in shown
+
+
+def test_a_chapter_takes_every_option_and_goes_on_from_its_runs(tmp_path, tiny):
+    model = folder_of("Qwen3ForCausalLM", tmp_path / "model", tiny.tokenizer)
+    pairs = [{"prompt": f"w{i} is", "completion": f"v{i % 7}"} for i in range(120)]
+    options = ["--data", written(tmp_path / "mine.jsonl", pairs)]
+    options += ["--dtype", "bfloat16", "--targets", "q_proj,up_proj", "--threads", "2"]
+    options += ["--checkpoint", tmp_path / "kept"]
+    first = run_chapter("01", model, tmp_path / "out", *options)
+    kept = sorted((tmp_path / "kept").glob("run-*.safetensors"))
+    assert kept
+    assert f"{model} in bfloat16, loss on the held-out examples: " in first
+    again = run_chapter("01", model, tmp_path / "out", *options, "--resume")
+    told = [
+        [line for line in shown.splitlines() if "loss" in line or "gains" in line]
+        for shown in (first, again)
+    ]
+    assert told[0] == told[1]
+    assert told[0]
+    assert sorted((tmp_path / "kept").glob("run-*.safetensors")) == kept
 
 
 def test_no_chapter_names_the_layers_of_one_architecture():
