@@ -43,9 +43,18 @@ def quantize(
     Source: QLoRA (arXiv:2305.14314), section 3, "Double Quantization".
     """
     blockwise.check_blocksize(nested_blocksize)
-    q = blockwise.quantize(W, codebook, blocksize)
+    return nest(blockwise.quantize(W, codebook, blocksize), nested_blocksize)
+
+
+def nest(q: Blockwise, nested_blocksize: int = 256) -> Nested:
+    """Return the same codes with their scales quantized; one look at the device.
+
+    Raises:
+        InputError: if the block size is no power of two.
+    """
+    blockwise.check_blocksize(nested_blocksize)
     offset = mean(q.absmax)
-    signed = dynamic_map_on(W.device)
+    signed = dynamic_map_on(q.absmax.device)
     scales = blockwise.quantize(q.absmax - offset, signed, nested_blocksize)
     return Nested(
         q.packed,

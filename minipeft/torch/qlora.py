@@ -95,11 +95,9 @@ class QuantizedLinear(nn.Module):
         With `nested_blocksize` (256) the scales are quantized too.
         """
         W = weight_view(layer).turn(cast(Tensor, layer.weight))
-        q: Blockwise | Nested
-        if nested_blocksize is None:
-            q = blockwise.quantize(W, codebook, blocksize)
-        else:
-            q = double_quant.quantize(W, codebook, blocksize, nested_blocksize)
+        q: Blockwise | Nested = _coded(W, codebook, blocksize)
+        if nested_blocksize is not None:
+            q = double_quant.nest(q, nested_blocksize)
         return cls(q, cast(Any, layer.bias), W.dtype).train(layer.training)
 
     @property
@@ -164,6 +162,15 @@ class QuantizedLinear(nn.Module):
             f"bias={self.bias is not None}, codes={len(self.q.codebook)}, "
             f"blocksize={self.constants['blocksize']}, scales={type(self.q).__name__}"
         )
+
+
+def _coded(W: Weight, codebook: Float[Tensor, " codes"], blocksize: int) -> Blockwise:
+    W = W.detach().contiguous()  # a Conv1D's weight is a view
+    if not (launches.available(W) and launches.decodes(codebook, W.dtype)):
+        return blockwise.quantize(W, codebook, blocksize)
+    values = codebook.to(W.device)
+    packed, absmax = operators.quantize(W, values, blocksize)
+    return Blockwise(packed, absmax, values, blocksize, tuple(W.shape))
 
 
 def quantized_linear(

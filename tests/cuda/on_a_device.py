@@ -43,12 +43,13 @@ def whole(*shape: int) -> Tensor:
 
 
 def quantized(there, nested=None, rows=2):
-    layer = nn.Linear(64, 24)
-    base = qlora.QuantizedLinear.from_linear(layer, nested_blocksize=nested).to(there)
+    layer = nn.Linear(64, 24).to(there)
+    base = qlora.QuantizedLinear.from_linear(layer, nested_blocksize=nested)
     x = torch.randn(rows, 64).to(there).requires_grad_()
     y = base(x)
     (grad,) = torch.autograd.grad(y.sum(), x)
-    return [base.weight, base.dequantize(torch.bfloat16), grad, y * 0]
+    own = [getattr(base, name) for name in base.tensors]
+    return [*own, base.weight, base.dequantize(torch.bfloat16), grad, y * 0]
 
 
 def optimizer(there, kind=adamw.AdamW, **settings):
@@ -81,12 +82,12 @@ def many_adapters(there, tokens=1):
 
 PAGING = paged.Paging(page_size=2048, budget=2)
 RECIPES = {
-    "a layer": (quantized, {"product", "dequantize"}),
+    "a layer": (quantized, {"quantize", "product", "dequantize"}),
     "a nested layer": (
         lambda there: quantized(there, 256),
-        {"product_nested", "dequantize_nested"},
+        {"quantize", "product_nested", "dequantize_nested"},
     ),
-    "many rows": (lambda there: quantized(there, rows=9), {"dequantize"}),
+    "many rows": (lambda there: quantized(there, rows=9), {"quantize", "dequantize"}),
     "AdamW": (optimizer, {"adamw"}),
     "AdamW of 8 bits": (lambda there: optimizer(there, bits=8), {"adamw_8bit"}),
     "paged": (
