@@ -263,7 +263,8 @@ PRODUCT = {
 
 
 def _of_few_rows(a: Mapping[str, Any], dtype: str) -> int:
-    return -(-a["out_features"] // (2 * WARPS)) * -(-a["tokens"] // 4)
+    rows = 64 if SIZES[dtype] == 2 else 4  # that share one decoding
+    return -(-a["out_features"] // 16) * -(-a["tokens"] // rows)
 
 
 PRODUCT_4BIT = Kernel(
@@ -295,7 +296,7 @@ ROW_NORM = Kernel(
         "r": "int32",
         "scaling": "float32",
     },
-    _tiles("out_features", 16),
+    lambda a, dtype: -(-a["out_features"] * SIZES[dtype] // 64),
 )
 
 KERNELS = (

@@ -20,8 +20,8 @@
 // Launch: 256 threads.
 //   adamw       a thread takes 4 neighbours at a time, so that a warp reads and writes
 //               whole lines of 128 bytes of each array; once in float32, twice in 16 bits
-//   adamw_8bit  a thread takes 4 values, two warps a block of 256, a CUDA block 8 times 1024
-//               values, so that the 4 KB of tables are loaded once for many
+//   adamw_8bit  a warp takes a block of 256, a lane twice 4 neighbours; a CUDA block 4 times
+//               2048 values, so that the 4 KB of tables are loaded once for many
 #include "scale.cuh"
 
 constexpr int THREADS = 256;
@@ -123,17 +123,22 @@ struct Maps {
 // Position among the 256 sorted values, as `nearest` finds it, in eight steps. The nodes of
 // a level lie side by side, so up to the sixth no two lanes wait for each other; in a sorted
 // array the first steps all hit one bank. The first two levels are in registers.
+//
+// The sign of (midpoint - x), which is exact where it decides, is the next bit of k: one
+// instruction shifts it in.
 struct Tree {
   const float* at;
   float root, left, right;
   __device__ __forceinline__ explicit Tree(const float* tree)
       : at(tree), root(tree[1]), left(tree[2]), right(tree[3]) {}
+  __device__ __forceinline__ static unsigned below(unsigned k, float midpoint, float x) {
+    return __funnelshift_l(__float_as_uint(__fsub_rn(midpoint, x)), k, 1);
+  }
   __device__ __forceinline__ unsigned position(float x) const {
-    const bool above = x > root;
-    unsigned k = above ? 6 : 4;
-    k += x > (above ? right : left);
+    unsigned k = below(1, root, x);
+    k = below(k, x > root ? right : left, x);
 #pragma unroll
-    for (int level = 2; level < 8; ++level) k = 2 * k + (x > at[k]);
+    for (int level = 2; level < 8; ++level) k = below(k, at[k], x);
     return k - 256;
   }
 };
@@ -166,13 +171,6 @@ __device__ __forceinline__ void encode(byte* codes, i64 first, i64 n, const Scal
     for (int i = 0; i < GROUP && first + i < n; ++i) codes[first + i] = byte(word >> 8 * i);
 }
 
-__device__ __forceinline__ float largest(const float* of) {
-  float m = 0.0f;
-#pragma unroll
-  for (int i = 0; i < GROUP; ++i) m = fmaxf(m, fabsf(of[i]));
-  return warp_max(m);
-}
-
 // All that the tiles of a CUDA block share.
 template <class T> struct Tensors {
   const T *W, *grad;
@@ -184,48 +182,57 @@ template <class T> struct Tensors {
   u64* bad;
 };
 
+// One block, from `start` on. Its scales are read by all lanes before one of them writes.
 template <bool WHOLE, class T>
 __device__ __forceinline__ void advance_8bit(const Step& step, const Tensors<T>& t,
                                              const Maps& map, const Tree& m_tree,
-                                             const Tree& v_tree,
-                                             float (&part)[2][THREADS / WARP], i64 tile,
-                                             i64 n) {
-  const int warp = threadIdx.x / WARP;
-  const i64 first = tile + threadIdx.x * GROUP, block = first / BLOCK;
-  const bool inside = WHOLE || first < n;
-  float w[GROUP], g[GROUP], m[GROUP], v[GROUP];
-  load<WHOLE>(t.W, first, n, w);
-  load<WHOLE>(t.grad, first, n, g);
-  decode<WHOLE>(t.m_codes, first, n, inside ? t.m_absmax[block] : 0.0f, map.m, m);
-  decode<WHOLE>(t.v_codes, first, n, inside ? t.v_absmax[block] : 0.0f, map.v, v);
+                                             const Tree& v_tree, i64 start, i64 n) {
+  constexpr int GROUPS = BLOCK / (WARP * GROUP);
+  const int lane = threadIdx.x % WARP;
+  const i64 block = start / BLOCK;
+  const float m_before = t.m_absmax[block], v_before = t.v_absmax[block];
+  float w[GROUPS][GROUP], g[GROUPS][GROUP], m[GROUPS][GROUP], v[GROUPS][GROUP];
 #pragma unroll
-  for (int i = 0; i < GROUP; ++i) {
-    step.update(w[i], g[i], m[i], v[i]);
-    if (t.bad && !(is_finite(g[i]) && is_finite(m[i]) && is_finite(v[i])))
-      atomicMin(t.bad, u64(first + i));
+  for (int k = 0; k < GROUPS; ++k) {
+    const i64 first = start + (k * WARP + lane) * GROUP;
+    load<WHOLE>(t.W, first, n, w[k]);
+    load<WHOLE>(t.grad, first, n, g[k]);
+    decode<WHOLE>(t.m_codes, first, n, m_before, map.m, m[k]);
+    decode<WHOLE>(t.v_codes, first, n, v_before, map.v, v[k]);
   }
-  const float m_here = largest(m), v_here = largest(v);
-  if (threadIdx.x % WARP == 0) {
-    part[0][warp] = m_here;
-    part[1][warp] = v_here;
+  float m_scale = 0.0f, v_scale = 0.0f;
+#pragma unroll
+  for (int k = 0; k < GROUPS; ++k) {
+    const i64 first = start + (k * WARP + lane) * GROUP;
+#pragma unroll
+    for (int i = 0; i < GROUP; ++i) {
+      step.update(w[k][i], g[k][i], m[k][i], v[k][i]);
+      if (t.bad && !(is_finite(g[k][i]) && is_finite(m[k][i]) && is_finite(v[k][i])))
+        atomicMin(t.bad, u64(first + i));
+      m_scale = fmaxf(m_scale, fabsf(m[k][i]));
+      v_scale = fmaxf(v_scale, fabsf(v[k][i]));
+    }
+    store<WHOLE>(t.W_out, first, n, w[k]);
   }
-  __syncthreads();
-  const float m_scale = fmaxf(part[0][warp], part[0][warp ^ 1]);
-  const float v_scale = fmaxf(part[1][warp], part[1][warp ^ 1]);
-  __syncthreads();  // before the next tile writes `part`
-  store<WHOLE>(t.W_out, first, n, w);
-  encode<WHOLE>(t.m_codes_out, first, n, Scale(m_scale), m_tree, m);
-  encode<WHOLE>(t.v_codes_out, first, n, Scale(v_scale), v_tree, v);
-  if (first % BLOCK == 0 && inside) {
+  m_scale = warp_max(m_scale);
+  v_scale = warp_max(v_scale);
+  const Scale m_of(m_scale), v_of(v_scale);
+#pragma unroll
+  for (int k = 0; k < GROUPS; ++k) {
+    const i64 first = start + (k * WARP + lane) * GROUP;
+    encode<WHOLE>(t.m_codes_out, first, n, m_of, m_tree, m[k]);
+    encode<WHOLE>(t.v_codes_out, first, n, v_of, v_tree, v[k]);
+  }
+  if (lane == 0) {
     t.m_absmax_out[block] = m_scale;
     t.v_absmax_out[block] = v_scale;
   }
 }
 
-// As above; a block's scales are read by all its threads before a barrier and written after.
+// As above.
 // bad: also where a moment is not finite, which no scale could hold.
 template <class T>
-__global__ void __launch_bounds__(THREADS)
+__global__ void __launch_bounds__(THREADS, 3)  // more spills
 adamw_8bit(const T* W, const T* __restrict__ grad, const byte* m_codes,
            const byte* v_codes, const float* m_absmax, const float* v_absmax,
            const float* __restrict__ maps, T* W_out, byte* m_codes_out, byte* v_codes_out,
@@ -233,7 +240,7 @@ adamw_8bit(const T* W, const T* __restrict__ grad, const byte* m_codes,
            float decay, float new_m, float beta2, float new_v, float minus_step,
            float correction, float eps) {
   alignas(16) __shared__ Maps map;
-  __shared__ float part[2][THREADS / WARP];
+  constexpr int WARPS = THREADS / WARP;
   const Step step{decay, new_m, beta2, new_v, minus_step, correction, eps};
   const Tensors<T> t{W,     grad,        m_codes,     v_codes,      m_absmax,     v_absmax,
                      W_out, m_codes_out, v_codes_out, m_absmax_out, v_absmax_out, bad};
@@ -241,9 +248,10 @@ adamw_8bit(const T* W, const T* __restrict__ grad, const byte* m_codes,
                load_vector(maps + threadIdx.x * 4));
   __syncthreads();
   const Tree m_tree(map.m_tree), v_tree(map.v_tree);
-  for (i64 tile = i64(blockIdx.x) * TILE; tile < n; tile += i64(gridDim.x) * TILE)
-    if (tile + TILE <= n)
-      advance_8bit<true>(step, t, map, m_tree, v_tree, part, tile, n);
+  const i64 own = (i64(blockIdx.x) * WARPS + threadIdx.x / WARP) * BLOCK;
+  for (i64 start = own; start < n; start += i64(gridDim.x) * WARPS * BLOCK)
+    if (start + BLOCK <= n)
+      advance_8bit<true>(step, t, map, m_tree, v_tree, start, n);
     else
-      advance_8bit<false>(step, t, map, m_tree, v_tree, part, tile, n);
+      advance_8bit<false>(step, t, map, m_tree, v_tree, start, n);
 }

@@ -6,18 +6,22 @@
 // needed, and nothing cancels as in the expanded |W|^2 + 2 s W.BA + s^2 |BA|^2. Sums are kept
 // in float32.
 //
-// Bytes moved an element of W (s = bytes of its dtype, r = rank): s read from DRAM; s r / 16
-// of A from L2, as the 16 rows of a CUDA block share it. Flops: 2 r + 3.
+// Bytes moved an element of W (s = bytes of its dtype, r = rank): s read from DRAM; of A,
+// from L2, s r / 16 in float32 and s r / 32 in 16 bits, as the rows of a CUDA block share
+// it. Flops: 2 r + 3.
 //
-// Roofline: an element of A is converted once for the 8 rows of a warp, so at r = 16 about 30
-// instructions are issued a weight, 16 of them the products themselves. Calculated from an
-// H100's issue slots, not timed, they take 1.5 times as long as its memory needs for the
-// weight in 16 bits. The matrix product B A written to memory and read again would move 4 s
-// more bytes an element.
+// Roofline: at r = 16 the products alone are 16 instructions a weight by ordinary units. In
+// float32 memory takes an H100 longer. In 16 bits memory takes half of that, and they would
+// be the bound: there tensor cores make B A, 16 ranks in a quarter of an instruction a
+// weight, and about 11 are issued in all. Calculated from an H100's issue slots, not timed,
+// that is half of what its memory needs. The matrix product B A written to memory and read
+// again would move 4 s more bytes an element.
 //
-// Launch: 256 threads, 16 rows. A warp takes 8 rows and every fourth stretch of columns; a
-// lane 16 bytes of W and of each row of A at a time.
-#include "common.cuh"
+// Launch: 256 threads.
+//   float32   16 rows. A warp takes 8 rows and every fourth stretch of columns; a lane 16
+//             bytes of W and of each row of A at a time
+//   16 bits   32 rows. A warp takes 16 rows and every fourth stretch of 64 columns
+#include "mma.cuh"
 
 constexpr int THREADS = 256;
 constexpr int WARPS = THREADS / WARP;
@@ -82,9 +86,10 @@ __device__ __forceinline__ void add_squares(const T* __restrict__ W, const T* __
 }
 
 template <class T>
-__global__ void __launch_bounds__(THREADS, 2)
-row_norm(const T* __restrict__ W, const T* __restrict__ A, const T* __restrict__ B,
-         float* __restrict__ norm, int in_features, int out_features, int r, float scaling) {
+__device__ __forceinline__ void row_norm_of(const T* __restrict__ W, const T* __restrict__ A,
+                                            const T* __restrict__ B,
+                                            float* __restrict__ norm, int in_features,
+                                            int out_features, int r, float scaling) {
   constexpr int SIZE = Vector<T>::size, STRIDE = SPLITS * WARP * SIZE;
   alignas(16) __shared__ float factor[KEPT][BLOCK_ROWS];
   __shared__ float part[SPLITS][BLOCK_ROWS];
@@ -123,4 +128,131 @@ row_norm(const T* __restrict__ W, const T* __restrict__ A, const T* __restrict__
 #pragma unroll
   for (int k = 0; k < SPLITS; ++k) total = __fadd_rn(total, part[k][threadIdx.x]);
   norm[o] = __fsqrt_rn(total);
+}
+
+// Sixteen bits, on tensor cores -----------------------------------------------------------
+
+constexpr int TILE_ROWS = 16;    // of a warp: those of one product
+constexpr int TILE_COLUMNS = 64;  // of a warp at a time: eight products side by side
+constexpr int HIGH = WARPS / SPLITS * TILE_ROWS;
+constexpr int DEEP = 16;  // ranks of one product
+constexpr int PITCH = KEPT + 8;  // of a row in shared memory: no two lanes in one bank
+
+// Eight columns of a row; zeros where there are none.
+template <class T>
+__device__ __forceinline__ Vector<T> columns_of(const T* row, bool there, int j,
+                                                int in_features) {
+  constexpr int SIZE = Vector<T>::size;
+  if (there && in_features % SIZE == 0 && j < in_features) return load_vector(row + j);
+  Vector<T> to;
+#pragma unroll
+  for (int i = 0; i < SIZE; ++i)
+    to.at[i] = there && j + i < in_features ? row[j + i] : from_float<T>(0.0f);
+  return to;
+}
+
+// Two neighbours of a row of B.
+template <class T>
+__device__ __forceinline__ unsigned ranks_of(const T* kept, const T* row, bool there, int k,
+                                             int r) {
+  if (k < KEPT) return *reinterpret_cast<const unsigned*>(kept + k);
+  const T zero = from_float<T>(0.0f);
+  return paired(there && k < r ? row[k] : zero, there && k + 1 < r ? row[k + 1] : zero);
+}
+
+// The columns of a product may stand in any order, for their squares are summed. So a lane
+// loads eight neighbours of a row of A at once and gives one of them to each product: of
+// product i, column c is the column 8 c + i of the 64.
+template <class T>
+__device__ __forceinline__ void add_tile(const T* __restrict__ W, const T* __restrict__ A,
+                                         const T* __restrict__ B, const T (*kept)[PITCH],
+                                         float (&sum)[2], int first, int j, int in_features,
+                                         int out_features, int r, float scaling) {
+  const int lane = threadIdx.x % WARP, g = lane / 4, t = lane % 4;
+  Vector<T> w[2][2];
+  bool there[2];
+#pragma unroll
+  for (int h = 0; h < 2; ++h) {
+    const int o = first + g + 8 * h;
+    there[h] = o < out_features;
+#pragma unroll
+    for (int s = 0; s < 2; ++s)
+      w[h][s] = columns_of(W + i64(o) * in_features, there[h], j + 16 * t + 8 * s,
+                           in_features);
+  }
+  float update[8][4] = {};
+#pragma unroll 1
+  for (int k = 2 * t; k - 2 * t < r; k += DEEP) {
+    unsigned b[4];
+    Vector<T> a[4];
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const int row = g + 8 * (i % 2), deep = k + 8 * (i / 2);
+      b[i] = ranks_of(kept[row], B + i64(first + row) * r, there[i % 2], deep, r);
+      const int at = k + i % 2 + 8 * (i / 2);
+      a[i] = columns_of(A + i64(at) * in_features, at < r, j + 8 * g, in_features);
+    }
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+      const unsigned of_A[2] = {paired(a[0].at[i], a[1].at[i]),
+                                paired(a[2].at[i], a[3].at[i])};
+      mma<T>(update[i], b, of_A);
+    }
+  }
+#pragma unroll
+  for (int i = 0; i < 8; ++i)
+#pragma unroll
+    for (int h = 0; h < 2; ++h)
+#pragma unroll
+      for (int s = 0; s < 2; ++s) {
+        const float v = __fmaf_rn(scaling, update[i][2 * h + s], to_float(w[h][s].at[i]));
+        sum[h] = __fmaf_rn(v, v, sum[h]);
+      }
+}
+
+template <class T>
+__device__ __forceinline__ void row_norm_16(const T* __restrict__ W, const T* __restrict__ A,
+                                            const T* __restrict__ B,
+                                            float* __restrict__ norm, int in_features,
+                                            int out_features, int r, float scaling) {
+  alignas(16) __shared__ T kept[HIGH][PITCH];
+  __shared__ float piece[SPLITS][HIGH];
+  const int first = blockIdx.x * HIGH;
+  for (int i = threadIdx.x; i < HIGH * KEPT; i += THREADS) {
+    const int o = first + i / KEPT, k = i % KEPT;
+    kept[i / KEPT][k] =
+        o < out_features && k < r ? B[i64(o) * r + k] : from_float<T>(0.0f);
+  }
+  __syncthreads();
+
+  const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
+  const int split = warp % SPLITS, own = warp / SPLITS * TILE_ROWS;
+  const auto here = reinterpret_cast<const T(*)[PITCH]>(&kept[own][0]);
+  float sum[2] = {};
+#pragma unroll 1
+  for (int j = split * TILE_COLUMNS; j < in_features; j += SPLITS * TILE_COLUMNS)
+    add_tile(W, A, B, here, sum, first + own, j, in_features, out_features, r, scaling);
+#pragma unroll
+  for (int h = 0; h < 2; ++h) {  // the four lanes of a row
+    float total = __fadd_rn(sum[h], __shfl_xor_sync(ALL_LANES, sum[h], 1));
+    total = __fadd_rn(total, __shfl_xor_sync(ALL_LANES, total, 2));
+    if (lane % 4 == 0) piece[split][own + lane / 4 + 8 * h] = total;
+  }
+  __syncthreads();
+  const int o = first + threadIdx.x;
+  if (threadIdx.x >= HIGH || o >= out_features) return;
+  float total = 0.0f;
+#pragma unroll
+  for (int k = 0; k < SPLITS; ++k) total = __fadd_rn(total, piece[k][threadIdx.x]);
+  norm[o] = __fsqrt_rn(total);
+}
+
+template <class T>
+__global__ void __launch_bounds__(THREADS, 2)
+row_norm(const T* __restrict__ W, const T* __restrict__ A, const T* __restrict__ B,
+         float* __restrict__ norm, int in_features, int out_features, int r, float scaling) {
+  if constexpr (sizeof(T) == 2)
+    row_norm_16(W, A, B, norm, in_features, out_features, r, scaling);
+  else
+    row_norm_of(W, A, B, norm, in_features, out_features, r, scaling);
 }

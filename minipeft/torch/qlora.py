@@ -95,9 +95,10 @@ class QuantizedLinear(nn.Module):
         With `nested_blocksize` (256) the scales are quantized too.
         """
         W = weight_view(layer).turn(cast(Tensor, layer.weight))
-        q: Blockwise | Nested = _coded(W, codebook, blocksize)
+        q = _coded(W, codebook, blocksize)
         if nested_blocksize is not None:
-            q = double_quant.nest(q, nested_blocksize)
+            nested = double_quant.nest(q, nested_blocksize)
+            return cls(nested, cast(Any, layer.bias), W.dtype).train(layer.training)
         return cls(q, cast(Any, layer.bias), W.dtype).train(layer.training)
 
     @property

@@ -59,12 +59,11 @@ def small(dtypes: Collection[str] = tuple(DTYPES)) -> None:
 
 SYNC = "  __syncthreads();\n"
 MUTATIONS = (
-    Mutation("no barrier after the tables", SYNC, "", 2, ("values", "races")),
-    Mutation("no barrier after the maxima", SYNC, "", 1, ("values", "races")),
+    Mutation("no barrier after the tables", SYNC, "", 1, ("values", "races")),
     Mutation(
-        "no barrier before the next tile",
-        "  __syncthreads();  // before the next tile writes `part`\n",
-        "",
+        "every lane writes the scale",
+        "if (lane == 0) {",
+        "{",
         1,
         ("races",),
     ),
@@ -77,15 +76,15 @@ MUTATIONS = (
     ),
     Mutation(
         "a neighbour's absmax",
-        "inside ? t.m_absmax[block] : 0.0f",
-        "inside ? t.m_absmax[block / 2] : 0.0f",
+        "m_before = t.m_absmax[block]",
+        "m_before = t.m_absmax[block / 2]",
         1,
         ("values", "ptx"),
     ),
     Mutation(
         "half a block's maximum",
-        "fmaxf(part[1][warp], part[1][warp ^ 1])",
-        "part[1][warp]",
+        "v_scale = warp_max(v_scale);",
+        "",
         1,
         ("values", "ptx"),
     ),

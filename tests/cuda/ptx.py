@@ -12,10 +12,11 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from tests.cuda.ptx_parser import Entry, Instruction, PtxError
-from tests.cuda.ptx_values import ARITHMETIC, compare, convert, numpy_type
+from tests.cuda.ptx_values import ARITHMETIC, BFLOAT16, compare, convert, numpy_type
 
 GUARD_BYTES = 1 << 16
 LANES = 1 << 15
+COLLECTIVE = ("shfl", "vote", "mma")  # all lanes of a warp at once
 
 
 # Memory -------------------------------------------------------------------------------
@@ -112,7 +113,7 @@ class Wave:
             if instruction.guard:
                 taken = self.register(instruction.guard)[lanes] ^ instruction.negated
                 lanes = lanes[taken]
-            if not self.passing[lanes].all() and instruction.name in ("shfl", "vote"):
+            if not self.passing[lanes].all() and instruction.name in COLLECTIVE:
                 self.parked[lanes] = True
                 self.counter[lanes] = here
             elif lanes.size:
@@ -327,6 +328,39 @@ class Wave:
         self.write(target, self.read(i.operands[1], "b32", everyone)[source], lanes)
         for name in valid:
             self.write(name, inside, lanes)
+
+    def _mma(self, i: Instruction, lanes: np.ndarray) -> None:
+        """Multiply on tensor cores, in the layout of the PTX ISA; sums in float64."""
+        if i.modifiers[2:5] != ("m16n8k16", "row", "col"):
+            raise PtxError(f"no such shape here: {i.line}")
+        d, a, b, c = (re.findall(r"[%\w]+", operand) for operand in i.operands)
+        half = np.dtype(np.float16) if i.modifiers[6] == "f16" else BFLOAT16
+        warps = lanes.reshape(-1, 32)  # all lanes of each have come
+
+        def fragment(names: list[str], kind: str) -> np.ndarray:
+            columns = [self.read(name, kind, lanes) for name in names]
+            return np.stack(columns, axis=1).reshape(len(warps), 8, 4, -1)  # g, t
+
+        def pairs(names: list[str]) -> np.ndarray:
+            raw = fragment(names, "b32")
+            return raw.view(half).astype(np.float64).reshape(len(warps), 8, 4, -1, 2)
+
+        A = pairs(a).reshape(
+            len(warps), 8, 4, 2, 2, 2
+        )  # g, t, half of k, of rows, pair
+        A = A.transpose(0, 4, 1, 3, 2, 5).reshape(len(warps), 16, 16)
+        B = pairs(b).transpose(0, 3, 2, 4, 1).reshape(len(warps), 16, 8)
+        C = fragment(c, "f32").reshape(
+            len(warps), 8, 4, 2, 2
+        )  # g, t, half of rows, pair
+        D = A @ B + C.transpose(0, 3, 1, 2, 4).reshape(len(warps), 16, 8)
+        rows = (
+            D.astype(np.float32)
+            .reshape(len(warps), 2, 8, 4, 2)
+            .transpose(0, 2, 3, 1, 4)
+        )
+        for name, values in zip(d, rows.reshape(-1, 4).T, strict=True):
+            self.write(name, np.ascontiguousarray(values), lanes)
 
     def _vote(self, i: Instruction, lanes: np.ndarray) -> None:
         votes = np.zeros(self.n, bool)

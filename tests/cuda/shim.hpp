@@ -71,6 +71,15 @@ inline float __fdiv_rn(float a, float b) { return a / b; }
 inline float __fsqrt_rn(float a) { return std::sqrt(a); }
 inline float __fmaf_rn(float a, float b, float c) { return std::fma(a, b, c); }
 
+inline unsigned __float_as_uint(float a) {
+  unsigned bits;
+  std::memcpy(&bits, &a, sizeof bits);
+  return bits;
+}
+inline unsigned __funnelshift_l(unsigned low, unsigned high, unsigned by) {
+  return unsigned((uint64_t(high) << 32 | low) << (by & 31) >> 32);
+}
+
 inline unsigned __byte_perm(unsigned low, unsigned high, unsigned selector) {
   const uint64_t bytes = uint64_t(high) << 32 | low;
   unsigned result = 0;

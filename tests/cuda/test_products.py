@@ -5,11 +5,13 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
+from minipeft import kernels
 from minipeft.cupy import blockwise, dora, lora_batched, qlora
 from minipeft.cupy.executor import use
 from minipeft.errors import InputError
 from tests.cuda.blockwise_cases import gaussian
 from tests.cuda.executors import DTYPES, CpuExecutor
+from tests.cuda.mutation import Mutation
 from tests.cuda.product_cases import (
     Sizes,
     dora_agrees,
@@ -18,7 +20,7 @@ from tests.cuda.product_cases import (
     lora_batched_agrees,
     qlora_agrees,
 )
-from tests.cuda.toolchain import needs_cpu_build
+from tests.cuda.toolchain import compile_cpu, needs_cpu_build
 
 pytestmark = needs_cpu_build
 DTYPE = pytest.mark.parametrize("dtype", DTYPES)
@@ -61,6 +63,49 @@ def test_qlora(s, draw, dtype):
 def test_dora_row_norm(s, draw, dtype):
     with use(CpuExecutor()):
         dora_agrees(s, dtype, draw, seed=s.d)
+
+
+SIXTEEN = pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+
+
+@SIXTEEN
+@DRAW
+def test_more_ranks_and_rows_than_one_product_of_tensor_cores(draw, dtype):
+    with use(CpuExecutor()):
+        dora_agrees(Sizes(0, 136, 40, 80), dtype, draw)
+        dora_agrees(Sizes(0, 77, 33, 70), dtype, draw)
+        qlora_agrees(Sizes(70, 264, 19, 4), dtype, draw)
+
+
+# The mistakes of `rows` are planted in float32; these are in what tensor cores do.
+SHUFFLED = "__shfl_xor_sync(ALL_LANES, total, 2)"
+MISTAKES = {
+    "dora": {
+        "swapped ranks": ("a[0].at[i], a[1].at[i]", "a[1].at[i], a[0].at[i]"),
+        "other rows of B": ("row = g + 8 * (i % 2)", "row = g + 8 * (i / 2)"),
+        "a lane too few in the sum": (SHUFFLED, "0.0f"),
+    },
+    "qlora": {
+        "rows and columns change places": ("i % 2 * 2 + h", "h * 2 + i % 2"),
+        "another part of x": ("first[2] = {u.x, u.y}", "first[2] = {u.z, u.y}"),
+        "a warp too few in the sum": ("k < WARPS; ++k)", "k < WARPS - 1; ++k)"),
+    },
+}
+
+
+@pytest.mark.parametrize("row", MISTAKES)
+def test_mistakes_on_tensor_cores_are_seen(row):
+    text = kernels.source(row)
+    mutants = {
+        name: Mutation(name, old, new, 1, ()).apply(text)
+        for name, (old, new) in MISTAKES[row].items()
+    }
+    built = compile_cpu(row, "values", mutants, ["float16"])
+    agrees = {"dora": dora_agrees, "qlora": qlora_agrees}[row]
+    seen = pytest.raises(AssertionError, match=r"differ, first at|off by")
+    for name in mutants:
+        with use(CpuExecutor("values", 0, {row: (built, name)})), seen:
+            agrees(Sizes(9, 1032, 40, 16), "float16", integers)
 
 
 def adapter(k=64, d=32, r=4):
