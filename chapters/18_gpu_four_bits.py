@@ -20,7 +20,6 @@ from minipeft.lab import machine_code, plots
 from minipeft.lab.chapter import start
 from minipeft.lab.gpu import gpu_report, slots
 from minipeft.lab.gpu.device import CupyDevice
-from minipeft.lab.gpu.launches import OPERATIONS
 from minipeft.lab.machine_code import MachineCode
 from minipeft.lab.memory import LLAMA_7B, quantized_bits
 from minipeft.reference import blockwise, double_quant
@@ -63,11 +62,11 @@ ridge = A100.tensor / A100.bandwidth
 #
 # ## The formula
 #
-# Let a kernel move $b$ bytes and do $p$ operations on a device that moves $\beta$ bytes and does $\pi$ operations a second. It cannot be faster than either:
+# A GPU does not calculate by operations but by *instructions*: each of its multiprocessors has four schedulers, and a scheduler issues one instruction of one warp, 32 threads, a cycle. Decoding a weight of four bits is one multiplication, and several instructions. So let a kernel move $b$ bytes and issue $p$ instructions of warps, on a device that moves $\beta$ bytes and issues $\pi$ instructions a second. It cannot be faster than either:
 #
 # $$ t \ge \max\left(\frac{b}{\beta}, \frac{p}{\pi}\right), \qquad\text{or}\qquad \frac{p}{t} \le \min(\pi, \beta I) \quad\text{with } I = \frac{p}{b}. $$
 #
-# Drawn against the *intensity* $I$, operations a byte, the second form is a sloping line under a flat one: the roofline [@williams2009]. Below the ridge $\pi/\beta$ memory is the bound, above it arithmetic.
+# Drawn against the *intensity* $I$, instructions a byte, the second form is a sloping line under a flat one: the roofline [@williams2009]. Below the ridge $\pi/\beta$ memory is the bound, above it the instructions. They are counted [below](#what-the-instructions-cost), where we read the machine code.
 #
 # The bytes are no estimate. They are the sizes of the arrays that go in and come out, so they can be counted on arrays. Here is a matrix in both formats.
 
@@ -84,35 +83,24 @@ nested_bytes = codes + nested_scales
 state = 2 * (N + 4 * N // 256)  # m and v: a byte a value, a scale for 256
 lora = 2 * RANK * sum(W.shape)  # A and B, in float16
 
-rows, columns = W.shape
-matrix = {"n": N, "in_features": columns, "out_features": rows, "r": RANK}
-
-
-def operations(*names, tokens=1, r=RANK):
-    """Count as the report of a GPU does, and the head of each kernel's file."""
-    sizes = matrix | {"tokens": tokens, "r": r}
-    return sum(OPERATIONS[name](sizes) for name in names)
-
-
-# (bytes, operations) of one launch. Vectors and thin matrices are left out: they are small
-# beside the weight, and stay in the caches.
+# Bytes of one launch, weights in 16 bits. Vectors and thin matrices are left out: they are
+# small beside the weight, and stay in the caches.
 TRAFFIC = {
-    "quantize": (half + codes + scales, operations("quantize")),
-    "dequantize": (codes + scales + half, operations("dequantize")),
-    "dequantize_nested": (nested_bytes + half, operations("dequantize_nested")),
-    "product, 1 row": (codes + scales, operations("product", r=0)),
-    "product, 4 rows": (codes + scales, operations("product", tokens=4, r=0)),
-    "adamw": (7 * whole, operations("adamw")),
-    "adamw_8bit": (3 * whole + 2 * state, operations("adamw_8bit")),
-    "shrink and expand": (lora, operations("shrink", "expand")),
-    "row_norm": (half, operations("row_norm")),
+    "quantize": half + codes + scales,
+    "dequantize": codes + scales + half,
+    "dequantize_nested": nested_bytes + half,
+    "product": codes + scales,
+    "adamw": 3 * half + 4 * whole,
+    "adamw_8bit": 3 * half + 2 * state,
+    "shrink and expand": lora,
+    "row_norm": half,
 }
-print("kernel               bytes a weight   operations a weight   operations a byte")
-for name, (moved, done) in TRAFFIC.items():
-    print(f"{name:18s}   {moved / N:14.4f}   {done / N:19.2f}   {done / moved:17.2f}")
-per_weight = {name: moved / N for name, (moved, _) in TRAFFIC.items()}
+print("kernel               bytes a weight")
+for name, moved in TRAFFIC.items():
+    print(f"{name:18s}   {moved / N:14.4f}")
+per_weight = {name: moved / N for name, moved in TRAFFIC.items()}
 assert per_weight["dequantize"] == 4 / 8 + 4 / 64 + 2
-assert per_weight["adamw_8bit"] == 12 + 4 + 16 / 256
+assert per_weight["adamw_8bit"] == 6 + 4 + 16 / 256
 separate = nested_scales + scales  # a kernel of its own writes the scales as float32
 separate += codes + scales + half  # and the next one reads them
 
@@ -121,61 +109,9 @@ separate += codes + scales + half  # and the next one reads them
 #
 # - **Dequantizing writes {=2 / (per_weight["dequantize"] - 2):.1f=} times as much as it reads**: {=per_weight["dequantize"] - 2:.4f=} bytes in, 2 out. Codes of two bits instead of four would save {=0.25 / per_weight["dequantize"]:.0%=} of its bytes.
 # - **Double quantization, fused.** Decoding the scales inside the kernel moves {=per_weight["dequantize_nested"]:.3f=} bytes a weight; decoding them first into an array of their own, {=separate / N:.3f=}.
-# - **AdamW with states of eight bits** moves {=per_weight["adamw_8bit"]:.2f=} bytes instead of {=per_weight["adamw"]:.0f=}, for about twice the operations. It saves memory, and it moves fewer bytes too.
-
-# %% tags=["fold"]
-figure, ax = plots.axes(
-    x="operations a byte", y="operations a second, at most", size=(6.4, 4.2)
-)
-intensity = np.geomspace(0.2, 100, 400)
-for color, (name, device) in zip(plots.PALETTE, DEVICES.items(), strict=False):
-    roof = np.minimum(device.float32, device.bandwidth * intensity)
-    ax.plot(intensity, roof, color=color)
-    ax.text(
-        90,
-        device.float32 * 1.1,
-        name,
-        color=color,
-        weight="bold",
-        ha="right",
-        va="bottom",
-    )
-at_intensity = {}
-for name, (moved, done) in TRAFFIC.items():
-    at_intensity.setdefault(round(done / moved, 2), []).append(name)
-left = 0.0
-for at, names in sorted(at_intensity.items()):
-    crowded, left = at < 1.2 * left, at
-    top = max(min(d.float32, d.bandwidth * at) for d in DEVICES.values())
-    ax.plot([at, at], [2e8, top], color=plots.INK, linewidth=0.7)
-    ax.text(
-        at,
-        2.5e8,
-        ", ".join(names),
-        rotation=90,
-        color=plots.INK,
-        ha="left" if crowded else "right",
-        va="bottom",
-        fontsize=8,
-    )
-ax.set(xscale="log", yscale="log", ylim=(2e8, 2.4e14), xlim=(0.3, 100))
-ax.set_yticks(
-    [1e9, 1e10, 1e11, 1e12, 1e13, 1e14],
-    ["1 G", "10 G", "100 G", "1 T", "10 T", "100 T"],
-)
-ax.set_xticks([1, 10, 100], ["1", "10", "100"])
-ax.minorticks_off()
-chapter.show(
-    figure,
-    "roofline",
-    alt="Rooflines of a T4, an RTX 4090 and an A100 against operations a byte, and thin vertical lines where our kernels lie. All but row_norm and the product of four rows stand under the slopes of all three devices.",
-    caption=f"An A100 is bounded by memory below {A100.float32 / A100.bandwidth:.0f} operations a byte. {sum(done / moved < A100.float32 / A100.bandwidth for moved, done in TRAFFIC.values())} of our {len(TRAFFIC)} launches need fewer.",
-)
+# - **AdamW with states of eight bits** moves {=per_weight["adamw_8bit"]:.2f=} bytes instead of {=per_weight["adamw"]:.0f=}. It saves memory, and it moves fewer bytes too; whether it is faster, its instructions decide.
 
 # %% [markdown]
-# Each thin line is a kernel. The height at which it meets the roof of a device is the largest number of its operations that the device can do in a second. {=sum(done / moved < A100.float32 / A100.bandwidth for moved, done in TRAFFIC.values())=} of {=len(TRAFFIC)=} stand under the slope of the A100: counted like this, their time is the time of their bytes. So a good kernel moves no
-# byte twice, and reads and writes neighbouring bytes together. But the count is a lenient one: it takes a shift or a conversion for half of a fused multiply-add, and leaves out addresses and look-ups. What the instructions cost stands in their machine code, [below](#what-the-instructions-cost).
-#
 # ## The layout
 #
 # A quantized tensor is two arrays: the codes, two to a byte, and the scales. Blocks of 64 run on across the ends of rows.
@@ -315,9 +251,10 @@ print(f"stores: its own values {own:.0%}, neighbouring values {neighbours:.0%}")
 #
 # @source minipeft.kernels.double_quant:dequantize_nested
 #
-# For generating text, the weight is not written at all: each warp decodes 256 codes of a row into registers, multiplies, and goes on to the next 256. Up to four rows of $x$ share one decoding.
+# For generating text, the weight is not written at all: each warp decodes 128 codes of 16 rows into registers, multiplies them on tensor cores, and goes on. Up to 64 rows of $x$ share one decoding. (In float32, which tensor cores do not multiply exactly, ordinary units do it for four rows.)
 #
-# @source minipeft.kernels.qlora:product_of
+# @source minipeft.kernels.qlora:add_columns
+# @source minipeft.kernels.qlora:product_16
 #
 # The same thing in the reference is two calls, one after the other:
 #
@@ -382,41 +319,100 @@ if not UNREAD:
 #
 # ### What the instructions cost
 #
-# A multiprocessor has four schedulers, and each issues one instruction of one warp a cycle: that is a bound, too. So we look in the machine code for the shortest run that does a thread's work, without the slow paths and the ends of tensors, and divide its instructions by the thread's values. Each instruction also goes to a pipe, and a pipe of 16 lanes is busy for two cycles with the 32 lanes of a warp [@nvidia2026].
-# The larger of the two numbers of cycles is what the instructions cost. The *cap* is the share of the memory's speed that they leave. An A100 has {=slots.A100.multiprocessors=} multiprocessors at {=slots.A100.clock / 1e9:.2f=} GHz, an H100 has {=slots.H100.multiprocessors=} at {=slots.H100.clock / 1e9:.2f=} GHz.
+# We look in the machine code for the shortest run that does a thread's work, without the slow paths and the ends of tensors, and divide its instructions by the thread's values. Each instruction also goes to a *pipe*: a pipe of 16 lanes is busy for two cycles with the 32 lanes of a warp. NVIDIA publishes how many results each kind of instruction gives a cycle [@nvidia2026b], and
+# which pipe it takes [@nvidia2026c]. The larger of the two numbers of cycles is what the instructions cost. The *cap* is the share of the memory's speed that they leave. An A100 has {=slots.A100.multiprocessors=} multiprocessors at {=slots.A100.clock / 1e9:.2f=} GHz, an H100 has {=slots.H100.multiprocessors=} at {=slots.H100.clock / 1e9:.2f=} GHz and {=slots.H100.bandwidth / 1e9:.0f=} GB/s [@nvidia2022b].
 
 
 # %%
-# Bytes a value that move through memory, in bfloat16.
-MOVED = (
-    (kernels.DEQUANTIZE, 0.5 + 4 / 64 + 2),
-    (kernels.DEQUANTIZE_NESTED, 0.5 + 1 / 64 + 4 / (64 * 256) + 2),
-    (kernels.ADAMW, 3 * 2 + 4 * 4),
-    (kernels.ADAMW_8BIT, 3 * 2 + 4 + 16 / 256),
-    (kernels.PRODUCT_4BIT, 0.5 + 4 / 64),
-    (kernels.ROW_NORM, 2),
+COUNTED = (
+    kernels.QUANTIZE,
+    kernels.DEQUANTIZE,
+    kernels.DEQUANTIZE_NESTED,
+    kernels.ADAMW,
+    kernels.ADAMW_8BIT,
+    kernels.PRODUCT_4BIT,
+    kernels.ROW_NORM,
 )
-caps = {}
+GPUS = {"A100": slots.A100, "H100": slots.H100}
+caps, intensity = {}, {}
 if not UNREAD:
     print("                    instructions a value         cap       bound by")
     print("kernel, bfloat16    sm_80   sm_90  sm_100   A100  H100    on an H100")
-    for kernel, moved in MOVED:
+    for kernel in COUNTED:
+        name, moved = kernel.template, per_weight[kernel.template]
         costs = {a: slots.cost(kernel, "bfloat16", a) for a in slots.ARCHITECTURES}
-        reached = []
-        for gpu in (slots.A100, slots.H100):
-            taken = costs[gpu.architecture].seconds(1, gpu)
-            reached.append(min(1, moved / gpu.bandwidth / taken))
-        caps[kernel.template] = reached
+        reached = {}
+        for device, gpu in GPUS.items():
+            cost = costs[gpu.architecture]
+            reached[device] = min(1, moved / gpu.bandwidth / cost.seconds(1, gpu))
+            intensity[name, device] = cost.cycles / machine_code.WARP / moved
+        caps[name] = reached
         issued = "  ".join(f"{cost.issue:6.1f}" for cost in costs.values())
-        limit = "memory" if reached[1] == 1 else costs["90"].limit
+        limit = "memory" if reached["H100"] == 1 else costs["90"].limit
         print(
-            f"{kernel.template:17s}  {issued}   {reached[0]:4.0%}  {reached[1]:4.0%}    {limit}"
+            f"{name:17s}  {issued}   {reached['A100']:4.0%}  {reached['H100']:4.0%}    {limit}"
         )
-    assert caps["dequantize"] == caps["adamw"] == [1, 1]
-    assert max(caps[name][1] for name in ("product", "adamw_8bit", "row_norm")) < 1
+    memory_bound = ("dequantize", "dequantize_nested", "adamw", "row_norm")
+    assert all(caps[name]["H100"] == 1 for name in memory_bound)
+    repeated = [reached for name, reached in caps.items() if name != "quantize"]
+    assert all(reached["A100"] == 1 for reached in repeated)
+    assert 0.65 < caps["adamw_8bit"]["H100"] < caps["product"]["H100"] < 0.9
+
+# %% tags=["fold"]
+figure, ax = plots.axes(
+    x="instructions of a warp a byte",
+    y="instructions a second, at most",
+    size=(6.4, 4.2),
+)
+at = np.geomspace(0.02, 2, 400)
+for color, (device, gpu) in zip(plots.PALETTE, GPUS.items(), strict=False):
+    ax.plot(at, np.minimum(gpu.slots, gpu.bandwidth * at), color=color)
+    ax.text(
+        1.9,
+        gpu.slots * 1.06,
+        device,
+        color=color,
+        weight="bold",
+        ha="right",
+        va="bottom",
+    )
+on_h100 = {name: i for (name, device), i in intensity.items() if device == "H100"}
+left = 0.0
+for name, i in sorted(on_h100.items(), key=lambda pair: pair[1]):
+    crowded, left = i < 1.15 * left, i
+    top = min(slots.H100.slots, slots.H100.bandwidth * i)
+    ax.plot([i, i], [2e10, top], color=plots.INK, linewidth=0.7)
+    ax.text(
+        i,
+        2.2e10,
+        name,
+        rotation=90,
+        color=plots.INK,
+        ha="left" if crowded else "right",
+        va="bottom",
+        fontsize=8,
+    )
+ax.set(xscale="log", yscale="log", ylim=(2e10, 2e12), xlim=(0.02, 2))
+ax.set_yticks([1e11, 1e12], ["100 G", "1 T"])
+ax.set_xticks([0.1, 1], ["0.1", "1"])
+ax.minorticks_off()
+ridge_h100 = slots.H100.slots / slots.H100.bandwidth
+below = sum(i < ridge_h100 for i in on_h100.values())
+chapter.show(
+    figure,
+    "roofline",
+    alt="Rooflines of an A100 and an H100 against instructions of a warp a byte, and thin vertical lines where our kernels lie on the H100: decoding, AdamW and DoRA's norms under its slope; the product, AdamW of eight bits and quantizing at the right of its ridge.",
+    caption=f"An H100 is bounded by memory below {ridge_h100:.2f} instructions of a warp a byte. {below} of our {len(on_h100)} kernels need fewer.",
+)
 
 # %% [markdown]
-# On an H100, decoding and AdamW with states of 32 bits are bounded by memory. The product of one row, AdamW with states of eight bits and DoRA's norms are not: their instructions take longer than their bytes. The norms are counted at rank {=slots.RANK=}, where most of the instructions are the products themselves.
+# Each thin line is a kernel on an H100, and the height at which it meets the roof is the largest number of its instructions that can be issued in a second. Under the slope a kernel's time is the time of its bytes: it should move no byte twice, and read and write neighbouring bytes together. Beyond the ridge only fewer instructions help.
+#
+# **Why the norms and the product use tensor cores.** At rank {=slots.RANK=} the products of DoRA's norms are {=slots.RANK=} instructions a weight by ordinary units, and an H100 has time for {=2 * ridge_h100 * 32:.0f=} while it reads two bytes; eight lanes' worth of loading and rounding come on top. One instruction of the tensor cores does 16 ranks of four weights of a thread.
+# The 4-bit product looks up, scales and rounds a weight; widening it to float32 and adding would be two instructions more for each row of $x$. Tensor cores take the rounded weight as it is, eight rows at a time.
+#
+# **Why three kernels stay above the ridge.** `quantize` searches among the boundaries for each value, and runs once in the life of a model. An H100 has time for {=per_weight["product"] * ridge_h100 * 32:.1f=} instructions while it reads a weight of 4.5 bits. Finding its place in the table, adding the table's address, looking it up, scaling, and half a rounding are 4.5, and what is left are loads and loops. AdamW with states of eight bits has time for {=per_weight["adamw_8bit"] * ridge_h100 * 32:.0f=} a value, and two searches
+# of eight levels, four instructions each, are 64; two divisions and a root, rounded as IEEE 754 says, are about 40, and decoding, scaling and the updates are the rest. All of it is needed for the same bits as the reference.
 #
 # ## The proof
 #
@@ -450,9 +446,9 @@ print("every byte once, every sector whole: 1 to 4 bits in, 2 and 4 bytes out")
 #
 # 1. **float16**: read 2 bytes a weight, multiply on tensor cores;
 # 2. **dequantize, then multiply**: read the codes, write float16, read it again, multiply on tensor cores;
-# 3. **fused**: our `product`. It reads the codes, and multiplies by ordinary units in float32.
+# 3. **fused**: our `product`. It reads the codes once for 64 tokens, decodes them, and multiplies on tensor cores, eight tokens at a time.
 #
-# Each has a bound by the formula above; for the third we grant that a weight is read once, whatever $T$. Bounds are no timings. But no kernel is faster than its bound.
+# Each has a bound; the third one's decoding is counted in instructions. (A T4 has no such instruction of the tensor cores; its lanes would have to exchange the numbers.) Bounds are no timings. But no kernel is faster than its bound.
 
 
 # %%
@@ -477,11 +473,18 @@ def dequantize_first(device, tokens):
     return (IN_FOUR + 2 * weights) / device.bandwidth + float16(device, tokens)
 
 
+DECODING = 0 if UNREAD else slots.cost(kernels.PRODUCT_4BIT, "float16", "80").cycles
+SLOTS = {"RTX 4090": 4 * 128 * 2.52e9, "A100": slots.A100.slots}  # a second
+
+
 def fused(device, tokens):
-    """Decode with a shift, a mask and a product for each four tokens."""
-    moved = IN_FOUR + 2 * 2 * SIDE * tokens
-    decoding = 3 * np.ceil(tokens / 4)
-    return at_least(device, moved, weights * (2 * tokens + decoding), device.float32)
+    """Decode for each 64 tokens; multiply for each eight."""
+    passes = np.ceil(tokens / 64)
+    moved = IN_FOUR * passes + 2 * 2 * SIDE * tokens
+    done = 2 * weights * 8 * np.ceil(tokens / 8)
+    name = next(n for n, known in DEVICES.items() if known is device)
+    decoding = passes * weights / machine_code.WARP * DECODING / SLOTS[name]
+    return np.maximum(at_least(device, moved, done, device.tensor), decoding)
 
 
 T = np.arange(1, 1025)
@@ -493,18 +496,19 @@ WAYS = {
 bounds = {
     name: {way: bound(device, T) for way, bound in WAYS.items()}
     for name, device in DEVICES.items()
+    if name in SLOTS
 }
 print(
-    "            1 token: fused   dequantize first   fused is best below   tensor cores"
+    "            1 token: fused   dequantize first   fused is best up to   tensor cores"
 )
 print("            against float16  against float16    this many tokens      busy from")
 gain, slower, best_below, busy = {}, {}, {}, {}
-for name, device in DEVICES.items():
-    of = bounds[name]
+for name, of in bounds.items():
+    device = DEVICES[name]
     gain[name] = of["float16"][0] / of["fused"][0]
     slower[name] = of["dequantize, multiply"][0] / of["float16"][0]
     others = np.minimum(of["float16"], of["dequantize, multiply"])
-    best_below[name] = int(T[of["fused"] > others][0])
+    best_below[name] = int(T[of["fused"] > others][0]) - 1
     computing = 2 * weights * T / device.tensor
     busy[name] = int(T[of["float16"] <= computing][0])
     print(
@@ -512,6 +516,7 @@ for name, device in DEVICES.items():
     )
 late = {way: bounds["A100"][way][-1] for way in WAYS}
 assert all(3.5 < ratio < 3.6 for ratio in gain.values())
+assert all(tokens > 64 for tokens in best_below.values())
 assert all(ratio > 2 for ratio in slower.values())
 
 # %% tags=["fold"]
@@ -541,17 +546,16 @@ ax.minorticks_off()
 chapter.show(
     figure,
     "tokens",
-    alt="Lower bounds of the time of one layer on an A100 against the number of tokens, on logarithmic axes. The curve of fused 4 bits begins lowest and crosses that of float16; the curve of dequantizing first begins highest and approaches float16 at the right. Two vertical lines mark where fused crosses float16 and where the tensor cores are busy.",
-    caption=f"For one token, fused 4 bits are bounded at 1/{gain['A100']:.1f} of the time of float16 and dequantizing first at {slower['A100']:.1f} times it. Fused falls behind at {best_below['A100']} tokens; from {busy['A100']} on, the tensor cores are the bound.",
+    alt="Lower bounds of the time of one layer on an A100 against the number of tokens, on logarithmic axes. The curve of fused 4 bits begins lowest and meets that of float16; the curve of dequantizing first begins highest and approaches float16 at the right. Two vertical lines mark up to where fused is lowest and where the tensor cores are busy.",
+    caption=f"For one token, fused 4 bits are bounded at 1/{gain['A100']:.1f} of the time of float16 and dequantizing first at {slower['A100']:.1f} times it. Fused is ahead up to {best_below['A100']} tokens; from {busy['A100']} on, the tensor cores are the bound.",
 )
 
 # %% [markdown]
-# Three regimes, on each of the three devices:
+# Three regimes, on both devices:
 #
-# - **One token**: the bytes give the bound, and 4.5 bits against 16 are a factor of {=gain["A100"]:.2f=}. A real kernel also issues instructions that the bound leaves out: the comment at the head of `qlora.cu` counts five to decode a weight. On an H100, whose memory is faster, they take longer than the bytes: they leave {=f"{caps['product'][1]:.0%}" if caps else 'less than 100 %'=} of the memory's speed ([above](#what-the-instructions-cost)).
-#   And the factor holds only if the kernel is fused: dequantizing first takes {=slower["A100"]:.1f=} times as long as float16, since the weight is read, written and read again.
-# - **Tens of tokens**: our fused kernel multiplies by ordinary units. On an A100 it falls behind float16 at {=best_below["A100"]=} tokens, on an RTX 4090, whose ordinary units are faster, at {=best_below["RTX 4090"]=}. A kernel that decodes *into tensor cores* keeps the gain
-#   for longer; ours is for decoding.
+# - **One token**: the bytes give the bound, and 4.5 bits against 16 are a factor of {=gain["A100"]:.2f=}. On a device with faster memory, such as an H100, decoding takes longer than the bytes, as the table of instructions says, and the factor is smaller.
+#   And it holds only if the kernel is fused: dequantizing first takes {=slower["A100"]:.1f=} times as long as float16, since the weight is read, written and read again.
+# - **Tens of tokens**: the fused kernel keeps the gain as long as one decoding serves all tokens and tensor cores have time to spare: on an A100 up to {=best_below["A100"]=} tokens by these bounds, on an RTX 4090 up to {=best_below["RTX 4090"]=}. Ours takes 64 at a time; with more, the torch column dequantizes once and calls the library's product.
 # - **From {=busy["A100"]=} tokens on**, as in training, an A100 is busy calculating, and the width of the weights no longer matters. Dequantizing is then overhead: {=f"{late['dequantize, multiply'] / late['float16'] - 1:.0%}"=} of the layer at {=T[-1]=} tokens. QLoRA saves memory in training, and pays for it in time.
 #
 # For a whole model the first regime reads like this. Generating one token means reading every weight of the linear layers once:

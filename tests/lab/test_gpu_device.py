@@ -40,6 +40,7 @@ class FakeCupy:
                 getDeviceProperties=lambda _: properties,
                 driverGetVersion=lambda: 13020,
                 runtimeGetVersion=lambda: 12090,
+                deviceGetAttribute=lambda which, _: {13: 1_980_000}[which],
             ),
         )
 
@@ -74,6 +75,10 @@ def test_a_call_is_timed_between_two_events_with_a_cold_cache(cupy):
     assert gpu.elapsed(lambda: cupy.calls.append("call")) == 2.5e-3
     assert cupy.calls == ["read", "record", "call", "record", "wait"]
     assert cupy.flushed == 4 * 200 * 2**20
+
+
+def test_a_scheduler_issues_an_instruction_a_cycle(cupy):
+    assert device.CupyDevice().pace() == ("90", 132 * 4 * 1.98e9)
 
 
 def test_the_facts_name_device_and_software(cupy):

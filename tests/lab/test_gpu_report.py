@@ -6,7 +6,7 @@ Only CuPy's own calls are left out; those are held to their order by a stand-in.
 import json
 import subprocess
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -15,13 +15,21 @@ import pytest
 from minipeft import cli, kernels
 from minipeft.cupy.executor import missing, use
 from minipeft.errors import InputError
-from minipeft.lab.gpu import device, examination, gpu_report, peers, trials
+from minipeft.lab import machine_code
+from minipeft.lab.gpu import (
+    device,
+    examination,
+    gpu_report,
+    peers,
+    slots,
+    trials,
+)
 from minipeft.lab.gpu.examination import Ceilings, Checked
 from minipeft.lab.gpu.gpu_report import Report
 from minipeft.lab.gpu.launches import Launch
 from minipeft.lab.gpu.trials import TABLE, Sizes
 from tests.cuda.executors import CpuExecutor
-from tests.cuda.toolchain import needs_cpu_build
+from tests.cuda.toolchain import needs_cpu_build, needs_listing
 
 SIZES = Sizes(out_features=32, in_features=256, r=4, adapters=3)
 FILES = {"gpu-report.md", "gpu-report.json"}
@@ -39,6 +47,7 @@ COUNTERPARTS = {
     "adamw.adamw_8bit",
 }
 TICK = 2e-6
+SLOTS = 1e12  # instructions a second
 
 
 class FakeDevice:
@@ -48,6 +57,9 @@ class FakeDevice:
 
     def facts(self):
         return {"name": "A CPU", "memory": "1 GB"}
+
+    def pace(self):
+        return "90", SLOTS
 
     def elapsed(self, call):
         return 1e-3 if call == self.copy else TICK
@@ -378,6 +390,41 @@ def test_the_roofline_is_the_longer_of_the_two_times():
     assert ceilings.bound(1e6, 4e9) == (4e-3, "arithmetic")
 
 
+def test_instructions_bound_where_they_take_longest():
+    ceilings = Ceilings(1e9, {"float32": 1e12})
+    assert ceilings.bound(1e6, 1e6, 5e-3) == (5e-3, "instructions")
+    assert ceilings.bound(1e6, 1e6, 1e-4) == (1e-3, "memory")
+
+
+@needs_listing
+def test_the_instructions_of_a_launch_are_those_of_its_values():
+    ceilings = Ceilings(1e9, {}, "90", SLOTS)
+    for kernel, given, values in (
+        (kernels.DEQUANTIZE, {"n": 3200}, 3200),
+        (kernels.ROW_NORM, {"in_features": 2048, "out_features": 32, "r": 8}, 2**16),
+        (
+            kernels.PRODUCT_4BIT,
+            {"in_features": 512, "out_features": 32, "tokens": 5},
+            2 * 2**14,
+        ),
+        (kernels.SHRINK, {"in_features": 512, "tokens": 5, "r": 8}, None),
+    ):
+        launch = Launch(kernel, "float16", given, lambda: None)
+        size = given.get("in_features", 0), given.get("r", slots.RANK)
+        cost = slots.cost(kernel, "float16", "90", size)
+        expected = None if values is None else values / 32 * cost.cycles / SLOTS
+        assert ceilings.instructions(launch) == expected
+
+
+def test_where_machine_code_cannot_be_read_the_report_says_so(monkeypatch):
+    monkeypatch.setattr(machine_code, "missing", lambda: "no disassembler")
+    ceilings = Ceilings(1e12, {}, "90", SLOTS)
+    launch = Launch(kernels.DEQUANTIZE, "float16", {"n": 1}, lambda: None)
+    assert ceilings.instructions(launch) is None
+    text = gpu_report.markdown(Report({"name": "X"}, ceilings, ROWS))
+    assert "The instructions were not counted: no disassembler." in text
+
+
 def test_without_a_rate_only_memory_bounds():
     ceilings = Ceilings(1e9, {"float32": "no cuBLAS"})
     assert ceilings.bound(1e6, 1e15) == (1e-3, "memory")
@@ -404,8 +451,14 @@ ROWS = (
 
 
 def test_the_numbers_of_the_table():
-    text = gpu_report.markdown(Report({"name": "X"}, Ceilings(1e12, {}), ROWS))
-    assert "| a.b | float32 | 4.0 | 3.0 | 8.00 | 2000 | 1.0 | 25% | memory " in text
+    busy = Checked(
+        "a.f", "float16", None, 4e-6, 3e-6, 8_000_000, 1e6, 3e-6, "instructions"
+    )
+    rows = (*ROWS, replace(busy, instructions=3e-6))
+    text = gpu_report.markdown(Report({"name": "X"}, Ceilings(1e12, {}), rows))
+    assert "The instructions were not counted" not in text
+    assert "| 2000 | 3.0 | 3.0 | 75% | instructions |" in text
+    assert "| a.b | float32 | 4.0 | 3.0 | 8.00 | 2000 |  | 1.0 | 25% | memory " in text
     assert "| memory | 8.0 | 0.50 | 50.0000% |" in text
     assert "| memory | not measured |  |  |" in text
     assert "| 75% | arithmetic |  |  |  |" in text

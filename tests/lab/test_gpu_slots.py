@@ -44,9 +44,15 @@ def test_pipes_are_busy_for_the_lanes_that_they_lack():
     way = ["FFMA R1", "@P0 LOP3.LUT R2", "LDS R3", "LDG.E.128 R4", "MUFU.RSQ R5", "NOP"]
     found = slots.pipes(way, "80", 2)
     memory = (4 + 4 * 4) / 2
-    rest = {"float32": 1, "multiply": 0, "special": 4, "integer": 1}
+    rest = {"float32": 1, "multiply": 0, "tensor": 0, "special": 4, "integer": 1}
     assert found == {**rest, "memory": memory}
     assert slots.pipes(way, "90", 2)["float32"] == 0.5
+    # Integers are multiplied by the float32 lanes, on 9.0 by half of them.
+    assert slots.pipes(["IMAD.X R1"], "80", 1)["float32"] == 2
+    assert slots.pipes(["IMAD.X R1"], "90", 1)["multiply"] == 2
+    assert slots.pipes(["SHFL.BFLY R1"], "90", 1)["integer"] == 0
+    found = {a: slots.pipes(["FMNMX R1"], a, 1)["integer"] for a in ("90", "100")}
+    assert found == {"90": 2, "100": 1}
 
 
 def test_the_time_is_that_of_the_busiest():
@@ -73,5 +79,14 @@ def test_a_tile_of_dequantize_is_loaded_waited_for_and_stored(architecture):
     assert cost.issue == len(way) / 32
 
 
+@needs_listing
+@pytest.mark.parametrize(
+    "kernel", [k for k in kernels.KERNELS if slots.work_of(k, "float32")]
+)
+def test_each_kernel_has_a_way_through_it(kernel):
+    for dtype in kernel.dtypes or ("float32",):
+        assert slots.cost(kernel, dtype, "90").cycles > 1
+
+
 def test_of_what_nothing_is_known_nothing_is_said():
-    assert slots.cost(kernels.NEST, "float32", "90") is None
+    assert slots.cost(kernels.SHRINK, "float32", "90") is None

@@ -9,6 +9,7 @@ import numpy as np
 
 from minipeft.cupy.executor import numpy_dtype
 from minipeft.errors import InputError
+from minipeft.lab.gpu.slots import SCHEDULERS
 
 Call = Callable[[], object]
 
@@ -17,6 +18,7 @@ WARM_UPS, ROUNDS = 5, 50
 # launched the call before the device has finished reading. Had it been written, L2
 # would be full of lines that the measured call must first send to memory.
 FLUSH = 512 * 2**20
+CLOCK_RATE = 13  # cudaDevAttrClockRate: the highest clock, in kHz
 METHOD = (
     f"Median of {ROUNDS} calls after {WARM_UPS}, each between two CUDA events. Before "
     "each, a buffer of at least 512 MB and four times L2 is read, so that no input "
@@ -32,6 +34,9 @@ class Device(Protocol):
 
     def facts(self) -> dict[str, str]:
         """Describe the device and the software that drives it."""
+
+    def pace(self) -> tuple[str, float]:
+        """Return the architecture, and the instructions of warps issued in a second."""
 
     def elapsed(self, call: Call) -> float:
         """Return the seconds that the device takes for a call, its caches cold."""
@@ -88,6 +93,13 @@ class CupyDevice:
             "CuPy": self._cupy.__version__,
             "NVRTC": ".".join(map(str, cuda.nvrtc.getVersion())),
         }
+
+    def pace(self) -> tuple[str, float]:
+        """Ask for multiprocessors and clock: each of four schedulers issues one."""
+        p = self._properties
+        kilohertz = self._cupy.cuda.runtime.deviceGetAttribute(CLOCK_RATE, 0)
+        each = p["multiProcessorCount"] * SCHEDULERS * kilohertz * 1e3
+        return f"{p['major']}{p['minor']}", each
 
     def elapsed(self, call: Call) -> float:
         """Fill L2 with unused data, then time the call between two events."""

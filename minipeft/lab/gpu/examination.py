@@ -14,8 +14,9 @@ from dataclasses import asdict, dataclass
 
 from minipeft.cupy.executor import current, use
 from minipeft.errors import InputError
+from minipeft.lab import machine_code
 from minipeft.lab.gpu import device as devices
-from minipeft.lab.gpu import peers
+from minipeft.lab.gpu import peers, slots
 from minipeft.lab.gpu.device import Device, measure
 from minipeft.lab.gpu.launches import Launch, Recorder
 from minipeft.lab.gpu.trials import TABLE, Sizes, Trial, difference
@@ -36,23 +37,42 @@ class Ceilings:
         bandwidth: bytes a second of a copy, read and written.
         products: operations a second of a matrix product by dtype, or why there is no
             such number.
+        architecture: as in "90"; empty where it is not known.
+        slots: instructions of warps that all schedulers issue in a second.
     """
 
     bandwidth: float
     products: Mapping[str, float | str]
+    architecture: str = ""
+    slots: float = 0.0
 
-    def bound(self, bytes_moved: float, operations: float) -> tuple[float, str]:
-        """Return the least possible seconds of a kernel, and which limit sets them.
+    def bound(
+        self, bytes_moved: float, operations: float, instructions: float | None = None
+    ) -> tuple[float, str]:
+        """Return the seconds that no kernel can pass, and what sets them.
 
-        The roofline: the time of the bytes or of the operations, whichever is longer.
-        All kernels here sum in float32 outside of the tensor cores.
+        The roofline: the time of the bytes, of the operations, or of the instructions,
+        whichever is longest. All kernels here sum in float32.
+
+        Args:
+            bytes_moved: every array once.
+            operations: what any kernel for this must calculate.
+            instructions: seconds for which this one's keep the schedulers busy.
         """
         times = {"memory": bytes_moved / self.bandwidth}
         rate = self.products["float32"]
         if isinstance(rate, float):
             times["arithmetic"] = operations / rate
+        if instructions is not None:
+            times["instructions"] = instructions
         limit = max(times, key=times.__getitem__)
         return times[limit], limit
+
+    def instructions(self, launch: Launch) -> float | None:
+        """Return the seconds of a launch's instructions; None: they cannot be read."""
+        if not self.slots or machine_code.missing():
+            return None
+        return slots.seconds(launch, self.architecture, self.slots)
 
 
 @dataclass(frozen=True)
@@ -69,10 +89,12 @@ class Checked:
         bytes_moved: every array once.
         operations: as the head of its file counts them.
         bound: the roofline's seconds.
-        limit: `memory` or `arithmetic`.
+        limit: `memory`, `arithmetic` or `instructions`.
         peer: seconds of bitsandbytes' kernel, or why there is no such number; None
             where bitsandbytes has no such kernel.
         agreement: share of its values that equal ours.
+        instructions: seconds for which they keep the schedulers busy; None where the
+            machine code cannot be read, or the work of the kernel is not known.
     """
 
     kernel: str
@@ -86,6 +108,7 @@ class Checked:
     limit: str = ""
     peer: float | str | None = None
     agreement: float | None = None
+    instructions: float | None = None
 
     @property
     def rate(self) -> float:
@@ -164,7 +187,7 @@ def measure_ceilings(device: Device) -> Ceilings:
     """Measure the limits of this device."""
     seconds = measure(device, device.copying(COPIED))
     rates = {dtype: _product_rate(device, dtype) for dtype in MATRIX_DTYPES}
-    return Ceilings(2 * COPIED / seconds, rates)
+    return Ceilings(2 * COPIED / seconds, rates, *device.pace())
 
 
 def _product_rate(device: Device, dtype: str) -> float | str:
@@ -187,7 +210,8 @@ def examine(
         wrong = f"does not run: {_first_line(error)}"
     if wrong:
         return Checked(trial.name, trial.dtype, wrong)
-    bound, limit = ceilings.bound(launch.bytes_moved, launch.operations)
+    busy = ceilings.instructions(launch)
+    bound, limit = ceilings.bound(launch.bytes_moved, launch.operations, busy)
     peer, agreement = beside(trial, launch, device)
     return Checked(
         kernel=trial.name,
@@ -200,6 +224,7 @@ def examine(
         limit=limit,
         peer=peer,
         agreement=agreement,
+        instructions=busy,
     )
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from minipeft import __version__
 from minipeft.errors import InputError
+from minipeft.lab import machine_code
 from minipeft.lab.files import write_atomic
 from minipeft.lab.gpu import examination
 from minipeft.lab.gpu.device import METHOD, Device
@@ -105,6 +106,8 @@ def as_json(report: Report) -> str:
         "device": dict(report.facts),
         "bandwidth": report.ceilings.bandwidth,
         "products": dict(report.ceilings.products),
+        "architecture": report.ceilings.architecture,
+        "slots": report.ceilings.slots,
         "kernels": [asdict(row) for row in report.rows],
     }
     return json.dumps(content, indent=1, ensure_ascii=False) + "\n"
@@ -142,9 +145,10 @@ def _ceilings(ceilings: Ceilings) -> str:
 
 def _kernels(rows: Sequence[Checked]) -> str:
     lines = [
-        "| kernel | dtype | µs | in a row, µs | MB | GB/s | bound, µs | reached "
-        "| bound by | bitsandbytes, µs | ours / theirs | same values |",
-        "|:--|:--|--:|--:|--:|--:|--:|--:|:--|--:|--:|--:|",
+        "| kernel | dtype | µs | in a row, µs | MB | GB/s | instructions, µs "
+        "| bound, µs | reached | bound by | bitsandbytes, µs | ours / theirs "
+        "| same values |",
+        "|:--|:--|--:|--:|--:|--:|--:|--:|--:|:--|--:|--:|--:|",
     ]
     return "\n".join([*lines, *map(_line, rows)])
 
@@ -152,12 +156,13 @@ def _kernels(rows: Sequence[Checked]) -> str:
 def _line(row: Checked) -> str:
     cells = [row.kernel, row.dtype]
     if row.wrong:
-        return _cells([*cells, "**WRONG**", *[""] * 9])
+        return _cells([*cells, "**WRONG**", *[""] * 10])
     cells += [
         f"{1e6 * row.seconds:.1f}",
         f"{1e6 * row.in_a_row:.1f}" if row.in_a_row else "",
         f"{row.bytes_moved / 1e6:.2f}",
         f"{row.rate / 1e9:.0f}",
+        "" if row.instructions is None else f"{1e6 * row.instructions:.1f}",
         f"{1e6 * row.bound:.1f}",
         f"{row.fraction:.0%}",
         row.limit,
@@ -167,6 +172,14 @@ def _line(row: Checked) -> str:
     else:
         cells += ["" if row.peer is None else "not measured", ""]
     return _cells([*cells, "" if row.agreement is None else f"{row.agreement:.4%}"])
+
+
+def _unread(report: Report) -> list[str]:
+    timed = [row for row in report.rows if not row.wrong]
+    if not timed or any(row.instructions is not None for row in timed):
+        return []
+    reason = machine_code.missing() or "the clock of the device is not known"
+    return [f"The instructions were not counted: {reason}."]
 
 
 def _cells(cells: Sequence[str]) -> str:
@@ -185,8 +198,11 @@ def _explanation(report: Report) -> str:
             f"{METHOD} Checked first: every byte that a kernel wrote is the "
             "reference's. In a row: one of "
             f"{LAYERS} launches on arrays of their own, back to back. MB counts every "
-            "array once. The bound is the longer of the bytes at the speed of the copy "
-            "and the operations at the rate of the float32 product.",
+            "array once. The bound is the longest of three: the bytes at the speed of "
+            "the copy, the operations at the rate of the float32 product, and the "
+            "instructions at one a cycle of each scheduler, counted in the machine "
+            "code with the pipes that they keep busy.",
+            *_unread(report),
             *(f"bitsandbytes was not measured: {reason}." for reason in reasons),
         ]
     )

@@ -20,6 +20,7 @@ from typing import NamedTuple
 
 from minipeft.kernels import SIZES, Kernel
 from minipeft.lab import machine_code
+from minipeft.lab.gpu.launches import Launch
 
 WIDTH = 4096  # columns of the weight, where the count depends on them
 RANK = 16
@@ -50,21 +51,33 @@ class Gpu(NamedTuple):
     clock: float
     bandwidth: float
 
+    @property
+    def slots(self) -> float:
+        """Count the instructions of warps that all schedulers issue in a second."""
+        return self.multiprocessors * SCHEDULERS * self.clock
+
 
 A100 = Gpu("80", 108, 1.41e9, 1555e9)
 H100 = Gpu("90", 132, 1.98e9, 3350e9)
 
 # Cycles for which an instruction of a warp keeps a pipe of its scheduler busy: 32 lanes
-# over the lanes of the pipe. 9.0 and 10.0 have twice the float32 lanes of 8.0.
-# Source: CUDA C++ Programming Guide, throughput of native arithmetic instructions.
+# over the lanes of the pipe. 9.0 and 10.0 have twice the float32 lanes of 8.0, and half
+# of them multiply integers; on 8.0 all do. F2FP, which makes values of 16 bits, takes
+# the pipe of the integers.
+# Sources: CUDA C++ Best Practices Guide 13, 12.1.1, throughput of native arithmetic
+# instructions: results a cycle and multiprocessor, which here are shared by four
+# schedulers; Nsight Compute's guide, Pipelines: which pipe an instruction takes.
 PIPES: tuple[tuple[str, str, Mapping[str, int]], ...] = (
     ("float32", r"FFMA|FMUL|FADD", {"80": 2, "90": 1, "100": 1}),
-    ("multiply", r"IMAD", dict.fromkeys(ARCHITECTURES, 2)),
+    ("float32", r"IMAD", {"80": 2, "90": 0, "100": 0}),
+    ("multiply", r"IMAD", {"80": 0, "90": 2, "100": 2}),
+    ("tensor", r"HMMA", {"80": 8, "90": 4, "100": 4}),
     ("special", r"MUFU|F2F\b|F2I|I2F\b|FRND", dict.fromkeys(ARCHITECTURES, 8)),
     ("memory", r"LDG|STG|LDS|STS|SHFL|ATOM|RED", dict.fromkeys(ARCHITECTURES, 4)),
+    ("integer", r"FMNMX", {"80": 2, "90": 2, "100": 1}),
     (
         "integer",
-        r"IADD3|LOP3|SHF|ISETP|FSETP|I?F?SEL|FMNMX|V?IMNMX|PRMT|LEA|VIADD|F2FP|I2FP|MOV",
+        r"IADD3|LOP3|SHF\b|ISETP|FSETP|I?F?SEL|V?IMNMX|PRMT|LEA|VIADD|F2FP|I2FP|MOV",
         dict.fromkeys(ARCHITECTURES, 2),
     ),
 )
@@ -96,22 +109,59 @@ class Cost:
 
     def seconds(self, values: float, gpu: Gpu) -> float:
         """Return the time of so many values on all schedulers of a device."""
-        warps = values / machine_code.WARP
-        return warps * self.cycles / (gpu.multiprocessors * SCHEDULERS * gpu.clock)
+        return values / machine_code.WARP * self.cycles / gpu.slots
 
 
-def cost(kernel: Kernel, dtype: str, architecture: str) -> Cost | None:
-    """Return a kernel's cost; None if its work is not known.
+def seconds(launch: Launch, architecture: str, slots: float) -> float | None:
+    """Return how long a launch keeps all schedulers busy; None where it is not known.
+
+    Args:
+        launch: a kernel, its dtype, and its arguments by name.
+        architecture: of the device.
+        slots: instructions of warps that the device issues in a second.
+
+    Raises:
+        InputError: the sentence of `machine_code.missing`.
+    """
+    a = launch.arguments
+    size = a.get("in_features", WIDTH), a.get("r", RANK)
+    found = cost(launch.kernel, launch.dtype, alike(architecture), size)
+    if found is None:
+        return None
+    if "n" in a:
+        values = a["n"]
+    else:  # rows of x share what is decoded
+        shared = 4 if SIZES[launch.dtype] == 4 else 64
+        times = -(-a.get("tokens", 1) // shared)
+        values = a["in_features"] * a["out_features"] * times
+    return values / machine_code.WARP * found.cycles / slots
+
+
+def alike(architecture: str) -> str:
+    """Return the one of `ARCHITECTURES` that has as many lanes in each pipe."""
+    return {"75": "80", "80": "80", "87": "80", "100": "100", "103": "100"}.get(
+        architecture, "90"
+    )
+
+
+def cost(
+    kernel: Kernel,
+    dtype: str,
+    architecture: str,
+    size: tuple[int, int] = (WIDTH, RANK),
+) -> Cost | None:
+    """Return a kernel's cost; None where nothing is known of its work.
 
     Args:
         kernel: from the table.
         dtype: of its instance.
         architecture: as in "90".
+        size: columns of the weight, and the rank.
 
     Raises:
         InputError: with the message of `machine_code.missing`.
     """
-    work = work_of(kernel, dtype)
+    work = work_of(kernel, dtype, size)
     if work is None:
         return None
     code = disassembled(kernel.row, architecture)[kernel.expression(dtype)]
@@ -125,35 +175,46 @@ def disassembled(row: str, architecture: str) -> Mapping[str, machine_code.Machi
     return machine_code.disassemble(row, architecture)
 
 
-def work_of(kernel: Kernel, dtype: str) -> Work | None:
-    """Return the work of a thread, from the head of the kernel's file."""
-    size = SIZES[dtype]
-    vector = 16 // size
-    # Two stretches of two rows of W: look up 32 weights; multiply by one row of x.
-    trips = WIDTH // (2 * 8 * machine_code.WARP)
-    product = Work((("LDS", 32), ("FFMA", 8)) * trips, 32 * trips)
-    stretch = (("FFMA", 8 * vector * RANK), (r"LDG.E.128", 8), ("FFMA", 2 * vector))
-    groups = 4 // size
+def work_of(
+    kernel: Kernel, dtype: str, size: tuple[int, int] = (WIDTH, RANK)
+) -> Work | None:
+    """Say what a thread does, from the geometry at the head of the kernel's file."""
+    vector, (columns, r) = 16 // SIZES[dtype], size
+    # A stretch of the product, 64 weights of a thread in 16 bits: 8 products of tensor
+    # cores. In float32 16 weights of two rows: look up, multiply by one row of x.
+    stretches = max(1, columns // (8 * 4 * machine_code.WARP))
+    product = Work((("LDS", 64), ("HMMA", 2)) * stretches, 64 * stretches)
+    if vector == 4:
+        stretches = max(1, columns // (8 * machine_code.WARP))
+        product = Work((("LDS", 16), ("FFMA", 8)) * stretches, 16 * stretches)
+    # A turn of `row_norm`, 32 values of a thread: four warps share the columns. In 16
+    # bits tensor cores make 8 products of 16 ranks.
+    turn: tuple[tuple[str, int], ...] = (("HMMA", 8 * -(-r // 16)), ("FFMA", 64))
+    if vector == 4:
+        turn = (("FFMA", 32 * r), ("LDG.E.128", 8), ("FFMA", 8))
+    turns = max(1, columns // (4 * machine_code.WARP * (4 if vector == 4 else 2)))
+    groups = vector // 4
     return {
+        "quantize": Work((("LDG.E.128", 8 // vector), ("LDS", 4 * 8), ("STG", 1)), 8),
+        "nest": Work((("BAR", 1), ("LDS", 8), ("STG", 1)), 1),
+        "first_bad": Work((("LDG.E.128", 8 // vector), ("FSETP", 8)), 8),
         "dequantize": Work((("STG.E.128", 32 // vector),), 32),
         "dequantize_nested": Work((("STG.E.128", 32 // vector),), 32),
-        "adamw": Work((("STG.E.128", groups * (2 if size == 2 else 3)),), 4 * groups),
+        "adamw": Work((("STG.E.128", groups * (3 if groups == 1 else 2)),), 4 * groups),
         "adamw_8bit": Work((("MUFU.RSQ", 32),), 32),
         "product": product,
         "product_nested": product,
-        "row_norm": Work(stretch, 8 * vector),
+        "row_norm": Work(turn * turns, 32 * turns),
     }.get(kernel.template)
 
 
 def pipes(way: Sequence[str], architecture: str, values: int) -> dict[str, float]:
     """Return the cycles per value that the instructions use each pipe."""
     busy: Counter[str] = Counter()
-    for instruction in way:
-        name = _name(instruction)
+    for name in map(_name, way):
         for pipe, form, cycles in PIPES:
             if re.match(form, name):
                 busy[pipe] += cycles[architecture] * _portions(pipe, name)
-                break
     return {pipe: busy[pipe] / values for pipe, _, _ in PIPES}
 
 
