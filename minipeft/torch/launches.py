@@ -22,7 +22,10 @@ GPUS = {"cuda"}
 BLOCKSIZE = 256
 """Values of a moment of eight bits that share a scale."""
 
-FEW = {torch.float32: 4, torch.float16: 64, torch.bfloat16: 64}
+FEW = 4
+"""Rows for which ordinary units of a GPU are as fast as a matrix product."""
+
+SHARED = {torch.float32: FEW, torch.float16: 64, torch.bfloat16: 64}
 """With at most so many rows of x the kernel `product` runs, with more cuBLAS."""
 
 
@@ -83,7 +86,11 @@ def matmul_4bit(
     """For few rows launch `product`; for more, decode once and call cuBLAS."""
     rows = x.reshape(-1, x.shape[-1])
     sizes, bits = _check_weight(weight, layout)
-    if len(rows) > FEW.get(x.dtype, 0) or bits != 4 or not _for_few_rows(rows, sizes):
+    if (
+        len(rows) > SHARED.get(x.dtype, 0)
+        or bits != 4
+        or not _for_few_rows(rows, sizes)
+    ):
         return linear(x, dequantize(weight, layout, x.dtype), bias)
     checks.check_product(_facts(rows), sizes, 1 << bits)
     out_features, in_features = sizes.shape

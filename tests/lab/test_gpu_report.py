@@ -404,7 +404,7 @@ def test_the_instructions_of_a_launch_are_those_of_its_values():
         (kernels.ROW_NORM, {"in_features": 2048, "out_features": 32, "r": 8}, 2**16),
         (
             kernels.PRODUCT_4BIT,
-            {"in_features": 512, "out_features": 32, "tokens": 5},
+            {"in_features": 512, "out_features": 32, "tokens": 65},
             2 * 2**14,
         ),
         (kernels.SHRINK, {"in_features": 512, "tokens": 5, "r": 8}, None),
