@@ -394,11 +394,11 @@ assert bits == 4 + 32 / 64
 #
 # ## Other tables, other scales
 #
-# Three formats of four bits are newer than NF4. Each changes one thing.
+# Three formats of four bits are newer than NF4. They change the table, the scales, or both.
 #
 # **BOF4-S** [@blumenberg2025] keeps the blocks and changes the table and the sign of the scale. The scale of a block is its largest value *with its sign*, so the largest value always becomes 1,
-# and no code is needed for −1. Fifteen codes are left for the others. They stand where the mean squared error of normal weights is smallest, under two conditions: 0 and 1 are among them.
-# The paper finds the table from samples. The table here is the same minimum by integration; a test checks that every value is the mean of what is rounded to it.
+# and no code is needed for −1. Fifteen codes are left for the others. They stand where the mean squared error of normal weights is smallest, with 0 and 1 held fixed.
+# The paper finds the table from samples. The table here is the same minimum by integration; a test checks that every other value is the mean of what is rounded to it.
 #
 # @source minipeft.reference.bof4.quantize
 # @source minipeft.reference.blockwise.scale
@@ -466,12 +466,12 @@ chapter.show(
     figure,
     "formats",
     alt="Squared error against bits per weight for six formats. NF4 with nested scales stands at 4.13 bits and 8.5, BOF4-S at 4.5 and 7.4, NF4 at 4.5 and 8.5, NVFP4 at 4.5 and 8.8, MXFP4 at 4.25 and 13.2, int4 at 4.5 and 11.6.",
-    caption=f"On normal numbers BOF4-S has the smallest error, {100 * better:.0f} % below NF4's with the same bits. MXFP4 has the largest: its scale is a power of two, so a block can miss the largest code by a factor of up to two.",
+    caption=f"On normal numbers BOF4-S has the smallest error, {100 * better:.0f} % below NF4's with the same bits. MXFP4 has the largest: its scale is a power of two, so the largest value of a block lands between 4 and 8, while the largest code is 6.",
 )
 
 # %% [markdown]
 # On normal numbers BOF4-S has {=f"{100 * better:.0f}"=} % less squared error than NF4 and takes the same {=f"{on_normal['BOF4-S'][0]:g}"=} bits. On MiniLM's weights the difference is {=f"{100 * (1 - real['BOF4-S'] / real['NF4']):.0f}"=} %. NVFP4 lies at
-# {=f"{1e3 * on_normal['NVFP4'][1]:.2f}"=} thousandths beside NF4's {=f"{1e3 * on_normal['NF4'][1]:.2f}"=}, MXFP4 at {=f"{1e3 * on_normal['MXFP4'][1]:.2f}"=} with a quarter of a bit less. Double quantization, the subject of the next chapter, leaves NF4's error as it is and
+# {=f"{1e3 * on_normal['NVFP4'][1]:.2f}"=} thousandths beside NF4's {=f"{1e3 * on_normal['NF4'][1]:.2f}"=}, MXFP4 at {=f"{1e3 * on_normal['MXFP4'][1]:.2f}"=} with a quarter of a bit less. Double quantization, the subject of the next chapter, leaves NF4's error nearly as it is and
 # saves more than MXFP4 does: {=f"{on_normal['NF4, nested scales'][0]:.3f}"=} bits. A squared error of weights is not a loss of a model; [chapter 6](06_qlora.md) measures that for NF4.
 #
 # ## What goes wrong in practice

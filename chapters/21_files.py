@@ -82,7 +82,7 @@ print(*sorted({f"{update.scaling:.3f}" for update in adapter.updates.values()}))
 #
 # @source minipeft.interop.audit.judge
 #
-# ## The proof: a right merge is never accused
+# ## The proof: a right merge passes
 #
 # Our merge is exact by definition. The control adds in another order: it splits the rank in two halves and adds one after the other.
 
@@ -130,7 +130,7 @@ assert WRONG not in halves
 # %% [markdown]
 # ## The experiment: five ways to break it
 #
-# Each is an easy mistake to make in a converter. The audit gets the file and is not told what was done to it. It makes every mistake of its list itself and names the one that comes closest. The number says what the mistake leaves unexplained, relative to the size of the update.
+# Each is an easy mistake to make in a converter. The audit gets the file and is not told what was done to it. It applies each mistake of its list to the base and names the one whose result is nearest to the file. The five are on this list. Of a mistake that is not, the audit names the nearest too; how large the rest is shows whether the name fits. The rest is the distance to the file, relative to the size of the update; below it is called *unexplained*.
 
 
 # %%
@@ -166,7 +166,7 @@ chapter.claim(
 # %% [markdown]
 # ### What eight programs make of the file
 #
-# The same for the adapter. Each program computes its scale from some of the numbers. The rules were read in the source of each program and stand in one file, with the place where they were read. Where no source was read for a feature, the answer is "not known".
+# Now the adapter's own two files. Each program computes its scale from some of the numbers in the configuration. The rules were read in the source of each program and stand in one file, with the place where they were read. Where no source was read for a feature, the answer is "not known".
 
 # %%
 contents = parts.read(folder / "adapter")
@@ -200,9 +200,9 @@ assert set(before) < set(after)
 #
 # - **A server ignores `use_rslora`** ([vLLM 6909](https://github.com/vllm-project/vllm/pull/6909), mended there in 2024): every update is divided by $\sqrt r$ once too often.
 # - **A converter writes `lora_alpha` alone.** llama.cpp's file format has no place for patterns, and its converter does not read them.
-# - **Mixed ranks get the alpha of the first layer** ([diffusers 14409](https://github.com/huggingface/diffusers/pull/14409)): a quarter of the scale on most layers of a published adapter.
+# - **Mixed ranks get the alpha of the first layer** ([diffusers 14409](https://github.com/huggingface/diffusers/pull/14409), mended there in 2026), where a file has no alphas: most layers of a published adapter were loaded with a quarter of their scale.
 # - **An adapter with magnitudes is refused**: vLLM, SGLang and llama.cpp say so. A refusal is the better outcome: merge first.
-# - **The base is not the base.** More than half of the weights that the adapter leaves alone differ: then the audit says that once, and judges nothing else.
+# - **Another base.** If more than half of the weights that the adapter leaves alone differ from the base's, `minipeft audit` reports one mistake, "wrong base", and no other.
 #
 # ## Exercises
 #

@@ -52,7 +52,7 @@ assert whole_bytes > 100 * adapter_bytes
 #
 # $$ \sum_j w_j s_j B_j A_j = \begin{pmatrix} w_1 s_1 B_1 & w_2 s_2 B_2 & \cdots \end{pmatrix} \begin{pmatrix} A_1 \\ A_2 \\ \vdots \end{pmatrix}. $$
 #
-# Now the hits. Let tenant $i$ send a share $p_i$ of the requests, and let the GPU hold the $C$ adapters that were used last. An adapter is still there if it was used within some time $T$, and $T$ is about the same for all. So [@che2002]
+# How often is an adapter on the GPU already? Let tenant $i$ of $N$ send a share $p_i$ of the requests, and let the GPU hold the $C$ adapters that were used last. An adapter is still there if it was used within the last $T$ requests, and $T$ is about the same for all adapters. So [@che2002]
 #
 # $$ \sum_i \left(1 - e^{-p_i T}\right) = C \qquad\text{gives } T, \text{ and then}\qquad h = \sum_i p_i \left(1 - e^{-p_i T}\right) $$
 #
@@ -386,13 +386,13 @@ chapter.claim(
 )
 
 # %% [markdown]
-# The mixed batch took {=f"{median['mixed batch'] / median['base alone']:.1f}"=} times the base alone here, and the loop {=f"{median['loop'] / median['base alone']:.1f}"=} times. Most of what the mixed batch adds is Python: `tiny` is so small that calling a layer costs more than computing it. For the same reason copying a whole
-# model of {=copied_bytes / 1e6:.1f=} MB took only {=f"{median['copy a merged model each'] / median['loop']:.1f}"=} times as long as the loop. At this size bytes cost little; at 7 billion parameters they decide.
+# The mixed batch took {=f"{median['mixed batch'] / median['base alone']:.1f}"=} times the base alone here, and the loop {=f"{median['loop'] / median['base alone']:.1f}"=} times. These ratios are those of a small model, in which calling a layer from Python can take a good part of the time; no cell separates the two. Copying a whole
+# model of {=copied_bytes / 1e6:.1f=} MB took only {=f"{median['copy a merged model each'] / median['loop']:.1f}"=} times as long as the loop. At 7 billion parameters the bytes are {=f"{whole_bytes / copied_bytes:,.0f}"=} times as many; the next section counts them.
 #
 # ## What a token costs, predicted for a GPU
 #
-# A GPU that generates one token a request waits for memory (see [chapter 18](18_gpu_four_bits.md)). So we count bytes, for the 7-billion model in 16 bits on an A100: {=A100 / 1e9:.0f=} GB a second from its memory, {=PCIE / 1e9:.1f=} from the host [@nvidia2020]. These are lower bounds, and no measurements. Of 32 requests,
-# $D$ are of different tenants:
+# A GPU that generates one token a request waits for memory (see [chapter 18](18_gpu_four_bits.md)). So we count bytes, for the 7-billion model in 16 bits on an A100: {=A100 / 1e9:.0f=} GB a second from its memory, {=PCIE / 1e9:.1f=} from the host [@nvidia2020]. Nothing here is measured: the bytes give the least time of a step, and so the most tokens a second. The keys and values of the context are left out. The 32 requests of a batch come from
+# $D$ different tenants:
 
 # %%
 A100, PCIE = 1555e9, 31.5e9
@@ -440,7 +440,7 @@ chapter.show(
 )
 
 # %% [markdown]
-# How much has to be loaded depends on what the device holds. Give tenants 40 GB of it. That is room for {=fit_adapters=} adapters, or for {=fit_models=} merged models:
+# How much has to be loaded depends on what the device holds. Let 40 GB be free for the tenants, beside the base. An A100 of 80 GB has so much; the one of the last figure has 40 GB in all. That is room for {=fit_adapters=} adapters, or for {=fit_models=} merged models:
 
 # %%
 ROOM = 40e9
@@ -490,7 +490,7 @@ assert gain < 0.01
 #
 # ## Exercises
 #
-# 1. *A sum of two adapters.* What do the weights $w$ and $1 - w$ for one adapter, asked for as two requests' worth, have to give?
+# 1. *A sum of two adapters.* Add a second copy of ann's adapter under another name, and ask for both in one row, with the weights $w$ and $1 - w$. What must this row give?
 
 # %% tags=["solution"]
 small.add("ann again", {"0": held["ann"]})

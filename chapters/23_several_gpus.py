@@ -68,7 +68,7 @@ assert CARD < weights < 2 * CARD
 #
 # $$ b_\text{FSDP} = \frac{N-1}{N}\,(2w + g), $$
 #
-# with $g$ the bytes of the adapters' gradients, which are sent once. Full fine-tuning would send gradients as large as the weights; here $g$ is small, and $w$ has 4 bits.
+# with $g$ the bytes of the adapters' gradients, which are sent once. The adapters' own weights travel with $w$, twice. They are as large as $g$, and the formula leaves them out. Full fine-tuning would send gradients as large as the weights; here $g$ is small, and $w$ has 4 bits.
 #
 # ## The code
 #
@@ -98,7 +98,7 @@ assert CARD < weights < 2 * CARD
 #
 # ## The proof
 #
-# **The gradient of the batch is the mean of the cards' gradients.** Each card takes every $N$-th row, weighs each of its rows $N$ times, and the cards average. On fractions, where nothing is rounded, that is the gradient of one card:
+# **The gradient of the batch is the mean of the cards' gradients.** Each card takes every $N$-th row and computes the mean gradient of its own rows; then the cards average these means. If all cards have as many rows, this is the mean over all rows, which one card would compute. On fractions nothing is rounded, and the two are equal:
 
 # %%
 rng = np.random.default_rng(0)
@@ -144,7 +144,7 @@ assert lost > 0
 # %% [markdown]
 # ## The experiment: 70 billion parameters on cards of 24 GB
 #
-# One sequence of 512 tokens a card, checkpointing: only the input of each block is kept, and one block at a time is computed again. LoRA of rank 16 on all linear layers, in 32 bits with Adam. The count is that of `minipeft memory`, to which the gathered blocks and one decoded weight are added; nothing was measured.
+# One sequence of 512 tokens a card, checkpointing: only the input of each block is kept, and one block at a time is computed again. LoRA of rank 16 on all linear layers, in 32 bits with Adam. The count is that of `minipeft memory`, with three things added: the gathered blocks, one decoded weight, and the embeddings and the output layer, which FSDP2 keeps whole on every card from the forward pass to the end of the backward pass. Nothing was measured. A card sold as 24 GB holds 24 GiB, which are {=CARD / 1e9:.1f=} GB.
 
 # %%
 TOKENS, RANK = (1, 512), Adapter(r=16)
@@ -178,7 +178,10 @@ def sharded(cards, bits=BITS):
     """Return the bytes that a card needs under FSDP."""
     held = linears * bits / 8 + 2 * rest + adapters
     gathered = 2 * linears / LLAMA_70B.layers * bits / 8 if cards > 1 else 0
-    return held / cards + gathered + own
+    # The embeddings and the output layer belong to no block: FSDP2 keeps them whole
+    # from the forward pass to the end of the backward pass.
+    kept = 2 * rest * (1 - 1 / cards)
+    return held / cards + gathered + kept + own
 
 
 def replicated():
@@ -254,14 +257,14 @@ print(
 assert sixteen > 3 * two
 
 # %% [markdown]
-# With checkpointing, the forward pass is computed again within the backward pass, from the weights that this pass gathers anyway. The bytes do not depend on the number of tokens. So a card should take as many tokens in a step as fit, or add up gradients over several passes, which costs weights again but saves optimizer steps.
+# With checkpointing, the forward pass is computed again within the backward pass, from the weights that this pass gathers anyway. The bytes do not depend on the number of tokens. So a card should take as many tokens in a pass as fit. Adding up gradients over several passes does not save weights: each pass sends them again.
 #
 # What changes on $N$ cards, then: the batch is $N$ times larger, unless each card gets fewer rows; memory for weights falls as $1/N$, for activations it does not; the gradient is the same up to rounding; and a checkpoint has $N$ parts, which any other number of cards can read.
 #
 # ## What goes wrong in practice
 #
 # - **Buffers are not sharded.** A 4-bit model whose codes are buffers runs under FSDP, and every card holds all of them. Nothing fails but the memory. `shard` refuses such a model.
-# - **Scales that are cast.** bitsandbytes stores codes in a floating-point dtype for the same purpose (`quant_storage`), because FSDP1 wants one dtype for all parameters it flattens: it has to be the dtype of the rest of the model. FSDP2 takes integers as they are.
+# - **Codes in a dtype that FSDP1 refuses.** FSDP1 flattens the parameters of a block into one tensor, so all must have one dtype. bitsandbytes therefore stores its codes in a floating-point dtype (`quant_storage`), which has to be that of the rest of the model. FSDP2 takes integers as they are.
 # - **The mean of means.** If cards have different numbers of labels, the mean of their mean losses is not the mean over all labels. Sum the losses, and divide by the number of labels on all cards.
 # - **Merging a sharded model.** A card has only its part of the weight. Gather first: our `merge` says so and refuses.
 # - **Saving on one card.** A state dict that the first process alone asks for never arrives, because the others must send their parts: all processes call `save`.

@@ -1,8 +1,8 @@
 # %% [markdown]
 # # What it costs
 #
-# [Chapter 0](00_why.md) counts what training keeps. Whether a run fits a card depends on one moment more: the fullest of a step. This chapter predicts that peak from the sizes of a model alone, for every method of the book,
-# and holds the prediction against what torch's allocator really hands out. Then it counts models that do not fit here, and compares the sums with a table that is often quoted.
+# [Chapter 0](00_why.md) counts what training keeps. Whether a run fits a card depends on its peak: the most memory that is in use at one moment of a step. This chapter predicts the peak from the sizes of a model alone, for every method of the book,
+# and compares it with what torch's allocator hands out on a CPU. Then it counts models that do not fit here, and compares the sums with a table that is often quoted.
 
 # %%
 import json
@@ -29,8 +29,8 @@ chapter = start("24_costs", steps=1, model="tiny")
 #
 # @source minipeft.lab.memory.training.peak
 #
-# The moment that is most often forgotten is the first. A language model with $V$ words computes $V$ numbers for each token, in 32 bits. Autograd keeps one such buffer, the log-probabilities. In the first operations of the
-# backward pass there are two more: the gradient of the log-probabilities and that of the logits. With 32,000 to 256,000 words these three are often the largest thing in a run with adapters.
+# At the first of these moments, the loss, the logits are in memory. A language model with $V$ words computes $V$ numbers for each token, in 32 bits. Autograd keeps one such buffer, the log-probabilities. In the first operations of the
+# backward pass there are two more: the gradient of the log-probabilities and that of the logits. With 128,256 words and 2,048 tokens these three take {=f"{12 * 2048 * llama.vocabulary / 1e9:.1f}"=} GB.
 #
 # ## Predicted and measured
 #
@@ -171,7 +171,7 @@ mixtral = memory.named(str(file))
 share = mixtral.expert_parameters / mixtral.parameters
 ours = Options(base="nf4-double").peak(mixtral).weights
 exact = Options(base="nf4-double", experts=False).peak(mixtral).weights
-print(f"Mixtral 8x7B: {mixtral.parameters:,} parameters, {share:.1%} in experts")
+print(f"{mixtral.parameters:,} parameters of Mixtral 8x7B, {share:.1%} in experts")
 print(f"weights with experts in 4 bits {ours / 1e9:.1f} GB, in 16 {exact / 1e9:.1f} GB")
 assert exact > 3 * ours
 
@@ -296,7 +296,7 @@ chapter.show(
 # %% [markdown]
 # ## What goes wrong in practice
 #
-# - **A sum without the peak.** Weights, gradients, states and kept activations are a lower bound. The two buffers at the loss and the optimizer's copy come on top.
+# - **A sum instead of the peak.** Weights, gradients, states and kept activations need not be in memory at the same moment: gradients grow while activations shrink. The peak can leave some of them out, and has two buffers at the loss or the optimizer's copy besides.
 # - **A frozen matrix that keeps its input.** The counts of this chapter found one in our own code: over a base of 16 bits, VeRA and MiSS kept the input of every layer for the gradient of a matrix that is frozen. The prediction was too low by up to 14 %, and the code was wrong, not the formula.
 # - **The size on the box.** A card sold as 24 GB holds between {=f"{23_028 * 2**20 / 1e9:.1f}"=} and {=f"{24_576 * 2**20 / 1e9:.1f}"=} GB. The command compares with what `nvidia-smi` reports.
 # - **What no formula here counts**: the allocator's fragments, a kernel's workspace, the driver's few hundred megabytes, masks of dropout.

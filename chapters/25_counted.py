@@ -1,12 +1,12 @@
 # %% [markdown]
 # # Counted again
 #
-# Papers print how many parameters a method trains and how many bytes it takes. Such numbers need no experiment: a program can count them. This page does so for every number of the book's papers that we could count, with the
-# same code that [the last chapter](24_costs.md) and `minipeft memory` use. Each line has the setting, the printed number, our count and a verdict:
+# Papers print how many parameters a method trains and how many bytes it takes. Such numbers need no experiment: a program can count them. This page does so for numbers of the book's papers, of FourierFT and of peft, mostly with the
+# code that [the chapter before](24_costs.md) and `minipeft memory` use; the other formulas stand here. Each line has the setting, the printed number, our count and a verdict:
 #
 # - **equal**: our count, rounded to the printed digits;
 # - **truncated**: our count, cut off after the printed digits;
-# - **off**: another number, and we can say why;
+# - **off**: another number; the line gives a possible reason, or the count in both units;
 # - **unexplained**: another number, and we cannot.
 #
 # A wrong last digit harms nobody. The page is here because a number that is copied from table to table is seldom counted again. Where we differ, the mistake may be ours: the formula stands beside it.
@@ -121,7 +121,7 @@ again(
 )
 
 # %% [markdown]
-# Tables 2 and 3 have smaller models. *Adapter-L* is one bottleneck in each block with a LayerNorm of its own: $L\,(2dr + r + 3d)$. Its r is inferred: 6 and 224, 8 and 248.
+# Tables 2 and 3 have smaller models. *Adapter-L* is one bottleneck in each block with a LayerNorm of its own: $L\,(2dr + r + 3d)$. Its r is inferred: we took the whole number whose count agrees, 6 and 224, 8 and 248. So these four lines show only that such a number exists.
 
 # %%
 
@@ -146,10 +146,10 @@ again(
         ("GPT-2 L, q, v, r = 4", ".77 M", lora(GPT2_L, 4), "unexplained", ""),
     ],
 )
-assert round(4 * lora(GPT2_M, 4) / 1e6, 2) == 1.57  # the published file has 1.5 MB
+assert round(4 * lora(GPT2_M, 4) / 1e6, 2) == 1.57  # the published file has 1.5 MiB
 
 # %% [markdown]
-# The file that the authors published for GPT-2 M has about 1.5 MB, which is 393,216 numbers of four bytes and not 350,000. FourierFT's table 1, which has LoRA beside it, prints both 350 K and 393 K for this one shape. Its other LoRA columns:
+# The file that the authors published for GPT-2 M has about 1.5 MiB. That is 393,216 numbers of four bytes, 1.57 million bytes; 350,000 numbers would be 1.40 million. FourierFT's table 1, which has LoRA beside it, prints both 350 K and 393 K for this one shape. Its other LoRA columns:
 
 # %%
 again(
@@ -238,7 +238,7 @@ again(
 )
 
 # %% [markdown]
-# Three lines are file sizes, which the paper calls MB and KB; they agree in powers of two. The same count of ViT-B, 24,576, is printed as 24.6 in one table and as 24.5 in another. For RoBERTa-large with $r = 16$ the formula gives $48\,(1{,}024 + 16) = 49{,}920$.
+# Three lines are file sizes, which the paper calls MB and KB; they agree in powers of two. The count 24,576 is that of RoBERTa-base and of ViT-B, with $r = 256$: it is printed as 24.5 for the first and as 24.6 for the second. For RoBERTa-large with $r = 16$ the formula gives $48\,(1{,}024 + 16) = 49{,}920$.
 #
 # ## DoRA
 #
@@ -344,7 +344,7 @@ print(f"T0-11B: {ia3(4096, 10240):,} parameters; T0-3B: {ia3(2048, 5120):,}")
 # %% [markdown]
 # ## QLoRA
 #
-# QLoRA [@dettmers2023] counts bits and bytes. Its memory figure, in MB that are MiB, has rows for adapters and for Adam's states. They are exact for $r = 64$ and $18\,d$ numbers a layer and rank, which is a block with four square matrices and an MLP of *two* matrices of width $4d$.
+# QLoRA [@dettmers2023] counts bits and bytes. Its memory figure, in MB that are MiB, has rows for adapters and for Adam's states. The lines below agree with $r = 64$ and $18\,d$ numbers a layer and rank, which is a block with four square matrices and an MLP of *two* matrices of width $4d$.
 # LLaMA's MLP has three, so that the same adapters on LLaMA-7B train 159.9 million parameters and not 151.0.
 
 # %%
@@ -378,7 +378,7 @@ assert round(figure["7B"] / 1e6, 1) == 151.0
 # %% [markdown]
 # ## peft's documentation and benchmark
 #
-# These are exact numbers of a program, and all of them are exact here too. Llama 3.2 3B has 28 layers of width 3,072, and its keys and values are 1,024 wide. LoRA-FA trains B alone, MiSS-mini $r \times r$ of a matrix, C3A a block-circulant matrix, $d_{in} d_{out} / 64$.
+# These numbers come from a program and are not rounded. Our counts agree with those that are listed, to the last digit. Llama 3.2 3B has 28 layers of width 3,072, and its keys and values are 1,024 wide. LoRA-FA trains B alone, MiSS-mini $r \times r$ of a matrix, C3A a block-circulant matrix, $d_{in} d_{out} / 64$.
 
 # %%
 LLAMA_1B = Architecture(16, 2048, 8192, 32, 8, 128256, 64)
@@ -436,12 +436,12 @@ assert len(FOUND) > 90
 assert whole["equal"] > 0.8 * len(FOUND)
 
 # %% [markdown]
-# Of {=len(FOUND)=} printed numbers, {=whole["equal"]=} are equal to the count, {=whole["truncated"]=} are truncated, {=whole["off"]=} are off for a reason that we can name, and {=whole["unexplained"]=} we cannot explain.
+# Of {=len(FOUND)=} printed numbers, {=whole["equal"]=} are equal to the count, {=whole["truncated"]=} are truncated, {=whole["off"]=} are off, with a possible reason or both units beside them, and {=whole["unexplained"]=} we cannot explain.
 #
 # ## What goes wrong in practice
 #
 # - **A rounded number is used again.** 603.8 is twice 301.9. Count from the whole number, and round once.
-# - **MB that are MiB.** A file of 18.9 million bytes is called 18 MB in one table and 19 in the next.
+# - **MB that are MiB.** A file of 18.9 million bytes is called 18 MB, because it has 18 MiB.
 # - **What is counted.** Shared frozen matrices, LayerNorms and biases are in some counts and not in others. A number of trained parameters needs its formula beside it.
 # - **A block of another model.** A formula that was made for GPT's MLP is used for LLaMA's, which has three matrices.
 #
