@@ -115,13 +115,15 @@ def shown_modules(chapters: list[Chapter]) -> dict[str, list[str]]:
     """Return links to the chapters that show something of a module, by module."""
     found: dict[str, list[str]] = {}
     for chapter in chapters:
-        link = f"[{chapter.title}](../../book/{chapter.name}.md)"
         for cell in chapter.prose:
             for line in cell.source.splitlines():
                 if match := source.DIRECTIVE.match(line):
                     module = match["name"].split(":")[0]
                     parts = module.split(".")
-                    module = module if ":" in match["name"] else ".".join(parts[:3])
+                    depth = 4 if "/".join(parts[1:3]) in api.COLUMNS else 3
+                    module = module if ":" in match["name"] else ".".join(parts[:depth])
+                    root = "../" * (depth - 1)
+                    link = f"[{chapter.title}]({root}book/{chapter.name}.md)"
                     if link not in found.setdefault(module, []):
                         found[module].append(link)
     return found

@@ -20,6 +20,7 @@ COLUMNS = {
     "golden": ("Golden vectors", "Cases that check any other implementation."),
     "interop": ("Interop", "Files and formats of other libraries."),
     "lab": ("Lab", "Models, data, training, memory and plots for the chapters."),
+    "lab/memory": ("Memory", "What a run needs, counted from a configuration."),
     "lab/gpu": ("GPU report", "What every kernel does on a real GPU."),
 }
 
