@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from minipeft.errors import InputError
@@ -11,6 +12,9 @@ from minipeft.interop import peft_stacks
 from minipeft.interop.spelling import counterpart
 from minipeft.interop.tensors import About
 from minipeft.interop.update import Update
+
+WIDE = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+"""The dtypes of a tensor to which an update can be added."""
 
 
 @dataclass(frozen=True)
@@ -43,15 +47,20 @@ class Adapter:
             names: of the base's tensors, with their shapes.
 
         Raises:
-            InputError: an update belongs to no tensor of the base; the sentence names
-                the first.
+            InputError: an update belongs to no tensor of the base, or to one of another
+                shape or of integers; the sentence names the first.
         """
         updates = {_found(n, names): u for n, u in self.updates.items()}
         for module, parts in self.stacks.items():
             updates |= peft_stacks.updates(module, parts, self.config, names)
+        biases = {_found(n, names): b for n, b in self.biases.items()}
+        for name, update in updates.items():
+            _check(name, update, names[name])
+        for name, bias in biases.items():
+            _check_shape(name, tuple(bias.shape), names[name])
         return Adapter(
             updates,
-            {_found(n, names): b for n, b in self.biases.items()},
+            biases,
             {_found(n, names, new=True): t for n, t in self.saved.items()},
             self.config,
             self.metadata,
@@ -66,3 +75,28 @@ def _found(name: str, names: Mapping[str, object], new: bool = False) -> str:
             "that it was trained on"
         )
     return found or name
+
+
+def _check(name: str, update: Update, about: About) -> None:
+    *experts, rows, columns = *update.B.shape[:-1], update.A.shape[-1]
+    sides = (columns, rows) if update.transposed else (rows, columns)
+    _check_shape(name, (*experts, *sides), about)
+    m = update.magnitude
+    if m is not None and m.numel() != rows:
+        raise InputError(
+            f"the magnitude of {name} has {m.numel()} numbers and its B {rows} rows; "
+            "get the adapter again"
+        )
+
+
+def _check_shape(name: str, shape: tuple[int, ...], about: About) -> None:
+    if shape != about.shape:
+        raise InputError(
+            f"{name} has shape {about.shape} in the base, and the adapter changes one "
+            f"of shape {shape}; give the base that it was trained on"
+        )
+    if about.dtype not in WIDE:
+        dtype = str(about.dtype).removeprefix("torch.")
+        raise InputError(
+            f"{name} holds {dtype}; give the base in a float dtype of at least 16 bits"
+        )

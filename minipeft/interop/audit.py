@@ -26,6 +26,7 @@ from minipeft.interop.tensors import Tensors
 from minipeft.interop.update import Update, exact, merged, stored
 
 EXACT, BOUND, WRONG = "exact", "within the bound", "wrong"
+NOT_FINITE = "the tensor holds NaN or an infinity"
 
 
 @dataclass(frozen=True)
@@ -124,7 +125,12 @@ def _judged(
         wanted = _shape(name, base, adapter)
         sentence = f"its shape is {found.about[place].shape}, not {wanted}"
         return Finding(name, WRONG, "reshaped", sentence, 1.0, name in adapter.updates)
-    if name not in {*adapter.saved, *adapter.biases, *adapter.updates}:
+    own, kept = base.about.get(name), found.about[place].dtype
+    adapted = name in {*adapter.saved, *adapter.biases, *adapter.updates}
+    if own is not None and own.dtype.is_floating_point > kept.is_floating_point:
+        sentence = f"it holds {kept}, and the base {own.dtype}".replace("torch.", "")
+        return Finding(name, WRONG, "no floats", sentence, 1.0, adapted)
+    if not adapted:
         return _unchanged(name, base, found, place)
     held = Stored(found.read(place), of(found, place, found.about[place].dtype))
     if name in adapter.saved:
@@ -174,6 +180,8 @@ def judge(
         alphas: of all layers, because another layer's alpha is a possible mistake.
     """
     held = found if isinstance(found, Stored) else Stored(found, Cast(found.dtype))
+    if not bool(held.values.isfinite().all()):
+        return Finding(name, WRONG, "not finite", NOT_FINITE, 1.0, adapted=True)
     if W.ndim == 3:
         return _stack(name, W, update, held, alphas)
     W = held.rounding.wide(W)  # wide enough for a single rounding

@@ -7,14 +7,13 @@ quantized to NF4 with double quantization. 4 bits lose most of a small update.
 import json
 import re
 import shutil
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from minipeft.errors import InputError
+from minipeft.errors import InputError, cannot_write
 from minipeft.interop import bitsandbytes_format, merging
 from minipeft.interop.adapter import Adapter
 from minipeft.interop.tensors import INDEX, About, Shards, Tensors, writing
@@ -44,8 +43,7 @@ def write_model(
     """
     if out.exists():
         raise InputError(f"{out} exists; choose another folder, or remove it")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    part = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}."))
+    part = merging.beside(out)
     try:
         merging.merge(base, adapter, part / "merged", step=step)
         merged = Shards(part / "merged")
@@ -58,8 +56,7 @@ def write_model(
         _write(part / "packed", merged, set(names), step)
         (part / "packed").rename(out)
     except OSError as error:
-        reason = error.strerror or str(error)
-        raise InputError(f"cannot write {out}: {reason}; free some space") from error
+        raise cannot_write(out, error) from error
     finally:
         shutil.rmtree(part, ignore_errors=True)
     return len(names)

@@ -13,7 +13,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from minipeft.errors import InputError
+from minipeft.errors import InputError, cannot_write
 from minipeft.interop import inspect_command
 
 if TYPE_CHECKING:
@@ -243,10 +243,10 @@ def report(findings: "list[Finding]") -> Iterator[str]:
 
 
 def _export(options: argparse.Namespace) -> int:
-    if options.to == "safetensors":
-        return _merge(options)
     if options.rank is not None or options.share is not None:
         return _export_lora(options)
+    if options.to == "safetensors":
+        return _merge(options)
     adapter = _adapter(options)
     if options.to == "peft":
         from minipeft.interop import fixing, parts
@@ -360,7 +360,7 @@ def write_json(path: Path, value: Any) -> None:
     try:
         path.write_text(json.dumps(value, indent=1) + "\n", "utf-8")
     except OSError as error:
-        raise InputError(f"cannot write {path}: {error.strerror}") from error
+        raise cannot_write(path, error) from error
 
 
 @contextmanager

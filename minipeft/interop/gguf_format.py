@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from minipeft.errors import InputError
+from minipeft.errors import InputError, cannot_write
 from minipeft.interop import gguf_vocabulary
 from minipeft.interop.adapter import Adapter
 from minipeft.interop.gguf_names import family, heads_turned, names, turn, turn_back
@@ -296,8 +296,7 @@ def _writing(path: Path, arch: str) -> Iterator[gguf.GGUFWriter]:
         os.replace(temporary, path)
         temporary = None
     except OSError as error:
-        reason = error.strerror or str(error)
-        raise InputError(f"cannot write {path}: {reason}; free some space") from error
+        raise cannot_write(path, error) from error
     finally:
         if temporary is not None and os.path.exists(temporary):
             os.unlink(temporary)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from minipeft.errors import InputError
+from minipeft.errors import InputError, cannot_write
 from minipeft.interop import fingerprint, tensors
 from minipeft.interop.adapter import Adapter
 from minipeft.interop.fingerprint import Fingerprint
@@ -47,8 +47,7 @@ def merge(
         raise InputError(f"{out} exists; choose another folder, or remove it")
     source = Shards(base)
     adapter = adapter.renamed(source.about)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    folder = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}."))
+    folder = beside(out)
     try:
         places = _files(source, adapter)
         for file, names in places.items():
@@ -60,10 +59,22 @@ def merge(
         folder.chmod(0o755)
         folder.rename(out)
     except OSError as error:
-        reason = error.strerror or str(error)
-        raise InputError(f"cannot write {out}: {reason}; free some space") from error
+        raise cannot_write(out, error) from error
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def beside(out: Path) -> Path:
+    """Make an empty folder beside a new one, to be renamed when it is whole.
+
+    Raises:
+        InputError: it cannot be made.
+    """
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        return Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}."))
+    except OSError as error:
+        raise cannot_write(out, error) from error
 
 
 def check_base(adapter: Adapter, base: Fingerprint) -> str:
@@ -91,7 +102,7 @@ def write_text(path: Path, text: str) -> None:
         part.write_text(text, "utf-8")
         part.replace(path)
     except OSError as error:
-        raise InputError(f"cannot write {path}: {error.strerror}") from error
+        raise cannot_write(path, error) from error
 
 
 def _files(source: Shards, adapter: Adapter) -> dict[str, list[str]]:

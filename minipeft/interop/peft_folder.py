@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import Tensor
 
-from minipeft.errors import InputError
+from minipeft.errors import InputError, cannot_write
 from minipeft.interop.tensors import About, SafeTensors, unique, writing
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -109,14 +109,14 @@ def write(folder: Path, contents: Contents, weights: str = WEIGHTS) -> None:
         folder.parent.mkdir(parents=True, exist_ok=True)
         part = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
     except OSError as error:
-        raise _cannot_write(folder, error) from error
+        raise cannot_write(folder, error) from error
     try:
         _write_tensors(part / weights, contents)
         (part / CONFIG).write_text(text + "\n", "utf-8")
         part.chmod(0o755)
         part.rename(folder)
     except OSError as error:
-        raise _cannot_write(folder, error) from error
+        raise cannot_write(folder, error) from error
     finally:
         shutil.rmtree(part, ignore_errors=True)
 
@@ -158,8 +158,3 @@ def _check_size(path: Path, most: int) -> None:
 
 def _refuse_constant(text: str) -> Any:
     raise ValueError(f"it holds the number {text}")
-
-
-def _cannot_write(folder: Path, error: OSError) -> InputError:
-    reason = error.strerror or str(error)
-    return InputError(f"cannot write {folder}: {reason}; free some space")

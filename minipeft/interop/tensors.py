@@ -18,7 +18,7 @@ import safetensors
 import torch
 from torch import Tensor
 
-from minipeft.errors import InputError
+from minipeft.errors import InputError, cannot_write
 
 DTYPES = {
     "BOOL": torch.bool,
@@ -329,10 +329,7 @@ def writing(
         os.replace(temporary, path)
         temporary = None
     except OSError as error:
-        reason = error.strerror or str(error)
-        raise InputError(
-            f"cannot write {path}: {reason}; free some space or choose another folder"
-        ) from error
+        raise cannot_write(path, error) from error
     finally:
         if temporary is not None and os.path.exists(temporary):
             os.unlink(temporary)

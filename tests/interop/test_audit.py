@@ -291,3 +291,22 @@ def test_a_merge_never_replaces_a_folder(setting):
     (path / "merged").mkdir()
     with pytest.raises(InputError, match="exists; choose another folder"):
         merging.merge(folder, adapter, path / "merged")
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.bool, torch.uint8])
+def test_floats_kept_as_integers_are_wrong(dtype):
+    W, update = torch.ones(4, 6), Update(torch.ones(2, 6), torch.ones(4, 2), 2.0)
+    base = InMemory({"W": W, "norm": torch.ones(3)})
+    kept = InMemory({"W": merged(W, update).to(dtype), "norm": torch.ones(3).to(dtype)})
+    findings = list(audit(base, Adapter({"W": update}), kept))
+    assert [f.verdict for f in findings] == [WRONG, WRONG]
+    assert all("and the base float32" in f.sentence for f in findings)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_what_is_not_finite_is_called_so(value):
+    W, update = drawn(3)
+    found = merged(W, update)
+    found[0, 0] = value
+    finding = judge("W", W, update, found, {update.alpha})
+    assert (finding.verdict, finding.mistake) == (WRONG, "not finite")

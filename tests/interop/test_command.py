@@ -136,6 +136,9 @@ def test_export_writes_any_method_as_lora_and_states_the_error(tmp_path, capsys)
     wrong = [*given, "--to", "gguf", "--rank", "3", "--out", str(tmp_path / "x")]
     assert cli.main(wrong) == 2
     assert "write plain LoRA for peft, not for gguf" in capsys.readouterr().err
+    wrong[wrong.index("gguf")] = "safetensors"
+    assert cli.main(wrong) == 2
+    assert "for peft, not for safetensors" in capsys.readouterr().err
     both = [*given, "--to", "peft", "--rank", "3", "--share", "0.9"]
     assert cli.main([*both, "--out", str(tmp_path / "x")]) == 2
     assert "give one of the two" in capsys.readouterr().err

@@ -1,0 +1,61 @@
+"""An adapter that does not fit the base's tensors is refused, and not cut to fit."""
+
+import pytest
+import torch
+
+from minipeft.errors import InputError
+from minipeft.interop import bitsandbytes_export, merging
+from minipeft.interop.adapter import Adapter
+from minipeft.interop.audit import audit
+from minipeft.interop.update import Update
+from tests.interop.folders import InMemory, write_model
+
+NAME = "model.layers.0.q_proj.weight"
+
+
+def update(rows=4, columns=6, **fields):
+    return Update(torch.ones(2, columns), torch.ones(rows, 2), 2.0, **fields)
+
+
+@pytest.mark.parametrize(
+    ("changed", "words"),
+    [
+        (update(rows=5), r"has shape \(4, 6\) .* of shape \(5, 6\)"),
+        (update(rows=3), r"has shape \(4, 6\) .* of shape \(3, 6\)"),
+        (update(columns=7), r"of shape \(4, 7\)"),
+        (update(transposed=True), r"of shape \(6, 4\)"),
+        (update(magnitude=torch.ones(3)), "has 3 numbers and its B 4 rows"),
+    ],
+)
+def test_another_shape_is_refused(changed, words, tmp_path):
+    tensors = {NAME: torch.zeros(4, 6)}
+    base = write_model(tmp_path / "base", tensors)
+    adapter = Adapter({NAME: changed})
+    with pytest.raises(InputError, match=words):
+        merging.merge(base, adapter, tmp_path / "out")
+    with pytest.raises(InputError, match=words):
+        list(audit(InMemory(tensors), adapter, InMemory(tensors)))
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_bias_of_another_shape_is_refused(tmp_path):
+    base = write_model(tmp_path / "base", {"a.bias": torch.zeros(4)})
+    with pytest.raises(InputError, match=r"of shape \(1,\)"):
+        merging.merge(base, Adapter({}, {"a.bias": torch.ones(1)}), tmp_path / "out")
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.bool, torch.float8_e4m3fn])
+def test_a_base_of_integers_is_refused(dtype, tmp_path):
+    base = write_model(tmp_path / "base", {NAME: torch.zeros(4, 6).to(dtype)})
+    name = str(dtype).removeprefix("torch.")
+    with pytest.raises(InputError, match=f"q_proj.weight holds {name}; give the base"):
+        merging.merge(base, Adapter({NAME: update()}), tmp_path / "out")
+
+
+@pytest.mark.parametrize("write", [merging.merge, bitsandbytes_export.write_model])
+def test_a_place_that_is_a_file_is_no_full_disk(write, tmp_path):
+    base = write_model(tmp_path / "base", {NAME: torch.zeros(4, 6)})
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InputError, match="cannot write") as refused:
+        write(base, Adapter({NAME: update()}), tmp_path / "file" / "out")
+    assert "free some space" not in str(refused.value)
