@@ -27,16 +27,17 @@ LARGEST = 2**63 - 1  # the last index of an array
 def check_integer(
     name: str, value: int, least: float = -inf, most: int = LARGEST
 ) -> None:
-    """Refuse what is no whole number, or out of range.
+    """Refuse what is no whole number, such as True, or out of range.
 
     Raises:
         InputError: names the operand, what it is, and what to choose.
     """
-    if isinstance(value, int | Integral) and least <= value <= most:
+    whole = isinstance(value, int | Integral) and not isinstance(value, bool)
+    if whole and least <= value <= most:
         return
     low = "a whole number" if least == -inf else f"{least} or more"
     wanted = low if most == LARGEST else f"{least} to {most}"
-    if isinstance(value, int | Integral) and value > LARGEST:
+    if whole and value > LARGEST:
         wanted = "a number that fits an index"
     raise InputError(f"{name} is {_said(value)}; choose {wanted}.")
 

@@ -26,6 +26,10 @@ MIXTRAL = {
     "vocab_size": 32000,
 }
 
+QWEN = {**LLAMA, "model_type": "qwen2_moe", "num_experts": 4}
+NAN = '{"model_type": "llama", "hidden_size": NaN}'
+GPT2 = {"model_type": "gpt2", "n_embd": 64, "n_layer": 2, "n_head": 4}
+
 
 @pytest.fixture
 def config(tmp_path):
@@ -133,6 +137,11 @@ def test_checkpointing_and_attention_move_the_peak_as_they_should(method):
         (("--targets", "c_fc"), "targets are ['c_fc']; choose from q_proj"),
         (("--method", "full", "--base", "nf4"), "weights in 4 bits are not trained"),
         (("--method", "dora", "--adapt-experts"), "dora does not adapt experts"),
+        (("--method", "full", "--targets", "q_proj"), "full stands on no linear layer"),
+        (("--method", "prompt", "--targets", "q_proj"), "prompt stands on no linear"),
+        (("--method", "full", "--adapt-experts"), "full trains the experts without"),
+        (("--adapt-experts",), "this model has no experts to adapt"),
+        (("-r", "1025"), "choose 1 to 1024 for k_proj of shape (1024, 4096)"),
     ],
 )
 def test_wrong_options_are_one_sentence(config, capsys, arguments, sentence):
@@ -147,6 +156,25 @@ def test_wrong_options_are_one_sentence(config, capsys, arguments, sentence):
         ({"model_type": "bert"}, "the sizes of 'bert' are not known here; give one of"),
         ({"hidden_size": 8}, "is no configuration of a model"),
         ({**LLAMA, "attention_bias": True}, "attention_bias is true, and biases are"),
+        ({**LLAMA, "hidden_size": -256}, "hidden_size is -256; choose 1 or more"),
+        ({**LLAMA, "num_attention_heads": 0}, "is no configuration of a model"),
+        ({**LLAMA, "num_hidden_layers": 0}, "num_hidden_layers is 0; choose 1 or more"),
+        ({**LLAMA, "num_key_value_heads": 0}, "num_key_value_heads is 0; choose 1"),
+        ({**LLAMA, "head_dim": -64}, "head_dim is -64; choose 1 or more"),
+        ({**LLAMA, "hidden_size": "256"}, "expected int, got str (value: '256')"),
+        ({**LLAMA, "hidden_size": None}, "expected int, got NoneType"),
+        ({**LLAMA, "hidden_size": [1]}, "expected int, got list"),
+        ({**LLAMA, "vocab_size": 10**30}, "choose a number that fits an index"),
+        ({**LLAMA, "text_config": None}, "text_config is of type NoneType"),
+        ({**LLAMA, "text_config": {"model_type": "llama"}}, "text_config is of type"),
+        ({**MIXTRAL, "num_experts_per_tok": 9}, "is 9 and num_local_experts is 8"),
+        ({**MIXTRAL, "num_local_experts": 0}, "num_local_experts is 0; choose 1"),
+        ({**QWEN, "decoder_sparse_step": 0}, "decoder_sparse_step is 0; choose 1"),
+        ({**QWEN, "qkv_bias": False}, "qkv_bias is false, and qwen2_moe is counted"),
+        ({**GPT2, "add_cross_attention": True}, "add_cross_attention is true"),
+        ({**GPT2, "n_head": 0}, "n_head is 0; choose 1 or more"),
+        ({**GPT2, "n_positions": "x"}, "n_positions"),
+        ({**GPT2, "n_positions": 32}, "has 512 tokens, and this model has positions"),
     ],
 )
 def test_a_configuration_that_is_not_known_is_one_sentence(
@@ -155,6 +183,28 @@ def test_a_configuration_that_is_not_known_is_one_sentence(
     code, _, err = ran(capsys, config(**fields))
     assert code == 2
     assert sentence in err
+
+
+def test_a_target_inside_experts_alone_is_refused(config, capsys):
+    code, _, err = ran(capsys, config(**MIXTRAL), "--targets", "q_proj,gate_proj")
+    assert code == 2
+    assert "the target gate_proj stands only inside experts here" in err
+
+
+@pytest.mark.parametrize("text", ["[" * 100_000, NAN])
+def test_a_file_that_cannot_be_decoded_is_one_sentence(tmp_path, capsys, text):
+    path = tmp_path / "config.json"
+    path.write_text(text)
+    code, _, err = ran(capsys, str(path))
+    assert code == 2
+    assert "is no configuration of a model" in err
+
+
+@pytest.mark.parametrize("name", ["a" * 5000, "a" * 5000 + ".json"])
+def test_a_name_that_is_too_long_is_one_sentence(capsys, name):
+    code, _, err = ran(capsys, name)
+    assert code == 2
+    assert "cannot be read (File name too long)" in err
 
 
 def test_no_such_file_is_one_sentence(tmp_path, capsys):

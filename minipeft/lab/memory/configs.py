@@ -3,10 +3,12 @@
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
+from reprlib import repr as shortened
 from typing import Any
 
 from minipeft.errors import InputError
 from minipeft.lab.memory.shapes import GPT2, Architecture, Block, Experts
+from minipeft.values import check_flag, check_integer, check_kind
 
 QKV = ("q_proj", "k_proj", "v_proj")
 BLOCKS: Mapping[str, Block] = {
@@ -24,6 +26,27 @@ BLOCKS: Mapping[str, Block] = {
 }
 """The families whose blocks are known, by the `model_type` of their configuration."""
 
+SIZES = (
+    "num_hidden_layers",
+    "hidden_size",
+    "intermediate_size",
+    "num_attention_heads",
+    "vocab_size",
+)
+QWEN = (
+    "num_experts",
+    "num_experts_per_tok",
+    "moe_intermediate_size",
+    "decoder_sparse_step",
+)
+NEEDED: Mapping[str, tuple[str, ...]] = {
+    "gpt2": ("n_layer", "n_embd", "n_head", "vocab_size", "n_positions"),
+    "mixtral": (*SIZES, "num_local_experts", "num_experts_per_tok"),
+    "qwen2_moe": (*SIZES, *QWEN),
+    "qwen3_moe": (*SIZES, *QWEN),
+}
+"""What a family's configuration must say; the others say `SIZES`."""
+
 
 def of_config(config: Any) -> Architecture:
     """Read the sizes from a configuration of transformers.
@@ -34,18 +57,19 @@ def of_config(config: Any) -> Architecture:
         InputError: the family is not known here, or has parts that are not counted.
     """
     config = getattr(config, "text_config", config)
-    family = config.model_type
+    family = getattr(config, "model_type", None)
+    if family is None:
+        raise InputError(
+            f"text_config is of type {type(config).__name__}; give the configuration "
+            "of the part that writes, with its model_type"
+        )
     if family not in BLOCKS:
         raise InputError(
             f"the sizes of {family!r} are not known here; give one of "
             f"{', '.join(BLOCKS)}"
         )
-    for part in ("mlp_bias", "attention_bias"):
-        if getattr(config, part, False) and family not in ("qwen2", "qwen2_moe"):
-            raise InputError(
-                f"{part} is true, and biases are not counted for {family}; set it to "
-                "false if the model has none"
-            )
+    _check_parts(family, config)
+    _check_numbers(family, config)
     if family == "gpt2":
         return _gpt2(config)
     found = Architecture(
@@ -61,6 +85,61 @@ def of_config(config: Any) -> Architecture:
         block=BLOCKS[family],
     )
     return EXPERTS[family](config, found) if family in EXPERTS else found
+
+
+def _check_parts(family: str, config: Any) -> None:
+    """Refuse weights that a family may have and that are not counted."""
+    for part in ("mlp_bias", "attention_bias"):
+        if getattr(config, part, False) and family not in ("qwen2", "qwen2_moe"):
+            raise InputError(
+                f"{part} is true, and biases are not counted for {family}; set it to "
+                "false if the model has none"
+            )
+    if family == "qwen2_moe" and not getattr(config, "qkv_bias", True):
+        raise InputError(
+            "qkv_bias is false, and qwen2_moe is counted with these biases; set it to "
+            "true if the model has them"
+        )
+    if family == "gpt2" and getattr(config, "add_cross_attention", False):
+        raise InputError(
+            "add_cross_attention is true, and such layers are not counted for gpt2; "
+            "set it to false if the model has none"
+        )
+
+
+def _check_numbers(family: str, config: Any) -> None:
+    """Refuse sizes that are no whole numbers of 1 or more, or contradict each other."""
+    for name in NEEDED.get(family, SIZES):
+        given: Any = getattr(config, name, None)
+        check_integer(name, given, 1)
+    for name in ("num_key_value_heads", "head_dim", "n_inner"):
+        value: Any = getattr(config, name, None)
+        if value is not None:
+            check_integer(name, value, 1)
+    check_flag("tie_word_embeddings", config.tie_word_embeddings)
+    wide, heads = ("n_embd", "n_head") if family == "gpt2" else (SIZES[1], SIZES[3])
+    width, count = getattr(config, wide), getattr(config, heads)
+    if getattr(config, "head_dim", None) is None and width % count:
+        raise InputError(
+            f"{wide} is {width} for {count} heads; choose a multiple of the heads"
+        )
+    if family in EXPERTS:
+        _check_experts(config)
+
+
+def _check_experts(config: Any) -> None:
+    mixtral = config.model_type == "mixtral"
+    name = "num_local_experts" if mixtral else "num_experts"
+    count, active = getattr(config, name), config.num_experts_per_tok
+    if active > count:
+        raise InputError(
+            f"num_experts_per_tok is {active} and {name} is {count}; a token cannot "
+            "use more experts than there are, so choose a lower number"
+        )
+    shared = getattr(config, "shared_expert_intermediate_size", None)
+    if shared is not None:
+        check_integer("shared_expert_intermediate_size", shared, 0)
+    check_kind("mlp_only_layers", getattr(config, "mlp_only_layers", None) or [], list)
 
 
 def of_model(model: Any) -> Architecture:
@@ -99,25 +178,47 @@ def configuration(name: str) -> Any:
         InputError: there is no such file or model.
     """
     import transformers
+    from huggingface_hub.errors import StrictDataclassError
 
+    try:
+        path = _file(name)
+    except OSError as error:
+        raise InputError(
+            f"{shortened(name)} cannot be read ({error.strerror}); give a model's "
+            "config.json"
+        ) from error
+    if path.suffix == ".gguf":
+        from minipeft.lab import reading_gguf
+
+        return reading_gguf.config(path)
+    wrong = (OSError, ValueError, TypeError, LookupError, AttributeError)
+    broken = (StrictDataclassError, RecursionError, ArithmeticError)
+    try:
+        return transformers.AutoConfig.from_pretrained(path, local_files_only=True)
+    except (*wrong, *broken) as error:
+        raise InputError(
+            f"{path} is no configuration of a model ({_reason(error)})"
+        ) from error
+
+
+def _file(name: str) -> Path:
+    """Return where the configuration of a model stands."""
     from minipeft.lab import models
 
     path = Path(name)
     if path.suffix != ".json":
         models.check_name(name)
         if name == "smollm2":
-            from minipeft.lab import reading_gguf
-
-            file = models.cached(name) / models.WHEELS[name].files[0]
-            return reading_gguf.config(file)
+            return models.cached(name) / models.WHEELS[name].files[0]
         path = models.folder_of(name) / "config.json"
     if not path.is_file():
         raise InputError(f"there is no file {name}; give a model's config.json")
-    try:
-        return transformers.AutoConfig.from_pretrained(path, local_files_only=True)
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise InputError(f"{path} is no configuration of a model ({reason})") from error
+    return path
+
+
+def _reason(error: Exception) -> str:
+    first, *others = str(error).strip().splitlines() or [type(error).__name__]
+    return " ".join([first, *(others[:1] if first.endswith(":") else ())])
 
 
 def _gpt2(config: Any) -> Architecture:

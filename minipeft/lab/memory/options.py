@@ -7,6 +7,7 @@ from typing import NamedTuple
 from minipeft.errors import InputError
 from minipeft.lab.memory.rows import (
     METHODS,
+    VIRTUAL,
     Adapter,
     adapter_parameters,
     frozen_values,
@@ -98,6 +99,16 @@ class Options:
         for name in ("batch", "sequence"):
             if getattr(self, name) < 1:
                 raise InputError(f"{name} is {getattr(self, name)}; give at least 1")
+        if self.targets and self.method in ("full", *VIRTUAL):
+            raise InputError(
+                f"targets are {[*self.targets]}, and {self.method} stands on no linear "
+                "layer; leave them out, or choose another method"
+            )
+        if self.method == "full" and self.adapt_experts:
+            raise InputError(
+                "full trains the experts without adapters; leave --adapt-experts out, "
+                "or choose lora"
+            )
         if self.method == "full" and self.base.startswith("nf4"):
             raise InputError(
                 f"the base is {self.base}, and weights in 4 bits are not trained; "
@@ -126,8 +137,13 @@ class Options:
         )
 
     def trained(self, model: Architecture) -> int:
-        """Return how many parameters train."""
+        """Return how many parameters train.
+
+        Raises:
+            InputError: the options do not fit this model.
+        """
         adapter = self.adapter
+        self._check(model)
         return adapter_parameters(model, adapter) if adapter else model.parameters
 
     def peak(self, model: Architecture) -> Peak:
@@ -164,6 +180,16 @@ class Options:
             frozen = 4.0 * frozen_values(model, adapter)
             found |= {"the adapters' frozen part": frozen} if frozen else {}
         return found
+
+    def _check(self, model: Architecture) -> None:
+        tokens = self.sequence + (self.r if self.method == "prompt" else 0)
+        if 0 < model.positions < tokens:
+            raise InputError(
+                f"the sequence has {tokens} tokens, and this model has positions for "
+                f"{model.positions}; choose a shorter one"
+            )
+        if self.adapter is not None:
+            self.adapter.check(model)
 
 
 def _choose(what: str, word: str, choices: Sequence[str]) -> None:

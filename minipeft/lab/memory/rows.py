@@ -115,6 +115,9 @@ ROWS: Mapping[str, Row] = {
 VIRTUAL = ("prefix", "prompt")
 """The methods of virtual tokens; their r is the number of these."""
 
+RANKED = ("lora", "rslora", "pissa", "loftq", "dora", "hira")
+"""The methods whose update has no higher rank than the layer."""
+
 METHODS = ("full", *ROWS, *VIRTUAL)
 
 
@@ -167,6 +170,31 @@ class Adapter:
                 f"{', '.join(model.linears)}"
             )
         return found or tuple(model.linears)
+
+    def check(self, model: Architecture) -> None:
+        """Refuse what does not fit a model.
+
+        Raises:
+            InputError: a target stands nowhere in it, a rank is above that of a layer,
+                or it has no experts to adapt.
+        """
+        if self.experts and model.experts is None:
+            raise InputError(
+                "this model has no experts to adapt; leave --adapt-experts out"
+            )
+        placed = model.placed(self.names(model))
+        for name in self.targets or ():
+            if not {name, f"shared_expert.{name}"} & set(placed):
+                raise InputError(
+                    f"the target {name} stands only inside experts here, where it "
+                    "matches nothing; leave it out, or choose --adapt-experts for them"
+                )
+        for name, (_, o, i) in placed.items():
+            if self.method in RANKED and self.r > min(o, i):
+                raise InputError(
+                    f"the rank is {self.r}; choose 1 to {min(o, i)} for {name} of "
+                    f"shape ({o}, {i})"
+                )
 
     def reads(self, model: Architecture, stream: str) -> bool:
         """Tell whether an adapted layer of a block keeps this stream."""
