@@ -22,6 +22,9 @@ from minipeft.interop.update import Update
 Part = tuple[Contents, float]
 Tables = dict[str, Tensor]
 
+NARROWING = ("layers_to_transform", "layers_pattern", "exclude_modules")
+"""The settings of peft that leave out modules which `target_modules` names."""
+
 WEIGHTS = "minipeft.weights"
 """The key of a file's metadata with the weights of the adapters in its sum."""
 
@@ -69,6 +72,7 @@ def weighted_sum(parts: Sequence[Part]) -> Contents:
             "kind is the sum; write each as plain LoRA first (to_lora)"
         )
     result = sums[kind](parts)
+    _check_size(parts, result)
     weights = json.dumps([weight for _, weight in parts])
     return replace(result, metadata={**_base(parts), WEIGHTS: weights})
 
@@ -93,18 +97,58 @@ def _check(parts: Sequence[Part]) -> None:
         )
 
 
+def _check_shapes(parts: Sequence[Part]) -> None:
+    shapes: dict[str, str] = {}
+    for contents, _ in parts:
+        for key, tensor in contents.tensors.items():
+            shape = _without_rank(key, tensor)
+            if shapes.setdefault(key, shape) != shape:
+                raise InputError(
+                    f"{key} has shape {shapes[key]} in one adapter and {shape} in "
+                    "another; sum adapters of one base"
+                )
+
+
+def _without_rank(key: str, tensor: Tensor) -> str:
+    matrix = re.fullmatch(r".+(lora|hira)_(embedding_)?([AB])(\.weight)?", key)
+    if matrix is None:
+        return str(tuple(tensor.shape))
+    if tensor.ndim != 2:
+        raise InputError(
+            f"{key} has shape {tuple(tensor.shape)} and is no matrix; get the adapter "
+            "again"
+        )
+    rows, columns = tensor.shape
+    return f"(r, {columns})" if matrix[3] == "A" else f"({rows}, r)"
+
+
+def _check_size(parts: Sequence[Part], total: Contents) -> None:
+    weights = ", ".join(f"{weight:g}" for _, weight in parts)
+    for key, tensor in total.tensors.items():
+        if not bool(tensor.isfinite().all()):
+            raise InputError(
+                f"{key} of the sum is not finite at the weights {weights}; give "
+                "smaller weights"
+            )
+
+
 def _base(parts: Sequence[Part]) -> dict[str, str]:
     """Return the common fingerprint; refuse adapters of several bases."""
     texts = [c.metadata[BASE] for c, _ in parts if BASE in c.metadata]
     prints = [Fingerprint.from_json(text) for text in texts]
     for other in prints[1:]:
-        fingerprint.check(prints[0], other)
+        try:
+            fingerprint.check(prints[0], other)
+        except InputError as error:
+            reason = str(error).partition(";")[0]
+            raise InputError(f"{reason}; sum adapters of one base") from None
     return {BASE: texts[0]} if len(texts) == len(parts) else {}
 
 
 def _sum_of_lora(parts: Sequence[Part]) -> Contents:
     first = parts[0][0]
     updates, biases = _read(parts)
+    _check_shapes(parts)
     tensors = _tables(parts)
     scales: dict[str, tuple[int, int | float]] = {}
     stabilized = bool(first.config.get("use_rslora"))
@@ -121,7 +165,7 @@ def _sum_of_lora(parts: Sequence[Part]) -> Contents:
             c = c or [found[0][0].B.new_zeros(len(found[0][0].B))]
             tensors[f"{PREFIX}{module}.lora_B.bias"] = torch.stack(c).sum(dim=0)
     config = {**first.config, **_scales(first.config, scales)}
-    config["target_modules"] = _targets([c.config for c, _ in parts], updates)
+    config |= _targets([c.config for c, _ in parts], updates)
     config["lora_bias"] = bool(biases)
     return Contents(config, tensors)
 
@@ -200,15 +244,22 @@ def _scales(
 
 def _targets(
     configs: Sequence[Mapping[str, Any]], modules: Mapping[str, object]
-) -> list[str]:
-    # If all adapters have the same layers, their short names stay; else full names.
+) -> dict[str, Any]:
+    # If all adapters have the same layers, their short names stay; else full names,
+    # and also where a setting leaves out some layers of these names.
+    narrowed = any(c.get(n) not in (None, [], "") for c in configs for n in NARROWING)
     given = [config.get("target_modules") for config in configs]
-    if all(isinstance(g, list) and sorted(g) == sorted(given[0] or []) for g in given):
-        return sorted(given[0] or [])
-    return sorted(modules)
+    same = all(
+        isinstance(g, list) and sorted(g) == sorted(given[0] or []) for g in given
+    )
+    if same and not narrowed:
+        return {"target_modules": sorted(given[0] or [])}
+    none = {name: None for name in NARROWING if name in configs[0]}
+    return {**none, "target_modules": sorted(modules)}
 
 
 def _sum_of_hira(parts: Sequence[Part]) -> Contents:
+    _check_shapes(parts)
     first = parts[0][0]
     shapes = {
         key: t.shape for contents, _ in parts for key, t in contents.tensors.items()
@@ -233,7 +284,7 @@ def _sum_of_hira(parts: Sequence[Part]) -> Contents:
     names = (re.sub(r"\.(hira_|base_layer).*", "", k) for k in tensors)
     modules = {name.removeprefix(PREFIX): 0 for name in names}
     config = {**first.config, "r": sum(contents.config["r"] for contents, _ in parts)}
-    config["target_modules"] = _targets([c.config for c, _ in parts], modules)
+    config |= _targets([c.config for c, _ in parts], modules)
     return Contents({**config, "rank_pattern": {}}, tensors)
 
 
@@ -248,6 +299,7 @@ def _sum_of_miss(parts: Sequence[Part]) -> Contents:
             "the adapters of MiSS differ in r, or are not of its plain kind, so no D "
             "is their sum; write each as plain LoRA first (to_lora)"
         )
+    _check_shapes(parts)
     tensors: Tables = {}
     for contents, weight in parts:
         for key, D in contents.tensors.items():
@@ -257,7 +309,7 @@ def _sum_of_miss(parts: Sequence[Part]) -> Contents:
             tensors[key] = tensors[key] + more if key in tensors else more
     modules = {k.removeprefix(PREFIX).removesuffix(".miss_block"): 0 for k in tensors}
     config = {**first.config}
-    config["target_modules"] = _targets([c.config for c, _ in parts], modules)
+    config |= _targets([c.config for c, _ in parts], modules)
     dtypes = {k: t.dtype for c, _ in parts for k, t in c.tensors.items()}
     return Contents(config, {k: t.to(dtypes[k]) for k, t in tensors.items()})
 
@@ -296,7 +348,7 @@ def _sum_of_ia3(parts: Sequence[Part]) -> Contents:
     configs = [contents.config for contents, _ in parts]
     modules = {key.removeprefix(PREFIX).removesuffix(".ia3_l"): 0 for key in tensors}
     inputs = {m: 0 for m in modules if tensors[f"{PREFIX}{m}.ia3_l"].shape[0] == 1}
-    config = {**configs[0], "target_modules": _targets(configs, modules)}
+    config = {**configs[0], **_targets(configs, modules)}
     if any(
         c.get("feedforward_modules") != configs[0].get("feedforward_modules")
         for c in configs

@@ -6,6 +6,7 @@ and one sentence on stderr says why.
 
 import argparse
 import json
+import re
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -126,6 +127,10 @@ def _add_combine(commands: Any) -> None:
         "write the weighted sum of adapters as one adapter",
         "minipeft combine first second --weights 0.7 0.3 --out both",
         _combine,
+    )
+    # argparse takes -1e3 for an option.
+    parser._negative_number_matcher = re.compile(
+        r"-(\d+\.?\d*|\.\d+)(e[-+]?\d+)?$", re.I
     )
     parser.add_argument(
         "adapters",

@@ -161,8 +161,10 @@ def test_adapters_of_different_bases_are_refused(tmp_path):
         model.model.norm.weight.data += i
         inject.inject(model, LoRAConfig(r=2, alpha=3), ["q_proj"])
         found.append(peft_model.contents_of(model))
-    with pytest.raises(InputError, match=r"model\.norm\.weight differs"):
+    with pytest.raises(InputError, match=r"model\.norm\.weight differs") as refused:
         concatenate(found)
+    assert "sum adapters of one base" in str(refused.value)
+    assert "allow" not in str(refused.value)  # there is no such option
     assert concatenate([found[0], found[0]]).metadata[BASE] == found[0].metadata[BASE]
 
 
@@ -186,3 +188,70 @@ def test_several_layouts_and_methods_are_refused(tmp_path):
     ]:
         with pytest.raises(InputError, match=words):
             weighted_sum(parts)
+
+
+KINDS = {
+    "LoRA": lambda **given: peers.lora(**given),
+    "HiRA": lambda **given: peft.HiraConfig(r=4, task_type="CAUSAL_LM", **given),
+    "MiSS": lambda **given: peft.MissConfig(r=4, task_type="CAUSAL_LM", **given),
+    "IA3": lambda **given: peft.IA3Config(
+        feedforward_modules=[], task_type="CAUSAL_LM", **given
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_peft_keeps_every_layer_of_a_sum(kind, tmp_path):
+    names = ["model.layers.0.self_attn.q_proj", "model.layers.1.self_attn.q_proj"]
+    parts = [
+        contents(
+            KINDS[kind](target_modules=["q_proj"], exclude_modules=[spared]),
+            tmp_path / spared,
+        )
+        for spared in names
+    ]
+    both = concatenate(parts)
+    assert both.config["target_modules"] == names
+    assert both.config["exclude_modules"] is None
+    peft_folder.write(tmp_path / "both", both)
+    with peers.quiet():
+        found = peft.PeftModel.from_pretrained(llama(), tmp_path / "both")
+    assert sorted(peft.get_peft_model_state_dict(found)) == sorted(both.tensors)
+
+
+def test_layers_of_the_first_adapter_do_not_narrow_a_sum(tmp_path):
+    parts = [
+        contents(
+            peers.lora(target_modules=["q_proj"], layers_to_transform=[layer]),
+            tmp_path / str(layer),
+        )
+        for layer in (0, 1)
+    ]
+    both = concatenate(parts)
+    assert both.config["layers_to_transform"] is None
+    assert len(both.config["target_modules"]) == 2
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_other_widths_are_refused(kind, tmp_path):
+    one = contents(KINDS[kind](target_modules=["q_proj"]), tmp_path / "one")
+    narrow = {
+        k: t if "_B" in k else t[:, :1] if t.shape[1] > 1 else t[:1]
+        for k, t in one.tensors.items()
+    }
+    other = peft_folder.Contents(one.config, narrow)
+    with pytest.raises(InputError, match=r"has shape .* in one adapter and .*; sum"):
+        concatenate([one, other])
+
+
+def test_a_matrix_that_is_none_is_refused(tmp_path):
+    one = contents(KINDS["HiRA"](target_modules=["q_proj"]), tmp_path / "one")
+    flat = {k: t.flatten() for k, t in one.tensors.items()}
+    with pytest.raises(InputError, match="is no matrix"):
+        weighted_sum([(peft_folder.Contents(one.config, flat), 0.5)])
+
+
+def test_a_weight_that_is_too_large_is_named(tmp_path):
+    one = contents(config("plain"), tmp_path / "plain")
+    with pytest.raises(InputError, match=r"at the weights 1e\+300, 1; give smaller"):
+        weighted_sum([(one, 1e300), (one, 1.0)])

@@ -103,6 +103,9 @@ def test_combine_writes_the_weighted_sum(folders, capsys):
     arguments = ["combine", given[3], str(second), "--out", str(path / "both")]
     assert cli.main([*arguments, "--weights", "0.5"]) == 2
     assert "2 adapters and 1 weights" in capsys.readouterr().err
+    for few in ("-1e3", "-.5E-2"):  # a number, and no option
+        assert cli.main([*arguments, "--weights", few]) == 2
+        assert "2 adapters and 1 weights" in capsys.readouterr().err
     assert cli.main([*arguments, "--weights", "0.5", "-2"]) == 0
     assert "wrote" in capsys.readouterr().out
     parts = [peft_folder.read(Path(folder)) for folder in (given[3], second)]
