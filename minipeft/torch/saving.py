@@ -18,11 +18,14 @@ from weakref import ref
 
 from torch import Tensor, nn
 
-from minipeft.errors import InputError
+from minipeft.errors import InputError, cannot_write
 
 METHOD = "save_pretrained"
 FILE = "model.safetensors"
-NOTE = "a run with adapters or few bits; load its tensors with model.load_state_dict"
+NOTE = (
+    "a run with adapters or few bits; load its tensors with "
+    "model.load_state_dict(tensors, strict=False), as tied ones are kept once"
+)
 NO_MODEL = {"model_type": "minipeft", "vocab_size": NOTE, "hidden_size": NOTE}
 
 
@@ -59,13 +62,32 @@ def _write(folder: Path, tensors: Mapping[str, Tensor]) -> None:
 
     once: dict[tuple[Any, ...], str] = {}  # tied weights share their memory
     for name, tensor in tensors.items():
-        place = (tensor.data_ptr(), tensor.shape, tensor.stride())
-        once.setdefault(place if tensor.numel() else (name,), name)
-    kept = {name: tensors[name].contiguous() for name in once.values()}
-    folder.mkdir(parents=True, exist_ok=True)
-    save_file(kept, folder / FILE, metadata={"format": "pt"})
+        own = not tensor.numel() or tensor.is_meta
+        place = (tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride())
+        once.setdefault((name,) if own else place, name)
+    kept: dict[str, Tensor] = {}
+    memories: set[int] = set()
+    for name in once.values():
+        memory = tensors[name].untyped_storage().data_ptr()
+        kept[name] = _alone(name, tensors[name], memory in memories)
+        memories.add(memory)
     text = json.dumps(NO_MODEL, indent=2) + "\n"
-    (folder / "config.json").write_text(text, encoding="utf-8")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        save_file(kept, folder / FILE, metadata={"format": "pt"})
+        (folder / "config.json").write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise cannot_write(folder, error) from error
+
+
+def _alone(name: str, tensor: Tensor, shared: bool) -> Tensor:
+    if tensor.is_meta:
+        raise InputError(
+            f"{name} is on the device meta and has no values; load the model first"
+        )
+    # A part of a larger memory is copied: safetensors takes no two that overlap.
+    part = shared or tensor.untyped_storage().nbytes() != tensor.nbytes
+    return tensor.detach().contiguous().clone() if part else tensor.contiguous()
 
 
 def refuse(model: nn.Module, reason: str) -> None:

@@ -152,7 +152,10 @@ def replicate(model: nn.Module) -> DistributedDataParallel:
 
 def save(folder: Path, model: nn.Module, optimizer: Optimizer, step: int) -> None:
     """Save what is trained and its optimizer; each process writes its own part."""
+    new = not optimizer.state
     state = _state(model, optimizer, step)
+    if new:  # torch took a step of zeros to learn what the state holds
+        optimizer.state.clear()
     with _one_process_is_fine():
         state_dict_saver.save(state, checkpoint_id=folder)
 
@@ -165,7 +168,20 @@ def resume(folder: Path, model: nn.Module, optimizer: Optimizer) -> int:
     """
     if not (folder / ".metadata").is_file():
         raise InputError(f"{folder} holds no checkpoint; give a folder of save().")
+    new = not optimizer.state
     state = _state(model, optimizer, 0)
+    try:
+        _load(folder, state)
+    except BaseException:
+        if new:  # torch took a step of zeros to learn what the state holds
+            optimizer.state.clear()
+        raise
+    parts = {"model_state_dict": state["model"], "optim_state_dict": state["optimizer"]}
+    set_state_dict(model, optimizer, **parts, options=TRAINED)
+    return int(state["step"])
+
+
+def _load(folder: Path, state: dict[str, Any]) -> None:
     saved = FileSystemReader(folder).read_metadata().state_dict_metadata
     known = {f"model.{name}" for name in state["model"]}
     others = [k for k in saved if k.startswith("model.") and k not in known]
@@ -183,9 +199,6 @@ def resume(folder: Path, model: nn.Module, optimizer: Optimizer) -> int:
             f"{folder} does not fit this model ({str(reason).splitlines()[-1]}); "
             "resume with the configuration that wrote it."
         ) from error
-    parts = {"model_state_dict": state["model"], "optim_state_dict": state["optimizer"]}
-    set_state_dict(model, optimizer, **parts, options=TRAINED)
-    return int(state["step"])
 
 
 def gathered(model: nn.Module) -> dict[str, Tensor]:

@@ -165,3 +165,22 @@ def test_a_checkpoint_of_another_model_is_refused(tmp_path):
             resume(tmp_path / "one", other, program.adamw(other))
         for p, old in zip(trainable_parameters(other), before, strict=True):
             assert torch.equal(p, old)
+
+
+@pytest.mark.parametrize("refused", [False, True])
+def test_a_checkpoint_before_the_first_step_changes_no_training(refused, tmp_path):
+    results = []
+    for touched in (False, True):
+        model = program.network(32)
+        optimizer = program.adamw(model)
+        if touched and refused:
+            other = inject(program.Network(), LoRAConfig(2, 8.0), ["up"])
+            save(tmp_path / "other", other, program.adamw(other), 0)
+            with pytest.raises(InputError, match="does not fit"):
+                resume(tmp_path / "other", model, optimizer)
+        elif touched:
+            save(tmp_path / "zero", model, optimizer, 0)
+        program.train(model, optimizer, range(program.STEPS), EVERY)
+        results.append([p.detach().clone() for p in trainable_parameters(model)])
+    for own, other in zip(*results, strict=True):
+        assert torch.equal(own, other)

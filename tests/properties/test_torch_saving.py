@@ -5,6 +5,7 @@ import pickle
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from minipeft.errors import InputError
@@ -48,3 +49,23 @@ def test_a_quantized_model_stays_refused_without_its_adapters(tmp_path):
     assert_refused(model, tmp_path / "codes", "few bits")
     inject(model, CONFIG, ["q_proj"])
     assert_refused(unload(model), tmp_path / "codes", "few bits")
+
+
+def test_tensors_that_share_a_part_of_their_memory_are_kept(tmp_path):
+    model, W = inject(llama(), CONFIG, ["q_proj"]), torch.randn(8, 8)
+    state = {"a": W[:6], "b": W[2:], "c": W, "d": W.T, "e": W.flatten()}
+    model.save_pretrained(tmp_path / "run", state_dict=state)
+    found = load_file(tmp_path / "run" / "model.safetensors")
+    assert all(torch.equal(found[name], state[name]) for name in state)
+
+
+def test_a_state_that_cannot_be_written_is_refused(tmp_path):
+    model = inject(llama(), CONFIG, ["q_proj"])
+    nothing = {"a": torch.ones(2, device="meta")}
+    with pytest.raises(InputError, match="a is on the device meta"):
+        model.save_pretrained(tmp_path / "meta", state_dict=nothing)
+    assert not (tmp_path / "meta").exists()
+    (tmp_path / "file").write_text("")
+    for place in (tmp_path / "file", tmp_path / "file" / "run"):
+        with pytest.raises(InputError, match=r"cannot write .*; choose another place"):
+            model.save_pretrained(place, state_dict={"a": torch.ones(2)})
