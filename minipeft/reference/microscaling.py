@@ -182,9 +182,11 @@ def _blocks(W: Weights, blocksize: int) -> Blocks:
         raise InputError(
             f"W has shape {W.shape}; its rows must be whole blocks of {blocksize}."
         )
-    check_finite(W.reshape(-1))
+    with np.errstate(over="ignore"):  # 1e300 is a number in float64 alone
+        single = W.astype(np.float32)
+    check_finite(single.reshape(-1))
     count = W.shape[-1] // blocksize
-    return W.astype(np.float32).reshape(*W.shape[:-1], count, blocksize)
+    return single.reshape(*W.shape[:-1], count, blocksize)
 
 
 def _check_parts(packed: Codes, scales: Bytes, blocksize: int) -> None:

@@ -16,6 +16,7 @@ from minipeft.errors import InputError
 from minipeft.shapes import Float, Inexact, UInt8, check_floats, check_shapes
 from minipeft.torch.bins import bins_of, pairs_of, search
 from minipeft.torch.codebook import NF4, code_bits
+from minipeft.values import check_kind
 
 SLICE = 2**18
 """Values that eager code on a CPU processes at a time: 1 MB in float32."""
@@ -48,7 +49,7 @@ def quantize(
 
     Source: QLoRA (arXiv:2305.14314), section 3.
     """
-    check_floats("W", W)
+    check_dense(W)
     check_blocksize(blocksize)
     _check_codebook(codebook)
     codebook, flat = codebook.to(W.device), W.detach().reshape(-1)
@@ -235,6 +236,14 @@ def _check_codebook(codebook: Float[Tensor, " codes"]) -> None:
         )
 
 
+def check_dense(W: Inexact[Tensor, "..."]) -> None:
+    """Refuse what is no tensor of floats, and one that is not stored densely."""
+    check_kind("W", W, Tensor)
+    check_floats("W", W)
+    if W.layout != torch.strided:
+        raise InputError(f"W has the layout {W.layout}; give W.to_dense().")
+
+
 def check_finite(flat: Float[Tensor, " n"], absmax: Float[Tensor, " blocks"]) -> None:
     """Refuse NaN and infinities: one of them would spoil the scale of its whole block.
 
@@ -245,6 +254,7 @@ def check_finite(flat: Float[Tensor, " n"], absmax: Float[Tensor, " blocks"]) ->
     if torch.compiler.is_compiling():
         torch._assert_async(finite, "W holds values that are not finite")
     elif not finite:
+        flat = flat.float()  # 1e300 is a number in float64 alone
         bad = torch.nonzero(~torch.isfinite(flat))[:, 0]
         raise InputError(
             f"W holds {flat[bad[0]]} at flat index {bad[0]}, the first of {len(bad)} "

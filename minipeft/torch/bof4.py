@@ -3,10 +3,11 @@
 import torch
 from torch import Tensor
 
-from minipeft.shapes import Inexact, check_floats
+from minipeft.shapes import Inexact
 from minipeft.torch.blockwise import (
     Blockwise,
     check_blocksize,
+    check_dense,
     check_finite,
     nearest,
     pack,
@@ -51,7 +52,7 @@ def quantize(W: Inexact[Tensor, "..."], blocksize: int = 64) -> Blockwise:
         InputError: at the first NaN or infinity; if W holds no floats or `blocksize` is
             no power of two.
     """
-    check_floats("W", W)
+    check_dense(W)
     check_blocksize(blocksize)
     flat, n = W.detach().reshape(-1), W.numel()
     filled = torch.nn.functional.pad(flat.float(), (0, -n % blocksize))

@@ -275,7 +275,7 @@ class Product:
 
 def taken(rows: Shaped[Tensor, "..."], index: Tensor, of: int) -> Output:
     """Return some rows of a batch of `of`, whose positions may be rows themselves."""
-    return rows.reshape(of, -1, *rows.shape[1:])[index].flatten(0, 1)
+    return rows.reshape(of, len(rows) // of, *rows.shape[1:])[index].flatten(0, 1)
 
 
 class _Widened(torch.autograd.Function):

@@ -13,7 +13,6 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import copy
 from functools import reduce
-from math import isfinite
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -45,6 +44,7 @@ from minipeft.torch.miss import MiSS, MiSSLinear
 from minipeft.torch.targets import layers as layers_of
 from minipeft.torch.targets import replace
 from minipeft.torch.vera import VeRA, VeRALinear
+from minipeft.values import check_integer, check_kind, check_number
 
 Request = str | Mapping[str, float] | None
 """The adapter of a row by its name; several by their shares; none: the base alone."""
@@ -147,9 +147,9 @@ def forward(
         return operators.lora_batched(rows, flat, list(adapters), every).view_as(y)
     # Rows without an adapter are computed too: to leave them out would wait for a GPU.
     chosen = indices.clamp(min=0)
-    own = rows.view(len(indices), each, -1).to(A.dtype)
+    own = rows.view(len(indices), each, x.shape[-1]).to(A.dtype)
     h = scaling[chosen, None, None].to(A.dtype) * (own @ A[chosen].mT)
-    base = y.reshape(len(indices), each, -1)
+    base = y.reshape(len(indices), each, y.shape[-1])
     sums = (base + h @ B[chosen].mT).to(y.dtype)
     return torch.where(indices[:, None, None] < 0, base, sums).view_as(y)
 
@@ -214,8 +214,9 @@ class BatchedLinear(Adapted[nn.Module]):
             y = forward(product.x, y, *plan.low_rank)
         for layer, rows in plan.groups:
             own = layer.adapt(product.rows(rows, plan.requests))
-            every = y.clone().view(plan.requests, -1, y.shape[-1])
-            every[rows] = own.reshape(len(rows), -1, y.shape[-1])
+            each = y[..., 0].numel() // plan.requests
+            every = y.clone().view(plan.requests, each, y.shape[-1])
+            every[rows] = own.reshape(len(rows), each, y.shape[-1])
             y = every.view_as(y)
         return y
 
@@ -297,8 +298,8 @@ class Pool:
         targets: Sequence[str] | str = "all-linear",
         budget: int | None = None,
     ):
-        if budget is not None and budget < 1:
-            raise InputError(f"the budget is {budget} bytes; give at least 1, or None.")
+        if budget is not None:
+            check_integer("budget", budget, 1)
         found = layers_of(model, targets)
         for name, layer in found.items():
             with naming(name):
@@ -308,7 +309,7 @@ class Pool:
         self.layers = {n: BatchedLinear(m, None) for n, m in found.items()}
         inject.freeze(model)
         replace(model, {id(found[n]): self.layers[n] for n in found})
-        self.budget, self.traffic = budget, Traffic()
+        self.model, self.budget, self.traffic = model, budget, Traffic()
         self.requests: tuple[dict[str, float], ...] = ()
         self.host: dict[str, dict[str, nn.Module]] = {}
         self.resident: dict[str, dict[str, nn.Module]] = {}  # the oldest use first
@@ -327,6 +328,10 @@ class Pool:
             InputError: if the name is taken; if there are none, or one does not fit its
                 layer, is not finite, or is of a method that cannot be served.
         """
+        check_kind("the name of an adapter", name, str)
+        check_kind("adapters", adapters, Mapping)
+        if not name:
+            raise InputError("the name of an adapter is ''; give it a letter at least.")
         if name in self.host:
             raise InputError(f"there is an adapter {name!r}; remove it first.")
         if not adapters:
@@ -373,14 +378,16 @@ class Pool:
         Raises:
             InputError: if there is no request, or others are served; for an unknown
                 name, a share that is not finite, adapters of two methods in a request;
-                if those of the batch are more than the budget. Nothing changes then.
+                if those of the batch are more than the budget; if the model was
+                unloaded. Nothing changes then.
         """
         if self.requests:
             raise InputError(
                 f"{len(self.requests)} requests are served already; use switch() to "
                 "change one, or end their block first."
             )
-        if isinstance(requests, str) or not requests:
+        listed = isinstance(requests, Sequence) and not isinstance(requests, str)
+        if not listed or not requests:
             raise InputError(f"requests is {requests!r}; give a list, one a row.")
         self._use(requests)
         try:
@@ -394,6 +401,7 @@ class Pool:
         Raises:
             InputError: if there is no such row; else as `serve`.
         """
+        check_integer("row", row)
         if not 0 <= row < len(self.requests):
             raise InputError(
                 f"row {row} is none of the {len(self.requests)} requests that are "
@@ -422,22 +430,32 @@ class Pool:
 
     def _use(self, requests: Sequence[Request]) -> None:
         wanted = [self._shares(i, request) for i, request in enumerate(requests)]
-        self._bring([name for shares in wanted for name in shares])
-        for key, layer in self.layers.items():
-            layer.plan = self._plan(key, layer, wanted) if wanted else None
-        self.requests = tuple(wanted)
+        if wanted:
+            self._check_held()
+        names = dict.fromkeys(name for shares in wanted for name in shares)
+        there = self._brought(names)
+        plans = [
+            self._plan(key, layer, wanted, there) if wanted else None
+            for key, layer in self.layers.items()
+        ]
+        # Nothing raises from here on.
+        for layer, plan in zip(self.layers.values(), plans, strict=True):
+            layer.plan = plan
+        new = [name for name in names if name not in self.resident]
+        hits, loads, moved, evictions = self.traffic
+        hits, loads = hits + len(names) - len(new), loads + len(new)
+        moved += sum(map(self.nbytes, new))
+        self.traffic = Traffic(hits, loads, moved, evictions)
+        self.resident, self.requests = there, tuple(wanted)
 
     def _shares(self, row: int, request: Request) -> dict[str, float]:
         if request is None:
             return {}
+        check_kind(f"request {row}", request, str, Mapping)
         shares = {request: 1.0} if isinstance(request, str) else dict(request)
         for name, share in shares.items():
             self._check_known(name)
-            if not isfinite(share):
-                raise InputError(
-                    f"request {row} gives {name!r} the share {share}; choose a finite "
-                    "number."
-                )
+            check_number(f"the share of {name!r} in request {row}", share)
         for key in self.layers:
             held = [self.host[n] for n in shares]
             kinds = sorted({type(h[key]).__name__ for h in held if key in h})
@@ -448,33 +466,32 @@ class Pool:
                 )
         return shares
 
-    def _bring(self, names: Collection[str]) -> None:
-        """Have these on the device, and evict others, the longest unused first."""
-        names = dict.fromkeys(names)
+    def _brought(self, names: Collection[str]) -> dict[str, dict[str, nn.Module]]:
+        """Return what the device holds with these; evict the longest unused first."""
         needed = sum(map(self.nbytes, names))
         if self.budget is not None and needed > self.budget:
             raise InputError(
                 f"the adapters of this batch take {needed} bytes and the budget is "
                 f"{self.budget}; serve fewer at once, or raise the budget."
             )
-        hits, loads, moved, evictions = self.traffic
-        for name in names:
-            if name in self.resident:
-                hits += 1
-            else:
-                loads, moved = loads + 1, moved + self.nbytes(name)
         others = [name for name in self.resident if name not in names]
         held = needed + sum(map(self.nbytes, others))
         while self.budget is not None and held > self.budget:
-            evictions, held = evictions + 1, held - self.nbytes(others[0])
+            held -= self.nbytes(others[0])
             del self.resident[others.pop(0)]
+            self.traffic = self.traffic._replace(evictions=self.traffic.evictions + 1)
+        there = {name: self.resident[name] for name in others}
         for name in names:
-            found = self.resident.pop(name, None)
-            self.resident[name] = found if found is not None else self._on_device(name)
-        self.traffic = Traffic(hits, loads, moved, evictions)
+            found = self.resident.get(name)
+            there[name] = self._on_device(name) if found is None else found
+        return there
 
     def _plan(
-        self, key: str, layer: BatchedLinear, wanted: Sequence[Mapping[str, float]]
+        self,
+        key: str,
+        layer: BatchedLinear,
+        wanted: Sequence[Mapping[str, float]],
+        there: Mapping[str, Mapping[str, nn.Module]],
     ) -> Plan:
         rows: dict[tuple[tuple[str, float], ...], list[int]] = {}
         for i, shares in enumerate(wanted):
@@ -485,7 +502,7 @@ class Pool:
         updates: list[list[tuple[float, LoRA]]] = []
         indices, groups = [-1] * len(wanted), []
         for own, places in rows.items():
-            found = [(share, self.resident[name][key]) for name, share in own]
+            found = [(share, there[name][key]) for name, share in own]
             if type(found[0][1]) is LoRA and layer.view.linear:
                 for place in places:
                     indices[place] = len(updates)
@@ -533,6 +550,13 @@ class Pool:
 
         return _copied(adapter, move, placed)
 
+    def _check_held(self) -> None:
+        held = {id(module) for module in self.model.modules()}
+        if any(id(layer) not in held for layer in self.layers.values()):
+            raise InputError(
+                "the model no longer holds this pool's layers; make another Pool of it."
+            )
+
     def _check_known(self, name: str) -> None:
         if name not in self.host:
             raise InputError(
@@ -562,6 +586,10 @@ def _method(adapter: nn.Module) -> type[Adapted[Any]]:
 def _check(layer: BatchedLinear, adapter: nn.Module) -> None:
     """Refuse what its own method would, and values that are not finite."""
     layer.check_fits(layer.view.form(layer.base), adapter)
+    scaling: Any = getattr(adapter, "scaling", 1.0)
+    check_number("scaling", scaling)
+    if any(tensor.is_meta for tensor in adapter.parameters()):
+        raise InputError("the adapter is on the meta device; load its values first.")
     _acting(layer, [(1.0, adapter)])
     for name, tensor in adapter.named_parameters():
         if not bool(tensor.isfinite().all()):

@@ -7,8 +7,9 @@ from torch import Tensor
 
 from minipeft.errors import InputError
 from minipeft.shapes import Float, Inexact, UInt8, check_floats
-from minipeft.torch.blockwise import check_finite
+from minipeft.torch.blockwise import check_dense, check_finite
 from minipeft.torch.codebook import Codebook, table
+from minipeft.values import check_kind
 
 Weights = Inexact[Tensor, "... in_features"]
 Blocks = Float[Tensor, "... blocks blocksize"]
@@ -139,13 +140,14 @@ def _unpack(packed: Codes, blocksize: int) -> Blocks:
 
 
 def _rows(blocks: Blocks, dtype: torch.dtype) -> Weights:
+    check_kind("dtype", dtype, torch.dtype)
     if not dtype.is_floating_point:
         raise InputError(f"the result has dtype {dtype}; choose a float dtype.")
     return blocks.flatten(-2).to(dtype)
 
 
 def _blocks(W: Weights, blocksize: int) -> Blocks:
-    check_floats("W", W)
+    check_dense(W)
     if not W.dim() or W.shape[-1] % blocksize:
         raise InputError(
             f"W has shape {tuple(W.shape)}; its rows must be whole blocks of "
@@ -158,6 +160,7 @@ def _blocks(W: Weights, blocksize: int) -> Blocks:
 
 def _check_parts(packed: Codes, scales: Bytes, blocksize: int) -> None:
     for name, part in {"packed": packed, "scales": scales}.items():
+        check_kind(name, part, Tensor)
         if part.dtype != torch.uint8 or not part.dim():
             raise InputError(
                 f"{name} has dtype {part.dtype} and shape {tuple(part.shape)}; give "

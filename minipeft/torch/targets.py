@@ -5,7 +5,7 @@ A target is a full name (`model.layers.0.mlp.up_proj`), the last parts of one
 `"all-linear"`: every linear layer except output heads and routers.
 """
 
-from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Container, Iterable, Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
 
 from torch import nn
@@ -13,6 +13,7 @@ from torch import nn
 from minipeft.errors import InputError
 from minipeft.torch.adapted import Adapted, naming
 from minipeft.torch.linear import weight_view
+from minipeft.values import check_kind
 
 ALL_LINEAR = "all-linear"
 ROUTERS = ("gate", "router", "*_gate", "*_router")
@@ -50,6 +51,12 @@ def layers(model: nn.Module, targets: Sequence[str] | str) -> dict[str, nn.Modul
         InputError: if a target matches nothing, or a layer that cannot be adapted, is
             adapted already, or shares its weight with another.
     """
+    check_kind("targets", targets, str, Collection)
+    if not targets:
+        raise InputError(
+            f"targets is {targets!r}, so no layer would be adapted; name at least one, "
+            f"or give {ALL_LINEAR!r}."
+        )
     modules = dict(outside_adapters(model))
     found: dict[int, tuple[str, nn.Module]] = {}
     for target in [targets] if isinstance(targets, str) else targets:

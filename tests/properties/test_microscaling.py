@@ -1,9 +1,12 @@
 """Laws of MXFP4 and NVFP4."""
 
+from dataclasses import replace
 from fractions import Fraction
 
+import jaxtyping
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
@@ -11,6 +14,8 @@ from hypothesis.extra import numpy as hnp
 from minipeft.errors import InputError
 from minipeft.reference import microscaling
 from minipeft.reference.microscaling import E2M1, E4M3, MXFP4, NVFP4
+from minipeft.torch import blockwise, bof4
+from minipeft.torch import microscaling as on_torch
 from tests.tolerance import assert_bits
 
 finite = st.floats(width=32, allow_nan=False, allow_infinity=False)
@@ -116,6 +121,44 @@ def test_the_formats_take_a_quarter_and_a_half_of_a_bit_for_scales():
 def test_rows_that_are_no_whole_blocks_are_refused(name, shape):
     with pytest.raises(InputError, match="whole blocks"):
         getattr(microscaling, f"quantize_{name}")(np.ones(shape, np.float32))
+
+
+@pytest.mark.parametrize("package", [microscaling, on_torch], ids=["NumPy", "torch"])
+@pytest.mark.parametrize("name", ["mxfp4", "nvfp4"])
+def test_a_number_beyond_float32_is_refused(package, name):
+    W = np.full((1, 32), 1e300)
+    with pytest.raises(InputError, match="W holds inf at flat index 0"):
+        getattr(package, f"quantize_{name}")(
+            torch.from_numpy(W) if package is on_torch else W
+        )
+
+
+@pytest.mark.parametrize("quantize", [bof4.quantize, blockwise.quantize])
+def test_blocks_refuse_a_number_beyond_float32(quantize):
+    with pytest.raises(InputError, match="W holds inf at flat index 0"):
+        quantize(torch.full((64,), 1e300, dtype=torch.float64))
+
+
+@pytest.mark.parametrize(
+    "quantize", [bof4.quantize, on_torch.quantize_mxfp4, on_torch.quantize_nvfp4]
+)
+def test_what_is_no_dense_tensor_is_refused(quantize, monkeypatch):
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
+    with pytest.raises(InputError, match="W has the layout torch"):
+        quantize(torch.ones(4, 64).to_sparse())
+    with pytest.raises(InputError, match="W is of type ndarray; give one of type Te"):
+        quantize(np.ones((4, 64), np.float32))
+
+
+@pytest.mark.parametrize("name", ["mxfp4", "nvfp4"])
+def test_parts_and_dtypes_of_another_kind_are_refused(name, monkeypatch):
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
+    q = getattr(on_torch, f"quantize_{name}")(torch.ones(1, 32))
+    decode = getattr(on_torch, f"dequantize_{name}")
+    with pytest.raises(InputError, match="packed is of type NoneType"):
+        decode(replace(q, packed=None))
+    with pytest.raises(InputError, match="dtype is of type NoneType"):
+        decode(q, None)
 
 
 @pytest.mark.parametrize("tensor_scale", [np.nan, np.inf, -1.0])

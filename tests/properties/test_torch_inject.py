@@ -363,6 +363,7 @@ def test_tensors_that_do_not_fit_are_refused_whole(model):
         "is missing": {k: t for k, t in tensors.items() if k != key},
         "is unexpected": tensors | {f"{key}.x": tensors[key]},
         r"has shape \(1,\)": tensors | {key: torch.ones(1)},
+        "is not finite": tensors | {key: tensors[key].double() * 0 + 1e300},
     }
     for reason, attempt in damaged.items():
         with pytest.raises(InputError, match=f"'one': {key}.*{reason}"):
