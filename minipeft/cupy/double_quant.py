@@ -97,7 +97,7 @@ def check_parts(gpu: Executor, q: Nested) -> tuple[Layout, int]:
         gpu.facts, (q.packed, q.absmax_codes, q.nested_absmax, q.codebook)
     )
     bits = check_codes(packed, codes, codebook, layout)
-    check_nested(nested, gpu.facts(q.offset), layout)
+    check_nested(nested, gpu.facts(q.offset), layout, codebook.device)
     return layout, bits
 
 

@@ -132,11 +132,20 @@ def check_codes(packed: Facts, scales: Facts, codebook: Facts, layout: Layout) -
     return bits
 
 
-def check_nested(nested_absmax: Facts, offset: Facts, layout: Layout) -> None:
-    """Refuse nested scales of another size, or an offset that is not one number."""
-    check("offset", offset, ["float32"], nested_absmax.device, 4)
+def check_nested(
+    nested_absmax: Facts, offset: Facts, layout: Layout, device: int
+) -> None:
+    """Refuse nested scales of another size, or an offset that is not one number.
+
+    Args:
+        nested_absmax: a scale for each block of the codes of absmax.
+        offset: what was subtracted from absmax.
+        layout: of the tensor.
+        device: of the codes.
+    """
+    check("offset", offset, ["float32"], device, 4)
     check_size("offset", offset, 1, layout)
-    check("nested_absmax", nested_absmax, ["float32"])
+    check("nested_absmax", nested_absmax, ["float32"], device)
     blocks = -(-layout.size // layout.blocksize)
     expected = -(-blocks // (layout.nested_blocksize or 1))
     check_size("nested_absmax", nested_absmax, expected, layout)

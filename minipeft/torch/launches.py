@@ -19,6 +19,9 @@ from minipeft.torch.codebook import dynamic_map
 GPUS = {"cuda"}
 """The types of device on which kernels run."""
 
+HOST = -1
+"""The number that stands for every other device in the facts about a tensor."""
+
 BLOCKSIZE = 256
 """Values of a moment of eight bits that share a scale."""
 
@@ -86,27 +89,48 @@ def matmul_4bit(
     """For few rows launch `product`; for more, decode once and call cuBLAS."""
     rows = x.reshape(-1, x.shape[-1])
     sizes, bits = _check_weight(weight, layout)
-    if (
-        len(rows) > SHARED.get(x.dtype, 0)
-        or bits != 4
-        or not _for_few_rows(rows, sizes)
-    ):
+    if len(rows) > SHARED.get(x.dtype, 0) or bits != 4 or not _for_few_rows(sizes):
         return linear(x, dequantize(weight, layout, x.dtype), bias)
-    checks.check_product(_facts(rows), sizes, 1 << bits)
+    y = _product(_readable(rows), weight, sizes, bias)
+    return y.view(*x.shape[:-1], sizes.shape[0])
+
+
+def _for_few_rows(sizes: Layout) -> bool:
+    return sizes.shape[1] % checks.GROUP == 0 and sizes.blocksize >= checks.GROUP
+
+
+def _readable(rows: Tensor) -> Tensor:
+    rows = rows.contiguous()
+    return rows.clone() if rows.data_ptr() % 16 else rows
+
+
+def _product(
+    rows: Tensor, weight: Sequence[Tensor], sizes: Layout, bias: Tensor | None
+) -> Tensor:
     out_features, in_features = sizes.shape
     packed, *scales, codebook = weight
-    y = x.new_empty(len(rows), out_features)
+    x = check("x", _facts(rows), kernels.CTYPES, _facts(packed).device)
+    checks.check_product(x, sizes, codebook.numel())
+    if bias is not None:
+        bias = bias.contiguous()
+        _check_bias(bias, x, out_features)
+    y = rows.new_empty(len(rows), out_features)
     kernel = kernels.PRODUCT_NESTED if len(scales) > 1 else kernels.PRODUCT_4BIT
     numbers = [len(rows), in_features, out_features, 0, None]
     args = [packed, *_scales(scales, sizes), codebook, rows, bias, None, None, y]
     log2 = log2_blocksize(sizes.blocksize)
-    _launch(kernel, x.dtype, [*args, *numbers, log2])
-    return y.view(*x.shape[:-1], out_features)
+    _launch(kernel, rows.dtype, [*args, *numbers, log2])
+    return y
 
 
-def _for_few_rows(rows: Tensor, sizes: Layout) -> bool:
-    whole = sizes.shape[1] % checks.GROUP == 0 and sizes.blocksize >= checks.GROUP
-    return whole and _fits(rows)
+def _check_bias(bias: Tensor, x: Facts, out_features: int) -> None:
+    # The kernel loads one value of it at a time.
+    found = check("bias", _facts(bias), [x.dtype], x.device, x.itemsize)
+    if found.shape != (out_features,):
+        raise InputError(
+            f"bias has shape {found.shape}; give ({out_features},), a value for each "
+            "row of the weight."
+        )
 
 
 def adamw_(
@@ -115,7 +139,7 @@ def adamw_(
     """Launch `adamw`; each output overwrites its input."""
     facts = _check_step(W, grad)
     for name, moment in (("m", m), ("v", v)):
-        _check_moment(name, moment, "float32", facts.size)
+        _check_moment(name, moment, "float32", facts)
     args = [W, grad, m, v, W, m, v, None, facts.size, *settings]
     _launch(kernels.ADAMW, W.dtype, args)
 
@@ -130,8 +154,8 @@ def adamw_8bit_(
     """Launch `adamw_8bit`; each output overwrites its input."""
     facts = _check_step(W, grad)
     for name, c, a in zip("mv", codes, absmax, strict=True):
-        _check_moment(f"the codes of {name}", c, "uint8", facts.size)
-        _check_moment(f"absmax of {name}", a, "float32", -(-facts.size // BLOCKSIZE), 4)
+        _check_moment(f"the codes of {name}", c, "uint8", facts)
+        _check_moment(f"absmax of {name}", a, "float32", facts, BLOCKSIZE)
     state = [*codes, *absmax]
     args = [W, grad, *state, _moment_maps(W.device), W, *state, None, facts.size]
     _launch(kernels.ADAMW_8BIT, W.dtype, [*args, *settings])
@@ -190,7 +214,7 @@ def _check_weight(
     sizes = layout_of(weight, layout)
     bits = checks.check_codes(packed, scales[0], codebook, sizes)
     if len(scales) > 1:
-        checks.check_nested(scales[1], scales[2], sizes)
+        checks.check_nested(scales[1], scales[2], sizes, codebook.device)
     return sizes, bits
 
 
@@ -211,9 +235,11 @@ def _check_step(W: Tensor, grad: Tensor) -> Facts:
 
 
 def _check_moment(
-    name: str, moment: Tensor, dtype: str, size: int, alignment: int = 16
+    name: str, moment: Tensor, dtype: str, W: Facts, block: int = 1
 ) -> None:
-    if check(name, _facts(moment), [dtype], alignment=alignment).size != size:
+    alignment = 16 if block == 1 else 4  # scales are loaded one at a time
+    size = -(-W.size // block)
+    if check(name, _facts(moment), [dtype], W.device, alignment).size != size:
         raise InputError(f"{name} has {moment.numel()} values; W needs {size}.")
 
 
@@ -224,7 +250,7 @@ def _launch(kernel: kernels.Kernel, dtype: torch.dtype, args: Sequence[Any]) -> 
 
 
 def _facts(t: Tensor) -> Facts:
-    device = t.device.index or 0
+    device = (t.device.index or 0) if t.device.type in GPUS else HOST
     where = (t.is_contiguous(), device, t.data_ptr(), t.element_size())
     return Facts(_name(t.dtype), tuple(t.shape), *where)
 
@@ -254,19 +280,25 @@ def _compiler_is_here() -> bool:
     return reason is None
 
 
-# One copy for each device and stream: a kernel on another stream could start before
-# the copy is complete.
 def _dynamic_map(device: torch.device) -> Tensor:
-    return _uploaded("dynamic_map", device, _stream(device))
+    return _uploaded("dynamic_map", device)
 
 
 def _moment_maps(device: torch.device) -> Tensor:
-    return _uploaded("moment_maps", device, _stream(device))
+    return _uploaded("moment_maps", device)
 
 
+# One copy serves all streams of a device: from pageable memory `.to` returns when the
+# copy is complete. A table outlives the mode in which it was first needed.
 @cache
-def _uploaded(name: str, device: torch.device, stream: int) -> Tensor:
-    return torch.from_numpy(_TABLES[name]()).to(device)
+def _uploaded(name: str, device: torch.device) -> Tensor:
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        raise InputError(
+            f"a CUDA graph is being captured and the table {name} is not on {device} "
+            "yet; run the same code once before capturing it."
+        )
+    with torch.inference_mode(False):
+        return torch.from_numpy(_TABLES[name]()).to(device)
 
 
 def _both_maps() -> np.ndarray:
