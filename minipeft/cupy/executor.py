@@ -20,6 +20,9 @@ from minipeft.kernels.checks import Facts
 
 HOST = managed.HOST
 
+FOREIGN = {"DLPackMemory", "UnownedMemory"}
+"""CuPy's classes of memory that another library may free."""
+
 # An array of the executor: `cupy.ndarray` on a device.
 Array = Any
 
@@ -200,7 +203,8 @@ class CupyExecutor:
         return self._sides[device, target]
 
     def _is_foreign(self, array: Array) -> bool:
-        return isinstance(array.data.mem, self._cupy.cuda.UnownedMemory)
+        # By name: CuPy's class for memory that came through DLPack is private.
+        return any(kind.__name__ in FOREIGN for kind in type(array.data.mem).__mro__)
 
     def _hold(self, arrays: list[Array], device: Any) -> None:
         """Keep another library's memory alive until the kernel has read it.

@@ -9,6 +9,7 @@ import torch
 
 from minipeft.errors import InputError
 
+SLEEP = 2_000_000  # cycles of the device, about a millisecond
 Turn = Callable[[], object]
 Clock = Callable[[Turn], float]
 """Returns the seconds of a turn."""
@@ -63,9 +64,11 @@ def processor(run: Turn) -> float:
 def events(run: Turn) -> float:
     """Return the seconds between two events on CUDA's current stream.
 
-    A launch returns at once, so a clock of the host would time only the launch.
+    A launch returns at once, so a clock of the host would time only the launch. The
+    device sleeps first, until the host has launched what is timed.
     """
     start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
+    torch.cuda._sleep(SLEEP)
     start.record()
     run()
     stop.record()

@@ -178,7 +178,8 @@ def lora_batched(
     facts = check("x", _facts(x), kernels.CTYPES)
     n, out_features, r = checks.check_adapters(facts, *map(_facts, adapters))
     tokens, in_features = facts.shape
-    base = check("y", _facts(y), [facts.dtype], facts.device)
+    # The kernel loads one value of y at a time.
+    base = check("y", _facts(y), [facts.dtype], facts.device, facts.itemsize)
     chosen = check("indices", _facts(indices), ["int32"], facts.device, 4)
     if base.shape != (tokens, out_features) or chosen.shape != (tokens,):
         raise InputError(

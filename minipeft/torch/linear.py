@@ -318,17 +318,18 @@ def transformed() -> bool:
 
 def _eager(x: Tensor) -> bool:
     # Under autocast, autocast chooses the dtype of the product.
-    return not transformed() and not _autocast(x.device)
+    return not transformed() and not autocast(x.device)
 
 
 def full_precision(device: torch.device) -> AbstractContextManager[Any]:
     """Run the code without autocast: merging must not round intermediate results."""
-    if _autocast(device):
+    if autocast(device):
         return torch.autocast(device.type, enabled=False)
     return nullcontext()
 
 
-def _autocast(device: torch.device) -> bool:
+def autocast(device: torch.device) -> bool:
+    """Tell whether autocast chooses the dtype of products on this device."""
     kind = device.type
     return torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
 

@@ -141,7 +141,7 @@ def forward(
             f"x has {len(rows)} rows for {len(indices)} requests; give each request as "
             "many rows as any other."
         )
-    if _for_kernels(rows, adapters, each):
+    if rows.dtype == y.dtype and _for_kernels(rows, adapters, each):
         flat = y.reshape(len(rows), -1).contiguous()
         every = indices.repeat_interleave(each)
         return operators.lora_batched(rows, flat, list(adapters), every).view_as(y)

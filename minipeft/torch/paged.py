@@ -57,6 +57,7 @@ class Page:
         self.part, self.device, self.dirty = part, device, False
         self.copy: State | None = None
         self.arrived: Any = None  # event: the copy to the device is complete
+        self.written: Any = None  # event: the last step that changed it is complete
         self.left: Any = None  # event: the host has the newest values
         self.host = {
             name: value.view(-1)[_scaled(part, name)]
@@ -114,6 +115,12 @@ class PageTable:
             _record(copy, lanes.computing)
         return copy
 
+    def mark(self, page: Page) -> None:
+        """Note that the step just queued changes a page, on the current stream."""
+        page.dirty = True
+        if lanes := self._lanes(page.device):
+            page.written = lanes.computing.record_event()
+
     def prefetch(self, page: Page) -> None:
         """Move a page to the device before a step touches it, so that no step waits.
 
@@ -142,6 +149,8 @@ class PageTable:
                 home.copy_(copy[name])
         else:
             lanes.outward.wait_stream(lanes.computing)
+            if page.written is not None:  # perhaps on a stream that is no more current
+                lanes.outward.wait_event(page.written)
             with lanes.on(lanes.outward):
                 for name, home in page.host.items():
                     home.copy_(copy[name], non_blocking=True)
@@ -250,7 +259,7 @@ class PagedAdamW(AdamW):
                 self.table.prefetch(following)
             state["step"] = self.state[p]["step"]
             update(p, cast(Tensor, p.grad), state, group, page.part)
-            page.dirty = True
+            self.table.mark(page)
         for p, *_ in work:
             self.state[p]["step"] += 1
 

@@ -49,7 +49,7 @@ class FakeCuda:
     class ManagedMemory:
         pass
 
-    class UnownedMemory:
+    class DLPackMemory:
         pass
 
     class Memory:
@@ -98,7 +98,7 @@ def cuda(monkeypatch):
         cuda=cuda,
         ndarray=FakeArray,
         empty=lambda shape, dtype: FakeArray(shape, dtype, cuda.Memory()),
-        from_dlpack=lambda _: on(cuda, 1, cuda.UnownedMemory()),
+        from_dlpack=lambda _: on(cuda, 1, cuda.DLPackMemory()),
         asarray=lambda host: FakeArray(host.shape, host.dtype, cuda.Memory()),
     )
     monkeypatch.setitem(sys.modules, "cupy", fake)
@@ -233,3 +233,5 @@ def test_the_stand_ins_are_what_they_stand_for():
     cupy = pytest.importorskip("cupy")
     for name in ("ManagedMemory", "UnownedMemory", "get_current_stream", "Stream"):
         assert hasattr(cupy.cuda, name)
+    memory = pytest.importorskip("cupy._core.dlpack")
+    assert hasattr(memory, "DLPackMemory")

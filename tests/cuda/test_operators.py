@@ -11,7 +11,15 @@ from torch.library import opcheck
 from minipeft.errors import InputError
 from minipeft.kernels import driver
 from minipeft.kernels.tables import adamw_settings
-from minipeft.torch import adamw, blockwise, double_quant, launches, operators
+from minipeft.torch import (
+    adamw,
+    blockwise,
+    double_quant,
+    launches,
+    lora_batched,
+    operators,
+    qlora,
+)
 from minipeft.torch.codebook import FP4, NF3, NF4
 from tests.cuda.executors import CpuLauncher
 from tests.cuda.toolchain import needs_cpu_build
@@ -19,6 +27,7 @@ from tests.tolerance import gamma
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 GROUP = {"lr": 0.01, "betas": (0.9, 0.99), "eps": 1e-6, "weight_decay": 0.1}
+LORA_BATCHED, MATMUL_4BIT = "minipeft::lora_batched", "minipeft::matmul_4bit"
 SETTINGS = adamw_settings(GROUP, 3)
 
 
@@ -202,6 +211,37 @@ def test_a_batch_of_adapters_has_the_same_bits(dtype):
     eager = operators.lora_batched(*args)
     same_bits(on_kernels("lora_batched", *args), eager)
     same_bits(eager[1], args[1][1])
+
+
+@needs_cpu_build
+def test_a_base_output_may_start_at_any_value():
+    x, y, adapters, indices = batch(torch.bfloat16)
+    odd = torch.cat([y.new_zeros(1), y.flatten()])[1:].view_as(y)
+    same_bits(
+        on_kernels("lora_batched", x, odd, adapters, indices),
+        operators.lora_batched(x, y, adapters, indices),
+    )
+
+
+def test_a_base_output_of_another_dtype_is_not_for_the_kernels(monkeypatch):
+    monkeypatch.setattr(launches, "GPUS", {"cpu"})
+    monkeypatch.setattr(launches, "_compiler_is_here", lambda: True)
+    x, y, adapters, indices = batch(torch.float32)
+    monkeypatch.setattr(operators, "lora_batched", operators.LAUNCHES[LORA_BATCHED])
+    stacked = lora_batched.Adapters(*adapters)
+    got = lora_batched.forward(x, y.bfloat16(), stacked, indices)
+    assert got.dtype == torch.bfloat16
+
+
+@needs_cpu_build
+def test_under_autocast_the_dtype_does_not_depend_on_the_rows(monkeypatch):
+    layer = qlora.QuantizedLinear.from_linear(torch.nn.Linear(64, 8))
+    monkeypatch.setattr(launches, "GPUS", {"cpu"})
+    monkeypatch.setattr(launches, "_compiler_is_here", lambda: True)
+    monkeypatch.setattr(operators, "matmul_4bit", operators.LAUNCHES[MATMUL_4BIT])
+    with driver.use(CpuLauncher()), torch.autocast("cpu", torch.bfloat16):
+        for rows in (2, 70):
+            assert layer(drawn(rows, 64)).dtype == torch.bfloat16
 
 
 @pytest.mark.parametrize("wrong", [3, -2])

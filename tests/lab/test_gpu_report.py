@@ -390,6 +390,29 @@ def test_the_roofline_is_the_longer_of_the_two_times():
     assert ceilings.bound(1e6, 4e9) == (4e-3, "arithmetic")
 
 
+def test_on_tensor_cores_the_rate_of_their_product_bounds():
+    ceilings = Ceilings(1e9, {"float32": 1e12, "float16": 1e13})
+    assert ceilings.bound(1e6, 4e10, None, "float16") == (4e-3, "arithmetic")
+
+
+def test_ours_is_timed_before_the_peer(monkeypatch):
+    order = []
+    trial = SimpleNamespace(
+        run=lambda: None, kernel=kernels.ROW_NORM, name="a", dtype="float16"
+    )
+    launch = SimpleNamespace(bytes_moved=1, operations=1.0, again="ours")
+    recorder = SimpleNamespace(take=lambda _: launch)
+    monkeypatch.setattr(examination, "difference", lambda *_: None)
+    monkeypatch.setattr(examination, "measure", lambda _, c: order.append(c) or 1.0)
+    monkeypatch.setattr(examination, "_in_a_row", lambda *_: 0.0)
+    monkeypatch.setattr(
+        examination, "beside", lambda *_: (order.append("peer"), (None, None))[1]
+    )
+    ceilings = Ceilings(1e9, {"float32": 1e12, "float16": 1e13})
+    examination.examine(recorder, trial, FakeDevice(), ceilings)
+    assert order == ["ours", "peer"]
+
+
 def test_instructions_bound_where_they_take_longest():
     ceilings = Ceilings(1e9, {"float32": 1e12})
     assert ceilings.bound(1e6, 1e6, 5e-3) == (5e-3, "instructions")

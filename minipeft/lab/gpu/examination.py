@@ -25,6 +25,7 @@ COPIED = 512 * 2**20
 MATRIX = 8192
 MATRIX_DTYPES = ("float32", "tf32", "float16", "bfloat16")
 WORKER = (sys.executable, "-m", "minipeft.lab.gpu.examination")
+TENSOR_CORES = ("dora", "qlora")  # rows whose kernels of 16 bits multiply there
 LAYERS = 4  # in a row, as in a model
 LIMIT = 300  # seconds of a trial, compiling included
 
@@ -47,20 +48,26 @@ class Ceilings:
     slots: float = 0.0
 
     def bound(
-        self, bytes_moved: float, operations: float, instructions: float | None = None
+        self,
+        bytes_moved: float,
+        operations: float,
+        instructions: float | None = None,
+        dtype: str = "float32",
     ) -> tuple[float, str]:
         """Return the seconds that no kernel can pass, and what sets them.
 
         The roofline: the time of the bytes, of the operations, or of the instructions,
-        whichever is longest. All kernels here sum in float32.
+        whichever is longest.
 
         Args:
             bytes_moved: every array once.
             operations: what any kernel for this must calculate.
             instructions: seconds for which this one's keep the schedulers busy.
+            dtype: of the matrix product whose rate bounds the operations: of 16 bits
+                where the kernel multiplies on tensor cores, otherwise float32.
         """
         times = {"memory": bytes_moved / self.bandwidth}
-        rate = self.products["float32"]
+        rate = self.products[dtype]
         if isinstance(rate, float):
             times["arithmetic"] = operations / rate
         if instructions is not None:
@@ -211,15 +218,19 @@ def examine(
     if wrong:
         return Checked(trial.name, trial.dtype, wrong)
     busy = ceilings.instructions(launch)
-    bound, limit = ceilings.bound(launch.bytes_moved, launch.operations, busy)
+    cores = trial.dtype if trial.kernel.row in TENSOR_CORES else "float32"
+    moved, operations = launch.bytes_moved, launch.operations
+    bound, limit = ceilings.bound(moved, operations, busy, cores)
+    # Before the peer: what the peer breaks must not be taken for a fault of ours.
+    seconds, in_a_row = measure(device, launch.again), _in_a_row(launch, device)
     peer, agreement = beside(trial, launch, device)
     return Checked(
         kernel=trial.name,
         dtype=trial.dtype,
-        seconds=measure(device, launch.again),
-        in_a_row=_in_a_row(launch, device),
-        bytes_moved=launch.bytes_moved,
-        operations=launch.operations,
+        seconds=seconds,
+        in_a_row=in_a_row,
+        bytes_moved=moved,
+        operations=operations,
         bound=bound,
         limit=limit,
         peer=peer,

@@ -199,7 +199,8 @@ def _explanation(report: Report) -> str:
             "reference's. In a row: one of "
             f"{LAYERS} launches on arrays of their own, back to back. MB counts every "
             "array once. The bound is the longest of three: the bytes at the speed of "
-            "the copy, the operations at the rate of the float32 product, and the "
+            "the copy, the operations at the rate of the float32 product (of 16 bits: "
+            "where tensor cores multiply, at the rate of that product), and the "
             "instructions at one a cycle of each scheduler, counted in the machine "
             "code with the pipes that they keep busy.",
             *_unread(report),
