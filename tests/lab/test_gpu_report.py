@@ -396,13 +396,11 @@ def test_on_tensor_cores_the_rate_of_their_product_bounds():
 
 
 def test_ours_is_timed_before_the_peer(monkeypatch):
-    order = []
-    trial = SimpleNamespace(
-        run=lambda: None, kernel=kernels.ROW_NORM, name="a", dtype="float16"
-    )
-    launch = SimpleNamespace(bytes_moved=1, operations=1.0, again="ours")
-    recorder = SimpleNamespace(take=lambda _: launch)
-    monkeypatch.setattr(examination, "difference", lambda *_: None)
+    order, ours = [], lambda: None
+    trial = examination.Trial(kernels.ROW_NORM, "float16", "", ours, {})
+    given = {"in_features": 8, "out_features": 4, "r": 2}
+    recorder = examination.Recorder(CpuExecutor())
+    recorder._noted.append(Launch(kernels.ROW_NORM, "float16", given, ours))
     monkeypatch.setattr(examination, "measure", lambda _, c: order.append(c) or 1.0)
     monkeypatch.setattr(examination, "_in_a_row", lambda *_: 0.0)
     monkeypatch.setattr(
@@ -410,7 +408,7 @@ def test_ours_is_timed_before_the_peer(monkeypatch):
     )
     ceilings = Ceilings(1e9, {"float32": 1e12, "float16": 1e13})
     examination.examine(recorder, trial, FakeDevice(), ceilings)
-    assert order == ["ours", "peer"]
+    assert order == [ours, "peer"]
 
 
 def test_instructions_bound_where_they_take_longest():
