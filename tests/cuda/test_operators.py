@@ -31,6 +31,18 @@ LORA_BATCHED, MATMUL_4BIT = "minipeft::lora_batched", "minipeft::matmul_4bit"
 SETTINGS = adamw_settings(GROUP, 3)
 
 
+class Noting(CpuLauncher):
+    """Runs the kernels, and notes their names."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def launch(self, kernel, dtype, args, stream):
+        self.names.append(kernel.template)
+        super().launch(kernel, dtype, args, stream)
+
+
 def drawn(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:
     generator = torch.Generator().manual_seed(seed + sum(shape))
     return torch.randn(*shape, generator=generator).to(dtype)
@@ -136,6 +148,20 @@ def test_what_the_kernel_does_not_take_is_decoded_and_multiplied(shape):
         operators.matmul_4bit(x, parts, layout, None)[..., :0],
     )
     assert on_kernels("matmul_4bit", x, parts, layout, None).shape == (*shape[:-1], 8)
+
+
+@needs_cpu_build
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rows_with_gaps_or_at_an_odd_address_are_copied_for_the_kernel(dtype):
+    parts, layout = base(19, 64)
+    wide, odd = whole(3, 72, dtype=dtype), whole(1 + 3 * 64, dtype=dtype)
+    bias = whole(38, dtype=dtype)[::2]
+    for x in (wide[:, :64], odd[1:].view(3, 64)):
+        launcher = Noting()
+        with driver.use(launcher):
+            got = launches.matmul_4bit(x, parts, layout, bias)
+        assert launcher.names == ["product"]
+        same_bits(got, operators.matmul_4bit(x, parts, layout, bias))
 
 
 @needs_cpu_build
@@ -409,6 +435,8 @@ def test_a_launch_goes_to_the_stream_that_computes(monkeypatch):
     ("name", "spoil", "sentence"),
     [
         ("dequantize", lambda a: a[0].__setitem__(1, a[0][1][:-1]), "absmax has 15"),
+        ("matmul_4bit", lambda a: a.__setitem__(3, a[3].half()), "bias is float16"),
+        ("matmul_4bit", lambda a: a.__setitem__(3, a[3][:-1]), r"bias has shape \(7,"),
         ("adamw_", lambda a: a.__setitem__(1, a[1][:-1]), "the gradient has shape"),
         ("adamw_", lambda a: a.__setitem__(2, a[2][:-1]), "m has 6 values; W needs 7"),
         ("adamw_8bit_", lambda a: a[3].pop(), "shorter"),
@@ -421,3 +449,51 @@ def test_what_a_kernel_would_misread_is_refused(name, spoil, sentence):
     spoil(args)
     with pytest.raises((InputError, ValueError), match=sentence):
         on_kernels(name, *args)
+
+
+def to_meta(args, *path):
+    """Move one tensor of nested arguments to another device."""
+    *before, last = path
+    for i in before:
+        args = args[i]
+    args[last] = args[last].to("meta")
+
+
+@pytest.mark.parametrize(
+    ("name", "path", "part"),
+    [
+        ("matmul_4bit", (0,), "x"),
+        ("matmul_4bit", (3,), "bias"),
+        ("dequantize_nested", (0, 2), "nested_absmax"),
+        ("dequantize_nested", (0, 3), "offset"),
+        ("adamw_", (2,), "m"),
+        ("adamw_8bit_", (2, 1), "the codes of v"),
+        ("adamw_8bit_", (3, 0), "absmax of m"),
+    ],
+)
+def test_a_tensor_that_lies_elsewhere_is_refused(monkeypatch, name, path, part):
+    monkeypatch.setattr(launches, "GPUS", {"cpu"})  # so every other device is the host
+    args = list(samples()[name])
+    to_meta(args, *path)
+    with pytest.raises(InputError, match=f"^{part} is on device -1, other parts on"):
+        on_kernels(name, *args)
+
+
+# The tables on a device
+
+
+def test_a_table_is_made_once_outside_of_inference_mode():
+    launches._uploaded.cache_clear()
+    with torch.inference_mode():
+        table = launches._dynamic_map(torch.device("cpu"))
+    assert not table.is_inference()
+    assert launches._dynamic_map(torch.device("cpu")) is table
+
+
+def test_a_table_is_not_made_while_a_graph_is_captured(monkeypatch):
+    launches._uploaded.cache_clear()
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    with pytest.raises(
+        InputError, match=r"table moment_maps is not on cuda:0 yet; run"
+    ):
+        launches._moment_maps(torch.device("cuda", 0))
