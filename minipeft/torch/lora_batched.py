@@ -9,9 +9,8 @@ The host keeps every adapter. The device keeps those that were asked for last, a
 as the budget allows.
 """
 
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from copy import copy
 from functools import reduce
 from typing import Any, NamedTuple, cast
 
@@ -24,6 +23,7 @@ from minipeft.shapes import Float, Shaped
 from minipeft.torch import inject, launches, operators
 from minipeft.torch.adapted import Adapted, naming
 from minipeft.torch.bottleneck import Bottleneck, Serial
+from minipeft.torch.copies import Move, copied, nbytes_of
 from minipeft.torch.deferred import Deferred
 from minipeft.torch.dora import DoRA, DoRALinear
 from minipeft.torch.hira import HiRA, HiRALinear
@@ -259,9 +259,6 @@ class BatchedLinear(Adapted[nn.Module]):
         )
 
 
-Move = Callable[[Tensor], Tensor]
-
-
 class Traffic(NamedTuple):
     """What has been asked for so far.
 
@@ -414,12 +411,12 @@ class Pool:
     def nbytes(self, name: str) -> int:
         """Return the bytes of one adapter; a pair that VeRA shares is not counted."""
         self._check_known(name)
-        return sum(map(_bytes, self.host[name].values()))
+        return sum(map(nbytes_of, self.host[name].values()))
 
     @property
     def shared_bytes(self) -> int:
         """The bytes on the device of what adapters share: VeRA's pairs, each once."""
-        return sum(map(_bytes, self._placed.values()))
+        return sum(map(nbytes_of, self._placed.values()))
 
     @property
     def stacked_bytes(self) -> int:
@@ -524,13 +521,13 @@ class Pool:
             own = t.detach().to("cpu", copy=True)
             return own.pin_memory() if pinned else own
 
-        return _copied(adapter, move, lambda pair: self._pair(pair, move))
+        return copied(adapter, move, lambda pair: self._pair(pair, move))
 
     def _pair(self, pair: nn.Module, move: Move) -> nn.Module:
         numbers = getattr(pair, "drawn", (-1,))
         known = (numbers, next(pair.buffers()).dtype) if numbers[0] >= 0 else pair
         if known not in self._pairs:
-            self._pairs[known] = _copied(pair, move)
+            self._pairs[known] = copied(pair, move)
         return self._pairs[known]
 
     def _on_device(self, name: str) -> dict[str, nn.Module]:
@@ -545,10 +542,10 @@ class Pool:
         def placed(pair: nn.Module) -> nn.Module:
             at = (pair, str(device))
             if at not in self._placed:
-                self._placed[at] = _copied(pair, move)
+                self._placed[at] = copied(pair, move)
             return self._placed[at]
 
-        return _copied(adapter, move, placed)
+        return copied(adapter, move, placed)
 
     def _check_held(self) -> None:
         held = {id(module) for module in self.model.modules()}
@@ -605,27 +602,3 @@ def _acting(
         acting.add(f"{i}", adapter)
     acting.activate({f"{i}": share for i, (share, _) in enumerate(found)})
     return acting
-
-
-def _copied(
-    module: nn.Module,
-    move: Move,
-    shared: Callable[[nn.Module], nn.Module] | None = None,
-) -> nn.Module:
-    """Return a frozen copy with moved tensors; its children are what `shared` says."""
-    new = copy(module)
-    new._parameters = {
-        name: None if p is None else nn.Parameter(move(p.detach()), False)
-        for name, p in module._parameters.items()
-    }
-    new._buffers = {
-        name: None if b is None else move(b) for name, b in module._buffers.items()
-    }
-    children = module._modules.items()
-    new._modules = {n: shared(m) if shared and m else m for n, m in children}
-    return new
-
-
-def _bytes(module: nn.Module) -> int:
-    held = [*module._parameters.values(), *module._buffers.values()]
-    return sum(tensor.nbytes for tensor in held if tensor is not None)

@@ -218,9 +218,8 @@ def examine(
     if wrong:
         return Checked(trial.name, trial.dtype, wrong)
     busy = ceilings.instructions(launch)
-    cores = trial.dtype if trial.kernel.row in TENSOR_CORES else "float32"
     moved, operations = launch.bytes_moved, launch.operations
-    bound, limit = ceilings.bound(moved, operations, busy, cores)
+    bound, limit = ceilings.bound(moved, operations, busy, _cores(trial))
     # Before the peer: what the peer breaks must not be taken for a fault of ours.
     seconds, in_a_row = measure(device, launch.again), _in_a_row(launch, device)
     peer, agreement = beside(trial, launch, device)
@@ -237,6 +236,11 @@ def examine(
         agreement=agreement,
         instructions=busy,
     )
+
+
+def _cores(trial: Trial) -> str:
+    """Return the dtype whose rate of products bounds a kernel."""
+    return trial.dtype if trial.kernel.row in TENSOR_CORES else "float32"
 
 
 def _in_a_row(launch: Launch, device: Device) -> float:
