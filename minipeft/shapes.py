@@ -141,7 +141,7 @@ def check_shapes(operands: Mapping[str, tuple[Operand | None, str]]) -> None:
         if words[0] == "?":
             if array is None:
                 continue
-            del words[0]
+            words = words[1:]
         operand = cast("Operand", array)
         check_floats(name, operand)
         shape = tuple(operand.shape)

@@ -175,5 +175,5 @@ def test_a_page_that_cuts_a_block_is_refused(bad):
 def test_a_device_without_room_for_one_page_is_refused(bad):
     ours = PagedAdamW([torch.nn.Parameter(torch.ones(3))])
     for attempt in (lambda: Paging(budget=bad), lambda: ours.table.resize(bad)):
-        with pytest.raises(InputError, match=f"budget is {bad}; .* at least 1 page"):
+        with pytest.raises(InputError, match=f"budget is {bad}; choose 1 or more"):
             attempt()

@@ -36,8 +36,8 @@ def test_the_table_says_what_a_check_sees_and_to_what_it_is_blind(monkeypatch, c
     blind = mutation_runs.ROWS["adamw"].mutations[1]
     assert blind.caught_by == ("races",)
     rows = {"adamw": replace(ROWS["adamw"], mutations=(blind,)), "paged": ROWS["paged"]}
-    monkeypatch.setattr(trials, "ROWS", rows)
-    monkeypatch.setattr(trials, "CHECKS", ("ptx",))
+    monkeypatch.setattr(mutation_runs, "ROWS", rows)
+    monkeypatch.setattr(mutation_runs, "CHECKS", ("ptx",))
     assert mutation_runs.main([]) == 0
     table = json.loads(capsys.readouterr().out)
     seen = {t["mistake"]: t["seen"] for t in table["trials"]}

@@ -195,7 +195,7 @@ def test_results_of_another_device_or_a_damaged_file_are_not_taken_up(gpu, start
 
 
 def test_benches_and_reports_stand_in_the_page(gpu, started):
-    row = gpu.bench.Row("LoRA", "peft", 1.0, 2.0, 0.5, 0.4, 0.6, 3, 4)
+    row = gpu.bench.Measurement("LoRA", "peft", 1.0, 2.0, 0.5, 0.4, 0.6, 3, 4)
     gpu.RESULTS.mkdir()
     name = f"bench-{next(iter(gpu.bench.PAIRS))}.json"
     (gpu.RESULTS / name).write_text(json.dumps(vars(row)))
