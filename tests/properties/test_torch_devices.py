@@ -102,6 +102,7 @@ NOT_ON_A_DEVICE = {
 # them in tests/agreement, test_paged.py and test_torch_on_cuda.py.
 FOR_CUDA_ALONE = {
     "launches._stream": "asks torch for the stream that computes",
+    "launches._uploaded": "asks torch whether a CUDA graph is being captured",
     "operators._register": "names the device whose kernels these are",
     "adamw._root": "there, torch's float32 root is rounded correctly",
     "lora_batched.Pool._on_host": "pins host memory, which needs the driver",
