@@ -2,6 +2,7 @@
 
 import numpy as np
 
+from minipeft.golden.drivers.reference import blockwise as nf4
 from minipeft.golden.drivers.reference import bof4 as right
 from minipeft.reference import blockwise
 from minipeft.reference.bof4 import BOF4_S
@@ -105,8 +106,6 @@ def multiplies_in_the_output(packed, absmax, blocksize, shape, dtype):
 
 @bug("bof4_dequantize", "Table")
 def decodes_with_nf4(packed, absmax, blocksize, shape, dtype):
-    from minipeft.golden.drivers.reference import blockwise as nf4
-
     return nf4.nf4_dequantize(packed, absmax, blocksize, shape, dtype)
 
 
