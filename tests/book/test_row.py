@@ -34,7 +34,7 @@ SERVICES = (
     "minipeft/lab/memory/",
     "minipeft/torch/lora_batched.py",
 )
-TESTS_OF_SERVICES = ("tests/interop/", "tests/lab/", "site/works.md")
+TESTS_OF_SERVICES = ("tests/interop/", "tests/lab/", "site/works.md", "site/peft.md")
 TESTS_OF_SERVICES += ("tests/properties/test_lora_batched.py",)
 TESTS_OF_SERVICES += ("tests/properties/on_a_device.py",)
 NOT_COUNTED = (*WRITTEN, *CHAPTER, *PEERS, *SERVICES, *TESTS_OF_SERVICES)
