@@ -36,6 +36,7 @@ SERVICES = (
 )
 TESTS_OF_SERVICES = ("tests/interop/", "tests/lab/", "site/works.md", "site/peft.md")
 TESTS_OF_SERVICES += ("tests/properties/test_lora_batched.py",)
+TESTS_OF_SERVICES += ("tests/properties/adapted_networks.py",)
 TESTS_OF_SERVICES += ("tests/properties/on_a_device.py",)
 NOT_COUNTED = (*WRITTEN, *CHAPTER, *PEERS, *SERVICES, *TESTS_OF_SERVICES)
 NOT_COUNTED += ("tests/book/test_row.py", "CONTRIBUTING.md")
