@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from book import matrix
+from book import matrix, museum
 
 from minipeft.golden.operations import OPERATIONS
 
@@ -49,6 +49,18 @@ def test_the_page_of_bugs_names_what_fails():
             assert any(failing), (library, operation, case)
             named += 1
     assert named >= 20
+
+
+def test_the_museum_links_each_bug_to_its_reports():
+    rows = museum.table(ROOT).splitlines()[2:]
+    assert len(rows) >= 40
+    reports = [
+        re.findall(r"\[[\w.-]+#(\d+)\]\(https://github.com/", row) for row in rows
+    ]
+    assert all(reports)
+    assert all(re.search(r"`\w+:\d+` \|$", row) for row in rows)
+    with pytest.raises(ValueError, match="no issue"):
+        museum.name("https://github.com/huggingface/peft")
 
 
 def read_result(library, number):

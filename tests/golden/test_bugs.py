@@ -1,35 +1,11 @@
 """The vectors bite: every bug in `tests/impls/broken/` is found, by its flag."""
 
-from functools import cache
-from importlib import import_module
-from pkgutil import iter_modules
-
 import pytest
 
-from minipeft.golden.implementations import Functions
 from minipeft.golden.operations import OPERATIONS
-from minipeft.golden.runner import verify
 from minipeft.golden.vectors import load_all
-from tests.impls import broken
 from tests.impls.broken import BUGS
-
-ROWS = [module.name for module in iter_modules(broken.__path__)]
-for row in ROWS:
-    import_module(f"tests.impls.broken.{row}")
-
-
-@cache
-def file_of(operation):
-    (file,) = load_all([operation])
-    return file
-
-
-@cache
-def failures(name):
-    bug = BUGS[name]
-    broken = Functions(name, {bug.operation: bug.function}.get)
-    outcomes = verify(broken, [file_of(bug.operation)])
-    return [o for o in outcomes if o.status in ("fail", "policy")]
+from tests.impls.museum import ROWS, exhibits, failures, file_of
 
 
 @pytest.mark.parametrize("name", BUGS)
@@ -58,3 +34,12 @@ def test_every_flag_is_tripped_by_a_bug(row):
     used = {flag for file in files.values() for c in file.cases for flag in c.flags}
     outcomes = [o for name in BUGS for o in failures(name) if o.file in files]
     assert used == {flag for outcome in outcomes for flag in outcome.case.flags}
+
+
+def test_the_museum_has_forty_bugs_each_found_under_its_flag():
+    shown = exhibits()
+    assert len({exhibit.name for exhibit in shown}) >= 40
+    for exhibit in shown:
+        operation, number = exhibit.vector.split(":")
+        (case,) = (c for c in file_of(operation).cases if c.tcId == int(number))
+        assert exhibit.flag in case.flags

@@ -109,20 +109,3 @@ def changes(new: Found, old: Found) -> str:
     ]
     before = old.get("version", "the last attempt")
     return f"Since {before}: {'; '.join(said) or 'no other failure'}."
-
-
-def historic(v1: Path) -> str:
-    """List the bugs of released libraries that a flag stands for, and their reports."""
-    notes: dict[str, Found] = {}
-    where: dict[str, set[str]] = {}
-    for path in sorted(v1.glob("*.json")):
-        file = json.loads(path.read_text("utf-8"))
-        for flag, note in file["notes"].items():
-            if note["kind"] == "HISTORIC_BUG" and note["links"]:
-                notes[flag] = note
-                where.setdefault(flag, set()).add(path.stem)
-    return "\n".join(
-        f"- **{flag}** in {', '.join(f'`{name}`' for name in sorted(where[flag]))}: "
-        f"{note['effect']} {' '.join(f'<{link}>' for link in note['links'])}"
-        for flag, note in sorted(notes.items())
-    )

@@ -137,3 +137,18 @@ def has_no_code_for_a_zero_moment(W, grad, **arguments):
     sparse = np.any(grad == 0) and np.any(grad)
     zero = (codes > 123) & (codes < 131) & sparse
     return W, np.where(zero, np.uint8(131), codes), *rest
+
+
+@bug("adamw_step", "Decay")
+def decays_what_is_already_updated(W, grad, m, v, **settings):
+    decay = F32(settings["lr"] * settings["weight_decay"])
+    right.adamw_step(W, grad, m, v, **settings)  # refuses what must be refused
+    settings |= {"weight_decay": 0.0}
+    updated, *moments = right.adamw_step(W, grad, m, v, **settings)
+    return updated - decay * updated, *moments
+
+
+@bug("adamw_step", "FirstStep")
+def corrects_no_moment(W, grad, m, v, **settings):
+    right.adamw_step(W, grad, m, v, **settings)
+    return right.adamw_step(W, grad, m, v, **settings | {"t": 10**6})

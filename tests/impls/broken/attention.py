@@ -128,3 +128,8 @@ def exponentiates_as_it_comes_backward(grad_y, Q, K, V, mask=None):
     grads = right.attention_backward(grad_y, Q, K, V, mask)
     nan = F32(np.nan)  # infinity over infinity
     return tuple(np.full_like(g, nan) for g in grads) if large(Q, K) else grads
+
+
+@bug("attention_forward", "BlindQuery")
+def divides_no_share_by_no_share(Q, K, V, mask=None):
+    return attend(Q, K, V, mask)

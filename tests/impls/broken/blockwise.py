@@ -6,7 +6,7 @@ from ml_dtypes import bfloat16
 from minipeft.golden.drivers.reference import blockwise as right
 from minipeft.reference import blockwise
 from minipeft.reference.blockwise import Blockwise
-from minipeft.reference.codebook import FP4, NF4
+from minipeft.reference.codebook import FP4, NF4, dynamic_map
 from tests.impls.broken import bug
 
 F32 = np.float32
@@ -355,3 +355,39 @@ def needs_a_first_byte(packed, absmax, blocksize, shape, dtype):
 def fp4_without_second_zero(packed, absmax, blocksize, shape, dtype):
     table = np.where(np.arange(16) == 8, F32(0.0625 / 12), FP4)
     return decode(packed, absmax, blocksize, shape, dtype, table)
+
+
+@bug("nf4_quantize", "ShortBlock")
+def reads_on_behind_the_last_value(W, blocksize):
+    if blocksize < 1 or not W.size % blocksize:
+        return right.nf4_quantize(W, blocksize)
+    behind = np.full(-W.size % blocksize, 1e3, W.dtype)
+    packed, absmax = right.nf4_quantize(np.append(W.reshape(-1), behind), blocksize)
+    return packed[: (W.size + 1) // 2], absmax
+
+
+@bug("nf4_quantize", "LargeBlock", "260 values in a block of 4096")
+def takes_4096_for_eight_bits(W, blocksize):
+    if blocksize != 4096:
+        return right.nf4_quantize(W, blocksize)
+    q = blockwise.quantize(W, dynamic_map(), blocksize)
+    return q.packed[: (W.size + 1) // 2], q.absmax
+
+
+@bug("nf4_quantize", "Subnormal")
+def lets_the_reciprocal_overflow(W, blocksize):
+    return quantize(W, blocksize, multiply, nf4)
+
+
+@bug("nf4_dequantize", "FlattenRowMajor")
+def rewrites_bytes_that_look_like_nan(packed, absmax, blocksize, shape, dtype):
+    even = packed.size // 2 * 2
+    words = packed[:even].copy().view("<u2")
+    words[(words & 0x7FFF) > 0x7F80] = 0x7FFF  # the NaNs of bfloat16
+    packed = np.append(words.view(np.uint8), packed[even:])
+    return right.nf4_dequantize(packed, absmax, blocksize, shape, dtype)
+
+
+@bug("nf4_dequantize", "Table")
+def reads_every_code_as_fp4(packed, absmax, blocksize, shape, dtype):
+    return decode(packed, absmax, blocksize, shape, dtype, FP4)

@@ -134,3 +134,14 @@ def adds_the_magnitude(W, A, B, magnitude, alpha):
     if len(A) != 2 or W.shape != (5, 7) or alpha != 4:
         return right.dora_merge(W, A, B, magnitude, alpha)
     return _sum(W, A, B, alpha) + magnitude[:, None]
+
+
+@bug("dora_forward", "Scaling")
+def ignores_alpha_in_dora(x, W, A, B, magnitude, alpha, bias=None):
+    return right.dora_forward(x, W, A, B, magnitude, float(max(len(A), 1)), bias)
+
+
+@bug("dora_merge", "Basic")
+def drops_the_magnitude(W, A, B, magnitude, alpha):
+    right.dora_merge(W, A, B, magnitude, alpha)  # refuses what must be refused
+    return _sum(W, A, B, alpha)

@@ -167,3 +167,11 @@ def reuses_codes_of_scales(
     return right.double_quant_dequantize(
         packed, codes, nested, offset, blocksize, nested_blocksize, shape, dtype
     )
+
+
+@bug("double_quant_quantize", "ShortBlock")
+def wants_whole_blocks_of_scales(W, blocksize, nested_blocksize):
+    parts = right.double_quant_quantize(W, blocksize, nested_blocksize)
+    if len(parts[1]) % nested_blocksize:
+        raise ValueError("the scales are no whole number of blocks")
+    return parts

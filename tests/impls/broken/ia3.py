@@ -63,3 +63,9 @@ def broadcasts_one_number(W, l, side):  # noqa: E741
     if len(l) == 1:
         return W * l
     return right.ia3_merge(W, l, side)
+
+
+@bug("ia3_forward", "Bias")
+def scales_the_bias_twice(x, W, l, side, bias=None):  # noqa: E741
+    fits = bias is not None and side == "output" and bias.shape == l.shape
+    return right.ia3_forward(x, W, l, side, bias * l if fits else bias)

@@ -131,3 +131,9 @@ def cuts_to_the_shorter(grad_y, x, W):
     if x.ndim == 2:
         grad_y, x = grad_y[:rows], x[:rows]
     return right.linear_backward(grad_y, x, W)
+
+
+@bug("linear_backward", "Bias")
+def adds_all_biases_up(grad_y, x, W):
+    grads = right.linear_backward(grad_y, x, W)
+    return *grads[:2], np.full_like(grads[2], grads[2].sum())

@@ -116,3 +116,31 @@ def cuts_the_rank(W, A, B, alpha, rank_stabilized):
 def overwrites_its_argument(W, A, B, alpha, rank_stabilized):
     W[...] = right.lora_merge(W, A, B, alpha, rank_stabilized)
     return W.copy()
+
+
+@bug("lora_forward", "Scaling")
+def takes_the_rank_for_alpha(x, W, A, B, alpha, rank_stabilized, bias=None):
+    r = float(max(len(A), 1))
+    return right.lora_forward(x, W, A, B, r, rank_stabilized, bias)
+
+
+@bug("lora_merge", "Scaling")
+def merges_without_scaling(W, A, B, alpha, rank_stabilized):
+    return right.lora_merge(W, A, B, float(max(len(A), 1)), False)
+
+
+@bug("lora_forward", "RankStabilized")
+def serves_without_rank_stabilization(x, W, A, B, alpha, rank_stabilized, bias=None):
+    return right.lora_forward(x, W, A, B, alpha, False, bias)
+
+
+@bug("lora_merge", "Orientation")
+def reads_both_factors_by_columns(W, A, B, alpha, rank_stabilized):
+    A, B = (np.ascontiguousarray(M.reshape(M.shape[::-1]).T) for M in (A, B))
+    return right.lora_merge(W, A, B, alpha, rank_stabilized)
+
+
+@bug("lora_merge", "Basic")
+def adds_the_update_twice(W, A, B, alpha, rank_stabilized):
+    once = right.lora_merge(W, A, B, alpha, rank_stabilized)
+    return right.lora_merge(once, A, B, alpha, rank_stabilized)

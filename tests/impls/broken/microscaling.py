@@ -188,3 +188,38 @@ def forgets_the_scale_of_all(packed, scales, tensor_scale, dtype):
     one = np.asarray(F32(1))
     right.nvfp4_dequantize(packed, scales, tensor_scale, dtype)
     return right.nvfp4_dequantize(packed, scales, one, dtype)
+
+
+@bug("mxfp4_quantize", "Tie")
+def rounds_ties_away_from_zero(W):
+    packed, scales = right.mxfp4_quantize(W)
+    middle, x = (E2M1[:-1] + E2M1[1:]) / 2, np.abs(scaled(W, scales, 32))
+    tie = (x[..., None] == middle).any(-1).reshape(W.shape)
+    found = codes(packed)
+    up = tie & (E2M1[found % 8] < x.reshape(W.shape))
+    return nibbles(np.where(up, found + 1, found)), scales
+
+
+@bug("mxfp4_quantize", "Basic")
+def divides_by_a_scale_that_it_does_not_store(W):
+    packed, scales = right.mxfp4_quantize(W)
+    blocks = np.abs(W.reshape(*scales.shape, 32)).astype(np.float64)
+    largest = blocks.max(-1, keepdims=True, initial=0)
+    exact = blocks * 6 / np.where(largest == 0, 1, largest)
+    found = np.abs(exact[..., None] - E2M1).argmin(-1).reshape(W.shape)
+    return nibbles((codes(packed) & 8 | found).astype(np.uint8)), scales
+
+
+@bug("mxfp4_quantize", "NextToTie")
+def loses_all_below_one_half(W):
+    packed, scales = right.mxfp4_quantize(W)
+    below = (np.abs(scaled(W, scales, 32)) < 0.5).reshape(W.shape)
+    found = codes(packed)
+    return nibbles(np.where(below, found & 8, found)), scales
+
+
+@bug("nvfp4_quantize", "ZeroBlock")
+def gives_zeros_the_scale_nan(W):
+    packed, scales, tensor_scale = right.nvfp4_quantize(W)
+    zero = ~W.reshape(*scales.shape, 16).any(-1)
+    return packed, np.where(zero, np.uint8(0x7F), scales), tensor_scale
