@@ -173,8 +173,8 @@ ax.text(27, -0.62, "cards sold as 24 GB", color=plots.INK, va="center")
 chapter.show(
     figure,
     "memory",
-    alt="Four stacked bars: weights, gradients, optimizer and activations of a 7-billion-parameter model. The two bars of training everything are over 100 GB long, most of it gradients and optimizer. The bar of LoRA has weights and activations, with thin slices for the other two, and ends right of a dark vertical band at 24 to 26 GB; the bar of QLoRA has shorter weights and ends left of the band.",
-    caption=f"Of four ways to train 7 billion parameters, only QLoRA ({qlora / 1e9:.1f} GB) fits a card sold as 24 GB. LoRA on 16 bits needs {lora / 1e9:.1f} GB, training everything {ways['everything, 16 bits'].total / 1e9:.0f} GB or more.",
+    alt=f"Four stacked bars: weights, gradients, optimizer and activations of a model of {llama.parameters / 1e9:.1f} billion parameters. The two bars of training everything end at {ways['everything, 32 bits'].total / 1e9:.0f} and {ways['everything, 16 bits'].total / 1e9:.0f} GB, most of it gradients and optimizer. The bar of LoRA has weights and activations, with thin slices for the other two, and ends right of a dark vertical band at {min(small) / 1e9:.1f} to {max(small) / 1e9:.1f} GB; the bar of QLoRA has shorter weights and ends left of the band.",
+    caption=f"Of four ways to train {llama.parameters / 1e9:.1f} billion parameters, only QLoRA ({qlora / 1e9:.1f} GB) fits a card sold as 24 GB. LoRA on 16 bits needs {lora / 1e9:.1f} GB, training everything {ways['everything, 16 bits'].total / 1e9:.0f} GB or more.",
 )
 
 # %% [markdown]

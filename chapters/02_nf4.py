@@ -115,7 +115,7 @@ chapter.show(
     figure,
     "codes",
     alt="A bell-shaped histogram of scaled weights between minus one and one, cut by fifteen thin vertical lines into sixteen slices. Below it three rows of ticks: NF4, dense around zero and thin outside; FP4, with three ticks near zero and wide gaps beside them; int4, evenly spaced.",
-    caption="NF4 (blue ticks) puts its values close together where scaled weights are many. FP4 leaves a gap from 0.005 to 0.167 on both sides of zero; int4 is even.",
+    caption=f"NF4 (blue ticks) puts its values close together where scaled weights are many. FP4 leaves a gap from {np.unique(np.abs(FP4))[1]:.3f} to {np.unique(np.abs(FP4))[2]:.3f} on both sides of zero; int4 is even.",
 )
 
 # %% [markdown]
@@ -286,7 +286,7 @@ ax.minorticks_off()
 chapter.show(
     figure,
     "blocksizes",
-    alt="Mean error against block size, from 32 to 4,096 on a logarithmic axis, for three codebooks. All three curves rise. NF4 is the lowest at every size and runs through eight crosses. int4 begins below FP4 and ends above it.",
+    alt=f"Mean error against block size, from {min(PUBLISHED)} to {max(PUBLISHED):,} on a logarithmic axis, for three codebooks. All three curves rise. NF4 is the lowest at every size and runs through eight crosses. int4 begins below FP4 and ends above it.",
     caption=f"NF4 has the smallest error at every block size, and our eight values lie within {100 * max(deviations):.2f} % of those that bitsandbytes publishes (crosses). int4 is better than FP4 in small blocks and worse in large ones.",
 )
 
@@ -340,7 +340,8 @@ for name, e in errors.items():
     ax.text(
         at[-1] + 0.9, 100 * e[-2], name, color=COLORS[name], va="center", weight="bold"
     )
-heavy = np.flatnonzero(kurtosis > 10)
+HEAVY = 10
+heavy = np.flatnonzero(kurtosis > HEAVY)
 assert (len(weights), len(heavy)) == (36, 6)
 ax.vlines(
     heavy,
@@ -361,8 +362,8 @@ ax.grid(visible=False, axis="x")
 chapter.show(
     figure,
     "minilm",
-    alt="Relative error of 36 weight matrices, in the order of the network, as dots of three colours in three rows: NF4 near 9 percent, int4 near 11, FP4 near 13. Grey bars mark six matrices, one in each layer, where all dots lie a little higher.",
-    caption=f"NF4 has the smallest error on each of the {len(weights)} matrices: {100 * errors['NF4'].min():.1f} to {100 * errors['NF4'].max():.1f} %. Grey bars mark the matrices with the heaviest tails (excess kurtosis above 10).",
+    alt=f"Relative error of {len(weights)} weight matrices, in the order of the network, as dots of three colours in three rows: NF4 at {100 * errors['NF4'].mean():.1f} % on average, int4 at {100 * errors['int4'].mean():.1f} %, FP4 at {100 * errors['FP4'].mean():.1f} %. Grey bars mark six matrices, one in each layer, where all dots lie a little higher.",
+    caption=f"NF4 has the smallest error on each of the {len(weights)} matrices: {100 * errors['NF4'].min():.1f} to {100 * errors['NF4'].max():.1f} %. Grey bars mark the matrices with the heaviest tails (excess kurtosis above {HEAVY}).",
 )
 largest = [*weights.values()][int(kurtosis.argmax())].ravel()
 rest = np.delete(largest, np.abs(largest).argmax())
@@ -397,14 +398,23 @@ assert bits == 4 + 32 / 64
 # Three formats of four bits are newer than NF4. They change the table, the scales, or both.
 #
 # **BOF4-S** [@blumenberg2025] keeps the blocks and changes the table and the sign of the scale. The scale of a block is its largest value *with its sign*, so the largest value always becomes 1,
-# and no code is needed for −1. Fifteen codes are left for the others. They stand where the mean squared error of normal weights is smallest, with 0 and 1 held fixed.
-# The paper finds the table from samples. The table here is the same minimum by integration; a test checks that every other value is the mean of what is rounded to it.
+# and no code is needed for −1. Fifteen codes are left for the others. They stand where the mean squared error of normal weights is smallest, with 0 and 1 held fixed:
+# each other value is the mean of what is rounded to it, in which a scaled weight counts with the square of its block's scale [@blumenberg2025, equation 5]. The paper computes this mean as an integral and from samples, and prints the table from samples. The table here is that of
+# the integral, and a test checks the condition.
 #
 # @source minipeft.reference.bof4.quantize
 # @source minipeft.reference.blockwise.scale
-#
+
+# %%
+PRINTED = [-0.85685, -0.66929, -0.52353, -0.40049, -0.29106, -0.19001, -0.09385, 0.0]
+PRINTED += [0.08877, 0.17948, 0.27431, 0.37602, 0.48865, 0.61886, 0.77914, 1.0]
+from_table = np.abs(bof4.BOF4_S - PRINTED).max()
+print(f"largest distance from the paper's table 6: {from_table:.1e}")
+assert from_table < 2e-4
+
+# %% [markdown]
 # **MXFP4** and **NVFP4** are made for hardware: tensor cores multiply them without a table. Their sixteen values are those of a float with two bits of exponent and one of mantissa (E2M1):
-# 0, 0.5, 1, 1.5, 2, 3, 4, 6 and the same below zero. MXFP4 [@ocp2023] scales 32 values by a power of two, which takes one byte. NVFP4 [@nvidia2025] scales 16 values by a float of one byte
+# 0, 0.5, 1, 1.5, 2, 3, 4, 6 and the same below zero. MXFP4 [@ocp2023] scales 32 values by a power of two, which takes one byte. NVFP4 [@alvarez2025] scales 16 values by a float of one byte
 # (E4M3), and the whole matrix by one float32. Their blocks lie within a row, and the first of two codes stands in the *low* half of a byte.
 #
 # @source minipeft.reference.microscaling.quantize_mxfp4
@@ -471,7 +481,7 @@ chapter.show(
         for name, (stored, error) in on_normal.items()
     )
     + ".",
-    caption=f"On normal numbers BOF4-S has the smallest error, {100 * better:.0f} % below NF4's with the same bits. MXFP4 has the largest: its scale is a power of two, so the largest value of a block lands between 4 and 8, while the largest code is 6.",
+    caption=f"On normal numbers BOF4-S has the smallest error, {100 * better:.0f} % below NF4's with the same bits. MXFP4 has the largest: its scale is a power of two, so the largest value of a block lands between four and eight, while the largest code is six.",
 )
 
 # %% [markdown]
@@ -564,4 +574,4 @@ assert np.sum(before != after) <= 64
 # ## References
 #
 # The data type and the blocks of 64 are from QLoRA [@dettmers2023]; quantization by blocks, in 8 bits, is from [@dettmers2021]. In
-# which sense NF4 is optimal is discussed by Yoshida [@yoshida2023]. BOF4-S is from [@blumenberg2025], MXFP4 from the specification of the Open Compute Project [@ocp2023], NVFP4 from NVIDIA [@nvidia2025].
+# which sense NF4 is optimal is discussed by Yoshida [@yoshida2023]. BOF4-S is from [@blumenberg2025], MXFP4 from the specification of the Open Compute Project [@ocp2023], NVFP4 from NVIDIA [@alvarez2025].

@@ -173,8 +173,9 @@ for label, error in on_normal.items():
     print(f"normal weights, {label:8s} map: relative RMS error of a scale {error:.5f}")
 assert on_normal["linear"] < on_normal["dynamic"]
 wanted = nested_scales(normal_scales, MAPS["linear"])[1]
-inside = np.mean(np.abs(wanted) < 0.1)
-crowd = np.mean(np.abs(MAPS["dynamic"]) < 0.1)
+NEAR = 0.1
+inside = np.mean(np.abs(wanted) < NEAR)
+crowd = np.mean(np.abs(MAPS["dynamic"]) < NEAR)
 
 # %% tags=["fold"]
 figure, ax = plots.axes(x="(scale - mean) / nested scale", size=(6.4, 3.2))
@@ -202,7 +203,7 @@ chapter.show(
     figure,
     "maps",
     alt="A histogram of centred scales, a lopsided bell between minus one and one, above two rows of ticks: the values of the dynamic map, so dense at the middle that they merge, and sparse outside; the values of the linear map, evenly spaced.",
-    caption=f"The dynamic map has {100 * crowd:.0f} % of its values between −0.1 and 0.1, where only {100 * inside:.0f} % of the scales of normal weights are. The linear map fits them better.",
+    caption=f"The dynamic map has {100 * crowd:.0f} % of its values within {NEAR} of zero, where only {100 * inside:.0f} % of the scales of normal weights are. The linear map fits them better.",
 )
 
 # %% [markdown]
@@ -248,7 +249,7 @@ ax.yaxis.set_major_formatter("{x:.1f} %")
 chapter.show(
     figure,
     "tails",
-    alt="Error of the scales of 36 matrices, two dots each, against the ratio of the largest scale to the mean, from 2 to 60. Up to a ratio of four both dots lie below half a percent, the linear map's a little lower; from eight on the linear map's rise to two percent, while the dynamic map's stay below 0.6 percent.",
+    alt=f"Error of the scales of {better.size} matrices, two dots each, against the ratio of the largest scale to the mean, from {reach.min():.1f} to {reach.max():.0f}. Up to a ratio of {reach[better].max():.1f} both dots lie at {100 * np.maximum(errors['linear'], errors['dynamic'])[better].max():.1f} % or below, the linear map's a little lower; from {reach[~better].min():.1f} on the linear map's rise to {100 * errors['linear'].max():.1f} %, and the dynamic map's to {100 * errors['dynamic'].max():.1f} % at most.",
     caption=f"The linear map is better where no scale is large beside the mean ({better.sum()} matrices). Where one is, its error grows to {100 * errors['linear'].max():.1f} %; that of the dynamic map never exceeds {100 * errors['dynamic'].max():.1f} %.",
 )
 

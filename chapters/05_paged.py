@@ -162,6 +162,7 @@ print(
 W = rng.standard_normal(trained // SCALE).astype(np.float32)
 GRADS = [rng.standard_normal(W.size).astype(np.float32) for _ in range(8)]
 page_bytes = 8 * PAGE * SCALE
+PCIE = 31.5e9  # bytes a second, in one direction
 
 
 def room(taken):
@@ -230,8 +231,8 @@ chapter.show(
 
 # %% [markdown]
 # In step {=first=} the activations need {=f"{needed[first] / 1e9:.1f}"=} GB. Pages of the state leave, and come back when the optimizer's step needs them: the blue band is thinner there.
-# Without paging the run ends in this step, {=f"{(unpaged[first] - CAPACITY) / 1e9:.2f}"=} GB short. The cost is {=f"{moved[first] / 1e9:.1f}"=} GB of traffic in this step. A PCIe 4.0 bus of 16 lanes carries about 25 GB/s, so that takes
-# {=f"{moved[first] / 25e9:.2f}"=} seconds. In the other steps after the first nothing is moved. Paged optimizers are made for such rare spikes.
+# Without paging the run ends in this step, {=f"{(unpaged[first] - CAPACITY) / 1e9:.2f}"=} GB short. The cost is {=f"{moved[first] / 1e9:.1f}"=} GB of traffic in this step. A PCIe 4.0 bus of 16 lanes carries at most {=PCIE / 1e9:.1f=} GB/s [@nvidia2020], so that takes
+# {=f"{moved[first] / PCIE:.2f}"=} seconds at least. In the other steps after the first nothing is moved. Paged optimizers are made for such rare spikes.
 #
 # ## The experiment: too little room in every step
 #
@@ -281,7 +282,7 @@ ax.set(ylim=(-0.8, PAGES + 2.4), xticks=[1, 4, 8, 12, 16], yticks=range(0, 17, 4
 chapter.show(
     figure,
     "lru",
-    alt="Faults in each step against the budget, from 1 to 17 pages. The points of the rule least recently used are at 16 for every budget up to 15, and at 0 from 16 on. The points of the best possible rule fall on a straight line from 16 to 0.",
+    alt=f"Faults in each step against the budget, from {min(per_step)} to {max(per_step)} pages. The points of the rule least recently used are at {PAGES} for every budget up to {PAGES - 1}, and at zero from {PAGES} on. The points of the best possible rule fall on a straight line from {PAGES} to zero.",
     caption=f"With one page too few, the rule of the least recently used page faults on all {PAGES} pages in each step. The best possible rule would fault {fewest[PAGES - 1]:.1f} times.",
 )
 

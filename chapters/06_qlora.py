@@ -47,7 +47,7 @@ half, qlora_way = chosen["LoRA on 16 bits"], chosen["QLoRA: LoRA on 4 bits"]
 chapter.show(
     plots.memory_bars(chosen),
     "memory",
-    alt="Three stacked bars of the memory of a 7-billion-parameter model under LoRA. The activations and the thin slices of gradients and optimizer are the same in all three. The weights are half of the first bar, and about a third of that length in the other two.",
+    alt=f"Three stacked bars of the memory of a model of {memory.LLAMA_7B.parameters / 1e9:.1f} billion parameters under LoRA. The activations and the thin slices of gradients and optimizer are the same in all three. The weights are {half.weights / half.total:.0%} of the first bar, and {qlora_way.weights / half.weights:.0%} of that length in the last.",
     caption=f"Storing the base in four bits cuts the weights from {half.weights / 1e9:.1f} to {qlora_way.weights / 1e9:.1f} GB, and the sum from {half.total / 1e9:.1f} to {qlora_way.total / 1e9:.1f} GB. Double quantization saves the last {(chosen['LoRA on NF4'].total - qlora_way.total) / 1e9:.1f} GB of that.",
 )
 
@@ -170,7 +170,7 @@ assert found["4 bits, decoded twice"] < found["16 bits"] < found["4 bits, decode
 chapter.show(
     plots.bars(found, "bytes a weight, at the end of the forward pass"),
     "kept",
-    alt="Three horizontal bars: a layer in 16 bits with 2 bytes a weight, a 4-bit layer whose decoded weight is kept with 2.5, and a 4-bit layer that decodes twice with about half a byte.",
+    alt=f"Three horizontal bars: a layer in 16 bits with {found['16 bits']:.2f} bytes a weight, a 4-bit layer whose decoded weight is kept with {found['4 bits, decoded once']:.2f}, and a 4-bit layer that decodes again with {found['4 bits, decoded twice']:.2f}.",
     caption=f"A 4-bit layer that keeps its decoded weight for the backward pass takes {found['4 bits, decoded once']:.2f} bytes a weight, more than a layer in 16 bits. Decoding again in the backward pass leaves {found['4 bits, decoded twice']:.2f}.",
 )
 

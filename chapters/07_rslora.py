@@ -34,7 +34,7 @@ chapter = start("07_rslora", steps=25, model="tiny")
 # | what the adapter adds, $\propto s^2 r$ | $r^{-1}$ | $r^{0}$ |
 # | gradient of $B$, $\propto s\,\lVert x A^T\rVert \propto s \sqrt r$ | $r^{-1/2}$ | $r^{0}$ |
 #
-# Kalajdzievski proves it for the whole course of training: outputs and gradients keep their size as the rank grows if and only if $s \propto 1/\sqrt r$ [@kalajdzievski2023, theorem 3.2].
+# Kalajdzievski proves it for the whole course of training by gradient descent, on average over the random $A$: outputs and gradients keep their size as the rank grows if and only if $s \propto 1/\sqrt r$ [@kalajdzievski2023, theorem 3.2].
 #
 # ## The formula, and the code
 #
@@ -148,7 +148,7 @@ ax.legend(fontsize=8, frameon=False, labelcolor=plots.INK, handlelength=4)
 chapter.show(
     figure,
     "slopes",
-    alt="Four lines over the rank, from 4 to 512, on logarithmic axes. With alpha/r the solid line of the output falls the most and that of the gradient half as steeply; with alpha over the root of r both dashed lines are flat.",
+    alt=f"Four lines over the rank, from {min(RANKS)} to {max(RANKS)}, on logarithmic axes. With alpha/r the solid line of the output falls the most and that of the gradient half as steeply; with alpha over the root of r both dashed lines are flat.",
     caption=f"Gradient descent with α/r moves the output {found['descend', 'alpha/r'][0][0] / found['descend', 'alpha/r'][0][-1]:.0f} times less at rank 512 than at rank 4 (slope {plain[0]:+.2f}). With α/√r the rank makes little difference (slope {stable[0]:+.2f}).",
 )
 

@@ -216,7 +216,7 @@ ax.set_ylim(2.6, -0.6)
 chapter.show(
     figure,
     "length_direction",
-    alt="Three rows of points, one point for each layer, over the correlation, from −0.6 to 0.8. The bar at the mean of full fine-tuning is the lowest, that of DoRA lies higher, and that of LoRA the highest.",
+    alt=f"Three rows of points, one point for each layer, over the correlation, from {min(map(min, within.values())):.1f} to {max(map(max, within.values())):.1f}. The bar at the mean of full fine-tuning is the lowest, that of DoRA lies higher, and that of LoRA the highest.",
     caption=f"In LoRA, rows that turn far also change their length (mean correlation {np.mean(within['LoRA']):+.2f}); in DoRA ({np.mean(within['DoRA']):+.2f}) and in full fine-tuning ({np.mean(within['full fine-tuning']):+.2f}) less so.",
 )
 chapter.claim(

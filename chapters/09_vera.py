@@ -228,7 +228,7 @@ chapter.show(
     figure,
     "gain",
     alt="Gain in loss against the number of trained parameters: three joined points for VeRA, which rise from left to right with the rank, and one point for LoRA of rank 1, left of the third and at about its height.",
-    caption=f"VeRA gains more as its rank grows from 4 to 256 ({gains['VeRA, r = 4']:.2f} to {gains['VeRA, r = 256']:.2f} nats). On this narrow model LoRA of rank 1 gains {gains['LoRA, r = 1']:.2f} with fewer parameters.",
+    caption=f"VeRA gains more as its rank grows: {gains['VeRA, r = 4']:.2f} nats at rank 4, {gains['VeRA, r = 256']:.2f} at rank 256. On this narrow model LoRA of rank 1 gains {gains['LoRA, r = 1']:.2f} with fewer parameters.",
 )
 
 # %% [markdown]

@@ -190,8 +190,8 @@ deviations = ", ".join(f"{part[:-5]} {s:.2f}" for part, s in spread.items())
 chapter.show(
     figure,
     "vectors",
-    alt="Values of the trained vectors by block, in three columns of dots a block: keys, values and the feed-forward layer. All began at 1 and are scattered around it now.",
-    caption=f"After {chapter.steps} steps the factors have left 1 by up to {max(moved.values()):.2f}. Their standard deviations: {deviations}.",
+    alt="Values of the trained vectors by block, in three columns of dots a block: keys, values and the feed-forward layer. All began at one and are scattered around it now.",
+    caption=f"After {chapter.steps} steps the factors have left one by up to {max(moved.values()):.2f}. Their standard deviations: {deviations}.",
 )
 
 # %% [markdown]

@@ -42,7 +42,8 @@ chapter = start("13_bottleneck", steps=25, model="tiny")
 # | Pfeiffer [@pfeiffer2020] | $x \leftarrow x + S(x)$, then $x \leftarrow x + F(x) + f(F(x))$ | 1 |
 # | parallel [@he2021] | $x \leftarrow x + S(x)$, then $x \leftarrow x + F(x) + f(x)$ | 1 |
 #
-# The first two are *serial*: the adapter reads what the sublayer wrote. The third reads what the sublayer reads.
+# The first two are *serial*: the adapter reads what the sublayer wrote. The third reads what the sublayer reads. Houlsby and others leave the nonlinearity open, and their program has a GELU; ReLU is that of He and others. Pfeiffer's adapter was made for models that normalize
+# behind the feed-forward layer, and reads the normalized sum there. A Llama has no norm at that place, so ours reads $F(x)$.
 #
 # ## The code
 #
@@ -224,8 +225,8 @@ except InputError as error:
 # - **The scaling stands in two places.** He et al. scale the parallel adapter by 4 and leave the serial one unscaled. A library that applies its scale before the up projection's bias,
 #   or not to it, trains as well, and gives wrong outputs with weights from another library.
 # - **A start that is not the base model.** If the up projection starts random as well, every block adds noise in the first step. It must be zero or very small; Houlsby and others draw it with a deviation of $10^{-2}$.
-# - **Which input does a parallel adapter read?** He et al. worked on models that normalize *behind* a sublayer, where adapter and sublayer read the same $x$. In a Llama the norm stands in
-#   *front*. Ours reads what the module reads, the normalized $x$. Others read the raw one.
+# - **Which input does a parallel adapter read?** BART and RoBERTa normalize *behind* a sublayer, so that adapter and sublayer read the same $x$. In a Llama the norm stands in
+#   *front*, as in mBART, the third model of He et al. Ours reads what the module reads, the normalized $x$; their program gives the adapter of mBART the $x$ before the norm.
 # - **"It has few parameters, so it is fast."** Parameters are not latency. Measure it.
 #
 # ## Exercises

@@ -78,7 +78,7 @@ chapter = start("14_prefix", steps=40, model="tiny")
 #
 # ### The network that is thrown away
 #
-# Trained directly, keys and values are sensitive to the learning rate, the authors found, and they trained a small network instead whose *output* is the
+# Trained directly, keys and values are sensitive to the learning rate and to the start, the authors found, and they trained a small network instead whose *output* is the
 # prefix. After training it is run once more, its output kept, and the network dropped. It costs nothing afterwards, even if it has many times as many numbers as the prefix.
 #
 # @source minipeft.reference.prefix.Reparametrization

@@ -223,7 +223,7 @@ chapter.show(
     figure,
     "length",
     alt="Loss on held-out definitions against the number of trained numbers, for prompts and for prefixes of one, five and twenty tokens. The curve of the prefixes lies below that of the prompts.",
-    caption=f"In {chapter.steps // 2} steps a prompt of 20 tokens gains {without - results['prompt'][20]:.2f} nats with {numbers['prompt'][20]:,} numbers, a prefix of 20 {without - results['prefix'][20]:.2f} with {numbers['prefix'][20]:,}.",
+    caption=f"In {chapter.steps // 2} steps a prompt of {max(LENGTHS)} tokens gains {without - results['prompt'][20]:.2f} nats with {numbers['prompt'][20]:,} numbers, a prefix of as many tokens {without - results['prefix'][20]:.2f} with {numbers['prefix'][20]:,}.",
 )
 
 # %% [markdown]

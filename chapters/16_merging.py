@@ -240,7 +240,7 @@ chapter.show(
     figure,
     "drift",
     alt="Root mean square distance from the original weight over a thousand cycles, divided by the standard deviation of the weight, on logarithmic axes: one adapter added and subtracted gives a flat line, a hundred in turn give a line that rises, and keeping the weight stays at zero.",
-    caption=f"A hundred adapters in turn drift from {many[0]:.1e} to {many[-1]:.1e} of the weight's standard deviation in a thousand cycles; one adapter stays at {one[-1]:.1e}; keeping the weight stays at 0.",
+    caption=f"A hundred adapters in turn drift from {many[0]:.1e} to {many[-1]:.1e} of the weight's standard deviation in a thousand cycles; one adapter stays at {one[-1]:.1e}; keeping the weight stays at zero.",
 )
 
 # %% [markdown]
@@ -377,8 +377,8 @@ ax.minorticks_off()
 chapter.show(
     figure,
     "requantized",
-    alt="Cosine between the intended and the effective update after requantizing, against the size of the update relative to the weight, with the value at each point. The curve rises from near 0 at the left to near 1 at the right; a dashed line marks the size of NF4's own error.",
-    caption=f"An update of 1 % of the weight comes out of four bits with a cosine of {cosines[1]:.2f}, one of 10 % with {cosines[3]:.2f}, one of 100 % with {cosines[5]:.2f}. NF4's own error is {100 * grid:.0f} % of the weight.",
+    alt=f"Cosine between the intended and the effective update after requantizing, against the size of the update relative to the weight, with the value at each point. The curve rises from {cosines[0]:.2f} at the left to {cosines[-1]:.2f} at the right; a dashed line marks the size of NF4's own error.",
+    caption=f"An update of {SIZES[1]:.0%} of the weight comes out of four bits with a cosine of {cosines[1]:.2f}, one of {SIZES[3]:.0%} with {cosines[3]:.2f}, one of {SIZES[5]:.0%} with {cosines[5]:.2f}. NF4's own error is {100 * grid:.0f} % of the weight.",
 )
 
 # %% [markdown]

@@ -141,8 +141,8 @@ ax.grid(visible=False)
 chapter.show(
     figure,
     "layout",
-    alt="A matrix of 4 rows and 96 columns, coloured by block: block 0 fills the first 64 columns of row 0, block 1 the other 32 and the first 32 of row 1, and so on, six blocks in all.",
-    caption="Blocks of 64 do not end where rows of 96 end: 4 rows hold 6 blocks and 6 scales.",
+    alt=f"A matrix of {rows} rows and {columns} columns, coloured by block: block 0 fills the first {block} columns of row 0, block 1 the other {columns - block} and the first {2 * block - columns} of row 1, and so on, {rows * columns // block} blocks in all.",
+    caption=f"Blocks of {block} do not end where rows of {columns} end: {rows} rows hold {rows * columns // block} blocks and as many scales.",
 )
 
 # %%
@@ -218,7 +218,12 @@ ax.grid(visible=False)
 chapter.show(
     figure,
     "sectors",
-    alt="Five ways to read packed codes, as rows of boxes, one for each sector of 32 bytes, filled as far as its bytes are wanted. Neighbouring 16-byte loads fill 16 boxes; single bytes fill one; reading one's own row half-fills 32; one byte of one's own block fills a thirty-second of 32 boxes; scales between the codes leave 20 boxes a fifth full.",
+    alt="Five ways to read packed codes, as rows of boxes, one for each sector, filled as far as its bytes are wanted. "
+    + "; ".join(
+        f"{name}: {used.size} boxes, {used.mean():.0%} full"
+        for name, used in shares.items()
+    )
+    + ".",
     caption=f"Of the bytes that a warp fetches it wants {shares['ours: lane i takes the i-th 16 bytes'].mean():.0%} if neighbours load neighbouring bytes, {shares['lane i takes 16 bytes of its own row'].mean():.0%} if each loads from its own row, and {shares['lane i takes a byte of its own block'].mean():.0%} if each loads a byte of its own block.",
 )
 

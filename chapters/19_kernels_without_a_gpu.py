@@ -481,7 +481,8 @@ if not NO_NVRTC:
 # - **What comes after PTX.** A second compiler, `ptxas`, turns PTX into machine code. We count its registers and read its output, but do not run it.
 # - **Real paging.** [Paged optimizers](05_paged.md) use managed memory. Which page moves when is the driver's affair; here a copy is a copy.
 # - **Streams.** Two kernels that overlap, or a copy that overtakes a kernel, do not exist in a program that does one thing at a time.
-# - **Tensor cores, and the newest instructions**: not used, not modelled.
+# - **How tensor cores round.** Our products use them, and their instruction is modelled here: with sums in float64 in the interpreter of PTX, with sums in float32 in g++'s version. How the hardware rounds its sums is not published.
+# - **The newest instructions**, such as the asynchronous copies and products of an H100: not used, not modelled.
 #
 # How to find out is one command on a machine that has a GPU. `minipeft gpu-report` checks every kernel against the reference, times it, and writes a report to paste into an issue; without a GPU it says so and ends with exit code 2. `make test-gpu` runs these same cases on the device.
 #

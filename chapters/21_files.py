@@ -1,7 +1,7 @@
 # %% [markdown]
 # # Files: what an adapter will do elsewhere
 #
-# An adapter leaves the program that trained it as two files: a configuration and the matrices. Another program reads them, and may compute another scale, or nothing. A merged model leaves as one file, and nobody can see what was merged into it. This chapter asks two questions of files: *what will this adapter do there?* and *is this model really base + adapter?*
+# The program that trains an adapter writes it as two files: a configuration and the matrices. Another program that reads them may compute with another scale, or not apply the adapter at all. A merged model leaves as one file, and nobody can see what was merged into it. This chapter asks two questions of files: *what will this adapter do there?* and *is this model really base + adapter?*
 
 # %%
 import atexit
@@ -23,9 +23,11 @@ from minipeft.interop import (
     peft_format,
 )
 from minipeft.interop.audit import EXACT, WRONG, audit
+from minipeft.interop.bound import allowed
+from minipeft.interop.mistakes import MISTAKES
 from minipeft.interop.tensors import open_tensors
-from minipeft.interop.update import merged
-from minipeft.lab import models
+from minipeft.interop.update import exact, merged
+from minipeft.lab import models, plots
 from minipeft.lab.chapter import start
 from minipeft.torch import blockwise
 
@@ -34,7 +36,7 @@ chapter = start("21_files", steps=1)
 # %% [markdown]
 # ## The problem
 #
-# A weight of the base is $W$, the adapter brings $A$, $B$ and numbers from which the scale follows: `lora_alpha`, `r`, `use_rslora`, and patterns that give some layers other values. The matrices look the same under every scale. So a program that does not read one of these numbers loads the file without a word, and the model answers a little differently.
+# A weight of the base is $W$, the adapter brings $A$, $B$ and numbers from which the scale follows: `lora_alpha`, `r`, `use_rslora`, and patterns that give some layers other values. The matrices look the same under every scale. So a program that does not read one of these numbers loads the file, prints no warning, and computes with another scale.
 #
 # Here is such an adapter, for the small model of this book: rank-stabilized, with ranks and alphas that differ from layer to layer.
 
@@ -161,6 +163,62 @@ chapter.claim(
     "the audit names each of five mistakes, in every adapted weight",
     all(named[name] == {name} for name in BROKEN),
     control="the right merge and the same merge in another order, which it does not accuse",
+)
+
+# %% [markdown]
+# How far is each file from the right merge? The unit here is the bound: how far another order of the sums can move a weight. The dots count for each adapted matrix the weight that lies farthest away. The control is the right merge in another order.
+
+# %%
+MAKERS = {mistake.name: mistake.make for mistake in MISTAKES}
+MERGES = {"right, in another order": in_halves, **BROKEN}
+off, unexplained = ({name: [] for name in MERGES} for _ in range(2))
+for name, change in MERGES.items():
+    for tensor, update in adapter.updates.items():
+        W = base.read(tensor)
+        wanted = exact(W, update, torch.float64)
+        bound = allowed(W, update, wanted)
+        distances = [(off, wanted)]
+        if name in MAKERS:
+            distances.append((unexplained, MAKERS[name](W, update).double()))
+        for kept, target in distances:
+            away = (change(W, update).double() - target).abs() / bound
+            kept[name].append(float(away.max()))
+print("farthest weight, in bounds      from the right merge   from the mistake named")
+for name in MERGES:
+    least, most = min(off[name]), max(off[name])
+    named_off = f"{max(unexplained[name]):g} at most" if unexplained[name] else ""
+    print(f"{name:30s}   {least:9.2g} to {most:7.2g}   {named_off}")
+    assert most <= 1 if name not in BROKEN else least > 1
+least_off = min(min(off[name]) for name in BROKEN)
+
+# %% tags=["fold"]
+figure, ax = plots.axes(
+    x="farthest weight of a matrix, in units of the bound", size=(6.4, 3.3)
+)
+ZERO = 1e-3
+for row, name in enumerate(MERGES):
+    color = plots.PALETTE[0] if name in BROKEN else plots.PALETTE[2]
+    ax.plot(off[name], [row] * len(off[name]), "o", color=color, alpha=0.5)
+    at = [max(value, ZERO) for value in unexplained[name]]
+    ax.plot(at, [row] * len(at), "o", color=plots.PALETTE[1], fillstyle="none")
+for color, style, label in (
+    (plots.PALETTE[0], "full", "from the right merge"),
+    (plots.PALETTE[1], "none", "from the mistake that the audit names"),
+):
+    ax.plot([], [], "o", color=color, fillstyle=style, label=label)
+ax.axvline(1, color=plots.INK, linewidth=1, linestyle="--")
+ax.text(1.5, -0.75, "beyond any order of sums", color=plots.INK, va="center")
+ax.set(xscale="log", xlim=(ZERO / 2, 10 * max(map(max, off.values()))))
+ax.set_xticks([ZERO, 1e-2, 1, 1e2, 1e4, 1e6], ["0", "0.01", "1", "100", "10⁴", "10⁶"])
+ax.minorticks_off()
+ax.set_yticks(range(len(MERGES)), list(MERGES))
+ax.set_ylim(len(MERGES) - 0.4, -1.2)
+plots.legend_below(figure, columns=2)
+chapter.show(
+    figure,
+    "mistakes",
+    alt="Six rows of dots on a logarithmic axis, one dot for each adapted matrix: how far its farthest weight is from the right merge, in units of the bound. The dots of the right merge in another order lie left of a dashed line, which is the bound; those of five mistakes lie right of it. Open dots at zero say how far each file is from the mistake that the audit names.",
+    caption=f"Another order of the sums moves no weight farther than {max(off['right, in another order']):.2f} of the bound; each of the five mistakes moves one by {least_off:,.0f} times the bound or more, in every matrix. From the mistake that the audit names, the files are {max(max(unexplained[name]) for name in BROKEN):g} away.",
 )
 
 # %% [markdown]

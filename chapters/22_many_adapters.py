@@ -311,7 +311,7 @@ ax.set_yticks([0, 0.25, 0.5, 0.75, 1], ["0", "25 %", "50 %", "75 %", "100 %"])
 chapter.show(
     figure,
     "hits",
-    alt="Share of requests that find their adapter on the device against the number of adapters held there. With equal tenants a straight line from 0 to 1; with Zipf's law a curve far above it, steep at first. Simulated dots lie on both.",
+    alt=f"Share of requests that find their adapter on the device against the number of adapters held there. With equal tenants a straight line from none to all; with Zipf's law a curve above it, steep at first: at a tenth of the adapters {predicted('Zipf', 100):.0%} instead of {predicted('every tenant alike', 100):.0%}. Simulated dots lie on both.",
     caption=f"A tenth of the adapters on the device serves {predicted('Zipf', 100):.0%} of the requests under Zipf's law, and {predicted('every tenant alike', 100):.0%} where all tenants are alike.",
 )
 
@@ -435,8 +435,8 @@ ax.minorticks_off()
 chapter.show(
     figure,
     "tokens",
-    alt="Tokens a second against the number of different tenants in a batch of 32, on logarithmic axes. The mixed batch stays just below the dashed line of the base alone; the loop falls as one over the number of tenants; loading a merged model each begins fifty times lower and falls as fast.",
-    caption=f"A mixed batch of 32 tenants keeps {kept:.0%} of the base's speed. The loop keeps 1/32, and loading merged models {speeds['load a merged model each'][-1] / speeds['loop over the tenants'][-1]:.0%} of that.",
+    alt=f"Tokens a second against the number of different tenants in a batch of {ROWS}, on logarithmic axes. The mixed batch stays just below the dashed line of the base alone, and has {kept:.0%} of it at the right; the loop falls as one over the number of tenants; loading a merged model each begins {speeds['loop over the tenants'][0] / speeds['load a merged model each'][0]:.0f} times lower and falls as fast.",
+    caption=f"A mixed batch of {ROWS} tenants keeps {kept:.0%} of the base's speed. The loop keeps 1/{ROWS}, and loading merged models {speeds['load a merged model each'][-1] / speeds['loop over the tenants'][-1]:.0%} of that.",
 )
 
 # %% [markdown]

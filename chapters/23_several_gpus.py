@@ -58,11 +58,11 @@ assert CARD < weights < 2 * CARD
 # %% [markdown]
 # ## The formula
 #
-# Let $w$ be the bytes of the frozen weights, $a$ those of the adapters with their gradients and optimizer states, $c$ those of one block's weights, and $t$ what a card keeps of its own tokens (activations, logits, one decoded weight). Then a card needs
+# Let $w$ be the bytes of the frozen weights, $a$ those of the adapters with their gradients and optimizer states, $c$ those of one block's weights, $e$ those of the embeddings and the output layer, and $t$ what a card keeps of its own tokens (activations, logits, one decoded weight). Then a card needs
 #
-# $$ m_\text{DDP} = w + a + t, \qquad m_\text{FSDP} = \frac{w + a}{N} + 2c + t. $$
+# $$ m_\text{DDP} = w + a + t, \qquad m_\text{FSDP} = \frac{w + a}{N} + 2c + \Big(1 - \frac1N\Big) e + t. $$
 #
-# There are two blocks at once because the next one is fetched while one computes. The activations $t$ are not divided: each card has a batch of its own.
+# There are two blocks at once because the next one is fetched while one computes. The embeddings and the output layer belong to no block: FSDP2 keeps them whole on every card from the forward pass to the end of the backward pass. The activations $t$ are not divided: each card has a batch of its own.
 #
 # What travels in a step, for each card, with checkpointing off: under DDP the gradients of the adapters, $2(N-1)/N$ times their bytes. Under FSDP the weights as well, once for the forward pass and once for the backward pass:
 #
@@ -144,7 +144,7 @@ assert lost > 0
 # %% [markdown]
 # ## The experiment: 70 billion parameters on cards of 24 GB
 #
-# One sequence of 512 tokens a card, checkpointing: only the input of each block is kept, and one block at a time is computed again. LoRA of rank 16 on all linear layers, in 32 bits with Adam. The count is that of `minipeft memory`, with three things added: the gathered blocks, one decoded weight, and the embeddings and the output layer, which FSDP2 keeps whole on every card from the forward pass to the end of the backward pass. Nothing was measured. A card sold as 24 GB holds 24 GiB, which are {=CARD / 1e9:.1f=} GB.
+# One sequence of 512 tokens a card, checkpointing: only the input of each block is kept, and one block at a time is computed again. LoRA of rank 16 on all linear layers, in 32 bits with Adam. The count is that of `minipeft memory`, with three things added: the gathered blocks, one decoded weight, and the whole embeddings and output layer. Nothing was measured. A card sold as 24 GB holds 24 GiB, which are {=CARD / 1e9:.1f=} GB.
 
 # %%
 TOKENS, RANK = (1, 512), Adapter(r=16)
@@ -230,11 +230,12 @@ for color, (name, values), at in zip(
 ax.axhline(CARD / 1e9, color=plots.INK, linestyle="--", linewidth=1)
 ax.text(2.5, CARD / 1e9 + 1, "a card of 24 GB", color=plots.INK)
 ax.set(ylim=(0, 80), xlim=(0.8, 8.2))
+first_in_16 = next(c for c in N if sharded(c, 16) < CARD)
 chapter.show(
     figure,
     "cards",
-    alt="Gigabytes a card against the number of cards. DDP in 4 bits is a flat line at about 40. FSDP in 4 bits falls from there below a dashed line at 25.8 with two cards. FSDP in 16 bits falls from above the figure and comes below the dashed line with seven cards.",
-    caption=f"Sharded over two cards, 70 billion parameters in 4 bits need {needs[2] / 1e9:.1f} GB on each. DDP needs {replicated() / 1e9:.1f} GB on each of any number, and 16 bits fit from {next(c for c, v in zip(N, lines['FSDP, 16 bits'], strict=True) if v < CARD / 1e9)} cards on.",
+    alt=f"Gigabytes a card against the number of cards. DDP in 4 bits is a flat line at {replicated() / 1e9:.1f}. FSDP in 4 bits falls from there below a dashed line at {CARD / 1e9:.1f} with two cards. FSDP in 16 bits falls from above the figure and comes below the dashed line with {first_in_16} cards.",
+    caption=f"Sharded over two cards, {LLAMA_70B.parameters / 1e9:.0f} billion parameters in 4 bits need {needs[2] / 1e9:.1f} GB on each. DDP needs {replicated() / 1e9:.1f} GB on each of any number, and 16 bits fit from {first_in_16} cards on.",
 )
 
 # %% [markdown]

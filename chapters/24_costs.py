@@ -276,12 +276,12 @@ assert round(real / 1e6) == 27
 # has a quarter of the outputs, and the same adapter has {=f"{real / 1e6:.0f}"=} MB.
 
 # %% tags=["fold"]
-parts = {}
+parts, LENGTH = {}, 2048
 for title, changes in {
     "nothing checkpointed": {},
     "checkpointed": {"checkpointing": True},
 }.items():
-    peak = Options(base="nf4-double", sequence=2048, **changes).peak(llama)
+    peak = Options(base="nf4-double", sequence=LENGTH, **changes).peak(llama)
     parts[f"QLoRA, {title}"] = memory.Memory(
         peak.weights, peak.gradients, peak.optimizer, peak.activations + peak.logits
     )
@@ -289,15 +289,15 @@ bars = {name: part.total / 1e9 for name, part in parts.items()}
 chapter.show(
     plots.memory_bars(parts),
     "checkpointing",
-    alt="Two stacked bars of the memory of QLoRA on Llama 3.1 8B with one sequence of 2,048 tokens. The weights are the same in both. The activations, with the logits, are most of the first bar and much shorter in the second.",
-    caption=f"Checkpointing takes QLoRA on Llama 3.1 8B with 2,048 tokens from {bars['QLoRA, nothing checkpointed']:.1f} to {bars['QLoRA, checkpointed']:.1f} GB. What stays of the activations is mostly three buffers of the logits.",
+    alt=f"Two stacked bars of the memory of QLoRA on Llama 3.1 8B with one sequence of {LENGTH:,} tokens. The weights are the same in both. The activations, with the logits, are most of the first bar and much shorter in the second.",
+    caption=f"Checkpointing takes QLoRA on Llama 3.1 8B with {LENGTH:,} tokens from {bars['QLoRA, nothing checkpointed']:.1f} to {bars['QLoRA, checkpointed']:.1f} GB. What stays of the activations is mostly three buffers of the logits.",
 )
 
 # %% [markdown]
 # ## What goes wrong in practice
 #
 # - **A sum instead of the peak.** Weights, gradients, states and kept activations need not be in memory at the same moment: gradients grow while activations shrink. The peak can leave some of them out, and has two buffers at the loss or the optimizer's copy besides.
-# - **A frozen matrix that keeps its input.** The counts of this chapter found one in our own code: over a base of 16 bits, VeRA and MiSS kept the input of every layer for the gradient of a matrix that is frozen. The prediction was too low by up to 14 %, and the code was wrong, not the formula.
+# - **A frozen matrix that keeps its input.** The counts of this chapter found one in our own code: over a base of 16 bits, VeRA and MiSS kept the input of every layer for the gradient of a matrix that is frozen. The prediction was lower than the measurement, and the code was wrong, not the formula.
 # - **The size on the box.** A card sold as 24 GB holds between {=f"{23_028 * 2**20 / 1e9:.1f}"=} and {=f"{24_576 * 2**20 / 1e9:.1f}"=} GB. The command compares with what `nvidia-smi` reports.
 # - **What no formula here counts**: the allocator's fragments, a kernel's workspace, the driver's few hundred megabytes, masks of dropout.
 #

@@ -20,6 +20,16 @@ NUMBER = re.compile(
     r"|\b(two|three|four|five|six|seven|eight|nine|ten|twelve|hundred|thousand)"
     r" (%|percent|times|nats|hundred|thousand|million|billion)"
 )
+# A number that an author typed where the cell should fill it in, and names with digits.
+TYPED = re.compile(
+    r"(?<![\w.{=])[-−]?\d[\d.,]*(?!\w|/\{=)"
+    r"|\b(two|three|four|five|six|seven|eight|nine|ten|\w+ty|\w*hundred|\w*thousand)"
+    r" (percent|times|nats|GB)\b"
+)
+NAMES = re.compile(
+    r"\bL(lama|LaMA) \d(\.\d)?( \d+B)?|\b\d+[ -]bits?\b|\bsold as \d+ GB"
+    r"|\b(rank|row|block|layer) \d+\b|\bn = \d+"
+)
 NO_NUMBER = re.compile(r"`[^`]*`|\$[^$]*\$|\[[^]]*\]\([^)]*\)")  # code, formula, link
 
 
@@ -127,6 +137,11 @@ def words(node: ast.expr | None) -> str:
     if isinstance(node, ast.BinOp):
         return words(node.left) + words(node.right)
     return "" if node is None else "{="
+
+
+def typed(text: str) -> list[str]:
+    """Return the numbers in a text from `words` that no cell fills in."""
+    return [found[0] for found in TYPED.finditer(NAMES.sub("", text))]
 
 
 def vague(text: str) -> list[str]:

@@ -238,3 +238,7 @@ def test_a_data_file_with_a_wrong_entry_fails(small):
     small.write("site/glossary.yml", "rank:\n  shrt: oops\n")
     with pytest.raises(BookError, match=r"glossary.yml, 'rank': .*shrt"):
         small.build()
+    twice = "rank:\n  short: one\n  text: ''\n"
+    small.write("site/glossary.yml", twice + twice)
+    with pytest.raises(BookError, match=r"glossary.yml: 'rank' stands twice"):
+        small.build()

@@ -1,5 +1,6 @@
 """How chapters state things: claims with a control, swept rates, words with numbers."""
 
+import ast
 import json
 from pathlib import Path
 
@@ -8,7 +9,7 @@ from book import Folders, chapter
 
 from minipeft.lab import memory
 from minipeft.lab.memory import LLAMA_7B
-from tests.book.statements import TRAINED, Asserts, calls, sweeps, vague, words
+from tests.book.statements import TRAINED, Asserts, calls, sweeps, typed, vague, words
 
 ROOT = Path(__file__).parents[2]
 CHAPTERS = chapter.read_all(Folders(ROOT).chapters)
@@ -75,6 +76,11 @@ def test_every_figure_has_a_caption_besides_its_alternative_text(script):
     assert [alt[:60] for alt, caption in texts(script) if not caption.strip()] == []
 
 
+@by_name
+def test_the_text_of_a_figure_has_its_numbers_from_the_cell(script):
+    assert [typed(text) for pair in texts(script) for text in pair if typed(text)] == []
+
+
 TRAINING = """
 before = train.loss(model, held_out)
 losses = {}
@@ -116,6 +122,19 @@ def test_a_loop_over_rates_is_a_sweep():
 )
 def test_a_word_without_its_number_is_found(text, count):
     assert len(vague(text)) == count
+
+
+@pytest.mark.parametrize(
+    ("source", "found"),
+    [
+        ("'a curve from −0.6 to 32,000'", ["−0.6", "32,000"]),
+        ("'it begins fifty times lower'", ["fifty times"]),
+        ("f'it ends at {loss:.2f} nats, 1/{ratio:.1f} of {n}'", []),
+        ("'three bars: NF4, Llama 3.1 8B in 16 bits, rank 8, float16'", []),
+    ],
+)
+def test_a_number_that_was_typed_is_found(source, found):
+    assert typed(words(ast.parse(source, mode="eval").body)) == found
 
 
 def of_seventeen(method):

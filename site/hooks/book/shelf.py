@@ -67,9 +67,23 @@ def terms(path: Path) -> list[Term]:
     return sorted(found, key=lambda term: term.term.lower())
 
 
+class _Loader(yaml.SafeLoader):  # type: ignore[misc]
+    """Refuse a name that stands twice, of which YAML would keep the last."""
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+        names = [self.construct_object(key, deep=True) for key, _ in node.value]
+        for name in names:
+            if names.count(name) > 1:
+                raise BookError(f"{name!r} stands twice; give each entry its own name")
+        return dict(super().construct_mapping(node, deep))
+
+
 def load(path: Path) -> list[tuple[str, Any]]:
     """Read a data file: names, and what stands below each."""
-    content = yaml.safe_load(path.read_text("utf-8"))
+    try:
+        content = yaml.load(path.read_text("utf-8"), _Loader)
+    except BookError as error:
+        raise BookError(f"{path.name}: {error}") from None
     return list(content.items())
 
 
