@@ -468,8 +468,13 @@ figure, ax = plots.axes(
 for name, (stored, error) in on_normal.items():
     color = COLORS.get(name.split(",")[0], plots.INK)
     ax.plot(stored, 1e3 * error, "o", color=color)
+    below = name in ("NF4", "BOF4-S")  # NVFP4's name stands between
     ax.annotate(
-        name, (stored, 1e3 * error), (7, 4), textcoords="offset points", color=color
+        name,
+        (stored, 1e3 * error),
+        (7, -5 if below else 4),
+        textcoords="offset points",
+        color=plots.INK,
     )
 ax.set(xlim=(4.08, 4.66), ylim=(0, 15))
 chapter.show(

@@ -144,7 +144,7 @@ for style, (_, name) in zip(
 ax.set(xscale="log", yscale="log")
 ax.set_xticks(RANKS, [str(r) for r in RANKS])
 ax.minorticks_off()
-ax.legend(fontsize=8, frameon=False, labelcolor=plots.INK, handlelength=4)
+ax.legend(fontsize=9, frameon=False, labelcolor=plots.INK, handlelength=3)
 chapter.show(
     figure,
     "slopes",

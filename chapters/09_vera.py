@@ -100,7 +100,7 @@ assert same[1:].mean() < 0.01
 # %% [markdown]
 # ## How many parameters?
 #
-# The paper's first table counts the query and value projections. Here are its numbers ("printed") and ours.
+# The paper's first table counts the query and key projections. Here are its numbers ("printed") and ours.
 
 # %%
 RoBERTa_base, RoBERTa_large, GPT3 = (12, 768), (24, 1024), (96, 12288)

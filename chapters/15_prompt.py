@@ -205,8 +205,15 @@ for color, kind in zip(plots.PALETTE, results, strict=False):
     x, y = [*numbers[kind].values()], [*results[kind].values()]
     ax.plot(x, y, "o-", color=color, label=kind)
     for n, at in zip(LENGTHS, zip(x, y, strict=True), strict=True):
+        right = kind == "prompt"  # the names of the other curve stand left of it
         ax.annotate(
-            f"n = {n}", at, (4, 5), textcoords="offset points", color=color, fontsize=8
+            f"n = {n}",
+            at,
+            (4, 5) if right else (-4, -11),
+            textcoords="offset points",
+            ha="left" if right else "right",
+            color=plots.INK,
+            fontsize=8,
         )
 ax.axhline(without, color=plots.INK, linestyle="--", linewidth=1)
 ax.text(

@@ -462,7 +462,9 @@ for name, color in HUES.items():
 ax.plot(before["validation"], before["novel"], "s", color=plots.INK, label="before")
 ax.set(xlim=FRAME[0], ylim=FRAME[1])
 plots.legend_below(figure, columns=5)
-plots.name_points(figure, ax, points)
+# A name stands right of its whisker.
+ends = {n: (x + whiskers(n, "validation")[1][0], y) for n, (x, y) in points.items()}
+plots.name_points(figure, ax, ends)
 forgot = {name: mean(name, "novel") - before["novel"] for name in METHODS}
 chapter.show(
     figure,

@@ -162,7 +162,7 @@ for number, (name, change) in enumerate(BROKEN.items()):
 chapter.claim(
     "the audit names each of five mistakes, in every adapted weight",
     all(named[name] == {name} for name in BROKEN),
-    control="the right merge and the same merge in another order, which it does not accuse",
+    control="the right merge and the same merge in another order: no mistake is found",
 )
 
 # %% [markdown]

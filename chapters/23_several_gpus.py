@@ -228,7 +228,7 @@ for color, (name, values), at in zip(
     ax.plot(N, values, "o-", color=color)
     ax.text(*at, name, color=color, weight="bold", va="bottom")
 ax.axhline(CARD / 1e9, color=plots.INK, linestyle="--", linewidth=1)
-ax.text(2.5, CARD / 1e9 + 1, "a card of 24 GB", color=plots.INK)
+ax.text(2.5, CARD / 1e9 + 1, "a card sold as 24 GB", color=plots.INK)
 ax.set(ylim=(0, 80), xlim=(0.8, 8.2))
 first_in_16 = next(c for c in N if sharded(c, 16) < CARD)
 chapter.show(

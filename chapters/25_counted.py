@@ -66,7 +66,7 @@ LLAMA_3B = Architecture(28, 3072, 8192, 24, 8, 128256, 128)
 # %% [markdown]
 # ## LoRA
 #
-# LoRA [@hu2021] trains $L\, r\, (d_{in} + d_{out})$ for each adapted matrix. GPT-3 has $L = 96$ and $d = 12{,}288$. The adapters beside it in table 15 are Houlsby's, $2L\,(2dr + r + d)$; *PrefixEmbed* trains $d\,(l_p + l_i)$ with $l_i = 8$, and *PrefixLayer* $L\,d\,(l_p + l_i)$.
+# LoRA [@hu2021] trains $L\, r\, (d_{in} + d_{out})$ for each adapted matrix. GPT-3 has $L = 96$ and $d = 12{,}288$. Its counts stand in table 15, the size of its file in section 4.2. The adapters beside it in the table are Houlsby's, $2L\,(2dr + r + d)$; *PrefixEmbed* trains $d\,(l_p + l_i)$ with $l_i = 8$, and *PrefixLayer* $L\,d\,(l_p + l_i)$.
 
 # %%
 houlsby = {
@@ -165,7 +165,7 @@ again(
 # %% [markdown]
 # ## VeRA
 #
-# VeRA [@kopiczko2023] trains $r + d_{out}$ for each adapted matrix, and its text gives $L_{tuned}\,(d_{model} + r)$. The last three lines of its table 1, for GPT-3, agree with the count only if the shared frozen matrices, $2dr$, are counted too; those of RoBERTa do not count them.
+# VeRA [@kopiczko2023] trains $r + d_{out}$ for each adapted matrix, and its text gives $L_{tuned}\,(d_{model} + r)$. Its table 1 adapts queries and keys, which in these models count like queries and values. The last three lines of the table, for GPT-3, agree with the count only if the shared frozen matrices, $2dr$, are counted too; those of RoBERTa do not count them.
 
 # %%
 
@@ -242,7 +242,7 @@ again(
 #
 # ## DoRA
 #
-# DoRA [@liu2024] prints trained parameters as a share of all, $T / (P + T)$. Adapters are on queries, keys, values, up and down; a magnitude is one number for each output row. In the lines with three matrices the directions are trained in queries, keys and values, and the magnitudes in all seven linear layers.
+# DoRA [@liu2024, tables 1, 6 and 15] prints trained parameters as a share of all, $T / (P + T)$. Adapters are on queries, keys, values, up and down; a magnitude is one number for each output row. In the lines with three matrices the directions are trained in queries, keys and values, and the magnitudes in all seven linear layers.
 
 # %%
 FIVE = ("q_proj", "k_proj", "v_proj", "up_proj", "down_proj")

@@ -22,17 +22,61 @@ Each number counts cases that a test runs, and the test demands all of them.
 """
 
 
+CHECKPOINTS = {
+    "cut": "The end of a checkpoint is cut off.",
+    "a bit of the header": "A bit in the header of a checkpoint is flipped.",
+    "a bit of the data": "A bit in the data of a checkpoint is flipped.",
+}
+ADAPTERS = {
+    "truncated": "One of an adapter's two files is cut off.",
+    "longer": "Bytes follow the weights of an adapter.",
+    "broken_header": "A bit in the length of the weights' header is flipped.",
+    "broken_text": "The configuration is not UTF-8.",
+    "key_twice": "The configuration has a setting twice.",
+    "tensor_twice": "The weights have a tensor twice.",
+    "not_finite": "A tensor holds NaN or an infinity.",
+    "lost_tensor": "A tensor is missing.",
+    "foreign_tensor": "A tensor belongs to no layer.",
+    "other_shape": "A tensor has another shape.",
+    "whole_numbers": "A tensor holds integers.",
+    "renamed": "A tensor has another name.",
+    "odd_setting": "A setting has a value that it cannot have.",
+    "odd_json": "The configuration is not a JSON object of settings.",
+    "absent": "A file is missing, or is a folder or a link to nothing.",
+    "pickled": "The weights are a pickle.",
+    "oversized": "A file is larger than any adapter's.",
+}
+WRAPPERS = {
+    "offloaded": "All weights lie elsewhere and come in for a call",
+    "sharded": "FSDP shards the adapters and the bases",
+    "hooked": "Hooks count the calls of every adapter",
+    "base hooked": "Hooks look at the calls of the wrapped layers",
+    "parametrized": "Each trained tensor is computed from another one",
+    "cast by the instance": "A layer has a forward of its own, which casts the weight",
+    "copied": "The model is a deep copy",
+    "pickled": "The model has gone through pickle",
+}
+STATES = {
+    "autocast": "autocast to bfloat16",
+    "inference mode": "inference mode",
+    "no gradients": "`no_grad`",
+    "deterministic": "deterministic algorithms",
+    "default dtype": "float64 as the default dtype",
+    "default device": "another default device",
+}
+
+
 def damages() -> dict[str, int]:
     """Return how many damaged files of each kind are refused, the model untouched."""
     drawn = Counter(kind for kind, _ in checkpoints.damaged_files(bytes(8 + 99)))
-    kinds = {f"a checkpoint: {kind}": n for kind, n in sorted(drawn.items())}
-    kinds["a checkpoint: a field that does not fit"] = len(checkpoints.FORGERIES)
+    kinds = {CHECKPOINTS[kind]: n for kind, n in sorted(drawn.items())}
+    forgeries = len(checkpoints.FORGERIES)
+    kinds["A field of a checkpoint does not fit the model."] = forgeries
     each = Counter(
         folders.DAMAGES[i % len(folders.DAMAGES)].__name__ for i in range(folders.EACH)
     )
     for name, n in each.items():
-        kind = name.replace("_", " ")
-        kinds[f"a folder of an adapter: {kind}"] = n * len(folders.METHODS)
+        kinds[ADAPTERS[name]] = n * len(folders.METHODS)
     return kinds
 
 
@@ -41,21 +85,25 @@ def kills() -> dict[str, int]:
     signals = ", ".join(number.name for number in checkpoints.SIGNALS)
     caught = ", ".join(number.name for number in runs.SIGNALS)
     return {
-        f"a save, before and after each of its calls ({signals}): the old or the new "
-        "file": 2 * len(checkpoints.CALLS) * len(checkpoints.SIGNALS),
-        f"a step of training, in each of its parts ({caught}): whole steps, and the "
-        "run goes on as if never stopped": len(runs.POINTS) * len(runs.SIGNALS),
+        f"A signal ({signals}) comes before or after a call of a save. The old file or "
+        "the new one is there.": 2 * len(checkpoints.CALLS) * len(checkpoints.SIGNALS),
+        f"A signal ({caught}) comes in a part of a training step. Whole steps are "
+        "saved, and the run goes on as if it had never stopped.": len(runs.POINTS)
+        * len(runs.SIGNALS),
     }
 
 
 def programs_around() -> dict[str, int]:
     """Return how many rows were run under each state and each wrapper."""
     rows, merges = len(programs.ROWS), len(programs.MERGE)
-    found = {f"wrapped: {name}": rows for name in programs.WRAPPERS}
-    found |= {f"merged, wrapped: {name}": merges for name in programs.MERGED}
-    found |= {f"started and merged under: {name}": rows for name in programs.AMBIENT}
-    found |= {f"computed under: {name}": rows for name in programs.FORWARD}
-    found["pairs of a wrapper and a state"] = len(programs.PAIRS)
+    found = {f"{WRAPPERS[name]}.": rows for name in programs.WRAPPERS}
+    found |= {
+        f"{WRAPPERS[n]}; the adapters are merged.": merges for n in programs.MERGED
+    }
+    for name in programs.AMBIENT:
+        found[f"The adapters are started and merged under {STATES[name]}."] = rows
+    found |= {f"The model computes under {STATES[n]}.": rows for n in programs.FORWARD}
+    found["A wrapper and a state come together."] = len(programs.PAIRS)
     return found
 
 
@@ -69,10 +117,15 @@ def table(title: str, counts: Mapping[str, int]) -> str:
 def page() -> str:
     """Return the page."""
     tables = (
-        table("damaged: one sentence, the model untouched", damages()),
-        table("stopped", kills()),
-        table("in other programs: the values of the plain model", programs_around()),
-        f"Rows: {', '.join(programs.ROWS)}.\n",
+        table(
+            "A damaged file is refused in one sentence, and the model stays as it was",
+            damages(),
+        ),
+        table("A run is stopped, and nothing is lost", kills()),
+        table(
+            "A program wraps the model, and its values stay the same", programs_around()
+        ),
+        f"The methods are {', '.join(programs.ROWS)}.\n",
     )
     return "\n".join([HEAD, *tables])
 
