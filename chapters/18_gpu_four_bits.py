@@ -218,12 +218,7 @@ ax.grid(visible=False)
 chapter.show(
     figure,
     "sectors",
-    alt="Five ways to read packed codes, as rows of boxes, one for each sector, filled as far as its bytes are wanted. "
-    + "; ".join(
-        f"{name}: {used.size} boxes, {used.mean():.0%} full"
-        for name, used in shares.items()
-    )
-    + ".",
+    alt=f"Five ways to read packed codes, as rows of boxes, one for each sector, filled as far as its bytes are wanted. {'; '.join(f'{n}: {u.size} boxes, {u.mean():.0%} full' for n, u in shares.items())}.",
     caption=f"Of the bytes that a warp fetches it wants {shares['ours: lane i takes the i-th 16 bytes'].mean():.0%} if neighbours load neighbouring bytes, {shares['lane i takes 16 bytes of its own row'].mean():.0%} if each loads from its own row, and {shares['lane i takes a byte of its own block'].mean():.0%} if each loads a byte of its own block.",
 )
 
@@ -541,12 +536,9 @@ for color, (way, label, height) in zip(
     strict=False,
 ):
     ax.text(1.1, height * of[way][0], label, color=color, weight="bold", va="center")
-for tokens, aside, side in (
-    (best_below["A100"], 0.93, "right"),
-    (busy["A100"], 1.07, "left"),
-):
+for tokens, side in ((best_below["A100"], "right"), (busy["A100"], "left")):
     ax.axvline(tokens, color=plots.INK, linewidth=0.7)
-    ax.text(tokens * aside, 480, f"{tokens} tokens", color=plots.INK, ha=side)
+    ax.text(tokens, 480, f" {tokens} tokens ", color=plots.INK, ha=side)
 ax.set(xscale="log", yscale="log", ylim=(4, 700), xlim=(1, 1024))
 ax.set_xticks([1, 4, 16, 64, 256, 1024], ["1", "4", "16", "64", "256", "1024"])
 ax.set_yticks([10, 100], ["10", "100"])

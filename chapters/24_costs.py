@@ -133,7 +133,7 @@ chapter.claim(
 # {=f"{on_smollm2['lora', False][0] / 1e6:.0f}"=} to {=f"{on_smollm2['lora', True][0] / 1e6:.0f}"=} MB, and what is left of the activations is mostly the logits. Second, full fine-tuning has its peak in the optimizer's step, so
 # that checkpointing saves nothing at all at this size of batch.
 #
-# The training loop of the book says both numbers in the second step of each run. Where the formulas do not know a model, it says the measured one alone.
+# The training loop of the book prints both numbers in the second step of each run. Where the formulas do not cover a model, it prints the measured one alone.
 #
 # ## From a configuration
 #
@@ -157,7 +157,7 @@ asked = ["--method", "lora", "-r", "16", "--base", "nf4-double", "--checkpointin
 assert cli.main(["memory", str(file), *asked]) == 0
 
 # %% [markdown]
-# Three parts are not quantized. The table of **embeddings** is looked up and never multiplied, so that bitsandbytes, which replaces linear layers, does not see it. The **output layer** is a linear layer, but its errors go into the words directly, and
+# Three parts are not quantized. The table of **embeddings** is looked up and never multiplied, so that bitsandbytes, which replaces linear layers, does not see it. The **output layer** is a linear layer, but an error in its weights changes the probabilities of the words directly, and
 # it is left out by custom. **Norms** are vectors. In a model with **experts** most loaders leave out the largest part of all: experts are stacks of matrices and no linear layers. Ours quantizes them; `--exact-experts` counts what happens where they stay.
 
 # %%
