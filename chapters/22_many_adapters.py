@@ -54,7 +54,11 @@ assert whole_bytes > 100 * adapter_bytes
 #
 # How often is an adapter on the GPU already? Let tenant $i$ of $N$ send a share $p_i$ of the requests, and let the GPU hold the $C$ adapters that were used last. An adapter is still there if it was used within the last $T$ requests, and $T$ is about the same for all adapters. So [@che2002]
 #
-# $$ \sum_i \left(1 - e^{-p_i T}\right) = C \qquad\text{gives } T, \text{ and then}\qquad h = \sum_i p_i \left(1 - e^{-p_i T}\right) $$
+# $$ \sum_i \left(1 - e^{-p_i T}\right) = C $$
+#
+# gives $T$, and then
+#
+# $$ h = \sum_i p_i \left(1 - e^{-p_i T}\right) $$
 #
 # is the share of requests that find their adapter. Where all tenants are equal, $h = C/N$. Where they follow Zipf's law, $p_i \propto 1/i$, it is more.
 #

@@ -60,7 +60,9 @@ assert CARD < weights < 2 * CARD
 #
 # Let $w$ be the bytes of the frozen weights, $a$ those of the adapters with their gradients and optimizer states, $c$ those of one block's weights, $e$ those of the embeddings and the output layer, and $t$ what a card keeps of its own tokens (activations, logits, one decoded weight). Then a card needs
 #
-# $$ m_\text{DDP} = w + a + t, \qquad m_\text{FSDP} = \frac{w + a}{N} + 2c + \Big(1 - \frac1N\Big) e + t. $$
+# $$ m_\text{DDP} = w + a + t, $$
+#
+# $$ m_\text{FSDP} = \frac{w + a}{N} + 2c + \Big(1 - \frac1N\Big) e + t. $$
 #
 # There are two blocks at once because the next one is fetched while one computes. The embeddings and the output layer belong to no block: FSDP2 keeps them whole on every card from the forward pass to the end of the backward pass. The activations $t$ are not divided: each card has a batch of its own.
 #
