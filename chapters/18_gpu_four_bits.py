@@ -218,7 +218,7 @@ ax.grid(visible=False)
 chapter.show(
     figure,
     "sectors",
-    alt=f"Five ways to read packed codes, as rows of boxes, one for each sector, filled as far as its bytes are wanted. {'; '.join(f'{n}: {u.size} boxes, {u.mean():.0%} full' for n, u in shares.items())}.",
+    alt=f"Five ways to read packed codes, as rows of boxes, one for each sector, filled as far as its bytes are wanted. {'; '.join(f'{n}: {u.size} of {lane.size} boxes, {u.mean():.0%} full' for n, u in shares.items())}.",
     caption=f"Of the bytes that a warp fetches it wants {shares['ours: lane i takes the i-th 16 bytes'].mean():.0%} if neighbours load neighbouring bytes, {shares['lane i takes 16 bytes of its own row'].mean():.0%} if each loads from its own row, and {shares['lane i takes a byte of its own block'].mean():.0%} if each loads a byte of its own block.",
 )
 
