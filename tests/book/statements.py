@@ -7,7 +7,7 @@ from collections.abc import Iterator
 # What gives a number that depends on the model and on the steps.
 TRAINED = frozenset({"train.train", "train.loss", "tuning.tune", "tuning.sweep"})
 ORDER = (ast.Lt, ast.LtE, ast.Gt, ast.GtE)
-MODULES = {"plots", "train", "tuning", "text", "np", "torch", "chapter"}
+MODULES = {"plots", "train", "tuning", "text", "np", "torch", "chapter", "spectra"}
 RATES = {"lr", "rate"}
 SENTENCE = re.compile(r"(?<=[.!?])[*\")]*\s+(?=[A-Z*`\"(\[{$])")
 # Words that stand for a number, and so need one in their sentence.
