@@ -344,7 +344,7 @@ print(f"T0-11B: {ia3(4096, 10240):,} parameters; T0-3B: {ia3(2048, 5120):,}")
 # %% [markdown]
 # ## QLoRA
 #
-# QLoRA [@dettmers2023] counts bits and bytes. Its memory figure, in MB that are MiB, has rows for adapters and for Adam's states. The lines below agree with $r = 64$ and $18\,d$ numbers a layer and rank, which is a block with four square matrices and an MLP of *two* matrices of width $4d$.
+# QLoRA [@dettmers2023] counts bits and bytes. Its memory figure has rows for adapters and for Adam's states, in MB that are MiB; so are the 26 MB of its section 2. The lines below agree with $r = 64$ and $18\,d$ numbers a layer and rank, which is a block with four square matrices and an MLP of *two* matrices of width $4d$.
 # LLaMA's MLP has three, so that the same adapters on LLaMA-7B train 159.9 million parameters and not 151.0.
 
 # %%
@@ -363,7 +363,13 @@ again(
         ("saved by it", ".373 bit", single - nested, "equal", ""),
         ("saved by it at 65B", "3 GB", 65 * 10**9 * (single - nested) / 8, "equal", ""),
         ("65B in 16 bits, 12 bytes each", "780 GB", 12 * 65 * 10**9, "equal", ""),
-        ("LoRA of .2 % of 6.5B, 16 bits", "26 MB", 2 * 65 * 10**8 // 500, "equal", ""),
+        (
+            "LoRA, .2 % of 7B, 16 bits",
+            "26 MiB",
+            LLAMA_7B.parameters // 250,
+            "equal",
+            "",
+        ),
         ("figure, Adam's states, 7B", "1152 MiB", 8 * figure["7B"], "equal", ""),
         ("figure, Adam's states, 13B", "1800 MiB", 8 * figure["13B"], "equal", ""),
         ("figure, Adam's states, 33B", "3510 MiB", 8 * figure["33B"], "equal", ""),
