@@ -306,7 +306,7 @@ low = mean["r = 8", "forgotten"] - statistics.mean(excess["r = 8"])
 chapter.show(
     figure,
     "tradeoff",
-    alt="Loss of the novel against gain for full fine-tuning and LoRA of rank 1, 8 and 64, one line a seed through the rates. The line of full fine-tuning is the lowest up to the largest gain; those of rank 64, 8 and 1 lie above it in this order. Large dots at the best rates: that of full fine-tuning is the highest point by a factor of more than two.",
+    alt="Loss of the novel against gain for full fine-tuning and LoRA of rank 1, rank 8 and rank 64, one line a seed through the rates. The line of full fine-tuning is the lowest up to the largest gain; those of rank 64, rank 8 and rank 1 lie above it in this order. Large dots at the best rates: that of full fine-tuning is the highest point by a factor of more than two.",
     caption=f"At its best rate (large dots) LoRA of rank 8 loses {mean['r = 8', 'forgotten']:.2f} nats of the novel and full fine-tuning {mean['full fine-tuning', 'forgotten']:.2f}. At the gain of that LoRA, the line of full fine-tuning has lost {low:.2f}.",
 )
 
@@ -354,7 +354,7 @@ chapter.show(
     figure,
     "intruders",
     alt="Intruder dimensions against the size of the update on a logarithmic axis. All four methods have none below a twentieth of the size of the weight and gain them as the update grows; rank 1 levels off at one, the others rise to between three and nine.",
-    caption=f"At its best rate LoRA of rank 8 has {mean['r = 8', 'intruders']:.1f} intruders among the first ten directions of a matrix, full fine-tuning {mean['full fine-tuning', 'intruders']:.1f}; at three times that rate full fine-tuning has {statistics.mean(values('full fine-tuning', 0.01, 'intruders')):.1f}.",
+    caption=f"At its best rate LoRA of rank 8 has {mean['r = 8', 'intruders']:.1f} intruders among the first ten directions of a matrix, full fine-tuning {mean['full fine-tuning', 'intruders']:.1f}; at the next larger rate full fine-tuning has {statistics.mean(values('full fine-tuning', 0.01, 'intruders')):.1f}.",
 )
 
 # %% [markdown]
