@@ -34,6 +34,7 @@ from minipeft.torch.adamw_checks import (
 from minipeft.torch.blockwise import Blockwise
 from minipeft.torch.codebook import dynamic_map_on
 from minipeft.torch.slices import Slice, read, slices, write
+from minipeft.values import check_kind
 
 BLOCKSIZE = 256
 MIN_8BIT_SIZE = 4096  # smaller tensors (biases, norms) stay float32: they cost little
@@ -65,6 +66,7 @@ def init(W: Weight, bits: int = 32) -> State:
     Raises:
         InputError: if `bits` is neither 8 nor 32.
     """
+    check_parameter(W, "W")
     state: State = {"step": 0}
     for name, (shape, dtype) in parts(W, bits).items():
         zero = _zero_code(name[0]) if name.endswith("codes") else 0
@@ -97,6 +99,8 @@ def step(W: Weight, grad: Weight, state: State, group: Mapping[str, Any]) -> Non
     Raises:
         InputError: if an operand or a setting does not fit, or a result overflows.
     """
+    check_kind("group", group, Mapping)
+    check_kind("state", state, dict)
     check_settings({"bits": 32, **group})
     check_parameter(W, "W")
     check_gradient(W, grad, "W")
@@ -236,6 +240,9 @@ class AdamW(torch.optim.Optimizer):
         weight_decay: float = 1e-2,
         bits: int = 32,
     ):
+        check_kind("params", params, Iterable)
+        if isinstance(params, str | bytes):
+            raise InputError(f"params is {params!r}; give a list of parameters.")
         settings = {"lr": lr, "betas": betas, "eps": eps}
         super().__init__(
             params, {**settings, "weight_decay": weight_decay, "bits": bits}

@@ -11,6 +11,7 @@ from torch.nn.parameter import is_lazy
 
 from minipeft.errors import InputError
 from minipeft.shapes import Inexact
+from minipeft.values import check_kind
 
 Parts = dict[str, tuple[tuple[int, ...], torch.dtype]]
 """The shape and dtype of each tensor of a state, by its name."""
@@ -25,18 +26,22 @@ AGAIN = "load it into the optimizer it was saved from."
 # weight then moves by at most 2^102, and that is below half a last bit of the largest
 # float32: nothing overflows.
 LIMIT = 2.0**36
+LARGEST = torch.finfo(torch.float64).max
 STEPS, STEP_SIZE, EPS = 2**23, 2.0**20, 2.0**-40
 
 
 def check_settings(group: Mapping[str, Any]) -> None:
     """Refuse settings with which no step can be computed."""
+    check_kind("group", group, Mapping)
+    if missing := [name for name in SETTINGS if name not in group]:
+        raise InputError(f"group has no {missing[0]}; give {', '.join(SETTINGS)}.")
     betas = group["betas"]
     pair = isinstance(betas, Sequence) and len(betas) == 2
     if not pair or not all(_is_number(b) and 0 <= b < 1 for b in betas):
         raise InputError(f"betas are {betas}; choose both in [0, 1).")
     for name in ("lr", "eps", "weight_decay"):
         value = group[name]
-        if not (_is_number(value) and 0 <= value < inf):
+        if not (_is_number(value) and 0 <= value <= LARGEST):
             raise InputError(f"{name} is {value}; choose a plain number from 0 on.")
     if group["bits"] not in (8, 32):
         raise InputError(f"bits is {group['bits']}; choose 8 or 32.")
@@ -44,6 +49,7 @@ def check_settings(group: Mapping[str, Any]) -> None:
 
 def check_parameter(p: Tensor, name: str) -> None:
     """Refuse a tensor that a step cannot change in place value by value."""
+    check_kind(name, p, Tensor)
     why = None
     if is_lazy(p):
         why = "has no values yet; run the model once before building the optimizer."
@@ -61,6 +67,7 @@ def check_parameter(p: Tensor, name: str) -> None:
 
 def check_gradient(p: Tensor, grad: Tensor, name: str) -> None:
     """Refuse a gradient of another shape, dtype or device; no value is read."""
+    check_kind(f"the gradient of {name}", grad, Tensor)
     if grad.layout != torch.strided:
         raise InputError(
             f"the gradient of {name} is sparse; build the embedding with sparse=False."

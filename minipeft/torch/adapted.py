@@ -27,6 +27,7 @@ from minipeft.torch.linear import (
     full_precision,
     weight_view,
 )
+from minipeft.values import check_kind, check_number
 
 Adapter = TypeVar("Adapter", bound=nn.Module)
 
@@ -61,6 +62,7 @@ class Adapted(nn.Module, ABC, Generic[Adapter]):
 
     def __init__(self, base: nn.Module, adapter: Adapter | None, name: str = "default"):
         super().__init__()
+        check_kind("base", base, nn.Module)
         self.view = weight_view(base)
         self.adapters = nn.ModuleDict()
         self.active: dict[str, float] = {}
@@ -209,6 +211,7 @@ class Adapted(nn.Module, ABC, Generic[Adapter]):
 
     def check_new(self, name: str) -> None:
         """Refuse a name that no new adapter can have."""
+        check_kind("name", name, str)
         if not name or "." in name or hasattr(self.adapters, name):
             raise InputError(
                 f"the adapter name {name!r} cannot be used here; choose one without a "
@@ -227,8 +230,9 @@ class Adapted(nn.Module, ABC, Generic[Adapter]):
         Raises:
             InputError: for a name that the layer does not hold.
         """
-        for name in shares:
+        for name, share in shares.items():
             self._check_known(name)
+            check_number(f"the share of {name!r} in shares", share)
         self.active = dict(shares)
         _merge_again(self)
 

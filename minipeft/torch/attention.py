@@ -8,7 +8,9 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from minipeft.errors import InputError
-from minipeft.shapes import Bool, Inexact, check_shapes
+from minipeft.shapes import Bool, Inexact
+from minipeft.torch.operands import check_tensor, check_tensors
+from minipeft.values import check_integer, check_kind
 
 Queries = Inexact[Tensor, "*batch queries d"]
 Keys = Inexact[Tensor, "*batch keys d"]
@@ -26,7 +28,8 @@ class Head:
     the device.
 
     Raises:
-        InputError: if the mask is not boolean, or hides all keys from a query.
+        InputError: if a part is no tensor of floats, or the mask is not boolean or
+            hides all keys from a query.
     """
 
     Q: Queries
@@ -35,6 +38,8 @@ class Head:
     mask: Mask | None = None  # True: the query may use the key
 
     def __post_init__(self) -> None:
+        for name in ("Q", "K", "V"):
+            check_tensor(name, getattr(self, name))
         if self.mask is not None:
             _check_mask(self.mask)
 
@@ -45,6 +50,8 @@ def causal(queries: int, keys: int) -> Mask:
     Raises:
         InputError: if there are fewer keys than queries.
     """
+    check_integer("queries", queries, 0)
+    check_integer("keys", keys, 0)
     if keys < queries:
         raise InputError(
             f"{queries} queries and {keys} keys; every query needs its key."
@@ -77,7 +84,8 @@ def forward(head: Head) -> Mixed:
 
 def check_fits(head: Head) -> None:
     """Refuse parts of different heads by their shapes; no value is read."""
-    check_shapes(
+    check_kind("head", head, Head)
+    check_tensors(
         {
             "Q": (head.Q, "... queries d"),
             "K": (head.K, "... keys d"),
@@ -85,6 +93,8 @@ def check_fits(head: Head) -> None:
         }
     )
     queries, keys, mask = head.Q.shape[-2], head.K.shape[-2], head.mask
+    if mask is not None:
+        _check_booleans(mask)
     if not keys:
         raise InputError("there are 0 keys; give every query at least one.")
     fitting = (queries, keys), (*head.Q.shape[:-1], keys)
@@ -95,12 +105,17 @@ def check_fits(head: Head) -> None:
         )
 
 
-def _check_mask(mask: Mask) -> None:
+def _check_booleans(mask: Mask) -> None:
+    check_kind("the mask", mask, Tensor)
     if mask.dtype != torch.bool:
         raise InputError(
             f"the mask has dtype {mask.dtype}; give booleans, True where a query may "
             "look at a key."
         )
+
+
+def _check_mask(mask: Mask) -> None:
+    _check_booleans(mask)
     blind = torch.nonzero(~mask.any(dim=-1))
     if len(blind):
         raise InputError(

@@ -13,10 +13,16 @@ from torch.nn import Parameter
 from torch.nn.functional import embedding, pad
 
 from minipeft.errors import InputError
-from minipeft.shapes import Float, Inexact, UInt8, check_floats, check_shapes
+from minipeft.shapes import Float, Inexact, UInt8
 from minipeft.torch.bins import bins_of, pairs_of, search
 from minipeft.torch.codebook import NF4, code_bits
-from minipeft.values import check_kind
+from minipeft.torch.operands import (
+    check_bytes,
+    check_float_dtype,
+    check_tensor,
+    check_tensors,
+)
+from minipeft.values import check_integer, check_kind, check_sizes
 
 SLICE = 2**18
 """Values that eager code on a CPU processes at a time: 1 MB in float32."""
@@ -100,11 +106,10 @@ def dequantize(
         dtype: of the result; the float32 product is rounded to it.
 
     Raises:
-        InputError: if the number of codes or scales does not fit the shape, or `dtype`
-            is no float dtype.
+        InputError: if the number of codes or scales does not fit the shape, `dtype` is
+            no float dtype, or a scale on the CPU is not finite.
     """
-    if not dtype.is_floating_point:
-        raise InputError(f"the result has dtype {dtype}; choose a float dtype.")
+    check_float_dtype(dtype)
     n, bits = check_parts(q), code_bits(q.codebook)
     if bits == 4 and on_cpu(q.packed) and not n % max(q.blocksize, 2):
         return _dequantize_slices(q, dtype)
@@ -147,6 +152,8 @@ def nearest(
     scaled: Float[Tensor, "..."], codebook: Float[Tensor, " codes"]
 ) -> UInt8[Tensor, "..."]:
     """Return the code of the nearest value, as `reference.blockwise.nearest` does."""
+    check_tensor("scaled", scaled)
+    code_bits(codebook)
     many = scaled.dtype == torch.float32 and scaled.numel() >= FEW
     if many and on_cpu(scaled) and (bins := bins_of(tuple(codebook.tolist()))):
         return search(scaled, bins)
@@ -166,6 +173,9 @@ def pack(
     codes: UInt8[Tensor, " n"], bits: int, fill: int = 0
 ) -> UInt8[Tensor, " bytes"]:
     """Write codes of `bits` bits one after another: `reference.blockwise.pack`."""
+    check_bytes("codes", codes)
+    check_integer("bits", bits, 1, 8)
+    check_integer("fill", fill, 0, 2**bits - 1)
     if bits == 8:
         return codes
     period = lcm(bits, 8)  # after this many bits a code ends where a byte ends
@@ -178,6 +188,9 @@ def pack(
 
 def unpack(packed: UInt8[Tensor, " bytes"], bits: int, n: int) -> UInt8[Tensor, " n"]:
     """Return the first `n` codes that `pack` wrote."""
+    check_bytes("packed", packed)
+    check_integer("bits", bits, 1, 8)
+    check_integer("n", n, 0, len(packed) * 8 // bits)
     period = lcm(bits, 8)
     groups = _fill(packed, period // 8).view(-1, period // 8)
     columns = [torch.zeros_like(groups[:, 0]) for _ in range(period // bits)]
@@ -188,7 +201,8 @@ def unpack(packed: UInt8[Tensor, " bytes"], bits: int, n: int) -> UInt8[Tensor, 
 
 def check_blocksize(blocksize: int) -> None:
     """Refuse a block size that is not a positive power of two."""
-    whole = hasattr(blocksize, "__index__")  # a compiler follows no more than that
+    # A compiler follows no more than that.
+    whole = hasattr(blocksize, "__index__") and blocksize is not True
     if not whole or blocksize < 1 or blocksize & (blocksize - 1):
         raise InputError(
             f"blocksize is {blocksize}; choose a positive power of two, such as 64."
@@ -197,11 +211,11 @@ def check_blocksize(blocksize: int) -> None:
 
 def check_parts(q: Blockwise) -> int:
     """Return the number of weights; refuse another number of codes or scales."""
+    check_kind("q", q, Blockwise)
     check_blocksize(q.blocksize)
-    if min(q.shape, default=0) < 0:
-        raise InputError(f"shape is {q.shape}; choose lengths of 0 or more.")
+    check_sizes("shape", q.shape)
     check_bytes("packed", q.packed)
-    check_shapes({"absmax": (q.absmax, "blocks")})
+    check_tensors({"absmax": (q.absmax, "blocks")})
     n, bits = prod(q.shape), code_bits(q.codebook)
     needed = {"packed": -(-n * bits // 8), "absmax": -(-n // q.blocksize)}
     for name, wanted in needed.items():
@@ -210,16 +224,14 @@ def check_parts(q: Blockwise) -> int:
                 f"{name} has {size} values where shape {list(q.shape)} and blocksize "
                 f"{q.blocksize} need {wanted}; pass the parts of one quantized tensor."
             )
-    return n
-
-
-def check_bytes(name: str, tensor: Tensor) -> None:
-    """Refuse codes that are not one axis of bytes."""
-    if tensor.dtype != torch.uint8 or tensor.dim() != 1:
+    # Scales on a GPU are not read: the host would wait. `quantize` refuses weights that
+    # are not finite, and what reads a file checks its scales on the CPU.
+    if on_cpu(q.absmax) and not torch.isfinite(q.absmax).all():
+        i = int(torch.nonzero(~torch.isfinite(q.absmax))[0])
         raise InputError(
-            f"{name} has dtype {tensor.dtype} and shape {tuple(tensor.shape)}; give a "
-            "list of bytes (uint8)."
+            f"absmax holds {q.absmax[i].item()} at block {i}; give finite scales."
         )
+    return n
 
 
 def _check_codebook(codebook: Float[Tensor, " codes"]) -> None:
@@ -238,8 +250,7 @@ def _check_codebook(codebook: Float[Tensor, " codes"]) -> None:
 
 def check_dense(W: Inexact[Tensor, "..."]) -> None:
     """Refuse what is no tensor of floats, and one that is not stored densely."""
-    check_kind("W", W, Tensor)
-    check_floats("W", W)
+    check_tensor("W", W)
     if W.layout != torch.strided:
         raise InputError(f"W has the layout {W.layout}; give W.to_dense().")
 
@@ -266,7 +277,7 @@ def scale(
     blocks: Float[Tensor, "blocks blocksize"], absmax: Float[Tensor, " blocks"]
 ) -> Float[Tensor, "blocks blocksize"]:
     """Multiply each block by the reciprocal of its scale; leave a block of scale 0."""
-    check_shapes({"blocks": (blocks, "blocks n"), "absmax": (absmax, "blocks")})
+    check_tensors({"blocks": (blocks, "blocks n"), "absmax": (absmax, "blocks")})
     # The reciprocal of a subnormal overflows. To multiply both by 2**64 first is exact.
     # (`where` would give two plain numbers torch's default dtype.)
     one = torch.ones_like(absmax)

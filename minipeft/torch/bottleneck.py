@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn.functional import linear, relu
 
 from minipeft.errors import InputError
-from minipeft.shapes import Float, check_shapes
+from minipeft.shapes import Float
 from minipeft.torch import saving
 from minipeft.torch.adapted import Adapted, freeze_all_but_adapters, naming
 from minipeft.torch.linear import (
@@ -20,8 +20,9 @@ from minipeft.torch.linear import (
     check_shape,
     weight_view,
 )
-from minipeft.torch.targets import chosen, replace
-from minipeft.values import check_integer, check_number
+from minipeft.torch.operands import check_generator, check_tensors
+from minipeft.torch.targets import check_names, chosen, replace
+from minipeft.values import check_integer, check_kind, check_number
 
 Model = TypeVar("Model", bound=nn.Module)
 REMEDY = (
@@ -54,6 +55,14 @@ class Bottleneck(nn.Module):
     ):
         super().__init__()
         check_number("scaling", scaling)
+        check_tensors(
+            {
+                "down": (down, "bottleneck features"),
+                "down_bias": (down_bias, "? bottleneck"),
+                "up": (up, "features bottleneck"),
+                "up_bias": (up_bias, "? features"),
+            }
+        )
         self.down, self.up = nn.Parameter(down), nn.Parameter(up)
         zeros = down.new_zeros(len(down)) if down_bias is None else down_bias
         self.down_bias = nn.Parameter(zeros)
@@ -61,7 +70,6 @@ class Bottleneck(nn.Module):
             up.new_zeros(len(up)) if up_bias is None else up_bias
         )
         self.scaling = scaling
-        self.check_fits()
 
     def forward(self, x: Stream) -> Stream:
         r"""Return the change of the output: $s\,(\mathrm{ReLU}(x D^T + c)\,U^T + e)$.
@@ -77,7 +85,7 @@ class Bottleneck(nn.Module):
 
     def check_fits(self, x: Stream | None = None) -> None:
         """Refuse an input or a part of another adapter; torch would broadcast it."""
-        check_shapes(
+        check_tensors(
             {
                 "down": (self.down, "bottleneck features"),
                 "down_bias": (self.down_bias, "bottleneck"),
@@ -102,6 +110,7 @@ def init(
     Raises:
         InputError: if the bottleneck is empty, or the scaling not finite.
     """
+    check_generator(generator)
     check_integer("features", features, 0)
     check_integer("bottleneck", bottleneck, 1)
     down = torch.empty(bottleneck, features, dtype=torch.float32, device="cpu")
@@ -120,6 +129,7 @@ class Serial(Adapted[Bottleneck]):
     @staticmethod
     def check_fits(form: Form, adapter: Bottleneck) -> None:
         """Refuse a network of another width."""
+        check_kind("adapter", adapter, Bottleneck)
         bottleneck = len(adapter.down)
         check_shape("down", adapter.down, bottleneck, form.out_features)
         check_shape("up", adapter.up, form.out_features, bottleneck)
@@ -188,6 +198,8 @@ class Parallel(nn.Module):
 
     def __init__(self, base: nn.Module, adapter: Bottleneck):
         super().__init__()
+        check_kind("base", base, nn.Module)
+        check_kind("adapter", adapter, Bottleneck)
         freeze_all_but_adapters(base)
         self.base = base
         self.adapter = adapter
@@ -243,6 +255,9 @@ def place_beside(
     Raises:
         InputError: if a target matches nothing, or a matched module has an adapter.
     """
+    check_kind("model", model, nn.Module)
+    check_kind("config", config, BottleneckConfig)
+    check_names("targets", targets)
     modules = {name: module for name, module in model.named_modules() if name}
     found = {name: modules[name] for name in chosen(modules, targets)}
     adapters = {}

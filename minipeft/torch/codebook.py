@@ -6,8 +6,9 @@ import torch
 from torch import Tensor
 
 from minipeft.errors import InputError
-from minipeft.shapes import Float, check_shapes
-from minipeft.values import check_integer, check_number
+from minipeft.shapes import Float
+from minipeft.torch.operands import check_tensors
+from minipeft.values import check_flag, check_integer, check_number
 
 Codebook = Float[Tensor, " codes"]
 
@@ -79,6 +80,7 @@ def dynamic_map(signed: bool = True) -> Codebook:
 
     Source: 8-bit optimizers (arXiv:2110.02861), section 1.3.
     """
+    check_flag("signed", signed)
     values = [table([0.0, 1.0])]
     for i in range(7):
         edges = _linspace32(0.1, 1.0, 2 ** (i if signed else i + 1) + 1)
@@ -100,7 +102,7 @@ def code_bits(codebook: Float[Tensor, " codes"]) -> int:
     Raises:
         InputError: if the codebook is not one axis of 2, 4, 8, 16 … 256 floats.
     """
-    check_shapes({"the codebook": (codebook, "codes")})
+    check_tensors({"the codebook": (codebook, "codes")})
     bits = len(codebook).bit_length() - 1
     if len(codebook) != 2**bits or not 1 <= bits <= 8:
         raise InputError(

@@ -23,6 +23,8 @@ from minipeft.torch.linear import (
     weight_of,
 )
 from minipeft.torch.lora import LoRA, LoRAConfig, MatrixA
+from minipeft.torch.operands import check_tensors
+from minipeft.values import check_kind
 
 Rows = Float[Tensor, " out_features"]
 
@@ -41,6 +43,8 @@ class DoRA(LoRA):
     magnitude: Rows
 
     def __init__(self, update: LoRA, magnitude: Rows):
+        check_kind("update", update, LoRA)
+        check_tensors({"magnitude": (magnitude, "out_features")})
         A, B = update.A.detach(), update.B.detach()
         super().__init__(A, B, update.scaling, update.dropout)
         self.magnitude = nn.Parameter(magnitude)
@@ -65,6 +69,7 @@ def init(generator: torch.Generator | None, W: Weight, r: int, alpha: float) -> 
 
     Source: DoRA (arXiv:2402.09353), section 4.1.
     """
+    check_tensors({"W": (W, "out_features in_features")})
     new = lora.init(generator, W.shape[1], W.shape[0], r, alpha).to(W.device)
     return DoRA(new, row_norm(W, new))
 
@@ -76,6 +81,7 @@ def squared_row_norm(W: Weight, update: LoRA) -> Rows:
     Formula: `reference.dora.squared_row_norm`; computed in float32 or wider, also under
     autocast.
     """
+    check_tensors({"W": (W, "out_features in_features")})
     lora.check_fits(Form.of(W), update)
     wide = torch.promote_types(W.dtype, torch.float32)
     A, B, s = update.A.to(wide), update.B.to(wide), update.scaling
@@ -93,12 +99,10 @@ def _with_rows(
 
 def row_norm(W: Weight, update: LoRA) -> Rows:
     """Return the norm of each output row of W + s B A, over in_features."""
+    check_tensors({"W": (W, "out_features in_features")})
+    check_kind("update", update, LoRA)
     A, B = update.A.detach(), update.B.detach()
-    if (
-        isinstance(W, Tensor)
-        and W.dtype == A.dtype == B.dtype
-        and launches.available(W, A, B)
-    ):
+    if W.dtype == A.dtype == B.dtype and launches.available(W, A, B):
         norm: Tensor = operators.dora_row_norm(W.detach(), A, B, update.scaling)
         return norm
     # Rounding can make the squared norm of a zero row slightly negative.
@@ -107,7 +111,7 @@ def row_norm(W: Weight, update: LoRA) -> Rows:
 
 def over_norm(values: Rows, norm: Rows) -> Rows:
     """Return values / norm; for a zero row, whose direction is zero, return 0."""
-    check_shape("values", values, *norm.shape)
+    check_tensors({"norm": (norm, "out_features"), "values": (values, "out_features")})
     zero = norm == 0
     return torch.where(zero, 0, values / torch.where(zero, 1, norm))
 
@@ -211,12 +215,14 @@ def _over_positions(values: Float[Tensor, "... n"]) -> Float[Tensor, " n"]:
 
 def merge(W: Weight, adapter: DoRA) -> Weight:
     r"""Return $W'_i = m_i V_i / \|V_i\|$, in float32 or wider."""
+    check_kind("adapter", adapter, DoRA)
     g = over_norm(adapter.magnitude, row_norm(W, adapter))
     return g[:, None] * (W + lora.delta(adapter))
 
 
 def check_fits(form: Form, adapter: DoRA) -> None:
     """Refuse parts of another layer; torch would broadcast a single magnitude."""
+    check_kind("adapter", adapter, DoRA)
     lora.check_fits(form, adapter)
     check_shape("magnitude", adapter.magnitude, form.out_features)
 

@@ -10,7 +10,9 @@ from minipeft.errors import InputError
 from minipeft.shapes import Float, Inexact, UInt8
 from minipeft.torch import blockwise
 from minipeft.torch.blockwise import Blockwise
-from minipeft.torch.codebook import NF4, dynamic_map_on
+from minipeft.torch.codebook import NF4, code_bits, dynamic_map_on
+from minipeft.torch.operands import check_bytes, check_tensor, check_tensors
+from minipeft.values import check_kind, check_sizes
 
 
 @dataclass(frozen=True)
@@ -52,6 +54,7 @@ def nest(q: Blockwise, nested_blocksize: int = 256) -> Nested:
     Raises:
         InputError: if the block size is no power of two.
     """
+    blockwise.check_parts(q)
     blockwise.check_blocksize(nested_blocksize)
     offset = mean(q.absmax)
     signed = dynamic_map_on(q.absmax.device)
@@ -84,11 +87,12 @@ def unnest(q: Nested) -> Blockwise:
     Raises:
         InputError: if the number of codes or of nested scales does not fit the shape.
     """
+    check_kind("q", q, Nested)
     blockwise.check_blocksize(q.blocksize)
-    if q.offset.shape != ():
-        raise InputError(
-            f"offset has shape {tuple(q.offset.shape)}; give one number, their mean."
-        )
+    check_sizes("shape", q.shape)
+    check_bytes("packed", q.packed)
+    code_bits(q.codebook)
+    _check_offset(q.offset)
     scales = Blockwise(
         q.absmax_codes,
         q.nested_absmax,
@@ -103,8 +107,29 @@ def unnest(q: Nested) -> Blockwise:
     return Blockwise(q.packed, absmax, q.codebook, q.blocksize, q.shape)
 
 
+def check_stored(q: Nested | Blockwise) -> None:
+    """Refuse parts that no quantized tensor has; their number is not compared.
+
+    Raises:
+        InputError: names the part, and what it is.
+    """
+    check_kind("q", q, Nested, Blockwise)
+    check_sizes("shape", q.shape)
+    blockwise.check_blocksize(q.blocksize)
+    check_bytes("packed", q.packed)
+    code_bits(q.codebook)
+    if isinstance(q, Blockwise):
+        check_tensors({"absmax": (q.absmax, "blocks")})
+        return
+    blockwise.check_blocksize(q.nested_blocksize)
+    check_bytes("the scales", q.absmax_codes)
+    check_tensors({"absmax of the scales": (q.nested_absmax, "blocks")})
+    _check_offset(q.offset)
+
+
 def bits_per_parameter(q: Nested | Blockwise) -> float:
     """Return the stored bits per weight, as the reference counts them."""
+    check_stored(q)
     parts = [q.packed]
     if isinstance(q, Nested):
         parts += [q.absmax_codes, q.nested_absmax, q.offset]
@@ -118,6 +143,15 @@ def mean(absmax: Float[Tensor, " blocks"]) -> Float[Tensor, ""]:
 
     Formula: `reference.double_quant.mean`.
     """
+    check_tensors({"absmax": (absmax, "blocks")})
     # On the host: two kinds of device add in two different orders.
     exact = fsum(absmax.tolist()) / max(len(absmax), 1)
     return torch.tensor(exact, dtype=torch.float32, device=absmax.device)
+
+
+def _check_offset(offset: Float[Tensor, ""]) -> None:
+    check_tensor("offset", offset)
+    if offset.shape != ():
+        raise InputError(
+            f"offset has shape {tuple(offset.shape)}; give one number, their mean."
+        )

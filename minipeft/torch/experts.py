@@ -21,7 +21,9 @@ from minipeft.torch.linear import (
     full_precision,
     weight_view,
 )
+from minipeft.torch.operands import check_tensors
 from minipeft.torch.stack import Stack
+from minipeft.values import check_kind, check_number
 
 Weights = Shaped[Tensor, "experts _ _"]  # stored as W, or as the transpose of W
 MatricesA = Shaped[Tensor, "experts r in_features"]
@@ -43,10 +45,10 @@ class Experts(nn.Module):
 
     def __init__(self, W: Weights, bias: Shaped[Tensor, "..."] | None = None):
         super().__init__()
+        shapes = {"W": (W, "experts out_features in_features")}
+        check_tensors({**shapes, "bias": (bias, "? experts out_features")})
         self.W = nn.Parameter(W)
         self.bias = None if bias is None else nn.Parameter(bias)
-        if bias is not None:
-            check_shape("bias", bias, *W.shape[:2])
 
     def forward(self, x: Input, chosen: Shaped[Tensor, "..."]) -> Output:
         """Apply the experts one after another.
@@ -78,6 +80,9 @@ class StackLoRA(nn.Module):
 
     def __init__(self, A: MatricesA, B: MatricesB, scaling: float):
         super().__init__()
+        shapes = {"A": (A, "experts r in_features")}
+        check_tensors({**shapes, "B": (B, "experts out_features r")})
+        check_number("scaling", scaling)
         self.A, self.B = nn.Parameter(A), nn.Parameter(B)
         self.scaling = scaling
 
@@ -185,6 +190,7 @@ class LoRAExperts(Adapted[ExpertsLoRA]):
             InputError: if the name cannot be used, or the adapter does not fit.
         """
         self.check_new(name)
+        check_kind("adapter", adapter, ExpertsLoRA)
         if not adapter or not set(adapter) <= set(self.names):
             raise InputError(
                 f"the adapter is of {', '.join(adapter)}; these experts hold "
@@ -287,6 +293,7 @@ def check_fits(experts: int, form: Form, part: StackLoRA) -> None:
 
 def experts(model: nn.Module) -> dict[str, nn.Module]:
     """Return the modules of a model that hold stacks of weights, each once."""
+    check_kind("model", model, nn.Module)
     return {n: m for n, m in model.named_modules() if _is_stacked(m)}
 
 

@@ -11,7 +11,8 @@ from minipeft.torch import lora
 from minipeft.torch.adapted import Adapted
 from minipeft.torch.linear import Form, Output, Product, Weight
 from minipeft.torch.lora import LoRA, LoRAConfig
-from minipeft.values import check_number
+from minipeft.torch.operands import check_tensors
+from minipeft.values import check_kind, check_number
 
 
 class HiRA(LoRA):
@@ -28,12 +29,16 @@ class HiRA(LoRA):
 
 def delta(W: Weight, adapter: HiRA) -> Weight:
     r"""Return the update, $\Delta W = s\,W \odot B A$, in float32 or wider."""
+    check_tensors({"W": (W, "out_features in_features")})
     check_fits(Form.of(W), adapter)
     product = lora.delta(adapter)
     return W.to(product.dtype) * product
 
 
-check_fits = lora.check_fits
+def check_fits(form: Form, adapter: HiRA) -> None:
+    """Refuse matrices of another layer, and an adapter of another method."""
+    check_kind("adapter", adapter, HiRA)
+    lora.check_fits(form, adapter)
 
 
 class HiRALinear(Adapted[HiRA]):

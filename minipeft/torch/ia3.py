@@ -21,7 +21,9 @@ from minipeft.torch.linear import (
     check_shape,
     weight_view,
 )
-from minipeft.torch.targets import matches
+from minipeft.torch.operands import check_tensors
+from minipeft.torch.targets import check_names, matches
+from minipeft.values import check_integer, check_kind
 
 Side = Literal["output", "input"]
 Vector = Float[Tensor, " features"]
@@ -40,6 +42,7 @@ class IA3(nn.Module):
 
     def __init__(self, l: Vector, side: Side):  # noqa: E741
         super().__init__()
+        check_tensors({"l": (l, "features")})
         if side not in get_args(Side):
             raise InputError(f"side is {side!r}; choose 'output' or 'input'.")
         self.l = nn.Parameter(l)
@@ -60,11 +63,13 @@ def init(features: int, side: Side = "output") -> IA3:
 
     Source: IA3 (arXiv:2205.05638), section 3.3.
     """
+    check_integer("features", features, 0)
     return IA3(torch.ones(features, dtype=torch.float32, device="cpu"), side)
 
 
 def check_fits(form: Form, adapter: IA3) -> None:
     """Refuse a vector for another layer, or for the other side of this layer."""
+    check_kind("adapter", adapter, IA3)
     features = form.in_features if adapter.side == "input" else form.out_features
     check_shape(f"l, for the {adapter.side},", adapter.l, features)
 
@@ -102,6 +107,7 @@ class IA3Linear(Adapted[IA3]):
 
     def add(self, name: str, adapter: IA3) -> None:
         """Hold another adapter, inactive until `activate`; refuse to scale indices."""
+        check_kind("adapter", adapter, IA3)
         _check_side(self.view, adapter.side)
         super().add(name, adapter)
 
@@ -138,6 +144,7 @@ class IA3Config:
             InputError: if a name in `feedforward` matches none of the layers, or an
                 embedding, whose input is an index and cannot be scaled.
         """
+        check_names("feedforward", self.feedforward)
         for pattern in self.feedforward:
             if not any(matches(name, pattern) for name in layers):
                 raise InputError(

@@ -24,8 +24,10 @@ from minipeft.torch.adapted import (
     training_as_before,
 )
 from minipeft.torch.linear import Stacked, weight_view
+from minipeft.torch.operands import check_generator
 from minipeft.torch.targets import check_inside, replace
 from minipeft.torch.targets import layers as layers_of
+from minipeft.values import check_kind, check_number
 
 Model = TypeVar("Model", bound=nn.Module)
 REMEDY = (
@@ -72,6 +74,7 @@ def inject(
             adapted already, or shares its weight with another; if `config` does not fit
             a layer.
     """
+    _check_start(config, name, generator)
     found = layers_of(model, targets)
     for key, layer in found.items():
         with naming(key):
@@ -99,6 +102,7 @@ def add(
     Raises:
         InputError: if the name is taken, or the layers are of another method.
     """
+    _check_start(config, name, generator)
     layers = adapted(model)
     for key, layer in layers.items():
         if type(layer) is not _wrapper(config, layer.base):
@@ -132,9 +136,12 @@ def activate(model: Model, shares: str | Mapping[str, float]) -> Model:
     Raises:
         InputError: for a name that no layer holds.
     """
+    check_kind("shares", shares, str, Mapping)
     wanted = {shares: 1.0} if isinstance(shares, str) else shares
     layers = adapted(model)
     _check_known(layers, wanted)
+    for name, share in wanted.items():
+        check_number(f"the share of {name!r} in shares", share)
     for layer in layers.values():
         layer.activate({n: s for n, s in wanted.items() if n in layer.adapters})
     return model
@@ -199,6 +206,7 @@ def unload(model: Model) -> Model:
 
 def adapted(model: nn.Module) -> dict[str, Layer]:
     """Return the adapted layers by name."""
+    check_kind("model", model, nn.Module)
     return {n: m for n, m in model.named_modules() if isinstance(m, Adapted)}
 
 
@@ -215,6 +223,7 @@ def adapters_of(model: nn.Module, name: str = "default") -> dict[str, nn.Module]
 
 def trainable_parameters(model: nn.Module) -> list[nn.Parameter]:
     """Return the parameters that are trained, as an optimizer takes them."""
+    check_kind("model", model, nn.Module)
     return [p for p in model.parameters() if p.requires_grad]
 
 
@@ -265,7 +274,11 @@ def load_adapter_state_dict(
         InputError: if a tensor is missing, unexpected, of another shape or kind of
             dtype, or not finite; if a constant differs.
     """
+    check_kind("tensors", tensors, Mapping)
+    check_kind("saved", saved, Mapping, type(None))
     own = _tensors(model, name)
+    for key in own.keys() & tensors.keys():
+        check_kind(f"{key} of the tensors", tensors[key], Tensor)
     problems = [f"{key} is missing" for key in own if key not in tensors]
     problems += [f"{key} is unexpected" for key in tensors if key not in own]
     problems += [
@@ -297,6 +310,12 @@ def _wrapper(config: Config, layer: nn.Module) -> type[Layer]:
         stacked: type[Layer] = getattr(config, "stacked", config.wrapper)
         return stacked
     return config.wrapper
+
+
+def _check_start(config: Config, name: str, generator: torch.Generator | None) -> None:
+    check_kind("config", config, Config)
+    check_kind("name", name, str)
+    check_generator(generator)
 
 
 def _check_offered(config: Config, layer: nn.Module) -> None:
@@ -342,6 +361,7 @@ def _other_constants(
 def _check_known(layers: Mapping[str, Layer], names: Iterable[str]) -> None:
     known = sorted({n for layer in layers.values() for n in layer.adapters})
     for name in names:
+        check_kind("the name of an adapter", name, str)
         if name not in known:
             raise InputError(
                 f"no layer holds an adapter {name!r}; choose from "

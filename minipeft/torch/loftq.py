@@ -16,8 +16,9 @@ from minipeft.torch.blockwise import Blockwise
 from minipeft.torch.codebook import NF2, NF4
 from minipeft.torch.linear import weight_view
 from minipeft.torch.lora import LoRA, LoRALinear, check_dropout
+from minipeft.torch.operands import check_tensor
 from minipeft.torch.qlora import QuantizedLinear
-from minipeft.values import check_integer
+from minipeft.values import check_integer, check_kind, check_number
 
 
 def init(
@@ -74,7 +75,14 @@ def error(
     W: Inexact[Tensor, "out_features in_features"], q: Blockwise, initial: LoRA
 ) -> float:
     r"""Return $\|W - Q - s B A\|_F$, with the scaling of the adapter in training."""
-    return float(pissa.residual(W - blockwise.dequantize(q), initial).norm())
+    check_tensor("W", W)
+    restored = blockwise.dequantize(q)
+    if restored.shape != W.shape:
+        raise InputError(
+            f"q has shape {tuple(restored.shape)}, and W {tuple(W.shape)}; give the "
+            "codes of this weight."
+        )
+    return float(pissa.residual(W - restored, initial).norm())
 
 
 def plan(
@@ -88,6 +96,10 @@ def plan(
 
     Source: LoftQ (arXiv:2310.08659), section 4.3, mixed precision.
     """
+    check_number("mean_bits", mean_bits)
+    check_kind("weights", weights, Mapping)
+    for name, W in weights.items():
+        check_tensor(f"weights[{name!r}]", W)
     if not 2 <= mean_bits <= 4:
         raise InputError(f"mean_bits is {mean_bits}; choose 2 to 4.")
     gains = {name: _gain(W, blocksize) for name, W in weights.items()}
@@ -105,6 +117,8 @@ class LoftQ(LoRA):
     """An adapter and the quantized base that was computed together with it."""
 
     def __init__(self, q: Blockwise, initial: LoRA, dropout: float = 0.0):
+        blockwise.check_parts(q)
+        check_kind("initial", initial, LoRA)
         A, B = initial.A.detach(), initial.B.detach()
         super().__init__(A, B, initial.scaling, dropout)
         self.q = q  # LoftQLinear makes it its base
@@ -160,6 +174,7 @@ class LoftQConfig:
 
     def _adapter(self, name: str, layer: nn.Module) -> LoftQ:
         check_dropout(self.dropout)
+        check_kind("codebooks", self.codebooks, Mapping)
         view = weight_view(layer)
         if isinstance(layer, QuantizedLinear) or not view.linear:
             raise InputError(

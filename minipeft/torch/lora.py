@@ -24,7 +24,8 @@ from minipeft.torch.linear import (
     check_shape,
     weight_view,
 )
-from minipeft.values import check_flag, check_integer, check_number
+from minipeft.torch.operands import check_generator, check_tensors
+from minipeft.values import check_flag, check_integer, check_kind, check_number
 
 MatrixA = Float[Tensor, "r in_features"]
 MatrixB = Float[Tensor, "out_features r"]
@@ -42,6 +43,9 @@ class LoRA(nn.Module):
 
     def __init__(self, A: MatrixA, B: MatrixB, scaling: float, dropout: float = 0.0):
         super().__init__()
+        check_tensors({"A": (A, "r in_features"), "B": (B, "out_features r")})
+        check_number("scaling", scaling)
+        check_dropout(dropout)
         self.A, self.B = nn.Parameter(A), nn.Parameter(B)
         self.scaling, self.dropout = scaling, dropout
 
@@ -89,10 +93,11 @@ def init(
         rank_stabilized: divide by sqrt(r) instead of r.
 
     Raises:
-        InputError: if r is out of range.
+        InputError: if r is out of range, or the generator is not on the CPU.
 
     Source: LoRA (arXiv:2106.09685), section 4.1.
     """
+    check_generator(generator)
     check_rank(r, in_features, out_features)
     bound = 1 / sqrt(in_features)
     A = torch.empty(r, in_features, dtype=torch.float32, device="cpu")
@@ -103,12 +108,15 @@ def init(
 
 def delta(adapter: LoRA) -> Weight:
     r"""Return the update $\Delta W = s B A$ in float32 or wider."""
+    check_kind("adapter", adapter, LoRA)
     wide = torch.promote_types(adapter.A.dtype, torch.float32)
     return adapter.scaling * (adapter.B.to(wide) @ adapter.A.to(wide))
 
 
 def check_rank(r: int, in_features: int, out_features: int) -> None:
     """Refuse a rank below 1, or above the rank that W can have."""
+    for name, value in (("in_features", in_features), ("out_features", out_features)):
+        check_integer(name, value, 1)
     check_integer("r", r)
     if not 1 <= r <= min(in_features, out_features):
         raise InputError(
@@ -122,6 +130,7 @@ def check_fits(form: Form, adapter: LoRA) -> None:
 
     Like `reference.lora.check_fits`, it allows a rank above the rank of W.
     """
+    check_kind("adapter", adapter, LoRA)
     r = len(adapter.A)
     if r < 1:
         raise InputError("r is 0; give A at least one row and B at least one column.")
@@ -139,7 +148,16 @@ class LoRALinear(Adapted[LoRA]):
     Source: LoRA (arXiv:2106.09685), equation 3.
     """
 
-    check_fits = staticmethod(check_fits)
+    @staticmethod
+    def check_fits(form: Form, adapter: LoRA) -> None:
+        """Refuse matrices of another layer, and adapters with a layer of their own.
+
+        Such a layer would compute one update and merge another.
+        """
+        check_fits(form, adapter)
+        if type(adapter).forward is not LoRA.forward:
+            kind = type(adapter).__name__
+            raise InputError(f"the adapter is a {kind}; wrap it in a {kind}Linear.")
 
     def change(self, adapter: LoRA, W: Weight) -> Weight:
         r"""Return $\Delta W = s B A$."""
@@ -213,5 +231,6 @@ class LoRAConfig:
 
 def check_dropout(p: float) -> None:
     """Refuse a probability of dropout below 0, or of 1 and more."""
+    check_number("dropout", p)
     if not 0 <= p < 1:
         raise InputError(f"dropout is {p}; choose a chance in [0, 1).")

@@ -41,6 +41,7 @@ from minipeft.torch.linear import (
 )
 from minipeft.torch.lora import LoRA, LoRALinear
 from minipeft.torch.miss import MiSS, MiSSLinear
+from minipeft.torch.operands import check_tensors
 from minipeft.torch.targets import layers as layers_of
 from minipeft.torch.targets import replace
 from minipeft.torch.vera import VeRA, VeRALinear
@@ -85,6 +86,7 @@ def stack(updates: Sequence[Sequence[tuple[float, LoRA]]]) -> Adapters:
     Raises:
         InputError: if there is no update, or they are not of one layer and device.
     """
+    check_kind("updates", updates, list, tuple)
     parts = [lora for update in updates for _, lora in update]
     forms = {(p.A.shape[1], p.B.shape[0], str(p.A.device)) for p in parts}
     if len(forms) != 1 or not all(updates):
@@ -133,6 +135,7 @@ def forward(
 
     Source: Punica (arXiv:2310.18547), section 4; S-LoRA (arXiv:2311.03285), section 5.
     """
+    _check_batch(x, y, adapters, indices)
     A, B, scaling = adapters
     rows = x.reshape(-1, x.shape[-1]).contiguous()
     each, left = divmod(len(rows), len(indices))
@@ -152,6 +155,20 @@ def forward(
     base = y.reshape(len(indices), each, y.shape[-1])
     sums = (base + h @ B[chosen].mT).to(y.dtype)
     return torch.where(indices[:, None, None] < 0, base, sums).view_as(y)
+
+
+def _check_batch(x: Tensor, y: Tensor, adapters: Adapters, indices: Tensor) -> None:
+    check_kind("adapters", adapters, Adapters)
+    thin = {"A": (adapters.A, "n r in_features"), "B": (adapters.B, "n out_features r")}
+    check_tensors({**thin, "scaling": (adapters.scaling, "n")})
+    check_tensors({"A": thin["A"], "x": (x, "... in_features")})
+    check_tensors({"B": thin["B"], "y": (y, "... out_features")})
+    check_kind("indices", indices, Tensor)
+    if indices.dtype not in (torch.int32, torch.int64) or indices.dim() != 1:
+        raise InputError(
+            f"indices has dtype {indices.dtype} and shape {tuple(indices.shape)}; give "
+            "a list of whole numbers (int32)."
+        )
 
 
 def _for_kernels(rows: Tensor, adapters: Adapters, each: int) -> bool:

@@ -8,6 +8,7 @@ from minipeft.errors import InputError
 from minipeft.torch.adapted import Adapted
 from minipeft.torch.linear import Lookup
 from minipeft.torch.lora import LoRA
+from minipeft.values import check_kind, check_number
 
 
 class Group(TypedDict):
@@ -36,8 +37,10 @@ def parameter_groups(model: nn.Module, lr: float, ratio: float = 4.0) -> list[Gr
     Source: LoRA+ (arXiv:2402.12354), sections 4 and 5.3.
     """
     for name, value in (("lr", lr), ("ratio", ratio)):
-        if not 0 < value < float("inf"):
+        check_number(name, value)
+        if not value > 0:
             raise InputError(f"{name} is {value}; choose a finite number above 0.")
+    check_kind("model", model, nn.Module)
     fast = {
         id(parameter): parameter
         for layer in model.modules()

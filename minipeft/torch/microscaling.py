@@ -6,9 +6,10 @@ import torch
 from torch import Tensor
 
 from minipeft.errors import InputError
-from minipeft.shapes import Float, Inexact, UInt8, check_floats
+from minipeft.shapes import Float, Inexact, UInt8
 from minipeft.torch.blockwise import check_dense, check_finite
 from minipeft.torch.codebook import Codebook, table
+from minipeft.torch.operands import check_float_dtype, check_tensor
 from minipeft.values import check_kind
 
 Weights = Inexact[Tensor, "... in_features"]
@@ -63,6 +64,7 @@ def dequantize_mxfp4(mx: MXFP4, dtype: torch.dtype = torch.float32) -> Weights:
     Raises:
         InputError: if codes and scales do not belong together, or a scale is 255: NaN.
     """
+    check_kind("mx", mx, MXFP4)
     _check_parts(mx.packed, mx.scales, MX_BLOCKSIZE)
     _check_scales(mx.scales, 255)
     exponents = mx.scales[..., None].int() - 127
@@ -99,10 +101,11 @@ def dequantize_nvfp4(nv: NVFP4, dtype: torch.dtype = torch.float32) -> Weights:
         InputError: if codes and scales do not belong together, a scale is no positive
             number of E4M3, or `tensor_scale` is no number of at least 0.
     """
+    check_kind("nv", nv, NVFP4)
     _check_parts(nv.packed, nv.scales, NV_BLOCKSIZE)
     _check_scales(nv.scales, 127)
     s = nv.tensor_scale
-    check_floats("tensor_scale", s)
+    check_tensor("tensor_scale", s)
     if s.shape != () or not 0 <= float(s) < float("inf"):
         raise InputError(f"tensor_scale is {s}; give one number of at least 0.")
     scales = nv.scales.view(torch.float8_e4m3fn).float() * s.float()
@@ -140,9 +143,7 @@ def _unpack(packed: Codes, blocksize: int) -> Blocks:
 
 
 def _rows(blocks: Blocks, dtype: torch.dtype) -> Weights:
-    check_kind("dtype", dtype, torch.dtype)
-    if not dtype.is_floating_point:
-        raise InputError(f"the result has dtype {dtype}; choose a float dtype.")
+    check_float_dtype(dtype)
     return blocks.flatten(-2).to(dtype)
 
 

@@ -20,7 +20,8 @@ from minipeft.torch.linear import (
     weight_view,
 )
 from minipeft.torch.lora import check_dropout
-from minipeft.values import check_integer
+from minipeft.torch.operands import check_tensors
+from minipeft.values import check_integer, check_kind
 
 MatrixD = Float[Tensor, "r out_features"]
 
@@ -37,6 +38,8 @@ class MiSS(nn.Module):
 
     def __init__(self, D: MatrixD, dropout: float = 0.0):
         super().__init__()
+        check_tensors({"D": (D, "r out_features")})
+        check_dropout(dropout)
         self.D, self.dropout = nn.Parameter(D), dropout
 
     def forward(self, product: Product) -> Output:
@@ -54,6 +57,8 @@ class MiSS(nn.Module):
 
 def init(in_features: int, out_features: int, r: int) -> MiSS:
     """Start at zero update: D is zero, but its gradient is not."""
+    check_integer("in_features", in_features, 1)
+    check_integer("out_features", out_features, 0)
     check_integer("r", r)
     if not 1 <= r <= in_features:
         raise InputError(f"r is {r}; choose 1 to {in_features}, the inputs of W.")
@@ -62,12 +67,15 @@ def init(in_features: int, out_features: int, r: int) -> MiSS:
 
 def delta(adapter: MiSS, in_features: int) -> Weight:
     r"""Return the update, $\Delta W_{oi} = D_{i \bmod r,\,o}$, in float32 or wider."""
+    check_kind("adapter", adapter, MiSS)
+    check_integer("in_features", in_features, 0)
     wide = torch.promote_types(adapter.D.dtype, torch.float32)
     return _repeated(adapter.D, in_features).T.to(wide)
 
 
 def check_fits(form: Form, adapter: MiSS) -> None:
     """Refuse a matrix of another layer; torch would broadcast a single column."""
+    check_kind("adapter", adapter, MiSS)
     r = len(adapter.D)
     if r < 1:
         raise InputError("r is 0; give D at least one row.")

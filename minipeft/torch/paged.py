@@ -11,7 +11,7 @@ from torch import Tensor
 
 from minipeft.errors import InputError
 from minipeft.torch.adamw import BLOCKSIZE, AdamW, Job, State, init, update
-from minipeft.values import check_integer
+from minipeft.values import check_integer, check_kind
 
 
 @dataclass(frozen=True)
@@ -43,6 +43,7 @@ class Paging:
     budget: int = 4
 
     def __post_init__(self) -> None:
+        check_integer("page_size", self.page_size)
         if self.page_size < 1 or self.page_size % BLOCKSIZE:
             raise InputError(
                 f"page_size is {self.page_size}; choose a multiple of 256."
@@ -236,6 +237,7 @@ class PagedAdamW(AdamW):
         bits: int = 32,
         paging: Paging | None = None,
     ):
+        check_kind("paging", paging, Paging, type(None))
         self.paging = paging or Paging()
         self.pages: dict[Tensor, list[Page]] = {}
         super().__init__(params, lr, betas, eps, weight_decay, bits)

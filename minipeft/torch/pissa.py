@@ -10,7 +10,7 @@ from torch.linalg import eigh, qr, svd
 from torch.nn.functional import linear
 
 from minipeft.errors import InputError
-from minipeft.shapes import Inexact, Shaped, check_shapes
+from minipeft.shapes import Inexact, Shaped
 from minipeft.torch import lora
 from minipeft.torch.adapted import Adapted, naming
 from minipeft.torch.linear import (
@@ -18,11 +18,13 @@ from minipeft.torch.linear import (
     Output,
     Product,
     Weight,
+    check_shape,
     full_precision,
     weight_of,
 )
 from minipeft.torch.lora import LoRA, check_dropout
-from minipeft.values import check_number
+from minipeft.torch.operands import check_tensors
+from minipeft.values import check_integer, check_kind, check_number
 
 
 @dataclass(frozen=True)
@@ -32,6 +34,11 @@ class Sketch:
     seed: int = 0
     oversampling: int = 4  # directions beyond r, in each block
     iterations: int = 2  # products with W W^T; each adds a block to Q
+
+    def __post_init__(self) -> None:
+        check_integer("seed", self.seed, -(2**63), 2**63 - 1)  # as torch takes it
+        check_integer("oversampling", self.oversampling, 0)
+        check_integer("iterations", self.iterations, 0)
 
 
 SKETCH = Sketch()
@@ -67,6 +74,7 @@ def init_randomized(
 
     Source: PiSSA (arXiv:2404.02948), initialization with a fast SVD.
     """
+    check_kind("sketch", sketch, Sketch)
     initial = principal_randomized(W, r, checked_scaling(W, r, alpha), sketch)
     return residual(W, initial), initial
 
@@ -80,7 +88,8 @@ def residual(
     Raises:
         InputError: if the adapter belongs to another layer.
     """
-    check_shapes(
+    check_kind("initial", initial, LoRA)
+    check_tensors(
         {
             "W": (W, "out_features in_features"),
             "B": (initial.B, "out_features r"),
@@ -100,7 +109,9 @@ def to_lora(trained: LoRA, initial: LoRA) -> LoRA:
 
     Source: PiSSA (arXiv:2404.02948), conversion to LoRA.
     """
-    check_shapes(
+    check_kind("trained", trained, LoRA)
+    check_kind("initial", initial, LoRA)
+    check_tensors(
         {
             "A after training": (trained.A, "r in_features"),
             "B after training": (trained.B, "out_features r"),
@@ -166,6 +177,7 @@ class PiSSA(LoRA):
     B_0: Tensor
 
     def __init__(self, initial: LoRA, dropout: float = 0.0):
+        check_kind("initial", initial, LoRA)
         A, B = initial.A.detach(), initial.B.detach()
         super().__init__(A.clone(), B.clone(), initial.scaling, dropout)
         self.register_buffer("A_0", A)
@@ -184,8 +196,11 @@ class PiSSA(LoRA):
 
 def check_fits(form: Form, adapter: PiSSA) -> None:
     """Refuse matrices of another layer; torch would broadcast a single row."""
+    check_kind("adapter", adapter, PiSSA)
     lora.check_fits(form, adapter)
-    lora.check_fits(form, adapter.initial)
+    r = len(adapter.A_0)
+    check_shape("A_0", adapter.A_0, r, form.in_features)
+    check_shape("B_0", adapter.B_0, form.out_features, r)
 
 
 class PiSSALinear(Adapted[PiSSA]):
@@ -234,6 +249,8 @@ class PiSSAConfig:
 
     def _adapter(self, layer: nn.Module) -> PiSSA:
         check_dropout(self.dropout)
+        if self.sketch is not None:
+            check_kind("sketch", self.sketch, Sketch)
         W = weight_of(layer).detach()
         s = checked_scaling(W, self.r, self.alpha)
         with full_precision(W.device):
@@ -248,6 +265,7 @@ def checked_scaling(
     W: Inexact[Tensor, "out_features in_features"], r: int, alpha: float
 ) -> float:
     """Return alpha / r; refuse a weight, rank or alpha that allows no split."""
+    check_tensors({"W": (W, "out_features in_features")})
     lora.check_rank(r, W.shape[1], W.shape[0])
     check_number("alpha", alpha)
     if not alpha > 0:

@@ -10,10 +10,18 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 
 from minipeft.errors import InputError
-from minipeft.shapes import Inexact, check_shapes
+from minipeft.shapes import Inexact
 from minipeft.torch import attention
 from minipeft.torch.attention import Head, Mixed
-from minipeft.torch.virtual import VirtualTokens, check_count, undisturbed, wide
+from minipeft.torch.operands import check_tensors
+from minipeft.torch.virtual import (
+    VirtualTokens,
+    check_count,
+    check_tokens,
+    undisturbed,
+    wide,
+)
+from minipeft.values import check_integer, check_kind
 
 
 @dataclass(frozen=True)
@@ -36,6 +44,8 @@ class Reparametrization(nn.Module):
     def __init__(self, num_virtual_tokens: int, d: int, hidden: int, both: int) -> None:
         super().__init__()
         check_count(num_virtual_tokens)
+        for name, size in (("d", d), ("hidden", hidden), ("both", both)):
+            check_integer(name, size, 1)
         # On the CPU and in float32; torch's defaults have no effect.
         here: dict[str, Any] = {"device": "cpu", "dtype": torch.float32}
         self.P = nn.Parameter(torch.randn(num_virtual_tokens, d, **here))
@@ -54,6 +64,7 @@ class Reparametrization(nn.Module):
 
 def expand(network: Reparametrization) -> Prefix:
     """Return one head's prefix; after training, the network is thrown away."""
+    check_kind("network", network, Reparametrization)
     return Prefix(*network().chunk(2, dim=-1))
 
 
@@ -64,7 +75,8 @@ def attach(head: Head, prefix: Prefix) -> Head:
         InputError: if the prefix does not fit this head.
     """
     attention.check_fits(head)
-    check_shapes(
+    check_kind("prefix", prefix, Prefix)
+    check_tensors(
         {
             "the head's K": (head.K, "... keys d"),
             "the head's V": (head.V, "... keys d_v"),
@@ -118,6 +130,8 @@ class PrefixConfig:
 
     def __post_init__(self) -> None:
         check_count(self.num_virtual_tokens)
+        check_tokens(self.tokens)
+        check_integer("hidden", self.hidden, 0)
         if self.tokens and self.hidden:
             raise InputError(
                 f"hidden is {self.hidden}, and a network does not start from tokens; "
@@ -133,6 +147,7 @@ class PrefixModel(VirtualTokens):
     """
 
     def __init__(self, model: Any, config: PrefixConfig) -> None:
+        check_kind("config", config, PrefixConfig)
         super().__init__(model)
         pairs = _pairs(model, config.tokens or [0])
         self.widths = [(K.shape[-1], V.shape[-1]) for K, V in pairs]

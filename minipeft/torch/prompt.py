@@ -8,8 +8,16 @@ import torch
 from torch import Tensor, nn
 
 from minipeft.errors import InputError
-from minipeft.shapes import Integer, Shaped, check_shapes
-from minipeft.torch.virtual import VirtualTokens, check_count, undisturbed, wide
+from minipeft.shapes import Integer, Shaped
+from minipeft.torch.operands import check_generator, check_tensors
+from minipeft.torch.virtual import (
+    VirtualTokens,
+    check_count,
+    check_tokens,
+    undisturbed,
+    wide,
+)
+from minipeft.values import check_integer, check_kind
 
 
 @dataclass(frozen=True)
@@ -29,6 +37,13 @@ def init(E: Shaped[Tensor, "vocabulary d"], tokens: Integer[Tensor, " n"]) -> Pr
 
     Source: Prompt tuning (arXiv:2104.08691), section 3.2.
     """
+    check_tensors({"E": (E, "vocabulary d")})
+    check_kind("tokens", tokens, Tensor)
+    if tokens.dtype not in (torch.int32, torch.int64) or tokens.dim() != 1:
+        raise InputError(
+            f"tokens has dtype {tokens.dtype} and shape {tuple(tokens.shape)}; give a "
+            "list of whole numbers (int64)."
+        )
     if not len(tokens):
         raise InputError("the soft prompt has no token; give at least one.")
     strange = tokens[(tokens < 0) | (tokens >= len(E))]
@@ -42,7 +57,9 @@ def init(E: Shaped[Tensor, "vocabulary d"], tokens: Integer[Tensor, " n"]) -> Pr
 
 def init_random(generator: torch.Generator, num_virtual_tokens: int, d: int) -> Prompt:
     """Start from U(-0.5, 0.5), the paper's baseline; it needs more training steps."""
+    check_generator(generator)
     check_count(num_virtual_tokens)
+    check_integer("d", d, 0)
     shape = (num_virtual_tokens, d)
     P = torch.rand(shape, generator=generator, device="cpu", dtype=torch.float32)
     return Prompt(P - 0.5)
@@ -58,7 +75,8 @@ def forward(
 
     Source: Prompt tuning (arXiv:2104.08691), section 2.
     """
-    check_shapes(
+    check_kind("the prompt", prompt, Prompt)
+    check_tensors(
         {"X": (X, "... tokens d"), "the prompt's P": (prompt.P, "num_virtual_tokens d")}
     )
     P = prompt.P.expand(*X.shape[:-2], *prompt.P.shape)
@@ -75,6 +93,8 @@ class PromptConfig:
 
     def __post_init__(self) -> None:
         check_count(self.num_virtual_tokens)
+        check_tokens(self.tokens)
+        check_integer("seed", self.seed, -(2**63), 2**63 - 1)
 
 
 class PromptModel(VirtualTokens):
@@ -85,6 +105,7 @@ class PromptModel(VirtualTokens):
     """
 
     def __init__(self, model: Any, config: PromptConfig) -> None:
+        check_kind("config", config, PromptConfig)
         super().__init__(model)
         if getattr(model.config, "hidden_size_per_layer_input", 0):
             raise InputError(

@@ -35,8 +35,21 @@ from minipeft.torch.linear import (
     weight_view,
 )
 from minipeft.torch.lora import LoRALinear
+from minipeft.torch.operands import (
+    check_float_dtype,
+    check_tensor,
+    check_tensors,
+)
 from minipeft.torch.stack import Coded, Stack
-from minipeft.torch.targets import all_linear, chosen, outside_adapters, replace, tied
+from minipeft.torch.targets import (
+    all_linear,
+    check_names,
+    chosen,
+    outside_adapters,
+    replace,
+    tied,
+)
+from minipeft.values import check_kind, check_sizes
 
 Model = TypeVar("Model", bound=nn.Module)
 logger = logging.getLogger(__name__)
@@ -69,6 +82,12 @@ class QuantizedLinear(nn.Module):
         dtype: torch.dtype = torch.float32,
     ):
         super().__init__()
+        double_quant.check_stored(q)
+        check_sizes("shape of q", q.shape, 2)
+        check_float_dtype(dtype)
+        if bias is not None:
+            check_tensor("bias", bias)
+            check_shape("bias", bias, q.shape[0])
         self.out_features: int = q.shape[0]
         self.in_features: int = q.shape[1]
         parts = {field.name: getattr(q, field.name) for field in fields(q)}
@@ -80,8 +99,6 @@ class QuantizedLinear(nn.Module):
             # A copy: loading a state dict writes into it and must not change NF4.
             self.register_buffer(name, parts[name].clone())
         self.bias = None if bias is None else nn.Parameter(bias.detach().clone(), False)
-        if bias is not None:
-            check_shape("bias", bias, self.out_features)
 
     @classmethod
     def from_linear(
@@ -273,6 +290,8 @@ class QuantizedExperts(nn.Module):
 
     def __init__(self, base: nn.Module, stacks: Mapping[str, Sequence[nn.Module]]):
         super().__init__()
+        check_kind("base", base, nn.Module)
+        check_kind("stacks", stacks, Mapping)
         bare = copy(base)
         kept = {n: p for n, p in base._parameters.items() if n not in stacks}
         bare._parameters = kept
@@ -375,6 +394,7 @@ def quantize_linears(
         InputError: if the model has no such layer, a name in `skip` matches none, the
             model has adapters, or a weight is not finite; then nothing is changed.
     """
+    _check_codec(codebook, blocksize, nested_blocksize)
     found = _to_quantize(model, skip)
     hyper = (codebook, blocksize, nested_blocksize)
     done: dict[int, nn.Module] = {}
@@ -386,6 +406,16 @@ def quantize_linears(
     _say_what_stays(model)
     saving.refuse(model, REMEDY)
     return model
+
+
+def _check_codec(
+    codebook: Float[Tensor, " codes"], blocksize: int, nested_blocksize: int | None
+) -> None:
+    check_tensors({"codebook": (codebook, "codes")})
+    blockwise.check_blocksize(blocksize)
+    if nested_blocksize is not None:
+        with naming("nested_blocksize"):
+            blockwise.check_blocksize(nested_blocksize)
 
 
 def _quantized(
@@ -405,6 +435,7 @@ def _quantized(
 
 def unquantized(model: nn.Module) -> dict[str, int]:
     """Return the matrices of a model that are not quantized, with their bytes."""
+    check_kind("model", model, nn.Module)
     return {
         name: parameter.numel() * parameter.element_size()
         for name, parameter in model.named_parameters()
@@ -440,6 +471,7 @@ def prepare(model: Model) -> Model:
     Raises:
         InputError: if no layer is quantized, or the model has adapters.
     """
+    check_kind("model", model, nn.Module)
     for name, module in model.named_modules():
         if isinstance(module, Adapted):
             raise InputError(f"{name} has adapters; prepare first, then inject.")
@@ -462,8 +494,8 @@ def quantizable(layer: nn.Module) -> bool:
 
 
 def _to_quantize(model: nn.Module, skip: Sequence[str]) -> dict[str, nn.Module]:
-    if isinstance(skip, str):
-        raise InputError(f"skip is the string {skip!r}; give a list: [{skip!r}].")
+    check_kind("model", model, nn.Module)
+    check_names("skip", skip)
     for name, module in model.named_modules():
         if isinstance(module, Adapted):
             raise InputError(f"{name} has adapters; quantize first, then inject.")
@@ -517,6 +549,7 @@ def merge(layer: LoRALinear) -> nn.Linear:
     Raises:
         InputError: if the base is not quantized.
     """
+    check_kind("layer", layer, LoRALinear)
     base = layer.base
     if not isinstance(base, QuantizedLinear):
         raise InputError(f"the base is a {type(base).__name__}; call its own merge().")

@@ -44,6 +44,19 @@ def chosen(names: Iterable[str], targets: Sequence[str]) -> list[str]:
     return [name for name in names if any(matches(name, t) for t in targets)]
 
 
+def check_names(name: str, value: Collection[str]) -> None:
+    """Refuse what is no list of texts, such as one text: its letters would be names.
+
+    Raises:
+        InputError: names the operand and what it is.
+    """
+    if isinstance(value, str):
+        raise InputError(f"{name} is the string {value!r}; give a list: [{value!r}].")
+    check_kind(name, value, Collection)
+    for one in value:
+        check_kind(f"a name in {name}", one, str)
+
+
 def layers(model: nn.Module, targets: Sequence[str] | str) -> dict[str, nn.Module]:
     """Return the layers to adapt; a layer with several names is returned once.
 
@@ -51,7 +64,9 @@ def layers(model: nn.Module, targets: Sequence[str] | str) -> dict[str, nn.Modul
         InputError: if a target matches nothing, or a layer that cannot be adapted, is
             adapted already, or shares its weight with another.
     """
-    check_kind("targets", targets, str, Collection)
+    check_kind("model", model, nn.Module)
+    if not isinstance(targets, str):
+        check_names("targets", targets)
     if not targets:
         raise InputError(
             f"targets is {targets!r}, so no layer would be adapted; name at least one, "

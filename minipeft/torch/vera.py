@@ -21,7 +21,8 @@ from minipeft.torch.linear import (
     weight_view,
 )
 from minipeft.torch.lora import MatrixA, MatrixB, check_dropout
-from minipeft.values import check_integer
+from minipeft.torch.operands import check_tensors
+from minipeft.values import check_integer, check_kind, check_number
 
 
 class Projections(nn.Module):
@@ -109,6 +110,9 @@ class VeRA(nn.Module):
         dropout: float = 0.0,
     ):
         super().__init__()
+        check_kind("the pair", pair, Projections)
+        check_tensors({"d": (d, "r"), "b": (b, "out_features")})
+        check_dropout(dropout)
         self.d, self.b = nn.Parameter(d), nn.Parameter(b)
         drawn = torch.tensor(pair.drawn, dtype=torch.int64, device="cpu")
         self.register_buffer("drawn", drawn.to(d.device))
@@ -148,6 +152,8 @@ def projections(
     """
     check_integer("seed", seed, 0, 2**32 - 1)
     check_integer("r", r, 1)
+    check_integer("in_features", in_features, 1)
+    check_integer("out_features", out_features, 1)
     stream = torch.Generator("cpu").manual_seed(seed)
     A = kaiming_uniform(stream, r, in_features)
     return A, kaiming_uniform(stream, out_features, r)
@@ -167,12 +173,17 @@ def init(pair: Projections, out_features: int, d_initial: float = 0.1) -> VeRA:
 
     Source: VeRA (arXiv:2310.11454), section 3.2.
     """
+    check_kind("the pair", pair, Projections)
+    check_integer("out_features", out_features, 0)
+    check_number("d_initial", d_initial)
     d = pair.A.new_full((len(pair.A),), d_initial)
     return VeRA(d, pair.A.new_zeros(out_features), pair)
 
 
 def delta(adapter: VeRA, in_features: int) -> Weight:
     r"""Return the update: $\Delta W = \Lambda_b B \Lambda_d A$, diagonal Lambdas."""
+    check_kind("adapter", adapter, VeRA)
+    check_integer("in_features", in_features, 0)
     form = Form(len(adapter.b), in_features, adapter.b.dtype, adapter.b.device)
     check_fits(form, adapter)
     A, B = adapter.projections(in_features, len(adapter.b))
@@ -181,6 +192,7 @@ def delta(adapter: VeRA, in_features: int) -> Weight:
 
 def check_fits(form: Form, adapter: VeRA) -> None:
     """Refuse vectors of another layer; torch would broadcast a single number."""
+    check_kind("adapter", adapter, VeRA)
     check_shape("b", adapter.b, form.out_features)
     _, r, widest, tallest = adapter.projections.drawn
     check_shape("d", adapter.d, r)

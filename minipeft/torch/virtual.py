@@ -6,7 +6,7 @@ when the model is called: its mask and positions are extended there.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from inspect import signature
 from typing import Any
@@ -17,7 +17,7 @@ from torch.nn.functional import pad
 
 from minipeft.errors import InputError
 from minipeft.shapes import Integer
-from minipeft.values import check_integer
+from minipeft.values import check_integer, check_kind
 
 IGNORE = -100  # torch's cross-entropy ignores this label
 Ids = Integer[Tensor, "batch tokens"]
@@ -177,6 +177,7 @@ def check_text(input_ids: Ids, attention_mask: Ids | None, labels: Ids | None) -
 
 def check_causal(model: Any) -> None:
     """Refuse a model that does not read a text from left to right."""
+    check_kind("model", model, nn.Module)
     config = getattr(model, "config", None)
     can = getattr(model, "can_generate", lambda: False)
     if config is None or not can():
@@ -198,6 +199,15 @@ def check_count(num_virtual_tokens: int) -> None:
         raise InputError(
             f"num_virtual_tokens is {num_virtual_tokens}; choose at least 1."
         )
+
+
+def check_tokens(tokens: Sequence[int]) -> None:
+    """Refuse what is no list of token ids."""
+    if isinstance(tokens, str | bytes):
+        raise InputError(f"tokens is {tokens!r}; give the ids of a text's tokens.")
+    check_kind("tokens", tokens, Sequence)
+    for token in tokens:
+        check_integer("one of the tokens", token, 0)
 
 
 def wide(values: Tensor) -> Tensor:

@@ -1,0 +1,77 @@
+"""Checks of operands that are tensors, generators or dtypes; no value is read.
+
+Each refuses in one sentence that names the operand, before anything is computed.
+"""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from minipeft.errors import InputError
+from minipeft.shapes import check_floats, check_shapes
+from minipeft.values import check_kind
+
+
+def check_bytes(name: str, tensor: Tensor) -> None:
+    """Refuse codes that are not one axis of bytes.
+
+    Raises:
+        InputError: names the operand, its dtype and its shape.
+    """
+    check_kind(name, tensor, Tensor)
+    if tensor.dtype != torch.uint8 or tensor.dim() != 1:
+        raise InputError(
+            f"{name} has dtype {tensor.dtype} and shape {tuple(tensor.shape)}; give a "
+            "list of bytes (uint8)."
+        )
+
+
+def check_float_dtype(dtype: torch.dtype) -> None:
+    """Refuse what is no float dtype of torch for a result.
+
+    Raises:
+        InputError: names it and what to choose.
+    """
+    check_kind("dtype", dtype, torch.dtype)
+    if not dtype.is_floating_point:
+        raise InputError(f"the result has dtype {dtype}; choose a float dtype.")
+
+
+def check_generator(generator: torch.Generator | None) -> None:
+    """Refuse what is no generator of torch on the CPU; None stands for torch's own.
+
+    Raises:
+        InputError: names what it is, and the device.
+    """
+    check_kind("generator", generator, torch.Generator, type(None))
+    if generator is not None and generator.device.type != "cpu":
+        raise InputError(
+            f"generator is on {generator.device}; give one on the CPU, so that a seed "
+            "gives the same numbers on every device."
+        )
+
+
+def check_tensor(name: str, tensor: Tensor) -> None:
+    """Refuse what is no tensor of floats.
+
+    Raises:
+        InputError: names the operand, and its type or dtype.
+    """
+    check_kind(name, tensor, Tensor)
+    check_floats(name, tensor)
+
+
+def check_tensors(operands: Mapping[str, tuple[Tensor | None, str]]) -> None:
+    """Refuse tensors whose shapes contradict those before them, and other arrays.
+
+    Args:
+        operands: as of `shapes.check_shapes`.
+
+    Raises:
+        InputError: at the first that is no tensor, or has a wrong shape or no floats.
+    """
+    for name, (tensor, axes) in operands.items():
+        if tensor is not None or not axes.startswith("?"):
+            check_kind(name, tensor, Tensor)
+    check_shapes(operands)

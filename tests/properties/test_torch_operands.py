@@ -1,0 +1,124 @@
+"""The law of every public function and class of the torch column: odd operands.
+
+Each is refused in one sentence that names it, before anything is changed; what is
+accepted instead is in the lists below.
+"""
+
+import inspect
+import re
+
+import pytest
+from torch import nn
+
+from minipeft.errors import InputError
+from minipeft.torch import inject
+from tests.operands import annotations_off
+from tests.torch_operands import (
+    STEPS,
+    arguments,
+    at,
+    checked,
+    function,
+    net,
+    odd,
+    paths,
+    substituted,
+)
+
+NAMES = sorted(checked())
+
+# An operand that is refused under the name it has where it is checked.
+CALLED = {
+    "p": "dropout",
+    "grad": "gradient",
+    "adapter": "adapter|served",
+    "shares": "shares|adapter",
+    "targets": "targets?",
+    "absmax_codes": "the scales",
+    "nested_absmax": "the scales",
+    "nested_blocksize": "blocksize",
+}
+# None stands for something that the docstring names: torch's own generator, no bias,
+# no adapter yet, all the memory there is.
+MAY_BE_NONE = {
+    *("generator", "bias", "mask", "down_bias", "up_bias", "adapter", "paging"),
+    *("budget", "saved", "sketch", "nested_blocksize"),
+}
+MUST_BE_THERE = {"bottleneck.Parallel", "double_quant"}
+# Any number of axes fits.
+ANY_SHAPE = {
+    *(f"{row}.quantize" for row in ("blockwise", "bof4", "double_quant")),
+    *("blockwise.nearest", "blockwise.check_dense", "adamw.init", "attention.Head"),
+    *("lora_batched.forward", "prompt.forward"),
+    *("microscaling.quantize_mxfp4", "microscaling.quantize_nvfp4"),
+}
+# Torch's generators take a seed below 0.
+ANY_SEED = {"pissa.Sketch", "prompt.PromptConfig"}
+
+
+def accepted(name, path, kind):
+    if kind == "None":
+        own = not set(MUST_BE_THERE) & {name, name.partition(".")[0]}
+        return path[-1] in MAY_BE_NONE and own
+    if kind == "below":
+        return path[-1] == "seed" and name in ANY_SEED
+    return kind == "more axes" and name in ANY_SHAPE
+
+
+def called(name):
+    """Return the function; of a method's configuration, its use in a model."""
+    made = function(name)
+    if not hasattr(made, "wrapper"):
+        return made
+    return lambda **given: inject.inject(net(), made(**given), ["0"])
+
+
+def state(given):
+    """Return what must stay as it is: the models among the operands."""
+    found = [value for value in given.values() if isinstance(value, nn.Module)]
+    return [
+        (key, type(module), module.training, [p.requires_grad for p in parameters])
+        for model in found
+        for key, module in model.named_modules()
+        for parameters in [list(module.parameters())]
+    ]
+
+
+def wrong_calls(name):
+    """Yield the operands of each wrong call, and what it says of itself."""
+    given = arguments(name)
+    for path in paths(given):
+        value = at(given, path)
+        for kind, wrong in odd(value):
+            if value is not None and not accepted(name, path, kind):
+                yield path, kind, substituted(given, path, wrong)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_odd_operands_are_refused_by_name_and_change_nothing(name):
+    call, missed = called(name), []
+    with annotations_off():
+        for path, kind, given in wrong_calls(name):
+            wanted, before = CALLED.get(path[-1], path[-1]), state(given)
+            try:
+                call(**given)
+            except InputError as error:
+                said = str(error)
+                if re.search(rf"^[^\n]*\b({wanted})\b.*\.$", said) is None:
+                    missed.append((*path, kind, said))
+            except Exception as error:
+                missed.append((*path, kind, repr(error)))
+            else:
+                missed.append((*path, kind, "accepted"))
+            assert state(given) == before, (path, kind)
+    assert not missed
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_operands_that_fit_are_taken(name):
+    with annotations_off():
+        called(name)(**arguments(name))
+
+
+def test_every_step_that_is_left_out_is_there():
+    assert all(inspect.isroutine(function(name)) for name in STEPS)
