@@ -8,6 +8,7 @@ import os
 import selectors
 import signal
 import subprocess
+import sys
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from time import monotonic
@@ -20,17 +21,42 @@ CHUNK = 1 << 16
 TAIL = 4096  # bytes of stderr that are kept; a report quotes the last line
 TICK = 0.05  # seconds between two checks of a process whose pipe stays open
 SOON = 1.0  # seconds for a process to end after the end of its output
+SHOWN = 2**20  # bytes that one implementation may print on our stderr
+
+
+class Relay:
+    """Shows on our stderr what the processes of an implementation print, up to a limit.
+
+    Args:
+        name: of the implementation.
+        left: bytes that are shown, of all its processes together.
+    """
+
+    def __init__(self, name: str, left: int = SHOWN) -> None:
+        self._name, self._left = name, left
+
+    def show(self, chunk: bytes) -> None:
+        """Write a chunk to stderr, as far as there is room."""
+        if not self._left:
+            return
+        text = chunk[: self._left].decode("utf-8", "backslashreplace")
+        self._left -= len(chunk[: self._left])
+        if not self._left:
+            text += f"\nminipeft: what else {self._name!r} prints is not shown.\n"
+        with suppress(OSError, ValueError):  # nobody reads it any more
+            sys.stderr.write(text)
+            sys.stderr.flush()
 
 
 class Child:
     """One process and its pipes."""
 
-    def __init__(self, command: Sequence[str], stderr: int | None) -> None:
-        """Start it.
+    def __init__(self, command: Sequence[str], relay: Relay | None = None) -> None:
+        """Start it; messages quote the last line of its stderr.
 
         Args:
             command: the program and its arguments.
-            stderr: as in `subprocess.Popen`; where it is PIPE, messages quote it.
+            relay: shows its stderr; None: nothing is shown.
 
         Raises:
             OSError: if it cannot be started.
@@ -41,12 +67,13 @@ class Child:
             command,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            stderr=stderr,
+            stderr=subprocess.PIPE,
             bufsize=0,
             start_new_session=True,
         )
         self._output = bytearray()  # output of stdout that was not returned yet
         self._tail = bytearray()
+        self._relay = relay
         self._ends_stdin = False
         self._closed = False
         self._open = selectors.DefaultSelector()
@@ -148,8 +175,13 @@ class Child:
         elif pipe is self._process.stdout:
             self._output += chunk
         else:
-            self._tail = (self._tail + chunk)[-TAIL:]
+            self._hear(chunk)
         return None
+
+    def _hear(self, chunk: bytes) -> None:
+        self._tail = (self._tail + chunk)[-TAIL:]
+        if self._relay is not None:
+            self._relay.show(chunk)
 
     def _write(self, key: selectors.SelectorKey) -> None:
         rest: memoryview = key.data
@@ -175,8 +207,10 @@ class Child:
         if self._listens_to(self._process.stderr):
             assert self._process.stderr is not None
             with suppress(BlockingIOError):
-                while chunk := os.read(self._process.stderr.fileno(), CHUNK):
-                    self._tail = (self._tail + chunk)[-TAIL:]
+                for _ in range(LARGEST // CHUNK):  # a process left behind may go on
+                    if not (chunk := os.read(self._process.stderr.fileno(), CHUNK)):
+                        break
+                    self._hear(chunk)
         self.close()
         if code is None:
             return "the process closed its output"

@@ -2,7 +2,6 @@
 
 import json
 import shlex
-import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from contextlib import closing, suppress
@@ -11,7 +10,7 @@ from typing import Any
 
 from minipeft import __version__
 from minipeft.errors import InputError
-from minipeft.golden.child import SOON, Child
+from minipeft.golden.child import SOON, Child, Relay
 from minipeft.golden.errors import (
     Accident,
     NoAnswer,
@@ -48,7 +47,7 @@ class Program:
         """Start the program, send the case, read the answer."""
         request = json.dumps(case.question.to_json()) + "\n"
         try:
-            child = Child(self._command, subprocess.PIPE)
+            child = Child(self._command)
         except OSError as error:
             if self._started:
                 raise NoAnswer(f"cannot be started again: {error}") from None
@@ -69,12 +68,16 @@ class Persistent:
     """
 
     def __init__(
-        self, name: str, command: Sequence[str], timeout: float, stderr: int | None
+        self,
+        name: str,
+        command: Sequence[str],
+        timeout: float,
+        relay: Relay | None = None,
     ) -> None:
         self.name = name
         self._command = command
         self._timeout = timeout
-        self._stderr = stderr
+        self._relay = relay
         self._asked = 0
         self._failed_starts = 0
         self._offers: frozenset[str] | None = None  # None: not known
@@ -112,7 +115,7 @@ class Persistent:
         self._failed_starts = 0
 
     def _start(self) -> Child:
-        child = Child(self._command, self._stderr)
+        child = Child(self._command, self._relay)
         try:
             hello = {
                 "command": "start",
@@ -141,7 +144,7 @@ class Persistent:
 
 def program(command: str, timeout: float) -> Persistent:
     """Start a program that speaks JSON lines."""
-    return Persistent(command, split(command), timeout, subprocess.PIPE)
+    return Persistent(command, split(command), timeout)
 
 
 def worker(name: str, timeout: float) -> Persistent:
@@ -151,8 +154,8 @@ def worker(name: str, timeout: float) -> Persistent:
     process, a crash fails one case and does not end the run.
     """
     code = _WORKER.format(root=str(Path(__file__).parents[2]), name=name)
-    stderr = subprocess.DEVNULL if name in PEERS else None
-    return Persistent(name, [sys.executable, "-P", "-c", code], timeout, stderr)
+    relay = None if name in PEERS else Relay(name)
+    return Persistent(name, [sys.executable, "-P", "-c", code], timeout, relay)
 
 
 def split(command: str) -> list[str]:

@@ -229,12 +229,22 @@ def test_a_process_left_behind_delays_nothing_and_ends(tmp_path):
 
 
 def test_output_without_end_is_not_kept():
-    endless = child.Child([sys.executable, "-c", "while 1: print('x' * 4096)"], None)
+    endless = child.Child([sys.executable, "-c", "while 1: print('x' * 4096)"])
     answer = endless.ask(b"", 5)
     assert len(answer) == 4096
     with pytest.raises(Late):  # the pipe is full, and nobody reads it
         endless._exchange(b"", 0.5, lambda: endless._output.clear() or False)
     endless.close()
+
+
+@pytest.mark.parametrize("where", ["stdout", "stderr"])
+def test_a_module_that_prints_without_end_is_bounded_and_reported(where, tmp_path):
+    name = module(tmp_path, f"while True: sys.{where}.write('x' * 65536)")
+    code, _, stderr, report = ask(tmp_path, name, "--timeout", "1")
+    assert code == 2
+    assert len(stderr) < child.SHOWN + 4096
+    assert "what else 'stranger' prints is not shown." in stderr
+    assert "no answer within 1 s" in report["cases"][0]["detail"]
 
 
 def test_three_time_outs_end_an_operation():
