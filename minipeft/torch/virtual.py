@@ -36,13 +36,17 @@ TAKEN = {
 class VirtualTokens(nn.Module, ABC):
     """A frozen causal model of transformers with trained virtual tokens.
 
-    `self.model` is the given model; its layers are not changed.
+    `self.model` is the given model; its layers are not changed. A state dict holds a
+    tied weight once, under its first name: safetensors, and so transformers' `Trainer`,
+    refuses two names of one tensor.
     """
 
     def __init__(self, model: Any) -> None:
         super().__init__()
         check_causal(model)
         self.model = model
+        self.register_state_dict_post_hook(_leave_out_tied)  # type: ignore[no-untyped-call]
+        self.register_load_state_dict_pre_hook(_fill_in_tied)  # type: ignore[no-untyped-call]
         self.takes_positions = "position_ids" in signature(model.forward).parameters
 
     def freeze(self) -> None:
@@ -145,6 +149,31 @@ class VirtualTokens(nn.Module, ABC):
             yield
         finally:
             handle.remove()
+
+
+def _later_names(module: nn.Module) -> dict[str, str]:
+    """Return the first name of each tied parameter by its later names."""
+    first: dict[nn.Parameter, str] = {}
+    found = {}
+    for name, parameter in module.named_parameters(remove_duplicate=False):
+        if first.setdefault(parameter, name) != name:
+            found[name] = first[parameter]
+    return found
+
+
+def _leave_out_tied(
+    module: nn.Module, state: dict[str, Any], prefix: str, *_: object
+) -> None:
+    for name in _later_names(module):
+        state.pop(prefix + name, None)
+
+
+def _fill_in_tied(
+    module: nn.Module, state: dict[str, Any], prefix: str, *_: object
+) -> None:
+    for name, first in _later_names(module).items():
+        if prefix + first in state:
+            state.setdefault(prefix + name, state[prefix + first])
 
 
 def predicted(labels: Ids, attention_mask: Ids | None) -> Ids:

@@ -16,6 +16,8 @@ from minipeft.torch.loftq import LoftQConfig
 from minipeft.torch.lora import LoRAConfig
 from minipeft.torch.miss import MiSSConfig
 from minipeft.torch.pissa import PiSSAConfig
+from minipeft.torch.prefix import PrefixConfig, PrefixModel
+from minipeft.torch.prompt import PromptConfig, PromptModel
 from minipeft.torch.qlora import quantize_linears
 from minipeft.torch.vera import VeRAConfig
 
@@ -33,15 +35,37 @@ ROWS = {
     "LoftQ": LoftQConfig(2, 4.0, blocksize=16, steps=1),
     "bottleneck": BottleneckConfig(2),
 }
+VIRTUAL = {
+    "prompt": lambda model: PromptModel(model, PromptConfig(3)),
+    "prefix": lambda model: PrefixModel(model, PrefixConfig(3)),
+    "prefix with a network": lambda model: PrefixModel(
+        model, PrefixConfig(3, hidden=5)
+    ),
+}
 RATE, STEPS, ACCUMULATE = 1e-2, 4, 2
 
 
 def adapted(base, row):
     model = copy.deepcopy(base)
+    if row in VIRTUAL:
+        torch.manual_seed(0)
+        return VIRTUAL[row](model)
+    if row == "experts":
+        torch.manual_seed(0)
+        return inject(of_experts(), LoRAConfig(2, 4.0), ["experts"])
     if row == "QLoRA":
         quantize_linears(model, blocksize=16)
     torch.manual_seed(0)
     return inject(model, ROWS[row], "all-linear")
+
+
+def of_experts():
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 2}
+    config = transformers.MixtralConfig(
+        vocab_size=64, num_local_experts=4, **sizes, **heads
+    )
+    return transformers.MixtralForCausalLM(config)
 
 
 class Noting(transformers.Trainer):
@@ -89,10 +113,20 @@ def by_hand(model, seen):
     model.train()
     for start in range(0, len(seen), ACCUMULATE):
         for batch in seen[start : start + ACCUMULATE]:
-            model(**batch).loss.backward()
+            loss_of(model, batch).backward()
         optimizer.step()
         optimizer.zero_grad()
     return model
+
+
+def loss_of(model, batch):
+    """Return the part of the loss; a model that counts no items gets the mean of means.
+
+    The trainer looks at the arguments of `forward`, and does the same.
+    """
+    if isinstance(model, (PrefixModel, PromptModel)):
+        return model(batch["input_ids"], labels=batch["labels"]).loss / ACCUMULATE
+    return model(**batch).loss
 
 
 def assert_same(first, second):
@@ -102,7 +136,7 @@ def assert_same(first, second):
         assert torch.equal(first[name], second[name]), name
 
 
-@pytest.mark.parametrize("row", list(ROWS))
+@pytest.mark.parametrize("row", [*ROWS, "experts", *VIRTUAL])
 def test_it_takes_the_steps_of_a_plain_loop_and_resumes_bit_for_bit(toy, tmp_path, row):
     start, whole, resumed = (adapted(toy, row) for _ in range(3))
     run = trainer(whole, tmp_path)

@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 from torch import distributed, nn
 
+from minipeft.torch.experts import Experts
 from minipeft.torch.inject import inject, trainable_parameters
 from minipeft.torch.lora import LoRAConfig
 from minipeft.torch.qlora import quantize_linears
@@ -27,7 +28,9 @@ from minipeft.torch.sharding import (
 )
 
 ROWS, STEPS = 4, 2
-CASES = [(way, bits) for way in ("shard", "replicate") for bits in (32, 4, 5)]
+CASES = [
+    (way, bits) for way in ("shard", "replicate") for bits in (32, 4, 5, "experts")
+]
 
 
 class Block(nn.Module):
@@ -42,12 +45,25 @@ class Block(nn.Module):
         return x + self.down(torch.tanh(self.up(self.norm(x))))
 
 
-class Network(nn.Module):
-    """Two blocks and a head; odd sizes, so that no part is as large as another."""
+class BlockOfExperts(nn.Module):
+    """A residual block in which the tokens take turns with three experts."""
 
     def __init__(self):
         super().__init__()
-        self.blocks = nn.ModuleList([Block(), Block()])
+        self.norm = nn.LayerNorm(24)
+        self.experts = Experts(torch.randn(3, 24, 24) / 5, torch.randn(3, 24))
+
+    def forward(self, x):
+        chosen = torch.arange(x.shape[1]).expand(x.shape[:2]) % 3
+        return x + self.experts(torch.tanh(self.norm(x)), chosen)
+
+
+class Network(nn.Module):
+    """Two blocks and a head; odd sizes, so that no part is as large as another."""
+
+    def __init__(self, block=Block):
+        super().__init__()
+        self.blocks = nn.ModuleList([block(), block()])
         self.head = nn.Linear(24, 7)
 
     def forward(self, x):
@@ -57,14 +73,15 @@ class Network(nn.Module):
 
 
 def network(bits):
-    """Return an adapted network: of 32 bits, of 4, or of 4 with nested scales (5)."""
+    """Return an adapted network: of 32 bits, of 4, of 4 with nested scales (5), …."""
     torch.manual_seed(0)
-    model = Network()
-    if bits != 32:
+    model = Network(BlockOfExperts if bits == "experts" else Block)
+    if bits in (4, 5):
         nested = 8 if bits == 5 else None
         quantize_linears(model, ["head"], blocksize=16, nested_blocksize=nested)
         shardable(model)
-    inject(model, LoRAConfig(3, 6.0), ["up", "down"])
+    targets = ["experts"] if bits == "experts" else ["up", "down"]
+    inject(model, LoRAConfig(3, 6.0), targets)
     torch.manual_seed(1)
     with torch.no_grad():
         for p in trainable_parameters(model):
