@@ -277,16 +277,7 @@ def load_adapter_state_dict(
     check_kind("tensors", tensors, Mapping)
     check_kind("saved", saved, Mapping, type(None))
     own = _tensors(model, name)
-    for key in own.keys() & tensors.keys():
-        check_kind(f"{key} of the tensors", tensors[key], Tensor)
-    problems = [f"{key} is missing" for key in own if key not in tensors]
-    problems += [f"{key} is unexpected" for key in tensors if key not in own]
-    problems += [
-        f"{key} has shape {tuple(tensors[key].shape)}, not {tuple(own[key].shape)}"
-        for key in own
-        if key in tensors and tensors[key].shape != own[key].shape
-    ]
-    problems += _odd_values(tensors, own)
+    problems = _odd_shapes(tensors, own) + _odd_values(tensors, own)
     problems += _other_constants({} if saved is None else saved, constants(model, name))
     if problems:
         raise InputError(
@@ -333,6 +324,18 @@ def freeze(model: nn.Module) -> None:
     """Train only adapters; refuse `save_pretrained`, which would lose them."""
     saving.refuse(model, REMEDY)
     freeze_all_but_adapters(model)
+
+
+def _odd_shapes(tensors: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> list[str]:
+    for key in own.keys() & tensors.keys():
+        check_kind(f"{key} of the tensors", tensors[key], Tensor)
+    problems = [f"{key} is missing" for key in own if key not in tensors]
+    problems += [f"{key} is unexpected" for key in tensors if key not in own]
+    return problems + [
+        f"{key} has shape {tuple(tensors[key].shape)}, not {tuple(own[key].shape)}"
+        for key in own
+        if key in tensors and tensors[key].shape != own[key].shape
+    ]
 
 
 def _odd_values(tensors: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> list[str]:

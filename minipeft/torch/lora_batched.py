@@ -41,7 +41,7 @@ from minipeft.torch.linear import (
 )
 from minipeft.torch.lora import LoRA, LoRALinear
 from minipeft.torch.miss import MiSS, MiSSLinear
-from minipeft.torch.operands import check_tensors
+from minipeft.torch.operands import check_indices, check_tensors
 from minipeft.torch.targets import layers as layers_of
 from minipeft.torch.targets import replace
 from minipeft.torch.vera import VeRA, VeRALinear
@@ -163,12 +163,7 @@ def _check_batch(x: Tensor, y: Tensor, adapters: Adapters, indices: Tensor) -> N
     check_tensors({**thin, "scaling": (adapters.scaling, "n")})
     check_tensors({"A": thin["A"], "x": (x, "... in_features")})
     check_tensors({"B": thin["B"], "y": (y, "... out_features")})
-    check_kind("indices", indices, Tensor)
-    if indices.dtype not in (torch.int32, torch.int64) or indices.dim() != 1:
-        raise InputError(
-            f"indices has dtype {indices.dtype} and shape {tuple(indices.shape)}; give "
-            "a list of whole numbers (int32)."
-        )
+    check_indices("indices", indices)
 
 
 def _for_kernels(rows: Tensor, adapters: Adapters, each: int) -> bool:

@@ -52,6 +52,20 @@ def check_generator(generator: torch.Generator | None) -> None:
         )
 
 
+def check_indices(name: str, tensor: Tensor) -> None:
+    """Refuse what is not one axis of whole numbers of 32 or 64 bits.
+
+    Raises:
+        InputError: names the operand, its dtype and its shape.
+    """
+    check_kind(name, tensor, Tensor)
+    if tensor.dtype not in (torch.int32, torch.int64) or tensor.dim() != 1:
+        raise InputError(
+            f"{name} has dtype {tensor.dtype} and shape {tuple(tensor.shape)}; give a "
+            "list of whole numbers (int64)."
+        )
+
+
 def check_tensor(name: str, tensor: Tensor) -> None:
     """Refuse what is no tensor of floats.
 

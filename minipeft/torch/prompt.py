@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from minipeft.errors import InputError
 from minipeft.shapes import Integer, Shaped
-from minipeft.torch.operands import check_generator, check_tensors
+from minipeft.torch.operands import check_generator, check_indices, check_tensors
 from minipeft.torch.virtual import (
     VirtualTokens,
     check_count,
@@ -38,12 +38,7 @@ def init(E: Shaped[Tensor, "vocabulary d"], tokens: Integer[Tensor, " n"]) -> Pr
     Source: Prompt tuning (arXiv:2104.08691), section 3.2.
     """
     check_tensors({"E": (E, "vocabulary d")})
-    check_kind("tokens", tokens, Tensor)
-    if tokens.dtype not in (torch.int32, torch.int64) or tokens.dim() != 1:
-        raise InputError(
-            f"tokens has dtype {tokens.dtype} and shape {tuple(tokens.shape)}; give a "
-            "list of whole numbers (int64)."
-        )
+    check_indices("tokens", tokens)
     if not len(tokens):
         raise InputError("the soft prompt has no token; give at least one.")
     strange = tokens[(tokens < 0) | (tokens >= len(E))]

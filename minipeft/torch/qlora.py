@@ -99,6 +99,7 @@ class QuantizedLinear(nn.Module):
             # A copy: loading a state dict writes into it and must not change NF4.
             self.register_buffer(name, parts[name].clone())
         self.bias = None if bias is None else nn.Parameter(bias.detach().clone(), False)
+        self.register_load_state_dict_pre_hook(_check_loaded)  # type: ignore[no-untyped-call]
 
     @classmethod
     def from_linear(
@@ -406,6 +407,20 @@ def quantize_linears(
     _say_what_stays(model)
     saving.refuse(model, REMEDY)
     return model
+
+
+def _check_loaded(
+    layer: nn.Module, state: Mapping[str, Any], prefix: str, *_: object
+) -> None:
+    # A pass on a GPU reads no scale, so that the host need not wait; this does.
+    for name in ("absmax", "nested_absmax", "offset"):
+        held = state.get(prefix + name)
+        if not isinstance(held, Tensor) or held.is_meta or torch.isfinite(held).all():
+            continue
+        raise InputError(
+            f"{prefix}{name} is not finite; load another file, or quantize the weight "
+            "again."
+        )
 
 
 def _check_codec(

@@ -8,20 +8,25 @@ import inspect
 import re
 
 import pytest
+import torch
 from torch import nn
 
 from minipeft.errors import InputError
-from minipeft.torch import inject
+from minipeft.torch import hira, inject, lora, qlora
 from tests.operands import annotations_off
 from tests.torch_operands import (
     STEPS,
     arguments,
     at,
+    base,
     checked,
     function,
+    nested,
     net,
+    numbers,
     odd,
     paths,
+    quantized,
     substituted,
 )
 
@@ -122,3 +127,28 @@ def test_operands_that_fit_are_taken(name):
 
 def test_every_step_that_is_left_out_is_there():
     assert all(inspect.isroutine(function(name)) for name in STEPS)
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+@pytest.mark.parametrize(
+    ("make", "part"), [(quantized, "absmax"), (nested, "nested_absmax")]
+)
+def test_scales_that_are_not_finite_are_refused_where_they_are_read(make, part, value):
+    """On a CPU in each pass; for every device when a file is loaded."""
+    layer = qlora.QuantizedLinear(make())
+    model = nn.ModuleDict({"up": layer})
+    damaged = {k: v.clone() for k, v in model.state_dict().items()}
+    damaged[f"up.{part}"][1] = value
+    with pytest.raises(InputError, match=rf"^up\.{part} is not finite; load another"):
+        model.load_state_dict(damaged)
+    assert torch.isfinite(layer(numbers(3, 5))).all()
+    getattr(layer, part)[1] = value
+    with pytest.raises(InputError, match=f"absmax holds {value} at block 1;"):
+        layer(numbers(3, 5))
+
+
+def test_an_adapter_of_another_method_does_not_pass_for_lora():
+    """It would compute one update and merge another."""
+    other = hira.HiRA(numbers(2, 5), numbers(4, 2), 0.5)
+    with pytest.raises(InputError, match="a HiRA; wrap it in a HiRALinear"):
+        lora.LoRALinear(base(), other)
