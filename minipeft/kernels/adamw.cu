@@ -42,7 +42,7 @@ struct Step {
 constexpr int GROUP = 4;  // neighbours of one thread
 constexpr int TILE = THREADS * GROUP;
 
-// A tile that lies within the tensor has no bounds to look at.
+// WHOLE: the tile lies within the tensor, so no index is compared with n.
 template <bool WHOLE, class T>
 __device__ __forceinline__ void load(const T* from, i64 first, i64 n, float* to) {
   load_padded<GROUP>(from, first, WHOLE ? first + GROUP : n, to);
@@ -92,9 +92,10 @@ __device__ __forceinline__ void advance(const Step& step, const T* W,
   }
 }
 
-// An output may be its own input: a thread reads before it writes, and only what it writes.
+// An output may lie in the memory of its input: a thread reads a value before it writes it,
+// and reads no value that another thread writes.
 // bad: holds n at the start; at the end, the first index whose gradient is not finite. Null
-// where the caller has looked.
+// if the caller has checked the gradient.
 template <class T>
 __global__ void __launch_bounds__(THREADS, 4)
 adamw(const T* W, const T* __restrict__ grad, const float* m_in, const float* v_in,
@@ -121,11 +122,12 @@ struct Maps {
 };
 
 // Position among the 256 sorted values, as `nearest` finds it, in eight steps. The nodes of
-// a level lie side by side, so up to the sixth no two lanes wait for each other; in a sorted
-// array the first steps all hit one bank. The first two levels are in registers.
+// a level lie side by side, so up to the sixth level no two lanes read different words of one
+// bank of shared memory. In a sorted array, the first steps all read one bank. The first two
+// levels are in registers.
 //
-// The sign of (midpoint - x), which is exact where it decides, is the next bit of k: one
-// instruction shifts it in.
+// The next bit of k is the sign of (midpoint - x), and one instruction shifts it in. The
+// difference may be rounded; its sign is exact.
 struct Tree {
   const float* at;
   float root, left, right;
@@ -171,7 +173,7 @@ __device__ __forceinline__ void encode(byte* codes, i64 first, i64 n, const Scal
     for (int i = 0; i < GROUP && first + i < n; ++i) codes[first + i] = byte(word >> 8 * i);
 }
 
-// All that the tiles of a CUDA block share.
+// The arguments that are the same for every tile of a CUDA block.
 template <class T> struct Tensors {
   const T *W, *grad;
   const byte *m_codes, *v_codes;
@@ -229,10 +231,10 @@ __device__ __forceinline__ void advance_8bit(const Step& step, const Tensors<T>&
   }
 }
 
-// As above.
-// bad: also where a moment is not finite, which no scale could hold.
+// Outputs and `bad` are those of `adamw`. Here `bad` also finds a moment that is not finite,
+// because no scale can hold it.
 template <class T>
-__global__ void __launch_bounds__(THREADS, 3)  // more spills
+__global__ void __launch_bounds__(THREADS, 3)  // four blocks would spill registers
 adamw_8bit(const T* W, const T* __restrict__ grad, const byte* m_codes,
            const byte* v_codes, const float* m_absmax, const float* v_absmax,
            const float* __restrict__ maps, T* W_out, byte* m_codes_out, byte* v_codes_out,

@@ -10,9 +10,9 @@
 //   dequantize  b/8 + 4/B read, s written
 // Operations a value: quantize 1 maximum, 1 product, 4 comparisons; dequantize 1 product.
 //
-// Roofline: under 3 operations a byte, where a GPU has room for 10 and more, so memory
-// bounds both. NF4, B = 64, float16 moves 2.5625 bytes a value: at 1.5 TB/s no kernel can
-// pass 585 billion values a second, that is 1.7 microseconds for a million.
+// Roofline: under 3 operations a byte. A GPU computes 10 and more while it moves a byte, so
+// memory bounds both. NF4, B = 64, float16 moves 2.5625 bytes a value: at 1.5 TB/s that is at
+// most 585 billion values a second, or 1.7 microseconds for a million.
 //
 // Launch: 256 threads.
 //   quantize    a CUDA block takes max(B, 2048) values, a thread 8 neighbours at a time
@@ -24,7 +24,7 @@ constexpr int THREADS = 256;
 
 // quantize ------------------------------------------------------------------------------
 
-constexpr int GROUP = 8;  // neighbours of one thread: eight codes always end on a byte
+constexpr int GROUP = 8;  // neighbouring values of one thread: eight codes always end on a byte
 constexpr int TILE = THREADS * GROUP;
 
 // Eight codes of `bits` bits, the first in the high bits of `word`.

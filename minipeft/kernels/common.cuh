@@ -1,5 +1,5 @@
-// What every kernel shares: dtypes, 16-byte vectors, and arithmetic that says its own
-// rounding. `__fmul_rn`, `__fadd_rn`, … are never fused and never approximated, so a
+// What every kernel includes: dtypes, 16-byte vectors, and arithmetic with a rounding that
+// is explicit. `__fmul_rn`, `__fadd_rn`, … are never fused and never approximated, so a
 // kernel built from them gives the reference's bits on any device.
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
@@ -41,8 +41,8 @@ __device__ __forceinline__ float warp_sum(float x) {
   return x;
 }
 
-// 16 bytes, the widest load and store that a thread has, or 8 of them. The address must
-// be a multiple of that; the launchers see to it.
+// 16 bytes, the widest load and store of a thread, or 8 bytes. The address must be a
+// multiple of that size; the launchers check it.
 template <class T, int SIZE = 16 / sizeof(T)> struct alignas(SIZE * sizeof(T)) Vector {
   static constexpr int size = SIZE;
   T at[SIZE];

@@ -10,12 +10,13 @@
 // from L2, s r / 16 in float32 and s r / 32 in 16 bits, as the rows of a CUDA block share
 // it. Flops: 2 r + 3.
 //
-// Roofline: at r = 16 the products alone are 16 instructions a weight by ordinary units. In
-// float32 memory takes an H100 longer. In 16 bits memory takes half of that, and they would
-// be the bound: there tensor cores make B A, 16 ranks in a quarter of an instruction a
-// weight, and about 11 are issued in all. Calculated from an H100's issue slots, not timed,
-// that is half of what its memory needs. The matrix product B A written to memory and read
-// again would move 4 s more bytes an element.
+// Roofline: at r = 16, ordinary units need 16 instructions a weight for the products alone.
+// In float32, the memory of an H100 needs more time than these instructions. In 16 bits it
+// needs half as much, and the instructions would bound the kernel. So in 16 bits tensor cores
+// compute B A: 16 ranks are a quarter of an instruction a weight, and the kernel issues about
+// 11. They take half of the time of the memory, as calculated from the issue slots of an
+// H100, not timed. To write B A to memory and read it again would move 4 s more bytes an
+// element.
 //
 // Launch: 256 threads.
 //   float32   16 rows. A warp takes 8 rows and every fourth stretch of columns; a lane 16
@@ -30,7 +31,7 @@ constexpr int SPLITS = 4;  // of the columns, among the warps of the same rows
 constexpr int BLOCK_ROWS = WARPS / SPLITS * ROWS;
 constexpr int KEPT = 64;  // columns of B in shared memory; of a higher rank, the first
 
-// A lane's columns of 16 bytes of one row; WHOLE: rows are whole vectors.
+// The columns of one row that a lane loads: 16 bytes. WHOLE: rows are whole vectors.
 template <bool WHOLE, int SIZE, class T>
 __device__ __forceinline__ void load_columns(const T* row, int j, int in_features, float* to) {
   load_padded<SIZE>(row, j, WHOLE ? i64(j) + SIZE : in_features, to, WHOLE);
@@ -136,7 +137,7 @@ constexpr int TILE_ROWS = 16;    // of a warp: those of one product
 constexpr int TILE_COLUMNS = 64;  // of a warp at a time: eight products side by side
 constexpr int HIGH = WARPS / SPLITS * TILE_ROWS;
 constexpr int DEEP = 16;  // ranks of one product
-constexpr int PITCH = KEPT + 8;  // of a row in shared memory: no two lanes in one bank
+constexpr int PITCH = KEPT + 8;  // of a row in shared memory: lanes read different banks
 
 // Eight columns of a row; zeros where there are none.
 template <class T>

@@ -45,7 +45,7 @@ __device__ __forceinline__ float add_products(unsigned a, unsigned b, float sum)
   return __fmaf_rn(to_float(u[1]), to_float(v[1]), sum);
 }
 
-// Where there are none, lanes read each other's registers.
+// For devices without these tensor cores: each lane reads the other lanes' registers.
 template <class T>
 __device__ __forceinline__ void mma(float (&d)[4], const unsigned (&a)[4],
                                     const unsigned (&b)[2]) {

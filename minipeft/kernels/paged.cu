@@ -1,9 +1,10 @@
-// Paged optimizer states: the pages move, the step is that of adamw.cu, a page at a time.
+// Paged optimizer states: pages move between host and device; the step of each page is that
+// of adamw.cu.
 //
 //   first_bad  the first index at which |x| is above a limit, or NaN
 //
-// A step that goes page by page changes the states in place, in managed memory, and cannot
-// be taken back. So the whole gradient is looked at before the first page is touched.
+// A step changes the states page by page, in place, in managed memory, and cannot be undone.
+// So the whole gradient is checked before the first page is changed.
 //
 // Bytes moved a value (s = bytes of its dtype): s read. Operations: one comparison.
 // Roofline: memory bounds it; float32 at 1.5 TB/s: 2.7 microseconds for a million values,
@@ -15,7 +16,7 @@
 constexpr int THREADS = 256;
 constexpr int GROUP = 8;
 
-// bad: holds n at the start.
+// bad: holds n at the start; at the end, the first index found.
 template <class T>
 __global__ void __launch_bounds__(THREADS)
 first_bad(const T* __restrict__ x, u64* __restrict__ bad, i64 n, float limit) {

@@ -12,11 +12,12 @@
 //
 // Roofline: 9 operations a byte for one row, and the 0.5625 bytes a weight (B = 64) are 3.6
 // times fewer than in float16. A 4096 x 4096 layer: 9.4 MB, 6.3 microseconds at 1.5 TB/s. But
-// a weight of 4 bits costs more instructions than bytes: extracting, looking up, scaling and
-// half a rounding. Widening it again and multiplying are two more; so in 16 bits tensor cores
-// multiply, at the price of one row for 8, and 6.6 instructions are issued a weight.
-// Calculated from an H100's issue slots, not timed, they take 1.2 times as long as its memory
-// needs for the bytes. From 64 rows on, dequantizing once and a matrix product are taken.
+// the instructions of a weight of 4 bits take longer than its bytes: they extract the code,
+// look it up, scale it, and round two weights at once. Ordinary units need two more, to widen
+// the weight and to multiply. So in 16 bits tensor cores multiply: one row then costs as much
+// as 8, and the kernel issues 6.6 instructions a weight. They take 1.2 times as long as the
+// memory needs for the bytes, as calculated from the issue slots of an H100, not timed. From
+// 64 rows on, the launcher dequantizes the weight once and calls a matrix product.
 //
 // Launch: 256 threads.
 //   float32   a warp takes 2 outputs, a CUDA block 16 outputs of 4 rows of x. A warp reads 128
@@ -39,8 +40,8 @@ __device__ __forceinline__ float at_byte(const float* table, unsigned offset) {
   return *reinterpret_cast<const float*>(reinterpret_cast<const char*>(table) + offset);
 }
 
-// Eight weights, not yet of the dtype of x. A byte's first code is in its high bits, and both
-// are found at once as byte offsets into the table, in four bytes at a time.
+// Eight weights, not yet rounded to the dtype of x. The first code of a byte is in its high
+// bits. The codes of four bytes become byte offsets into the table at once.
 __device__ __forceinline__ void decode_scaled(unsigned word, float scale, const float* value,
                                               float* w) {
   const unsigned first = word >> 2 & 0x3c3c3c3c, second = word << 2 & 0x3c3c3c3c;
@@ -117,7 +118,8 @@ __device__ __forceinline__ void product_of(const byte* __restrict__ packed, Scal
   const int token = blockIdx.x / tiles * ROWS;
   const int rows = tokens - token < ROWS ? tokens - token : ROWS;
   if (first >= out_features) return;
-  const int second = first + 1 < out_features ? first + 1 : first;  // or once more the first
+  // Where the second output is beyond the last, the first is computed twice.
+  const int second = first + 1 < out_features ? first + 1 : first;
   const Row row[OUTPUTS] = {{packed, i64(first) * in_features, log2_blocksize},
                             {packed, i64(second) * in_features, log2_blocksize}};
 
@@ -151,8 +153,8 @@ __device__ __forceinline__ void product_of(const byte* __restrict__ packed, Scal
 
 // Sixteen bits, on tensor cores -----------------------------------------------------------
 
-constexpr int TILE_OUTPUTS = 16;   // those of one matrix product
-constexpr int TILE_TOKENS = 8;     // likewise
+constexpr int TILE_OUTPUTS = 16;   // outputs of one matrix product
+constexpr int TILE_TOKENS = 8;     // rows of x of one matrix product
 constexpr int MOST = 64;           // rows of x that share one decoding
 constexpr int LANE_COLUMNS = 32;   // 16 bytes of codes
 constexpr int TILE_COLUMNS = 4 * LANE_COLUMNS;
@@ -232,7 +234,7 @@ __device__ __forceinline__ void product_16(const byte* __restrict__ packed, Scal
                                            int log2_blocksize) {
   __shared__ float part[WARPS][TILE_TOKENS][TILE_OUTPUTS];
   const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, g = lane / 4, t = lane % 4;
-  const int last = out_features - 1;  // instead of an output that there is not
+  const int last = out_features - 1;  // read in place of an output beyond the last
   const int low = first + g < last ? first + g : last;
   const int high = first + g + 8 < last ? first + g + 8 : last;
   const Row row[2] = {{packed, i64(low) * in_features, log2_blocksize},
@@ -268,7 +270,8 @@ __device__ __forceinline__ void product_16(const byte* __restrict__ packed, Scal
   }
 }
 
-// One row of a few: from 8 on their sums take more registers.
+// The body of both kernels. Up to 8 rows of x take one tile of sums, which needs fewer
+// registers.
 template <class T, class ScaleOf>
 __device__ __forceinline__ void multiply(const byte* __restrict__ packed, ScaleOf scale_of,
                                          const float* __restrict__ codebook,
@@ -292,7 +295,8 @@ __device__ __forceinline__ void multiply(const byte* __restrict__ packed, ScaleO
     const T* own_x = x + i64(token) * in_features;
     const float* own_h = h + i64(token) * r;
     T* own_y = y + i64(token) * out_features;
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800  // no tensor cores for this: less code
+// Without these tensor cores, one tile at a time keeps the code small.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800
     for (int done = 0; done < rows; done += TILE_TOKENS)
       product_16<1>(packed, scale_of, value, own_x + i64(done) * in_features, bias,
                     own_h + i64(done) * r, B, own_y + i64(done) * out_features, first,

@@ -1,4 +1,4 @@
-// Packed codes to values, the scale of a block being whatever `scale_of(block)` says.
+// Packed codes to values; `scale_of(block)` returns the scale of a block.
 #include "common.cuh"
 
 constexpr int LOG2_VALUES = 13;  // of a CUDA block
@@ -10,8 +10,8 @@ template <> struct Codes<2> { typedef unsigned short type; };
 template <> struct Codes<4> { typedef unsigned type; };
 
 // A whole tile of 4-bit codes whose vectors lie within blocks. Neighbouring threads load
-// neighbouring codes, as many as make 16 bytes of output, and all loads are in flight at
-// once; nothing here but what every value needs.
+// neighbouring codes, as many as make 16 bytes of output, and all loads are under way at
+// once. The loop has only the instructions that every value needs.
 template <int THREADS, class T, class ScaleOf>
 __device__ __forceinline__ void unpack_whole(const byte* __restrict__ packed,
                                              const float* value, T* __restrict__ out,
@@ -40,8 +40,8 @@ __device__ __forceinline__ void unpack_whole(const byte* __restrict__ packed,
 }
 
 // Any other tile. Neighbouring threads load neighbouring 16 bytes, and store neighbouring
-// 16 bytes; one load holds 32 codes and one store 4 or 8 values, so the codes change hands
-// in shared memory between the two.
+// 16 bytes. One load holds 32 codes and one store 4 or 8 values, so threads exchange the
+// codes through shared memory.
 template <int THREADS, class T, class ScaleOf>
 __device__ __forceinline__ void unpack_any(const byte* staged, const float* value,
                                            T* __restrict__ out, int left, i64 block,
