@@ -48,7 +48,7 @@ serve: $(SETUP)  ## show the book while you write
 	@$(BIN)/mkdocs serve
 
 test: $(SETUP)  ## run the tests (without a GPU; see test-gpu)
-	@$(BIN)/pytest -q -n $(JOBS) --dist loadfile tests
+	@$(BIN)/pytest -q -n $(JOBS) --dist loadfile --no-loadscope-reorder tests
 
 check: fmt-check lint types imports test  ## all that must be clean before a commit
 

@@ -5,9 +5,13 @@ import os
 import pytest
 from hypothesis import HealthCheck, settings
 
-from tests import typechecker  # noqa: F401  (named by --jaxtyping-packages)
+from tests import typechecker
 
 IN_CI = os.environ.get("CI") == "true"
+
+# As in the Makefile: workers that have several threads each wait for each other.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+typechecker.install()  # before the first import of minipeft
 
 settings.register_profile("dev", max_examples=20, deadline=None)
 settings.register_profile(
@@ -30,6 +34,12 @@ def pytest_addoption(parser):
         help="also run the golden vectors on this implementation "
         "(reference, torch, cupy, bitsandbytes, peft, torchao, or package.module)",
     )
+
+
+def pytest_collection_modifyitems(items):
+    """Put the files with slow tests first: no worker waits long for the last file."""
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in slow)
 
 
 @pytest.hookimpl(wrapper=True)

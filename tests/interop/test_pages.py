@@ -11,6 +11,8 @@ import pytest
 from minipeft.lab import models
 from tests.interop.folders import adapter_of_tiny, write_adapter
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[2]
 BLOCK = re.compile(r'^```(\w+)(?: title="([^"]*)")?\n(.*?)^```$', re.DOTALL | re.M)
 NEEDS = {"peft": "peft", "llama_cpp": "xllamacpp", "transformers": "bitsandbytes"}

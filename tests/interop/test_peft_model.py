@@ -24,6 +24,8 @@ from tests.interop import peers
 from tests.interop.peers import TARGETS
 from tests.tolerance import assert_within
 
+pytestmark = pytest.mark.slow
+
 peft = pytest.importorskip("peft")
 
 LORA = {

@@ -31,6 +31,8 @@ from minipeft.lab.gpu.trials import TABLE, Sizes
 from tests.cuda.executors import CpuExecutor
 from tests.cuda.toolchain import needs_cpu_build, needs_listing
 
+pytestmark = pytest.mark.slow
+
 SIZES = Sizes(out_features=32, in_features=256, r=4, adapters=3)
 FILES = {"gpu-report.md", "gpu-report.json"}
 INSTANCES = {

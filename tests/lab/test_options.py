@@ -17,6 +17,8 @@ from minipeft.lab.places import TINY, first_block, places
 from minipeft.torch.targets import all_linear, layers
 from tests.lab import architectures
 
+pytestmark = pytest.mark.slow
+
 CHAPTERS = Path(__file__).parents[2] / "chapters"
 
 

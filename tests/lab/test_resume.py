@@ -34,6 +34,8 @@ from tests.lab.test_train import (
     weights,
 )
 
+pytestmark = pytest.mark.slow
+
 
 def torch_adamw(model, config):
     return torch.optim.AdamW(trainable_of(model), lr=config.lr, weight_decay=0.1)

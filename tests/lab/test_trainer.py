@@ -21,6 +21,8 @@ from minipeft.torch.prompt import PromptConfig, PromptModel
 from minipeft.torch.qlora import quantize_linears
 from minipeft.torch.vera import VeRAConfig
 
+pytestmark = pytest.mark.slow
+
 TEXT = torch.arange(1200) * 7 % 29 + 2
 DATA = [{"input_ids": row, "labels": row} for row in TEXT.reshape(-1, 12)]
 ROWS = {

@@ -12,6 +12,8 @@ from tests.parametrizations import ROWS, Case, weight
 from tests.strategies import integers, rationals, seeds, sizes
 from tests.tolerance import assert_bits, assert_sums
 
+pytestmark = pytest.mark.slow
+
 rows = pytest.mark.parametrize("row", ROWS, ids=lambda row: row.name)
 rational_rows = pytest.mark.parametrize(
     "row", [row for row in ROWS if row.fractions], ids=lambda row: row.name

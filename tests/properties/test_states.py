@@ -21,6 +21,8 @@ from tests.states import (
 from tests.strategies import seeds
 from tests.tolerance import assert_bits
 
+pytestmark = pytest.mark.slow
+
 rows = pytest.mark.parametrize("row", ROWS, ids=lambda row: row.name)
 
 

@@ -345,7 +345,7 @@ def test_the_transient_of_a_step_is_below_a_page_however_large_the_tensor(
 ):
     page = Paging().page_size * torch.float32.itemsize
     most = []
-    for size in (2**18, 2**20):
+    for size in (slices.SLICE, 2 * slices.SLICE):
         W = torch.randn(2, size).to(dtype)
         p = nn.Parameter(W.T if turned else W)
         ours = AdamW([p], bits=bits)

@@ -382,6 +382,16 @@ def pushed(model, x):
     return torch.func.jvp(model, (x,), (x,))[0]
 
 
+def same_up_to_float64(found, expected):
+    """Check two results in float64: they differ by less than a last bit of float32.
+
+    A float64 is 2**29 times as fine, so even a million roundings stay below that bit.
+    """
+    found, expected = found.detach().numpy(), expected.detach().numpy()
+    assert found.dtype == expected.dtype == "float64"
+    assert_within(found, expected, gamma(1) * abs(expected).max())
+
+
 def exported(model, x):
     return torch.export.export(model, (x,), strict=False).module()(x)
 
@@ -390,18 +400,13 @@ def exported(model, x):
 @pytest.mark.parametrize("reads", [mapped, pushed, exported])
 @each_row
 def test_a_transform_computes_what_the_model_computes(row, reads):
-    x, model = torch.linspace(-1, 1, 18).reshape(3, 6), make(row)
-    y = model(x).detach()
-    largest = float(y.abs().max())
-    found = reads(model, x).detach()
-    # Sums of at most 8 products, in another order: with what adapters add, below 2**8
-    # roundings of numbers that are no larger than a few times the largest result.
-    assert_within(found.numpy(), y.numpy(), gamma(2**8) * largest)
+    x, model = torch.linspace(-1, 1, 18).reshape(3, 6).double(), make(row).double()
+    same_up_to_float64(reads(model, x), model(x))
 
 
 @each_row
 def test_gradients_of_single_samples_add_up_to_the_gradient(row):
-    x, model = torch.linspace(-1, 1, 18).reshape(3, 6), make(row)
+    x, model = torch.linspace(-1, 1, 18).reshape(3, 6).double(), make(row).double()
     trained_ = {n: p for n, p in model.named_parameters() if p.requires_grad}
 
     def loss(parameters, sample):
@@ -412,9 +417,7 @@ def test_gradients_of_single_samples_add_up_to_the_gradient(row):
     slopes = torch.func.vmap(torch.func.grad(loss), (None, 0))(values, x)
     model(x).square().sum().backward()
     for name, parameter in trained_.items():
-        largest = float(parameter.grad.abs().max())
-        bound = gamma(2**10) * largest
-        assert_within(slopes[name].sum(0).numpy(), parameter.grad.numpy(), bound)
+        same_up_to_float64(slopes[name].sum(0), parameter.grad)
 
 
 # --- what is saved -------------------------------------------------------------------

@@ -1,0 +1,126 @@
+"""What the tests put behind every annotation: nothing wrong slips through."""
+
+from collections.abc import Iterator
+from typing import Literal
+
+import jaxtyping
+import numpy as np
+import pytest
+from jaxtyping import Float, TypeCheckError
+
+from tests import typechecker
+from tests.typechecker import REMEMBERED, check, likeness, once
+
+W, x = np.ones((2, 3), np.float32), np.ones(3, np.float32)
+Matrix = Float[np.ndarray, "rows columns"]
+
+
+def product(W: Matrix, x: Float[np.ndarray, " columns"], side: Literal["left"]):
+    return W @ x
+
+
+class Turning:
+    def turned(self, W: Matrix, how: str = "T") -> "Float[np.ndarray, 'columns rows']":
+        return {"T": W.T, "not": W, "list": W.T.tolist()}[how]
+
+    def rows(self, W: Matrix) -> Iterator[Float[np.ndarray, " columns"]]:
+        return iter(W)
+
+
+product, turned, rows = (
+    once(f, check) for f in (product, Turning.turned, Turning.rows)
+)
+
+
+@pytest.mark.parametrize(
+    "operands",
+    [
+        (W, x[:2], "left"),
+        (W[0], x, "left"),
+        (W.astype(np.int32), x, "left"),
+        (W.tolist(), x, "left"),
+        (W, x, "right"),
+        (W, None, "left"),
+        (W, x, None),
+    ],
+)
+def test_a_call_that_is_unlike_one_that_passed_is_refused(operands):
+    for _ in range(2):
+        product(W, x, "left")
+        with pytest.raises(TypeCheckError, match="parameters"):
+            product(*operands)
+
+
+def test_a_wrong_result_is_refused_after_a_right_one_of_the_same_call():
+    class Changing(Turning):
+        how = "T"
+
+        def turned(self, W: Matrix) -> Float[np.ndarray, "columns rows"]:
+            return super().turned(W, self.how)
+
+    it, call = Changing(), once(Changing.turned, check)
+    for how in ("not", "list"):
+        for _ in range(2):
+            it.how = "T"
+            assert np.array_equal(call(it, W), W.T)
+            it.how = how
+            with pytest.raises(TypeCheckError, match="return value"):
+                call(it, W)
+
+
+def test_annotations_that_are_strings_are_looked_up_where_they_stand():
+    for _ in range(2):
+        turned(Turning(), W)
+        with pytest.raises(TypeCheckError, match="return value"):
+            turned(Turning(), W, "not")
+    with pytest.raises(TypeCheckError, match="parameters"):
+        turned(Turning(), x)
+    assert len(list(rows(Turning(), W))) == 2
+
+
+def test_a_call_like_one_that_passed_is_not_checked_again(monkeypatch):
+    asked = []
+
+    def asking(function):
+        def asked_before(*args, **kwargs):
+            asked.append(args)
+
+        return asked_before
+
+    def doubled(W: Matrix, s: float): ...
+
+    call = once(doubled, asking)
+    for operands in ((W, 1.0), (2 * W, 2.0), (W.T, 1.0), (W, 1), (W, 2)):
+        call(*operands)
+    assert [(args[0].shape, type(args[1])) for args in asked] == [
+        ((2, 3), float),
+        ((3, 2), float),
+        ((2, 3), int),
+    ]
+    for n in range(REMEMBERED + 1):
+        call(np.ones((1, n)), 1.0)
+    call(W, 1.0)
+    assert len(asked) == 3 + REMEMBERED + 1 + 1  # the oldest were forgotten
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
+    call(x, None)
+    assert len(asked) == 3 + REMEMBERED + 1 + 1
+
+
+def test_what_is_in_a_container_counts():
+    for container in (tuple, list):
+        assert likeness(container([W, x])) == likeness(container([0 * W, x + 1]))
+        assert likeness(container([W, x])) != likeness(container([W, W]))
+    assert likeness((W,)) != likeness([W])
+    assert likeness({"W": W}) == likeness({"W": 0 * W})
+    assert likeness({"W": W}) != likeness({"W": x}) != likeness({"x": x})
+    for value in ({W.size}, iter(W), [1] * (typechecker.LONGEST + 1)):
+        with pytest.raises(typechecker.UnlikeError):
+            likeness(value)
+
+
+def test_every_function_of_the_package_is_checked_this_way():
+    from minipeft.reference import lora
+
+    assert lora.forward.__code__.co_filename == typechecker.__file__
+    with pytest.raises(TypeCheckError):
+        lora.delta(W)
