@@ -15,6 +15,8 @@ from minipeft.golden.implementations import Functions
 from minipeft.golden.runner import verify
 from minipeft.golden.vectors import load_all
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[2]
 # Other work on the same cores, as the book's timings allow for it.
 SLOWNESS = float(os.environ.get("BOOK_SLOWNESS", "1"))
@@ -162,7 +164,7 @@ def test_an_argument_that_is_overwritten_is_a_failure():
 def test_a_second_opinion_without_numpy_agrees():
     done = minipeft("verify", "--exec", PLAIN, "--only", "lora_forward")
     assert done.returncode == 0, done.stdout
-    done = minipeft("verify", "--exec", PLAIN, "--only", "nf4_quantize")
+    done = minipeft("verify", "--exec", PLAIN, "--persistent", "--only", "nf4_quantize")
     assert done.returncode == 0, done.stdout
     assert " 0 failed, 0 skipped" in done.stdout
 

@@ -83,20 +83,24 @@ def dot(a, b):
     return sum(p * q for p, q in zip(a, b, strict=False))
 
 
-def main():
-    case = json.loads(sys.stdin.readline())
+def answer(case):
     function = {"nf4_quantize": nf4_quantize, "lora_forward": lora_forward}.get(
         case["operation"]
     )
     if function is None:
-        answer = {"unsupported": f"no {case['operation']} here"}
-    else:
-        try:
-            answer = {"outputs": function(case["inputs"], **case["parameters"])}
-        except AssertionError as reason:
-            answer = {"refused": str(reason)}
-    print(json.dumps(answer))
+        return {"unsupported": f"no {case['operation']} here"}
+    try:
+        return {"outputs": function(case["inputs"], **case["parameters"])}
+    except AssertionError as reason:
+        return {"refused": str(reason)}
 
 
 if __name__ == "__main__":
-    main()
+    for line in sys.stdin:  # one case; with --persistent a greeting, all cases, an end
+        request = json.loads(line)
+        command = request.get("command", "run")
+        if command == "stop":
+            break
+        said = {"ready": "plain"} if command == "start" else answer(request)
+        number = {"id": request["id"]} if "id" in request else {}
+        print(json.dumps({**number, **said}), flush=True)
