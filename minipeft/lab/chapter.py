@@ -12,8 +12,8 @@ import json
 import random
 import signal
 import sys
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from pathlib import Path
 from types import TracebackType
@@ -23,7 +23,7 @@ import torch
 from matplotlib.figure import Figure
 
 from minipeft.errors import InputError
-from minipeft.lab import plots, task
+from minipeft.lab import held_out, plots, task
 from minipeft.lab.claims import Claims
 from minipeft.lab.files import write_atomic
 from minipeft.lab.models import (
@@ -49,7 +49,7 @@ DTYPES = ("float32", "bfloat16", "float16")
 
 @dataclass(frozen=True)
 class Chapter(Claims):
-    """The options of a chapter, and its claims."""
+    """The options of a chapter, and its claims; `own` are options of this one alone."""
 
     name: str
     device: str
@@ -61,12 +61,17 @@ class Chapter(Claims):
     dtype: str = "float32"
     targets: str | None = None
     data: Path | None = None
+    held_out: int | None = None
+    length: int | None = None
     checkpoint: Path | None = None
     resume: bool = False
     runs: Iterator[int] = field(default_factory=lambda: itertools.count(1))
+    own: argparse.Namespace = field(default_factory=argparse.Namespace)
 
     def load(self, quantize: str | None = None) -> LoadedModel:
         """Return the chosen model, in its dtype and on its device.
+
+        The first one decides how the task is written, and how much of it is held out.
 
         Args:
             quantize: as `models.load` takes it.
@@ -80,7 +85,26 @@ class Chapter(Claims):
                 f"{self.model} is a {type(loaded.model).__name__}, which does not "
                 "write text; give a causal language model"
             )
+        vars(self).setdefault("task", self._task_for(loaded))
         return loaded
+
+    def _task_for(self, loaded: LoadedModel) -> task.Task:
+        """Return the task in the tokenizer's template, held out by the model's time."""
+        if "task" in vars(self):
+            return self.task
+        found = self._examples().written_for(loaded.tokenizer)
+        found = replace(found, length=self.length or found.length)
+        kept = held_out.kept_count(self.checkpoint) if self.resume else None
+        count = kept or self.held_out
+        if count is None and self.model == "tiny" and self.data is None:
+            return found
+        chosen = held_out.sized(found, loaded.model, loaded.tokenizer, count)
+        held_out.keep(self.checkpoint, chosen)
+        print(chosen)
+        return chosen.task
+
+    def _examples(self) -> task.Task:
+        return task.from_file(self.data) if self.data else task.dictionary()
 
     def places(self, model: Any) -> Places:
         """Return where adapters stand: the book's places in `tiny`, else derived ones.
@@ -95,8 +119,11 @@ class Chapter(Claims):
 
     @cached_property
     def task(self) -> task.Task:
-        """The training data: The Devil's Dictionary, or the file of `--data`."""
-        return task.from_file(self.data) if self.data else task.dictionary()
+        """The training data: The Devil's Dictionary, or the file of `--data`.
+
+        In full before `load`; from then on as the model reads and judges it.
+        """
+        return self._examples()
 
     @property
     def before(self) -> str:
@@ -173,6 +200,7 @@ def start(
     steps: int,
     model: str | None = "tiny",
     arguments: Sequence[str] | None = None,
+    more: Callable[[argparse.ArgumentParser], None] | None = None,
 ) -> Chapter:
     """Read the command line, set seeds and threads, shorten error messages.
 
@@ -181,9 +209,12 @@ def start(
         steps: Training steps of the quick setting.
         model: The default model; None if the chapter needs none.
         arguments: The command line; None: the process's own.
+        more: Adds options of this chapter to the parser.
     """
     sys.excepthook = _calm
     parser = _parser(name, steps, model)
+    if more:
+        more(parser)
     options = parser.parse_args(arguments)
     _check(options)
     if model:
@@ -195,17 +226,30 @@ def start(
         options.checkpoint.mkdir(parents=True, exist_ok=True)
     reproducible(SEED, options.threads)
     plots.use()
-    given = ("model", "steps", "dtype", "targets", "data", "threads")
-    usual = all(getattr(options, o) == parser.get_default(o) for o in given)
-    return Chapter(name=name, usual=usual, **vars(options))
+    return _chapter(name, parser, options)
+
+
+SHARED = {f.name for f in fields(Chapter)}
+ANYWHERE = {"device", "out", "full", "checkpoint", "resume"}
+"""Options with which the numbers of a run are the same."""
+
+
+def _chapter(
+    name: str, parser: argparse.ArgumentParser, options: argparse.Namespace
+) -> Chapter:
+    given = vars(options)
+    usual = all(given[o] == parser.get_default(o) for o in given.keys() - ANYWHERE)
+    own = argparse.Namespace(**{o: v for o, v in given.items() if o not in SHARED})
+    shared = {o: v for o, v in given.items() if o in SHARED}
+    return Chapter(name=name, usual=usual, own=own, **shared)
 
 
 def _check(options: argparse.Namespace) -> None:
-    for number in ("steps", "threads"):
-        if getattr(options, number) < 1:
-            raise InputError(
-                f"--{number} is {getattr(options, number)}; give at least 1"
-            )
+    for number in ("steps", "threads", "held_out", "length"):
+        value = getattr(options, number)
+        if value is not None and value < 1:
+            option = number.replace("_", "-")
+            raise InputError(f"--{option} is {value}; give at least 1")
     if options.resume and not options.checkpoint:
         raise InputError("--resume needs --checkpoint FOLDER, where the runs were kept")
 
@@ -239,7 +283,8 @@ def _parser(name: str, steps: int, model: str | None) -> argparse.ArgumentParser
 
 
 NO_MODEL: dict[str, Any] = {"model": "", "dtype": "float32", "targets": None}
-NO_MODEL |= {"data": None, "checkpoint": None, "resume": False}
+NO_MODEL |= {"data": None, "held_out": None, "length": None}
+NO_MODEL |= {"checkpoint": None, "resume": False}
 
 
 def _add_model(parser: argparse.ArgumentParser, model: str) -> None:
@@ -266,7 +311,25 @@ def _add_model(parser: argparse.ArgumentParser, model: str) -> None:
         help=f"examples to learn instead of The Devil's Dictionary, one a line: "
         f"{task.FORMS}; at least {task.FEWEST}",
     )
+    _add_sizes(parser)
     _add_states(parser)
+
+
+def _add_sizes(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--held-out",
+        type=int,
+        metavar="N",
+        help="held-out examples that a loss is taken on (default: all in tiny, else as "
+        f"many as take {held_out.SECONDS:.0f} s)",
+    )
+    parser.add_argument(
+        "--length",
+        type=int,
+        metavar="N",
+        help=f"tokens of an example (default: {task.LENGTH}; in a chat template "
+        f"{task.CHAT_LENGTH})",
+    )
 
 
 def _add_states(parser: argparse.ArgumentParser) -> None:

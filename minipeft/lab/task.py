@@ -6,17 +6,19 @@ their losses can be compared. `--data` replaces the task by a file.
 
 import hashlib
 import json
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from minipeft.errors import InputError
-from minipeft.lab import data, text
+from minipeft.lab import chat, data, text
 from minipeft.lab.train import Batch, Batches
 
 LENGTH = 64
 """Tokens that an example may have: longer ones are cut."""
+CHAT_LENGTH = 128
+"""The same for conversations, of which a template takes a part."""
 BEFORE = "tiny before training, loss on the held-out definitions"
 """The label of the loss that every chapter on this task begins with."""
 FORMS = (
@@ -32,10 +34,21 @@ Pair = tuple[str, str]
 
 @dataclass(frozen=True)
 class Task:
-    """The training and the held-out examples: (prompt, answer) pairs."""
+    """The training and the held-out examples: (prompt, answer) pairs.
+
+    Attributes:
+        train: examples to learn.
+        validation: examples that no run trains on.
+        length: tokens that an example may have.
+        rows: held-out examples a batch.
+        chats: the conversations that pairs come from.
+    """
 
     train: list[Pair]
     validation: list[Pair]
+    length: int = LENGTH
+    rows: int = 25
+    chats: Mapping[Pair, chat.Messages] = field(default_factory=dict)
 
     def training(self, tokenizer: Any, rows: int = 8, seed: int = 0) -> Batches:
         """Return batches of training examples, each epoch in a new order.
@@ -45,26 +58,56 @@ class Task:
             rows: Examples a batch.
             seed: Of the order.
         """
-        return text.examples(tokenizer, self.train, (rows, LENGTH), seed)
+        return text.examples(tokenizer, self.train, (rows, self.length), seed)
 
     def held_out(self, tokenizer: Any) -> list[Batch]:
         """Return every example that no chapter trains on, once."""
-        return text.example_batches(tokenizer, self.validation, (25, LENGTH))
+        size = (self.rows, self.length)
+        return text.example_batches(tokenizer, self.validation, size)
+
+    def written_for(self, tokenizer: Any) -> "Task":
+        """Return the task with its conversations in the tokenizer's chat template.
+
+        Without a template, or without conversations, it is this task.
+
+        Raises:
+            InputError: as `chat.written`.
+        """
+        if not self.chats or not getattr(tokenizer, "chat_template", None):
+            return self
+
+        def pair(one: Pair) -> Pair:
+            found = self.chats.get(one)
+            return chat.written(tokenizer, found) if found else one
+
+        train, validation = map(pair, self.train), map(pair, self.validation)
+        return Task([*train], [*validation], max(self.length, CHAT_LENGTH), self.rows)
+
+    def judged_by(self, count: int) -> "Task":
+        """Return the task with so many held-out examples, evenly from all of them."""
+        every = len(self.validation)
+        chosen = [self.validation[i * every // count] for i in range(min(count, every))]
+        return replace(self, validation=chosen if count < every else self.validation)
 
 
 def dictionary() -> Task:
-    """Return the definitions, on the two sides of their split."""
+    """Return the definitions, on the two sides of their split.
+
+    As conversations they are answers to `Define: Politician, n.`.
+    """
     sides = [data.devils_dictionary(split) for split in ("train", "validation")]
     train, validation = ([(e.prompt, e.answer) for e in side] for side in sides)
-    return Task(train, validation)
+    chats = {pair: _asked(*pair) for pair in (*train, *validation)}
+    return Task(train, validation, chats=chats)
 
 
 def from_file(path: Path) -> Task:
     """Return the examples of a JSONL file; one in ten, by its hash, is held out.
 
     Args:
-        path: UTF-8, an object a line: see `FORMS`. Of messages the last is the answer;
-            a text's first word is its prompt.
+        path: UTF-8, an object a line: see `FORMS`. Each answer of the assistant in
+            messages is an example, and all of a line are on one side; a text's first
+            word is its prompt.
 
     Raises:
         InputError: The file cannot be read, a line is none of these, there are fewer
@@ -74,36 +117,57 @@ def from_file(path: Path) -> Task:
         lines = path.read_text("utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{path} cannot be read as UTF-8 text ({error})") from None
-    pairs = [
-        _pair(line, f"line {number} of {path}")
-        for number, line in enumerate(lines, 1)
-        if line.strip()
-    ]
-    sides: dict[bool, list[Pair]] = {True: [], False: []}
-    for pair in dict.fromkeys(pairs):  # each pair on one side only
-        digest = hashlib.sha256(pair[0].encode() or pair[1].encode()).digest()
-        sides[digest[0] < 26].append(pair)
-    if len(pairs) < FEWEST or not sides[True]:
+    sides: dict[bool, dict[Pair, None]] = {True: {}, False: {}}
+    chats: dict[Pair, chat.Messages] = {}
+    count = 0
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        found = [*_examples(line, f"line {number} of {path}")]
+        first = found[0][0]
+        digest = hashlib.sha256(first[0].encode() or first[1].encode()).digest()
+        sides[digest[0] < 26] |= {pair: None for pair, _ in found}
+        chats |= {pair: messages for pair, messages in found if messages}
+        count += len(found)
+    if count < FEWEST or not sides[True]:
         raise InputError(
-            f"{path} holds {len(pairs)} examples, {len(sides[True])} of them held out; "
+            f"{path} holds {count} examples, {len(sides[True])} of them held out; "
             f"give at least {FEWEST}"
         )
-    return Task(sides[False], sides[True])
+    return Task([*sides[False]], [*sides[True]], chats=chats)
 
 
-def _pair(line: str, where: str) -> Pair:
-    """Return (prompt, answer) of a line."""
+def _examples(line: str, where: str) -> Iterator[tuple[Pair, chat.Messages | None]]:
+    """Yield the pairs of a line, each with the conversation that it stands for."""
     try:
         entry = json.loads(line)
     except ValueError as error:
         raise InputError(f"{where} is not JSON ({error})") from None
+    found = _messages(entry.get("messages")) if isinstance(entry, dict) else None
+    if found:
+        for messages in chat.answers(found):
+            pair = chat.lines(messages)
+            _check_answer(pair, where)
+            yield pair, messages
+        return
     fields = _fields(entry) if isinstance(entry, dict) else None
     if fields is None or not all(isinstance(field, str) for field in fields):
         raise InputError(f"{where} is none of {FORMS}")
-    prompt, answer = fields
-    if not answer.strip():
+    _check_answer(fields, where)
+    yield fields, _asked(*fields) if "definition" in entry else None
+
+
+def _check_answer(pair: Pair, where: str) -> None:
+    if not pair[1].strip():
         raise InputError(f"{where} has an empty answer; leave the line out")
-    return prompt, answer
+
+
+def _asked(prompt: str, answer: str) -> chat.Messages:
+    """Return a definition as a conversation."""
+    return [
+        {"role": "user", "content": f"Define: {prompt}"},
+        {"role": "assistant", "content": answer.strip()},
+    ]
 
 
 def _fields(entry: Mapping[str, Any]) -> tuple[Any, Any] | None:
@@ -116,19 +180,16 @@ def _fields(entry: Mapping[str, Any]) -> tuple[Any, Any] | None:
     if isinstance(entry.get("text"), str):
         first, space, rest = entry["text"].strip().partition(" ")
         return first, space + rest
-    return _messages(entry.get("messages"))
+    return None
 
 
-def _messages(messages: Any) -> tuple[Any, Any] | None:
-    """Return a chat without a template of its own: `role: content`, line by line."""
+def _messages(messages: Any) -> chat.Messages | None:
+    """Return a conversation if these are two messages or more."""
     if not isinstance(messages, list) or len(messages) < 2:
         return None
-    if not all(
-        isinstance(m, dict) and {"role", "content"} <= m.keys() for m in messages
-    ):
-        return None
-    *before, last = messages
-    if not all(isinstance(m["content"], str) for m in messages):
-        return None
-    prompt = "".join(f"{m['role']}: {m['content']}\n" for m in before)
-    return f"{prompt}{last['role']}:", f" {last['content']}"
+    for m in messages:
+        if not isinstance(m, dict) or not {"role", "content"} <= m.keys():
+            return None
+        if not isinstance(m["role"], str) or not isinstance(m["content"], str):
+            return None
+    return messages

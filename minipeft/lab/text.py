@@ -26,6 +26,17 @@ def opening(tokenizer: Any) -> int:
     return int(tokenizer.eos_token_id if begin is None else begin)
 
 
+def prompt_ids(tokenizer: Any, prompt: str) -> list[int]:
+    """Return the tokens of a prompt, with the tokenizer's begin token at most once.
+
+    A chat template writes that token itself.
+    """
+    begin = tokenizer.bos_token
+    own = begin is not None and prompt.startswith(begin)
+    ids: list[int] = tokenizer.encode(prompt, add_special_tokens=not own)
+    return ids
+
+
 def windows(
     tokens: torch.Tensor, size: tuple[int, int], bos: int, seed: int
 ) -> Batches:
@@ -111,7 +122,7 @@ def _row(
     tokenizer: Any, pair: tuple[str, str], length: int
 ) -> tuple[list[int], list[int]]:
     """Return one example's tokens and labels, cut to `length`."""
-    prompt = tokenizer.encode(pair[0])
+    prompt = prompt_ids(tokenizer, pair[0])
     answer = tokenizer.encode(pair[1], add_special_tokens=False)
     answer.append(tokenizer.eos_token_id)
     if len(prompt) >= length:
@@ -155,7 +166,7 @@ def generate(
     The same seed gives the same text; torch's own random state is left alone.
     """
     use = sampling or Sampling()
-    ids = tokenizer(prompt, return_tensors="pt")["input_ids"].to(model.device)
+    ids = torch.tensor([prompt_ids(tokenizer, prompt)], device=model.device)
     settings: dict[str, Any] = {"do_sample": False}
     if use.temperature > 0:
         settings = {

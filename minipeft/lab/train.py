@@ -35,7 +35,7 @@ from minipeft.lab.diagnosis import (
 )
 from minipeft.lab.files import claimed, write_atomic
 from minipeft.lab.identity import Identity
-from minipeft.lab.memory.measured import step_memory
+from minipeft.lab.memory.measured import StepMemory, step_memory
 from minipeft.lab.memory_peak import unwatched
 from minipeft.lab.progress import Bar, bar
 
@@ -111,11 +111,15 @@ class Checkpoint:
 
 @dataclass(frozen=True)
 class History:
-    """What a run did: the loss of each step, validation losses, wall-clock seconds."""
+    """What a run did: the loss of each step, validation losses, wall-clock seconds.
+
+    `peak` is that of its second step; None: the step was not watched.
+    """
 
     losses: list[float] = field(default_factory=list)
     validation: list[tuple[int, float]] = field(default_factory=list)
     seconds: float = 0.0
+    peak: StepMemory | None = None
 
     def save(self, path: Path) -> None:
         """Write the loss curve as JSON, atomically."""
@@ -131,6 +135,8 @@ class History:
         try:
             fields = json.loads(path.read_text())
             fields["validation"] = [(int(s), float(v)) for s, v in fields["validation"]]
+            peak = fields.get("peak")
+            fields["peak"] = peak and StepMemory(*peak)
             return cls(**fields)
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise InputError(f"{path} is not a loss curve; train again") from error
@@ -185,7 +191,7 @@ def train(
         finally:
             model.eval()
         run.keep()
-    return History(run.losses, run.validation, run.seconds)
+    return History(run.losses, run.validation, run.seconds, run.peak)
 
 
 class _Run:
@@ -213,6 +219,7 @@ class _Run:
             self.settings = start.settings
         self.step, self.losses, self.fresh = start.step, list(start.losses), 0
         self.validation, self.seconds = list(start.validation), start.seconds
+        self.peak: StepMemory | None = None
 
     def advance(self, shown: Bar) -> None:
         """Take one step, then validate and save if it is time."""
@@ -233,10 +240,12 @@ class _Run:
     def measured(self, shown: Bar) -> float:
         """Take a step, and say what peak of memory was predicted, and what was met."""
         count = self.config.accumulate
-        batch = self.batches(self.step * count)
+        batches = [self.batches(self.step * count + i) for i in range(count)]
+        batch = max(batches, key=lambda one: one["labels"].numel())
         with step_memory(self.model, self.optimizer, batch, count) as found:
             value = self.update()
-        shown.note(found[0])
+        self.peak = found[0]
+        shown.note(str(self.peak))
         return value
 
     def update(self) -> float:

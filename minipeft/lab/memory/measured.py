@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -47,13 +47,27 @@ LAYERS: Mapping[type[nn.Module], tuple[str, Rank]] = {
 """The method of each adapted layer, and where its rank is read."""
 
 
+class StepMemory(NamedTuple):
+    """The peak of a step in bytes; predicted None: no formula knows the model."""
+
+    measured: float
+    predicted: float | None
+
+    def __str__(self) -> str:
+        line = f"peak memory of a step: measured {self.measured / 1e6:,.1f} MB, "
+        if self.predicted is None:
+            return f"{line}predicted by no formula: they know another model or method"
+        off = self.measured / self.predicted - 1
+        return f"{line}predicted {self.predicted / 1e6:,.1f} MB ({off:+.1%})"
+
+
 @contextmanager
 def step_memory(
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
     batch: Mapping[str, Any],
     accumulate: int = 1,
-) -> Iterator[list[str]]:
+) -> Iterator[list[StepMemory]]:
     """Say of the step taken inside what peak was predicted and what was measured.
 
     Args:
@@ -63,21 +77,16 @@ def step_memory(
         accumulate: batches whose gradients add up in the step.
 
     Yields:
-        a list that holds the sentence, once the block is left.
+        a list that holds both, once the block is left.
     """
     expected = predicted(model, optimizer, batch, accumulate)
     device = str(next(model.parameters()).device)
     before = held(model, optimizer)
-    said: list[str] = []
+    said: list[StepMemory] = []
     with watched(device) as found:
         yield said
-    real = before + found[0]
-    line = f"peak memory of a step: measured {real / 1e6:,.1f} MB, predicted "
-    if expected is None:
-        said.append(line + "by no formula: they know another model or method")
-    else:
-        share = real / expected.total - 1
-        said.append(line + f"{expected.total / 1e6:,.1f} MB ({share:+.1%})")
+    total = None if expected is None else expected.total
+    said.append(StepMemory(before + found[0], total))
 
 
 def predicted(

@@ -1,0 +1,107 @@
+"""How many held-out examples a model is judged on: as many as its time allows."""
+
+import json
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from minipeft.errors import InputError
+from minipeft.lab import text
+from minipeft.lab.files import write_atomic
+from minipeft.lab.task import Task
+from minipeft.lab.train import loss
+
+SECONDS = 10.0
+"""What one validation may take."""
+FEWEST = 16
+"""Examples that a loss is taken on however slow the model is."""
+ROWS = 4
+"""Examples a batch: the logits of a large vocabulary need memory."""
+KEPT = "held-out.json"
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """A task with the held-out examples that a model is judged on.
+
+    Attributes:
+        task: with these examples.
+        every: held-out examples that there are.
+        seconds: that one validation takes, by the time of one batch; None: not timed.
+    """
+
+    task: Task
+    every: int
+    seconds: float | None
+
+    def __str__(self) -> str:
+        count = len(self.task.validation)
+        took = "" if self.seconds is None else f", {self.seconds:.1f} s a validation"
+        return f"held out: {count} of {self.every} examples{took}"
+
+
+def sized(
+    task: Task,
+    model: Any,
+    tokenizer: Any,
+    count: int | None = None,
+    seconds: float = SECONDS,
+) -> HeldOut:
+    """Return the task with a held-out part that this model judges in a given time.
+
+    The examples are taken evenly from all. A batch is timed, after one that warms up.
+
+    Args:
+        task: with all examples.
+        model: that will be judged.
+        tokenizer: of the model.
+        count: of examples, if it is given; nothing is timed then.
+        seconds: that one validation may take.
+
+    Raises:
+        InputError: the count is below 1, or above the number of held-out examples.
+    """
+    every, task = len(task.validation), replace(task, rows=ROWS)
+    if count is not None:
+        if not 1 <= count <= every:
+            raise InputError(
+                f"--held-out is {count}; the data hold {every} such examples, give 1 "
+                f"to {every}"
+            )
+        return HeldOut(task.judged_by(count), every, None)
+    probe = task.judged_by(ROWS)
+    size = (ROWS, task.length)
+    batch = text.example_batches(tokenizer, probe.validation, size)
+    loss(model, batch)
+    began = time.perf_counter()
+    loss(model, batch)
+    one = (time.perf_counter() - began) / len(probe.validation)
+    count = min(every, max(FEWEST, int(seconds / one)))
+    return HeldOut(task.judged_by(count), every, count * one)
+
+
+def kept_count(folder: Path | None) -> int | None:
+    """Return the number that `keep` wrote, or None.
+
+    Raises:
+        InputError: the file is damaged.
+    """
+    path = None if folder is None else folder / KEPT
+    if path is None or not path.exists():
+        return None
+    try:
+        count = json.loads(path.read_text("utf-8"))["count"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{path} is damaged ({error}); start again") from None
+    return int(count)
+
+
+def keep(folder: Path | None, found: HeldOut) -> None:
+    """Write the number of examples beside the checkpoints of a run.
+
+    A resumed run is judged on the same ones, however long they take then.
+    """
+    if folder is not None:
+        content = {"count": len(found.task.validation)}
+        write_atomic(folder / KEPT, (json.dumps(content) + "\n").encode())

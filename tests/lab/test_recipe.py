@@ -1,0 +1,104 @@
+"""A run as it is ordered, and the folders that it leaves, for every method."""
+
+import argparse
+import json
+
+import pytest
+import torch
+import transformers
+
+from minipeft.errors import InputError
+from minipeft.interop import merging, peft_format
+from minipeft.interop.audit import WRONG, audit
+from minipeft.interop.made import Made
+from minipeft.interop.opening import open_model
+from minipeft.lab import handover, recipe
+from minipeft.lab.memory import prepared
+from minipeft.lab.places import places
+from minipeft.lab.text import windows
+from minipeft.lab.train import train
+from minipeft.torch.inject import trainable_parameters
+from minipeft.torch.qlora import quantize_linears
+
+BATCHES = windows(torch.arange(400) * 7 % 29 + 2, (2, 12), bos=1, seed=3)
+
+
+def asked(*line):
+    parser = argparse.ArgumentParser()
+    recipe.add_options(parser)
+    return recipe.recipe(parser.parse_args([*line]))
+
+
+def trained(toy, method):
+    use = asked("--method", method, "--rank", "2", "--lr", "0.01")
+    if use.quantize:
+        quantize_linears(toy, blocksize=16, nested_blocksize=8)
+    model = use.prepared(toy, places(toy))
+    train(model, BATCHES, use.settings(toy, 3))
+    return use, model
+
+
+def test_every_method_of_the_book_can_be_ordered():
+    assert {*recipe.METHODS} == {*prepared.NAMES}
+    assert {*recipe.METHODS} >= {*handover.EXACT, *handover.RANKED, *handover.UNMERGED}
+
+
+def greedy(model, count=6):
+    ids = torch.tensor([[1, 5, 9]])
+    with torch.no_grad():
+        for _ in range(count):
+            ids = torch.cat([ids, model(ids).logits[:, -1:].argmax(-1)], dim=1)
+    return ids.tolist()
+
+
+@pytest.mark.parametrize("method", recipe.METHODS)
+def test_its_folders_hold_what_was_trained(toy, tiny, tmp_path, method):
+    use, model = trained(toy, method)
+    assert sum(p.numel() for p in trainable_parameters(model))
+    handover.write_base(model, tiny.tokenizer, tmp_path / "base")
+    read, said = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path / "base", output_loading_info=True
+    )
+    assert not any(said.values()), said
+    if method == "full":
+        assert greedy(read) == greedy(model)
+        return
+    made = Made(data=recipe.fingerprint([("a", "b")]), seed=0)
+    handover.write_adapter(model, use, made, tmp_path / "adapter")
+    if method in handover.UNMERGED:
+        return
+    handover.write_lora(model, use, made, tmp_path / "lora")
+    adapter = peft_format.read(tmp_path / "lora")
+    merging.merge(tmp_path / "base", adapter, tmp_path / "merged")
+    base, merged = open_model(tmp_path / "base"), open_model(tmp_path / "merged")
+    findings = [*audit(base, adapter, merged)]
+    assert any(f.adapted for f in findings)
+    assert WRONG not in {f.verdict for f in findings}
+    served = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    assert greedy(served) == greedy(model)
+    assert json.loads((tmp_path / "lora" / "adapter_config.json").read_text())["r"]
+
+
+def test_the_rate_is_the_book_s_and_a_tenth_in_a_wider_model(toy):
+    assert asked().settings(toy, 10).lr == recipe.RATES["lora"]
+    assert asked("--lr", "0.5").settings(toy, 10).lr == 0.5
+    wide = transformers.LlamaForCausalLM(
+        transformers.LlamaConfig(
+            vocab_size=8,
+            hidden_size=256,
+            intermediate_size=8,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+        )
+    )
+    assert asked().settings(wide, 10).lr == recipe.RATES["lora"] / 10
+    settings = asked("--accumulate", "3").settings(toy, 30)
+    assert (settings.accumulate, settings.warmup, settings.validate_every) == (3, 3, 10)
+
+
+@pytest.mark.parametrize("option", ["--rank", "--batch", "--accumulate"])
+def test_a_number_below_one_is_refused(option):
+    with pytest.raises(InputError, match=f"{option} is 0; give at least 1"):
+        asked(option, "0")
+    with pytest.raises(InputError, match="--lr is -1"):
+        asked("--lr", "-1")
