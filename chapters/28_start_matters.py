@@ -1,7 +1,7 @@
 # %% [markdown]
 # # The start matters, and so does the rate
 #
-# PiSSA begins with the largest singular values of the weight, and "converges much faster than LoRA" [@meng2024]. LoftQ begins with a repair of what quantization lost; in two bits QLoRA, which begins at zero, is reported not to converge at all [@li2023].
+# PiSSA begins with the largest singular values of the weight, "allowing faster convergence and enhanced performance" [@meng2024]. LoftQ begins with a repair of what quantization lost; in two bits QLoRA, which begins at zero, is reported not to converge at all [@li2023].
 # [Chapter 17](17_side_by_side.md) has where such methods end. This one follows the loss on the way: at the best rate of each start, and at one rate for both.
 
 # %%
