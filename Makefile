@@ -21,7 +21,7 @@ export NO_MKDOCS_2_WARNING := 1
 
 .DEFAULT_GOAL := help
 .PHONY: help setup chapter book serve test check fmt fmt-check lint types imports \
-	map golden golden-check vectors matrix results bench fuzz gpu test-gpu ci-deps clean
+	map golden golden-check vectors matrix mutants results bench fuzz gpu test-gpu ci-deps clean
 
 help:  ## print this table
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' Makefile
@@ -97,6 +97,9 @@ results: $(SETUP)  ## recompute chapters/results: seeds, sweeps, sizes (takes lo
 
 bench: $(WITH_PEERS)  ## time against peft and bitsandbytes, in pairs, as ratios
 	@$(BIN)/python -m minipeft.lab.bench
+
+mutants: $(SETUP)  ## change the reference in one place, and see the vectors notice
+	@$(BIN)/python -W ignore tools/mutants.py $(ARGS)
 
 fuzz: $(SETUP)  ## damage files at random, ten minutes a parser: make fuzz [ARGS="--seed 1 gguf"]
 	@$(BIN)/python tools/fuzz.py $(ARGS)

@@ -12,7 +12,9 @@ import platform
 import re
 import subprocess
 import sys
+import sysconfig
 import tempfile
+import venv
 from collections import Counter
 from datetime import UTC, datetime
 from importlib import metadata
@@ -35,10 +37,18 @@ BUILT_IN = {
 }
 LIBRARIES = {
     **{name: name for name in BUILT_IN},
+    "adapters": "adapters_lora",
+    "hqq": "hqq_lora",
+    "keras": "keras_dense",
+    "litgpt": "litgpt_lora",
     "loralib": "loralib_lora",
+    "lycoris-lora": "lycoris_locon",
+    "mlx-lm": "mlx_lm_tuner",
     "onnxruntime": "onnxruntime_bnb4",
     "optax": "optax_adamw",
+    "qwix": "qwix_codes",
     "torch": "torch_itself",
+    "torchtune": "torchtune_lora",
 }
 FEATURES = ("avx2", "fma", "avx512f", "avx512_bf16")  # of a CPU, that change numbers
 # Warnings of pip are no reason.
@@ -101,11 +111,16 @@ def interpreter(name: str, packages: list[str]) -> Path:
     marker = folder / "packages.txt"
     if marker.exists() and marker.read_text() == wanted:
         return python
-    made = [[sys.executable, "-m", "venv", str(folder)]]
-    install = ["-m", "pip", "install", "-q", "numpy", "ml_dtypes", *packages]
-    made.append([str(python), *install])
-    for command in made:
-        subprocess.run(command, check=True, capture_output=True, text=True)
+    venv.create(folder, with_pip=True)
+    # What is installed here lies below: torch for a CPU alone has no name of its own.
+    (site,) = folder.glob("lib/python*/site-packages")
+    (site / "below.pth").write_text(sysconfig.get_path("purelib") + "\n")
+    subprocess.run(
+        [str(python), "-m", "pip", "install", "-q", "numpy", "ml_dtypes", *packages],
+        check=True,
+        capture_output=True,
+        text=True,
+    )
     marker.write_text(wanted)
     return python
 
