@@ -21,7 +21,7 @@ def lora_forward(
     rank_stabilized: bool,
     bias: Array | None = None,
 ) -> Array:
-    """`Dense` with `enable_lora`; it wants an axis for the batch."""
+    """`Dense` with `enable_lora`."""
     if x.ndim < 2:
         raise NotImplementedError("Dense takes no vector")
     return np.asarray(_layer(W, A, B, alpha, rank_stabilized, bias)(x))
@@ -47,17 +47,16 @@ def adamw_step(
     weight_decay: float,
 ) -> tuple[Array, Array, Array]:
     """One step of `keras.optimizers.AdamW` from a state that is handed in."""
-    optimizer = keras.optimizers.AdamW(
-        lr, weight_decay, beta_1=beta1, beta_2=beta2, epsilon=eps
-    )
+    make = keras.optimizers.AdamW
+    optimizer = make(lr, weight_decay, beta_1=beta1, beta_2=beta2, epsilon=eps)
     weight = keras.Variable(W)
     optimizer.build([weight])
-    state = optimizer._momentums[0], optimizer._velocities[0]
-    for held, given in zip(state, (m, v), strict=True):
-        held.assign(given)
+    first, second = optimizer._momentums[0], optimizer._velocities[0]
+    first.assign(m)
+    second.assign(v)
     optimizer.iterations.assign(t)
     optimizer.apply([keras.ops.convert_to_tensor(grad)])
-    return np.asarray(weight), np.asarray(state[0]), np.asarray(state[1])
+    return np.asarray(weight), np.asarray(first), np.asarray(second)
 
 
 def _layer(
