@@ -482,7 +482,7 @@ first, second = torch.nn.functional.normalize(torch.randn(2, 64), dim=1)
 for strength in (0.1, 1.0, 10.0):
     moved = weight + strength * torch.outer(first, second)
     brought = spectra.intruders(spectra.similarities(weight, moved))
-    print(f"size {strength}: {brought} intruders of 10")
+    print(f"an update of size {strength} brings {brought} intruders of 10")
 assert brought > 1  # the new direction mixes with several old ones
 few = max(values("r = 1", rate, "intruders")[0] for rate in sweeps["r = 1"])
 print(f"at most {few:.2f} a matrix were found at rank 1")
