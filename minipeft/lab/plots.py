@@ -17,6 +17,7 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
+from matplotlib.patheffects import withStroke
 
 from minipeft.errors import InputError
 from minipeft.lab.files import write_atomic
@@ -24,6 +25,7 @@ from minipeft.lab.memory import Memory
 
 INK = "#24292f"
 FAINT = "#d0d7de"
+PAPER = "#ffffff"
 PALETTE = (
     "#0072b2",  # Okabe and Ito's blue, vermilion and bluish green as they are
     "#d55e00",
@@ -213,6 +215,8 @@ def name_points(
             fontsize=9,
             color=INK,
             arrowprops={"arrowstyle": "-", "color": INK, "linewidth": 0.5},
+            # What a name crosses must not run through its letters.
+            path_effects=[withStroke(linewidth=2.5, foreground=PAPER)],
         )
 
 
