@@ -4,6 +4,7 @@ import copy
 import pickle
 
 import pytest
+import safetensors.torch
 import torch
 
 from minipeft.torch.bottleneck import BottleneckConfig, place_beside
@@ -119,3 +120,19 @@ def test_a_base_in_16_bits_keeps_what_is_trained_in_32(kind):
     assert out.logits.dtype == torch.bfloat16
     out.loss.backward()
     assert {p.grad.dtype for p in trainable_parameters(model)} == {torch.float32}
+
+
+@pytest.mark.parametrize("assign", [False, True])
+@pytest.mark.parametrize("kind", ["prefix", "prefix with a network", "prompt"])
+def test_a_tied_weight_is_in_a_file_once_and_comes_back(kind, assign):
+    tied, other = (llama(), llama())
+    for model in (tied, other):
+        model.lm_head.weight = model.model.embed_tokens.weight
+    model, again = trained(make(kind, tied)), make(kind, other)
+    file = safetensors.torch.save(model.state_dict())
+    again.load_state_dict(safetensors.torch.load(file), assign=assign)
+    assert torch.equal(again(TEXT).logits, model(TEXT).logits)
+    whole = {**model.state_dict(), "model.lm_head.weight": tied.lm_head.weight}
+    again.load_state_dict(whole)  # a file with both names
+    with pytest.raises(RuntimeError, match=r"Missing key.*embed_tokens"):
+        again.load_state_dict({k: v for k, v in whole.items() if "embed" not in k})
