@@ -168,7 +168,8 @@ scratch = Path(tempfile.mkdtemp())
 atexit.register(shutil.rmtree, scratch, ignore_errors=True)
 kept = chapter.kept() or train.Checkpoint(scratch / "run.safetensors")
 kept = replace(kept, every=max(1, chapter.steps // 10))
-halfway, half = scratch / "halfway.safetensors", chapter.steps // 10 * 5
+half = kept.every * (chapter.steps // kept.every // 2)
+halfway = scratch / "halfway.safetensors"
 
 
 def noting(number):
