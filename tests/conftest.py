@@ -1,5 +1,6 @@
 """Options, hypothesis profiles, and what a skip means in continuous integration."""
 
+import gc
 import os
 
 import pytest
@@ -40,6 +41,12 @@ def pytest_collection_modifyitems(items):
     """Put the files with slow tests first: no worker waits long for the last file."""
     slow = {item.path for item in items if item.get_closest_marker("slow")}
     items.sort(key=lambda item: item.path not in slow)
+
+
+def pytest_collection_finish():
+    """Spare the garbage collector what was imported: some tests call it often."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.hookimpl(wrapper=True)

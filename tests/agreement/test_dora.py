@@ -1,8 +1,5 @@
 """The torch column's DoRA: its norm, its bounds, and LoRA's memory."""
 
-import subprocess
-import sys
-
 import numpy as np
 import pytest
 import torch
@@ -185,37 +182,6 @@ def test_dropout_spares_the_base_and_the_norm():
     _train_a_little(model)
     assert not torch.equal(model(x), model(x))
     assert torch.equal(model.eval()(x), model(x))
-
-
-COMPILED = """
-import sys, torch
-from torch import nn
-from minipeft.torch.dora import DoRALinear
-from minipeft.torch.linear import frozen
-from tests.agreement.test_dora import reversing, rows_of_length_two
-torch.manual_seed(0)
-weights = [rows_of_length_two(*shape) for shape in ((4, 8), (6, 4))]
-layers = [frozen(W, torch.arange(-2.0, len(W) - 2)) for W in weights]
-adapters = [reversing(W, 2) for W in weights]
-model = nn.Sequential(*map(DoRALinear, layers, adapters))
-trained = [p for p in model.parameters() if p.requires_grad]
-x, found = torch.randint(-8, 9, (3, 8)).float(), []
-for run in (model, torch.compile(model, fullgraph=True, backend="aot_eager")):
-    model.zero_grad()
-    run(x).square().sum().backward()
-    found.append([p.grad.clone() for p in trained])
-torch.save(found, sys.argv[1])
-"""
-
-
-@pytest.mark.slow
-def test_a_compiled_layer_does_the_same(tmp_path):
-    # In a process of its own: the checks of every annotation cannot be compiled.
-    file = tmp_path / "gradients.pt"
-    subprocess.run([sys.executable, "-c", COMPILED, str(file)], check=True)
-    for eager, compiled in zip(*torch.load(file), strict=True):
-        assert torch.any(eager != 0)
-        assert_sums(compiled.numpy(), eager.numpy())
 
 
 @pytest.mark.parametrize("r", [0, 5])

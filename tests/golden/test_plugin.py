@@ -10,6 +10,8 @@ import pytest
 
 from minipeft.golden.vectors import load_all
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[2]
 NF4 = len(next(load_all(["nf4_quantize"])).cases)
 PLAIN = "from minipeft.golden.drivers.reference.blockwise import nf4_quantize\n"
@@ -27,7 +29,12 @@ def pytest_in(folder, *arguments):
     done = subprocess.run(
         [*command, *arguments],
         cwd=folder,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        # Without the plugins that happen to be installed here, of which some are slow.
+        env={
+            **os.environ,
+            "PYTHONPATH": str(ROOT),
+            "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1",
+        },
         capture_output=True,
         text=True,
         check=False,

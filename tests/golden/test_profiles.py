@@ -1,6 +1,7 @@
 """Which way, how exact, what policy, what is known to fail: counted apart."""
 
 import json
+from functools import cache
 
 import pytest
 
@@ -13,6 +14,8 @@ from minipeft.golden.runner import OUR_WAY, verify
 from minipeft.golden.vectors import load_all
 from minipeft.golden.ways import WAYS
 from tests.golden.test_verify import minipeft
+
+pytestmark = pytest.mark.slow
 
 FILES = list(load_all())
 PROFILES = profiles.load_all()
@@ -41,10 +44,15 @@ class Follower:
         pass
 
 
+@cache
+def outcomes(name):
+    """Return what the vectors say of who follows a profile."""
+    return list(verify(Follower(PROFILES[name]), FILES))
+
+
 @pytest.mark.parametrize("name", PROFILES)
 def test_who_follows_a_profile_passes_under_it_and_is_recognized(name):
-    profile = PROFILES[name]
-    found = list(verify(Follower(profile), FILES))
+    profile, found = PROFILES[name], outcomes(name)
     held = [profiles.hold(profile, outcome) for outcome in found]
     assert {o.status for o in held} == {"pass"}
     assert all(o.exact in (True, None) for o in held)
@@ -54,8 +62,7 @@ def test_who_follows_a_profile_passes_under_it_and_is_recognized(name):
 
 @pytest.mark.parametrize("name", ELSEWHERE)
 def test_who_goes_another_way_fails_only_under_the_profile(name):
-    profile = PROFILES[name]
-    found = list(verify(Follower(PROFILES["minipeft"]), FILES))
+    profile, found = PROFILES[name], outcomes("minipeft")
     assert {o.status for o in found} == {"pass"}
     held = [profiles.hold(profile, outcome) for outcome in found]
     failed = [o for o in held if o.status == "fail"]

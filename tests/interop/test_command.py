@@ -162,5 +162,6 @@ def test_the_error_of_all_layers_is_that_of_their_sum():
         lost += float((delta - B @ A).square().sum())
         whole += float(delta.square().sum())
     expected = (lost / whole) ** 0.5
-    assert_within(found.error, expected, gamma(2 * 32 * 48) * expected)
+    # Both sides compute in float64, whose roundings are far below one of float32.
+    assert_within(found.error, expected, gamma(1) * expected)
     assert found.worst[1] == max(found.errors.values())

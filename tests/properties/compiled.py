@@ -12,10 +12,13 @@ import torch
 from torch import nn
 
 from minipeft.torch import blockwise, codebook
+from minipeft.torch.dora import DoRALinear
 from minipeft.torch.experts import Experts
 from minipeft.torch.inject import inject
+from minipeft.torch.linear import frozen
 from minipeft.torch.lora import LoRAConfig, LoRALinear
 from minipeft.torch.qlora import QuantizedLinear
+from tests.agreement.test_dora import reversing, rows_of_length_two
 from tests.properties import modules
 
 
@@ -192,6 +195,18 @@ def lora_on_experts():
     assert all(map(torch.equal, ours, right))
 
 
+def dora_on_layers_in_a_row():
+    """Weights whose rows have length two, so that every norm is exact."""
+    weights = [rows_of_length_two(*shape) for shape in ((4, 8), (6, 4))]
+    layers = [frozen(W, torch.arange(-2.0, len(W) - 2)) for W in weights]
+    adapters = [reversing(W, 2) for W in weights]
+    model = nn.Sequential(*map(DoRALinear, layers, adapters))
+    x = integers(3, 8).requires_grad_()
+    for ours, theirs in zip(*gradients(model, traced(model), x), strict=True):
+        assert torch.any(theirs != 0)
+        assert torch.equal(ours, theirs)
+
+
 CHECKS: list[Callable[[], None]] = [
     quantize_nf4,
     quantize_fp4_from_bfloat16,
@@ -204,6 +219,7 @@ CHECKS: list[Callable[[], None]] = [
     lora_on_an_embedding_with_dropout,
     lora_on_four_bits,
     lora_on_experts,
+    dora_on_layers_in_a_row,
     *EXAMPLES,
 ]
 
