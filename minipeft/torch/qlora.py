@@ -70,6 +70,10 @@ class QuantizedLinear(nn.Module):
         bias: as in `nn.Linear`.
         dtype: of `weight`, for code that reads `weight`; `.to(dtype)` changes it.
 
+    Raises:
+        InputError: if a part of q does not fit; on `load_state_dict`, if a scale is not
+            finite. A pass reads the scales on a CPU alone: elsewhere it would wait.
+
     Source: QLoRA (arXiv:2305.14314), equation 5.
     """
 

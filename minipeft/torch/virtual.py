@@ -192,6 +192,10 @@ def predicted(labels: Ids, attention_mask: Ids | None) -> Ids:
 
 def check_text(input_ids: Ids, attention_mask: Ids | None, labels: Ids | None) -> None:
     """Refuse a mask or labels of another shape than the text; no value is read."""
+    _check_ids("input_ids", input_ids)
+    if labels is not None:
+        _check_ids("labels", labels)
+    check_kind("attention_mask", attention_mask, Tensor, type(None))
     if input_ids.dim() != 2:
         raise InputError(
             f"input_ids has shape {tuple(input_ids.shape)}; give (batch, tokens)."
@@ -202,6 +206,12 @@ def check_text(input_ids: Ids, attention_mask: Ids | None, labels: Ids | None) -
                 f"{name} has shape {tuple(operand.shape)}; the text has "
                 f"{tuple(input_ids.shape)}, and virtual tokens are not counted."
             )
+
+
+def _check_ids(name: str, ids: Ids) -> None:
+    check_kind(name, ids, Tensor)
+    if ids.dtype not in (torch.int32, torch.int64):
+        raise InputError(f"{name} has dtype {ids.dtype}; give whole numbers (int64).")
 
 
 def check_causal(model: Any) -> None:

@@ -13,6 +13,7 @@ from torch import nn
 
 from minipeft.errors import InputError
 from minipeft.torch import hira, inject, lora, qlora
+from tests.agreement.llama import TEXT
 from tests.operands import annotations_off
 from tests.torch_operands import (
     STEPS,
@@ -152,3 +153,18 @@ def test_an_adapter_of_another_method_does_not_pass_for_lora():
     other = hira.HiRA(numbers(2, 5), numbers(4, 2), 0.5)
     with pytest.raises(InputError, match="a HiRA; wrap it in a HiRALinear"):
         lora.LoRALinear(base(), other)
+
+
+@pytest.mark.parametrize("name", ["prefix.PrefixModel", "prompt.PromptModel"])
+def test_a_text_of_another_kind_is_refused_by_name(name):
+    model = function(name)(**arguments(name))
+    given = {"input_ids": TEXT, "attention_mask": TEXT > 0, "labels": TEXT}
+    for operand, kinds in {
+        "input_ids": ("None", "text", "a number", "list", "numpy", "floats", "complex"),
+        "labels": ("text", "a number", "list", "numpy", "floats", "complex"),
+        "attention_mask": ("text", "a number", "list", "numpy", "more axes"),
+    }.items():
+        wrong = dict(odd(TEXT))
+        for kind in kinds:
+            with annotations_off(), pytest.raises(InputError, match=f"^{operand} "):
+                model(**{**given, operand: wrong[kind]})
