@@ -1,5 +1,8 @@
 """The vectors bite: every bug in `tests/impls/broken/` is found, by its flag."""
 
+import tomllib
+from pathlib import Path
+
 import pytest
 
 from minipeft.golden.operations import OPERATIONS
@@ -43,3 +46,14 @@ def test_the_museum_has_forty_bugs_each_found_under_its_flag():
         operation, number = exhibit.vector.split(":")
         (case,) = (c for c in file_of(operation).cases if c.tcId == int(number))
         assert exhibit.flag in case.flags
+
+
+def test_a_mutant_that_survives_with_a_reason_is_of_a_line_that_is_there():
+    root = Path(__file__).parents[2]
+    listed = tomllib.loads((root / "tools/mutants.toml").read_text("utf-8"))["survivor"]
+    for entry in listed:
+        text = (root / "minipeft/reference" / f"{entry['module']}.py").read_text(
+            "utf-8"
+        )
+        assert entry["at"] in map(str.strip, text.splitlines())
+        assert entry["reason"].endswith(".")
