@@ -8,6 +8,7 @@ the name of the nearest mistake.
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -22,8 +23,16 @@ from minipeft.interop.mistakes import (
 )
 from minipeft.interop.rounding import Cast, Rounded, Rounding, of
 from minipeft.interop.spelling import counterpart
-from minipeft.interop.tensors import Tensors
-from minipeft.interop.update import Update, exact, merged, stored
+from minipeft.interop.tensors import Tensors, bytes_of, rows
+from minipeft.interop.update import (
+    ROWS,
+    Update,
+    exact,
+    in_rows,
+    merged,
+    merged_rows,
+    stored,
+)
 
 EXACT, BOUND, WRONG = "exact", "within the bound", "wrong"
 NOT_FINITE = "the tensor holds NaN or an infinity"
@@ -132,7 +141,9 @@ def _judged(
         return Finding(name, WRONG, "no floats", sentence, 1.0, adapted)
     if not adapted:
         return _unchanged(name, base, found, place)
-    held = Stored(found.read(place), of(found, place, found.about[place].dtype))
+    if _is_exact(name, base, adapter, found, place):
+        return Finding(name, EXACT, adapted=True)
+    held = Stored(found.read(place), of(found, place, kept))
     if name in adapter.saved:
         return _replaced(name, base, adapter.saved[name], held)
     if name in adapter.biases:
@@ -142,6 +153,31 @@ def _judged(
     if finding.verdict == WRONG and finding.residual:
         return _of_another_expert(finding, base, adapter, held)
     return finding
+
+
+def _is_exact(
+    name: str, base: Tensors, adapter: Adapter, found: Tensors, place: str
+) -> bool:
+    """Return whether a matrix is the merged one, rounded by a cast, and finite.
+
+    Both are read some rows at a time, and no further than the first that differ.
+    """
+    update, about = adapter.updates.get(name), found.about[place]
+    if update is None or not in_rows(update, about) or isinstance(found, Rounded):
+        return False
+    rounded = torch.empty(min(ROWS, about.shape[0]), about.shape[1], dtype=about.dtype)
+    pairs = merged_rows(base, name, update), rows(found, place, ROWS)
+    for V, held in zip(*pairs, strict=True):
+        right = rounded[: len(V)].copy_(V)
+        if not same(right, held) or not _is_finite(right):
+            return False
+    return True
+
+
+def _is_finite(values: Tensor) -> bool:
+    # Smallest and largest show NaN and infinities, without a tensor of answers.
+    plain = values.float() if values.dtype.itemsize == 1 else values
+    return not plain.numel() or bool(torch.stack(plain.aminmax()).isfinite().all())
 
 
 def _of_another_expert(
@@ -180,7 +216,7 @@ def judge(
         alphas: of all layers, because another layer's alpha is a possible mistake.
     """
     held = found if isinstance(found, Stored) else Stored(found, Cast(found.dtype))
-    if not bool(held.values.isfinite().all()):
+    if not _is_finite(held.values):
         return Finding(name, WRONG, "not finite", NOT_FINITE, 1.0, adapted=True)
     if W.ndim == 3:
         return _stack(name, W, update, held, alphas)
@@ -303,10 +339,14 @@ def same(one: Tensor, other: Tensor) -> bool:
     """Return whether two tensors hold the same bits."""
     if one.shape != other.shape or one.dtype != other.dtype:
         return False
-    flat = (t.contiguous().reshape(-1).view(torch.uint8) for t in (one, other))
-    return torch.equal(*flat)
+    return _equal(bytes_of(one), bytes_of(other))
 
 
 def _same_bytes(one: Tensors, name: str, other: Tensors, place: str) -> bool:
     pairs = zip(one.pieces(name), other.pieces(place), strict=True)
-    return all(a == b for a, b in pairs)
+    return all(_equal(a, b) for a, b in pairs)
+
+
+def _equal(one: memoryview, other: memoryview) -> bool:
+    # Python compares two memoryviews value by value, which is slow.
+    return np.array_equal(np.frombuffer(one, "u1"), np.frombuffer(other, "u1"))

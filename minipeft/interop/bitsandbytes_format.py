@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from minipeft.errors import InputError
-from minipeft.interop.tensors import About, Tensors
+from minipeft.interop.tensors import PIECE, About, Tensors, in_pieces
 from minipeft.torch import blockwise, double_quant
 from minipeft.torch.blockwise import Blockwise
 from minipeft.torch.codebook import FP4, NF4, dynamic_map
@@ -140,13 +140,11 @@ class FourBitTensors:
             return decode(*read(name, self._tensors))
         return self._tensors.read(name)
 
-    def pieces(self, name: str) -> Iterator[bytes]:
+    def pieces(self, name: str, size: int = PIECE) -> Iterator[memoryview]:
         """Yield the bytes of one tensor, decoded if it is a 4-bit weight."""
-        if name not in self.quantized:
-            yield from self._tensors.pieces(name)
-            return
-        flat = self.read(name).contiguous().reshape(-1)
-        yield flat.view(torch.uint8).numpy().tobytes()
+        if name in self.quantized:
+            return in_pieces(self.read(name), size)
+        return self._tensors.pieces(name, size)
 
 
 def _kind(name: str, codebook: Tensor) -> str:

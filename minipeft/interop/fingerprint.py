@@ -5,12 +5,11 @@ import json
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor, nn
 
 from minipeft.errors import InputError
 from minipeft.interop.spelling import counterpart
-from minipeft.interop.tensors import About, Tensors
+from minipeft.interop.tensors import About, Tensors, bytes_of
 
 
 @dataclass(frozen=True)
@@ -56,8 +55,7 @@ class Fingerprint:
 def of_tensor(tensor: Tensor) -> str:
     """Return the SHA-256 of dtype, shape and values."""
     digest = _begun(About(tensor.dtype, tuple(tensor.shape)))
-    plain = tensor.detach().cpu().contiguous().reshape(-1)
-    digest.update(plain.view(torch.uint8).numpy().data)
+    digest.update(bytes_of(tensor))
     return digest.hexdigest()
 
 

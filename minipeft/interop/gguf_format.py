@@ -23,7 +23,7 @@ from minipeft.interop import gguf_vocabulary
 from minipeft.interop.adapter import Adapter
 from minipeft.interop.gguf_names import family, heads_turned, names, turn, turn_back
 from minipeft.interop.rounding import Q8, Cast, Rounding, Through
-from minipeft.interop.tensors import About, Tensors
+from minipeft.interop.tensors import PIECE, About, Tensors, in_pieces
 from minipeft.interop.update import merged
 
 TYPES = {
@@ -363,9 +363,9 @@ class GgufTensors:
             values = turn_back(values, turned) if turned else values
             return torch.from_numpy(np.array(values))
 
-    def pieces(self, name: str) -> Iterator[bytes]:
+    def pieces(self, name: str, size: int = PIECE) -> Iterator[memoryview]:
         """Yield the bytes of one tensor, decoded."""
-        yield self.read(name).numpy().tobytes()
+        return in_pieces(self.read(name), size)
 
     def rounding(self, name: str) -> Rounding:
         """Return how the file rounds one tensor.

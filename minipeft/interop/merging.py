@@ -4,17 +4,16 @@ import json
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import replace
 from pathlib import Path
 
 import torch
 
 from minipeft.errors import InputError, cannot_write
-from minipeft.interop import fingerprint, tensors
+from minipeft.interop import fingerprint
 from minipeft.interop.adapter import Adapter
 from minipeft.interop.fingerprint import Fingerprint
 from minipeft.interop.tensors import INDEX, About, Shards, Writer, writing
-from minipeft.interop.update import ROWS, Update, merged
+from minipeft.interop.update import ROWS, Update, in_rows, merged, merged_rows
 
 BASE = "minipeft.base"
 """The key of a file's metadata with the fingerprint of its base."""
@@ -147,8 +146,9 @@ def _write_one(
         writer.write(name, adapter.saved[name].to(about.dtype))
     elif not changed and about == source.about[name]:
         writer.copy(name, source)
-    elif changed and _streams(name, source, adapter, about):
-        writer.write_pieces(name, about, _rows(name, source, adapter.updates[name]))
+    elif changed and _streams(name, adapter, about):
+        merge = _rows(name, source, adapter.updates[name], about.dtype)
+        writer.write_pieces(name, about, merge)
     else:
         W = source.read(name)
         # The wider of the two dtypes, so that the sum is rounded once.
@@ -160,28 +160,18 @@ def _write_one(
         writer.write(name, W.to(about.dtype))
 
 
-def _streams(name: str, source: Shards, adapter: Adapter, about: About) -> bool:
-    """Return whether a weight can be merged a piece of its rows at a time.
-
-    Whole blocks of rows have to lie in each piece of the file: then the sums, and so
-    the bits, are those of the whole weight.
-    """
-    update = adapter.updates.get(name)
-    own = source.about[name]
-    if update is None or update.transposed or len(own.shape) != 2 or own != about:
-        return False
-    return tensors.PIECE % (ROWS * own.shape[1] * own.dtype.itemsize) == 0
+def _streams(name: str, adapter: Adapter, about: About) -> bool:
+    """Return whether a weight can be merged some of its rows at a time."""
+    return name in adapter.updates and in_rows(adapter.updates[name], about)
 
 
-def _rows(name: str, source: Shards, update: Update) -> Iterator[torch.Tensor]:
-    about, start = source.about[name], 0
-    for piece in source.pieces(name):
-        W = torch.frombuffer(bytearray(piece), dtype=about.dtype)
-        W = W.reshape(-1, about.shape[1])
-        rows = slice(start, start + len(W))
-        m = None if update.magnitude is None else update.magnitude[rows]
-        yield merged(W, replace(update, B=update.B[rows], magnitude=m))
-        start += len(W)
+def _rows(
+    name: str, source: Shards, update: Update, dtype: torch.dtype
+) -> Iterator[torch.Tensor]:
+    """Yield the merged rows, rounded; the next ones overwrite them."""
+    rounded = torch.empty(min(ROWS, len(update.B)), update.A.shape[1], dtype=dtype)
+    for V in merged_rows(source, name, update):
+        yield rounded[: len(V)].copy_(V)
 
 
 def _write_index(folder: Path, places: Mapping[str, list[str]], source: Shards) -> None:

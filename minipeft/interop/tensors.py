@@ -10,6 +10,7 @@ import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from io import RawIOBase
 from math import prod
 from pathlib import Path
 from typing import Any, BinaryIO, Protocol, runtime_checkable
@@ -36,7 +37,8 @@ DTYPES = {
 }
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 LARGEST_HEADER = 100_000_000
-PIECE = 2**24
+PIECE = 2**20
+"""Bytes that are read at a time: they stay in the cache until they are used."""
 INDEX = "model.safetensors.index.json"
 
 
@@ -63,8 +65,13 @@ class Tensors(Protocol):
     def read(self, name: str) -> Tensor:
         """Return one tensor as a copy."""
 
-    def pieces(self, name: str) -> Iterator[bytes]:
-        """Yield the bytes of one tensor, a piece at a time."""
+    def pieces(self, name: str, size: int = PIECE) -> Iterator[memoryview]:
+        """Yield the bytes of one tensor; the next piece may overwrite the one before.
+
+        Args:
+            name: of the tensor.
+            size: of every piece but the last, in bytes.
+        """
 
 
 class SafeTensors:
@@ -115,15 +122,15 @@ class SafeTensors:
             return torch.empty(about.shape, dtype=about.dtype)
         return torch.frombuffer(data, dtype=about.dtype).reshape(about.shape)
 
-    def pieces(self, name: str) -> Iterator[bytes]:
-        """Yield the bytes of one tensor, 16 MiB at a time."""
+    def pieces(self, name: str, size: int = PIECE) -> Iterator[memoryview]:
+        """Yield the bytes of one tensor, all in the same memory."""
         left = self.about[name].size
-        with self.path.open("rb") as file:
+        buffer = memoryview(bytearray(min(left, size)))
+        with self.path.open("rb", buffering=0) as file:
             file.seek(self._start + self._begin[name])
             while left:
-                piece = file.read(min(left, PIECE))
-                if not piece:
-                    raise InputError(f"{self.path} ends within {name}; get it again")
+                piece = buffer[: min(left, size)]
+                _fill(file, piece, f"{self.path} ends within {name}; get it again")
                 left -= len(piece)
                 yield piece
 
@@ -160,9 +167,9 @@ class Shards:
         """Return one tensor."""
         return self._file[name].read(name)
 
-    def pieces(self, name: str) -> Iterator[bytes]:
+    def pieces(self, name: str, size: int = PIECE) -> Iterator[memoryview]:
         """Yield the bytes of one tensor, a piece at a time."""
-        return self._file[name].pieces(name)
+        return self._file[name].pieces(name, size)
 
     def files(self) -> dict[str, list[str]]:
         """Return the names of the tensors of each file."""
@@ -190,10 +197,47 @@ class Watched:
         self._step(name)
         return self._source.read(name)
 
-    def pieces(self, name: str) -> Iterator[bytes]:
+    def pieces(self, name: str, size: int = PIECE) -> Iterator[memoryview]:
         """Yield the bytes of one tensor, a piece at a time."""
         self._step(name)
-        return self._source.pieces(name)
+        return self._source.pieces(name, size)
+
+
+def _fill(file: RawIOBase, piece: memoryview, ends: str) -> None:
+    """Read a whole piece, or raise the sentence about a file that ends too early."""
+    done = 0
+    while done < len(piece):
+        read = file.readinto(piece[done:])
+        if not read:
+            raise InputError(ends)
+        done += read
+
+
+def in_pieces(tensor: Tensor, size: int = PIECE) -> Iterator[memoryview]:
+    """Yield the bytes of a tensor in memory, as a file's are yielded."""
+    data = bytes_of(tensor)
+    for start in range(0, len(data), size):
+        yield data[start : start + size]
+
+
+def rows(tensors: Tensors, name: str, count: int) -> Iterator[Tensor]:
+    """Yield a matrix, some rows at a time; the next rows may overwrite these.
+
+    Args:
+        tensors: of a file.
+        name: of a matrix in it.
+        count: of rows at a time.
+    """
+    about = tensors.about[name]
+    for piece in tensors.pieces(name, count * about.shape[1] * about.dtype.itemsize):
+        yield torch.frombuffer(piece, dtype=about.dtype).reshape(-1, about.shape[1])
+
+
+def bytes_of(tensor: Tensor) -> memoryview:
+    """Return the bytes of a tensor in C order, without a copy where it lies so."""
+    plain = tensor.detach().cpu().contiguous().reshape(-1)
+    data: memoryview = plain.view(torch.uint8).numpy().data
+    return data
 
 
 def open_tensors(path: Path) -> Tensors:
@@ -270,8 +314,7 @@ class Writer:
     def write(self, name: str, tensor: Tensor) -> None:
         """Append the next tensor; its form must be the announced one."""
         self._take(name, About(tensor.dtype, tuple(tensor.shape)))
-        plain = tensor.detach().cpu().contiguous().reshape(-1)
-        self._file.write(plain.view(torch.uint8).numpy().data)
+        self._file.write(bytes_of(tensor))
 
     def copy(self, name: str, source: Tensors) -> None:
         """Append one tensor of another file with unchanged bytes."""
@@ -283,8 +326,7 @@ class Writer:
         """Append one tensor, a piece at a time; together they are of the form."""
         self._take(name, about)
         for piece in pieces:
-            plain = piece.contiguous().reshape(-1)
-            self._file.write(plain.view(torch.uint8).numpy().data)
+            self._file.write(bytes_of(piece))
 
     def _take(self, name: str, about: About) -> None:
         following = next(iter(self._left), None)

@@ -5,11 +5,13 @@ weight. The audit compares files with the result of `merged`, which has the form
 `torch.lora` and `torch.dora`, computed block by block of rows, or in a wider dtype.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
+from minipeft.interop.tensors import About, Tensors, rows
 from minipeft.torch import lora
 from minipeft.torch.dora import over_norm
 
@@ -59,19 +61,70 @@ def merged(W: Tensor, update: Update) -> Tensor:
         return torch.stack([merged(W[e], update.expert(e)) for e in range(len(W))])
     plain = read(W, update)
     result = torch.empty_like(plain)
-    # Block by block: the rows stay in the cache from the product to the rounding.
+    blocks = Blocks(update, plain.dtype)
     for start in range(0, len(plain), ROWS):
-        rows = slice(start, start + ROWS)
-        result[rows] = _merged_rows(plain[rows], update, rows)
+        block = slice(start, start + ROWS)
+        result[block] = blocks.merged(plain[block], start)
     return stored(result, update)
 
 
-def _merged_rows(W: Tensor, update: Update, rows: slice) -> Tensor:
-    V = update.B[rows].float() @ update.A.float()
-    V.mul_(update.scaling).add_(W)
-    if update.magnitude is not None:
-        V *= over_norm(update.magnitude[rows].float(), row_norm(V))[:, None]
-    return V
+class Blocks:
+    """Merges one weight, at most `ROWS` of its rows at a time.
+
+    The rows stay in the cache from the product to the rounding, and every block is
+    computed in the memory of the block before.
+
+    Args:
+        update: of the weight, which is no stack.
+        dtype: of the weight.
+    """
+
+    def __init__(self, update: Update, dtype: torch.dtype):
+        self._update, self._A = update, update.A.float()
+        size = min(ROWS, len(update.B)), update.A.shape[1]
+        self._V = torch.empty(size)
+        # A sum with 16 bits would convert W in fresh memory, which is slow.
+        self._wide = torch.empty(size) if dtype.itemsize < 4 else None
+
+    def merged(self, W: Tensor, start: int) -> Tensor:
+        """Return merged rows in float32; the next call overwrites them.
+
+        Args:
+            W: (rows, in_features), of the weight.
+            start: number of the first of the rows.
+        """
+        update, block = self._update, slice(start, start + len(W))
+        V = torch.mm(update.B[block].float(), self._A, out=self._V[: len(W)])
+        if self._wide is not None:
+            W = self._wide[: len(W)].copy_(W)
+        V.mul_(update.scaling).add_(W)
+        if update.magnitude is not None:
+            V *= over_norm(update.magnitude[block].float(), row_norm(V))[:, None]
+        return V
+
+
+def in_rows(update: Update, about: About) -> bool:
+    """Return whether a weight can be merged some of its rows at a time.
+
+    Args:
+        update: of the weight.
+        about: the weight, as it is stored.
+    """
+    return len(about.shape) == 2 and not update.transposed
+
+
+def merged_rows(base: Tensors, name: str, update: Update) -> Iterator[Tensor]:
+    """Yield the rows of a merged weight in float32, `ROWS` at a time.
+
+    Args:
+        base: that has the weight.
+        name: of the weight.
+        update: of the weight; see `in_rows`.
+    """
+    blocks, start = Blocks(update, base.about[name].dtype), 0
+    for W in rows(base, name, ROWS):
+        yield blocks.merged(W, start)  # which the next rows overwrite
+        start += len(W)
 
 
 def exact(W: Tensor, update: Update, dtype: torch.dtype) -> Tensor:

@@ -5,7 +5,7 @@ import json
 import safetensors.torch
 import torch
 
-from minipeft.interop.tensors import About, open_tensors
+from minipeft.interop.tensors import PIECE, About, in_pieces, open_tensors
 from minipeft.lab import models
 
 SIZES = {"square": (16, 16), "wide": (16, 32), "tall": (48, 16)}
@@ -22,9 +22,8 @@ class InMemory:
     def read(self, name):
         return self.tensors[name].clone()
 
-    def pieces(self, name):
-        flat = self.tensors[name].contiguous().reshape(-1)
-        yield flat.view(torch.uint8).numpy().tobytes()
+    def pieces(self, name, size=PIECE):
+        return in_pieces(self.tensors[name], size)
 
 
 def base_tensors(dtype=torch.float32, seed=0):
