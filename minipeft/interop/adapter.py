@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from minipeft.errors import InputError
-from minipeft.interop import peft_stacks
+from minipeft.interop import apart, peft_stacks
 from minipeft.interop.spelling import counterpart
 from minipeft.interop.tensors import About
 from minipeft.interop.update import Update
@@ -51,8 +51,13 @@ class Adapter:
                 shape or of integers; the sentence names the first.
         """
         updates = {_found(n, names): u for n, u in self.updates.items()}
+        lone = apart.stacks(names) if self.stacks else {}
+        both = {**names, **{name: stack.about for name, stack in lone.items()}}
         for module, parts in self.stacks.items():
-            updates |= peft_stacks.updates(module, parts, self.config, names)
+            found = peft_stacks.updates(module, parts, self.config, both, lone)
+            for name, update in found.items():
+                own = {name: update}
+                updates |= lone[name].split(update) if name in lone else own
         biases = {_found(n, names): b for n, b in self.biases.items()}
         for name, update in updates.items():
             _check(name, update, names[name])

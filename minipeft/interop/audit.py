@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from minipeft.interop.adapter import Adapter
+from minipeft.interop.apart import alike
 from minipeft.interop.bound import ROUNDOFF, allowed
 from minipeft.interop.mistakes import (
     MISTAKES,
@@ -79,6 +80,7 @@ def audit(base: Tensors, adapter: Adapter, found: Tensors) -> Iterator[Finding]:
     Raises:
         InputError: the adapter does not belong to the base.
     """
+    base, found = alike(base, found)
     adapter = adapter.renamed(base.about)
     expected = {*base.about, *adapter.saved}
     for name in sorted(expected):

@@ -343,13 +343,16 @@ def _export_gguf(options: argparse.Namespace, adapter: "Adapter") -> None:
 def _adapter(options: argparse.Namespace) -> "Adapter":
     """Return the adapter, after checking that it belongs to the base."""
     from minipeft.interop import fingerprint, merging, peft_format
+    from minipeft.interop.apart import named_as
     from minipeft.interop.tensors import open_tensors
 
     adapter = peft_format.read(options.adapter)
     if options.allow_base_mismatch:
         print("the base was not compared: --allow-base-mismatch", file=sys.stderr)
     elif merging.BASE in adapter.metadata:
-        own = fingerprint.of_files(open_tensors(options.base))
+        saved = fingerprint.Fingerprint.from_json(adapter.metadata[merging.BASE])
+        base = named_as(saved.tensors, open_tensors(options.base))
+        own = fingerprint.of_files(base)
         print(merging.check_base(adapter, own), file=sys.stderr)
     else:
         print("the adapter does not say which base it belongs to", file=sys.stderr)

@@ -83,8 +83,6 @@ def _begun(about: About) -> "hashlib._Hash":
 def check(saved: Fingerprint, own: Fingerprint, without: Collection[str] = ()) -> None:
     """Refuse another base.
 
-    Checkpoints of transformers 4 and 5 name the same tensors differently.
-
     Args:
         saved: fingerprint of the base in the metadata of a file.
         own: fingerprint of the present base.
@@ -94,21 +92,36 @@ def check(saved: Fingerprint, own: Fingerprint, without: Collection[str] = ()) -
         InputError: a tensor differs, is missing or is new; the message names the
             first.
     """
+    first = difference(saved, own, without)
+    if first is not None:
+        raise InputError(
+            f"the adapter was made for another base: {first} here; load the base it "
+            "was made for, or pass --allow-base-mismatch if you mean it"
+        )
+
+
+def difference(
+    saved: Fingerprint, own: Fingerprint, without: Collection[str] = ()
+) -> str | None:
+    """Say which tensor differs first, is missing or is new; None if none does.
+
+    Checkpoints of transformers 4 and 5 name the same tensors differently.
+
+    Args:
+        saved: fingerprint of the base in the metadata of a file.
+        own: fingerprint of the present base.
+        without: names of tensors that the file contains itself.
+    """
     if saved.whole == own.whole:
-        return
+        return None
     then = {counterpart(n, own.tensors) or n: h for n, h in saved.tensors.items()}
     brought = {counterpart(n, own.tensors) for n in without}
     now = {n: h for n, h in own.tensors.items() if n not in brought or n in then}
     for name in sorted(then.keys() | now.keys()):
-        if then.get(name) != now.get(name):
-            what = (
-                "is missing"
-                if name not in now
-                else "is new"
-                if name not in then
-                else "differs"
-            )
-            raise InputError(
-                f"the adapter was made for another base: {name} {what} here; load the "
-                "base it was made for, or pass --allow-base-mismatch if you mean it"
-            )
+        if name not in now:
+            return f"{name} is missing"
+        if name not in then:
+            return f"{name} is new"
+        if then[name] != now[name]:
+            return f"{name} differs"
+    return None

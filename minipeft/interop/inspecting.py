@@ -14,11 +14,13 @@ from torch import Tensor
 
 from minipeft.errors import InputError
 from minipeft.interop import fingerprint, peft_stacks
+from minipeft.interop.apart import Stacked, named_as, stacked
 from minipeft.interop.fingerprint import Fingerprint
 from minipeft.interop.loaders import LOADERS, Judgement, judge
 from minipeft.interop.merging import BASE
 from minipeft.interop.parts import MAGNITUDE, A, B, Parts
 from minipeft.interop.peft_experts import turned_from_file
+from minipeft.interop.peft_format import plain
 from minipeft.interop.spelling import counterpart
 from minipeft.interop.tensors import Tensors
 
@@ -87,6 +89,8 @@ def inspect(
         base: the model of the adapter, if given.
         step: is called with each module, for progress.
     """
+    if base is not None and contents.config.get("target_parameters"):
+        base = stacked(base)
     whole = {m for m, parts in contents.modules.items() if A in parts and B in parts}
     fits = _fits(contents, base) if base else {}
     layers = []
@@ -224,7 +228,10 @@ def _stacks_of(contents: Parts, base: Tensors) -> dict[str, str | None]:
             )
         }
         try:
-            places = peft_stacks.places(owner, shapes, contents.config, base.about)
+            lone = base.stacks if isinstance(base, Stacked) else ()
+            places = peft_stacks.places(
+                owner, shapes, contents.config, base.about, lone
+            )
         except InputError:
             found |= dict.fromkeys(modules.values())
         else:
@@ -284,9 +291,9 @@ def about_base(contents: Parts, base: Tensors | None) -> str:
     saved = Fingerprint.from_json(text)
     if base is None:
         return f"made for the base {saved.whole[:12]}"
-    own = fingerprint.of_files(base)
-    if own.whole == saved.whole:
+    own = fingerprint.of_files(named_as(saved.tensors, base))
+    brought = [plain(name) for name in contents.others]
+    first = fingerprint.difference(saved, own, brought)
+    if first is None:
         return f"made for this base, {saved.whole[:12]}"
-    names = sorted(saved.tensors.keys() | own.tensors.keys())
-    first = next(n for n in names if saved.tensors.get(n) != own.tensors.get(n))
-    return f"made for the base {saved.whole[:12]}; this one differs in {first}"
+    return f"made for the base {saved.whole[:12]}, and this is another: {first} here"

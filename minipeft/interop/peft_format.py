@@ -45,7 +45,7 @@ def _adapter(contents: Contents) -> Adapter:
     for key, tensor in contents.tensors.items():
         found = KEY.fullmatch(key.removeprefix(PREFIX))
         if found is None:
-            saved[_plain(key)] = tensor
+            saved[plain(key)] = tensor
         else:
             part = found["part"] + (".bias" if found["kind"] == "bias" else "")
             parts.setdefault(found["module"], {})[part] = tensor
@@ -66,7 +66,7 @@ def _adapter(contents: Contents) -> Adapter:
     return Adapter(updates, biases, saved, config, contents.metadata, stacks)
 
 
-def _plain(key: str) -> str:
+def plain(key: str) -> str:
     """Return the base's name of a tensor that the adapter replaces."""
     name = key.removeprefix(PREFIX)
     return name.replace(".modules_to_save.", ".").replace(".base_layer.", ".")

@@ -5,7 +5,7 @@ say it: at most one way to give the pairs to the stacks fits.
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import replace
 from itertools import permutations
 from typing import Any, NamedTuple
@@ -60,6 +60,7 @@ def updates(
     parts: Mapping[str, Tensor],
     config: Mapping[str, Any],
     names: Mapping[str, About],
+    upright: Container[str] = (),
 ) -> dict[str, Update]:
     """Return the updates of a module's stacks, by the base's names of these.
 
@@ -68,9 +69,10 @@ def updates(
         parts: by their names behind it.
         config: of the adapter.
         names: of the base's tensors, with their shapes.
+        upright: as in `places`.
 
     Raises:
-        InputError: the base has no such stacks, or keeps each expert apart.
+        InputError: the base has no such stacks.
     """
     levels = {part.removesuffix("lora_A") for part in parts if part.endswith("lora_A")}
     wanted = {f"{level}lora_{M}" for level in levels for M in "AB"}
@@ -82,7 +84,7 @@ def updates(
     }
     shapes = {level: (A.shape, B.shape) for level, (A, B) in pairs.items()}
     found = {}
-    for level, place in places(module, shapes, config, names).items():
+    for level, place in places(module, shapes, config, names, upright).items():
         A, B = pairs[level]
         shape = names[place.name].shape
         if len(shape) == 2:
@@ -100,6 +102,7 @@ def places(
     shapes: Mapping[str, tuple[Shape, Shape]],
     config: Mapping[str, Any],
     names: Mapping[str, About],
+    upright: Container[str] = (),
 ) -> dict[str, Place]:
     """Return the stack that each pair of a module belongs to.
 
@@ -108,6 +111,8 @@ def places(
         shapes: of A and of B, by how deep they are nested.
         config: of the adapter.
         names: of the base's tensors, with their shapes.
+        upright: names of the stacks that are surely (experts, out_features,
+            in_features).
 
     Raises:
         InputError: no way fits, or several do.
@@ -115,12 +120,13 @@ def places(
     own = [counterpart(f"{module}.{p}", names) for p in parameters(module, config)]
     stacks = [name for name in own if name is not None]
     if not stacks or len(stacks) != len(shapes):
-        raise InputError(_other_stacks(module, names))
+        raise InputError(_other_stacks(module, stacks, len(shapes)))
     ways = [
         dict(zip(shapes, (Place(name, turned) for name in order), strict=True))
         for order in permutations(stacks)
         for turned in (False, True)
-        if all(
+        if not (turned and any(name in upright for name in order))
+        and all(
             _fit(shapes[level], names[name].shape, turned)
             for level, name in zip(shapes, order, strict=True)
         )
@@ -150,11 +156,12 @@ def _fit(pair: tuple[Shape, Shape], stack: Shape, turned: bool) -> bool:
     return (B[0], A[1]) == (rows, columns) and A[0] % experts == 0 < A[0]
 
 
-def _other_stacks(module: str, names: Mapping[str, About]) -> str:
-    if counterpart(f"{module}.0", {n[: len(module) + 2]: 0 for n in names}):
+def _other_stacks(module: str, stacks: Sequence[str], pairs: int) -> str:
+    if stacks:
         return (
-            f"the adapter changes stacks of {module}, and this base keeps each expert "
-            "apart; load the model with transformers, load the adapter, and merge there"
+            f"the adapter holds {pairs} pairs A, B for {module}, and the base has "
+            f"{len(stacks)} of the stacks that target_parameters names there; give the "
+            "base that it was trained on"
         )
     return (
         f"the adapter changes {module}, which the base does not have; give the base "

@@ -211,7 +211,7 @@ def test_the_base_is_recognized(tmp_path):
     assert "made for this base" in inspecting.about_base(found, InMemory(tensors))
     tensors["model.norm.weight"] += 1
     assert inspecting.about_base(found, InMemory(tensors)).endswith(
-        "this one differs in model.norm.weight"
+        "and this is another: model.norm.weight differs here"
     )
 
 
