@@ -4,17 +4,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from minipeft.errors import InputError
 from minipeft.interop import apart, peft_stacks
+from minipeft.interop.peft_update import WIDE
 from minipeft.interop.spelling import counterpart
 from minipeft.interop.tensors import About
 from minipeft.interop.update import Update
-
-WIDE = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-"""The dtypes of a tensor to which an update can be added."""
 
 
 @dataclass(frozen=True)

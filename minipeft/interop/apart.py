@@ -45,10 +45,10 @@ class Stack:
 
     def split(self, update: Update) -> dict[str, Update]:
         """Return the update of each matrix: all of A, and its rows of B."""
-        found = {}
+        found: dict[str, Update] = {}
         for e, names in enumerate(self.members):
             one = update.expert(e)
-            parts = one.B.split(self.rows)
+            parts = torch.split(one.B, [*self.rows])
             found |= {n: replace(one, B=B) for n, B in zip(names, parts, strict=True)}
         return found
 

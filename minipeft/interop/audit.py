@@ -24,7 +24,7 @@ from minipeft.interop.mistakes import (
 )
 from minipeft.interop.rounding import Cast, Rounded, Rounding, of
 from minipeft.interop.spelling import counterpart
-from minipeft.interop.tensors import Tensors, bytes_of, rows
+from minipeft.interop.tensors import Tensors, bytes_of, is_finite, rows
 from minipeft.interop.update import (
     ROWS,
     Update,
@@ -32,6 +32,7 @@ from minipeft.interop.update import (
     in_rows,
     merged,
     merged_rows,
+    one_thread,
     stored,
 )
 
@@ -169,17 +170,12 @@ def _is_exact(
         return False
     rounded = torch.empty(min(ROWS, about.shape[0]), about.shape[1], dtype=about.dtype)
     pairs = merged_rows(base, name, update), rows(found, place, ROWS)
-    for V, held in zip(*pairs, strict=True):
-        right = rounded[: len(V)].copy_(V)
-        if not same(right, held) or not _is_finite(right):
-            return False
+    with one_thread():
+        for V, held in zip(*pairs, strict=True):
+            right = rounded[: len(V)].copy_(V)
+            if not same(right, held) or not is_finite(right):
+                return False
     return True
-
-
-def _is_finite(values: Tensor) -> bool:
-    # Smallest and largest show NaN and infinities, without a tensor of answers.
-    plain = values.float() if values.dtype.itemsize == 1 else values
-    return not plain.numel() or bool(torch.stack(plain.aminmax()).isfinite().all())
 
 
 def _of_another_expert(
@@ -218,7 +214,7 @@ def judge(
         alphas: of all layers, because another layer's alpha is a possible mistake.
     """
     held = found if isinstance(found, Stored) else Stored(found, Cast(found.dtype))
-    if not _is_finite(held.values):
+    if not is_finite(held.values):
         return Finding(name, WRONG, "not finite", NOT_FINITE, 1.0, adapted=True)
     if W.ndim == 3:
         return _stack(name, W, update, held, alphas)

@@ -14,7 +14,7 @@ from minipeft.errors import InputError
 from minipeft.interop import fingerprint, peft_update
 from minipeft.interop.fingerprint import Fingerprint
 from minipeft.interop.merging import BASE
-from minipeft.interop.peft_folder import PREFIX, Contents
+from minipeft.interop.peft_folder import CONFIG, PREFIX, Contents
 from minipeft.interop.peft_read import split
 from minipeft.interop.peft_write import alpha_of, patterns
 from minipeft.interop.update import Update
@@ -24,6 +24,9 @@ Tables = dict[str, Tensor]
 
 NARROWING = ("layers_to_transform", "layers_pattern", "exclude_modules")
 """The settings of peft that leave out modules which `target_modules` names."""
+
+HIRA_RANKS = {"hira_A": 0, "hira_B": 1, "hira_embedding_A": 0, "hira_embedding_B": 1}
+"""The side of a tensor of HiRA that is the rank."""
 
 WEIGHTS = "minipeft.weights"
 """The key of a file's metadata with the weights of the adapters in its sum."""
@@ -155,7 +158,7 @@ def _sum_of_lora(parts: Sequence[Part]) -> Contents:
     for module, found in updates.items():
         s = next((u.scaling for u, _ in found if u.scaling), 1.0)
         r = sum(u.r for u, _ in found)
-        scales[module] = r, alpha_of(r, s, stabilized)
+        scales[module] = r, _alpha(module, r, s, stabilized)
         names = _names(parts, module)
         tensors[f"{PREFIX}{module}.{names[0]}"] = torch.cat([u.A for u, _ in found])
         B = [_times(u.B, _factor(u.scaling, w, s)) for u, w in found]
@@ -168,6 +171,15 @@ def _sum_of_lora(parts: Sequence[Part]) -> Contents:
     config |= _targets([c.config for c, _ in parts], updates)
     config["lora_bias"] = bool(biases)
     return Contents(config, tensors)
+
+
+def _alpha(module: str, r: int, s: float, stabilized: bool) -> int | float:
+    if not isfinite(s * r):
+        raise InputError(
+            f"the sum of {module} has rank {r} and needs a lora_alpha beyond float64; "
+            "give adapters of smaller lora_alpha"
+        )
+    return alpha_of(r, s, stabilized)
 
 
 Updates = dict[str, list[tuple[Update, float]]]
@@ -258,8 +270,27 @@ def _targets(
     return {**none, "target_modules": sorted(modules)}
 
 
+def _check_ranks(parts: Sequence[Part], sides: Mapping[str, int]) -> None:
+    """Refuse a configuration whose r is not the rank of its file.
+
+    Args:
+        parts: the adapters.
+        sides: which side of a tensor is the rank, by the end of its key.
+    """
+    for contents, _ in parts:
+        r = contents.config.get("r")
+        for key, tensor in contents.tensors.items():
+            side = next((s for end, s in sides.items() if key.endswith(end)), None)
+            if side is not None and (type(r) is not int or tensor.shape[side] != r):
+                raise InputError(
+                    f"{key} has rank {tensor.shape[side]} in the file and r is {r!r} "
+                    f"in {CONFIG}; one of them belongs to another adapter"
+                )
+
+
 def _sum_of_hira(parts: Sequence[Part]) -> Contents:
     _check_shapes(parts)
+    _check_ranks(parts, HIRA_RANKS)
     first = parts[0][0]
     shapes = {
         key: t.shape for contents, _ in parts for key, t in contents.tensors.items()
@@ -300,6 +331,7 @@ def _sum_of_miss(parts: Sequence[Part]) -> Contents:
             "is their sum; write each as plain LoRA first (to_lora)"
         )
     _check_shapes(parts)
+    _check_ranks(parts, {".miss_block": 0})
     tensors: Tables = {}
     for contents, weight in parts:
         for key, D in contents.tensors.items():

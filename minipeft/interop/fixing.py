@@ -12,6 +12,7 @@ from torch import Tensor
 from minipeft.errors import InputError
 from minipeft.interop import peft_folder
 from minipeft.interop.parts import MAGNITUDE, A, B, Parts
+from minipeft.interop.peft_settings import check_update
 
 
 def fix(parts: Parts, out: Path) -> None:
@@ -57,6 +58,7 @@ def _largest(parts: Parts) -> int:
             f"an adapter of type {parts.config.get('peft_type')!r} has no scale to "
             "fold; only LoRA and DoRA are rewritten"
         )
+    check_update(parts.config)
     for module, names in parts.modules.items():
         if parts.is_unclear(module):
             raise InputError(

@@ -42,11 +42,12 @@ def family(config: Mapping[str, Any]) -> str:
     Raises:
         InputError: the architecture is not one that can be written.
     """
-    kinds = config.get("architectures") or ["none"]
+    kinds = config.get("architectures") or ["no class"]
     if kinds[0] not in FAMILIES:
         raise InputError(
-            f"{kinds[0]} cannot be written as GGUF here, only {', '.join(FAMILIES)}; "
-            "export safetensors, and convert them with llama.cpp's own script"
+            f"config.json names {kinds[0]}, which cannot be written as GGUF here, only "
+            f"{', '.join(FAMILIES)}; export safetensors, and convert them with "
+            "llama.cpp's own script"
         )
     return FAMILIES[kinds[0]]
 

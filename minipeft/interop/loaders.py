@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from minipeft.interop.parts import BIAS, MAGNITUDE, Parts
+from minipeft.interop.peft_settings import PLAIN_STARTS
 
 PEFT_TYPES = {
     *("ADALORA", "ADAMSS", "ADAPTION_PROMPT", "BEFT", "BOFT", "C3A"),
@@ -71,6 +72,7 @@ def present(contents: Parts) -> dict[str, str]:
         "saved modules": bool(c.get("modules_to_save")),
         "token rows": bool(c.get("trainable_token_indices")),
         "embedding": any(map(contents.embedding, modules)),
+        "changed base": c.get("init_lora_weights") not in PLAIN_STARTS,
         "transposed": bool(c.get("fan_in_fan_out")),
         "experts": bool(c.get("target_parameters"))
         or any(".experts" in module for module in modules),
@@ -89,6 +91,7 @@ FEATURES = {
     "saved modules": "the modules that are saved whole",
     "token rows": "the trained token rows",
     "embedding": "the update of the embedding",
+    "changed base": "a base that the first A and B have changed",
     "transposed": "weights stored as (in, out)",
     "experts": "the updates of experts",
     "rank pattern": "ranks that differ",
@@ -154,6 +157,9 @@ LOADERS = {
             {
                 **dict.fromkeys(FEATURES, Rule(EXACT, "its own format", _PEFT)),
                 "unknown method": Rule(REFUSED, "it has no such peft_type", _TYPES),
+                "changed base": Rule(
+                    UNKNOWN, "whether it changes the base in the same way again", _PEFT
+                ),
             },
         ),
         Loader(

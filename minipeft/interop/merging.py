@@ -12,8 +12,15 @@ from minipeft.errors import InputError, cannot_write
 from minipeft.interop import fingerprint
 from minipeft.interop.adapter import Adapter
 from minipeft.interop.fingerprint import Fingerprint
-from minipeft.interop.tensors import INDEX, About, Shards, Writer, writing
-from minipeft.interop.update import ROWS, Update, in_rows, merged, merged_rows
+from minipeft.interop.tensors import INDEX, About, Shards, Writer, is_finite, writing
+from minipeft.interop.update import (
+    ROWS,
+    Update,
+    in_rows,
+    merged,
+    merged_rows,
+    one_thread,
+)
 
 BASE = "minipeft.base"
 """The key of a file's metadata with the fingerprint of its base."""
@@ -119,7 +126,7 @@ def _write(
     about: Mapping[str, About],
     step: Callable[[str], None],
 ) -> None:
-    with writing(path, about, {"format": "pt"}) as writer:
+    with one_thread(), writing(path, about, {"format": "pt"}) as writer:
         for name in about:
             _write_one(writer, name, source, adapter, about[name])
             step(name)
@@ -157,7 +164,23 @@ def _write_one(
             W = merged(W, adapter.updates[name])
         elif name in adapter.biases:
             W = (W.float() + adapter.biases[name].float()).to(W.dtype)
-        writer.write(name, W.to(about.dtype))
+        W = W.to(about.dtype)
+        if changed:
+            check_merged(name, W)
+        writer.write(name, W)
+
+
+def check_merged(name: str, W: torch.Tensor) -> None:
+    """Refuse a merged weight with NaN or infinities.
+
+    Raises:
+        InputError: the sum is beyond the dtype, or the base is not finite.
+    """
+    if not is_finite(W):
+        raise InputError(
+            f"{name} merged is not finite in {str(W.dtype).removeprefix('torch.')}; "
+            "choose a wider --dtype, or look for a huge lora_alpha or NaN in the base"
+        )
 
 
 def _streams(name: str, adapter: Adapter, about: About) -> bool:
@@ -171,7 +194,9 @@ def _rows(
     """Yield the merged rows, rounded; the next ones overwrite them."""
     rounded = torch.empty(min(ROWS, len(update.B)), update.A.shape[1], dtype=dtype)
     for V in merged_rows(source, name, update):
-        yield rounded[: len(V)].copy_(V)
+        piece = rounded[: len(V)].copy_(V)
+        check_merged(name, piece)
+        yield piece
 
 
 def _write_index(folder: Path, places: Mapping[str, list[str]], source: Shards) -> None:

@@ -5,12 +5,13 @@ is used. A written folder appears complete, or not at all.
 """
 
 import json
+import math
 import shutil
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from torch import Tensor
 
@@ -80,7 +81,10 @@ def read_config(folder: Path, name: str = CONFIG) -> dict[str, Any]:
     try:
         text = path.read_text("utf-8")
         config = json.loads(
-            text, object_pairs_hook=unique, parse_constant=_refuse_constant
+            text,
+            object_pairs_hook=unique,
+            parse_constant=_refuse_constant,
+            parse_float=_finite,
         )
     except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"{path} is damaged ({error}); get the folder again") from None
@@ -104,7 +108,7 @@ def write(folder: Path, contents: Contents, weights: str = WEIGHTS) -> None:
         raise InputError(f"{folder} exists; choose another folder, or remove it")
     for name, tensor in contents.tensors.items():
         check_finite(name, tensor)
-    text = json.dumps(dict(contents.config), indent=2, sort_keys=True, allow_nan=False)
+    text = _text(contents.config)
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         part = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
@@ -121,13 +125,26 @@ def write(folder: Path, contents: Contents, weights: str = WEIGHTS) -> None:
         shutil.rmtree(part, ignore_errors=True)
 
 
+def _text(config: Mapping[str, Any]) -> str:
+    try:
+        return json.dumps(dict(config), indent=2, sort_keys=True, allow_nan=False)
+    except ValueError:
+        odd = {n: v for n, v in config.items() if isinstance(v, float)}
+        odd = {n: v for n, v in odd.items() if not math.isfinite(v)}
+        raise InputError(
+            f"the configuration holds {odd or 'a number that is not finite'}, which "
+            "JSON cannot hold; give finite numbers"
+        ) from None
+
+
 def check_finite(name: str, tensor: Tensor) -> None:
     """Refuse NaN and infinities.
 
     Raises:
         InputError: the tensor holds NaN or an infinity.
     """
-    if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
+    plain = tensor.float() if tensor.dtype.itemsize == 1 else tensor
+    if plain.is_floating_point() and not bool(plain.isfinite().all()):
         raise InputError(f"{name} is not finite; train it again")
 
 
@@ -156,5 +173,9 @@ def _check_size(path: Path, most: int) -> None:
         )
 
 
-def _refuse_constant(text: str) -> Any:
-    raise ValueError(f"it holds the number {text}")
+def _finite(text: str) -> float:
+    return float(text) if math.isfinite(float(text)) else _refuse_constant(text)
+
+
+def _refuse_constant(text: str) -> NoReturn:
+    raise ValueError(f"it holds the number {text}, which is not finite")

@@ -55,9 +55,40 @@ def check_config(config: Mapping[str, Any]) -> None:
             "the base; merge it with the library that trained it"
         )
     start = config.get("init_lora_weights")
+    if start == "loftq":
+        raise InputError(_LOFTQ)
     if start not in PLAIN_STARTS and start != "pissa":
         raise InputError(
             f"init_lora_weights is {start!r}, which changed the base, and the file "
             "does not hold that base; save it again with "
             "path_initial_model_for_weight_conversion"
+        )
+
+
+_LOFTQ = (
+    "init_lora_weights is 'loftq', so A and B belong to the quantized base Q; Q - W "
+    "has full rank, so no LoRA of rank 2r on W is the same; give Q as the base, and "
+    "true as init_lora_weights"
+)
+FLAGS = ("fan_in_fan_out", "lora_bias", "use_dora", "use_rslora")
+
+
+def check_update(config: Mapping[str, Any]) -> None:
+    """Refuse settings with which s B A is no update of the base's own weights.
+
+    Args:
+        config: of a file of LoRA or DoRA; biases that it trains are in the file.
+
+    Raises:
+        InputError: the sentence names the first.
+    """
+    for name in FLAGS:
+        if config.get(name) not in (None, True, False):
+            raise InputError(f"{name} is {config[name]!r}; it must be true or false")
+    check_config({**config, "bias": "none"})
+    if config.get("init_lora_weights") == "pissa":
+        raise InputError(
+            "init_lora_weights is 'pissa', which subtracted the first A and B from the "
+            "base, so the file alone is no update of it; write it as plain LoRA first: "
+            "minipeft export --to peft --rank with 2r"
         )

@@ -5,12 +5,15 @@ import sys
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from minipeft.errors import InputError
 from minipeft.interop.update import Update
 
 CONFIG = "adapter_config.json"
+WIDE = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+"""The dtypes of a tensor that a merge computes with."""
 LARGEST = sys.float_info.max
 
 
@@ -59,6 +62,12 @@ def update(
     if missing:
         raise InputError(f"{module} has no {missing[0]}; get the adapter again")
     A, B = (parts[name] for name in names)
+    for name, part in parts.items():
+        if part.dtype not in WIDE:
+            raise InputError(
+                f"{name} of {module} holds {str(part.dtype).removeprefix('torch.')}; "
+                "give it in a float dtype of at least 16 bits"
+            )
     magnitude = parts.get("lora_magnitude_vector")
     alpha = matched(config.get("alpha_pattern") or {}, module, config.get("lora_alpha"))
     if not is_number(alpha):

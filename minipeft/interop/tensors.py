@@ -233,6 +233,15 @@ def rows(tensors: Tensors, name: str, count: int) -> Iterator[Tensor]:
         yield torch.frombuffer(piece, dtype=about.dtype).reshape(-1, about.shape[1])
 
 
+def is_finite(values: Tensor) -> bool:
+    """Return whether no value is NaN or infinite.
+
+    Smallest and largest show it, without a tensor of answers.
+    """
+    plain = values.float() if values.dtype.itemsize == 1 else values
+    return not plain.numel() or bool(torch.stack(plain.aminmax()).isfinite().all())
+
+
 def bytes_of(tensor: Tensor) -> memoryview:
     """Return the bytes of a tensor in C order, without a copy where it lies so."""
     plain = tensor.detach().cpu().contiguous().reshape(-1)
@@ -260,6 +269,14 @@ def open_tensors(path: Path) -> Tensors:
 
 def _places(folder: Path, index: str) -> dict[str, str]:
     """Return {tensor: file} of a folder."""
+    one = index.removesuffix(".index.json")
+    if not folder.is_dir():
+        raise InputError(f"there is no folder {folder}; give a model's folder")
+    if not any((folder / name).exists() for name in (index, one)):
+        raise InputError(
+            f"{folder} holds neither {one} nor {index}; give a model's folder, in "
+            "safetensors"
+        )
     if not (folder / index).exists():
         single = SafeTensors(folder / index.removesuffix(".index.json"))
         return dict.fromkeys(single.about, single.path.name)

@@ -145,6 +145,8 @@ def _chooser(rank: int | None, share: float | None) -> Chooser:
             f"rank is {rank} and share is {share}; give one of the two, not both"
         )
     if rank is not None:
+        if rank < 1:
+            raise InputError(f"rank is {rank}; choose at least 1")
         wanted = rank
         return lambda S: wanted
     least = share or 0.0

@@ -6,6 +6,7 @@ weight. The audit compares files with the result of `merged`, which has the form
 """
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 import torch
@@ -101,6 +102,17 @@ class Blocks:
         if update.magnitude is not None:
             V *= over_norm(update.magnitude[block].float(), row_norm(V))[:, None]
         return V
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Let torch use one thread: a block is too small for threads to wait for others."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def in_rows(update: Update, about: About) -> bool:

@@ -64,13 +64,14 @@ def _bench(options: argparse.Namespace) -> None:
 
 def _chosen(only: str) -> list[Callable[[], Pair]]:
     try:
+        from minipeft.lab.bench_files import PAIRS as OF_FILES
         from minipeft.lab.bench_model import PAIRS as OF_A_MODEL
         from minipeft.lab.bench_pairs import PAIRS
     except ModuleNotFoundError as error:
         raise InputError(
             f"{error.name} is not installed; `pip install minipeft[peers]` brings it"
         ) from None
-    pairs = PAIRS | OF_A_MODEL
+    pairs = PAIRS | OF_A_MODEL | OF_FILES
     chosen = [build for name, build in pairs.items() if only in name]
     if not chosen:
         raise InputError(f"no pair's name contains {only!r}; choose of {list(pairs)}")

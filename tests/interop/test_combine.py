@@ -258,3 +258,44 @@ def test_a_weight_that_is_too_large_is_named(tmp_path):
     one = contents(config("plain"), tmp_path / "plain")
     with pytest.raises(InputError, match=r"at the weights 1e\+300, 1; give smaller"):
         weighted_sum([(one, 1e300), (one, 1.0)])
+
+
+def hira(layer, config):
+    """Return HiRA of rank 4 on one layer."""
+    key = f"base_model.model.model.layers.{layer}.q_proj.hira_"
+    tensors = {f"{key}A": torch.ones(4, 8), f"{key}B": torch.ones(6, 4)}
+    return peft_folder.Contents({"peft_type": "HIRA", **config}, tensors)
+
+
+@pytest.mark.parametrize("config", [{}, {"r": "4"}, {"r": -4}, {"r": 8}, {"r": None}])
+def test_a_rank_that_is_not_the_files_is_refused(config):
+    parts = [(hira(0, config), 1.0), (hira(1, {"r": 4}), 1.0)]
+    with pytest.raises(InputError, match=r"hira_A has rank 4 in the file and r is"):
+        weighted_sum(parts)
+
+
+def test_the_d_of_miss_has_the_rank_that_the_configuration_names():
+    tensors = {"base_model.model.x.miss_block": torch.ones(4, 8)}
+    one = peft_folder.Contents({"peft_type": "MISS"}, tensors)
+    with pytest.raises(InputError, match="has rank 4 in the file and r is None"):
+        concatenate([one, one])
+
+
+@pytest.mark.parametrize("alpha", [float("inf"), float("nan"), -float("inf")])
+def test_an_alpha_that_is_not_finite_is_refused(alpha, tmp_path):
+    tensors = {
+        "base_model.model.x.lora_A.weight": torch.ones(2, 4),
+        "base_model.model.x.lora_B.weight": torch.ones(4, 2),
+    }
+    config = {"peft_type": "LORA", "r": 2}
+    odd, one = (
+        peft_folder.Contents({**config, "lora_alpha": a}, tensors) for a in (alpha, 2)
+    )
+    with pytest.raises(InputError, match=f"lora_alpha of x is {alpha}"):
+        concatenate([one, odd])
+    alone = weighted_sum([(odd, 1.0)])
+    with pytest.raises(InputError, match=r"the configuration holds .*lora_alpha"):
+        peft_folder.write(tmp_path / "out", alone)
+    huge = peft_folder.Contents({**config, "lora_alpha": 1e308}, tensors)
+    with pytest.raises(InputError, match="needs a lora_alpha beyond float64"):
+        concatenate([huge, huge])

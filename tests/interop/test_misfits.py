@@ -4,11 +4,11 @@ import pytest
 import torch
 
 from minipeft.errors import InputError
-from minipeft.interop import bitsandbytes_export, merging
+from minipeft.interop import bitsandbytes_export, merging, peft_format
 from minipeft.interop.adapter import Adapter
 from minipeft.interop.audit import audit
 from minipeft.interop.update import Update
-from tests.interop.folders import InMemory, write_model
+from tests.interop.folders import InMemory, adapter_tensors, write_adapter, write_model
 
 NAME = "model.layers.0.q_proj.weight"
 
@@ -50,6 +50,52 @@ def test_a_base_of_integers_is_refused(dtype, tmp_path):
     name = str(dtype).removeprefix("torch.")
     with pytest.raises(InputError, match=f"q_proj.weight holds {name}; give the base"):
         merging.merge(base, Adapter({NAME: update()}), tmp_path / "out")
+
+
+TOKENS = "base_model.model.model.embed_tokens.token_adapter.trainable_tokens_delta"
+NAMED = "base_model.model.model.layers.0.square.lora_A.default.weight"
+BIAS = "base_model.model.model.layers.0.square.lora_B.bias"
+
+
+@pytest.mark.parametrize(
+    ("config", "more", "words"),
+    [
+        ({"init_lora_weights": "pissa"}, {}, "--rank with 2r"),
+        ({"init_lora_weights": "loftq"}, {}, "Q - W has full rank"),
+        ({"init_lora_weights": "olora"}, {}, "path_initial_model_for_weight_conv"),
+        ({"use_qalora": True}, {}, "use_qalora = True"),
+        ({"alora_invocation_tokens": [1]}, {}, "alora_invocation_tokens"),
+        ({"layer_replication": [[0, 1]]}, {}, "layer_replication"),
+        ({"use_rslora": "false"}, {}, "use_rslora is 'false'; it must be true or"),
+        ({"use_dora": True}, {}, "does not have lora_magnitude_vector"),
+        ({}, {BIAS: torch.ones(16)}, "lora_bias is None, and the file has"),
+        ({}, {TOKENS: torch.ones(2, 16)}, "holds rows of tokens"),
+        ({}, {NAMED: torch.ones(4, 16)}, "its name is none of LoRA's"),
+    ],
+)
+def test_what_is_no_update_of_the_base_is_not_merged(config, more, words, tmp_path):
+    folder = write_adapter(tmp_path / "a", adapter_tensors() | more, **config)
+    with pytest.raises(InputError, match=words):
+        peft_format.read(folder)
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.float8_e4m3fn])
+def test_matrices_of_integers_are_refused(dtype, tmp_path):
+    tensors = {name: M.to(dtype) for name, M in adapter_tensors().items()}
+    folder = write_adapter(tmp_path / "a", tensors)
+    with pytest.raises(InputError, match=r"holds .*; give it in a float dtype"):
+        peft_format.read(folder)
+
+
+@pytest.mark.parametrize("fan", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_a_merge_beyond_the_dtype_is_refused(fan, dtype, tmp_path):
+    base = write_model(tmp_path / "base", {NAME: torch.zeros(4, 4, dtype=dtype)})
+    alpha = 2.0 * torch.finfo(dtype).max
+    changed = Update(torch.ones(2, 4), torch.ones(4, 2), alpha, transposed=fan)
+    with pytest.raises(InputError, match=f"is not finite in {str(dtype)[6:]}; choose"):
+        merging.merge(base, Adapter({NAME: changed}), tmp_path / "out")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["base"]
 
 
 @pytest.mark.parametrize("write", [merging.merge, bitsandbytes_export.write_model])

@@ -5,8 +5,10 @@ import torch
 
 from minipeft.errors import InputError
 from minipeft.interop import peft_folder, peft_model
+from minipeft.interop.tensors import open_tensors
 from minipeft.interop.to_lora import to_lora
-from minipeft.torch import inject
+from minipeft.lab import models
+from minipeft.torch import blockwise, inject, loftq
 from minipeft.torch.bottleneck import BottleneckConfig
 from minipeft.torch.dora import DoRAConfig
 from minipeft.torch.ia3 import IA3Config
@@ -129,3 +131,17 @@ def test_what_changes_no_weight_is_refused():
     for model in (llama(), serial, PromptModel(llama(), PromptConfig(3))):
         with pytest.raises(InputError):
             to_lora(model, rank=2)
+
+
+@pytest.mark.parametrize("name", ["self_attn.q_proj", "mlp.down_proj"])
+def test_loftq_is_no_lora_of_rank_2r_on_the_base(name):
+    # From W, plain LoRA has to make Q - W as well as s B A: r is not 2r, but full.
+    W = open_tensors(models.TINY).read(f"model.layers.0.{name}.weight").float()
+    r = 8
+    q, adapter = loftq.init(W, r, 2 * r)
+    change = blockwise.dequantize(q).double() - W.double()
+    assert int(torch.linalg.matrix_rank(change)) == min(W.shape)
+    whole = change + adapter.scaling * adapter.B.double() @ adapter.A.double()
+    squares = torch.linalg.svdvals(whole).square()
+    # What LoRA of rank 2r on W leaves of it, at best: more than half.
+    assert float(squares[2 * r :].sum() / squares.sum()) > 0.5

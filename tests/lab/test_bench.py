@@ -1,5 +1,6 @@
 """The clock that compares: fair turns, ratios of neighbours, nothing that differs."""
 
+import hashlib
 import json
 import math
 import subprocess
@@ -11,7 +12,7 @@ from types import SimpleNamespace
 import pytest
 
 from minipeft.errors import InputError
-from minipeft.lab import bench, memory_peak, timing
+from minipeft.lab import bench, bench_files, memory_peak, timing
 from minipeft.lab.timing import Pair, check, measure, table
 
 
@@ -120,6 +121,7 @@ def test_an_unknown_pair_names_the_choices(monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "minipeft.lab.bench_pairs", pairs)
     other = SimpleNamespace(PAIRS={})
     monkeypatch.setitem(sys.modules, "minipeft.lab.bench_model", other)
+    monkeypatch.setitem(sys.modules, "minipeft.lab.bench_files", other)
     assert bench.main(["--only", "lorra"]) == 2
     said = capsys.readouterr().err
     assert "no pair's name contains 'lorra'; choose of ['lora', 'dora']" in said
@@ -181,3 +183,22 @@ def test_the_peak_on_cuda_is_what_its_allocator_says(monkeypatch):
 def test_no_chapter_times_a_device_by_a_clock_of_the_host():
     chapters = (Path(__file__).parents[2] / "chapters").glob("*.py")
     assert [p.name for p in chapters if "process_time" in p.read_text()] == []
+
+
+def test_a_merge_and_an_audit_are_timed_against_a_copy(monkeypatch):
+    sizes = {"DEPTH": 1, "WIDTH": 64, "INNER": 96, "GROUPED": 32, "WORDS": 100}
+    for name, size in sizes.items():
+        monkeypatch.setattr(bench_files, name, size)
+    bench_files.folders.cache_clear()
+    for build in bench_files.PAIRS.values():
+        made = build()
+        made.ours()
+        assert len(made.theirs()) == len(made.theirs()) > 0
+        assert made.target == 2
+    root = bench_files.folders()
+    base = (root / "base" / "model.safetensors").read_bytes()
+    assert bench_files.hashed(root / "base" / "model.safetensors") == (
+        hashlib.sha256(base).hexdigest()
+    )
+    assert (root / "base-copy" / "model.safetensors").read_bytes() == base
+    bench_files.folders.cache_clear()
