@@ -15,7 +15,7 @@ from minipeft.errors import InputError
 from minipeft.interop import peft_folder, peft_stacks
 from minipeft.interop.adapter import Adapter
 from minipeft.interop.peft_folder import PREFIX, Contents
-from minipeft.interop.peft_settings import check_update
+from minipeft.interop.peft_settings import FIELDS, check_update
 from minipeft.interop.peft_update import update
 
 KEY = re.compile(
@@ -37,11 +37,16 @@ def read(folder: Path) -> Adapter:
     """
     contents = peft_folder.read(folder)
     config = contents.config
-    if config.get("peft_type") != "LORA":
+    kind = config.get("peft_type")
+    if kind != "LORA":
+        remedy = (
+            "write it as plain LoRA first: minipeft export --to peft --rank or --share"
+            if kind in FIELDS
+            else "only LoRA and DoRA are merged from files"
+        )
         raise InputError(
-            f"{folder} holds an adapter of type {config.get('peft_type')!r}, which has "
-            "no matrices A and B; write it as plain LoRA first: minipeft export --to "
-            "peft --rank or --share"
+            f"{folder} holds an adapter of type {kind!r}, which has no matrices A and "
+            f"B; {remedy}"
         )
     check_update(config)
     return _adapter(contents)

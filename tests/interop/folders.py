@@ -71,7 +71,10 @@ def adapter_of_tiny():
 
 def write_adapter(folder, tensors, **config):
     folder.mkdir(parents=True, exist_ok=True)
-    fields = {"peft_type": "LORA", "r": 4, "lora_alpha": 12, **config}
+    parts = {"use_dora": "lora_magnitude_vector", "lora_bias": "lora_B.bias"}
+    fields = {"peft_type": "LORA", "r": 4, "lora_alpha": 12}
+    fields |= {n: True for n, part in parts.items() if any(part in t for t in tensors)}
+    fields |= config
     (folder / "adapter_config.json").write_text(json.dumps(fields))
     safetensors.torch.save_file(
         tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"}

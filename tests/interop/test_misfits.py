@@ -68,7 +68,7 @@ BIAS = "base_model.model.model.layers.0.square.lora_B.bias"
         ({"layer_replication": [[0, 1]]}, {}, "layer_replication"),
         ({"use_rslora": "false"}, {}, "use_rslora is 'false'; it must be true or"),
         ({"use_dora": True}, {}, "does not have lora_magnitude_vector"),
-        ({}, {BIAS: torch.ones(16)}, "lora_bias is None, and the file has"),
+        ({"lora_bias": False}, {BIAS: torch.ones(16)}, "is False, and the file has"),
         ({}, {TOKENS: torch.ones(2, 16)}, "holds rows of tokens"),
         ({}, {NAMED: torch.ones(4, 16)}, "its name is none of LoRA's"),
     ],
