@@ -121,16 +121,7 @@ def places(
     stacks = [name for name in own if name is not None]
     if not stacks or len(stacks) != len(shapes):
         raise InputError(_other_stacks(module, stacks, len(shapes)))
-    ways = [
-        dict(zip(shapes, (Place(name, turned) for name in order), strict=True))
-        for order in permutations(stacks)
-        for turned in (False, True)
-        if not (turned and any(name in upright for name in order))
-        and all(
-            _fit(shapes[level], names[name].shape, turned)
-            for level, name in zip(shapes, order, strict=True)
-        )
-    ]
+    ways = _ways(shapes, stacks, names, upright)
     if not ways:
         raise InputError(
             f"the adapter's matrices of {module} have the shapes of another base's "
@@ -142,6 +133,25 @@ def places(
             "are stored; load the model and the adapter, and merge there"
         )
     return ways[0]
+
+
+def _ways(
+    shapes: Mapping[str, tuple[Shape, Shape]],
+    stacks: Sequence[str],
+    names: Mapping[str, About],
+    upright: Container[str],
+) -> list[dict[str, Place]]:
+    """Return every way to give the pairs to the stacks in which the shapes fit."""
+    return [
+        dict(zip(shapes, (Place(name, turned) for name in order), strict=True))
+        for order in permutations(stacks)
+        for turned in (False, True)
+        if not (turned and any(name in upright for name in order))
+        and all(
+            _fit(shapes[level], names[name].shape, turned)
+            for level, name in zip(shapes, order, strict=True)
+        )
+    ]
 
 
 def _fit(pair: tuple[Shape, Shape], stack: Shape, turned: bool) -> bool:
