@@ -21,10 +21,11 @@ export NO_MKDOCS_2_WARNING := 1
 
 .DEFAULT_GOAL := help
 .PHONY: help setup chapter book serve test check fmt fmt-check lint types imports \
-	map golden golden-check vectors matrix mutants results bench fuzz gpu test-gpu ci-deps clean
+	map golden golden-check vectors matrix mutants results bench fuzz devices cuda12 \
+	gpu test-gpu ci-deps clean
 
 help:  ## print this table
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' Makefile
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' Makefile
 
 setup: $(SETUP)  ## create .venv and install the package with all it needs
 
@@ -103,6 +104,14 @@ mutants: $(SETUP)  ## change the reference in one place, and see the vectors not
 
 fuzz: $(SETUP)  ## damage files at random, ten minutes a parser: make fuzz [ARGS="--seed 1 gguf"]
 	@$(BIN)/python tools/fuzz.py $(ARGS)
+
+devices: $(SETUP)  ## run every chapter on a pretended device (takes minutes)
+	@$(BIN)/python -W ignore -m tests.book.on_a_device build/devices
+
+cuda12: $(SETUP)  ## compile the kernels with NVRTC 12 (gets 93 MB)
+	@$(BIN)/pip install -q --no-deps --upgrade --target build/cuda12 -c constraints.txt \
+	  nvidia-cuda-nvrtc-cu12 nvidia-cuda-runtime-cu12
+	@$(BIN)/python -m tests.cuda.compile_12 build/cuda12
 
 # These two install nothing: a machine with a GPU has its own torch and CuPy.
 gpu:  ## all that only a CUDA device can show: make gpu [STAGE=bench-kernels]

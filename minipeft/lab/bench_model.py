@@ -69,6 +69,7 @@ def theirs(dtype: torch.dtype, method: str) -> Any:
                 layer.out_features,
                 layer.bias is not None,
                 compute_dtype=dtype,
+                compress_statistics=False,  # scales of 32 bits, as ours
                 quant_type="nf4",
             )
             four.load_state_dict(layer.state_dict())

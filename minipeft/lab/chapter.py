@@ -238,7 +238,9 @@ def _chapter(
     name: str, parser: argparse.ArgumentParser, options: argparse.Namespace
 ) -> Chapter:
     given = vars(options)
-    usual = all(given[o] == parser.get_default(o) for o in given.keys() - ANYWHERE)
+    usual = given["device"] == "cpu" and all(
+        given[o] == parser.get_default(o) for o in given.keys() - ANYWHERE
+    )
     own = argparse.Namespace(**{o: v for o, v in given.items() if o not in SHARED})
     shared = {o: v for o, v in given.items() if o in SHARED}
     return Chapter(name=name, usual=usual, own=own, **shared)

@@ -16,7 +16,7 @@ QUANTITIES: list[tuple[str, str]] = []
 
 @dataclass(frozen=True)
 class Claims:
-    """The statements of a chapter; `usual`: the model and the steps are the default."""
+    """The statements of a chapter; `usual`: on a CPU, with default model and steps."""
 
     usual: bool
 
@@ -51,7 +51,7 @@ class Claims:
             control: the baseline that this comparison uses.
 
         Raises:
-            AssertionError: the claim does not hold for the default model and steps.
+            AssertionError: the claim does not hold, and the setting is usual.
             InputError: the control has no name.
         """
         if not control.strip():
@@ -71,8 +71,8 @@ class Claims:
             losses: of each learning rate that was tried, in nats.
 
         Raises:
-            AssertionError: with the default model and steps the best rate is the
-                smallest or the largest that was tried.
+            AssertionError: in the usual setting the best rate is the smallest or the
+                largest that was tried.
         """
         rates = sorted(losses)
         best = min(rates, key=losses.__getitem__)

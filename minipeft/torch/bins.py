@@ -5,16 +5,21 @@ of a float32 select an interval that contains at most one boundary, so one compa
 enough. The result equals that of the search for every float32.
 """
 
+import threading
+from collections.abc import Sequence
 from functools import lru_cache
+from math import prod
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from minipeft.shapes import Float, UInt8
+from minipeft.shapes import Float, Inexact, UInt8
 
 WIDEST = 18
 """The largest number of leading bits: 1 MB of boundaries fits the cache."""
+KEPT = 2**26
+"""Bytes that a thread keeps for a weight; a larger one gets new memory."""
 
 
 class Bins(NamedTuple):
@@ -81,3 +86,41 @@ def pairs_of(codebook: tuple[float, ...]) -> Tensor:
     byte = torch.arange(256, device="cpu")
     pairs = torch.stack([values[byte >> 4], values[byte & 15]], dim=1)
     return pairs.view(torch.float64).view(-1)
+
+
+class _Memory(threading.local):
+    """Memory that a thread uses again each time it decodes.
+
+    The system clears new memory page by page: for 64 MB that takes three times as long
+    as decoding a weight of this size.
+    """
+
+    def __init__(self) -> None:
+        self.index = _new(0, torch.int32)
+        self.found = _new(0, torch.float64)
+        self.kept = _new(0, torch.uint8)
+
+    def pairs(self, n: int) -> tuple[Tensor, Tensor]:
+        """Return room for n indices, and for the pairs that they find."""
+        if n > len(self.index):
+            self.index, self.found = _new(n, torch.int32), _new(n, torch.float64)
+        return self.index[:n], self.found[:n]
+
+    def weight(
+        self, shape: Sequence[int], dtype: torch.dtype
+    ) -> Inexact[Tensor, "out_features in_features"]:
+        """Return room for a weight: until this is called again, it is the caller's."""
+        size = prod(shape) * dtype.itemsize
+        if size > KEPT:
+            return _new(prod(shape), dtype).view(shape)
+        if size > len(self.kept):
+            self.kept = _new(size, torch.uint8)
+        return self.kept[:size].view(dtype).view(shape)
+
+
+@torch.inference_mode(False)
+def _new(n: int, dtype: torch.dtype) -> Tensor:
+    return torch.empty(n, dtype=dtype, device="cpu")
+
+
+MEMORY = _Memory()

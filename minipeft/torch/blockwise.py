@@ -6,6 +6,7 @@ Everything here runs eagerly, on CPU and CUDA, and inside
 
 from dataclasses import dataclass
 from math import lcm, prod
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,7 +15,7 @@ from torch.nn.functional import embedding, pad
 
 from minipeft.errors import InputError
 from minipeft.shapes import Float, Inexact, UInt8
-from minipeft.torch.bins import bins_of, pairs_of, search
+from minipeft.torch.bins import MEMORY, bins_of, pairs_of, search
 from minipeft.torch.codebook import NF4, code_bits
 from minipeft.torch.operands import (
     check_bytes,
@@ -26,6 +27,8 @@ from minipeft.values import check_integer, check_kind, check_sizes
 
 SLICE = 2**18
 """Values that eager code on a CPU processes at a time: 1 MB in float32."""
+DECODED = 2**17
+"""Values that are decoded at a time: with their indices 0.75 MB in a cache."""
 FEW = 2**10
 """For fewer numbers than this, a search is as fast as a table."""
 
@@ -111,8 +114,8 @@ def dequantize(
     """
     check_float_dtype(dtype)
     n, bits = check_parts(q), code_bits(q.codebook)
-    if bits == 4 and on_cpu(q.packed) and not n % max(q.blocksize, 2):
-        return _dequantize_slices(q, dtype)
+    if decodes_in_slices(q):
+        return decode_to(torch.empty(q.shape, dtype=dtype, device="cpu"), q)
     decoded = _decode(q.packed, q.codebook, n)
     # Axes: block, byte, code. A compiler can then decode one byte in an inner loop.
     width = min(8 // bits, q.blocksize)
@@ -121,20 +124,34 @@ def dequantize(
     return blocks.to(dtype).view(-1)[:n].view(q.shape)
 
 
-def _dequantize_slices(q: Blockwise, dtype: torch.dtype) -> Inexact[Tensor, "..."]:
-    """Decode whole blocks of 4-bit codes by slices; one look-up gives two values."""
+def decodes_in_slices(q: Any) -> bool:
+    """Tell whether `decode_to` can decode this: whole blocks of 4 bits on a CPU."""
+    whole = not prod(q.shape) % max(q.blocksize, 2)
+    return whole and len(q.codebook) == 16 and on_cpu(q.packed)
+
+
+def decode_to(W: Inexact[Tensor, "..."], q: Blockwise) -> Inexact[Tensor, "..."]:
+    """Decode to a tensor in slices; one look-up gives two values.
+
+    Args:
+        W: what is overwritten, contiguous, of the shape of q.
+        q: whole blocks of 4-bit codes on a CPU; its parts have been checked.
+    """
+    n, size = W.numel(), max(DECODED, q.blocksize)
     pairs = pairs_of(tuple(q.codebook.tolist()))
-    W = torch.empty(q.shape, dtype=dtype, device=q.packed.device)
-    size = max(SLICE, q.blocksize)
-    slices = (
-        torch.split(W.view(-1), size),
-        torch.split(q.packed, size // 2),
-        torch.split(q.absmax.float(), size // q.blocksize),
-    )
-    for values, packed, absmax in zip(*slices, strict=True):
-        decoded = pairs.index_select(0, packed.int()).view(torch.float32)
-        blocks = decoded.view(-1, q.blocksize).mul_(absmax[:, None])
-        values.copy_(blocks.view(-1))
+    flat, scales = W.view(-1), q.absmax.float().view(-1, 1)
+    for first in range(0, n, size):
+        last = min(first + size, n)
+        packed = q.packed[first // 2 : last // 2]
+        absmax = scales[first // q.blocksize : last // q.blocksize]
+        index, found = MEMORY.pairs(len(packed))
+        torch.index_select(pairs, 0, index.copy_(packed), out=found)
+        blocks = found.view(torch.float32).view(-1, q.blocksize)
+        values = flat[first:last].view(-1, q.blocksize)
+        if W.dtype == torch.float32:
+            torch.mul(blocks, absmax, out=values)
+        else:
+            values.copy_(blocks.mul_(absmax))
     return W
 
 

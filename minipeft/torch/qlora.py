@@ -15,6 +15,7 @@ from minipeft.errors import InputError
 from minipeft.shapes import Float, Shaped
 from minipeft.torch import blockwise, double_quant, launches, operators, saving
 from minipeft.torch.adapted import Adapted, naming
+from minipeft.torch.bins import MEMORY
 from minipeft.torch.blockwise import Blockwise
 from minipeft.torch.codebook import NF4
 from minipeft.torch.deferred import Deferred
@@ -63,7 +64,7 @@ class QuantizedLinear(nn.Module):
     r"""A frozen linear layer, $y = x \hat W^T + b$, that stores $\hat W$ in a few bits.
 
     Forward decodes the weight to the dtype of x, and backward decodes it again. Between
-    the two, no tensor of W's size stays in memory. Only x gets a gradient.
+    the two, no tensor of W's size belongs to the layer. Only x gets a gradient.
 
     Args:
         q: the quantized weight, `(out_features, in_features)`.
@@ -155,6 +156,18 @@ class QuantizedLinear(nn.Module):
             return double_quant.dequantize(q, dtype)
         return blockwise.dequantize(q, dtype)
 
+    def decoded(self, dtype: torch.dtype) -> Weight:
+        r"""Return $\hat W$; on a CPU this thread's next layer overwrites the memory.
+
+        While a graph is recorded the memory is new: the graph may keep the weight.
+        """
+        q = self.q
+        if torch.is_grad_enabled() or not blockwise.decodes_in_slices(q):
+            return self.dequantize(dtype)
+        coded = double_quant.unnest(q) if isinstance(q, Nested) else q
+        blockwise.check_parts(coded)
+        return blockwise.decode_to(MEMORY.weight(q.shape, dtype), coded)
+
     def forward(
         self, x: Shaped[Tensor, "... in_features"], bias: Bias | None = None
     ) -> Shaped[Tensor, "... out_features"]:
@@ -163,6 +176,8 @@ class QuantizedLinear(nn.Module):
 
     def runs_kernels(self, dtype: torch.dtype) -> bool:
         """Tell whether a GPU kernel can decode the weight to this dtype."""
+        if self.device.type not in launches.GPUS:
+            return False
         weight, _ = operators.parts(self.q)
         return launches.available(*weight) and launches.decodes(weight[-1], dtype)
 
@@ -216,7 +231,7 @@ def quantized_linear(
     if weight.runs_kernels(x.dtype):
         on_gpu: Output = operators.matmul_4bit(x, *operators.parts(weight.q), bias)
         return on_gpu
-    return cast(Tensor, _Frozen.apply(x, weight.dequantize, bias))  # type: ignore[no-untyped-call]
+    return cast(Tensor, _Frozen.apply(x, weight.decoded, bias))  # type: ignore[no-untyped-call]
 
 
 def _as_autocast(x: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:

@@ -24,9 +24,12 @@ def _as_before():
         (["--steps", "30", "--model", "tiny"], True),
         (["--steps", "1"], False),
         (["--model", "minilm"], False),
+        (["--device", "cuda"], False),
     ],
 )
-def test_only_the_default_model_and_steps_are_usual(line, usual, monkeypatch):
+def test_only_the_default_model_and_steps_on_a_cpu_are_usual(line, usual, monkeypatch):
+    on = "cuda" if "cuda" in line else "cpu"
+    monkeypatch.setattr("minipeft.lab.chapter.pick_device", lambda asked: on)
     monkeypatch.setattr("minipeft.lab.chapter.fetch", lambda name: None)
     monkeypatch.setattr("minipeft.lab.chapter.check_name", lambda name: None)
     assert start("01_lora", steps=30, arguments=line).usual is usual

@@ -15,11 +15,14 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_flatten, tree_map
 from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
 
 NAME = "pretended"
-MOVES = ("aten::_to_copy", "aten::copy_")  # from one device to another, on purpose
+MOVES = (
+    "aten::_to_copy",
+    "aten::copy_",
+    "aten::to",
+)  # from one device to another, on purpose
 
 
 KERNELS = {}  # what operators do on the device, by name; none: as on the CPU
@@ -59,6 +62,9 @@ class There(Tensor):
         Tensor.data.__set__(self, tensor)
         self.here = tensor.here
 
+    def untyped_storage(self):  # of the values: code asks where they lie, and how many
+        return self.here.untyped_storage()
+
     def tolist(self):  # torch's own is for plain tensors only
         return self.cpu().tolist()
 
@@ -68,33 +74,61 @@ class There(Tensor):
 
 def execute(operation, args, kwargs):
     """Run one operation on the CPU, and say that its result is on the device."""
-    tensors = [a for a in tree_flatten((args, kwargs))[0] if isinstance(a, Tensor)]
+    tensors = list(_tensors((args, kwargs)))
     there = [t for t in tensors if isinstance(t, There)]
-    here = [t for t in tensors if not isinstance(t, There)]
-    shapes = [tuple(t.shape) for t in here if t.dim()]  # a scalar may lie anywhere
-    if there and shapes and operation._schema.name not in MOVES:
-        raise MixedDevicesError(
-            f"{operation} on {NAME} tensors and CPU tensors {shapes}"
-        )
-    wanted = kwargs.get("device")
+    wanted = kwargs.get("device") or next(filter(_is_device, args), None)
     made_there = bool(there) if wanted is None else torch.device(wanted).type == NAME
-    if wanted is not None and made_there:
-        kwargs = {**kwargs, "device": "cpu"}
+    if there:
+        _refuse_others(operation, tensors)
+    if there or made_there:
+        args, kwargs = _values(args), _values(kwargs)
     # On a device an operator of ours launches a kernel.
     run = KERNELS.get(operation._schema.name, operation) if there else operation
-    out = run(*tree_map(_values, args), **tree_map(_values, kwargs))
+    out = run(*args, **kwargs)
     if made_there:
         # What was written to is returned as it came.
-        owners = {id(t.here): t for t in there} | {id(t): t for t in here}
-        out = tree_map(lambda v: _claimed(v, owners), out)
+        owners = {id(getattr(t, "here", t)): t for t in tensors}
+        out = _claimed(out, owners)
     return out
 
 
-def _values(argument):
-    return argument.here if isinstance(argument, There) else argument
+def _refuse_others(operation, tensors):
+    here = [t for t in tensors if not isinstance(t, There)]
+    shapes = [tuple(t.shape) for t in here if t.dim()]  # a scalar may lie anywhere
+    if shapes and operation._schema.name not in MOVES:
+        raise MixedDevicesError(
+            f"{operation} on {NAME} tensors and CPU tensors {shapes}"
+        )
+
+
+# By hand: torch's functions for trees would take most of the time of a chapter.
+def _tensors(given):
+    for value in given.values() if isinstance(given, dict) else given:
+        if isinstance(value, Tensor):
+            yield value
+        elif isinstance(value, list | tuple | dict):
+            yield from _tensors(value)
+
+
+def _is_device(given):
+    return isinstance(given, torch.device)
+
+
+def _values(given):
+    if isinstance(given, There):
+        return given.here
+    if isinstance(given, torch.device):
+        return torch.device("cpu")
+    if isinstance(given, dict):
+        return {name: _values(value) for name, value in given.items()}
+    if isinstance(given, list | tuple):
+        return type(given)(_values(value) for value in given)
+    return given
 
 
 def _claimed(value, owners):
+    if isinstance(value, list | tuple):
+        return type(value)(_claimed(one, owners) for one in value)
     if not isinstance(value, Tensor):
         return value
     return owners[id(value)] if id(value) in owners else There(value)
@@ -108,7 +142,7 @@ class _Operations(TorchDispatchMode):
 
 
 class _Literals(TorchFunctionMode):
-    """`torch.tensor` goes past every mode below; it is built here, and moved."""
+    """`torch.tensor` and lists of indices go past every mode below; they move here."""
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         kwargs = dict(kwargs or {})
@@ -119,6 +153,8 @@ class _Literals(TorchFunctionMode):
         if function is torch.tensor and "device" in kwargs:
             device = kwargs.pop("device")
             return torch.tensor(*args, **kwargs).to(device)
+        if function is Tensor.__getitem__ and isinstance(args[1], list):
+            args = (args[0], torch.tensor(args[1]).to(args[0].device))
         return function(*args, **kwargs)
 
 
@@ -137,7 +173,7 @@ class Waits(TorchDispatchMode):
 
     def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        tensors = [a for a in tree_flatten((args, kwargs))[0] if isinstance(a, Tensor)]
+        tensors = list(_tensors((args, kwargs)))
         there = [t for t in tensors if isinstance(t, There)]
         name = operation._schema.name.removeprefix("aten::")
         wanted = kwargs.get("device")

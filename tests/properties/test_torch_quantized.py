@@ -1,13 +1,16 @@
 """Laws of the frozen 4-bit layer in torch."""
 
 import copy
+from concurrent.futures import ThreadPoolExecutor
+from itertools import pairwise
 
 import pytest
 import torch
 from torch import nn
 
 from minipeft.errors import InputError
-from minipeft.torch import codebook
+from minipeft.torch import bins, codebook
+from minipeft.torch.bins import MEMORY
 from minipeft.torch.blockwise import dequantize, quantize
 from minipeft.torch.lora import LoRAConfig
 from minipeft.torch.qlora import QuantizedLinear
@@ -43,6 +46,56 @@ def test_nothing_of_the_size_of_the_weight_waits_for_backward():
     with torch.autograd.graph.saved_tensors_hooks(kept.append, lambda t: t):
         layer(x)
     assert all(t is None or t.numel() < layer.packed.numel() for t in kept)
+
+
+def stacked():
+    """Return quantized layers of several shapes, and layers with their weights."""
+    bases = [nn.Linear(a, b) for a, b in pairwise([64, 128, 64, 192])]
+    ours = nn.Sequential(*map(QuantizedLinear.from_linear, bases))
+    plain = nn.Sequential(*map(copy.deepcopy, bases))
+    for layer, base in zip(ours, plain, strict=True):
+        base.weight.data = layer.dequantize(torch.float32)
+    return ours, plain.requires_grad_(False)
+
+
+def test_layers_that_decode_to_the_same_memory_do_not_disturb_each_other():
+    ours, plain = stacked()
+    x = torch.randn(5, 64, requires_grad=True)
+    with torch.inference_mode():  # memory made here must serve training, too
+        assert torch.equal(ours(x), plain(x))
+    y, z = ours(x), plain(x)
+    assert torch.equal(y, z)
+    own, theirs = (torch.autograd.grad(out.sum(), x)[0] for out in (y, z))
+    assert torch.equal(own, theirs)
+
+
+def test_a_graph_of_the_gradient_keeps_its_own_weights():
+    def twice(model):
+        x = torch.linspace(-1, 1, 128).view(2, 64).requires_grad_()
+        slope = torch.autograd.grad(model(x).square().sum(), x, create_graph=True)[0]
+        return torch.autograd.grad(slope.square().sum(), x)[0]
+
+    ours, plain = map(twice, stacked())
+    assert torch.equal(ours, plain)
+
+
+def test_each_thread_decodes_to_memory_of_its_own():
+    ours, plain = stacked()
+    inputs = [torch.randn(40, 64) for _ in range(32)]
+    with torch.no_grad(), ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(lambda x: ours(x).detach(), inputs))
+    assert all(torch.equal(y, plain(x)) for x, y in zip(inputs, found, strict=True))
+    with ThreadPoolExecutor(1) as pool:
+        theirs = pool.submit(MEMORY.weight, (4, 4), torch.float32).result()
+    assert theirs.data_ptr() != MEMORY.weight((4, 4), torch.float32).data_ptr()
+
+
+def test_memory_is_kept_up_to_a_limit(monkeypatch):
+    monkeypatch.setattr(bins, "KEPT", 4 * 16)
+    kept, again = (MEMORY.weight((4, 4), torch.float32) for _ in range(2))
+    large, larger = (MEMORY.weight((4, 5), torch.float32) for _ in range(2))
+    assert kept.data_ptr() == again.data_ptr()
+    assert large.data_ptr() != larger.data_ptr()
 
 
 def test_only_the_input_gets_a_gradient():
