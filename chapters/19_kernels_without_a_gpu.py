@@ -488,12 +488,13 @@ if not NO_NVRTC:
 #
 # | what | compiled | run | on a GPU |
 # |:--|:--|:--|:--|
-# | every kernel, NVRTC 13.5 | `sm_75`, `sm_80`, `sm_90`, `sm_100` by the tests; `sm_120` on 26 November 2026 | PTX for `sm_75` to `sm_100`, step by step; the source, by a compiler for CPUs | no |
+# | every kernel, NVRTC 13.5 | `sm_75`, `sm_80`, `sm_90`, `sm_100` by the tests; `sm_120` on 26 November 2026 | their PTX, instruction by instruction, in a model; their source, on a CPU | no |
 # | every kernel, NVRTC 12.9 | `sm_75`, `sm_90`, `sm_120` by `make cuda12`, 26 November 2026 | no | no |
 # | registers, spills, machine code | `sm_75` to `sm_100` | counted | no |
 # | torch's operators that launch them | with NVRTC 13.5 | on a pretended device, whose kernels are the CPU's | no |
 # | the chapters, with `--device cuda` | | on a pretended device that refuses mixed tensors: `make devices` | no |
-# | CuPy's column, streams, pages, CUDA graphs | | on stand-ins for the driver | no |
+# | CuPy's column, streams, pages | | on stand-ins for arrays and for the driver | no |
+# | CUDA graphs, real streams | | nothing | no |
 # | any timing | | instruction counts and bounds only | no |
 #
 # How to find out is one command on a machine that has a GPU: `make gpu` runs the tests, the vectors and the sanitizers on it, checks and times every kernel (`minipeft gpu-report`), runs every chapter there, and writes a folder of results; without a GPU it says so.

@@ -148,6 +148,16 @@ def update(
     state["step"] = t
 
 
+def refuse_capture(devices: Iterable[torch.device]) -> None:
+    """Refuse a step that a CUDA graph would repeat with the same rate and number."""
+    cuda = [device for device in devices if device.type == "cuda"]
+    if cuda and torch.cuda.is_current_stream_capturing():
+        raise InputError(
+            "a CUDA graph is being captured, and each replay would repeat this step's "
+            "lr and number; capture forward and backward, and call step() after them."
+        )
+
+
 def _launch(W: Tensor, grad: Tensor, state: State, settings: list[float]) -> None:
     if "m" in state:
         operators.adamw_(W, grad, state["m"], state["v"], settings)
@@ -271,7 +281,12 @@ class AdamW(torch.optim.Optimizer):
     def step(self, closure: Callable[[], float]) -> float: ...
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
-        """Take a step for every parameter that has a gradient."""
+        """Take a step for every parameter that has a gradient.
+
+        Raises:
+            InputError: if a CUDA graph is being captured.
+        """
+        refuse_capture({job.p.device for job in self.jobs()})
         loss = None
         if closure is not None:
             with torch.enable_grad():

@@ -497,3 +497,15 @@ def test_a_table_is_not_made_while_a_graph_is_captured(monkeypatch):
         InputError, match=r"table moment_maps is not on cuda:0 yet; run"
     ):
         launches._moment_maps(torch.device("cuda", 0))
+
+
+def test_no_graph_captures_a_step_of_the_optimizer(monkeypatch):
+    """Its rate and its number are arguments of the kernel: a graph would keep them."""
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    on_cuda, seen = torch.device("cuda", 0), []
+    with pytest.raises(InputError, match=r"captured.*; capture forward and backward"):
+        adamw.refuse_capture([torch.device("cpu"), on_cuda])
+    adamw.refuse_capture([torch.device("cpu")])
+    monkeypatch.setattr(adamw, "refuse_capture", seen.append)
+    adamw.AdamW([torch.nn.Parameter(torch.ones(3))]).step()
+    assert seen == [{torch.device("cpu")}]

@@ -30,6 +30,7 @@ LAUNCHES = (
     "launches.lora_batched",
     "launches.matmul_4bit",
     "launches.quantize",
+    "operators.parts",
 )
 
 # Experts of a model: tests/agreement/test_experts.py runs them, on a CPU only so far.
@@ -104,6 +105,7 @@ FOR_CUDA_ALONE = {
     "launches._stream": "asks torch for the stream that computes",
     "launches._uploaded": "asks torch whether a CUDA graph is being captured",
     "operators._register": "names the device whose kernels these are",
+    "adamw.refuse_capture": "asks torch whether a CUDA graph is being captured",
     "adamw._root": "there, torch's float32 root is rounded correctly",
     "lora_batched.Pool._on_host": "pins host memory, which needs the driver",
     "paged.PagedAdamW.placed": "pins host memory, which needs the driver",
