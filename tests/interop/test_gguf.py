@@ -224,7 +224,10 @@ def test_dora_is_refused_with_the_alternative(tmp_path, adapter):
 @pytest.mark.parametrize(
     ("change", "sentence"),
     [
-        ({"architectures": ["MixtralForCausalLM"]}, "MixtralForCausalLM cannot be"),
+        (
+            {"architectures": ["MixtralForCausalLM"]},
+            "MixtralForCausalLM, which cannot be",
+        ),
         (
             {"rope_parameters": {"rope_type": "yarn"}},
             "rotary embeddings of type 'yarn'",

@@ -117,7 +117,7 @@ def test_an_update_of_zero_has_no_error():
         ({"share": 0.0}, "share is 0.0"),
         ({"share": 1.5}, "share is 1.5"),
         ({"share": float("nan")}, "share is nan"),
-        ({"rank": 0}, "r is 0"),
+        ({"rank": 0}, "rank is 0"),
         ({"rank": 17}, "r is 17"),
     ],
 )
