@@ -403,14 +403,18 @@ def _(layer: nn.Embedding) -> WeightView:
 def of_experts(layer: nn.Module) -> WeightView | None:
     """Return the view of a module of experts; None for another module.
 
+    A module of experts holds stacks (parameters of three axes), and it has
+    `is_transposed`, or a `num_experts` that is the number of matrices of a stack.
+
     Raises:
         InputError: if the module does not say how its stacks are laid out, or a stack
             holds no floats.
     """
     stacks = [p for p in layer._parameters.values() if p is not None and p.ndim == 3]
-    if "Experts" not in type(layer).__name__ or not stacks:
-        return None
+    experts = getattr(layer, "num_experts", None)
     turned = getattr(layer, "is_transposed", None)
+    if not stacks or (turned is None and stacks[0].shape[0] != experts):
+        return None
     if turned is None:
         raise InputError(
             f"{type(layer).__name__} does not say whether its stacks are (experts, "

@@ -90,8 +90,7 @@ def all_linear(model: nn.Module) -> dict[str, nn.Module]:
     A head is the layer that a transformers model returns from
     `get_output_embeddings()`, a layer on top of the base model (a classifier), or a
     layer that shares its weight with an embedding. A router is a layer whose name has a
-    part among `ROUTERS`, or a layer inside a module whose class name contains "router".
-    A module that holds a stack of experts is no linear layer.
+    part among `ROUTERS`, as the routers of transformers have. A module that holds a stack of experts is no linear layer.
     """
     modules = dict(outside_adapters(model))
     left = _heads(model) | _routers(modules)
@@ -215,7 +214,7 @@ def _routers(modules: Mapping[str, nn.Module]) -> set[int]:
     routers = set()
     for name, module in modules.items():
         named = any(fnmatchcase(p, r) for p in name.split(".") for r in ROUTERS)
-        if named or "Router" in type(module).__name__:
+        if named:
             routers |= {id(inner) for inner in module.modules()}
     return routers
 

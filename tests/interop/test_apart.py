@@ -108,7 +108,7 @@ def test_the_merged_folder_computes_what_the_adapted_model_does(name, tmp_path):
     assert cli.main(["merge", *given, "--out", out]) == 0
     assert cli.main(["audit", *given, "--merged", out]) == 0
     found = type(model).from_pretrained(out).eval()
-    assert_same_logits(logits(found), logits(model))
+    assert_same_logits(found, logits(found), logits(model))
     seen = inspecting.inspect(
         parts.read(tmp_path / "adapter"), open_tensors(tmp_path / "base")
     )
