@@ -90,7 +90,8 @@ def all_linear(model: nn.Module) -> dict[str, nn.Module]:
     A head is the layer that a transformers model returns from
     `get_output_embeddings()`, a layer on top of the base model (a classifier), or a
     layer that shares its weight with an embedding. A router is a layer whose name has a
-    part among `ROUTERS`, as the routers of transformers have. A module that holds a stack of experts is no linear layer.
+    part among `ROUTERS`, as the routers of transformers have. A module that holds a
+    stack of experts is no linear layer.
     """
     modules = dict(outside_adapters(model))
     left = _heads(model) | _routers(modules)
