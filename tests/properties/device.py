@@ -153,6 +153,8 @@ class _Literals(TorchFunctionMode):
         if function is torch.tensor and "device" in kwargs:
             device = kwargs.pop("device")
             return torch.tensor(*args, **kwargs).to(device)
+        if function is Tensor.pin_memory:  # the driver's affair
+            return args[0]
         if function is Tensor.__getitem__ and isinstance(args[1], list):
             args = (args[0], torch.tensor(args[1]).to(args[0].device))
         return function(*args, **kwargs)
