@@ -23,13 +23,11 @@ from minipeft.torch import (
     dora,
     double_quant,
     experts,
-    hira,
     ia3,
     inject,
     lora,
     lora_batched,
     microscaling,
-    miss,
     paged,
     pissa,
     prefix,
@@ -39,6 +37,8 @@ from minipeft.torch import (
 )
 from minipeft.torch.linear import frozen
 from tests.agreement.llama import llama
+from tests.agreement.on_torch import CONFIGS
+from tests.parametrizations import ROWS, Parametrization
 from tests.properties import modules
 
 # Files that the column itself uses, with operands that were checked before.
@@ -66,12 +66,12 @@ STEPS = {
         "adamw.moments",
     ),
     *("adamw.wide", "blockwise.encode", "blockwise.on_cpu"),
-    *("blockwise.check_finite", "experts.check_fits", "codebook.table"),
+    *("adamw.refuse_capture", "blockwise.decode_to", "blockwise.decodes_in_slices"),
+    *("blockwise.check_finite", "codebook.table"),
     *("dora.squared_row_norm", "inject.freeze", "vera.kaiming_uniform"),
     *("loftq.alternate", "pissa.principal", "pissa.principal_randomized"),
     *("experts.init", "qlora.quantized_linear", "qlora.quantizable"),
-    *(f"{row}.check_fits" for row in ("attention", "dora", "ia3", "lora", "miss")),
-    *("pissa.check_fits", "vera.check_fits", "hira.check_fits"),
+    *(name for name, _ in modules.members() if name.endswith(".check_fits")),
 }
 
 
@@ -104,13 +104,16 @@ def stack_of_updates() -> nn.Module:
     return experts.StackLoRA(numbers(3, 2, 5), numbers(3, 4, 2), 0.5)
 
 
+def new(row: Parametrization) -> Callable[[], nn.Module]:
+    return lambda: CONFIGS[row.name].adapters({"": base()})[""]
+
+
+WITH_DELTA = [row for row in ROWS if f"{row.name}.delta" in dict(modules.members())]
 ADAPTERS: dict[str, Callable[[], nn.Module]] = {
+    **{f"{row.kind}Linear": new(row) for row in ROWS if row.name in CONFIGS},
     **dict.fromkeys(("LoRALinear", "LoftQLinear", "BatchedLinear"), update),
     "DoRALinear": lambda: dora.DoRA(update(), numbers(4)),
-    "VeRALinear": lambda: vera.init(pair(), 4),
     "IA3Linear": lambda: ia3.init(4),
-    "HiRALinear": lambda: hira.HiRA(numbers(2, 5), numbers(4, 2), 0.5),
-    "MiSSLinear": lambda: miss.MiSS(numbers(2, 4)),
     "PiSSALinear": lambda: pissa.PiSSA(update()),
     "Serial": lambda: bottleneck.Bottleneck(numbers(2, 4), numbers(4, 2), 0.5),
     "LoRAExperts": lambda: experts.ExpertsLoRA({"W": stack_of_updates()}),
@@ -195,9 +198,7 @@ OWN: dict[str, dict[str, Any]] = {
         "nv": lambda: microscaling.quantize_nvfp4(rows())
     },
     "dora.merge": on_its_base("DoRALinear"),
-    "hira.delta": on_its_base("HiRALinear"),
-    "miss.delta": on_its_base("MiSSLinear"),
-    "vera.delta": on_its_base("VeRALinear"),
+    **{f"{row.name}.delta": on_its_base(f"{row.kind}Linear") for row in WITH_DELTA},
     "experts.Experts": {
         "W": lambda: numbers(3, 4, 5),
         "bias": lambda: numbers(3, 4),

@@ -12,7 +12,7 @@ from minipeft.interop import adapterhub_format, peft_folder, peft_model, to_lora
 from minipeft.interop.fingerprint import Fingerprint, of_tensor
 from minipeft.interop.made import Made, base_tensors
 from minipeft.interop.merging import BASE
-from minipeft.lab.recipe import Recipe
+from minipeft.lab.recipe import RANKED, Recipe
 from minipeft.torch.inject import adapted
 from minipeft.torch.linear import weight_of
 from minipeft.torch.qlora import QuantizedLinear
@@ -20,8 +20,6 @@ from minipeft.torch.virtual import VirtualTokens
 
 EXACT = ("lora", "rslora", "qlora", "dora", "pissa", "loftq")
 """The methods whose file is LoRA's, which other programs merge."""
-RANKED = ("vera", "miss")
-"""The methods whose update has no higher rank than their own."""
 UNMERGED = ("full", "bottleneck", "prefix", "prompt")
 """The methods without an update of a weight: all weights are trained, or none."""
 

@@ -44,6 +44,8 @@ RATES = {
 }
 """The best rate on `tiny` that the chapters of the book found, to one digit."""
 METHODS = tuple(RATES)
+RANKED = ("vera", "miss")
+"""The methods, LoRA's apart, whose update has no higher rank than their own."""
 
 Configs = Mapping[str, Callable[[int, Places], Config]]
 CONFIGS: Configs = {

@@ -12,10 +12,11 @@ import torch
 from torch import nn
 
 from minipeft.errors import InputError
-from minipeft.torch import hira, inject, lora, qlora
+from minipeft.torch import inject, lora, qlora
 from tests.agreement.llama import TEXT
 from tests.operands import annotations_off
 from tests.torch_operands import (
+    ADAPTERS,
     STEPS,
     arguments,
     at,
@@ -148,10 +149,16 @@ def test_scales_that_are_not_finite_are_refused_where_they_are_read(make, part, 
         layer(numbers(3, 5))
 
 
-def test_an_adapter_of_another_method_does_not_pass_for_lora():
+@pytest.mark.parametrize("wrapper", ADAPTERS)
+def test_an_adapter_of_another_method_does_not_pass_for_lora(wrapper):
     """It would compute one update and merge another."""
-    other = hira.HiRA(numbers(2, 5), numbers(4, 2), 0.5)
-    with pytest.raises(InputError, match="a HiRA; wrap it in a HiRALinear"):
+    other = ADAPTERS[wrapper]()
+    if type(other) is lora.LoRA:
+        lora.LoRALinear(base(), other)
+        return
+    kind = type(other).__name__
+    said = rf"^(the )?adapter is (a|of type) {kind}; .+\.$"
+    with annotations_off(), pytest.raises(InputError, match=said):
         lora.LoRALinear(base(), other)
 
 
