@@ -1,7 +1,7 @@
 # %% [markdown]
 # # The whole way: a model of your own
 #
-# One command takes a model and examples, says what the training will need, trains, can be interrupted, and leaves files that other programs load:
+# One command takes a model and examples, prints how much memory the training will need, trains, and leaves files that other programs load. It can be interrupted and resumed:
 #
 # ```
 # python chapters/26_capstone.py --model smollm2
@@ -66,11 +66,11 @@ use = recipe.recipe(chapter.own)
 # %% [markdown]
 # ## The examples
 #
-# A line of `--data` is a conversation, a prompt with its completion, a word with its definition, or a text. A conversation is written in the chat template that comes with the tokenizer. A definition is too, as the answer to *Define: …*. A tokenizer without a template, as that of `tiny`, gets plain text.
+# A line of `--data` is a conversation, a prompt with its completion, a word with its definition, or a text. A conversation is written in the chat template that comes with the tokenizer. So is a definition, as the answer to *Define: …*. A tokenizer without a template, as that of `tiny`, gets plain text.
 #
 # @source minipeft.lab.chat.written
 #
-# Each answer of a conversation is one example, and all of a conversation are on one side of the split. The loss is taken on answers only: every other label is {=IGNORE=}, which torch's cross-entropy leaves out.
+# Each answer of a conversation is one example. All answers of one conversation are trained on, or all are held out. The loss is taken on answers only: every other label is {=IGNORE=}, which torch's cross-entropy leaves out.
 
 # %%
 base = chapter.load(use.quantize)
@@ -102,9 +102,9 @@ print(f"{len(lesson.train)} examples to learn, {len(lesson.validation)} held out
 print(f"other models: what takes {SECONDS:.0f} s, and at least {FEWEST} examples")
 
 # %% [markdown]
-# The last two lines are one conversation in a template made up here. An answer ends with the tokenizer's end token, which is put behind every answer.
+# The two lines *one example* are one conversation in a template made up here. An answer ends with the tokenizer's end token, which is put behind every answer.
 #
-# **How much is held out?** A loss on all {=len(everything)=} held-out definitions takes SmolLM2 longer than several steps of training. So for every model but `tiny` a batch is timed first, and as many examples are taken as a validation of {=f"{SECONDS:.0f}"=} seconds allows, at least {=FEWEST=}, evenly from all. The number is printed and kept with the checkpoints, so that a resumed run is judged on the same ones; `--held-out` sets it.
+# **How much is held out?** A loss on all {=len(everything)=} held-out definitions takes SmolLM2 longer than several steps of training. So for every model but `tiny` a batch is timed first, and as many examples are taken as fit in a validation of {=f"{SECONDS:.0f}"=} seconds, at least {=FEWEST=}, evenly from all. The number is printed and kept with the checkpoints, so that a resumed run is judged on the same ones; `--held-out` sets it.
 #
 # @source minipeft.lab.held_out.sized
 #
@@ -133,7 +133,7 @@ del optimizer
 # %% [markdown]
 # ## Training
 #
-# The text that the model writes is looked at before and after, on words that it is not trained on.
+# The model writes text before and after, on words that it is not trained on.
 
 # %%
 third = max(1, len(lesson.validation) // 3)
@@ -207,7 +207,7 @@ for prompt, first, then in zip(prompts, written_before, written_after, strict=Tr
 # %% [markdown]
 # ## Interrupted, and resumed
 #
-# With `--checkpoint FOLDER` the last good state is kept, and Ctrl-C or a full queue loses no step that was finished; the same command with `--resume` goes on. Nothing of it shows in the result: here a second model loads the state of half of the steps, takes the other half, and has the same losses and the same bits.
+# With `--checkpoint FOLDER` the last good state is kept. After Ctrl-C, or SIGTERM, the signal with which a batch system stops a job, no finished step is lost, and the same command with `--resume` goes on. The result is the same as without an interruption: here a second model loads the state of half of the steps, takes the other half, and has the same losses and the same bits.
 
 # %%
 SMALL = sum(p.numel() for p in model.parameters()) < 20e6  # what a second copy may be
@@ -229,9 +229,9 @@ if SMALL and halfway.exists():
     print(f"resumed at step {half} of {chapter.steps}: the same bits at the end")
 
 # %% [markdown]
-# ## The same by transformers' `Trainer`
+# ## The same with transformers' `Trainer`
 #
-# A model with adapters is an ordinary module. The standard `Trainer` trains it, and gets the losses of our loop: the order of a sum differs, and nothing else. Both divide by the number of predicted labels in the *whole* step. A loop that averages the means of the batches weights a label in a short example more; as a control, the `Trainer` is told to do that.
+# A model with adapters is an ordinary module. The standard `Trainer` trains it, and gets the losses of our loop: the order of a sum differs, and nothing else. Both divide by the number of predicted labels in the *whole* step. A loop that averages the means of the batches gives a label in a short example more weight; as a control, the `Trainer` is told to do that.
 
 
 # %%
@@ -289,7 +289,7 @@ if SMALL and COUNTED:
 # %% [markdown]
 # ## The files
 #
-# The adapter goes into a file of its method, with the base's fingerprint, a hash of the data and the seed. What reads files, and no model, does the rest: `inspect` describes it, `merge` adds it to the base, `audit` compares the merged file with base + adapter bit by bit, and `export` writes GGUF for llama.cpp and Ollama. Methods whose update is no product of thin matrices are merged from their factors.
+# The adapter is written in the file format of its method, with the base's fingerprint, a hash of the data and the seed. The commands of `minipeft` need these files and nothing else: `inspect` describes the adapter, `merge` adds it to the base, `audit` compares the merged file with base + adapter bit by bit, and `export` writes GGUF for llama.cpp and Ollama. An update of another method is written a second time as LoRA's two matrices, for these commands.
 
 # %%
 folder = chapter.out / use.method
@@ -329,11 +329,11 @@ if merges:
         assert command(f"audit {both} --merged model.gguf") == 0
 
 # %% [markdown]
-# `exact` means: each weight of the file is $W + s\,BA$, computed in float32 and rounded once to the kind of the file, which in the GGUF is 16 bits.
+# In the answers of `audit`, *exact* means: each weight of the file is $W + s\,BA$, computed in float32 and rounded once to the type of the file, which in the GGUF has 16 bits.
 #
 # ## Your own loop
 #
-# The merged folder is an ordinary model of transformers. It knows nothing of adapters, and neither does this loop:
+# The merged folder is an ordinary model of transformers, without adapters. This loop needs no code for them:
 
 
 # %%
@@ -404,7 +404,7 @@ print(f"the files are in {folder}", file=sys.stderr)
 # %% [markdown]
 # ## SmolLM2
 #
-# The same chapter with `--full` is the same command for SmolLM2, with {=full['steps']=} steps. Its result is committed. That run was interrupted once and resumed, and its time is that of one thread on a machine that was busy with other work.
+# The same chapter with `--full` is the same command for SmolLM2, with {=full['steps']=} steps. Its result is committed. Its time was measured with one thread on a machine that was busy with other work.
 
 # %%
 RESULTS = Path(__file__).with_name("results") / f"{chapter.name}.json"
@@ -471,7 +471,7 @@ chapter.show(
 )
 
 # %% [markdown]
-# SmolLM2 is asked in its chat template and answers before training as an encyclopedia would, or an assistant. Afterwards its answers have the form of a definition, and two of the three are about people. Whether they are witty, no loss says.
+# SmolLM2 is asked in its chat template. Before training its answers have the form of an encyclopedia's, afterwards that of a definition. The loss does not measure whether they are witty.
 #
 # ## Eight billion parameters on 24 GB
 #
@@ -482,7 +482,7 @@ chapter.show(
 #     --dtype bfloat16 --recompute --length 2048 --data mine.jsonl
 # ```
 #
-# No card and no such weights were at hand here, so **this was not run**: the memory is predicted by the formulas that were within 5 % above, and time and loss are not predicted at all.
+# No card and no such weights were at hand here, so **this was not run**: the memory is predicted by the formulas that were within 5 % above, on two much smaller models. Time and loss are not predicted.
 
 # %%
 LLAMA_8B = memory.Architecture(32, 4096, 14336, 32, 8, 128256, 128, tied=False)
@@ -515,16 +515,16 @@ kept_too, exact = walk["nested NF4", False, 2048], walk["bfloat16", False, 2048]
 assert low * 1e9 < kept_too < CARD < exact
 
 # %% [markdown]
-# A card sold as 24 GB holds {=f"{CARD / 1e9:.1f}"=} GB. Over a base of four bits 2,048 tokens need {=f"{kept_too / 1e9:.1f}"=} GB when activations are kept and {=f"{low:.1f}"=} GB when they are computed again; over 16 bits, {=f"{exact / 1e9:.1f}"=} and {=f"{walk['bfloat16', True, 2048] / 1e9:.1f}"=} GB. Each peak is at the loss, where three buffers of the logits are in memory. What the allocator's fragments and the driver take is not in it.
+# A card sold as 24 GB holds {=f"{CARD / 1e9:.1f}"=} GB. Over a base of four bits 2,048 tokens need {=f"{kept_too / 1e9:.1f}"=} GB when activations are kept and {=f"{low:.1f}"=} GB when they are computed again; over 16 bits, {=f"{exact / 1e9:.1f}"=} and {=f"{walk['bfloat16', True, 2048] / 1e9:.1f}"=} GB. Each peak is where the loss is computed: three buffers as large as the logits are in memory then. The memory that the allocator loses to fragments and that the driver takes is not counted.
 #
 # ## What goes wrong in practice
 #
-# - **The template is applied twice, or not at all.** A template writes the begin token itself, and a tokenizer that adds its own puts two of them in front. Here a prompt that begins with it gets no second one.
-# - **The model never stops.** If the end of an answer is not among the labels, it is not learned. The pad token is often the end token too, and a loop that masks padding by its number masks the end: here padding is masked by its place.
-# - **Loss on the prompt.** A template's own words are easy to predict and the same in each example: they make the loss small and teach nothing.
-# - **The mean of means.** Until October 2024 the `Trainer` averaged the accumulated batches, whatever their numbers of labels ([transformers 34198](https://github.com/huggingface/transformers/pull/34198)).
-# - **Conversations on both sides of the split.** If each turn is drawn for itself, the held-out answers were read in training as the beginnings of longer conversations.
-# - **A merge into another base.** What was trained over four bits is merged into the decoded four bits here. On the original weights it is another model.
+# - **The template is applied twice, or not at all.** A template writes the begin token itself, and a tokenizer that adds its own puts two of them in front. Here a prompt that begins with the begin token gets no second one.
+# - **The model never stops.** If the end of an answer is not among the labels, it is not learned. The pad token is often the end token too, and a loop that masks every pad token by its id masks the end too. Here padding is masked by its position.
+# - **Loss on the prompt.** A template's own words are easy to predict and the same in each example: they make the mean loss smaller, and they need not be learned.
+# - **The mean of means.** Until October 2024 the `Trainer` averaged the losses of accumulated batches without regard to their numbers of labels ([transformers 34198](https://github.com/huggingface/transformers/pull/34198)).
+# - **Conversations on both sides of the split.** If each answer is drawn on its own, a held-out answer can be part of the prompt of a training example.
+# - **A merge into another base.** An adapter that was trained over four bits is merged into the decoded four bits here. Added to the original weights, it gives another model.
 #
 # ## Exercises
 #
@@ -543,13 +543,14 @@ assert 0 < predicted_here < real
 # %% tags=["solution"]
 nested = memory.Precision(memory.quantized_bits(4, 64, 256) / 8, 4, 8, 2, 2)
 again = memory.Step(checkpointing=True, accumulates=True)
-fitting = [
-    n
+peaks = {
+    n: memory.peak(LLAMA_8B, (1, n), memory.Adapter(16), nested, again).total
     for n in range(1024, 32 * 1024, 1024)
-    if memory.peak(LLAMA_8B, (1, n), memory.Adapter(16), nested, again).total < CARD
-]
-print(f"{fitting[-1]:,} tokens, of which the logits are the largest part")
-assert 2048 in fitting
+}
+most = max(n for n, total in peaks.items() if total < CARD)
+buffers = 3 * 4 * most * LLAMA_8B.vocabulary / peaks[most]
+print(f"{most:,} tokens; three buffers of the logits are {buffers:.0%} of the memory")
+assert most >= 2048
 
 # %% [markdown]
 # ## References
