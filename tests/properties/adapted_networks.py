@@ -1,4 +1,4 @@
-"""Networks and adapters of small whole numbers: every order of a sum gives its bits."""
+"""Networks and adapters of small integers: every order of a sum gives the same bits."""
 
 import numpy as np
 import torch
@@ -19,7 +19,7 @@ def whole(rng, *shape):
 
 
 def new(rng, kind, layer):
-    """Return an adapter of small integers for a layer: every order gives its bits."""
+    """Return an adapter of small integers: every order of a sum gives the same bits."""
     d, k = layer.weight.shape
     r = int(rng.integers(1, 4))
     s = float(rng.choice([0.5, 2.0, 4.0]))
@@ -39,7 +39,7 @@ def new(rng, kind, layer):
 
 
 def dora(rng, layer, r, s):
-    """Return one whose B is zero but in rows that cancel W: no norm is rounded."""
+    """Return a DoRA whose B is zero, on a weight whose norms are exact."""
     d, k = layer.weight.shape
     W = layer.weight.detach()
     norm = W.square().sum(dim=1).sqrt()
@@ -48,7 +48,7 @@ def dora(rng, layer, r, s):
 
 
 def squares(layer):
-    """Give each row one entry, a power of two, so that its norm is that."""
+    """Give each row one nonzero entry, a power of two: its norm is that entry."""
     d, k = layer.weight.shape
     W = torch.zeros(d, k)
     W[range(d), torch.arange(d) * 3 % k] = 2.0 ** (torch.arange(d) % 3)
@@ -57,7 +57,7 @@ def squares(layer):
 
 
 def network(rng, with_dora=False):
-    """Return layers of whole numbers: linear ones and a Conv1D, and a bend."""
+    """Return a network of integers: linear layer, ReLU, Conv1D, linear layer."""
     k, d = (int(n) for n in rng.integers(2, 7, 2))
     first, last = nn.Linear(k, d), nn.Linear(d, 3, bias=False)
     conv = Conv1D(d, d)
@@ -70,7 +70,7 @@ def network(rng, with_dora=False):
 
 
 def adapters(rng, model, kind):
-    """Return adapters for some layers; DoRA for the one whose norms are exact."""
+    """Return adapters for some layers; DoRA only for the layer with exact norms."""
     layers = {"0": model[0], "3": model[3]}
     if kind is LoRA:
         layers["2"] = nn.Linear(*model[2].weight.shape)

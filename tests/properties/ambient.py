@@ -1,4 +1,4 @@
-"""States of torch that surround a call; what a row does must not depend on them."""
+"""Global states of torch during a call; no result of the column depends on them."""
 
 from contextlib import contextmanager
 

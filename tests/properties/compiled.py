@@ -1,6 +1,7 @@
-"""What must hold inside one compiled graph: a program that test_torch_compile runs.
+"""Checks inside one compiled graph: a program that test_torch_compile runs.
 
-It runs by itself because the checks on shapes, which every test wears, are not traced.
+The program runs in a process of its own, because torch.compile cannot trace the checks
+of shapes that the tests put around every function.
 """
 
 import sys
@@ -23,19 +24,19 @@ from tests.properties import modules
 
 
 def traced(function):
-    """Capture without any graph break, and run the graph as it stands: seconds."""
+    """Capture without graph breaks and run the graph as captured; takes seconds."""
     torch.compiler.reset()
     return torch.compile(function, fullgraph=True, backend="aot_eager")
 
 
 def compiled(function):
-    """Capture without any graph break, and generate code: it may round otherwise."""
+    """Capture without graph breaks and generate code, which may round otherwise."""
     torch.compiler.reset()
     return torch.compile(function, fullgraph=True)
 
 
 def weights():
-    """A short last block, blocks of zeros and of subnormals, an outlier."""
+    """Return weights with a short last block, zeros, subnormals and an outlier."""
     W = torch.randn(45, 67)
     W[:2] = 0
     W[2:4] *= 1e-41
@@ -85,7 +86,7 @@ def dequantize_three_bits():
 
 
 def gradients(layer, graph, x):
-    """Output and gradients; small integers, so that every order of sums is exact."""
+    """Return both outputs and gradients; small integers, so that all sums are exact."""
     results = []
     for run in (layer, graph):
         layer.zero_grad()
@@ -150,9 +151,10 @@ def lora_on_four_bits():
 
 
 def example(build):
-    """Every module: its output and all gradients, the same bits as without a graph.
+    """Return a check: a module in a graph has the bits that it has without one.
 
-    The graph runs the kernels that would run without it, so sums need not be exact.
+    Output and all gradients are compared. The graph runs the same kernels as the module
+    without a graph, so sums need not be exact.
     """
 
     def check():
@@ -167,7 +169,7 @@ def example(build):
     return check
 
 
-# What starts from a text is afterwards the module that starts at random.
+# A module that starts from a text differs only in its start, so one start is enough.
 EXAMPLES = [
     example(build)
     for builds in modules.EXAMPLES.values()
@@ -177,7 +179,7 @@ EXAMPLES = [
 
 
 def lora_on_experts():
-    """A stack is met outside the graph, which breaks there: no value changes."""
+    """The graph breaks at a stack of experts, and every value stays the same."""
     holder = nn.ModuleDict({"experts": Experts(torch.randn(3, 5, 8))})
     layer = inject(holder, LoRAConfig(2, 4.0), ["experts"])["experts"]
     with torch.no_grad():
@@ -196,7 +198,7 @@ def lora_on_experts():
 
 
 def dora_on_layers_in_a_row():
-    """Weights whose rows have length two, so that every norm is exact."""
+    """Chain layers whose weights have rows of length two: every norm is exact."""
     weights = [rows_of_length_two(*shape) for shape in ((4, 8), (6, 4))]
     layers = [frozen(W, torch.arange(-2.0, len(W) - 2)) for W in weights]
     adapters = [reversing(W, 2) for W in weights]

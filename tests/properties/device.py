@@ -1,10 +1,10 @@
-"""A device that is not there: torch believes in it, and every value is on the CPU.
+"""A pretended device: torch takes it for a device, and every value is on the CPU.
 
-What a GPU refuses, it refuses: an operation on tensors of two devices. So code that
-leaves a table on the CPU, or makes a tensor without saying where, fails here as it
-would there. Unlike torch's own `FakeTensorMode` it has values (a quantizer looks at
-them), it can be sliced in a build without CUDA, it runs backward, and it notices a CPU
-table that is indexed from the device.
+Like a GPU, the device refuses an operation on tensors of two devices. So code that
+leaves a table on the CPU, or makes a tensor without a device, fails here as it would
+fail on a GPU. Unlike torch's `FakeTensorMode`, the device has values (a quantizer reads
+them), its tensors can be sliced in a build without CUDA, it runs backward passes, and
+it refuses a CPU table that is indexed by a tensor of the device.
 """
 
 import sys
@@ -22,10 +22,10 @@ MOVES = (
     "aten::_to_copy",
     "aten::copy_",
     "aten::to",
-)  # from one device to another, on purpose
+)  # moves a tensor to another device
 
 
-KERNELS = {}  # what operators do on the device, by name; none: as on the CPU
+KERNELS = {}  # operators that run other code on the device, by name
 
 
 class MixedDevicesError(Exception):
@@ -33,7 +33,7 @@ class MixedDevicesError(Exception):
 
 
 class There(Tensor):
-    """A tensor on the device; `here` holds its values."""
+    """A tensor on the device; `here` is the CPU tensor that holds its values."""
 
     @staticmethod
     def __new__(cls, here):
@@ -58,22 +58,22 @@ class There(Tensor):
         return self.detach()
 
     @data.setter
-    def data(self, tensor):  # as `Module.to` does with its parameters
+    def data(self, tensor):  # `Module.to` sets the data of its parameters
         Tensor.data.__set__(self, tensor)
         self.here = tensor.here
 
-    def untyped_storage(self):  # of the values: code asks where they lie, and how many
+    def untyped_storage(self):  # code compares addresses and sizes of values
         return self.here.untyped_storage()
 
-    def tolist(self):  # torch's own is for plain tensors only
+    def tolist(self):  # torch's own works on plain tensors only
         return self.cpu().tolist()
 
-    def __format__(self, how):  # likewise
+    def __format__(self, how):  # torch's own works on plain tensors only
         return format(self.cpu(), how)
 
 
 def execute(operation, args, kwargs):
-    """Run one operation on the CPU, and say that its result is on the device."""
+    """Run one operation on the CPU, and mark its result as a tensor of the device."""
     tensors = list(_tensors((args, kwargs)))
     there = [t for t in tensors if isinstance(t, There)]
     wanted = kwargs.get("device") or next(filter(_is_device, args), None)
@@ -82,11 +82,11 @@ def execute(operation, args, kwargs):
         _refuse_others(operation, tensors)
     if there or made_there:
         args, kwargs = _values(args), _values(kwargs)
-    # On a device an operator of ours launches a kernel.
+    # On a device, an operator of this column launches a kernel.
     run = KERNELS.get(operation._schema.name, operation) if there else operation
     out = run(*args, **kwargs)
     if made_there:
-        # What was written to is returned as it came.
+        # An operation in place returns the tensor that it was given.
         owners = {id(getattr(t, "here", t)): t for t in tensors}
         out = _claimed(out, owners)
     return out
@@ -94,14 +94,14 @@ def execute(operation, args, kwargs):
 
 def _refuse_others(operation, tensors):
     here = [t for t in tensors if not isinstance(t, There)]
-    shapes = [tuple(t.shape) for t in here if t.dim()]  # a scalar may lie anywhere
+    shapes = [tuple(t.shape) for t in here if t.dim()]  # a scalar may be on any device
     if shapes and operation._schema.name not in MOVES:
         raise MixedDevicesError(
             f"{operation} on {NAME} tensors and CPU tensors {shapes}"
         )
 
 
-# By hand: torch's functions for trees would take most of the time of a chapter.
+# torch's functions for trees would take most of a chapter's time.
 def _tensors(given):
     for value in given.values() if isinstance(given, dict) else given:
         if isinstance(value, Tensor):
@@ -135,14 +135,14 @@ def _claimed(value, owners):
 
 
 class _Operations(TorchDispatchMode):
-    """So that factories, which take no tensor, are seen too."""
+    """Also catches factories such as `torch.zeros`, which take no tensor."""
 
     def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
         return execute(operation, args, kwargs or {})
 
 
 class _Literals(TorchFunctionMode):
-    """`torch.tensor` and lists of indices go past every mode below; they move here."""
+    """Moves values that no dispatch mode sees: `torch.tensor`, lists of indices."""
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         kwargs = dict(kwargs or {})
@@ -161,10 +161,10 @@ class _Literals(TorchFunctionMode):
 
 
 class Waits(TorchDispatchMode):
-    """Notes where the host waits for the device: what CUDA's debug mode warns of.
+    """Notes each place where the host waits for the device.
 
-    That mode is `torch.cuda.set_sync_debug_mode`. Only what the column itself does is
-    noted, and not what a model of transformers does.
+    These are the places that `torch.cuda.set_sync_debug_mode` warns of. Only code of
+    the torch column is noted, not code of a transformers model.
     """
 
     LOOKS = ("_local_scalar_dense", "nonzero", "equal", "masked_select", "_unique2")
@@ -194,7 +194,7 @@ class Waits(TorchDispatchMode):
 
 
 def _place():
-    """Name the line of the column that called, if nothing but torch is in between."""
+    """Return the line of the column that called torch; None if other code called it."""
     frame = sys._getframe(2)
     while frame:
         module = frame.f_globals.get("__name__", "")
@@ -207,7 +207,7 @@ def _place():
 
 
 def register():
-    """Make the device known to torch, before anything runs backward in this process."""
+    """Make the device known to torch; call this before the first backward pass."""
     module = SimpleNamespace(
         is_initialized=lambda: True,
         is_available=lambda: True,
@@ -222,6 +222,6 @@ def register():
 
 @contextmanager
 def pretending():
-    """Have the device for a while."""
+    """Make the pretended device available inside the context."""
     with _Operations(), _Literals():
         yield torch.device(f"{NAME}:0")

@@ -1,7 +1,8 @@
-"""Every module of the torch column that computes something: small, trained, exact.
+"""Every computing module of the torch column, with small integers as trained values.
 
-Weights and inputs are small integers, so that every order of summation gives the same
-bits; where a network bends (tanh, softmax), both sides run the same kernels.
+Weights and inputs are small integers, so every order of summation gives the same bits.
+Where a network has a nonlinear function (tanh, softmax), both devices run the same
+kernels.
 """
 
 import importlib
@@ -37,9 +38,9 @@ PLAIN = [row for row in ROWS if row.name in CONFIGS.keys() - {"dora", "ia3"}]
 
 @dataclass(frozen=True)
 class Example:
-    """A module, and what it is called with; a floating-point input wants a gradient.
+    """A module and its inputs; a floating-point input gets a gradient.
 
-    exact: every order of its sums gives the same bits, those of the gradients included.
+    exact: every order of its sums gives the same bits, also in the gradients.
     """
 
     module: nn.Module
@@ -62,14 +63,15 @@ def members():
                 yield f"{row}.{name}", member
 
 
-# What is called with the product of a layer, or by what is: the layer calls it.
+# A layer calls these modules; nothing else does.
 INSIDE_A_LAYER = {
     *(f"{row.name}.{row.kind}" for row in ROWS if row.hyper is not None),
     *("vera.Projections", "pissa.PiSSA", "loftq.LoftQ"),
 }
 
-# A model calls its experts with tokens and their experts: tests/agreement/test_experts
-# and tests/properties/test_torch_targets run them, on the CPU only.
+# A model calls its experts with tokens and the numbers of the chosen experts.
+# tests/agreement/test_experts and tests/properties/test_torch_targets run them, on the
+# CPU only.
 EXPERTS = {
     *(f"experts.{name}" for name in ("Experts", "ExpertsLoRA", "LoRAExperts")),
     *("experts.StackLoRA", "qlora.QuantizedExperts"),
@@ -77,7 +79,7 @@ EXPERTS = {
 
 
 def computing():
-    """Return the names of all modules that are called by themselves."""
+    """Return the names of all modules that a caller calls directly."""
     return (
         {
             name
@@ -97,7 +99,7 @@ def integers(*shape):
 
 
 def whole(module):
-    """Give every parameter and every real buffer whole numbers, in place."""
+    """Fill every parameter and every floating-point buffer with integers, in place."""
     with torch.no_grad():
         for tensor in [*module.parameters(), *module.buffers()]:
             if tensor.is_floating_point():
@@ -106,7 +108,7 @@ def whole(module):
 
 
 def wrapped(kind, config, device, features=OUT):
-    """Wrap a linear layer that lies on the device, and leave it as training would."""
+    """Wrap a linear layer on the device; its adapter gets values as after training."""
     base = whole(nn.Linear(IN, features)).to(device)
     layer, x = kind(base, config.adapters({"": base})[""]), integers(5, IN).to(device)
     whole(layer.adapters)
@@ -125,7 +127,7 @@ def adapted_by(row):
 
 
 def dora(device):
-    """Rows of V = W + s B A with one entry, a power of two: so is every norm."""
+    """Return a DoRA layer; each row of V = W + s B A has one entry, a power of two."""
     example = wrapped(DoRALinear, DoRAConfig(3, 6.0), device)
     layer = example.module
     (adapter,) = layer.adapters.values()
@@ -154,7 +156,7 @@ def serial(device):
 
 
 def batched(device):
-    """Three requests with two adapters, of which one row has none."""
+    """Return a batch of three requests for two adapters; one row has no adapter."""
     base = whole(nn.Linear(IN, OUT)).to(device)
     pool = Pool(nn.Sequential(base), ["0"])
     for name, r in (("a", 2), ("b", 3)):
@@ -212,14 +214,14 @@ def prompt_from_text(device):
 
 
 def causal(kind, config, device):
-    """Put what is trained before a small Llama that lies on the device."""
+    """Return a small Llama on the device with virtual tokens before its text."""
     model, ids = llama().to(device), TEXT.to(device)
-    model.set_attn_implementation("eager")  # others depend on the device
+    model.set_attn_implementation("eager")  # the fused kernels depend on the device
     torch.manual_seed(1)
     return Example(kind(model, config), {"input_ids": ids, "labels": ids}, exact=False)
 
 
-# Over 8, they are whole numbers; with scales that are small whole numbers, exact.
+# Integers over 8: with small integers as scales, every decoded value is exact.
 EIGHTHS = (torch.arange(16) - 8) / 8
 
 EXAMPLES: dict[str, tuple[Callable[[Any], Example], ...]] = {
@@ -241,7 +243,7 @@ EXAMPLES: dict[str, tuple[Callable[[Any], Example], ...]] = {
 
 
 def run(example, call=None):
-    """Call the module; return its output, and all gradients of a loss, as tensors."""
+    """Call the module; return its output and all gradients of a loss, as tensors."""
     module = example.module
     module.zero_grad()
     inputs = {

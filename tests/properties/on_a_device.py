@@ -1,11 +1,12 @@
-"""What must stay on its device: a program that test_torch_devices runs.
+"""Tensors stay on their device: a program that test_torch_devices runs.
 
-It runs by itself because the device is registered for the whole process, and because
-the checks on shapes, which every test wears, know nothing of it.
+The program runs in a process of its own: the device is registered for the whole
+process, and the checks of shapes that the tests put around every function do not know
+the device.
 
-Each recipe runs twice, on the CPU and on the device. There, no operation may meet
-tensors of two devices, all that comes back must lie on the device, and the values are
-those of the CPU.
+Each recipe runs on the CPU and on the device. On the device, no operation may meet
+tensors of two devices, every result must be on the device, and the values must be those
+of the CPU.
 """
 
 import inspect
@@ -111,7 +112,7 @@ def one_tensor_of_adamw(there):
 
 
 def paged_adamw(there):
-    """The states live on the host; what is in use is on the device."""
+    """The states are on the host; a page in use is on the device."""
     paging = paged.Paging(page_size=512, budget=3)
     p, bias, ours = optimizer(paged.PagedAdamW, there, bits=8, paging=paging)
     copies = [page.copy for page in ours.table.resident]
@@ -203,14 +204,14 @@ class Small(nn.Module):
 
 
 def adapted(config, targets, more=True):
-    """Take a method through all that a model can do with it.
+    """Return a recipe that calls all that a model offers for a method.
 
-    more: there can be a second adapter; and merging, as far as there is a weight.
+    more: also add a second adapter.
     """
 
     def recipe(there):
         model, ids = Small().to(there), torch.arange(9).to(there)
-        inject.inject(model, config, targets)(ids)  # VeRA draws where it was moved
+        inject.inject(model, config, targets)(ids)  # VeRA moves its pair here
         modules.whole(nn.ModuleList(a.adapters for a in inject.adapted(model).values()))
         out = [model.train()(ids)]
         out[0].square().sum().backward()
@@ -239,7 +240,7 @@ def two_adapters(model, config, ids):
 
 
 def effective(layer):
-    """What code that does not call the layer reads of it; there may be no weight."""
+    """Return the bias and, if there is one, the weight, as other code reads them."""
     has_none = isinstance(layer, bottleneck.Serial)
     return [layer.bias] if has_none else [layer.bias, layer.weight]
 
@@ -268,7 +269,7 @@ def tables_of_the_host_are_refused(there):
             with pytest.raises(device.MixedDevicesError):
                 mixture()
     home = torch.zeros(3)
-    assert home.copy_(x) is home  # a copy home stays at home
+    assert home.copy_(x) is home  # copying to the CPU gives the CPU's tensor
     return x + torch.tensor(1.0), table.to(there)[at], table.to(there).T * x
 
 
@@ -285,7 +286,7 @@ def four_bits(there):
 
 
 def many_adapters_at_once(there):
-    """The host holds all of them; what serves is on the device."""
+    """The host holds every adapter; the device holds those of the current requests."""
     model, ids = Small().to(there), torch.arange(6).to(there).view(3, 2)
     pool, configs = lora_batched.Pool(model, ALL, budget=4000), CONFIGS
     layers = {n: m.base for n, m in pool.layers.items()}
@@ -348,7 +349,7 @@ RECIPES: list[Callable[[Any], Any]] = [
 
 
 def tensors(tree):
-    """List the tensors in what a recipe returns, those of modules included."""
+    """Return the tensors in the result of a recipe, also those inside modules."""
     found = []
     for leaf in tree_leaves(tree):
         if isinstance(leaf, nn.Module):
@@ -371,7 +372,7 @@ def check(recipe):
 
 
 class Called:
-    """Notes what runs: the name of every function of the column, as it is written."""
+    """Notes the qualified name of every function of the column that is called."""
 
     def __init__(self):
         self.names = set()
@@ -405,7 +406,7 @@ def is_code(member):
 def main():
     torch.set_num_threads(1)
     device.register()
-    llama()  # what it imports is not to be profiled
+    llama()  # the profiler would also count imports
     called = Called()
     for recipe in RECIPES:
         sys.setprofile(called)

@@ -1,9 +1,9 @@
-"""What a device waits for, and what it must: a program that test_torch_streams runs.
+"""Streams and waits on a pretended device: a program that test_torch_streams runs.
 
-It runs by itself because the device is registered for the whole process. Whatever
-stream is slow, the bits of paging are those of the plain optimizer; the pages on their
-way ahead are as many as the budget allows. And no forward or backward pass makes the
-host wait.
+The program runs in a process of its own, because the device is registered for the whole
+process. It checks three laws. Whichever stream is slow, the paged optimizer has the
+bits of the plain one. As many pages are fetched ahead as the budget allows. No forward
+or backward pass makes the host wait.
 """
 
 import json
@@ -24,7 +24,7 @@ SLOW = [c for n in range(4) for c in combinations(LANES, n)]
 
 
 def later(W, grad, state, group, span):
-    """Take `adamw.update` when the computing stream gets to it."""
+    """Enqueue `adamw.update` on the computing stream."""
     memory = {k: getattr(v, "here", v) for k, v in state.items()}
     values, slope, settings = W.here, grad.here.clone(), dict(group)
     GPU.current.enqueue(
@@ -68,7 +68,7 @@ def descend_there(ours, p):
 
 
 def read_only(slow):
-    """What is read late of a page that has left since, without having changed."""
+    """Return whether late reads of an evicted, unchanged page see its values."""
     with device.pretending() as there:
         streams.register(slow)
         state = {"m": torch.arange(1024.0)}
@@ -84,14 +84,14 @@ def read_only(slow):
 
 
 def waits(call):
-    """Count where the column waits for the device, as CUDA's debug mode would."""
+    """Return the places in the column where the host waits for the device."""
     with device.Waits() as counted:
         call()
     return sorted(set(counted.places))
 
 
 def forward_and_backward():
-    """Run every module of the column twice, and count the second time."""
+    """Run every module twice; return where the second run waits."""
     examples = {b.__name__: b for bs in modules.EXAMPLES.values() for b in bs}
     found = {}
     for name, build in {**examples, "nested": nested, "attended": attended}.items():
@@ -112,7 +112,7 @@ def nested(there):
 
 
 def attended(there):
-    """A head with a mask and a prefix."""
+    """Return a module with one attention head, a mask and a prefix."""
     Q, K, V = (modules.integers(2, 5, 4).to(there) for _ in range(3))
     head = attention.Head(Q, K, V, attention.causal(5, 5).to(there))
 
@@ -129,7 +129,7 @@ def attended(there):
 
 
 def steps():
-    """A step of many parameters: how often it waits."""
+    """Return where a step of many parameters waits."""
     found = {}
     for bits in (8, 32):
         with device.pretending() as there:
@@ -145,7 +145,7 @@ def steps():
 
 
 def ahead(budget):
-    """How many pages have arrived while the first is still computed."""
+    """Return how many pages have arrived while the first page is still computed."""
     with device.pretending() as there:
         p = nn.Parameter(torch.zeros(5120).to(there))
         streams.register(("computing",))

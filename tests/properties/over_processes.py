@@ -34,7 +34,7 @@ CASES = [
 
 
 class Block(nn.Module):
-    """A residual block: two linear layers around a bend, and a norm before them."""
+    """A residual block: a norm, a linear layer, a tanh, a linear layer."""
 
     def __init__(self):
         super().__init__()
@@ -46,7 +46,7 @@ class Block(nn.Module):
 
 
 class BlockOfExperts(nn.Module):
-    """A residual block in which the tokens take turns with three experts."""
+    """A residual block that sends the tokens to three experts in turn."""
 
     def __init__(self):
         super().__init__()
@@ -59,7 +59,7 @@ class BlockOfExperts(nn.Module):
 
 
 class Network(nn.Module):
-    """Two blocks and a head; odd sizes, so that no part is as large as another."""
+    """Two blocks and a head; odd sizes, so that no two shards are equally large."""
 
     def __init__(self, block=Block):
         super().__init__()
@@ -73,7 +73,7 @@ class Network(nn.Module):
 
 
 def network(bits):
-    """Return an adapted network: of 32 bits, of 4, of 4 with nested scales (5), …."""
+    """Return an adapted network; bits: 32, 4, 5 (4, nested scales), "experts"."""
     torch.manual_seed(0)
     model = Network(BlockOfExperts if bits == "experts" else Block)
     if bits in (4, 5):
@@ -129,13 +129,13 @@ def full(tensor):
 
 
 def moments(model, optimizer):
-    """Return what the optimizer keeps, whole, in the order of the parameters."""
+    """Return the optimizer's states, unsharded, in the order of the parameters."""
     states = [optimizer.state[p] for p in trainable_parameters(model)]
     return [full(s[k]).clone() for s in states for k in ("exp_avg", "exp_avg_sq")]
 
 
 def case(folder, way, bits):
-    """Compute gradients, train and save; go on from what one process saved."""
+    """Compute gradients, train, save; continue from a checkpoint of one process."""
     rank, world = distributed.get_rank(), distributed.get_world_size()
     rows = range(rank, ROWS, world)
     bare = network(bits)

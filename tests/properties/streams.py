@@ -1,9 +1,10 @@
-"""Streams for the pretended device: work that waits, and memory that is used again.
+"""Streams of the pretended device: calls that wait, and memory that is used again.
 
-A stream that is slow runs nothing until somebody waits for it; the others run at once,
-as far as events allow. Memory is handed out as CUDA's caching allocator does: what a
-page leaves is free at once for the stream that it came from, unless another stream was
-recorded, which then must have come that far.
+A slow stream runs a call only when something waits for it; the other streams run their
+calls at once, as far as events allow. Memory is handed out as by CUDA's caching
+allocator: memory that a page leaves is free at once for the stream that it came from.
+If another stream was recorded, the memory is free only when that stream has reached the
+event.
 """
 
 import weakref
@@ -23,7 +24,7 @@ class Event:
 
 
 class Stream:
-    """A queue of calls, of events to set, and of events to wait for."""
+    """A queue of items: a call, an event to set, or an event to wait for."""
 
     def __init__(self, device=None, slow=False):
         self.queue, self.slow = [], slow
@@ -53,7 +54,7 @@ class Stream:
             self.advance() or self.queue[0][1].stream.reach(self.queue[0][1])
 
     def advance(self):
-        """Do the next thing; False if it has to wait."""
+        """Run the first item of the queue; return False if the item has to wait."""
         kind, item = self.queue[0]
         if kind == "wait" and not item.happened:
             return False
@@ -66,7 +67,7 @@ class Stream:
 
 
 class GPU:
-    """The streams there are, which is the current one, and the memory."""
+    """All streams, the current stream, and the memory that is free."""
 
     streams: ClassVar[list[Stream]] = []
     free: ClassVar[list[tuple[torch.Tensor, Stream, list[Event]]]] = []
@@ -102,13 +103,13 @@ class GPU:
 
     @classmethod
     def start(cls, slow):
-        """Begin anew; `slow` names who runs late, of computing, inward and outward."""
+        """Reset all; `slow` names the slow streams: computing, inward, outward."""
         cls.streams, cls.free = [], []
         cls.current = Stream(slow="computing" in slow)
 
 
 class Slot(There):
-    """A tensor in memory of the device, which is free when the tensor is gone."""
+    """A tensor in device memory; the memory becomes free when the tensor is deleted."""
 
     def __new__(cls, memory, stream):
         return There.__new__(cls, memory)
@@ -128,7 +129,7 @@ def _left(memory, stream, recorded):
 
 
 class Copies(TorchDispatchMode):
-    """Copies between host and device that take their turn on the current stream."""
+    """Enqueues copies between host and device on the current stream."""
 
     def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
         kwargs, name = kwargs or {}, operation._schema.name
@@ -149,7 +150,7 @@ class Copies(TorchDispatchMode):
 
 
 def register(slow):
-    """Give the module of the device its streams; two of `Lanes` come in this order."""
+    """Give the device these streams; `Lanes` makes the inward, then the outward one."""
     module, names = torch.get_device_module(NAME), cycle(("inward", "outward"))
 
     def stream(device):

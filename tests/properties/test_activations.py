@@ -1,4 +1,4 @@
-"""The contract of every activation, in both columns: nothing of it can be merged."""
+"""The contract of every activation, in both columns: an activation cannot be merged."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -25,7 +25,7 @@ from tests.tolerance import assert_within, gamma
 class Activation:
     """One row: a function of arrays in both columns, and its gradients.
 
-    off: how far two results may be apart, given the dtype and the arrays.
+    off: the bound for the difference of two results, given the dtype and the arrays.
     """
 
     name: str
@@ -58,7 +58,7 @@ def off_head(dtype, Q, K, V, P_K=None, P_V=None):
     h = head(Q, K, V)
     if P_K is not None:
         h = prefix.attach(h, prefix.Prefix(P_K, P_V))
-    # Both results are sums of one product for each key.
+    # Each result is a sum with one product for each key.
     shares = rounding(h, dtype) + 2 * gamma(h.K.shape[-2], dtype)
     return shares * (attention.weights(h) @ abs(h.V))
 
@@ -69,7 +69,7 @@ def prefix_backward(G, Q, K, V, *parts):
 
 
 def adapter(down, down_bias, up, up_bias):
-    # Far from the corners of ReLU: half of the units are on, whatever x is.
+    # Inputs far from the corner of ReLU; half of the units are active for every x.
     far = down_bias + 40 * np.sign(down_bias).astype(down_bias.dtype)
     return bottleneck.Bottleneck(down, far, up, up_bias, 0.5)
 
@@ -146,8 +146,8 @@ def test_gradients_are_the_slopes_of_the_reference(row, seed, lead):
     def loss(*moved):
         return float((G * row.forward(*moved)).sum())
 
-    # The error of the outputs, and that of the sum over them. Twice, because the step
-    # makes the operands a little larger.
+    # The error of the outputs, and the error of the sum over them. Doubled, because the
+    # step makes the operands a little larger.
     off = (abs(G) * row.off("float64", *values)).sum()
     noise = 2 * float(off + gamma(G.size, "float64") * (abs(G) * abs(y)).sum())
     assert_slopes(loss, values, row.backward(G, *values), noise, seed)

@@ -1,4 +1,4 @@
-"""Laws of AdamW alone: its formula, its symmetries, its states in eight bits."""
+"""Laws of AdamW alone: its formula, its symmetries, its 8-bit states."""
 
 from math import sqrt
 
@@ -36,7 +36,7 @@ def run(W, grads, config, state):
 
 @given(seeds, SETTINGS, st.integers(1, 5), bits)
 def test_a_step_follows_the_formula(seed, config, k, b):
-    k = 1 if b == 8 else k  # from zero moments, the weight does not see the encoding
+    k = 1 if b == 8 else k  # with zero moments, both encodings start alike
     W, grads = tensors(seed, k)
     before, state = run(W, grads[:-1], config, adamw.init(W, b))
     after, _ = adamw.step(before, grads[-1], state, config)
@@ -53,7 +53,7 @@ def test_a_step_follows_the_formula(seed, config, k, b):
 
 
 def counted_step(W, g, m, v, t, config):
-    """The formula of a step on sizes; a setting is rounded to float32 once."""
+    """Return a step on counted values; each setting is rounded to float32 once."""
     (beta1, beta2), lr = config.betas, config.lr
     W, g = (Counted(size.astype(np.float64)) for size in (W, g))
     m = m + (g - m) * Counted(1 - beta1, 1)
@@ -65,7 +65,7 @@ def counted_step(W, g, m, v, t, config):
 
 @given(seeds, SETTINGS, bits)
 def test_a_step_is_the_same_in_eight_bits_up_to_what_the_state_lost(seed, config, b):
-    # One step from a given state needs only what the state says, not how it says it.
+    # One step from a given state depends on the decoded state, not on its encoding.
     W, grads = tensors(seed, 3)
     _, state = run(W, grads[:2], config, adamw.init(W, b))
     spelled_out = adamw.State(state.t, adamw.decode(state.m), adamw.decode(state.v))
@@ -87,7 +87,7 @@ def test_the_size_of_the_gradient_does_not_matter_without_eps(seed, k, power, b)
     expected, _ = run(W, grads[:1], config, adamw.init(W, b))
     actual, _ = run(W, scaled[:1], config, adamw.init(W, b))
     assert_bits(actual, expected)
-    if b == 32:  # encoded, a small v may vanish: the law holds up to 0 / 0
+    if b == 32:  # an 8-bit v may be zero: 0 / 0 is left out
         expected, _ = run(W, grads, config, adamw.init(W))
         assert_bits(run(W, scaled, config, adamw.init(W))[0], expected)
 
@@ -102,8 +102,8 @@ def test_mirrored_weights_and_gradients_give_mirrored_weights(seed, config, k):
 
 @given(seeds, SETTINGS, st.integers(1, 6), bits)
 def test_without_gradient_a_weight_only_decays(seed, config, k, b):
-    # Half of the gradients are exactly zero, in blocks with others that are not. Where
-    # zero has no code of its own (bitsandbytes on a CPU) these weights drift.
+    # Half of the gradients are exactly zero, in blocks with other values. With a map
+    # that has no code for zero (bitsandbytes on a CPU) these weights change.
     W, grads = tensors(seed, k)
     for g in grads:
         g[::2] = 0
@@ -145,8 +145,8 @@ def test_a_weight_of_16_bits_is_rounded_once_a_step(seed, config, b, dtype, k):
 
 @pytest.mark.parametrize("dtype", [np.float16, ml_dtypes.bfloat16])
 def test_over_weights_of_16_bits_the_second_moment_keeps_its_digits(dtype):
-    # Where the state has the dtype of the weight, as in torch's own AdamW, a thousandth
-    # of a square is hardly more than a last bit of v, and soon less.
+    # A state in the dtype of the weight, as in torch's AdamW, loses this: a thousandth
+    # of a square is soon less than the last bit of v.
     W = np.zeros(4, dtype)
     state = adamw.init(W)
     assert state.m.dtype == state.v.dtype == np.float32

@@ -1,4 +1,4 @@
-"""Laws of one attention head: what is exact, what is bounded, and the gradient."""
+"""Laws of one attention head: exact results, bounded results, and the gradient."""
 
 import numpy as np
 import pytest
@@ -14,7 +14,7 @@ from tests.tolerance import assert_bits, assert_within, central_difference, gamm
 
 @st.composite
 def heads(draw, dtype=np.float32, largest=6):
-    """A head with any batch axes; causal, unmasked, or with a mask of holes."""
+    """Draw a head with any batch axes; its mask is causal, random, or missing."""
     batch = draw(st.sampled_from([(), (2,), (2, 3)]))
     queries, d, d_v = (draw(st.integers(1, largest)) for _ in range(3))
     keys = queries + draw(st.integers(0, 4))
@@ -32,7 +32,7 @@ def test_weights_are_shares(head):
     P = attention.weights(head)
     keys = head.K.shape[-2]
     assert np.all(P >= 0)
-    # The sum below the fraction, the division, and the sum of this test.
+    # The sum in the denominator, the division, and the sum of this test.
     assert_within(P.sum(axis=-1), np.ones(P.shape[:-1]), gamma(2 * keys - 1))
     if head.mask is not None:
         assert not np.any(P[..., ~head.mask])
@@ -54,7 +54,7 @@ def test_what_is_masked_does_not_matter(head, data):
 
 @given(seeds, st.sampled_from([1, 2, 4, 8, 16]), st.integers(1, 5))
 def test_a_query_of_zero_takes_the_mean_bit_for_bit(seed, keys, d):
-    # Equal shares of a power of two, integers as values: nothing is rounded.
+    # Equal shares that are a power of two, and integer values: no rounding.
     rng = np.random.default_rng(seed)
     K, V = rng.integers(-8, 9, (2, keys, d)).astype(np.float32)
     y = attention.forward(Head(np.zeros((3, d), np.float32), K, V))
@@ -119,17 +119,17 @@ def assert_slopes(loss, values, gradients, noise, seed):
 
 
 def rounding(head, dtype="float32"):
-    """How far two results for a share may differ, relative to the share.
+    """Return the relative bound for the difference of two results for a share.
 
     A share is e_j / (e_1 + … + e_keys) with e_j = exp(l_j - max).
     """
     d, keys = head.Q.shape[-1], head.K.shape[-2]
     largest = (abs(head.Q) @ abs(head.K).swapaxes(-1, -2)).max() / np.sqrt(d)
-    # A logit has d products, their sum, a root and a division: d + 2 roundings. To
-    # subtract the maximum rounds once, relative to at most twice the largest logit; an
-    # error of the maximum itself cancels in the fraction.
+    # A logit has d products, their sum, a root and a division: d + 2 roundings. The
+    # subtraction of the maximum rounds once, relative to at most twice the largest
+    # logit; an error of the maximum itself cancels in the fraction.
     argument = gamma(d + 4, dtype) * float(largest)
-    # exp turns an absolute error of its argument into a relative one, above and below
-    # the fraction line. exp itself errs by up to 3 last bits, which are 6 roundings,
-    # also in both places; then come keys - 1 sums and the division.
+    # exp turns an absolute error of its argument into a relative error, in numerator
+    # and denominator. exp itself errs by up to 3 last bits, which are 6 roundings, also
+    # in both; then come keys - 1 sums and the division.
     return 2 * (np.expm1(2 * argument) + gamma(2 * 6 + keys, dtype))

@@ -1,4 +1,4 @@
-"""A table in the place of a search: the same code for every float32."""
+"""A table instead of a search: the same code for every float32."""
 
 import pytest
 import torch
@@ -24,7 +24,7 @@ def searched(x, codebook):
 
 
 def hard_numbers(codebook):
-    """Every boundary, its neighbours, the ends of every interval, and many draws."""
+    """Every boundary, its neighbours, all ends of intervals, and random numbers."""
     values = codebook.sort().values
     midpoints = (values[:-1] + values[1:]) / 2
     up, down = (

@@ -35,7 +35,7 @@ def test_quantizing_again_changes_nothing(W, codebook, blocksize):
     again = blockwise.quantize(blockwise.dequantize(q), codebook, blocksize)
     assert_bits(again.absmax, q.absmax)
     assert_bits(blockwise.dequantize(again), blockwise.dequantize(q))
-    if codebook is not FP4:  # a negative zero of FP4 comes back as the other zero
+    if codebook is not FP4:  # a negative zero of FP4 is decoded as +0
         assert_bits(again.packed, q.packed)
 
 
@@ -53,7 +53,8 @@ def test_blocks_know_nothing_of_each_other(blocks, blocksize, data):
 @given(hnp.arrays(np.float32, 40, elements=st.integers(-999, 999).map(float)))
 @example(np.arange(40, dtype=np.float32))
 def test_a_power_of_two_moves_only_the_scales(W):
-    # Down to where integers times 2**-149 are subnormal: the codes do not notice.
+    # Powers of two down to 2**-149, where scales are subnormal: the codes stay the
+    # same.
     q = blockwise.quantize(W, NF4, 8)
     for exponent in (-149, -140, -126, -120, 3, 100):
         p = blockwise.quantize(W * np.float32(2.0**exponent), NF4, 8)
@@ -69,13 +70,14 @@ def test_the_code_is_the_nearest_one_over_the_rationals(W):
     a = Fraction(float(q.absmax[0]))
     for w, code in zip(W, blockwise.unpack(q.packed, 4, 64), strict=True):
         distance = [abs(c - Fraction(float(w)) / a) for c in values]
-        # Nearest, or so close to a midpoint that float32 cannot tell.
+        # The nearest value, or a value so close to a midpoint that float32 cannot
+        # decide.
         assert distance[code] - min(distance) <= Fraction(gamma(5))
 
 
 def test_a_tie_goes_to_the_lower_value():
     midpoints = (NF4[:-1] + NF4[1:]) / np.float32(2)
-    W = np.append(midpoints, np.float32(1))  # absmax 1: scaled values are exact
+    W = np.append(midpoints, np.float32(1))  # absmax 1: no scaled value is rounded
     codes = blockwise.unpack(blockwise.quantize(W).packed, 4, 16)
     assert codes.tolist() == [*range(15), 15]
     above = np.nextafter(W, np.float32(2))[:15]

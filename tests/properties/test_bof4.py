@@ -39,15 +39,16 @@ def test_a_decoded_value_is_the_nearest_that_the_codebook_has(W, b):
     values, exact = bof4.BOF4_S.astype(float), W.reshape(-1).astype(float)
     best = np.abs(values * scales[:, None].astype(float) - exact[:, None]).min(axis=1)
     # The reciprocal, its product and the midpoint move a boundary by at most gamma(3)
-    # of the scale, so the choice is worse by twice that; the decoded product is rounded
-    # once, and so are these differences.
+    # of the scale, so the chosen value is worse by at most twice that. The decoded
+    # product is rounded once, and so is each of these differences.
     slack = gamma(8) * np.abs(scales) + 2.0**-149
     assert np.all(np.abs(decoded - exact) <= best + slack)
 
 
 def test_the_table_is_a_fixed_point_of_the_least_squared_error():
-    # Each value but 0 and 1 is the mean of what is rounded to it. A block holds 64
-    # normal values, the largest is a, and a**2 makes the error that of the weights.
+    # Each value but 0 and 1 is the mean of the numbers that are rounded to it. A block
+    # holds 64 normal numbers and a is its absmax; the factor a**2 turns the error of
+    # scaled numbers into the error of the weights.
     nodes, shares = np.polynomial.legendre.leggauss(300)
     a, shares = 4.5 * (nodes + 1), 4.5 * shares
     inside = np.array([erf(t / sqrt(2)) for t in a])
@@ -67,6 +68,6 @@ def test_the_table_is_a_fixed_point_of_the_least_squared_error():
     for k in (*range(7), *range(8, 15)):
         low, high = edges[k], edges[k + 1]
         mean = (moment(high) - moment(low)) / (mass(high) - mass(low))
-        # Rounding moves each edge, and so a mean, by at most half a step below 1. The
-        # value itself moves as far.
+        # Rounding moves each edge of an interval, and so its mean, by at most half a
+        # float32 step below 1. The value itself moves by as much.
         assert abs(mean - c[k]) <= gamma(1), k

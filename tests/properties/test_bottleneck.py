@@ -1,4 +1,4 @@
-"""Laws of bottleneck adapters; a ReLU of fractions is a fraction."""
+"""Laws of bottleneck adapters; ReLU maps fractions to fractions."""
 
 from fractions import Fraction
 
@@ -16,7 +16,7 @@ HALF = Fraction(1, 2)
 
 @st.composite
 def adapters(draw, tensor=rationals, scaling=HALF):
-    """An input, an adapter narrower or wider than it, and a gradient."""
+    """Draw an input, an adapter narrower or wider than the input, and a gradient."""
     n, m = draw(st.integers(1, 6)), draw(st.integers(1, 6))
     assume(n != m)
     lead = draw(st.sampled_from([(), (3,), (2, 2)]))
@@ -32,8 +32,8 @@ def parts(adapter):
 
 @given(adapters(), st.data())
 def test_gradients_are_exact_differences_over_the_rationals(case, data):
-    # Between its corners ReLU is linear, and over the rationals a step can be as small
-    # as it must to stay between them.
+    # Between its corners ReLU is linear. Fractions allow a step so small that no input
+    # crosses a corner.
     x, adapter, grad = case
     before = linear.forward(x, adapter.down, adapter.down_bias)
     assume(np.all(before != 0))
@@ -63,8 +63,8 @@ def test_where_every_unit_is_active_the_adapter_is_linear(case):
 
 @given(adapters())
 def test_no_weight_does_the_same(case):
-    # A layer is affine, so f(x) + f(-x) = 2 f(0) for every x. One unit of an adapter
-    # whose bias is zero already breaks it: ReLU(h) + ReLU(-h) = |h|.
+    # A layer is affine, so f(x) + f(-x) = 2 f(0) for every x. An adapter with one unit
+    # and zero bias is not affine: ReLU(h) + ReLU(-h) = |h|.
     x, a, _ = case
     a = bottleneck.Bottleneck(a.down, 0 * a.down_bias, a.up, a.up_bias, a.scaling)
     both = bottleneck.forward(x, a) + bottleneck.forward(-x, a)

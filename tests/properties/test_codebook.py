@@ -1,4 +1,4 @@
-"""What a codebook is: sixteen numbers with a formula behind them."""
+"""A codebook is sixteen numbers, each given by a formula."""
 
 import numpy as np
 import pytest
@@ -8,7 +8,7 @@ from tests.tolerance import UNIT_ROUNDOFF, assert_bits, assert_within
 
 
 def test_nf4_is_its_formula_up_to_the_published_rounding():
-    # Quantiles computed from float32 points: a few units in the last place of 1.
+    # The table holds quantiles of float32 points: they differ by a few last bits of 1.
     assert_within(normal_float(4), NF4, 4 * UNIT_ROUNDOFF["float32"])
 
 
@@ -31,8 +31,8 @@ def test_smaller_codebooks_are_normal_floats():
 def test_fp4_is_sign_two_exponent_bits_and_one_mantissa_bit():
     for code, value in enumerate(FP4 * 12):
         sign, exponent, mantissa = code >> 3, (code >> 1) & 3, code & 1
-        # Bit pattern 000 is zero, 001 the one subnormal; exponents are stored
-        # so that 01 stands for 8, 10 for 4 and 11 for 2.
+        # Bit pattern 000 is zero, 001 the one subnormal number. The exponents are
+        # stored so that 01 stands for 8, 10 for 4 and 11 for 2.
         size = (0, 0.0625)[mantissa] if not exponent else 0
         size = size or {0: 0, 1: 8, 2: 4, 3: 2}[exponent] * (1 + mantissa / 2)
         assert abs(value) == np.float32(size)

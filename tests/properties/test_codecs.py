@@ -33,14 +33,14 @@ def test_another_dtype_is_one_rounding_of_the_same(codec, dtype, W, values, b):
     q = codec.quantize(W, values, (b, 4))
     whole = codec.module.dequantize(q)
     assert (whole.dtype, whole.shape) == (np.float32, W.shape)
-    with np.errstate(over="ignore"):  # float16 ends at 65504
+    with np.errstate(over="ignore"):  # beyond the largest float16, 65504
         assert_bits(codec.module.dequantize(q, dtype), whole.astype(dtype))
 
 
 @each
 @given(seed=seeds, b=st.sampled_from([8, 16, 64]))
 def test_a_block_of_zeros_stays_zero(codec, seed, b):
-    # A nested scale does not: it comes back a little more or a little less than zero.
+    # A nested scale is rounded: the decoded scale may be slightly above or below zero.
     W = np.random.default_rng(seed).standard_normal((9, 64)).astype(np.float32)
     W[4] = 0
     q = codec.quantize(W, sizes=(b, 256))

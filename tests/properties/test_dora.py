@@ -1,4 +1,4 @@
-"""Laws of DoRA alone: of the norm, its constancy, and of rows that are zero."""
+"""Laws of DoRA alone: its norm, the norm's constancy in the gradient, and zero rows."""
 
 import tracemalloc
 from dataclasses import replace
@@ -32,7 +32,8 @@ def test_the_expanded_norm_is_the_norm_of_the_sum_over_the_rationals(t):
 
 @given(gaussian_layers, seeds)
 def test_the_gradient_holds_the_norm_of_the_whole_row_constant(t, seed):
-    # In float64, along one step in A and B: the loss moves as if ||W + s B A|| did not.
+    # In float64, along one step in A and B, the loss changes as if ||W + s B A|| were
+    # constant.
     rng = np.random.default_rng(seed)
     wide = [np.float64(v) for v in (t.x, t.W, t.A, t.B, t.grad_y)]
     x, W, A, B, G = wide
@@ -54,7 +55,7 @@ def test_the_gradient_holds_the_norm_of_the_whole_row_constant(t, seed):
         y = dora._forward(operands[1], operands[2], reach, None, norm)
         slope = (getattr(big, name) * counted(step)).sum()
         expected = (getattr(grads, name) * step).sum()
-        # Two losses over two are as far off as one of them.
+        # The error of (loss - loss) / 2 is at most the error of one loss.
         formulas = ((operands[0] * y).sum(), slope)
         difference = (loss(up) - loss(down)) / 2
         assert_both_within(difference, expected, *formulas, dtype="float64")
@@ -62,7 +63,7 @@ def test_the_gradient_holds_the_norm_of_the_whole_row_constant(t, seed):
 
 @given(seeds, sizes())
 def test_every_merged_row_has_the_trained_length(seed, s):
-    # The norm over the wrong axis, or of W alone, breaks this, on square weights too.
+    # A norm over the wrong axis, or of W alone, fails here, also on square weights.
     rng = np.random.default_rng(seed)
     for out_features in (s.d, s.k):
         r = min(s.r, out_features)
@@ -76,7 +77,7 @@ def test_every_merged_row_has_the_trained_length(seed, s):
         off += np.linalg.norm(V_off, axis=1) / np.sqrt(square)
         # A root, a quotient, a product; and the squares, sums and root of this test.
         off += gamma(s.k + 5, "float64")
-        assume(np.all(off < 1e-3))  # second order: less than the first again
+        assume(np.all(off < 1e-3))  # so that the second order is below the first
         lengths = np.linalg.norm(dora.merge(W, d), axis=1)
         assert_within(lengths, abs(m), 2 * off * abs(m))
 
@@ -100,7 +101,7 @@ def test_a_zero_row_stays_zero_and_its_output_is_the_bias(t, seed):
     rng = np.random.default_rng(seed)
     row = int(rng.integers(len(t.W)))
     W, magnitude = t.W.copy(), rng.standard_normal(len(t.W), np.float32)
-    W[row] = -t.scaling * (t.B[row] @ t.A)  # cancels exactly: these are integers
+    W[row] = -t.scaling * (t.B[row] @ t.A)  # integers cancel exactly
     d = adapter(t, magnitude)
     y = dora.forward(t.x, W, d, t.bias)
     grads = dora.backward(t.grad_y, t.x, W, d)
@@ -119,4 +120,4 @@ def test_the_norm_never_forms_the_update():
     dora.row_norm(W, new)
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
-    assert peak < 4 * (4 * (1024 + 2048) + 8 * 2048)  # (in + out) r and a few rows
+    assert peak < 4 * (4 * (1024 + 2048) + 8 * 2048)  # A and B, and a few rows

@@ -30,10 +30,10 @@ def test_a_scale_comes_back_within_half_a_gap(W, b, b2):
     q = double_quant.quantize(W, NF4, b, b2)
     half_gap = np.diff(dynamic_map()).max() / 2
     nested = np.repeat(q.nested_absmax.astype(np.float64), b2)[: exact.size]
-    # Subtract the offset, reciprocal, product, midpoint (two), code times nested
-    # scale, add the offset: every term is at most offset + nested.
+    # Subtracting the offset, reciprocal, product, midpoint (two), code times nested
+    # scale, adding the offset: every term is at most offset + nested.
     bound = nested * half_gap + (nested + q.offset) * gamma(7)
-    # The map ends at -0.993 but at +1: the lowest scale may lie beyond the last code.
+    # The map goes from -0.993 to +1, so the lowest scale may be below the first code.
     bound += nested * (1 + dynamic_map()[0])
     assert_within(double_quant.unnest(q).absmax, exact, bound)
 
@@ -52,7 +52,7 @@ def test_decoding_is_two_roundings_and_no_more(W, b):
 def test_equal_scales_come_back_exactly(blocks, seed):
     rng = np.random.default_rng(seed)
     W = rng.uniform(-1, 1, (blocks, 8)).astype(np.float32)
-    W[:, 3] = -1.25  # every block has the same absmax, so every difference is zero
+    W[:, 3] = -1.25  # all blocks have the same absmax, so every difference is zero
     q = double_quant.quantize(W, NF4, 8)
     assert np.all(q.absmax_codes == 127)
     assert_bits(double_quant.dequantize(q), blockwise.dequantize(plain(W, 8)))
@@ -65,14 +65,15 @@ def test_the_offset_does_not_know_the_order_of_the_scales(n, seed):
     shuffled = rng.permutation(absmax)
     assert_bits(double_quant.mean(shuffled), double_quant.mean(absmax))
     exact = sum(Fraction(float(a)) for a in absmax) / n
-    # Rounded to float64 by the sum and by the division, then to float32.
+    # The sum and the division round to float64, the result is rounded to float32.
     bound = Fraction(gamma(1)) + 3 * Fraction(gamma(1, "float64"))
     assert abs(Fraction(float(double_quant.mean(absmax))) - exact) <= bound * exact
 
 
 @given(seeds)
 def test_the_offset_of_ordinary_scales_is_their_float64_mean(seed):
-    # They span less than 2**11, so that up to 2**18 of them add up in float64 exactly.
+    # The scales lie within a factor of 2**11, so float64 adds up to 2**18 of them
+    # exactly.
     absmax = np.random.default_rng(seed).uniform(1, 9, 2**12).astype(np.float32)
     assert_bits(double_quant.mean(absmax), np.float32(absmax.astype(float).mean()))
 
@@ -80,10 +81,10 @@ def test_the_offset_of_ordinary_scales_is_their_float64_mean(seed):
 @pytest.mark.parametrize(
     ("shape", "expected"),
     [
-        # 4 bits, 8/64 for a scale, 32/(64 * 256) for a nested scale, 32/n: the offset
+        # 4 bits; a scale 8/64; a nested scale 32/(64 * 256); the offset 32/n
         ((128, 128), Fraction(4) + Fraction(8, 64) + Fraction(64, 128 * 128)),
         ((4096, 256), Fraction(4126953125, 10**9) + Fraction(32, 2**20)),
-        # one block that is not full: 5 bytes, one scale, one nested scale, the offset
+        # one short block: 5 bytes of codes, one scale, one nested scale, the offset
         ((9,), Fraction(8 * 5 + 8 + 32 + 32, 9)),
     ],
 )
@@ -101,8 +102,9 @@ def test_half_a_bit_becomes_an_eighth_and_a_little():
 
 
 def test_every_code_can_be_reached_and_zero_is_one_of_them():
-    # A table of 65,536 bins in place of the search (bitsandbytes on a CPU) never gives
-    # codes 124 to 130; an exact zero becomes code 131, which is 2.1e-5 of the absmax.
+    # bitsandbytes on a CPU replaces the search by a table of 65,536 bins: it never
+    # gives the codes 124 to 130, and an exact zero gets code 131, which is 2.1e-5 of
+    # the absmax.
     q = blockwise.quantize(dynamic_map(), dynamic_map(), 256)
     assert q.packed.tolist() == list(range(256))
     assert dynamic_map()[127] == 0
@@ -111,7 +113,7 @@ def test_every_code_can_be_reached_and_zero_is_one_of_them():
 
 
 def test_both_halves_of_the_map_are_in_order():
-    # A slip of indentation once left a hole from 0.36 to 0.41 (bitsandbytes issue 227).
+    # A wrong indentation once left a gap from 0.36 to 0.41 (bitsandbytes issue 227).
     values = dynamic_map()
     assert np.diff(values).max() <= 0.9 / 64 + gamma(3)
     assert_bits(values[1:127], -values[128:254][::-1])

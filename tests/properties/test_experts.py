@@ -1,4 +1,4 @@
-"""LoRA on experts: each expert is LoRA on its tokens, in the reference."""
+"""LoRA on experts is LoRA on the tokens of each expert, in the reference."""
 
 from dataclasses import dataclass
 from fractions import Fraction
@@ -20,7 +20,7 @@ from tests.tolerance import assert_bits, assert_sums
 
 @dataclass(frozen=True)
 class Case:
-    """A stack with its updates, and tokens; never as many experts as ranks."""
+    """A stack with its updates, and tokens; the number of experts is never the rank."""
 
     x: np.ndarray
     chosen: np.ndarray
@@ -118,7 +118,8 @@ def test_a_new_adapter_changes_nothing_and_no_two_experts_start_alike(seed, s, s
     ],
 )
 def test_what_does_not_fit_is_refused(change, sentence, monkeypatch):
-    # A user has no annotations checked: the functions' own checks must refuse.
+    # Without checks of annotations, as for a user, the functions themselves must
+    # refuse.
     monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
     f = {n: np.zeros(s, np.float32) for n, s in {"x": (2, 4), "W": (2, 5, 4)}.items()}
     f |= {"A": np.zeros((2, 3, 4)), "B": np.zeros((2, 5, 3)), "bias": None}

@@ -1,4 +1,4 @@
-"""Laws of HiRA alone: its update follows the weight, and its rank is no longer r."""
+"""Laws of HiRA alone: its update depends on the weight, and its rank may exceed r."""
 
 from dataclasses import replace
 
@@ -39,7 +39,7 @@ def test_the_update_of_the_merged_weight_does_not_lead_back(data):
     case = ROW.case(data, "fractions")
     merged, a = case.merged(), case.adapter
     back = hira.merge(merged, replace(a, scaling=-a.scaling))
-    # (1 + c)(1 - c) = 1 - c^2 for the factor c of each weight.
+    # Each weight is multiplied by (1 + c)(1 - c) = 1 - c^2.
     c = a.scaling * (a.B @ a.A)
     assert equal(back, case.base * (1 - c * c))
 

@@ -1,4 +1,4 @@
-"""Laws of IA3 alone: what each side means."""
+"""Laws of IA3 alone: the meaning of each side."""
 
 from fractions import Fraction
 
@@ -18,7 +18,7 @@ from tests.tolerance import assert_bits
 
 @given(rational_layers, st.data())
 def test_keys_scale_rows_and_feedforward_scales_columns(t, data):
-    # On a square weight both would run: the side is part of the meaning.
+    # A square weight fits both sides, so the side must be stored.
     W = data.draw(rationals((4, 4)))
     scale = data.draw(rationals((4,)))
     rows = ia3.merge(W, ia3.IA3(scale, side="output"))
@@ -58,7 +58,7 @@ def test_the_vectors_of_two_adapters_multiply(t, data):
 
 @pytest.mark.parametrize("l", [0.0, 1e-8, 1e-30, -1.0])
 def test_merging_small_values_is_the_product_and_nothing_else(l):  # noqa: E741
-    # A 1e-8 added "for safety" anywhere shows here.
+    # An added 1e-8 against division by zero fails here.
     W = np.array([[3.0, 5.0, 7.0]], np.float32)
     a = ia3.IA3(np.array([l], np.float32), side="output")
     assert_bits(ia3.merge(W, a), np.float32(l) * W)

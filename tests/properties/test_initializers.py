@@ -1,4 +1,4 @@
-"""The contract of every initializer, in both columns: a base, and a LoRA beside it."""
+"""The contract of every initializer, in both columns: a base and a LoRA for it."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -27,7 +27,7 @@ class Initializer:
 ROWS = (
     Initializer("pissa", pissa.init, torch_pissa.init),
     Initializer("pissa randomized", pissa.init_randomized, torch_pissa.init_randomized),
-    Initializer(  # more steps: a code that rounding moves is found again, or not
+    Initializer(  # the second result may have other codes where rounding moved a weight
         "loftq",
         lambda W, r, alpha: loftq.init(W, r, alpha, steps=1),
         lambda W, r, alpha: torch_loftq.init(W, r, alpha, steps=1),
@@ -37,7 +37,7 @@ each = pytest.mark.parametrize("row", ROWS, ids=lambda row: row.name)
 
 
 def weight(base):
-    """Return the base as an array, whatever holds it."""
+    """Return the base as an array, decoded if it is quantized."""
     return base if isinstance(base, np.ndarray) else qlora.dequantize(base)
 
 
@@ -55,8 +55,8 @@ def test_from_then_on_it_is_lora_of_that_rank_and_scaling(row, t):
 @each
 @given(t=problems())
 def test_the_scaling_moves_the_factors_and_not_the_sum(row, t):
-    # Historic: an initializer that forgets the scaling leaves |W - (Q + s BA)| at
-    # |W - Q| for s = 2, and above it beyond.
+    # An initializer without the scaling leaves the error |W - Q| for s = 2, and a
+    # larger error for a larger s. Such initializers have been published.
     W, r, alpha = t
     found = [row.reference(W, r, a) for a in (alpha, 3 * alpha)]
     one, other = (norm(lora.merge(weight(base), a) - W) for base, a in found)

@@ -100,7 +100,7 @@ def test_outputs_are_the_exact_ones_up_to_their_roundings(t):
         abs(t.W).astype(float),
         None if t.bias is None else abs(t.bias).astype(float),
     )
-    # A sum over in_features, and the bias.
+    # A sum over in_features and the bias.
     bound = gamma(t.W.shape[1] + 1) * size
     assert_within(linear.forward(t.x, t.W, t.bias), exact, bound)
 

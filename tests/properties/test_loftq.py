@@ -1,4 +1,4 @@
-"""Laws of LoftQ: the error, its descent, the scaling, and the plan of bits."""
+"""Laws of LoftQ: its error, the descent of the error, the scaling, and the bit plan."""
 
 from itertools import islice, pairwise
 from math import ceil, sqrt
@@ -21,7 +21,7 @@ def matrices(draw):
     d, k = draw(st.integers(6, 30)), draw(st.integers(6, 30))
     rng = np.random.default_rng(draw(seeds))
     W = rng.standard_normal((d, k))
-    if draw(st.booleans()):  # a part of low rank, as trained weights have
+    if draw(st.booleans()):  # a part of low rank, as in trained weights
         W += 3 * rng.standard_normal((d, 1)) @ rng.standard_normal((1, k))
     if draw(st.booleans()):
         W[rng.integers(d), rng.integers(k)] *= 30
@@ -34,13 +34,13 @@ def plain_error(W, codebook):
 
 
 def slack(W, r):
-    """How far two errors |W - Q - s B A|, computed in float32, may differ."""
-    # The norm has W.size squares and their sum; the root halves its relative error.
+    """Bound the difference of two errors |W - Q - s B A| that float32 computes."""
+    # The norm has W.size squares and their sum; the root halves the relative error.
     norm = W.size // 2 + 2
-    # The update has r products, the scaling, and in each factor two roots and a
-    # product. Its terms sum up to at most sqrt(r) times the norm of the update.
+    # The update has r products and the scaling, and each factor has two roots and a
+    # product. The sum of its absolute terms is at most sqrt(r) times its norm.
     update = ceil(sqrt(r) * (r + 7))
-    # Then two differences of matrices. All this on both sides.
+    # Then come two differences of matrices. Both sides have all these roundings.
     side = svd_roundings(W) + norm + update + 2
     return gamma(2 * side) * float(np.linalg.norm(W))
 
@@ -65,9 +65,8 @@ def test_forgetting_a_scaling_of_two_wins_nothing():
     q, initial = loftq.init(W, 8, 8, steps=1)
     forgotten = lora.LoRA(initial.A, initial.B, 2.0)
     plain = float(np.linalg.norm(W - blockwise.dequantize(blockwise.quantize(W))))
-    # The residual R = sum of s_i u_i v_i, and 2BA takes its largest terms twice: each
-    # turns from s_i into -s_i, and the norm stays.
-    # Twice the update is as large as one of four times the rank.
+    # The residual is R = sum of s_i u_i v_i. Subtracting 2 B A turns the largest s_i
+    # into -s_i, so the norm stays.
     assert abs(loftq.error(W, q, forgotten) - plain) <= slack(W, 4 * 8)
     honoured = loftq.init(W, 8, 16, steps=1)
     assert loftq.error(W, *honoured) < 0.9 * plain
@@ -109,7 +108,7 @@ def test_a_weight_that_the_codes_hold_needs_no_adapter(W):
 
 
 def layers(seed, count=6):
-    """Layers of one size, each harder to quantize than the one before."""
+    """Return layers of one size; each one is harder to quantize than the one before."""
     rng = np.random.default_rng(seed)
     return {
         f"layer{i}": (rng.standard_normal((16, 16)) * 2**i).astype(np.float32)

@@ -1,4 +1,4 @@
-"""Laws of LoRA alone: its scaling, its rank, its start."""
+"""Laws of LoRA alone: its scaling, its rank, its initial value."""
 
 from fractions import Fraction
 
@@ -27,7 +27,7 @@ def test_unmerging_gives_the_weight_back_over_the_rationals(t):
 @given(rational_layers, st.data())
 def test_the_update_does_not_depend_on_the_basis_of_the_rank_space(t, data):
     r = t.A.shape[0]
-    # Unit triangular: invertible over the rationals, with an inverse by substitution.
+    # A unit triangular matrix has a rational inverse, found by substitution.
     Q = np.tril(data.draw(rationals((r, r))), -1) + np.eye(r, dtype=int)
     changed = lora.LoRA(Q @ t.A, t.B @ _inverse(Q), t.scaling)
     assert equal(lora.delta(changed), lora.delta(adapter(t)))
@@ -57,7 +57,7 @@ def test_a_rank_out_of_range_is_refused(r):
 
 
 def _inverse(Q):
-    """Inverse of a unit lower triangular matrix, by forward substitution."""
+    """Return the inverse of a unit lower triangular matrix, by forward substitution."""
     n = len(Q)
     X = np.array([[Fraction(int(i == j)) for j in range(n)] for i in range(n)])
     for i in range(n):
@@ -67,7 +67,7 @@ def _inverse(Q):
 
 
 def _rank(M):
-    """Rank by elimination, exact for fractions."""
+    """Return the rank by elimination, exact for fractions."""
     rows, rank = [list(row) for row in M], 0
     for column in range(M.shape[1]):
         pivot = next((i for i in range(rank, len(rows)) if rows[i][column]), None)

@@ -1,6 +1,6 @@
-"""Many adapters on one model: a mixed batch is the loop over its samples.
+"""Many adapters on one model: a mixed batch gives what a loop over its samples gives.
 
-The loop has a model for each request, adapted by the methods' own layers.
+The loop has a model for each request, adapted by the layer of the adapter's method.
 """
 
 import re
@@ -42,7 +42,7 @@ SHARES = st.sampled_from([-1.0, 0.5, 1.0, 2.0])
 
 
 def alone(model, found, shares):
-    """Return the model of one request, each layer adapted by its own method's layer."""
+    """Return the model of one request, adapted by the layers of its methods."""
     model = deepcopy(model)
     for key in {key for name in shares for key in found[name]}:
         own = {n: found[n][key] for n in shares if key in found[n]}
@@ -62,14 +62,14 @@ def loop(model, found, requests, x):
 
 @st.composite
 def batches(draw):
-    """Draw methods by the names of their adapters, and requests for them."""
+    """Draw a method for each adapter name, and requests for the names."""
     kinds = draw(st.lists(st.sampled_from([*METHODS]), min_size=1, max_size=len(NAMES)))
     kind_of = dict(zip(NAMES, kinds, strict=False))
     return kind_of, draw(st.lists(requests(kind_of), min_size=1, max_size=6))
 
 
 def requests(kind_of):
-    """Draw the shares of a request: none, one adapter, or several of one method."""
+    """Draw the shares of a request: no adapter, one, or several of one method."""
     sums = [
         st.lists(st.sampled_from(names), unique=True, max_size=3).flatmap(
             lambda chosen: st.fixed_dictionaries(dict.fromkeys(chosen, SHARES))
@@ -134,10 +134,10 @@ def test_low_rank_updates_are_those_of_the_loop_up_to_rounding(seed, n, dtype):
 
 
 def formula(x, base, found, shares):
-    """Return y + sum of w s (x A^T) B^T, which counts its roundings.
+    """Return y + sum of w s (x A^T) B^T on counted values.
 
-    The stack rounds w s B where the loop rounds w (s h): as often. The operands of a
-    product in 16 bits, x and h, and its result are rounded once more each.
+    The stack rounds w s B where the loop rounds w (s h): as many roundings. In 16 bits,
+    the operands x and h of a product, and its result, are each rounded once more.
     """
     x, W = counted(x), counted(base.weight.detach().numpy())
     total = x @ W.T + counted(base.bias.detach().numpy())
@@ -170,7 +170,7 @@ def test_a_stack_holds_the_updates_themselves(seed, ranks):
 
 
 class Expected:
-    """What a pool should hold: names, those used longest ago first."""
+    """The names that a pool should hold, least recently used first."""
 
     def __init__(self, sizes, budget):
         self.sizes, self.budget = sizes, budget
@@ -189,7 +189,7 @@ class Expected:
 
 
 def drop(pool, expected, current, step, name):
-    """Remove or evict an adapter: refused where a request uses it."""
+    """Remove or evict an adapter; the pool refuses if a request uses the adapter."""
     if any(name in request for request in current):
         with pytest.raises(InputError, match="uses adapter"):
             getattr(pool, step)(name)
@@ -240,7 +240,7 @@ def test_adapters_come_and_go_while_requests_are_served(seed, data):
 
 
 def test_a_llama_serves_several_methods():
-    """Also GQA, an output head without adapters, and layers that some adapters lack."""
+    """GQA, an output head without adapters, layers without some adapters."""
     model, ids = llama(), TEXT[:1].repeat(4, 1) + torch.arange(4)[:, None]
     configs = {
         "lora": (LoRAConfig(3, 6.0), ["q_proj", "down_proj"]),
@@ -361,4 +361,4 @@ def test_a_batch_may_be_as_large_as_the_budget():
     for wanted in (["a", "b"], ["b", "ia3"], ["a", "a"]):
         with pool.serve(wanted):
             assert {*wanted} <= {*pool.resident}
-    assert pool.traffic.evictions == 2  # a for ia3, then b for a
+    assert pool.traffic.evictions == 2  # a parameter of ia3, two of b for a

@@ -1,4 +1,4 @@
-"""Laws of LoRA+: which parameter learns at which rate."""
+"""Laws of LoRA+: the learning rate of each parameter."""
 
 import pytest
 import torch
@@ -43,7 +43,7 @@ def test_a_step_moves_b_by_its_own_rate():
     own(torch.tensor([1, 2, 3])).square().sum().backward()
     optimizer.step()
     assert torch.equal(adapter.B, -adapter.B.grad)  # from 0, at the rate 0.25 * 4
-    assert torch.equal(adapter.A, A)  # B was zero, so A had no gradient
+    assert torch.equal(adapter.A, A)  # B was zero, so the gradient of A was zero
 
 
 @pytest.mark.parametrize(

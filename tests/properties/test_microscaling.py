@@ -56,7 +56,7 @@ def test_mxfp4_rounds_as_the_rationals_say(W):
     ):
         power = Fraction(2) ** (int(scale) - 127)
         largest = max(map(abs, exact(block)))
-        # The largest lies from 4 to below 8 steps; less only where no power is smaller.
+        # The absmax is at least 4 and below 8 steps; less only at the smallest scale.
         assert largest < 8 * power
         assert largest >= 4 * power or scale == 0
         for w, code in zip(exact(block), found, strict=True):
@@ -97,7 +97,7 @@ def test_mxfp4_decodes_exactly(scale, code):
     packed = np.full((1, 16), code | code << 4, np.uint8)
     W = microscaling.dequantize_mxfp4(MXFP4(packed, np.array([[scale]], np.uint8)))
     value = Fraction(float(VALUES[code])) * Fraction(2) ** (scale - 127)
-    with np.errstate(over="ignore"):  # 6 * 2**127 is beyond float32: infinity
+    with np.errstate(over="ignore"):  # 6 * 2**127 overflows float32 to infinity
         assert np.all(np.float32(value) == W)
     assert np.all(np.signbit(W) == (code > 7))
 
@@ -114,7 +114,7 @@ def test_the_formats_take_a_quarter_and_a_half_of_a_bit_for_scales():
     mx, nv = microscaling.quantize_mxfp4(W), microscaling.quantize_nvfp4(W)
     assert 8 * (mx.packed.nbytes + mx.scales.nbytes) / W.size == 4.25
     assert 8 * (nv.packed.nbytes + nv.scales.nbytes) / W.size == 4.5
-    assert 8 * nv.tensor_scale.nbytes == 32  # once
+    assert 8 * nv.tensor_scale.nbytes == 32  # rounds once
 
 
 @pytest.mark.parametrize("shape", [(31,), (4, 33), (32, 3)])

@@ -1,4 +1,4 @@
-"""Laws of MiSS alone: shards of the inputs share one matrix."""
+"""Laws of MiSS alone: every r-th input has the same row of D."""
 
 import numpy as np
 import pytest
@@ -16,7 +16,7 @@ ROW = next(row for row in ROWS if row.name == "miss")
 @given(st.data())
 def test_every_number_of_the_update_is_the_one_that_the_formula_names(data):
     adapter = ROW.case(data, "fractions").adapter
-    k = data.draw(st.integers(1, 12))  # no multiple of r, and smaller, too
+    k = data.draw(st.integers(1, 12))  # also r that does not divide in, or exceeds it
     update, r = miss.delta(adapter, k), len(adapter.D)
     assert update.shape == (adapter.D.shape[1], k)
     for (o, i), value in np.ndenumerate(update):

@@ -1,4 +1,4 @@
-"""Laws of paging: the arithmetic never notices, and every copy is counted."""
+"""Laws of paging: it changes no value, and every copy is counted."""
 
 import numpy as np
 from hypothesis import given, settings
@@ -21,8 +21,8 @@ CONFIG = AdamW(lr=0.02, weight_decay=0.1)
 class AnyOrder(RuleBasedStateMachine):
     """Steps, touches, evictions, prefetches and budgets in any order.
 
-    Beside the page table runs plain AdamW, and a list of pages kept by hand: the least
-    recently used in front.
+    The machine compares the page table with plain AdamW and with a list of pages,
+    ordered from the least recently used.
     """
 
     @initialize(
@@ -40,7 +40,7 @@ class AnyOrder(RuleBasedStateMachine):
         return st.integers(0, len(self.p.host) - 1)
 
     def leave(self, page):
-        """Note what an eviction costs."""
+        """Count the cost of an eviction."""
         self.recent.remove(page)
         size = paged.nbytes(self.p.host[page])
         written = page in self.dirty
@@ -50,7 +50,7 @@ class AnyOrder(RuleBasedStateMachine):
         )
 
     def come(self, page, reason):
-        """Note what it costs to have a page; a prefetch does not count as a use."""
+        """Count the cost of loading a page; a prefetch is not a use."""
         if page in self.recent:
             if reason == "faults":
                 self.recent.remove(page)
@@ -131,14 +131,14 @@ TestAnyOrder.settings = settings(max_examples=30, stateful_step_count=30)
 
 @given(st.integers(1, 12), st.integers(1, 12), st.integers(1, 4))
 def test_a_loop_over_too_many_pages_faults_on_every_one(budget, pages, rounds):
-    # The known weakness of LRU: what is needed next has always just left.
+    # The known weakness of LRU: a cycle longer than the budget misses every time.
     p = paged.init([adamw.init(np.zeros(256 * pages, np.float32))], 256, budget)
     for _ in range(rounds):
         for page in range(pages):
             p = paged.touch(p, page)
     assert p.traffic.faults == (pages if pages <= budget else pages * rounds)
     assert p.traffic.bytes_in == p.traffic.faults * 256 * 8
-    assert p.traffic.bytes_out == 0  # nothing changed, nothing is written back
+    assert p.traffic.bytes_out == 0  # an unchanged page is not written back
 
 
 def test_a_prefetched_page_is_not_waited_for():

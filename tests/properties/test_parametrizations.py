@@ -47,7 +47,7 @@ def test_merged_is_the_same_function_up_to_rounding(row, data):
 @given(data=st.data())
 def test_gradients_are_exact_differences(row, data):
     # The loss <G, y> is linear in x and in each trained array taken alone, so a central
-    # difference is no approximation: over fractions, or on integers in float64.
+    # difference is exact: over fractions, or on integers in float64.
     case = row.case(data, "fractions" if row.fractions else "integers")
 
     def loss(*values):

@@ -1,4 +1,4 @@
-"""Laws of PiSSA: the split, its optimality, the way back, and what rounding spoils."""
+"""Laws of PiSSA: the split, its optimality, the conversion to LoRA, and roundings."""
 
 from dataclasses import replace
 
@@ -36,12 +36,12 @@ def norm(M):
 
 
 def rounding(W):
-    """How far an SVD in float32 may be from W, in the Frobenius norm."""
+    """Bound the error of an SVD in float32, in the Frobenius norm."""
     return gamma(svd_roundings(W)) * norm(W)
 
 
 def there_and_back(W, base, initial):
-    """What the roundings of the residual, and of adding it up again, may be off by."""
+    """Bound the roundings of subtracting the adapter from W and adding it again."""
     sizes = lora.LoRA(counted(initial.A), counted(initial.B), initial.scaling)
     taken_off = pissa.residual(counted(W), sizes)
     return bound(taken_off) + bound(lora.merge(counted(base), sizes))
@@ -82,14 +82,16 @@ def test_both_factors_carry_the_same_share(t):
     rows, columns = (
         np.linalg.norm(M, axis=a) for M, a in ((initial.A, 1), (initial.B, 0))
     )
-    # A row of A is a column of V times a root, B alike. The columns of U and V have
-    # norm 1 up to the error of the SVD; the two products round once each.
+    # A row of A is a column of V times a root, and a column of B one of U times the
+    # same root. The columns of U and V have norm 1 up to the error of the SVD; the two
+    # products round once each.
     assert_within(rows, columns, gamma(2 * svd_roundings(W) + 2) * rows)
 
 
 @given(rational_layers, st.data())
 def test_the_conversion_is_the_same_function_over_the_rationals(t, data):
-    # Any two adapters of one scaling: the SVD only chose the first of them.
+    # The law holds for any two adapters with the same scaling, not only for those of an
+    # SVD.
     initial = LoRA(t.A, t.B, t.scaling)
     A, B = data.draw(rationals(t.A.shape)), data.draw(rationals(t.B.shape))
     trained = LoRA(A, B, t.scaling)
@@ -108,7 +110,7 @@ def test_before_training_the_conversion_changes_nothing_but_the_last_bits(t, see
     _, initial = pissa.init(W, r, alpha)
     plain = pissa.to_lora(initial, initial)
     x = np.random.default_rng(seed).standard_normal((3, W.shape[1])).astype(np.float32)
-    # The two halves cancel: what is left are the roundings of both results.
+    # The two halves of the adapter cancel; the roundings of both results remain.
     sizes = lora.LoRA(counted(plain.A), counted(plain.B), plain.scaling)
     formulas = (
         lora.forward(counted(x), counted(W), sizes),
@@ -119,8 +121,8 @@ def test_before_training_the_conversion_changes_nothing_but_the_last_bits(t, see
 
 
 def test_the_residual_and_the_adapter_do_not_give_the_bits_back():
-    # Why a layer must keep W, or keep it untouched: peft's unload returns the residual
-    # of PiSSA, and even residual + adapter is only near.
+    # So a layer must keep W: peft's unload returns the residual of PiSSA, and even
+    # residual + adapter differs from W in its last bits.
     W = np.random.default_rng(0).standard_normal((64, 48)).astype(np.float32)
     base, initial = pissa.init(W, 8, 16)
     given_back = lora.merge(base, initial)
@@ -146,7 +148,8 @@ def test_the_randomized_start_lies_between_nothing_and_the_best(t, seed):
     best = norm(pissa.init(W, r, alpha)[0])
     sketch = pissa.Sketch(seed, oversampling=0, iterations=0)
     residual = norm(pissa.init_randomized(W, r, alpha, sketch)[0])
-    # A projection: it never adds to W, and Eckart-Young bounds it from below.
+    # The residual is a projection of W, so its norm is at most that of W; Eckart-Young
+    # gives the lower bound.
     assert best - rounding(W) <= residual <= norm(W) + rounding(W)
 
 

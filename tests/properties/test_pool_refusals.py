@@ -1,4 +1,4 @@
-"""What a pool refuses, and what stays as it was."""
+"""A pool refuses wrong requests and adapters, and a refusal changes nothing."""
 
 from copy import deepcopy
 

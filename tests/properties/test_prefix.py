@@ -1,4 +1,4 @@
-"""Laws of prefix tuning: what it is, what its network is, and why nothing merges."""
+"""Laws of prefix tuning: its formula, its network, and why it cannot be merged."""
 
 import numpy as np
 from hypothesis import given
@@ -22,7 +22,7 @@ def prefix_for(head, count, seed):
 
 
 def test_a_prefix_of_real_keys_is_the_text_that_they_came_from():
-    # The tokens before a text and a prefix made of their keys and values: one thing.
+    # A prefix of the keys and values of earlier tokens gives what these tokens give.
     rng = np.random.default_rng(0)
     Q, K, V = rng.standard_normal((3, 7, 4)).astype(np.float32)
     whole = attention.forward(Head(Q, K, V, attention.causal(7, 7)))
@@ -50,18 +50,20 @@ def test_a_prefix_is_a_gate_that_depends_on_the_query(head, count, seed):
     virtual = attention.forward(Head(head.Q, K, V))
     blended = (1 - gate) * alone + gate * virtual
     attached = prefix.attach(head, p)
-    # With V at most 1, and e the relative error of a share (`rounding` is twice that):
-    # the left side errs by e + gamma(keys), and so do `alone` and `virtual` together,
-    # as the gate weights them. The gate errs by e + gamma(count), and that error is
-    # multiplied by the difference of `alone` and `virtual`, at most 2. The blend rounds
-    # in 1 - gate, in a product and in the sum. In all 4 e and as many roundings as:
+    # Let V be at most 1, and e the relative error of a share (`rounding` is twice e).
+    # The left side errs by e + gamma(keys). `alone` and `virtual`, weighted by the
+    # gate, err together by as much. The gate errs by e + gamma(count), and that error
+    # is multiplied by the difference of `alone` and `virtual`, at most 2. The blend
+    # rounds in 1 - gate, in a product and in the sum. The sum is 4 e and this many
+    # roundings:
     roundings = 2 * attached.K.shape[-2] + 2 * count + 3
     off = 2 * rounding(attached) + gamma(roundings)
     assert_within(prefix.forward(head, p), blended, off * float(abs(attached.V).max()))
 
 
 def test_no_constant_can_stand_for_the_prefix():
-    # Two queries, one head: the gate is almost shut for one, almost open for the other.
+    # Two queries of one head: the gate is near 0 for the first and near 1 for the
+    # second.
     K = V = np.array([[1.0, 0.0]], np.float32)
     p = Prefix(np.array([[-1.0, 0.0]], np.float32), np.array([[0.0, 1.0]], np.float32))
     gates = prefix.gate(Head(np.array([[9.0, 0], [-9.0, 0]], np.float32), K, V), p)
@@ -90,7 +92,7 @@ def test_gradients_of_the_network_are_central_differences(network, seed):
         return (grad.K * p.K).sum() + (grad.V * p.V).sum()
 
     values = tuple(vars(network).values())
-    # A step moves a value by 2**-13 times a normal number: by less than 2**-10.
+    # A step moves a value by 2**-13 times a normal number, so by less than 2**-10.
     reach = (counted(abs(value) + 2.0**-10) for value in values)
     noise = float(bound(np.array(loss(*reach)), "float64"))
     assert_slopes(loss, values, tuple(vars(gradients).values()), noise, seed)

@@ -1,4 +1,4 @@
-"""Laws of prompt tuning: real tokens first, then anything at all."""
+"""Laws of prompt tuning: the soft prompt comes before the text."""
 
 import numpy as np
 import pytest
@@ -15,7 +15,7 @@ from tests.tolerance import assert_bits
 
 @st.composite
 def texts(draw):
-    """An embedded text of fractions and a soft prompt for it."""
+    """Draw an embedded text of fractions and a soft prompt for it."""
     batch = draw(st.sampled_from([(), (3,), (2, 2)]))
     n, tokens, d = (draw(st.integers(1, 4)) for _ in range(3))
     X = draw(rationals((*batch, tokens, d)))

@@ -1,4 +1,4 @@
-"""Laws of QLoRA: a base in four bits, gradients to A and B alone, three merges."""
+"""Laws of QLoRA: a 4-bit base, gradients of A and B alone, three ways to merge."""
 
 import numpy as np
 from hypothesis import given
@@ -28,7 +28,7 @@ def test_it_is_lora_on_the_dequantized_weight(t, double):
     assert_bits(actual, lora.forward(t.x, W, adapter(t), t.bias))
     gradients = qlora.backward(t.grad_y, t.x, q, adapter(t))
     expected = lora.backward(t.grad_y, t.x, W, adapter(t))
-    assert gradients._fields == ("x", "A", "B")  # and none for the base
+    assert gradients._fields == ("x", "A", "B")  # and no gradient of the base
     for mine, same in zip(gradients, expected, strict=True):
         assert_bits(mine, same)
 
@@ -61,10 +61,10 @@ def test_sixteen_bits_cost_what_their_roundings_allow(seed, double, dtype):
     absolute = lora.LoRA(abs(A), abs(B), 2.0)
     size = lora.forward(abs(x), abs(qlora.dequantize(q)), absolute)
     name = np.dtype(dtype).name
-    # x and W are rounded, and their product, after a sum of 12; then the result. What
-    # float32 adds to that is less than one more.
+    # x and W are rounded; their product is rounded after a sum of 12 terms; the result
+    # is rounded. The roundings of float32 add up to less than one more.
     bound = gamma(2 + 12 + 1 + 1, name) * size.astype(np.float64)
-    tiny = 50 * 2.0**-24 if dtype is np.float16 else 0  # subnormals of float16
+    tiny = 50 * 2.0**-24 if dtype is np.float16 else 0  # subnormal float16
     assert_within(actual, exact, bound + tiny)
 
 
@@ -94,8 +94,8 @@ def test_requantizing_keeps_the_format(t, codebook, blocksize):
 
 @given(seeds, st.sampled_from([16, 64]), st.integers(1, 3))
 def test_a_small_update_vanishes_when_requantized(seed, blocksize, r):
-    # Less than half the smallest gap everywhere, and nothing where a block has its
-    # largest value: not one code moves, and the adapter was trained for nothing.
+    # The update is less than half the smallest gap of the codebook everywhere, and zero
+    # at the largest value of each block: no code changes, and the training is lost.
     rng = np.random.default_rng(seed)
     W = rng.standard_normal((8, 2 * blocksize)).astype(np.float32)
     q = blockwise.quantize(W, NF4, blocksize)
@@ -119,5 +119,5 @@ def test_requantizing_without_an_update_changes_plain_blocks_not_at_all(seed):
         q = quantized(W, double)
         again = qlora.requantize(q, nothing)
         assert_bits(again.packed, q.packed)
-        if not double:  # nested, the scales are rounded anew: their mean has moved
+        if not double:  # nested scales are rounded around a new mean
             assert_bits(again.absmax, q.absmax)

@@ -34,7 +34,7 @@ functions = pytest.mark.parametrize(
 
 
 def call(row, name, given):
-    """Run a function to its end, also one that yields."""
+    """Call a function; if it is a generator, run it to its end."""
     return list(arrays(getattr(row, name)(**given)))
 
 
@@ -46,7 +46,7 @@ def test_nothing_given_is_changed_or_returned(row, name):
         for array, copy in zip(arrays(given), before, strict=True):
             assert array.tobytes() == copy.tobytes()
             for result in returned:
-                # Two page tables share pages, which nobody can write.
+                # Two page tables share pages, which are read-only.
                 frozen = not (result.flags["W"] or array.flags["W"])
                 assert frozen or not np.shares_memory(result, array)
 
@@ -75,7 +75,7 @@ def test_numbers_out_of_range_are_refused(row, name):
     with annotations_off():
         for parameter in sorted(given.keys() & OUT_OF_RANGE.keys()):
             for value in OUT_OF_RANGE[parameter]:
-                said = getattr(value, "__name__", str(value))  # the value is named
+                said = getattr(value, "__name__", str(value))  # names the value
                 with pytest.raises(InputError, match=re.escape(said)):
                     call(row, name, {**given, parameter: value})
 
@@ -94,7 +94,7 @@ def called(path):
 
 
 def test_what_is_no_array_is_refused_by_name(monkeypatch):
-    # The tests' own check of annotations would come first.
+    # The tests' own checks of annotations would refuse first.
     monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
     for wrong in ([[1.0, 2.0]], "ab", 1.0):
         with pytest.raises(InputError, match=r"^x is of type \w+; give an array"):

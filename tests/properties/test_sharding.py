@@ -1,4 +1,4 @@
-"""FSDP2 and DDP over two processes: what one process computes, and its checkpoints."""
+"""FSDP2 and DDP over two processes: the values and checkpoints of one process."""
 
 import subprocess
 import sys
@@ -31,7 +31,7 @@ def trained(bits):
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """What one process saved, and two found, which went on from it."""
+    """Return a folder with results of one process, and of two that continued it."""
     folder = tmp_path_factory.mktemp("processes")
     for bits in {bits for _, bits in program.CASES}:
         save(folder / f"one-{bits}", *trained(bits), program.STEPS)
@@ -51,10 +51,10 @@ def found(folder, way, bits):
 @pytest.mark.slow
 @cases
 def test_two_processes_have_the_losses_and_gradients_of_one(folder, way, bits):
-    """A row's loss is the same bits; a gradient is the same sum in another order.
+    """A row's loss has the same bits; a gradient is the same sum in another order.
 
-    It adds up the rows' gradients: n - 1 additions, a division by n, and by the number
-    of processes, each rounded, on both sides.
+    The gradient adds up the gradients of n rows: n - 1 additions, a division by n and a
+    division by the number of processes, each rounded, on both sides.
     """
     two, model = found(folder, way, bits), program.network(bits)
     own = program.losses(model, 0, EVERY)
@@ -113,7 +113,7 @@ def test_two_processes_go_on_from_what_one_saved(folder, way, bits):
 @pytest.mark.slow
 @cases
 def test_a_shard_is_half_of_the_model_and_a_replica_all_of_it(folder, way, bits):
-    """Half, and what the first axis of each parameter is rounded up by."""
+    """A shard is half of the bytes, with the first axis rounded up to an even size."""
     parameters = [*program.network(bits).parameters()]
     whole = sum(p.nbytes for p in parameters)
     spare = sum(p.nbytes // max(1, len(p)) for p in parameters)

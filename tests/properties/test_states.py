@@ -77,14 +77,14 @@ def test_saving_and_loading_between_two_steps_changes_nothing(
         whole[i], held = row.step(held, i, whole[i], grad, config)
         W[i], other = row.step(other, i, W[i], grad, config)
         loaded = [copied(row.state(other, j)) for j in range(len(W))]
-        other = row.hold(draw, loaded)  # in other pages, where there are pages
+        other = row.hold(draw, loaded)  # in different pages, if the row has pages
     for i, (ours, expected) in enumerate(zip(W, whole, strict=True)):
         assert_bits(ours, expected)
         assert_same(row.state(other, i), row.state(held, i))
 
 
 def copied(state):
-    """Return the state as a file gives it back."""
+    """Return the state after writing it to a file and reading it back."""
     file = io.BytesIO()
     np.savez(file, **adamw.to_arrays(state))
     file.seek(0)

@@ -1,4 +1,4 @@
-"""What is refused halfway leaves the model as it was, in all that it holds."""
+"""An operation that fails halfway leaves every part of the model unchanged."""
 
 from dataclasses import dataclass
 
@@ -20,7 +20,7 @@ BESIDE = BottleneckConfig(2)
 
 @dataclass(frozen=True)
 class LastDoesNotFit:
-    """LoRA, but the adapter of the last layer is one of another layer."""
+    """LoRA, but the last layer gets an adapter of another layer's shape."""
 
     wrapper = LoRALinear
 
@@ -32,14 +32,14 @@ class LastDoesNotFit:
 
 
 def model():
-    """Three linear layers, of which the first trains and the second does not."""
+    """Three linear layers; the first is trainable, the second is frozen."""
     layers = [nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 4)]
     layers[1].requires_grad_(False)
     return nn.ModuleDict({"a": layers[0], "b": layers[1], "c": layers[2]})
 
 
 def picture(module):
-    """Return all that may change: modules, parameters, values, what trains."""
+    """Return all that may change: modules, parameters, values, `requires_grad`."""
     modules = {n: (id(m), m.training, *vars(m)) for n, m in module.named_modules()}
     parameters = {
         n: (id(p), p.requires_grad, p.detach().clone())

@@ -1,4 +1,4 @@
-"""What surrounds a call of the torch column does not change what it computes."""
+"""Global states of torch during a call do not change what the torch column computes."""
 
 import pytest
 import torch
@@ -10,7 +10,7 @@ under_every_state = pytest.mark.parametrize("state", STATES.values(), ids=STATES
 
 
 def assert_equal(found, expected):
-    """Compare dataclasses or tensors, every bit."""
+    """Check that dataclasses or tensors are equal in every bit."""
     if isinstance(expected, torch.Tensor):
         assert found.dtype == expected.dtype
         assert found.device == expected.device
@@ -23,7 +23,7 @@ def assert_equal(found, expected):
 
 
 def weights():
-    """Normal blocks, zero blocks, and blocks whose scales are subnormal."""
+    """Return normal blocks, zero blocks, and blocks with subnormal scales."""
     torch.manual_seed(0)
     return torch.randn(8, 40) * 10.0 ** -torch.arange(0, 48, 6.0)[:, None].clamp(max=44)
 
@@ -53,4 +53,4 @@ def test_tables(state):
     assert_equal(found[0], expected[0])
     assert_equal(found[1], expected[1])
     assert_equal(cached, codebook.dynamic_map())
-    assert not cached.is_inference()  # else no later gradient could use it
+    assert not cached.is_inference()  # otherwise no later gradient could use it

@@ -1,4 +1,4 @@
-"""The torch column inside `torch.compile(fullgraph=True)`; the laws are in compiled."""
+"""The torch column in `torch.compile(fullgraph=True)`; compiled.py has the checks."""
 
 import shutil
 import subprocess

@@ -1,7 +1,7 @@
-"""The torch column stays on the device that it is given; recipes are in on_a_device.
+"""The torch column stays on its device; on_a_device.py has the recipes.
 
-The device is pretended, so this runs without a GPU. What it cannot show is in the lists
-below, by name: a new function, module or line for CUDA that is in none of them fails.
+The device is pretended, so these tests need no GPU. The lists below name what they
+cannot show. A new function, module or line for CUDA that no list names fails a test.
 """
 
 import ast
@@ -17,7 +17,7 @@ import minipeft.torch
 from tests.cuda import test_operators
 from tests.properties import modules, on_a_device
 
-# What launches a kernel; tests/cuda/test_operators.py and test_wired.py run it on a
+# These launch a kernel; tests/cuda/test_operators.py and test_wired.py run them on a
 # pretended device with the CPU build of the kernels.
 LAUNCHES = (
     "launches.adamw_",
@@ -33,7 +33,7 @@ LAUNCHES = (
     "operators.parts",
 )
 
-# Experts of a model: tests/agreement/test_experts.py runs them, on a CPU only so far.
+# Experts of a model: tests/agreement/test_experts.py runs them, on the CPU only.
 EXPERTS = (
     "experts.Experts.forward",
     "experts.ExpertsLoRA.forward",
@@ -70,7 +70,7 @@ EXPERTS = (
     "stack.name_of",
 )
 
-# One model over several processes: test_sharding runs them, on CPUs only so far.
+# One model over several processes: test_sharding runs them, on the CPU only.
 PROCESSES = (
     "sharding.gathered",
     "sharding.replicate",
@@ -164,8 +164,8 @@ def test_every_branch_for_cuda_alone_is_listed():
 
 
 def test_every_operator_of_our_own_is_checked():
-    """`torch.library.opcheck` runs on each, with samples in tests/cuda."""
-    assert list(modules.members())  # all of the column is imported
+    """For each operator, tests/cuda calls `torch.library.opcheck` with samples."""
+    assert list(modules.members())  # every module of the column is imported
     registered = {
         name.removeprefix("minipeft::").partition(".")[0]
         for name in torch._C._dispatch_get_all_op_names()

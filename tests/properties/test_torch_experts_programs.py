@@ -30,7 +30,7 @@ each_kind = pytest.mark.parametrize("kind", KINDS)
 
 
 class Model(nn.Module):
-    """One module of experts; every token has one."""
+    """A model with one module of experts; every token is sent to one expert."""
 
     def __init__(self):
         super().__init__()
@@ -144,7 +144,7 @@ def test_under_autocast_they_follow_the_module(kind):
     y.float().square().sum().backward()
     assert all(p.grad.dtype == torch.float32 for p in trainable_parameters(model))
     # x, the weight, the factors and three results are rounded to bfloat16: a few times
-    # 2**-8 of sums of 8 products, which are no larger than 8 times the largest.
+    # 2**-8 of sums of 8 products, which are no larger than 8 times the largest product.
     assert_within(
         y.detach().float().numpy(),
         exact.numpy(),

@@ -1,4 +1,4 @@
-"""Laws of injection: any model, nothing silently wrong, everything undone exactly."""
+"""Laws of injection: it works on any model, refuses in words, and is undone exactly."""
 
 import copy
 
@@ -55,7 +55,7 @@ def gpt2():
     return GPT2LMHeadModel(GPT2Config(**sizes, bos_token_id=1, eos_token_id=2))
 
 
-MODELS = {  # maker, targets, how many layers they name
+MODELS = {  # maker, targets, number of layers that the targets name
     "llama": (llama, ["q_proj", "v_proj", "layers.*.mlp.*"], 10),
     "bert": (bert, ["query", "value", "position_embeddings"], 5),
     "gpt2": (gpt2, ["c_attn", "mlp.c_fc", "wpe"], 5),
@@ -74,7 +74,7 @@ def make(kind):
 
 
 def trained(model):
-    """Values as after training: neither A nor B is zero."""
+    """Give A and B values as after training: neither is zero."""
     for parameter in trainable_parameters(model):
         nn.init.normal_(parameter)
     return model
@@ -148,7 +148,7 @@ def test_copies_and_state_dicts_carry_everything(kind):
 def test_gradient_checkpointing_changes_no_gradient(kind):
     model, targets = make(kind)
     trained(inject(model, LoRAConfig(r=3, alpha=2.0, dropout=0.1), targets)).train()
-    for module in model.modules():  # the base's own dropout stays out of it
+    for module in model.modules():  # dropout of the base would draw other numbers
         if isinstance(module, nn.Dropout):
             module.p = 0.0
     gradients = []

@@ -1,4 +1,4 @@
-"""Over a base of 16 bits an adapter computes in 32, and remembers no more than x."""
+"""Over a 16-bit base an adapter computes in float32 and keeps only x for backward."""
 
 import numpy as np
 import pytest
@@ -55,7 +55,7 @@ def test_no_bit_differs_at_sizes_of_many_sums(dtype, shape):
 
 
 def three_layers(dtype):
-    """Queries, keys and values: three adapters that read the same x."""
+    """Queries, keys and values: three adapted layers with the same input x."""
     layers = []
     for seed in range(3):
         torch.manual_seed(seed)

@@ -1,4 +1,4 @@
-"""Laws of adapted layers in torch: exact unmerging, honest state, named adapters."""
+"""Laws of adapted layers in torch: exact unmerging, saved state, named adapters."""
 
 import copy
 
@@ -34,7 +34,7 @@ def start(base, dropout=0.0):
 
 
 def train(layer, name="default"):
-    """Values as after training: neither A nor B is zero."""
+    """Give A and B values as after training: neither is zero."""
     for parameter in layer.adapters[name].parameters():
         nn.init.normal_(parameter)
     return layer
@@ -58,7 +58,7 @@ def test_a_new_adapter_changes_nothing(kind, dtype):
 
 
 ROUNDS = [(kind, dtype, 3) for kind in LAYERS for dtype in DTYPES]
-ROUNDS.append(("linear", torch.bfloat16, 1000))  # it keeps no state between two rounds
+ROUNDS.append(("linear", torch.bfloat16, 1000))  # no state is kept between two rounds
 
 
 @pytest.mark.parametrize(("kind", "dtype", "rounds"), ROUNDS, ids=str)
@@ -94,7 +94,7 @@ def test_the_plain_layer_does_what_the_merged_one_did(kind, dtype):
 
 @each_layer
 def test_everything_lives_where_the_layer_lives(kind):
-    base = LAYERS[kind]().to("meta")  # which mixes with no other device
+    base = LAYERS[kind]().to("meta")  # torch mixes meta tensors with no other device
     layer, x = start(base), inputs(base).to("meta")
     assert layer(x).is_meta
     assert layer.delta().is_meta
@@ -225,7 +225,7 @@ def test_a_weighted_sum_is_the_sum_of_the_updates(two):
 def test_a_weighted_sum_computes_what_its_merged_weight_computes(two):
     for parameter in two.parameters():
         with torch.no_grad():
-            parameter.uniform_(-8, 8).round_()  # small integers: every sum is exact
+            parameter.uniform_(-8, 8).round_()  # small integers, so every sum is exact
     two.activate({"default": 0.5, "other": -2.0})
     two.adapters["default"].scaling = 4.0
     x = torch.randint(-8, 9, (5, 12)).float()

@@ -1,7 +1,7 @@
-"""The law of every public function and class of the torch column: odd operands.
+"""The law of every public function and class of the torch column: wrong operands.
 
-Each is refused in one sentence that names it, before anything is changed; what is
-accepted instead is in the lists below.
+Each wrong operand is refused before anything changes, in one sentence that names the
+operand. The lists below hold the values that are accepted instead.
 """
 
 import inspect
@@ -34,7 +34,7 @@ from tests.torch_operands import (
 
 NAMES = sorted(checked())
 
-# An operand that is refused under the name it has where it is checked.
+# An operand that the message calls by another name: the name at the place of the check.
 CALLED = {
     "p": "dropout",
     "grad": "gradient",
@@ -45,21 +45,21 @@ CALLED = {
     "nested_absmax": "the scales",
     "nested_blocksize": "blocksize",
 }
-# None stands for something that the docstring names: torch's own generator, no bias,
-# no adapter yet, all the memory there is.
+# None has a meaning here, which the docstring names: torch's own generator, no bias, no
+# adapter yet, all the memory.
 MAY_BE_NONE = {
     *("generator", "bias", "mask", "down_bias", "up_bias", "adapter", "paging"),
     *("budget", "saved", "sketch", "nested_blocksize"),
 }
 MUST_BE_THERE = {"bottleneck.Parallel", "double_quant"}
-# Any number of axes fits.
+# Any number of axes is correct.
 ANY_SHAPE = {
     *(f"{row}.quantize" for row in ("blockwise", "bof4", "double_quant")),
     *("blockwise.nearest", "blockwise.check_dense", "adamw.init", "attention.Head"),
     *("lora_batched.forward", "prompt.forward"),
     *("microscaling.quantize_mxfp4", "microscaling.quantize_nvfp4"),
 }
-# Torch's generators take a seed below 0.
+# Torch's generators accept a negative seed.
 ANY_SEED = {"pissa.Sketch", "prompt.PromptConfig"}
 
 
@@ -73,7 +73,7 @@ def accepted(name, path, kind):
 
 
 def called(name):
-    """Return the function; of a method's configuration, its use in a model."""
+    """Return the function; for a method's configuration, a function that uses it."""
     made = function(name)
     if not hasattr(made, "wrapper"):
         return made
@@ -81,7 +81,7 @@ def called(name):
 
 
 def state(given):
-    """Return what must stay as it is: the models among the operands."""
+    """Return what a refusal must not change: the models among the operands."""
     found = [value for value in given.values() if isinstance(value, nn.Module)]
     return [
         (key, type(module), module.training, [p.requires_grad for p in parameters])
@@ -92,7 +92,7 @@ def state(given):
 
 
 def wrong_calls(name):
-    """Yield the operands of each wrong call, and what it says of itself."""
+    """Yield the operands of each wrong call, and a description of the mistake."""
     given = arguments(name)
     for path in paths(given):
         value = at(given, path)
@@ -136,7 +136,7 @@ def test_every_step_that_is_left_out_is_there():
     ("make", "part"), [(quantized, "absmax"), (nested, "nested_absmax")]
 )
 def test_scales_that_are_not_finite_are_refused_where_they_are_read(make, part, value):
-    """On a CPU in each pass; for every device when a file is loaded."""
+    """On a CPU in each pass; on every device when a file is loaded."""
     layer = qlora.QuantizedLinear(make())
     model = nn.ModuleDict({"up": layer})
     damaged = {k: v.clone() for k, v in model.state_dict().items()}

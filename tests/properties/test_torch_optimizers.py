@@ -1,4 +1,4 @@
-"""What both optimizers of the torch column promise: all of a step, or nothing."""
+"""The contract of both optimizers in torch: a step changes all or nothing."""
 
 import copy
 import pickle
@@ -20,7 +20,7 @@ from minipeft.torch.paged import PagedAdamW, Paging
 from tests.properties.ambient import STATES
 from tests.tolerance import assert_bits
 
-SIZE = 5000  # with states of eight bits, of which small tensors have none
+SIZE = 5000  # small tensors have no 8-bit states
 KINDS = {
     "AdamW": AdamW,
     "PagedAdamW": partial(PagedAdamW, paging=Paging(1024, 2)),
@@ -32,7 +32,7 @@ both_widths = pytest.mark.parametrize("bits", [8, 32])
 
 
 def made(kind, bits=32, dtype=torch.float32, seed=0, **settings):
-    """An optimizer over two parameters and an idle one, one step taken."""
+    """Return an optimizer after a step; one of its parameters has no gradient."""
     torch.manual_seed(seed)
     sizes = {"first": (SIZE,), "second": (SIZE,), "idle": (3,)}
     named = [(n, nn.Parameter(torch.randn(s).to(dtype))) for n, s in sizes.items()]
@@ -102,7 +102,7 @@ def test_a_gradient_whose_square_overflows_is_named_and_nothing_changes(
     ours, _ = made(kind, bits, dtype)
     sentence = "at index 3000, and its square overflows the second moment (float32)"
     refused(ours, at(3000, 1e21), sentence)
-    descend(ours)  # and then it goes on
+    descend(ours)  # and the next step works
     other, _ = made(kind, bits, dtype)
     descend(other)
     assert same(snapshot(ours), snapshot(other))
@@ -162,7 +162,7 @@ def test_settings_are_checked_at_the_start_in_groups_and_at_every_step(
     kind, name, value
 ):
     p = nn.Parameter(torch.ones(3))
-    if is_bearable(value, HINTS[name]):  # others are refused by the tests' type checks
+    if is_bearable(value, HINTS[name]):  # the annotations refuse others
         with pytest.raises(InputError, match=f"{name} (is|are)"):
             kind([p], **{name: value})
     with pytest.raises(InputError, match=f"{name} (is|are)"):
@@ -224,7 +224,7 @@ def test_a_parameter_of_inference_mode_is_refused():
         AdamW([p])
 
 
-# What does not fit: a change of a good state dict, and the sentence.
+# State dicts that do not fit: a change of a correct one, and the message.
 def _state(saved):
     return saved["state"][1]
 
@@ -306,7 +306,7 @@ def test_the_state_of_torch_s_own_is_refused(kind):
 @both_widths
 @pytest.mark.parametrize("extra", [1, 300])
 def test_slices_do_not_change_a_bit(bits, extra):
-    """Of tensors longer than a slice, and of those that lie transposed in memory."""
+    """Tensors longer than a slice, and transposed ones."""
     torch.manual_seed(0)
     shape = (2, slices.SLICE // 2 + extra)
     W, grad = torch.randn(shape), torch.randn(shape)
@@ -328,7 +328,7 @@ def test_slices_do_not_change_a_bit(bits, extra):
 
 
 def transient(call):
-    """The most memory that a call had at once, beyond what it found and left."""
+    """Return the peak of memory during a call, less the larger of before and after."""
     activities = [torch.profiler.ProfilerActivity.CPU]
     with torch.profiler.profile(activities=activities, profile_memory=True) as profile:
         call()
@@ -385,7 +385,7 @@ def test_a_step_is_the_same_under_every_state_of_torch(kind, bits, state):
         p.grad = torch.randn(SIZE)
     with state():
         other.step()
-    other.step()  # what was made under the state is of use without it
+    other.step()  # the next step uses states made in inference mode
     descend(ours)
     assert same(snapshot(other), snapshot(ours))
     with state():

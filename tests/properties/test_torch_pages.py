@@ -1,4 +1,4 @@
-"""What a page of the torch column waits for, on streams that only note it."""
+"""Waits of a page of the torch column, on streams that only note the calls."""
 
 from contextlib import nullcontext
 from types import SimpleNamespace

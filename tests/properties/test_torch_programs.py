@@ -1,9 +1,9 @@
-"""Adapted layers inside programs: every row under every wrapper and ambient state.
+"""Adapted layers inside programs: every row in every wrapper and every global state.
 
-A wrapper is what a program puts around a model (offloading, sharding, hooks, a
-compiler, copies); an ambient state is what it sets for all of torch (autocast, default
-dtype and device, modes). Each row runs under each of both; the values must be those of
-the plain layer.
+A wrapper is code that a program puts around a model: offloading, sharding, hooks, a
+compiler, copies. A global state is a setting for all of torch: autocast, default dtype
+and device, modes. Each row runs in each of both; the values must be those of the plain
+layer.
 """
 
 import copy
@@ -50,7 +50,7 @@ each_mergeable = pytest.mark.parametrize("row", MERGE)
 
 
 class Model(nn.Sequential):
-    """Two linear layers around a bend."""
+    """Two linear layers with a nonlinear function between."""
 
     def __init__(self):
         super().__init__(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 5))
@@ -62,7 +62,7 @@ def plain(row):
 
 
 def trained(model):
-    """Values as after training: no adapter is at its start."""
+    """Give every adapter values that differ from its initial ones."""
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for p in trainable_parameters(model):
@@ -80,7 +80,7 @@ def make(row):
 
 
 def run(model):
-    """Output and gradients of all that is trained."""
+    """Return the output and the gradients of all trained parameters."""
     x = torch.linspace(-1, 1, 18).reshape(3, 6)
     model.zero_grad()
     y = model(x)
@@ -101,7 +101,7 @@ def adapters(model):
 
 @contextmanager
 def offloaded(model):
-    """Keep all weights elsewhere; each comes in for a call of its module alone."""
+    """Keep all weights elsewhere; each weight is loaded for one call of its module."""
     accelerate = pytest.importorskip("accelerate", reason="needs accelerate")
     accelerate.cpu_offload(model, execution_device="cpu", offload_buffers=True)
     yield model
@@ -109,7 +109,7 @@ def offloaded(model):
 
 @contextmanager
 def sharded(model):
-    """Shard each adapter and each base by itself, over one process."""
+    """Shard each adapter and each base with FSDP2, over one process."""
     from torch import distributed
     from torch.distributed.fsdp import fully_shard
 
@@ -130,7 +130,7 @@ def sharded(model):
 
 @contextmanager
 def hooked(model):
-    """Count the calls of every adapter, as a profiler does."""
+    """Count the calls of every adapter with hooks, as a profiler does."""
     called = set()
     for adapter in adapters(model):
         adapter.register_forward_hook(lambda module, *rest: called.add(module))
@@ -145,7 +145,7 @@ class Same(nn.Module):
 
 @contextmanager
 def parametrized(model):
-    """Compute each trained tensor of an adapter from another."""
+    """Make each trained tensor of an adapter a parametrized one."""
     for adapter in adapters(model):
         for name in [n for n, _ in adapter.named_parameters(recurse=False)]:
             parametrize.register_parametrization(adapter, name, Same())
@@ -154,7 +154,7 @@ def parametrized(model):
 
 @contextmanager
 def base_hooked(model):
-    """Look at what goes in and out of the wrapped layers."""
+    """Look at the input and output of each wrapped layer with hooks."""
     seen = []
     for layer in adapted(model).values():
         layer.base.register_forward_hook(lambda module, *rest: seen.append(module))
@@ -164,7 +164,7 @@ def base_hooked(model):
 
 @contextmanager
 def cast_by_the_instance(model):
-    """A forward of the instance that casts the weight, as some loaders set."""
+    """Give the instance a `forward` that casts the weight, as some loaders do."""
     for layer in adapted(model).values():
         base = layer.base
         if isinstance(base, nn.Linear):
@@ -191,7 +191,7 @@ WRAPPERS = {
 def test_values_and_gradients_are_those_of_the_plain_model(row, wrapper):
     expected = run(make(row))
     with WRAPPERS[wrapper](make(row)) as model:
-        if wrapper == "offloaded":  # gradients would have to be gathered
+        if wrapper == "offloaded":  # the optimizer would need gathered gradients
             with torch.no_grad():
                 y = model(torch.linspace(-1, 1, 18).reshape(3, 6))
             assert torch.equal(y, expected[0])
@@ -210,7 +210,7 @@ def test_merged_values_are_those_of_the_plain_model(row, wrapper):
     x = torch.linspace(-1, 1, 18).reshape(3, 6)
     expected = merge(make(row))(x)
     with WRAPPERS[wrapper](make(row)) as model:
-        model(x)  # hooks want a call of each adapter
+        model(x)  # each adapter must be called for its hooks
         assert torch.equal(merge(model)(x), expected)
 
 
@@ -331,7 +331,7 @@ def test_the_forward_is_the_same(row, state):
         assert torch.equal(model(x), y)
 
 
-# Every wrapper under every state, and the rows in turn.
+# Every wrapper in every state; the rows take turns.
 PAIRS = [
     (list(ROWS)[i % len(ROWS)], wrapper, state)
     for i, (wrapper, state) in enumerate(product(WRAPPERS, AMBIENT))
@@ -378,14 +378,15 @@ def mapped(model, x):
 
 
 def pushed(model, x):
-    """Forward mode; what is returned is the value."""
+    """Return the value of a forward-mode derivative."""
     return torch.func.jvp(model, (x,), (x,))[0]
 
 
 def same_up_to_float64(found, expected):
-    """Check two results in float64: they differ by less than a last bit of float32.
+    """Check that two float64 results differ by less than a last bit of float32.
 
-    A float64 is 2**29 times as fine, so even a million roundings stay below that bit.
+    A float64 has 2**29 times the resolution, so even a million roundings stay below
+    that bit.
     """
     found, expected = found.detach().numpy(), expected.detach().numpy()
     assert found.dtype == expected.dtype == "float64"
@@ -427,7 +428,7 @@ def test_gradients_of_single_samples_add_up_to_the_gradient(row):
     "row", [name for name in ROWS if name not in ("dora", "pissa", "lora on four bits")]
 )
 def test_a_model_without_memory_is_filled_by_assignment(row):
-    """Rows that need no value of the weight at their start."""
+    """Only rows whose initial values do not depend on the weight."""
     source = make(row)
     with torch.device("meta"):
         model = Model()
@@ -459,7 +460,7 @@ def test_adapters_are_files_of_tensors_that_share_no_memory(row):
 def test_a_layer_answers_what_its_base_answers(row):
     layer = make(row)[0]
     assert (layer.in_features, layer.out_features) == (6, 8)
-    layer.adapters.clear()  # a computation would fail, or show no adapter
+    layer.adapters.clear()  # a computation would fail or ignore the adapter
     assert layer.weight.shape == layer.base.weight.shape
     assert layer.weight.dtype == torch.float32
     assert layer.weight.device.type == "cpu"

@@ -61,7 +61,7 @@ def stacked():
 def test_layers_that_decode_to_the_same_memory_do_not_disturb_each_other():
     ours, plain = stacked()
     x = torch.randn(5, 64, requires_grad=True)
-    with torch.inference_mode():  # memory made here must serve training, too
+    with torch.inference_mode():  # training must be able to use it, too
         assert torch.equal(ours(x), plain(x))
     y, z = ours(x), plain(x)
     assert torch.equal(y, z)

@@ -1,4 +1,4 @@
-"""What a layer refuses: parts of another layer, and layers that are something else."""
+"""A layer refuses parts of another layer, and layers that are not linear."""
 
 import pytest
 import torch
@@ -45,7 +45,7 @@ def new_adapter(row):
 
 
 def cases():
-    """Yield what to damage; r is free where one matrix alone has it."""
+    """Yield the parts to damage; r is free where a single matrix has that axis."""
     for row in ROWS:
         parts = dict(new_adapter(row).named_parameters())
         for name, part in parts.items():
@@ -57,7 +57,7 @@ each_case = pytest.mark.parametrize(("row", "name", "damage"), list(cases()))
 
 
 def damaged(row, name, damage):
-    """Return a sound layer of the row and one wrong part, unseen by the annotations."""
+    """Return a correct layer of the row and a wrong part that no annotation checks."""
     adapter = new_adapter(row)
     layer = ROWS[row].wrapper(base(), adapter)
     part = DAMAGES[damage](getattr(adapter, name).detach())
@@ -166,7 +166,7 @@ def test_a_view_of_a_layer_is_known_before_it_is_wrapped():
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("gain", [1.0, 2.0**-6])
 def test_second_derivatives_of_dora_are_those_of_its_formula(bias, gain, monkeypatch):
-    """With a gain below 1/16 the layer stores the columns of z. All sums are exact."""
+    """With a gain below 1/16 the layer stores z by columns. All sums are exact."""
     torch.manual_seed(0)
     W = rows_of_length_two(OUT, IN).double()
     b = torch.arange(-2.0, OUT - 2, dtype=torch.float64) if bias else None

@@ -1,4 +1,4 @@
-"""`save_pretrained`: a changed model is refused, for it would not load again."""
+"""`save_pretrained` refuses a model with adapters: the files would not load again."""
 
 import copy
 import pickle

@@ -1,7 +1,4 @@
-"""What runs late on a GPU, and what waits for it, on a device that is pretended.
-
-The recipes are in on_streams.
-"""
+"""Streams and waits of a pretended device; on_streams.py has the recipes."""
 
 import json
 import subprocess
@@ -9,7 +6,7 @@ import sys
 
 import pytest
 
-# What still waits, and for what.
+# The operations that still wait, and their reasons.
 KNOWN = {"dora": "for the gains of zero, whose columns backward needs"}
 pytestmark = pytest.mark.slow
 

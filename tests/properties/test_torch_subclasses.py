@@ -1,4 +1,4 @@
-"""Layers that are nearly `nn.Linear`: GPT-2's Conv1D, and subclasses of other minds."""
+"""Layers like `nn.Linear`: GPT-2's Conv1D, and subclasses with other forward passes."""
 
 import pytest
 import torch
@@ -15,7 +15,7 @@ CONFIG = LoRAConfig(2, 4.0)
 
 
 class Falcons(nn.Linear):
-    """The product in other words, as Falcon has it."""
+    """The same product written in another way, as in Falcon."""
 
     def forward(self, x):
         y = x @ self.weight.T
@@ -23,7 +23,7 @@ class Falcons(nn.Linear):
 
 
 class Cautious(nn.Linear):
-    """The product after a look at x."""
+    """The same product after a check of x."""
 
     def forward(self, x):
         if x.dim() == 0:
@@ -37,7 +37,7 @@ class Doubled(nn.Linear):
 
 
 class Clamped(nn.Linear):
-    """It differs for large values alone."""
+    """A product that differs from the plain one for large values only."""
 
     def forward(self, x):
         return super().forward(x).clamp(-20, 20)
@@ -49,7 +49,7 @@ class NoisyInTraining(nn.Linear):
 
 
 class OfHalves(nn.Linear):
-    """It differs in 16 bits alone."""
+    """A product that differs from the plain one in 16 bits only."""
 
     def forward(self, x):
         y = super().forward(x)
@@ -57,7 +57,7 @@ class OfHalves(nn.Linear):
 
 
 class WithState(nn.Linear):
-    """What it holds beside a weight may change what it computes."""
+    """A layer with a second tensor, which may change what the layer computes."""
 
     def __init__(self, *sizes):
         super().__init__(*sizes)
@@ -115,7 +115,7 @@ def test_one_that_computes_something_else_is_refused(kind):
         inject(model, CONFIG, ["down"])
     assert type(model["down"]) is kind
     assert all(p.requires_grad for p in model.parameters())
-    inject(model, CONFIG, "all-linear")  # where it is not named, it is left alone
+    inject(model, CONFIG, "all-linear")  # a layer that no target names stays as it is
     assert type(model["down"]) is kind
     quantized = quantize_linears(of(kind), blocksize=8)
     assert type(quantized["down"]) is kind

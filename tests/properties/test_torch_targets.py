@@ -1,4 +1,4 @@
-"""Which layers are meant: names, last parts, patterns, and every linear layer."""
+"""The layers that targets name: full names, last parts, patterns, "all-linear"."""
 
 import logging
 
@@ -145,7 +145,7 @@ def test_what_stays_is_said_with_its_bytes(caplog):
     with caplog.at_level(logging.INFO):
         quantize_linears(model, blocksize=8)
     (record,) = caplog.records
-    assert record.levelno == logging.WARNING  # most of the model stays as it was
+    assert record.levelno == logging.WARNING  # most of the model stays unchanged
     left = unquantized(model)
     assert {name.rpartition("layers.0.")[2] for name in left} == {
         "model.embed_tokens.weight",

@@ -1,4 +1,4 @@
-"""Virtual tokens and networks beside modules in programs: states, modes, copies."""
+"""Virtual tokens and bottlenecks in programs: global states, modes, copies."""
 
 import copy
 import pickle
@@ -85,7 +85,7 @@ def test_under_autocast_they_follow_the_model(kind):
 @pytest.mark.parametrize("training", [True, False])
 @each_kind
 def test_the_mode_is_the_model_s_and_follows(kind, training):
-    """The model is run once to start from words: without dropout, whatever its mode."""
+    """To start from words, the model is run once: without dropout, in any mode."""
     model = make(kind, llama().train(training))
     assert {m.training for m in model.modules()} == {training}
     for mode in (not training, training):

@@ -1,4 +1,4 @@
-"""What the tests put behind every annotation: nothing wrong slips through."""
+"""The checks that the tests put behind every annotation find every mistake."""
 
 from collections.abc import Iterator
 from typing import Literal
@@ -100,7 +100,7 @@ def test_a_call_like_one_that_passed_is_not_checked_again(monkeypatch):
     for n in range(REMEMBERED + 1):
         call(np.ones((1, n)), 1.0)
     call(W, 1.0)
-    assert len(asked) == 3 + REMEMBERED + 1 + 1  # the oldest were forgotten
+    assert len(asked) == 3 + REMEMBERED + 1 + 1  # the oldest calls were forgotten
     monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
     call(x, None)
     assert len(asked) == 3 + REMEMBERED + 1 + 1

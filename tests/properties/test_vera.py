@@ -1,4 +1,4 @@
-"""Laws of VeRA alone: of the shared random pair."""
+"""Laws of VeRA alone: its shared random pair."""
 
 from dataclasses import replace
 from fractions import Fraction
@@ -56,11 +56,12 @@ def test_a_is_drawn_first_and_from_one_stream():
     assert_bits(a.A, b.A)
     assert_bits(a.B, b.B[:4])  # more rows continue the stream
     assert not np.array_equal(a.A, vera.projections(4, 2, 5, 4).A)
-    # More columns do not: row 1 begins later in the stream. So the largest layer, not
-    # the one at hand, decides every number but those of the first row.
+    # More columns change the rows after the first: row 1 begins later in the stream. So
+    # all numbers but those of row 0 depend on the largest layer, not on the layer that
+    # uses them.
     wider = vera.projections(3, 2, 6, 4)
     ratio = np.float32(np.sqrt(6 / 6)) / np.float32(np.sqrt(6 / 5))
-    # Both numbers are rounded once, and so are the ratio of the bounds and its product.
+    # Both numbers are rounded once; so are the ratio of the bounds and its product.
     scaled = a.A[0] * ratio
     assert_within(wider.A[0, :5], scaled, gamma(4) * abs(scaled))
     assert not np.any(wider.A[1, :5] == a.A[1])
@@ -68,7 +69,7 @@ def test_a_is_drawn_first_and_from_one_stream():
 
 def test_the_numbers_of_a_seed_never_change():
     pair = vera.projections(0, 2, 3, 4)
-    # What torch 2.13 draws: torch.empty(2, 3).uniform_(-2**0.5, 2**0.5), seed 0.
+    # The numbers of torch 2.13: torch.empty(2, 3).uniform_(-2**0.5, 2**0.5), seed 0.
     assert pair.A.tobytes().hex() == "22792dbc9c36423fb1fc94bf1d3885bfd6700bbfab2ac23e"
     assert pair.B.tobytes().hex() == (
         "70900cbd1cc9af3ff1651dbe3ba9ea3eb70006bfef50aebe9bcdd3bf61d492bf"
@@ -81,7 +82,7 @@ def test_the_one_rounding_is_exact_arithmetic_rounded_once(seed, rows, columns):
     bound = Fraction(float(np.float32(np.sqrt(6 / columns))))
     exact = [bound * (2 * Fraction(int(w) & 0xFFFFFF, 2**24) - 1) for w in words]
     drawn = vera.kaiming_uniform(np.random.RandomState(seed), rows, columns)
-    # float(Fraction) rounds correctly, and 48 bits fit in a float64.
+    # float(Fraction) rounds correctly, and a float64 holds 48 bits exactly.
     assert all(Fraction(float(value)) == value for value in exact)
     assert_bits(drawn.reshape(-1), np.array([float(v) for v in exact], np.float32))
 
