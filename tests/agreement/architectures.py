@@ -1,4 +1,4 @@
-"""Tiny random models of real classes: what virtual tokens meet."""
+"""Tiny random models of transformers' classes, for tests of virtual tokens."""
 
 import torch
 
@@ -41,7 +41,7 @@ WORK = {
     "DeepseekV3": LATENT,
     "GptOss": {**GROUPED, **EXPERTS, "head_dim": 8, "sliding_window": 32, **HALVES},
 }
-# What a prefix, and what a prompt, says of others; None: it works.
+# What a prefix, and what a prompt, says of other models; None: it works.
 SAY = {
     "Lfm2ForCausalLM": (
         {**GROUPED, "layer_types": ["conv", "full_attention"]},
@@ -74,7 +74,7 @@ SAY = {
 
 
 def build(name, settings):
-    """Return a model of float64: what differs then is not rounding."""
+    """Return a model in float64, so that rounding explains no difference."""
     import transformers
 
     torch.manual_seed(0)
@@ -87,11 +87,11 @@ def build(name, settings):
     if model.can_generate():
         model.generation_config.eos_token_id = None
         model.generation_config.pad_token_id = 0
-        model.set_experts_implementation("eager")  # another has no float64
+        model.set_experts_implementation("eager")  # others know no float64
     return model.double().eval()
 
 
 def causal(name):
-    """Return a model of a class that works."""
+    """Return a causal language model of a class that works."""
     suffix = {"GPT2": "LMHeadModel"}.get(name, "ForCausalLM")
     return build(f"{name}{suffix}", WORK[name])

@@ -1,4 +1,4 @@
-"""A Llama that has learned nothing, small enough for a law: made here, not loaded."""
+"""A small Llama with random weights, made here and not loaded."""
 
 import torch
 
@@ -10,7 +10,7 @@ TEXT = torch.tensor(
 
 
 def llama(vocabulary=40):
-    """Return a `LlamaForCausalLM` of two layers, width 32, four heads, two of keys."""
+    """Return a `LlamaForCausalLM`: two layers, width 32, four heads, two of keys."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
@@ -29,7 +29,7 @@ def llama(vocabulary=40):
 
 
 def logit_bound(model, logits):
-    """How far logits may differ that are the same sums in another order.
+    """Bound the difference of logits that are the same sums in another order.
 
     Normalized states have norm sqrt(width), so a logit is at most that times the norm
     of its row; each block adds two branches of a few sums of `width` terms.

@@ -40,7 +40,7 @@ def conv1d(W, bias):
 
 
 def codes(q):
-    """Return the reference's quantized tensor as one of this column."""
+    """Return the reference's quantized tensor as a tensor of the torch column."""
     plain = isinstance(q, reference_blockwise.Blockwise)
     kind = blockwise.Blockwise if plain else double_quant.Nested
     parts = {k: tensor(v) if hasattr(v, "dtype") else v for k, v in vars(q).items()}
@@ -61,7 +61,7 @@ def _vera(base, case):
 
 
 def _same_fields(base, case):
-    """Return a layer whose adapter has the fields of the reference's."""
+    """Return a layer whose adapter has the same fields as the reference's adapter."""
     wrapper = CONFIGS[case.row.name].wrapper
     kind = getattr(_column(case.row), case.row.kind)
     parts = {k: _part(v) for k, v in vars(case.adapter).items()}
@@ -78,14 +78,14 @@ def _column(row):
     return import_module(f"minipeft.torch.{row.name}")
 
 
-# How a model gets the adapters of a row, and which of two layers learn.
+# The configuration of each row; some need a model of two layers.
 CONFIGS = {
     row.name: getattr(_column(row), f"{row.kind}Config")(**row.hyper)
     for row in ROWS
     if row.hyper is not None
 }
 
-# How a base gets the adapter of a case.
+# The function that puts the adapter of a case on a base.
 ADAPTED = dict.fromkeys(CONFIGS, _same_fields) | {
     "dora": _dora,
     "vera": _vera,

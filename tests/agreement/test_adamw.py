@@ -1,4 +1,4 @@
-"""AdamW in torch: how near it is to torch's own, and the settings that they share."""
+"""AdamW in torch: its distance from torch's own AdamW, and the common settings."""
 
 import json
 import os
@@ -24,7 +24,7 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 def optimizer(W, config):
-    """Our optimizer over one parameter."""
+    """Return our optimizer over one parameter."""
     p = torch.nn.Parameter(torch.from_numpy(W.copy()))
     return p, adamw.AdamW([p], **vars(config))
 
@@ -49,8 +49,9 @@ def test_it_is_the_adamw_of_torch_up_to_rounding(seed, config, k):
         descend(p, ours, [grad])
         descend(q, theirs, [grad])
         *sizes, moved = counted_step(before, abs(grad), *sizes, t, config)
-        # The two may err in opposite directions. torch's root may err by one rounding
-        # more. A step carries on what the weights differ by: the decay rounds twice.
+        # The two may err in opposite directions, and torch's root may err by one
+        # rounding more. The difference of the weights is carried into the next step,
+        # where the decay rounds twice.
         off = off * (1 + gamma(3)) + 2 * bound(moved) + gamma(1) * moved.size
         assert_within(p.detach().numpy(), q.detach().numpy(), off)
         state, held = theirs.state[q], ours.state[p]
@@ -82,8 +83,8 @@ print(json.dumps([bool((m == state.m).all()), bool((v == state.v).all())]))
     reason="only on x86 does torch have kernels without a fused multiply-add",
 )
 def test_the_states_are_those_of_torch_bit_for_bit_where_nothing_is_fused():
-    # torch's vectorized CPU kernels multiply and add in one rounding; its plain ones
-    # round as NumPy does, and are chosen by a variable that is read at import.
+    # torch's vectorized CPU kernels multiply and add in one rounding. Its plain kernels
+    # round as NumPy does; an environment variable chooses them when torch is imported.
     environment = {**os.environ, "ATEN_CPU_CAPABILITY": "default"}
     done = subprocess.run(
         [sys.executable, "-c", SAME_STATES],
@@ -97,8 +98,8 @@ def test_the_states_are_those_of_torch_bit_for_bit_where_nothing_is_fused():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_loading_leaves_codes_and_scales_as_they_are(dtype):
-    # torch.optim.Optimizer casts all it loads to the dtype of the parameter, codes and
-    # scales included (bitsandbytes 782 is about resuming with 8-bit states).
+    # torch.optim.Optimizer casts all state that it loads to the dtype of the parameter,
+    # also codes and scales (bitsandbytes 782 is about resuming with 8-bit states).
     p = torch.nn.Parameter(torch.randn(5000).to(dtype))
     ours = adamw.AdamW([p], bits=8)
     p.grad = torch.randn(5000).to(dtype)
@@ -122,7 +123,8 @@ def test_groups_and_schedules_work_as_everywhere():
     halved = torch.optim.lr_scheduler.StepLR(ours, 1, 0.5)
     loss = ours.step(lambda: _loss(a, b))
     assert loss == 6.0
-    # A first step from 1 with the gradient 1: 18 roundings, as the golden cases count.
+    # A first step from 1 with the gradient 1 has 18 roundings; the golden cases count
+    # them.
     assert_within(a.detach().numpy(), np.full(3, 0.999), gamma(18))
     assert_within(b.detach().numpy(), np.full(3, 0.5), gamma(18))
     assert idle not in ours.state

@@ -1,4 +1,4 @@
-"""The torch column's attention against the reference: bits, a bound, gradients."""
+"""The torch column's attention agrees with the reference: bits, a bound, gradients."""
 
 import numpy as np
 import pytest
@@ -15,7 +15,7 @@ from tests.tolerance import assert_bits, assert_within
 
 
 def on_torch(head, requires_grad=False):
-    """The same head, as tensors."""
+    """Return the same head with tensors."""
     tensors = [torch.from_numpy(a.copy()) for a in (head.Q, head.K, head.V)]
     mask = None if head.mask is None else torch.from_numpy(head.mask)
     return attention.Head(*(t.requires_grad_(requires_grad) for t in tensors), mask)

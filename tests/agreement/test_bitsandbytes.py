@@ -1,9 +1,10 @@
-"""The same bytes as bitsandbytes on the CPU, wherever its own rules hold.
+"""The bytes of bitsandbytes on the CPU, wherever bitsandbytes follows its own rules.
 
-Whole blocks only: it divides a short last block, where it multiplies whole ones by a
-reciprocal. Scales from 1e-38: it clamps smaller ones, and the block comes back smaller.
-Rows of whole blocks: on processors with AVX-512 its dequantization reads the wrong
-scales for any other shape of two rows or more.
+The tests use whole blocks only: bitsandbytes divides in a short last block, where it
+multiplies whole blocks by a reciprocal. They use scales from 1e-38: bitsandbytes clamps
+smaller scales, and the block is decoded too small. They use rows of whole blocks: on
+processors with AVX-512 its dequantization reads wrong scales for any other shape of two
+rows or more.
 """
 
 import warnings
@@ -20,7 +21,7 @@ from minipeft.torch.codebook import FP4, NF4
 from tests.strategies import seeds
 
 with warnings.catch_warnings():
-    warnings.simplefilter("ignore")  # it warns of kernels that it did not find
+    warnings.simplefilter("ignore")  # it warns about kernels that it did not find
     pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
     from bitsandbytes import functional as theirs
 
@@ -31,7 +32,7 @@ aligned = st.tuples(seeds, st.sampled_from([32, 64, 128]), st.integers(1, 5))
 
 
 def quantized(W, name, blocksize):
-    """Both: the packed bytes and scales must be equal."""
+    """Quantize with both; the packed bytes and the scales must be equal."""
     q = blockwise.quantize(W, CODEBOOKS[name], blocksize)
     packed, state = theirs.quantize_4bit(W, blocksize=blocksize, quant_type=name)
     assert torch.equal(q.packed, packed.view(-1))
@@ -72,7 +73,7 @@ def test_any_whole_block(name, W):
 def test_ties(name):
     values = CODEBOOKS[name].sort().values
     midpoints = (values[:-1] + values[1:]) / 2
-    one = torch.ones(64 - len(midpoints))  # an absmax of 1 leaves every value as it is
+    one = torch.ones(64 - len(midpoints))  # an absmax of 1 leaves every value unchanged
     quantized(torch.cat([midpoints, one]), name, 64)
 
 

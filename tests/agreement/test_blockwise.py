@@ -1,4 +1,4 @@
-"""What is of blockwise quantization alone: ties, and codes packed into bytes."""
+"""Details of blockwise quantization alone: ties, and codes packed into bytes."""
 
 import numpy as np
 import pytest
@@ -20,7 +20,7 @@ def test_ties_and_their_neighbours(name):
     ordered = np.sort(values)
     midpoints = (ordered[:-1] + ordered[1:]) / np.float32(2)
     below, above = (np.nextafter(midpoints, np.float32(end)) for end in (-2, 2))
-    # An absmax of 1 leaves every value as it is.
+    # An absmax of 1 leaves every value unchanged.
     W = np.concatenate([below, midpoints, above, np.ones(1, np.float32)])
     for codec in CODECS:
         assert_agree(codec, W, values, (64, 4))

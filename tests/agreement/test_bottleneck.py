@@ -30,7 +30,7 @@ def module(a):
 
 
 def run(x, adapter, grad):
-    """Output, then the gradients of x and of the four parts."""
+    """Return the output, then the gradients of x and of the four parts."""
     leaf = tensor(x).requires_grad_()
     y = adapter(leaf)
     y.backward(tensor(grad))
@@ -43,11 +43,11 @@ def test_values_and_gradients_agree_bit_for_bit(case):
     x, a, grad = case
     expected = [reference.forward(x, a), *reference.backward(grad, x, a)]
     for ours, theirs in zip(run(x, module(a), grad), expected, strict=True):
-        assert_bits(ours + 0, theirs + 0)  # plus zero: which zero depends on the order
+        assert_bits(ours + 0, theirs + 0)  # plus zero: its sign depends on the order
 
 
 class Block(nn.Module):
-    """Two sublayers, as the reference's block has them."""
+    """Two sublayers, as in the block of the reference."""
 
     def __init__(self):
         super().__init__()

@@ -1,4 +1,4 @@
-"""The contract of every codec: both columns write the same bytes, and read the same."""
+"""The contract of every codec: both columns write and decode the same bytes."""
 
 import importlib
 from dataclasses import fields
@@ -30,7 +30,7 @@ def column(codec):
 
 
 def to_numpy(tensor):
-    """Also for bfloat16, which NumPy knows only through ml_dtypes."""
+    """Return a NumPy array; bfloat16 is a type of ml_dtypes."""
     if tensor.dtype == torch.bfloat16:
         return tensor.view(torch.int16).numpy().view(ml_dtypes.bfloat16)
     return tensor.numpy()
@@ -69,7 +69,7 @@ def test_weights(codec, W, values, b, b2):
 @example(np.zeros(9, np.float32), codebook.FP4, 4)
 @example(np.array([-0.0, 0.0, -1e-4, 1e-4, -1], np.float32), codebook.FP4, 8)
 def test_anything_finite(codec, W, values, b):
-    if "offset" in codec.scales:  # difference and offset of the largest float overflow
+    if "offset" in codec.scales:  # the largest float minus the offset overflows
         W = W / np.float32(4)
     assert_agree(codec, W, values, (b, 4))
 

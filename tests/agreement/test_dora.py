@@ -1,4 +1,4 @@
-"""The torch column's DoRA: its norm, its bounds, and LoRA's memory."""
+"""The torch column's DoRA: its norm, its error bounds, and the memory of LoRA."""
 
 import numpy as np
 import pytest
@@ -26,7 +26,7 @@ DORA = next(row for row in ROWS if row.name == "dora")
 
 @given(st.data())
 def test_values_and_gradients_agree_within_a_bound(data):
-    case = DORA.case(data, "gaussians")  # its norm is drawn; here it is computed
+    case = DORA.case(data, "gaussians")  # the case draws its norm; DoRA computes it
     wide = [np.float64(v) for v in (case.x, case.base, case.grad_y)]
     x, W, G = wide
     d = case.adapter
@@ -38,11 +38,11 @@ def test_values_and_gradients_agree_within_a_bound(data):
     condition = reference.squared_row_norm(abs(W), size) / norm**2
     terms = case.counted()
     square = reference.squared_row_norm(terms.base, terms.adapter.lora)
-    # Besides both formulas: a root, a quotient, and the bias into z and out of it.
+    # Besides both formulas: a root, a quotient, and the bias added to z and subtracted.
     n = roundings(terms.forward()) + roundings(square) + 4
-    assume(np.all(gamma(n) * condition < 0.5))  # else nothing can be said
+    assume(np.all(gamma(n) * condition < 0.5))  # a larger condition leaves no bound
     size = reference.DoRA(size.A, size.B, size.scaling, abs(m) * condition)
-    # The base adds its bias before the gain, which then takes it out again.
+    # The base adds its bias before the gain, and the layer subtracts it again.
     extra = (1 + abs(m / norm)) * abs(bias)
     allowed = reference._forward(abs(x), abs(W), size, extra, norm)
     y, *found = run(module(case), case)
@@ -50,8 +50,8 @@ def test_values_and_gradients_agree_within_a_bound(data):
     assert_within(y, exactly, 2 * gamma(n) * allowed)
     n = max(map(roundings, terms.backward())) + roundings(square) + 4
     bounds = [*reference._backward(abs(G), abs(x), abs(W), size, norm)]
-    # z is read back from the output as (y - b) / g where g is 1/16 or more: each of
-    # y and y - b errs by a rounding of the bias, times 16, and z - b by one more.
+    # The layer computes z from the output as (y - b) / g where g is 1/16 or more: each
+    # of y and y - b errs by a rounding of the bias, times 16, and z - b by one more.
     per_row = abs(G).reshape(-1, len(W)).sum(axis=0)
     bounds[3] = bounds[3] * condition + per_row * 2 * (16 + 1) * abs(bias) / norm
     grads = reference.backward(G, x, W, exact)
@@ -69,7 +69,7 @@ def _train_a_little(model):
 
 
 def _kept(model, x):
-    """Bytes that autograd keeps between forward and backward, weights left out."""
+    """Return the bytes that autograd keeps for the backward pass, without weights."""
     kept, weights = {}, {p.untyped_storage().data_ptr() for p in model.parameters()}
 
     def pack(saved):
@@ -79,7 +79,7 @@ def _kept(model, x):
         return saved
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda saved: saved):
-        y = model(x)  # alive until everything is counted: storages are told by address
+        y = model(x)  # y stays alive, so that no address is used twice
     del y
     return sum(kept.values())
 
@@ -92,8 +92,9 @@ def test_a_step_keeps_what_lora_keeps(dtype):
         model = nn.Sequential(*(nn.Linear(256, 256) for _ in range(6))).to(dtype)
         stacks.append(inject(model, config, [str(i) for i in range(6)]))
     ours, theirs = _kept(stacks[1], x), _kept(stacks[0], x)
-    # The outputs that the next layer does not keep as they are: the last one; in 16
-    # bits all, of which the next layer keeps a wider copy. And numbers for each row.
+    # DoRA also keeps the outputs that the next layer does not keep: in float32 the last
+    # output, in 16 bits all of them, because the next layer keeps a float32 copy. It
+    # also keeps a few numbers for each row.
     outputs = 1 if dtype == torch.float32 else 6
     assert ours <= theirs + outputs * x.nbytes + 6 * 4 * 256 * 4
     weights = sum(p.nbytes for p in stacks[0].parameters())
@@ -102,7 +103,8 @@ def test_a_step_keeps_what_lora_keeps(dtype):
 
 
 def test_the_norm_never_forms_the_update():
-    # 2,048 rows of W + s B A would be 8 MB; the largest tensor made is a block of rows.
+    # 2,048 rows of W + s B A would take 8 MB; the largest tensor is a block of these
+    # rows.
     from torch.utils._python_dispatch import TorchDispatchMode
 
     largest = 0
@@ -144,7 +146,7 @@ def test_shares_interpolate_between_the_base_and_the_adapter():
 
 
 def rows_of_length_two(rows, columns):
-    """Return whole numbers whose rows have length 2: four entries of 1 or -1."""
+    """Return integers whose rows have length 2: four entries of 1 or -1."""
     W = torch.zeros(rows, columns)
     for row in W:
         row[torch.randperm(columns)[:4]] = torch.randint(0, 2, (4,)) * 2.0 - 1
@@ -154,7 +156,7 @@ def rows_of_length_two(rows, columns):
 def reversing(W, r):
     """Return an adapter that reverses r rows of W and trains lengths of 1, 2 or 4.
 
-    Sums of whole numbers, norms of 2 and gains of 1/2, 1 and 2 are exact in floats.
+    Sums of integers, norms of 2 and gains of 1/2, 1 and 2 are exact in floats.
     """
     update = lora.LoRA(-W[:r], torch.eye(len(W), r).to(W), 2.0)
     return dora.DoRA(update, 2.0 ** torch.randint(0, 3, (len(W),)).to(W))
@@ -178,7 +180,7 @@ def test_dropout_spares_the_base_and_the_norm():
     inject(model, DoRAConfig(r=2, alpha=4, dropout=0.5), ["0"])
     x = torch.randn(5, 8)
     base = model[0].base(x)
-    assert torch.equal(model.train()(x), base)  # B is zero: there is nothing to drop
+    assert torch.equal(model.train()(x), base)  # B is zero, so dropout changes nothing
     _train_a_little(model)
     assert not torch.equal(model(x), model(x))
     assert torch.equal(model.eval()(x), model(x))

@@ -1,4 +1,4 @@
-"""What is of double quantization alone: the scales, and bitsandbytes' reading."""
+"""Details of double quantization alone: the scales, and bitsandbytes' decoding."""
 
 import numpy as np
 import pytest
@@ -46,7 +46,8 @@ def test_bitsandbytes_decodes_our_bytes_as_we_do(seed):
     )
     q = reference.quantize(W)
     assert_bits(packed.numpy().reshape(-1), q.packed)
-    # Its mean is a float32 sum in an order of its own: the last bit may not be ours.
+    # The mean of bitsandbytes is a float32 sum in another order; its last bit may
+    # differ.
     blocks = q.absmax_codes.size
     assert_within(float(state.offset), q.offset, gamma(blocks + 1) * q.offset)
     theirs = double_quant.Nested(

@@ -1,4 +1,4 @@
-"""Torch's experts agree with the reference, in every way a model computes them."""
+"""LoRA on experts agrees with the reference, however a model calls its experts."""
 
 import numpy as np
 import pytest
@@ -41,7 +41,7 @@ IDS = torch.arange(12).reshape(2, 6)
 
 
 class OneExperts(nn.Module):
-    """One product of experts, in the ways that models write it."""
+    """One product of experts, in all the forms in which models write it."""
 
     def __init__(self, W, bias, turned, way):
         super().__init__()
@@ -92,7 +92,7 @@ def test_values_gradients_and_merged_stacks_agree_bit_for_bit(way, turned, case)
 
 
 def whole(model):
-    """Give a model small whole numbers, so that sums of products are exact."""
+    """Give a model small integers, so that sums of products are exact."""
     torch.manual_seed(1)
     for p in model.parameters():
         p.data = torch.randint(-2, 3, p.shape).to(p.dtype)
@@ -100,7 +100,7 @@ def whole(model):
 
 
 def experts_of(name, way):
-    """Return the first experts of a model of whole numbers, and operands for them."""
+    """Return the first experts of a model of integers, and operands for them."""
     model = whole(build(name))
     model.set_experts_implementation(way)
     experts = next(m for m in model.modules() if type(m).__name__.endswith("Experts"))
@@ -112,7 +112,7 @@ def experts_of(name, way):
 
 
 def without_bends(experts, name):
-    """Let the experts multiply and add alone, which keeps the numbers whole."""
+    """Remove the activation function, so that integers stay integers."""
     experts.act_fn = nn.Identity()
     if name == "GptOssForCausalLM":
         experts._apply_gate = lambda y: y[..., ::2] - y[..., 1::2]
@@ -198,7 +198,7 @@ def test_quantized_experts_are_each_a_quantized_layer(name, way):
     holder, operands = experts_of(name, way)
     base = without_bends(holder["experts"], name)
     for p in base.parameters():
-        p.data = torch.randint(-1, 2, p.shape).float()  # NF4 has them all
+        p.data = torch.randint(-1, 2, p.shape).float()  # NF4 has -1, 0 and 1
     layer = QuantizedExperts.from_experts(base, blocksize=16, nested_blocksize=None)
     for stack in ("gate_up_proj", "down_proj"):
         for W, one in zip(getattr(base, stack), layer.stacks[stack], strict=True):

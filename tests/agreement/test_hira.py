@@ -1,4 +1,4 @@
-"""The torch column's HiRA: the frozen weight is what several adapters multiply."""
+"""The torch column's HiRA: several adapters multiply the same frozen weight."""
 
 import numpy as np
 import pytest

@@ -1,8 +1,8 @@
 """Torch's frozen layers, as adapters read them, against the reference's linear layer.
 
-Every layer that a method can wrap is the same function of x and W, wherever it keeps
-its weight: `nn.Linear`, GPT-2's `Conv1D` (transposed) and `nn.Embedding` (rows looked
-up, which is a product with one-hot vectors).
+Every layer that a method can wrap is the same function of x and W, whatever its storage
+of the weight: `nn.Linear`, GPT-2's `Conv1D` (transposed) and `nn.Embedding` (a row for
+each index, which is a product with one-hot vectors).
 """
 
 from dataclasses import replace
@@ -24,7 +24,7 @@ both = pytest.mark.parametrize("base", [dense, conv1d])
 
 
 def run(layer, t, dtype=torch.float32):
-    """Output, and autograd's gradients of <grad_y, y> for x, W and bias."""
+    """Return the output, and autograd's gradients of <grad_y, y> for x, W and bias."""
     layer = layer.to(dtype)
     x = tensor(t.x).to(dtype).requires_grad_()
     y = layer(x)
@@ -62,8 +62,8 @@ def test_forward_and_gradients_differ_by_roundings_only(base, t):
 @both
 @given(t=integer_layers, seed=seeds)
 def test_gradients_are_central_differences_in_float64(base, t, seed):
-    # The loss is linear in x, in W and in the bias taken one at a time, and every
-    # number is a small integer: the difference is the slope, exactly.
+    # The loss is linear in x, in W and in the bias taken alone, and every number is a
+    # small integer, so the difference is exactly the slope.
     rng, layer = np.random.default_rng(seed), base(t.W, t.bias)
     _, *gradients = run(layer, t, torch.float64)
     x, W = tensor(t.x).double(), weight_of(layer)

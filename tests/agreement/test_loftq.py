@@ -45,7 +45,7 @@ def test_the_first_base_agrees_byte_for_byte(W, r, values):
 
 @given(matrices(), codebooks, st.sampled_from([0.25, 2.0, 7.0]))
 def test_where_every_direction_is_sampled_the_error_agrees(W, values, scaling):
-    r = 6  # with oversampling, in three blocks: 30 directions, all there are
+    r = 6  # 6 and the oversampling span all 30 directions
     ours = loftq.init(tensor(W), r, scaling * r, tensor(values), 16, steps=1)
     expected = reference.init(W, r, scaling * r, values, 16, steps=1)
     assert ours[1].scaling == scaling
@@ -65,7 +65,7 @@ def test_more_steps_never_make_it_worse_and_one_is_no_worse_than_none(W, r, valu
 
 
 def test_nearly_exact_directions_are_worth_as_much():
-    # 256 x 192 at rank 8: five steps, within a hundredth of the exact SVD's error.
+    # 256 x 192 at rank 8: after five steps within a hundredth of the exact SVD's error.
     W = np.random.default_rng(0).standard_normal((256, 192)).astype(np.float32)
     exact = reference.error(W, *reference.init(W, 8, 16))
     assert loftq.error(tensor(W), *loftq.init(tensor(W), 8, 16)) < 1.01 * exact

@@ -1,4 +1,4 @@
-"""The torch column's LoRA: bases of 16 bits and of four, and how it starts."""
+"""The torch column's LoRA: bases of 16 and of 4 bits, and its initial values."""
 
 from dataclasses import replace
 
@@ -27,7 +27,7 @@ LORA = next(row for row in ROWS if row.name == "lora")
 )
 @given(data=st.data())
 def test_a_base_of_16_bits_is_merged_with_one_rounding(dtype, kind, data):
-    # Every bit that W can have, and more than 16 bits hold in the update.
+    # W uses every bit that 16 bits allow, and the update needs more than 16 bits.
     case = LORA.case(data, "integers")
     W = (case.base / 3).astype(kind).astype(np.float32)
     adapter = replace(case.adapter, A=37 * case.adapter.A)
@@ -46,7 +46,7 @@ def test_over_a_base_of_16_bits_the_sum_is_rounded_once(dtype, data):
     case = LORA.case(data, "integers")
     layer = module(case)
     layer.base.to(dtype)
-    x = tensor(case.x).to(dtype)  # small integers: exact
+    x = tensor(case.x).to(dtype)  # small integers, so all sums are exact
     update = tensor(case.x @ reference.delta(case.adapter).T)
     y = (layer.base(x).float() + update).to(dtype)
     assert layer(x).dtype == dtype

@@ -1,4 +1,4 @@
-"""MXFP4 and NVFP4: the torch column writes the bytes of the reference, torch's too."""
+"""MXFP4 and NVFP4: the torch column has the bytes of the reference and of torch."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""The torch column's MiSS: a fold that is a product, and what peft does with it."""
+"""The torch column's MiSS: its sum over shards is a product; peft computes the same."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Paged AdamW in torch: the bits of the unpaged, whatever the budget and the order."""
+"""Paged AdamW in torch has the bits of plain AdamW, for any budget and any order."""
 
 import numpy as np
 import pytest
@@ -30,7 +30,7 @@ def parameters(seed, device="cpu"):
 
 
 def descend(optimizer, rng, idle=()):
-    """One step along random gradients; `idle` parameters have none."""
+    """Take one step along random gradients; `idle` parameters have no gradient."""
     for group in optimizer.param_groups:
         for i, p in enumerate(group["params"]):
             grad = rng.standard_normal(p.shape).astype(np.float32)
@@ -39,7 +39,7 @@ def descend(optimizer, rng, idle=()):
 
 
 def assert_same(a, b):
-    """Two optimizers hold the same parameters and the same states, bit for bit."""
+    """Check that two optimizers hold the same parameters and states, bit for bit."""
     mine, yours = a.state_dict()["state"], b.state_dict()["state"]
     assert mine.keys() == yours.keys()
     for i in mine:
@@ -53,7 +53,7 @@ def assert_same(a, b):
         assert_bits(p.detach().cpu().numpy(), q.detach().cpu().numpy())
 
 
-@pytest.mark.parametrize("device", [CUDA])  # on the CPU, the contract of states says it
+@pytest.mark.parametrize("device", [CUDA])  # for the CPU: test_states
 @given(seed=seeds, bits=st.sampled_from([8, 32]), paging=pagings, data=st.data())
 def test_paging_never_touches_the_arithmetic(device, seed, bits, paging, data):
     mine, yours = parameters(seed, device), parameters(seed, device)
@@ -76,8 +76,8 @@ def test_paging_never_touches_the_arithmetic(device, seed, bits, paging, data):
 @pytest.mark.parametrize("bits", [8, 32])
 @pytest.mark.parametrize("page_size", [256, 512, 4096])
 def test_with_room_for_one_page_it_moves_what_the_reference_moves(page_size, bits):
-    # What is moved does not depend on the values. With more room the next page is on
-    # its way early, which the reference leaves to its caller.
+    # The number of moved bytes does not depend on values. With a larger budget the
+    # optimizer prefetches the next page; in the reference the caller does that.
     params = parameters(0)
     states = [reference.init(p.detach().numpy(), bits) for p in params]
     theirs = reference_paged.init(states, page_size, 1)
@@ -104,7 +104,7 @@ def test_with_room_for_two_only_the_first_page_is_waited_for():
 
 
 def stepped(budget):
-    """Four pages, after one step."""
+    """Return an optimizer with four pages, after one step."""
     p = torch.nn.Parameter(torch.ones(1024))
     ours = PagedAdamW([p], paging=Paging(256, budget))
     p.grad = torch.arange(1024.0)
@@ -130,7 +130,7 @@ def test_a_page_on_the_device_is_a_copy_until_it_is_written_back():
         ours.table.write_back(page)
         assert torch.equal(page.host["m"], page.copy["m"])
         ours.table.evict(page)
-        brought = ours.table.touch(page)  # and nothing has stepped since
+        brought = ours.table.touch(page)  # no step came between
         assert torch.equal(page.host["m"], brought["m"])
         assert page.host["m"].data_ptr() != brought["m"].data_ptr()
 
@@ -140,7 +140,7 @@ def test_a_page_that_has_left_holds_no_memory_on_the_device():
     ours.table.evict(pages[2])
     assert [page.copy is None for page in pages] == [False, False, True, False]
     before = ours.table.traffic
-    ours.table.evict(pages[2])  # it is not there: nothing happens
+    ours.table.evict(pages[2])  # an absent page: nothing happens
     assert ours.table.traffic == before
 
 

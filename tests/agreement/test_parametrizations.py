@@ -36,7 +36,7 @@ from tests.tolerance import assert_bits, assert_sums
 rows = pytest.mark.parametrize("row", ROWS, ids=lambda row: row.name)
 layouts = pytest.mark.parametrize("layout", [dense, conv1d])
 NEVER_LOOKED_UP = ("ia3", "qlora")  # an embedding has no input to scale, and no codes
-# The norm of a row is no sum of products, so its error is bounded in DoRA's own file.
+# The norm of a row is no sum of products; tests/agreement/test_dora.py has its bound.
 rounded_rows = pytest.mark.parametrize(
     "row", [row for row in ROWS if row.proof is None], ids=lambda row: row.name
 )
@@ -133,7 +133,7 @@ def test_unmerging_gives_every_bit_back_however_often(row, dtype):
     with torch.no_grad():
         for p in (p for p in model.parameters() if p.requires_grad):
             p.normal_()
-            p.view(-1)[0], p.view(-1)[1] = 0, 1e-8  # no division gives W back
+            p.view(-1)[0], p.view(-1)[1] = 0, 1e-8  # a division cannot restore W
     x = torch.randn(3, 24, dtype=dtype)
     y = model(x)
     assert y.dtype == dtype
@@ -170,4 +170,4 @@ def test_a_llama_starts_unchanged_learns_and_merges(row):
 def test_every_row_is_here():
     names = {row.name for row in ROWS}
     assert names == set(ADAPTED)
-    assert names - {"qlora"} == set(CONFIGS)  # it is LoRA on another base
+    assert names - {"qlora"} == set(CONFIGS)  # QLoRA is LoRA on a quantized base

@@ -1,4 +1,4 @@
-"""The torch column's PiSSA: the split, the bits of its layer, the base given back."""
+"""The torch column's PiSSA: the split, the bits of its layer, the restored base."""
 
 import copy
 
@@ -26,12 +26,12 @@ def tensor(array):
 
 
 def assert_same(actual, expected):
-    """The same bits; but which zero a sum of zeros is, depends on its order."""
+    """Check for the same bits; signs of zeros may differ, as sums have other orders."""
     assert_bits(actual + np.float32(0), expected + np.float32(0))
 
 
 def given_layer(t, data):
-    """A PiSSA layer of integers: trained from one adapter to another."""
+    """Return a PiSSA layer of integers whose adapter was trained to another one."""
     rng = np.random.default_rng(data.draw(seeds))
     A, B = (rng.integers(-8, 9, a.shape).astype(np.float32) for a in (t.A, t.B))
     base = nn.Linear(*t.W.T.shape, bias=t.bias is not None)
@@ -132,7 +132,7 @@ def test_both_factors_carry_the_same_share(t):
 
 @pytest.mark.parametrize("decay", [0.0, 0.5, 1.0])
 def test_two_passes_of_krylov_are_nearer_than_niter_4(decay):
-    # What peft's pissa_niter_4 calls, with as many directions as it asks for.
+    # peft's pissa_niter_4 calls this, with the same number of directions.
     torch.manual_seed(3)
     U, V = (torch.linalg.qr(torch.randn(n, 192)).Q for n in (256, 192))
     W = (U * torch.arange(1, 193) ** -decay) @ V.T if decay else torch.randn(256, 192)
@@ -178,7 +178,7 @@ def test_a_new_adapter_changes_nothing_bit_for_bit(dtype, sketch):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_base_comes_back_bit_for_bit(dtype):
-    # Historic: elsewhere, switching the adapter off leaves the residual behind.
+    # Another library once switched the adapter off and computed with the residual.
     model, original = adapted(dtype)
     train_a_little(model)
     trained = logits(model)
@@ -193,7 +193,7 @@ def test_the_base_comes_back_bit_for_bit(dtype):
 
 
 def test_a_saved_adapter_needs_no_second_svd():
-    # Historic: a randomized start that is repeated on loading meets another residual.
+    # Another library once repeated a random start on loading, and got another residual.
     model, original = adapted(sketch=Sketch(1))
     train_a_little(model)
     saved = surgery.adapter_state_dict(model)
@@ -208,7 +208,7 @@ def test_dropout_leaves_the_base_alone():
     layer = model.model.layers[0].self_attn.q_proj
     with torch.no_grad():
         for M in (layer.adapters["default"].A, layer.adapters["default"].B):
-            M.zero_()  # so that only the residual is left
+            M.zero_()  # so that the base is the residual
     x, base = torch.randn(3, 32), original.model.layers[0].self_attn.q_proj
     layer.train()
     assert torch.equal(layer(x), layer.eval()(x))

@@ -1,4 +1,4 @@
-"""The torch column's prefix: one head as the reference, a whole Llama by its laws."""
+"""The torch column's prefix: one head agrees with the reference; laws on a Llama."""
 
 import copy
 
@@ -28,7 +28,7 @@ def as_torch(p):
 def test_gate_agrees(head, count, seed):
     p = prefix_for(head, count, seed)
     gate = reference.gate(head, p)
-    # Both add up `count` shares.
+    # Both gates add up `count` shares.
     bound = (rounding(reference.attach(head, p)) + 2 * gamma(count)) * gate
     assert_within(prefix.gate(on_torch(head), as_torch(p)).numpy(), gate, bound)
 
@@ -45,7 +45,7 @@ def test_the_network_agrees(network):
         ours.up.weight.copy_(W_up), ours.up.bias.copy_(b_up)
         expanded = prefix.expand(ours)
     expected = reference.expand(network)
-    # In float32 each value of the network has been rounded once before.
+    # Each value of the network was rounded to float32 once.
     fields = (counted(f, roundings=1) for f in vars(network).values())
     formula = reference.expand(reference.Reparametrization(*fields))
     for name in ("K", "V"):

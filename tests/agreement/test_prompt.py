@@ -1,4 +1,4 @@
-"""The torch column's soft prompt: the reference's bits, a whole Llama by its laws."""
+"""The torch column's soft prompt: the bits of the reference, and laws on a Llama."""
 
 import copy
 
@@ -57,7 +57,7 @@ def test_the_loss_is_that_of_the_text():
     labels = TEXT.masked_fill(mask == 0, IGNORE)
     with torch.no_grad():
         out = adapted(TEXT, mask, labels)
-        # The same tokens are predicted as without a prompt: all but the first.
+        # With a prompt the loss covers the same tokens, and the first one is left out.
         logits = adapted(TEXT[:, :-2]).logits[:, :-1]
         predicted = TEXT[:, 1:-2].flatten()
         loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), predicted)

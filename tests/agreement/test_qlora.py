@@ -1,4 +1,4 @@
-"""QLoRA in torch against the reference: bits, bounds, gradients, merges."""
+"""QLoRA in torch agrees with the reference: bits, bounds, gradients, merges."""
 
 import copy
 
@@ -46,7 +46,7 @@ def test_sixteen_bits_agree_up_to_their_rounding(seed, double):
     absolute = reference_lora.LoRA(abs(A), abs(B), 2.0)
     W = abs(reference.dequantize(q))
     size = reference_lora.forward(abs(x), W, absolute).astype(np.float64)
-    # As in the reference's law, on either side.
+    # Both sides err by the bound of the reference's own law.
     bound = 2 * gamma(16, "bfloat16") * size
     actual = y.detach().float().numpy()
     assert_within(actual, expected.astype(np.float32), bound)

@@ -56,7 +56,7 @@ def parameters(W):
 
 
 def gradients(draw, rng, W):
-    """Return a gradient for some of the tensors: at least one, None for the others."""
+    """Return gradients for at least one of the tensors, and None for the others."""
     idle = draw(st.sets(st.integers(0, len(W) - 1), max_size=len(W) - 1))
     return [None if i in idle else gradient(rng, w) for i, w in enumerate(W)]
 
@@ -68,7 +68,7 @@ def descend(optimizer, grads):
 
 
 def assert_agree(optimizer, W, row, held, stepped):
-    """Weights and states are those of the reference, bit for bit."""
+    """Check that weights and states are those of the reference, bit for bit."""
     for p, expected in zip(optimizer.param_groups[0]["params"], W, strict=True):
         assert_bits(to_numpy(p), expected)
     states = optimizer.state_dict()["state"]
@@ -118,7 +118,7 @@ def test_saving_and_loading_between_two_steps_changes_nothing(row, seed, b, data
     file.seek(0)
     params, saved = torch.load(file, weights_only=False)
     second = make(draw, params, lr=9.0, bits=b)
-    descend(second, [gradient(rng, w) for w in W])  # of which nothing may remain
+    descend(second, [gradient(rng, w) for w in W])  # nothing of it may remain
     with torch.no_grad():
         for p, q in zip(params, first.param_groups[0]["params"], strict=True):
             p.copy_(q)

@@ -1,4 +1,4 @@
-"""The torch column refuses operands that do not fit, whoever calls it."""
+"""The torch column refuses operands that do not fit, from any caller."""
 
 import re
 from dataclasses import replace
@@ -48,7 +48,7 @@ def attended(**changes):
 
 
 def with_parameter(name, value):
-    """An adapter of which one part was replaced after it was built."""
+    """Return an adapter with one part replaced after it was built."""
     adapter = Bottleneck(DOWN, UP)
     setattr(adapter, name, nn.Parameter(value))
     return adapter(torch.ones(5, 4))
@@ -172,7 +172,7 @@ def test_what_stands_beside_a_sublayer_answers_for_it_but_for_its_weight():
     assert placed.in_features == 4
     assert not placed.training
     with pytest.raises(AttributeError, match="weight"):
-        _ = placed.weight  # whoever reads it would lose the adapter
+        _ = placed.weight  # code that read the weight would lose the adapter
 
 
 @pytest.mark.parametrize("state", STATES.values(), ids=STATES)

@@ -1,4 +1,4 @@
-"""The torch column's VeRA: one pair in every column and for every layer."""
+"""The torch column's VeRA: one random pair in every column and for every layer."""
 
 import copy
 

@@ -1,4 +1,4 @@
-"""Virtual tokens in transformers: made of a text, they are that text, in everything."""
+"""Virtual tokens made from a text act as that text everywhere in transformers."""
 
 import functools
 from itertools import product
@@ -33,13 +33,13 @@ def whole(ids):
 
 
 def assert_same_logits(found, expected):
-    """In float64, to better than a last bit of float32."""
+    """Check logits in float64, to better than a last bit of float32."""
     found, expected = found.detach().numpy(), expected.detach().numpy()
     assert_within(found, expected, gamma(1) * abs(expected).max())
 
 
 def assert_same_loss(found, expected, logits):
-    """As transformers takes it: in float32, of a few words of a small vocabulary.
+    """Check losses, which transformers computes in float32, over a small vocabulary.
 
     Each logit is rounded; the exponentials of a row are added up, then the rows.
     """
@@ -95,7 +95,7 @@ def test_generation_goes_on_from_a_padded_batch(kind, name):
 
 
 class OnlyTheText(LogitsProcessor):
-    """A processor that sees what was said after the tokens in front."""
+    """A logits processor that sees the tokens after the text alone."""
 
     def __init__(self, inner):
         self.inner = inner
@@ -115,7 +115,7 @@ class Streamer:
         self.words.append("end")
 
 
-# Settings, and what the text itself is given in their place.
+# The settings of a generation, and the settings that replace them for the text.
 SETTINGS = {
     "greedy": ({"do_sample": False}, {}),
     "beams": ({"num_beams": 3, "do_sample": False}, {}),

@@ -24,7 +24,7 @@ TENSORS = [
     for tensor in (*case.question.inputs.values(), *case.outputs.values())
 ]
 BYTES = sum(sum(tensor.data) for tensor in TENSORS)
-# All inputs and outputs: how many cases, and the sum of all bytes.
+# The number of cases, and the sum of all bytes of inputs and outputs.
 COUNTED = f"{CASES} {BYTES}"
 
 
@@ -89,7 +89,7 @@ def counted(command):
 
 
 def compiled(folder, source, *flags):
-    """Compile for the language that the file's name tells."""
+    """Compile a program in the language of the file's suffix."""
     program = folder / f"{source.stem}.{source.suffix[1:]}.out"
     command = {".cpp": ["g++", "-std=c++17"], ".rs": ["rustc", "-D", "warnings"]}
     if source.suffix == ".cpp":
@@ -156,7 +156,7 @@ def test_all_cases_take_a_persistent_program_two_seconds(languages):
     outcomes = list(runner.verify(program, FILES))
     program.close()
     seconds = time.perf_counter() - begun
-    assert sum("no qlora" in o.detail for o in outcomes) > 0  # each was asked
+    assert sum("no qlora" in o.detail for o in outcomes) > 0  # all were asked
     assert len(outcomes) == CASES
     assert seconds < 2 * SLOWNESS, f"{seconds:.1f} s"
 

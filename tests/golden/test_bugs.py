@@ -1,4 +1,4 @@
-"""The vectors bite: every bug in `tests/impls/broken/` is found, by its flag."""
+"""The vectors find every bug in `tests/impls/broken/`, and name it by its flag."""
 
 import tomllib
 from pathlib import Path

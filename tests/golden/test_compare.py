@@ -1,4 +1,4 @@
-"""The hex codec and the three rules, at their edges."""
+"""The hex encoding and the three rules of comparison, at their limits."""
 
 import numpy as np
 import pytest
@@ -100,7 +100,7 @@ def test_ulp_knows_nan_and_infinity():
     assert difference("ulp:1", nan, nan) is None
     assert difference("ulp:1", nan, largest)
     assert difference("ulp:1", largest, nan)
-    assert difference("ulp:1", tensor(np.inf), largest) is None  # the next one
+    assert difference("ulp:1", tensor(np.inf), largest) is None  # the next number
 
 
 def test_gamma_is_the_bound_and_no_more():

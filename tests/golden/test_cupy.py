@@ -16,12 +16,12 @@ from tests.cuda.executors import CpuExecutor
 from tests.cuda.rows import ROWS
 from tests.cuda.toolchain import needs_cpu_build
 
-# What the column does not have: training and merging, the making of tables; rows that
-# end within 8 codes; tables that a caller brings along.
+# The column does not train or merge and makes no tables. Its kernels take no rows of
+# another length than a multiple of 8 codes, and no tables of a caller.
 ABSENT = {"qlora_backward", "qlora_requantize", "codebook_normal_float"}
 SKIPPED = {"qlora_forward": {1, 3, 4, 11, 13, 14}, "codebook_table": {3, 4}}
 
-# A mistake of each kernel that the vectors alone find.
+# For each kernel a mistake that only the vectors find.
 MISTAKES = {
     "blockwise": "a tie goes up",
     "double_quant": "the next block's scale",

@@ -1,4 +1,4 @@
-"""`minipeft verify --device`: the torch drivers compute there, and nowhere else."""
+"""`minipeft verify --device`: the torch drivers compute on that device only."""
 
 import json
 import os
@@ -11,8 +11,8 @@ from minipeft import cli
 
 torch = pytest.importorskip("torch")
 
-# torch's own stand-in for a device: tensors without values. A driver that computes
-# there ends where values are asked for; one that mixes devices is told so by torch.
+# torch's meta device has tensors without values. A driver that computes there fails
+# when a value is read; torch refuses a driver that mixes devices.
 PROGRAM = """
 import json
 from minipeft.golden.implementations import functions
@@ -34,7 +34,7 @@ VALUES_ASKED_FOR = (
     "Tensor.item() cannot be called on meta tensors",
     "The register_meta function for torch.nonzero()",
 )
-# Made on the CPU by definition, and the page table, which counts and computes nothing.
+# These are made on the CPU by definition; the page table only counts.
 ON_THE_CPU = {
     "codebook_table",
     "codebook_dynamic_map",

@@ -1,4 +1,4 @@
-"""Many failures get one cause; one case is shown in full."""
+"""Many failures get one cause, and one case is shown in full."""
 
 import sys
 

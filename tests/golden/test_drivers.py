@@ -1,4 +1,4 @@
-"""A driver of our own columns translates: what a column must refuse, it refuses."""
+"""A driver of our own columns only translates: the column itself refuses bad input."""
 
 import ast
 from pathlib import Path
@@ -18,7 +18,7 @@ RANKS = {"r", "rank", "axis", "axes", "experts", "in_features", "out_features"}
 
 
 def checks(text: str) -> list[str]:
-    """Return what a driver does to judge its operands; it may say "not offered"."""
+    """Return the checks of operands in a driver; a driver may say "not offered"."""
     found = []
     for node in ast.walk(ast.parse(text)):
         said = ast.unparse(node)

@@ -1,4 +1,4 @@
-"""`pytest tests --impl NAME`: one test for each case; without it, our columns."""
+"""`pytest tests --impl NAME`: one test for each case; without it, our own columns."""
 
 import pytest
 
@@ -8,7 +8,7 @@ from minipeft.golden.runner import implementation, judge
 from minipeft.golden.vectors import load_all
 
 FILES = {file.name: file for file in load_all()}
-# A page of the torch column is an object: no number names one that is not there.
+# In the torch column a page is an object, so no number can name a missing page.
 NOT_OFFERED = {("torch", "paged_trace.json", number) for number in (8, 9)}
 
 

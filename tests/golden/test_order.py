@@ -1,6 +1,6 @@
-"""Sums may be taken in any order: whoever merges first, or sums backwards, passes.
+"""Sums may be taken in any order: merging first, or summing backwards, passes.
 
-Functions of their own, written for the order alone: they share nothing with a column.
+The functions are written for this test; they share no code with a column.
 """
 
 import numpy as np
@@ -21,10 +21,11 @@ def scaling(A, alpha, rank_stabilized=False):
 
 
 class Ordered:
-    """Every function of the rows that multiply matrices, in one order of summation.
+    """All functions of the rows that multiply matrices, with one order of summation.
 
     backwards: sum from the last term to the first.
-    late: multiply by a scaling after the sum, not before.
+
+    late: multiply by the scaling after the sum, not before.
     """
 
     def __init__(self, backwards, late):
@@ -43,7 +44,7 @@ class Ordered:
     def scaled(self, s, a, b):
         return s * self.dot(a, b) if self.late else self.dot(s * a, b)
 
-    # The merged weight, and one multiplication by it.
+    # The merged weight, and one product with it.
 
     def lora_merge(self, W, A, B, alpha, rank_stabilized):
         s = scaling(A, alpha, rank_stabilized)

@@ -1,4 +1,4 @@
-"""`minipeft verify` outlives whatever it is given: a report, no traceback of ours."""
+"""`minipeft verify` survives any implementation: a report, and no traceback."""
 
 import json
 import os
@@ -37,7 +37,7 @@ def start(folder, *arguments):
 
 
 def ask(folder, *arguments):
-    """Return code, stdout, stderr and the report; all reports must hold."""
+    """Return code, stdout, stderr and the report; check all reports."""
     files = folder / "report.json", folder / "report.xml"
     wanted = ("--json", str(files[0]), "--junit", str(files[1]))
     process = start(folder, *arguments, *ONLY, *wanted)
@@ -169,7 +169,7 @@ def test_names_of_the_working_directory_stand_in_for_nothing(tmp_path):
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    (tmp_path / "hypothesis.py").write_text(RIGHT)  # installed, and here
+    (tmp_path / "hypothesis.py").write_text(RIGHT)  # installed, and also in this folder
     code, stdout, stderr, _ = ask(tmp_path, "hypothesis")
     assert code == 0, stdout + stderr
 
@@ -232,7 +232,7 @@ def test_output_without_end_is_not_kept():
     endless = child.Child([sys.executable, "-c", "while 1: print('x' * 4096)"])
     answer = endless.ask(b"", 5)
     assert len(answer) == 4096
-    with pytest.raises(Late):  # the pipe is full, and nobody reads it
+    with pytest.raises(Late):  # the pipe is full and has no reader
         endless._exchange(b"", 0.5, lambda: endless._output.clear() or False)
     endless.close()
 

@@ -1,4 +1,4 @@
-"""The pages about verifying are true: what they show is run."""
+"""The pages about verification are true: the tests run the commands that they show."""
 
 import os
 import re
@@ -16,7 +16,7 @@ BIN = Path(sys.executable).parent
 
 
 def shell(folder, script, **variables):
-    """Run what a reader would type, with the commands of this environment."""
+    """Run a command that a reader would type, in this environment."""
     paths = {"PATH": f"{BIN}:{os.environ['PATH']}", "PYTHONPATH": str(ROOT)}
     return subprocess.run(
         ["bash", "-eu", "-o", "pipefail", "-c", script],
@@ -31,7 +31,7 @@ def shell(folder, script, **variables):
 
 @pytest.fixture
 def commands(tmp_path, monkeypatch):
-    """Let `minipeft` be the command of this source, wherever it is installed."""
+    """Make `minipeft` run this source, whatever is installed."""
     folder = tmp_path / "bin"
     folder.mkdir()
     called = {"minipeft": "-m minipeft", "pytest": "-m pytest", "python3": ""}
@@ -43,7 +43,7 @@ def commands(tmp_path, monkeypatch):
 
 
 def project(folder, last):
-    """Do what the page says, in order, up to the heading that starts with `last`."""
+    """Follow the page in order, up to the heading that starts with `last`."""
     page = (ROOT / "site" / "ci.md").read_text(encoding="utf-8")
     said, done = "", None
     for language, title, text in BLOCK.findall(page.partition(f"\n## {last}")[0]):
@@ -95,13 +95,13 @@ def test_the_workflow_of_the_page_runs_the_action(tmp_path):
 
 
 def act(folder, action, given):
-    """Run the action's last step as GitHub does, with these inputs."""
+    """Run the last step of the action as GitHub does, with these inputs."""
     inputs = {k: v["default"] for k, v in action["inputs"].items()} | given
     step = action["runs"]["steps"][-1]
     variables = {
         name: re.sub(r"\$\{\{ inputs\.([\w-]+) \}\}", lambda m: inputs[m[1]], value)
         for name, value in step["env"].items()
     }
-    assert "${{" not in step["run"]  # an input is no code
+    assert "${{" not in step["run"]  # an input is never run as code
     variables["GITHUB_STEP_SUMMARY"] = str(folder / "summary")
     return shell(folder, step["run"], **variables)

@@ -1,7 +1,7 @@
-"""The vectors bite in libraries that everybody uses: what they find is named.
+"""The vectors find known bugs in published libraries, by their flags.
 
-The versions are pinned; a peer that mends its ways turns a test red, and the book's
-account of it wrong.
+The versions are pinned. If a new version of a peer mends a bug, a test fails, and the
+book must change.
 """
 
 import json
@@ -17,7 +17,7 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture(autouse=True)
 def eager(monkeypatch):
-    # bitsandbytes compiles its own fallback for minutes, to the same values.
+    # bitsandbytes compiles its fallback for minutes; the values are the same.
     monkeypatch.setenv("TORCHDYNAMO_DISABLE", "1")
 
 
@@ -30,7 +30,7 @@ ROWS = {
 
 @pytest.fixture(scope="module")
 def verified(tmp_path_factory):
-    """Return the cases of a library; each is started once, for all its rows."""
+    """Return the cases of a library; each library is started once, for all its rows."""
     report = tmp_path_factory.mktemp("peers") / "report.json"
 
     @cache
@@ -47,7 +47,7 @@ def verified(tmp_path_factory):
 
 @pytest.fixture
 def flags(verified):
-    """Return the flags of what fails in a row, and of what another policy decides."""
+    """Return the flags of the failed cases of a row, and of those of another policy."""
 
     def of(peer, row):
         pytest.importorskip(peer)
@@ -69,9 +69,9 @@ def flags(verified):
 
 def test_bitsandbytes(flags):
     found, policy = flags("bitsandbytes", "blockwise")
-    # On CPUs with AVX-512 also MisalignedRows.
+    # MisalignedRows is found only on CPUs with AVX-512.
     assert {"Subnormal", "ShapeMismatch"} <= found
-    assert not {"ZeroBlock", "ReciprocalMultiply"} & found  # a way of its own
+    assert not {"ZeroBlock", "ReciprocalMultiply"} & found  # by its own rule
     assert "NotFinite" in policy - found
     assert not {"Basic", "NibbleOrder", "Tie", "LargeBlock", "RoundOnce"} & found
 
@@ -89,25 +89,25 @@ def test_peft(row, flags):
 
 
 def test_peft_spreads_a_single_feature_in_ia3(flags):
-    # l * x makes as many features as l has numbers.
+    # l * x has as many features as l.
     assert flags("peft", "ia3")[0] == {"ShapeMismatch"}
 
 
 def test_peft_divides_by_the_norm_of_a_zero_row_in_dora(flags):
-    # And a vector comes back as a matrix of one row.
+    # And the output for a vector is a matrix of one row.
     found, _ = flags("peft", "dora")
     assert found == {"ZeroRow", "NormBelowZero", "LeadingAxes"}
 
 
 def test_peft_takes_any_seed_in_vera(flags):
     found, policy = flags("peft", "vera")
-    # One row of B is spread over all outputs.
+    # One row of B is broadcast to all outputs.
     assert found == {"ShapeMismatch", "RankOne"}
     assert policy == {"SeedRange", "ZeroRank"}
 
 
 def test_bitsandbytes_has_the_published_codebooks(flags):
-    # Its constructor of NF4 divides infinity by infinity instead of refusing.
+    # Its constructor of NF4 divides infinity by infinity and does not refuse.
     pytest.importorskip("scipy", reason="needs scipy, as the constructor does")
     assert flags("bitsandbytes", "codebook")[0] == {"OutOfRange"}
 
@@ -117,7 +117,7 @@ def test_torchao_has_nf4_in_four_decimals(flags):
 
 
 def test_torchao_halves_a_block_of_subnormals_in_mxfp4(flags):
-    # It divides by 2**-126 at least, and stores 2**-127.
+    # It divides by at least 2**-126, and stores 2**-127.
     found, policy = flags("torchao", "microscaling")
     assert found == {"Subnormal"}
     assert policy == {"NotFinite"}

@@ -1,4 +1,4 @@
-"""The pytest plugin in another project: one test for each case, no test file."""
+"""The pytest plugin in another project: one test for each case, and no test file."""
 
 import os
 import re
@@ -29,7 +29,7 @@ def pytest_in(folder, *arguments):
     done = subprocess.run(
         [*command, *arguments],
         cwd=folder,
-        # Without the plugins that happen to be installed here, of which some are slow.
+        # Without the other plugins installed here; some of them are slow.
         env={
             **os.environ,
             "PYTHONPATH": str(ROOT),

@@ -1,4 +1,4 @@
-"""Which way, how exact, what policy, what is known to fail: counted apart."""
+"""Profiles: way, exactness, policy and known failures are counted apart."""
 
 import json
 from functools import cache
@@ -26,7 +26,7 @@ ELSEWHERE = [
 
 
 class Follower:
-    """Answers every case as a profile does, from the vectors themselves."""
+    """An implementation that answers each case as a profile does, from the vectors."""
 
     def __init__(self, profile):
         self.name = profile.name
@@ -46,7 +46,7 @@ class Follower:
 
 @cache
 def outcomes(name):
-    """Return what the vectors say of who follows a profile."""
+    """Return the outcomes of an implementation that follows a profile."""
     return list(verify(Follower(PROFILES[name]), FILES))
 
 
@@ -112,7 +112,7 @@ BROKEN = ("verify", "tests.impls.broken_nibbles", "--only", "nf4_quantize")
 def test_known_failures_are_written_and_do_not_fail(tmp_path):
     path = tmp_path / "known.txt"
     listed = (*BROKEN, "--known-failures", str(path))
-    assert minipeft(*listed).returncode == 2  # there is no such file
+    assert minipeft(*listed).returncode == 2  # the file is missing
     assert minipeft(*listed, "--write-known-failures").returncode == 0
     lines = path.read_text().splitlines()
     assert all(line.startswith(("#", "nf4_quantize:")) for line in lines)

@@ -1,4 +1,4 @@
-"""The runners in golden/README.md run."""
+"""The example programs in golden/README.md run."""
 
 import re
 import shutil

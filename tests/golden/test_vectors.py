@@ -1,4 +1,4 @@
-"""The files themselves: true to the schemas, counted, small, regenerated as bytes."""
+"""The files of vectors fit their schemas, are counted, small and reproducible."""
 
 import json
 from collections import Counter
@@ -136,7 +136,7 @@ def test_no_adapter_is_tested_at_a_scaling_of_0_or_1():
 
 
 def test_exact_outputs_are_exact():
-    """What is compared as bytes must not depend on the order of summation."""
+    """Outputs compared as bytes must not depend on the order of summation."""
     for file in load_all(["linear", "lora"]):
         for case in file.cases:
             if "bitwise" in case.compare.values() and case.result == "valid":

@@ -18,13 +18,13 @@ from minipeft.golden.vectors import load_all
 pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).parents[2]
-# Other work on the same cores, as the book's timings allow for it.
+# CPU cores are shared; the book's time limits allow for it in the same way.
 SLOWNESS = float(os.environ.get("BOOK_SLOWNESS", "1"))
 PLAIN = f"{sys.executable} tests/impls/plain_program.py"
 
 
 def minipeft(*arguments):
-    """Run the command as a user does: without the checks that the tests install."""
+    """Run the command as a user does: without the type checks of the tests."""
     return subprocess.run(
         [sys.executable, "-m", "minipeft.cli", *arguments],
         cwd=ROOT,
@@ -43,7 +43,7 @@ def test_our_columns_pass(column):
     done = minipeft("verify", column)
     assert time.perf_counter() - begun < 15 * SLOWNESS
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr
-    # Its pages are objects: no number names one that does not exist.
+    # Its pages are objects, so no number can name a missing page.
     skipped = 2 if column == "torch" else 0
     assert f" 0 failed, {skipped} skipped" in done.stdout
 
