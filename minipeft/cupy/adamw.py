@@ -118,6 +118,8 @@ def parts(gpu: Executor, state: State, W: Facts) -> list[Array]:
         arrays = [("m", state.m), ("v", state.v)]
         return [_part(gpu, n, a, ("float32", W.shape), W.device) for n, a in arrays]
     moments = [("m", state.m), ("v", state.v)]
+    for name, moment in moments:
+        _check_shape(name, tuple(moment.shape), W.shape)
     codes, scales = (W.size,), (-(-W.size // BLOCKSIZE),)
     return [
         _part(gpu, f"{name}.{part}", getattr(moment, part), expected, W.device)
@@ -181,12 +183,16 @@ def _part(
     found = check(
         name, gpu.facts(array), [dtype], device, 4 if "absmax" in name else 16
     )
-    if found.shape != shape:
+    _check_shape(name, found.shape, shape)
+    return array
+
+
+def _check_shape(name: str, found: tuple[int, ...], expected: tuple[int, ...]) -> None:
+    if found != expected:
         raise InputError(
-            f"{name} of the state has shape {found.shape}, W needs {shape}; pass what "
+            f"{name} of the state has shape {found}, W needs {expected}; pass what "
             "`init` or the last step returned for this W."
         )
-    return array
 
 
 def _coded(facts: Facts, signed: bool, full: Full) -> Blockwise:

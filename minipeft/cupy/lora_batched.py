@@ -35,6 +35,8 @@ def stack(loras: Sequence[Any], dtype: str = "float32", device: int = 0) -> Adap
     Raises:
         InputError: if the adapters are not of one layer, or there is none.
     """
+    for lora in loras:
+        check_shapes({"A": (lora.A, "r in_features"), "B": (lora.B, "out_features r")})
     shapes = {(lora.A.shape[1], lora.B.shape[0]) for lora in loras}
     if len(shapes) != 1:
         raise InputError(
@@ -46,7 +48,6 @@ def stack(loras: Sequence[Any], dtype: str = "float32", device: int = 0) -> Adap
     A = np.zeros((len(loras), r, in_features), numpy_dtype(dtype))
     B = np.zeros((len(loras), out_features, r), numpy_dtype(dtype))
     for i, lora in enumerate(loras):
-        check_shapes({"A": (lora.A, "r in_features"), "B": (lora.B, "out_features r")})
         A[i, : len(lora.A)] = lora.A
         B[i, :, : len(lora.A)] = lora.B
     scaling = np.array([lora.scaling for lora in loras], np.float32)

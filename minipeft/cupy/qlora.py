@@ -40,7 +40,6 @@ def forward(
     facts = check("x", gpu.facts(x), CTYPES)
     tokens = facts.shape[0]
     out_features, in_features = _check_base(gpu, q, facts)
-    h, B, r, scaling = _lora(gpu, x, facts, lora, out_features)
     if bias is not None:
         bias = gpu.adopt(bias)
         found = check("bias", gpu.facts(bias), [facts.dtype], facts.device)
@@ -48,6 +47,7 @@ def forward(
             raise InputError(
                 f"bias has shape {found.shape}; q has {out_features} rows."
             )
+    h, B, r, scaling = _lora(gpu, x, facts, lora, out_features)
     y = gpu.empty((tokens, out_features), facts.dtype, facts.device)
     sizes = [tokens, in_features, out_features, r, scaling]
     log2 = log2_blocksize(q.blocksize)
