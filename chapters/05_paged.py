@@ -231,7 +231,7 @@ chapter.show(
 
 # %% [markdown]
 # In step {=first=} the activations need {=f"{needed[first] / 1e9:.1f}"=} GB. Pages of the state leave, and come back when the optimizer's step needs them: the blue band is thinner there.
-# Without paging the run ends in this step, {=f"{(unpaged[first] - CAPACITY) / 1e9:.2f}"=} GB short. The cost is {=f"{moved[first] / 1e9:.1f}"=} GB of traffic in this step. A PCIe 4.0 bus of 16 lanes carries at most {=PCIE / 1e9:.1f=} GB/s [@nvidia2020], so that takes
+# Without paging the run ends in this step, {=f"{(unpaged[first] - CAPACITY) / 1e9:.2f}"=} GB short. The cost is {=f"{moved[first] / 1e9:.1f}"=} GB of traffic in this step. A PCIe 4.0 bus of 16 lanes carries at most {=PCIE / 1e9:.1f=} GB/s in one direction [@nvidia2020]. The pages leave first and come back later, so that takes
 # {=f"{moved[first] / PCIE:.2f}"=} seconds at least. In the other steps after the first nothing is moved. Paged optimizers are made for such rare spikes.
 #
 # ## The experiment: too little room in every step

@@ -78,8 +78,8 @@ chapter = start("14_prefix", steps=40, model="tiny")
 #
 # ### The network that is thrown away
 #
-# Trained directly, keys and values are sensitive to the learning rate and to the start, the authors found, and they trained a small network instead whose *output* is the
-# prefix. After training it is run once more, its output kept, and the network dropped. It costs nothing afterwards, even if it has many times as many numbers as the prefix.
+# The authors found that training keys and values directly is sensitive to the learning rate and to the start. So they trained a small network whose *output* is the
+# prefix. After training this network is run once more, its output kept, and the network dropped. It costs nothing afterwards, even if it has many times as many numbers as the prefix.
 #
 # @source minipeft.reference.prefix.Reparametrization
 #

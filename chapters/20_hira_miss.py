@@ -192,7 +192,7 @@ chapter.claim(
 chapter.claim(
     "tuned, none of the three is ahead of LoRA here",
     all(at_best["LoRA"] < at_best[name] for name in ("LoRA+", "HiRA", "MiSS")),
-    control="LoRA, with as many trained numbers, at its own best rate",
+    control="LoRA, with about as many trained numbers, at its own best rate",
 )
 common = 3e-3
 plus_lead = losses["LoRA", common] - losses["LoRA+", common]

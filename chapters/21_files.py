@@ -70,9 +70,9 @@ print(*sorted({f"{update.scaling:.3f}" for update in adapter.updates.values()}))
 # %% [markdown]
 # ## The formula: one rounding
 #
-# The right merge is $W + s\,BA$, computed in float32 and rounded once to the dtype of the file [@hu2021]. That is a definition that bytes can be compared with: a file has these bits, or it has not. Another program may add in another order. So bits that differ are allowed as far as any order of the sums can reach [@higham2002], and no further. What lies beyond is a mistake.
+# The right merge is $W + s\,BA$, computed in float32 and rounded once to the dtype of the file [@hu2021]. That is a definition that bytes can be compared with: a file has these bits, or it has not. Another program may add in another order. So a file may differ from the right merge by as much as another order of the sums can cause [@higham2002]; this is the *bound*. A larger difference is a mistake.
 #
-# The size of an update needs no product as large as a weight, because of $|BA|^2 = \operatorname{tr}\big((B^TB)(AA^T)\big)$: two matrices of $r \times r$.
+# The size of an update is its Frobenius norm, the root of the sum of its squared entries. It needs no product as large as a weight, because $\lVert BA\rVert^2 = \operatorname{tr}\big((B^TB)(AA^T)\big)$, the trace of a product of two $r \times r$ matrices.
 #
 # ## The code
 #
@@ -132,7 +132,7 @@ assert WRONG not in halves
 # %% [markdown]
 # ## The experiment: five ways to break it
 #
-# Each is an easy mistake to make in a converter. The audit gets the file and is not told what was done to it. It applies each mistake of its list to the base and names the one whose result is nearest to the file. The five are on this list. Of a mistake that is not, the audit names the nearest too; how large the rest is shows whether the name fits. The rest is the distance to the file, relative to the size of the update; below it is called *unexplained*.
+# Each is an easy mistake to make in a converter. The audit gets the file and is not told what was done to it. It applies each mistake of its list to the base and names the one whose result is nearest to the file. The five are on this list. For a mistake that is not on the list, the audit names the nearest one too. The *unexplained* part shows whether the name fits: it is the distance from the mistake that is named to the file, relative to the size of the update.
 
 
 # %%
@@ -166,7 +166,7 @@ chapter.claim(
 )
 
 # %% [markdown]
-# How far is each file from the right merge? The unit here is the bound: how far another order of the sums can move a weight. The dots count for each adapted matrix the weight that lies farthest away. The control is the right merge in another order.
+# How far is each file from the right merge? Distances are given in units of the bound: another order of the sums can move a weight by 1 at most. Each dot stands for one adapted matrix, at the distance of its farthest weight. The control is the right merge in another order.
 
 # %%
 MAKERS = {mistake.name: mistake.make for mistake in MISTAKES}
@@ -218,7 +218,7 @@ chapter.show(
     figure,
     "mistakes",
     alt="Six rows of dots on a logarithmic axis, one dot for each adapted matrix: how far its farthest weight is from the right merge, in units of the bound. The dots of the right merge in another order lie left of a dashed line, which is the bound; those of five mistakes lie right of it. Open dots at zero say how far each file is from the mistake that the audit names.",
-    caption=f"Another order of the sums moves no weight farther than {max(off['right, in another order']):.2f} of the bound; each of the five mistakes moves one by {least_off:,.0f} times the bound or more, in every matrix. From the mistake that the audit names, the files are {max(max(unexplained[name]) for name in BROKEN):g} away.",
+    caption=f"Another order of the sums moves no weight farther than {max(off['right, in another order']):.2f} of the bound; each of the five mistakes moves at least one weight of every matrix by {least_off:,.0f} times the bound or more. The distance from the mistake that the audit names is {max(max(unexplained[name]) for name in BROKEN):g} at most.",
 )
 
 # %% [markdown]

@@ -18,7 +18,7 @@ COLUMNS = ("reference", "torch", "cupy", "laws", "agreement", "vectors", "chapte
 LAYOUT = {"codebook", "blockwise", "double_quant", "adamw", "paged"}
 LAYOUT |= {"lora", "dora", "qlora"}
 DASH = "–"
-NOTE = f"{DASH} means: no memory layout of its own; its code for a GPU is `torch`."
+NOTE = f"{DASH} means: no CUDA kernel of its own; on a GPU the torch code runs."
 BEGIN, END = "<!-- map -->", "<!-- /map -->"
 TICK = "✓"
 
