@@ -32,7 +32,7 @@ chapter = start("27_learns_less", steps=25, model="tiny")
 # 2. Full fine-tuning finds updates whose rank is 10 to 100 times that of a usual LoRA [@biderman2024]. The rank of a matrix with noise is full, so the paper counts how many singular values hold 90 % of the squared norm.
 # 3. LoRA brings *intruder dimensions*, and full fine-tuning does not: singular vectors with large singular values that resemble none of the vectors of the pretrained weight [@shuttleworth2024].
 #
-# Two numbers answer the last two. With $\sigma_i$ the singular values of the update $\Delta W = W - W_0$, its rank is the smallest $k$ with
+# Two numbers test the last two claims. With $\sigma_i$ the singular values of the update $\Delta W = W - W_0$ and $\lVert \cdot \rVert$ the Frobenius norm, what this chapter calls its rank is the smallest $k$ with
 #
 # $$ \sigma_1^2 + \dots + \sigma_k^2 \;\ge\; 0.9\, \lVert \Delta W \rVert^2 , $$
 #
@@ -344,7 +344,7 @@ count = results.table(rows)
 # %% [markdown]
 # {=count=}
 #
-# Each cell counts the intruders among the first ten singular vectors of a matrix, on average over the matrices, ± half the distance between the seeds. The four rates of a method rise by half decades. The best one is the third for full fine-tuning and for rank 1 and 8, and the second for rank 64.
+# Each cell counts the intruders among the first ten singular vectors of a matrix, on average over the matrices, ± half the distance between the seeds. Each rate of a method is $\sqrt{10}$ times the one before. The best one is the third for full fine-tuning and for rank 1 and 8, and the second for rank 64.
 
 # %% tags=["fold"]
 figure, ax = plots.axes(

@@ -39,7 +39,7 @@ chapter = start("28_start_matters", steps=15, model="tiny")
 #
 # ## The setting
 #
-# `tiny` learns *The Devil's Dictionary*. Adapters have rank 8 and $\alpha = 16$ on every linear layer. Rates lie on a grid of half decades. For each start the search begins at 0.01 and ends when the best rate has a worse one on both sides, with one seed, judged on fifty definitions
+# `tiny` learns *The Devil's Dictionary*. Adapters have rank 8 and $\alpha = 16$ on every linear layer. Rates lie on a grid of half decades, a factor of $\sqrt{10}$ apart. For each start the search begins at 0.01 and ends when the best rate has a worse one on both sides, with one seed, judged on fifty definitions
 # that are used for nothing else. The curves are on fifty others. `tiny` has 0.92 million parameters; the papers' models have 184 million to 70 billion.
 
 # %%
@@ -220,7 +220,7 @@ chapter.show(
 #
 # DoRA ends {=f"{abs(mean['LoRA', END] - mean['DoRA', END]):.3f}"=} nats from LoRA, less than their seeds differ. In four bits LoftQ begins {=f"{mean['QLoRA, 4 bits', 0] - mean['LoftQ, 4 bits', 0]:.3f}"=} nats below QLoRA and ends {=f"{mean['QLoRA, 4 bits', END] - mean['LoftQ, 4 bits', END]:.3f}"=} below, while QLoRA's seeds differ by {=f"{max(at('QLoRA, 4 bits', END)) - min(at('QLoRA, 4 bits', END)):.3f}"=}. Before training the four bits raise the loss by {=f"{mean['QLoRA, 4 bits', 0] - mean['LoRA', 0]:.3f}"=} nats only.
 #
-# In two bits LoftQ ends below QLoRA as published, but QLoRA trains too: it begins {=f"{mean['QLoRA, 2 bits', 0] - mean['LoRA', 0]:.2f}"=} nats above the model in 32 bits and gains {=f"{mean['QLoRA, 2 bits', 0] - mean['QLoRA, 2 bits', END]:.2f}"=} in {=full["steps"]=} steps, with every seed. **That it does not converge did not replicate** on this model. LoftQ's lead of
+# In two bits LoftQ ends below QLoRA as published, but QLoRA trains too: it begins {=f"{mean['QLoRA, 2 bits', 0] - mean['LoRA', 0]:.2f}"=} nats above the model in 32 bits and gains {=f"{mean['QLoRA, 2 bits', 0] - mean['QLoRA, 2 bits', END]:.2f}"=} in {=full["steps"]=} steps, with every seed. **That QLoRA does not converge did not replicate** on this model. LoftQ's lead of
 # {=f"{mean['QLoRA, 2 bits', 0] - mean['LoftQ, 2 bits', 0]:.2f}"=} nats at the start is {=f"{mean['QLoRA, 2 bits', END] - mean['LoftQ, 2 bits', END]:.2f}"=} at the end. With half of the weights in four bits (three bits a weight on average; the four bits go where they remove most error, as in [chapter 12](12_loftq.md)) LoftQ ends {=f"{mean['LoftQ, 2 bits', END] - mean['LoftQ, 2 and 4 bits', END]:.2f}"=} lower still. Where every weight has two bits, the better start, LoftQ, ends {=f"{mean['LoftQ, 2 bits', END] - mean['LoRA', END]:.2f}"=} nats above LoRA on weights of 32 bits.
 #
 # ## At one rate
@@ -334,7 +334,7 @@ chapter.claim(
 #
 # - **A small model and a short run.** {=full["steps"]=} steps of 8 definitions on a model of a million parameters. PiSSA's paper trains models of 184 million to 70 billion for thousands of steps.
 # - **A grid of half decades, searched with one seed.** A finer grid could improve each start a little.
-# - **One rank and one scaling.** Rank 8 and $\alpha / r = 2$, for LoRA and for PiSSA. PiSSA's paper takes $\alpha = r$, and another scaling has other best rates.
+# - **One rank and one scaling.** Rank 8 and $\alpha / r = 2$, for LoRA and for PiSSA. PiSSA's paper takes $\alpha = r$, and another scaling may have other best rates.
 # - **One model.** `--model` with `--full` repeats the chapter on another one. Do not take `smollm2` for the starts in few bits: its file holds four bits already.
 #
 # ## What goes wrong in practice
