@@ -31,7 +31,7 @@ SHAPES = [(17, 31), (64, 66), (5,)]  # 8 bits need at least 4,096 values
 
 
 @dataclass(frozen=True)
-class Row:
+class OptimizerState:
     """One row; `state` reads the state of a tensor from what `hold` returned."""
 
     name: str
@@ -54,14 +54,14 @@ def _move_pages(draw, p):
 
 
 ROWS = (
-    Row(
+    OptimizerState(
         name="adamw",
         hold=lambda draw, states: tuple(states),
         step=_step_of_adamw,
         state=lambda held, i: held[i],
         between=lambda draw, held: held,
     ),
-    Row(
+    OptimizerState(
         name="paged",
         hold=lambda draw, states: paged.init(states, draw(page_sizes), draw(budgets)),
         step=paged.step,

@@ -107,7 +107,7 @@ class NumpyExecutor:
         self.launcher.launch(kernel, dtype, facts, 0)
 
 
-class Program:
+class Runner:
     """A runner (runner.cpp) that stays alive from launch to launch."""
 
     def __init__(self, path: Path) -> None:
@@ -163,7 +163,7 @@ class CpuLauncher:
         mutants: for some rows, a program and which of its variants to run.
     """
 
-    _running: ClassVar[dict[Path, Program]] = {}
+    _running: ClassVar[dict[Path, Runner]] = {}
 
     def __init__(
         self,
@@ -190,7 +190,7 @@ class CpuLauncher:
         arguments, buffers = encode(kernel.pack(opened(args)))
         message = [np.array(header, np.int64).tobytes(), name, *arguments]
         if path not in self._running:
-            self._running[path] = Program(path)
+            self._running[path] = Runner(path)
         program = self._running[path]
         try:
             answer = program.run(message, sum(b.nbytes for b in buffers))

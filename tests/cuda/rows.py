@@ -17,7 +17,7 @@ from tests.cuda.mutation import Mutation
 
 
 @dataclass(frozen=True)
-class Row:
+class CheckedRow:
     """What the checks need of a row.
 
     Args:
@@ -30,13 +30,13 @@ class Row:
 
 
 ROWS = {
-    "blockwise": Row(blockwise_cases.small, blockwise_cases.MUTATIONS),
-    "double_quant": Row(double_quant_cases.small, double_quant_cases.MUTATIONS),
-    "adamw": Row(adamw_cases.small, adamw_cases.MUTATIONS),
-    "paged": Row(paged_cases.small, paged_cases.MUTATIONS),
-    "lora_batched": Row(
+    "blockwise": CheckedRow(blockwise_cases.small, blockwise_cases.MUTATIONS),
+    "double_quant": CheckedRow(double_quant_cases.small, double_quant_cases.MUTATIONS),
+    "adamw": CheckedRow(adamw_cases.small, adamw_cases.MUTATIONS),
+    "paged": CheckedRow(paged_cases.small, paged_cases.MUTATIONS),
+    "lora_batched": CheckedRow(
         product_cases.lora_batched_small, product_cases.LORA_BATCHED_MUTATIONS
     ),
-    "qlora": Row(product_cases.qlora_small, product_cases.QLORA_MUTATIONS),
-    "dora": Row(product_cases.dora_small, product_cases.DORA_MUTATIONS),
+    "qlora": CheckedRow(product_cases.qlora_small, product_cases.QLORA_MUTATIONS),
+    "dora": CheckedRow(product_cases.dora_small, product_cases.DORA_MUTATIONS),
 }

@@ -319,12 +319,12 @@ def test_a_gpu_gets_a_launch(name):
 
 
 @dataclass(frozen=True)
-class Program:
+class Captured:
     run: Callable[..., Tensor]
     args: tuple
 
 
-def compiled_programs() -> dict[str, Program]:
+def compiled_programs() -> dict[str, Captured]:
     parts, layout = weight(8, 64, nested=True)
 
     def layer(x: Tensor) -> Tensor:
@@ -336,9 +336,9 @@ def compiled_programs() -> dict[str, Program]:
 
     x, y, adapters, indices = batch(torch.float32)
     return {
-        "a layer": Program(layer, (drawn(3, 64),)),
-        "a step": Program(step, samples()["adamw_"][:4]),
-        "a batch": Program(
+        "a layer": Captured(layer, (drawn(3, 64),)),
+        "a step": Captured(step, samples()["adamw_"][:4]),
+        "a batch": Captured(
             lambda x, y: operators.lora_batched(x, y, adapters, indices) * 2, (x, y)
         ),
     }

@@ -107,9 +107,12 @@ def explained(tensors, kind, tokens, adapter=None):
     loaded.model.get_input_embeddings().weight.requires_grad_(True)
     ids = loaded.tokenizer(PROMPT, return_tensors="pt").input_ids
     found = loaded.model(ids).logits[0, -1].log_softmax(-1)
-    places = [x for _, x, _ in seen] + [y for *_, y in seen]
-    sums = [gamma(x.shape[-1] + 8) * (x.abs() @ m.weight.abs().T) for m, x, _ in seen]
-    errors = [slack(x, kind) for _, x, _ in seen] + sums
+    places = [x for _, x, _ in seen] + 2 * [y for *_, y in seen]
+    # Each side adds up n products, with at most n roundings: an error of gamma(n) times
+    # the sum of absolute products for llama.cpp, and another one for us. The roundings
+    # between linear layers are not counted: they are few beside these worst cases.
+    sums = [gamma(x.shape[-1]) * (x.abs() @ m.weight.abs().T) for m, x, _ in seen]
+    errors = [slack(x, kind) for _, x, _ in seen] + sums + sums
     largest = 0.0
     for token in tokens:
         slopes = torch.autograd.grad(found[token], places, retain_graph=True)
