@@ -1,4 +1,4 @@
-"""What every check does with the AdamW kernels: some steps, all bits compared."""
+"""Cases of the AdamW kernels for every check: some steps, all bits compared."""
 
 from collections.abc import Collection
 
@@ -15,7 +15,7 @@ CONFIG = {"lr": 0.01, "betas": (0.9, 0.99), "eps": 1e-6, "weight_decay": 0.1}
 
 
 def agree(n: int, dtype: str, bits: int, steps: int = 3) -> None:
-    """Take steps with the launchers and with the reference: the same bytes."""
+    """Take steps with the launchers and with the reference, and compare all bytes."""
     W = expected_W = gaussian(n, dtype)
     state, expected = gpu.init(W, bits), reference.init(W, bits)
     for t in range(steps):
@@ -39,7 +39,7 @@ def same(moment, expected) -> None:
 
 
 def slope(n: int, dtype: str, t: int) -> np.ndarray:
-    """Gradients of uneven size, with zeros and a block of zeros among them."""
+    """Return gradients of uneven size, with zeros and a block of zeros."""
     rng = np.random.default_rng([n, t])
     size = np.float32(10) ** rng.integers(-4, 2, n).astype(np.float32)
     grad = rng.standard_normal(n, np.float32) * size
@@ -49,7 +49,7 @@ def slope(n: int, dtype: str, t: int) -> np.ndarray:
 
 
 def small(dtypes: Collection[str] = tuple(DTYPES)) -> None:
-    """Run a few launches that reach every branch; for checks that are slow."""
+    """Run a few launches that reach every branch, for the slow checks."""
     for dtype in dtypes:
         agree(2049, dtype, 32, steps=2)
         # Float32: two CUDA blocks, the last of two tiles; the last tile of 77 values.

@@ -1,4 +1,4 @@
-"""What every check does with the blockwise kernels: launch them, compare all bits."""
+"""Cases of the blockwise kernels for every check: launches, all bits compared."""
 
 from collections.abc import Collection
 
@@ -20,7 +20,7 @@ def agree(
     blocksize: int,
     outputs: Collection[str] = tuple(DTYPES),
 ) -> None:
-    """Quantize and dequantize with the launchers; every byte is the reference's."""
+    """Quantize and dequantize with the launchers; compare every byte."""
     with np.errstate(over="ignore"):
         expected = reference.quantize(W, codebook, blocksize)
     q = gpu.quantize(W, codebook, blocksize)
@@ -38,7 +38,7 @@ def gaussian(n: int, dtype: str = "float32") -> np.ndarray:
 
 
 def awkward(codebook: np.ndarray, dtype: str) -> np.ndarray:
-    """Blocks of 64: zeros of both signs, subnormals, ties, huge values; and a tail."""
+    """Return blocks of 64: signed zeros, subnormals, ties, huge values; and a tail."""
     rng = np.random.default_rng(7)
     blocks = rng.standard_normal((10, 64), np.float32)
     information = np.finfo(np.float32)
@@ -52,7 +52,7 @@ def awkward(codebook: np.ndarray, dtype: str) -> np.ndarray:
     blocks[5] = -np.resize([1, *ties, *np.nextafter(ties, 2)], 64)
     blocks[6, 5] = 3.0e38
     blocks[7] = np.resize([0.0, -0.0, 2.0], 64)
-    blocks[8] *= np.float32(60000)  # beyond float16 once it is dequantized
+    blocks[8] *= np.float32(60000)  # beyond float16 when decoded
     flat = np.concatenate([blocks.reshape(-1), [np.float32(0.3)] * 5])
     with np.errstate(over="ignore"):
         cast = flat.astype(DTYPES[dtype])
@@ -60,7 +60,7 @@ def awkward(codebook: np.ndarray, dtype: str) -> np.ndarray:
 
 
 def small(dtypes: Collection[str] = tuple(DTYPES)) -> None:
-    """Run a few launches that reach every branch; for checks that are slow."""
+    """Run a few launches that reach every branch, for the slow checks."""
     for dtype in dtypes:
         agree(awkward(NF4, dtype), NF4, 64, [dtype])  # registers and shuffles
         agree(gaussian(2 * 2048 + 1001, dtype), FP4, 1024, [dtype])  # shared memory

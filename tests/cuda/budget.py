@@ -40,7 +40,7 @@ def measure(row: str, architecture: str) -> dict[str, Usage]:
 
 
 def worse(measured: Usage, allowed: Usage) -> list[str]:
-    """Say in words what exceeds the budget."""
+    """Say in words which numbers exceed the budget."""
     complaints = []
     for column in COLUMNS:
         sign = 1 if column in SMALLER_IS_BETTER else -1
@@ -58,7 +58,7 @@ def load() -> dict[str, Usage]:
 
 
 def main() -> None:
-    """Renew the budget."""
+    """Write the budget anew."""
     old = load() if FILE.exists() else {}
     new = {
         k: v for row in ROWS for a in ARCHITECTURES for k, v in measure(row, a).items()

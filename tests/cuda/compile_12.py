@@ -1,7 +1,7 @@
-"""Compile every kernel with NVRTC 12, which `make cuda12` gets: the extra `cupy12`.
+"""Compile every kernel with NVRTC 12, which `make cuda12` installs: the extra `cupy12`.
 
-NVIDIA's bindings for CUDA 13 know no NVRTC 12, so this calls the library itself. The
-wheels, 93 MB, are not part of the tests' environment.
+NVIDIA's bindings for CUDA 13 cannot call NVRTC 12, so this module calls the library
+itself. The wheels, 93 MB, are not part of the tests' environment.
 """
 
 import ctypes
@@ -28,7 +28,7 @@ def main(folder: str) -> int:
 
 
 def refusal(library: ctypes.CDLL, row: str, where: tuple[str, str]) -> str:
-    """Return what the compiler says against a row: warnings, spills, errors."""
+    """Return the compiler's complaints about a row: warnings, spills, errors."""
     program = ctypes.c_void_p()
     text, name = kernels.source(row).encode(), f"{row}.cu".encode()
     _call(library.nvrtcCreateProgram, ctypes.byref(program), text, name, 0, None, None)

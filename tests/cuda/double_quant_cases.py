@@ -1,4 +1,4 @@
-"""What every check does with the double-quantization kernels."""
+"""Cases of the double-quantization kernels for every check."""
 
 from collections.abc import Collection
 
@@ -19,7 +19,7 @@ def agree(
     blocksizes: tuple[int, int],
     outputs: Collection[str] = tuple(DTYPES),
 ) -> None:
-    """Quantize and dequantize with the launchers; every byte is the reference's."""
+    """Quantize and dequantize with the launchers; compare every byte."""
     expected = reference.quantize(W, codebook, *blocksizes)
     q = gpu.quantize(W, codebook, *blocksizes)
     for part in ("packed", "absmax_codes", "nested_absmax", "offset"):
@@ -30,7 +30,7 @@ def agree(
 
 
 def uneven(n: int, dtype: str) -> np.ndarray:
-    """Weights whose scales spread over powers of ten; a block of zeros among them."""
+    """Return weights whose scales spread over powers of ten, with a block of zeros."""
     rows = gaussian(n, dtype)
     size = np.float32(10) ** -(np.arange(n) // 64 % 5).astype(np.float32)
     rows = (rows.astype(np.float32) * size).astype(rows.dtype)
@@ -39,13 +39,13 @@ def uneven(n: int, dtype: str) -> np.ndarray:
 
 
 def small(dtypes: Collection[str] = tuple(DTYPES)) -> None:
-    """Run a few launches that reach every branch; for checks that are slow."""
+    """Run a few launches that reach every branch, for the slow checks."""
     for dtype in dtypes:
         agree(uneven(2 * 8192 + 77, dtype), NF4, (64, 256), [dtype])
         agree(
             uneven(4099, dtype), FP4, (8, 64), [dtype]
-        )  # nested blocks of a few warps
-        agree(gaussian(3001, dtype), NF3, (2, 1024), [dtype])  # and of several strides
+        )  # a few warps to a nested block
+        agree(gaussian(3001, dtype), NF3, (2, 1024), [dtype])  # of several strides
         agree(gaussian(60, dtype), NF4, (64, 256), [dtype])  # one scale
 
 

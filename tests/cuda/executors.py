@@ -1,8 +1,8 @@
-"""What runs kernels in the place of a GPU: `minipeft.kernels.driver.use` takes it.
+"""Executors without a GPU, for `minipeft.kernels.driver.use`.
 
-A launcher gets addresses. `NumpyExecutor` lets the CuPy column run on top of one
-unchanged, with NumPy arrays: what is new from `empty` is filled with a pattern, so that
-a value which a kernel forgets to write is not a lucky zero.
+A launcher gets addresses. `NumpyExecutor` runs the CuPy column on a launcher, with
+NumPy arrays. A new array from `empty` is filled with a pattern, so that a value which a
+kernel does not write is visibly wrong.
 """
 
 import atexit
@@ -32,16 +32,16 @@ DTYPES = {
 }
 
 
-# Before the number of a buffer: the argument is that buffer once more.
+# Before the number of a buffer: the argument is the same buffer again.
 SAME_AS = -(2**62)
 
 
 class LaunchError(Exception):
-    """A launch that ended in something else than values: a race, a wild address, …"""
+    """A launch failed: a race, a wild address, or another error instead of values."""
 
 
 def memory(facts: Facts) -> np.ndarray:
-    """Return the bytes of an array that lies in host memory."""
+    """Return the bytes of an array in host memory."""
     if not facts.nbytes:
         return np.zeros(0, np.uint8)
     kind = ctypes.c_uint8 * facts.nbytes
@@ -49,7 +49,7 @@ def memory(facts: Facts) -> np.ndarray:
 
 
 def opened(args: Sequence[Any]) -> list[Any]:
-    """Put the bytes in the place of the facts."""
+    """Replace the facts of each array by its bytes."""
     return [memory(a) if isinstance(a, Facts) else a for a in args]
 
 
@@ -97,10 +97,10 @@ class NumpyExecutor:
         return np.array(array)
 
     def move(self, array: np.ndarray, device: int) -> None:
-        """There is one memory here; the counts of pages are what tests look at."""
+        """Do nothing: there is one memory; the tests look at the counts of pages."""
 
     def arrived(self, device: int) -> None:
-        """Likewise."""
+        """Do nothing: there is one memory."""
 
     def launch(self, kernel: Kernel, dtype: str, args: Sequence[Any]) -> None:
         facts = [self.facts(a) if isinstance(a, np.ndarray) else a for a in args]
@@ -108,7 +108,7 @@ class NumpyExecutor:
 
 
 class Runner:
-    """A runner (runner.cpp) that stays alive from launch to launch."""
+    """A process of runner.cpp that runs one launch after another."""
 
     def __init__(self, path: Path) -> None:
         self._process = subprocess.Popen(
@@ -137,7 +137,7 @@ class Runner:
 
 
 def encode(arguments: list[Any]) -> tuple[list[bytes], list[np.ndarray]]:
-    """Write arguments as runner.cpp reads them; list the buffers that come back."""
+    """Write arguments as runner.cpp reads them; return the buffers that it returns."""
     message: list[bytes] = []
     buffers: list[np.ndarray] = []
     for argument in arguments:
@@ -147,7 +147,7 @@ def encode(arguments: list[Any]) -> tuple[list[bytes], list[np.ndarray]]:
         elif (known := ptx.position(argument, buffers)) is None:
             length = argument.nbytes
             buffers.append(argument)
-        else:  # an output in place of an input
+        else:  # an output that is also an input
             length = SAME_AS + known
         message.append(np.int64(length).tobytes())
         message.append(b"" if known is not None else argument.tobytes())
@@ -155,12 +155,12 @@ def encode(arguments: list[Any]) -> tuple[list[bytes], list[np.ndarray]]:
 
 
 class CpuLauncher:
-    """Runs what g++ made of the kernels.
+    """Runs the kernels that g++ compiled for this CPU.
 
     Args:
-        flavour: what to make visible, from `toolchain.FLAVOURS`.
-        seed: picks the order of threads and blocks.
-        mutants: for some rows, a program and which of its variants to run.
+        flavour: a way to build, from `toolchain.FLAVOURS`.
+        seed: of the order of threads and blocks.
+        mutants: for some rows, a program and the variant to run.
     """
 
     _running: ClassVar[dict[Path, Runner]] = {}
@@ -211,7 +211,7 @@ class CpuExecutor(NumpyExecutor):
 
 
 class DeviceLauncher:
-    """Runs the kernels on a GPU, with host memory outside: for the same cases."""
+    """Runs the kernels on a GPU, with arrays in host memory: for the same cases."""
 
     def launch(
         self, kernel: Kernel, dtype: str, args: Sequence[Any], stream: int
@@ -242,10 +242,10 @@ class DeviceExecutor(NumpyExecutor):
 
 
 class PtxLauncher:
-    """Interprets the PTX that NVRTC made of the kernels.
+    """Interprets the PTX that NVRTC compiled from the kernels.
 
     Args:
-        architecture: of the GPU that NVRTC compiles for, as in "75".
+        architecture: of the GPU that NVRTC compiles for, such as "75".
         mutants: for some rows, another source.
     """
 
@@ -261,7 +261,7 @@ class PtxLauncher:
         self, kernel: Kernel, dtype: str, args: Sequence[Any], stream: int
     ) -> None:
         where = (kernel.row, "ptx", self.architecture)
-        if kernel.row in self.mutants:  # compiled for this launch, and what is like it
+        if kernel.row in self.mutants:  # only the instance of this dtype
             compiled = compile_device(*where, self.mutants[kernel.row], [dtype])
         else:
             compiled = compile_device(*where, source(kernel.row))

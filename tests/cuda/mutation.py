@@ -1,4 +1,4 @@
-"""A deliberate mistake in a kernel, and the checks that must see it."""
+"""A deliberate mistake in a kernel, and the checks that must find it."""
 
 from dataclasses import dataclass
 
@@ -24,7 +24,7 @@ class Mutation:
     caught_by: tuple[str, ...]
 
     def apply(self, text: str) -> str:
-        """Return the source with the mistake in it."""
+        """Return the source with the mistake."""
         parts = text.split(self.old)
         assert self.occurrence < len(parts), f"{self.name}: {self.old!r} is not there"
         before = self.old.join(parts[: self.occurrence])

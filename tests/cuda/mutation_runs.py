@@ -29,7 +29,7 @@ DTYPE = "float32"
 SEEDS = range(3)
 FAILURES = (AssertionError, LaunchError, PtxError)
 
-# The words by which each check reports what it is there for.
+# The words by which each check reports a failure of its own kind.
 REPORTS = {
     "values": r"differ, first at|off by|shim: ",
     "races": "ThreadSanitizer: data race",
@@ -40,7 +40,7 @@ REPORTS = {
 
 @cache
 def program(row: str, check: str, mutations: tuple[Mutation, ...]) -> Path:
-    """Build mutants of a row, all in one program."""
+    """Build all mutants of a row in one program."""
     text = kernels.source(row)
     return compile_cpu(row, check, {m.name: m.apply(text) for m in mutations}, [DTYPE])
 
@@ -48,7 +48,7 @@ def program(row: str, check: str, mutations: tuple[Mutation, ...]) -> Path:
 def executors(
     row: str, mutation: Mutation, check: str, mutations: tuple[Mutation, ...]
 ) -> Iterator[Executor]:
-    """Give what runs the mutant, in several orders; `mutations` are built with it."""
+    """Yield executors that run the mutant in several orders, from one build."""
     if check == "ptx":
         yield PtxExecutor(mutants={row: mutation.apply(kernels.source(row))})
         return
@@ -58,14 +58,14 @@ def executors(
 
 
 def run(row: str, chosen: Iterable[Executor]) -> None:
-    """Run the row's few launches on each, and compare."""
+    """Run the few launches of a row on each executor, and compare."""
     for executor in chosen:
         with use(executor):
             ROWS[row].small([DTYPE])
 
 
 def planted(check: str) -> list[ParameterSet]:
-    """List the mistakes that this check must see: row and mutation."""
+    """Return the mistakes that this check must find: row and mutation."""
     return [
         pytest.param(row, mutation, id=f"{row}: {mutation.name}")
         for row, parts in ROWS.items()
@@ -75,15 +75,15 @@ def planted(check: str) -> list[ParameterSet]:
 
 
 def must_see(row: str, mutation: Mutation, check: str) -> None:
-    """Fail if the check does not see the mistake, or says it in other words."""
+    """Fail if the check does not find the mistake, or reports it in other words."""
     together = tuple(m for m in ROWS[row].mutations if check in m.caught_by)
-    chosen = list(executors(row, mutation, check, together))  # that it can be built
+    chosen = list(executors(row, mutation, check, together))  # a failed build is none
     with pytest.raises(FAILURES, match=REPORTS[check]):
         run(row, chosen)
 
 
 def reported(row: str, mutation: Mutation, check: str) -> bool:
-    """Say whether the check sees the mistake, in its own words."""
+    """Return whether the check finds the mistake and reports it in its own words."""
     for executor in executors(row, mutation, check, ROWS[row].mutations):
         try:
             run(row, [executor])
@@ -94,7 +94,7 @@ def reported(row: str, mutation: Mutation, check: str) -> bool:
 
 
 def main(rows: list[str]) -> int:
-    """Print the table: for each row and mistake, the checks that must and that do."""
+    """Print for each row and mistake the checks that must find it and that do."""
     if missing := missing_for_cpu() or missing_for_device():
         print(missing, file=sys.stderr)
         return 2

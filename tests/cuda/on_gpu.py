@@ -15,14 +15,14 @@ def small() -> None:
     """Launch every kernel a few times, each array in an allocation of its own."""
     import cupy
 
-    cupy.cuda.set_allocator(None)  # in a pool, a neighbour would hide an overrun
+    cupy.cuda.set_allocator(None)  # a pool would hide an overrun into a neighbour
     with use(DeviceExecutor()):
         for row in ROWS.values():
             row.small(CTYPES)
 
 
 def main() -> int:
-    """Return 0; 1 where there is no GPU, for a moment ago there was one."""
+    """Return 0; return 1 without a GPU, because the caller found one a moment ago."""
     if reason := missing():
         print(f"nothing ran. {reason}")
         return 1

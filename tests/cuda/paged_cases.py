@@ -1,4 +1,4 @@
-"""What every check does with paged states: the reference's bytes and its traffic."""
+"""Cases of paged states for every check: the reference's bytes and its traffic."""
 
 import re
 from collections.abc import Collection
@@ -21,7 +21,7 @@ from tests.tolerance import assert_bits
 def agree(
     sizes: Collection[int], dtype: str, bits: int, page_size: int, budget: int
 ) -> None:
-    """Step some tensors in turn, move pages about, and compare all there is."""
+    """Step some tensors in turn, move pages, and compare weights, states, traffic."""
     W = [gaussian(n, dtype) for n in sizes]
     expected_W = list(W)
     p = gpu.init([gpu_adamw.init(w, bits) for w in W], page_size, budget)
@@ -44,7 +44,7 @@ def agree(
 def step_ahead(
     p: paged.Paged, tensor: int, W: np.ndarray, grad: np.ndarray
 ) -> tuple[np.ndarray, paged.Paged]:
-    """Step the reference's pages; the next one is asked for while one is in use."""
+    """Step the reference's pages; prefetch the next page while one is in use."""
     W, config = W.copy(), adamw.AdamW(**CONFIG)
     for i, page in enumerate(p.pages[tensor]):
         p = paged.touch(p, page)
@@ -66,12 +66,12 @@ def compare(p: gpu.Paged, expected: paged.Paged, tensor: int) -> None:
 
 
 def bad_gradient_is_named(n: int, dtype: str) -> None:
-    """The first bad value of the gradient is found wherever it is."""
+    """Check that the message names the first bad value of the gradient, anywhere."""
     W = gaussian(n, dtype)
     p = gpu.init([gpu_adamw.init(W)], 256, 2)
     for at in (0, 13, n - 1):
         grad = slope(n, dtype, 0)
-        grad[at + 24 :: 24] = np.inf  # others behind it, in the block and beyond
+        grad[at + 24 :: 24] = np.inf  # later bad values, in the same block and beyond
         grad[at] = np.nan
         with pytest.raises(InputError) as refused:
             gpu.step(p, 0, W, grad, gpu_adamw.AdamW())
@@ -81,7 +81,7 @@ def bad_gradient_is_named(n: int, dtype: str) -> None:
 
 
 def small(dtypes: Collection[str] = tuple(DTYPES)) -> None:
-    """Run a few launches that reach every branch; for checks that are slow."""
+    """Run a few launches that reach every branch, for the slow checks."""
     for dtype in dtypes:
         agree([700, 257], dtype, 32, 256, 2)
         bad_gradient_is_named(2049, dtype)

@@ -1,8 +1,8 @@
-"""What every check does with the kernels that sum: lora_batched, qlora, dora.
+"""Cases of the kernels that sum products, for every check: lora_batched, qlora, dora.
 
-Two meanings of equal. With small integers and power-of-two scalings every partial sum
-is exact, so the kernel gives the reference's bits whatever its order of summation. With
-Gaussians it lies within the bound of its roundings.
+Equality has two meanings here. With small integers and power-of-two scalings every
+partial sum is exact, so the kernel gives the reference's bits whatever its order of
+summation. With normal numbers the result lies within the bound of its roundings.
 """
 
 from collections.abc import Collection
@@ -20,8 +20,8 @@ from tests.cuda.executors import DTYPES
 from tests.cuda.mutation import Mutation
 from tests.tolerance import assert_bits, assert_within, gamma, matmul_bound
 
-# Codes whose values are small integers over 8: with absmax a power of two all products
-# are exact.
+# Codes whose values are small integers over 8: with a power of two as absmax all
+# products are exact.
 EIGHTHS = (np.arange(16, dtype=np.float32) - 8) / np.float32(8)
 
 
@@ -49,10 +49,10 @@ def rounding(exact: np.ndarray, bound: np.ndarray, dtype: str) -> np.ndarray:
 
 
 def roundings(n: int, dtype: str) -> int:
-    """Count each sum twice where tensor cores add: in 16 bits.
+    """Return n, doubled in 16 bits, where tensor cores add.
 
-    PTX promises no rounding to nearest there, so a sum may err by a whole last bit of
-    float32, twice the unit roundoff that `gamma` counts with.
+    PTX promises no rounding to nearest for tensor cores, so a sum may err by a whole
+    last bit of float32, twice the unit roundoff that `gamma` counts with.
     """
     return n if dtype == "float32" else 2 * n
 
@@ -101,7 +101,7 @@ def lora_batched_small(dtypes: Collection[str] = tuple(DTYPES)) -> None:
 
 
 def base(rng, s: Sizes, draw, nested: bool):
-    """Quantize a base; the reference's and the same arrays for the kernel."""
+    """Quantize a base; return the reference's tensor and the kernel's."""
     W = draw(rng, s.d, s.k)
     if draw is integers:
         codes = rng.integers(0, 16, s.d * s.k, np.uint8)
@@ -172,7 +172,8 @@ def dora_agrees(s: Sizes, dtype: str, draw, seed: int = 0) -> None:
     if draw is integers:
         assert_bits(got, exact.astype(np.float32))
         return
-    # A norm moves by at most the norm of what moves the row; then come its own sums.
+    # The norm of a row changes by at most the norm of the row's change; then come the
+    # norm's own sums.
     moved = gamma(roundings(s.r + 2, dtype)) * (abs(W) + 0.5 * abs(B) @ abs(A))
     row = np.sqrt((moved * moved).sum(axis=1))
     assert_within(got, exact, row + gamma(s.k + 2) * (exact + row))

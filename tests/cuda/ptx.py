@@ -1,7 +1,7 @@
-"""Interpret PTX in NumPy: what the compiler made of a kernel, run without a GPU.
+"""Interpret PTX in NumPy: run the compiler's output for a kernel without a GPU.
 
-A wave of CUDA blocks runs at once, every thread a lane of NumPy arrays. Of the threads
-that are not waiting, those furthest behind go next, so divergent paths meet again.
+A wave of CUDA blocks runs at once; every thread is a lane of NumPy arrays. Of the
+threads that do not wait, those furthest behind run next, so divergent paths meet again.
 Every access is checked against its buffer and its alignment. All lanes run in step, so
 races stay hidden here; the CPU build finds them.
 """
@@ -24,7 +24,7 @@ COLLECTIVE = ("shfl", "vote", "mma")  # all lanes of a warp at once
 
 @dataclass
 class Memory:
-    """Buffers far apart from each other, so that a wild address meets none."""
+    """Buffers far apart from each other, so that a wild address lies in no buffer."""
 
     bases: list[int] = field(default_factory=list)
     buffers: list[np.ndarray] = field(default_factory=list)
@@ -41,7 +41,7 @@ class Memory:
     def locate(
         self, addresses: np.ndarray, size: int, what: str
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Give the buffer and the offsets that `addresses` mean, or refuse."""
+        """Return the buffer and the offsets of `addresses`; refuse a wild address."""
         which = np.searchsorted(self.bases, addresses, side="right") - 1
         first = int(which[0])
         if first < 0 or (which != first).any():
@@ -65,7 +65,7 @@ def check_range(offsets: np.ndarray, size: int, limit: int, what: str) -> None:
 
 @dataclass(frozen=True)
 class World:
-    """What all waves of a launch share: memory, and the values of names in the code."""
+    """What the waves of a launch share: memory, and the values of names in the code."""
 
     memory: Memory
     symbols: dict[str, int]
@@ -95,9 +95,9 @@ class Wave:
         self.shared = np.full((blocks.size, entry.shared_bytes), 0xCD, np.uint8)
         self.counter = np.zeros(self.n, np.int64)
         self.alive = np.ones(self.n, bool)
-        self.waiting = np.zeros(self.n, bool)  # at a barrier of the block
-        self.parked = np.zeros(self.n, bool)  # at a shuffle or vote of the warp
-        self.passing = np.zeros(self.n, bool)  # through it, all lanes having come
+        self.waiting = np.zeros(self.n, bool)  # waits at a barrier of the block
+        self.parked = np.zeros(self.n, bool)  # waits at a shuffle or vote of the warp
+        self.passing = np.zeros(self.n, bool)  # may pass it: all lanes have come
 
     def run(self) -> None:
         code = self.entry.instructions
@@ -133,7 +133,7 @@ class Wave:
         self.passing[complete] = True
 
     def _open_barrier(self) -> None:
-        """Every block waits as a whole, or some of its threads never come."""
+        """Open a barrier when all threads of a block wait; refuse if some never do."""
         waits = (self.alive & self.waiting).reshape(-1, self.threads)
         if not (waits.all(axis=1) | ~waits.any(axis=1)).all():
             raise PtxError("bar.sync not reached by every thread of the block")
@@ -185,7 +185,8 @@ class Wave:
             return
         register = self.register(name)
         if values.dtype != bool and values.dtype.itemsize < register.dtype.itemsize:
-            # A narrow value fills a wide register: signed ones keep their sign.
+            # A narrow value is extended to a wide register: signed values keep their
+            # sign.
             sort = "i" if values.dtype.kind == "i" else "u"
             narrow = values.view(f"{sort}{values.dtype.itemsize}")
             values = narrow.astype(f"{sort}{register.dtype.itemsize}")
@@ -204,7 +205,7 @@ class Wave:
     _exit = _ret
 
     def _bar(self, i: Instruction, lanes: np.ndarray) -> None:
-        if i.modifiers[0] == "sync":  # bar.warp.sync orders nothing that is not in step
+        if i.modifiers[0] == "sync":  # bar.warp.sync does nothing: lanes run in step
             self.waiting[lanes] = True
 
     _barrier = _bar
@@ -216,7 +217,7 @@ class Wave:
         return self.read(base, "u64", lanes) + np.uint64(int(offset or 0) % (1 << 64))
 
     def _place(self, i: Instruction, operand: str, size: int, lanes: np.ndarray):
-        """Give the bytes that lanes access, as rows of `size`, and the row of each."""
+        """Return the bytes that lanes access, in rows of `size`, and row numbers."""
         addresses = self._addresses(operand, lanes)
         if "shared" in i.modifiers:
             offsets, limit = addresses.astype(np.int64), self.entry.shared_bytes
@@ -259,7 +260,7 @@ class Wave:
         update = {"add": np.add, "min": np.minimum, "max": np.maximum}[operation]
         for row, new in zip(
             where, values, strict=True
-        ):  # one after another, as atomics
+        ):  # one after another, as atomics do
             buffer[row] = update(buffer[row].view(values.dtype), new).view(np.uint8)
 
     _red = _atom
@@ -335,7 +336,7 @@ class Wave:
             raise PtxError(f"no such shape here: {i.line}")
         d, a, b, c = (re.findall(r"[%\w]+", operand) for operand in i.operands)
         half = np.dtype(np.float16) if i.modifiers[6] == "f16" else BFLOAT16
-        warps = lanes.reshape(-1, 32)  # all lanes of each have come
+        warps = lanes.reshape(-1, 32)  # all lanes have come
 
         def fragment(names: list[str], kind: str) -> np.ndarray:
             columns = [self.read(name, kind, lanes) for name in names]
@@ -377,7 +378,7 @@ class Wave:
 
 
 def position(array: np.ndarray, arrays: list[np.ndarray]) -> int | None:
-    """Find an array in a list: the same memory, not the same values."""
+    """Return the index of the array with the same memory (not the same values)."""
     for i, other in enumerate(arrays):
         if array.ctypes.data == other.ctypes.data and array.nbytes == other.nbytes:
             return i
@@ -390,7 +391,8 @@ def launch(
     """Run a kernel; arrays are changed in place.
 
     Raises:
-        PtxError: at an access out of bounds or misaligned, or a barrier that is missed.
+        PtxError: at an access out of bounds or misaligned, or if a thread misses a
+            barrier.
     """
     memory = Memory()
     symbols = dict(entry.shared)
@@ -403,7 +405,7 @@ def launch(
             if known is None:
                 arrays.append(value)
                 symbols[name] = memory.add(name, value.tobytes())
-            else:  # an output in place of an input
+            else:  # an output that is also an input
                 symbols[name] = memory.bases[first_buffer + known]
         else:
             symbols[name] = int.from_bytes(value.tobytes(), "little")

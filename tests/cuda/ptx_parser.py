@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 
 class PtxError(Exception):
-    """A launch that a GPU would have stopped, or whose result CUDA leaves undefined."""
+    """A launch that a GPU would stop, or whose result CUDA leaves undefined."""
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ OPERAND = re.compile(r"\{[^}]*\}|\[[^\]]*\]|[^\s,]+")
 
 
 def parse(text: str) -> dict[str, Entry]:
-    """Read a PTX file; give its kernels by name."""
+    """Read a PTX file; return its kernels by name."""
     text = re.sub(r"//[^\n]*", "", text)
     constants = {m[2]: _constant(m[1], m[3]) for m in CONSTANT.finditer(text)}
     return {m[1]: _entry(m, constants) for m in ENTRY.finditer(text)}
@@ -90,7 +90,7 @@ def _statements(body: str) -> tuple[list[Instruction], dict[str, int]]:
     code: list[Instruction] = []
     labels = {}
     for part in body.split(";"):
-        # A brace that a statement starts with opens or closes a scope.
+        # A brace at the start of a statement opens or closes a scope.
         statement = " ".join(part.split()).lstrip("{} ")
         if statement.endswith(":"):
             labels[statement[:-1]] = len(code)

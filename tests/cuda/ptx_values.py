@@ -1,4 +1,4 @@
-"""What PTX instructions compute from values, as NumPy on arrays of lanes."""
+"""The values of PTX instructions, as NumPy functions on arrays of lanes."""
 
 from collections.abc import Callable
 
@@ -14,7 +14,7 @@ class UnsupportedError(Exception):
 
 
 def numpy_type(kind: str) -> np.dtype:
-    """Give the NumPy dtype of a PTX type; untyped bits are unsigned."""
+    """Return the NumPy dtype of a PTX type; untyped bits are unsigned."""
     if kind == "pred":
         return np.dtype(bool)
     if kind in ("bf16", "bf16x2", "f16x2"):
@@ -24,7 +24,7 @@ def numpy_type(kind: str) -> np.dtype:
 
 
 def canonical(values: np.ndarray) -> np.ndarray:
-    """Turn every NaN into the one that CUDA's conversions give: 0x7fff."""
+    """Replace every NaN by the NaN that CUDA's conversions give: 0x7fff."""
     nan = np.isnan(values.astype(np.float32))
     bits = np.where(nan, np.uint16(0x7FFF), values.view(np.uint16))
     return bits.view(values.dtype)
@@ -52,7 +52,7 @@ ORDERED = {
 
 
 def compare(name: str, a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """Compare as `setp` does; the names that end in u hold for NaN as well."""
+    """Compare as `setp` does; comparisons whose names end in u are true for NaN."""
     if a.dtype.kind != "f":
         return ORDERED[name](a, b)
     nan = np.isnan(a) | np.isnan(b)
@@ -90,14 +90,14 @@ def convert(modifiers: Modifiers, *sources: np.ndarray) -> np.ndarray:
 
 
 def exact_only(modifiers: Modifiers) -> None:
-    """Refuse approximations: their bits differ from one GPU to the next."""
+    """Refuse approximations: their bits differ between GPUs."""
     wrong = {"approx", "full", "ftz"} & set(modifiers)
     if wrong:
         raise UnsupportedError(f".{wrong.pop()} has no defined bits")
 
 
 def floats(operation: Callable[..., np.ndarray]) -> Callable[..., np.ndarray]:
-    """Make an instruction of a NumPy function that rounds once."""
+    """Make an instruction from a NumPy function that rounds once."""
 
     def apply(modifiers: Modifiers, *sources: np.ndarray) -> np.ndarray:
         exact_only(modifiers)
@@ -109,8 +109,8 @@ def floats(operation: Callable[..., np.ndarray]) -> Callable[..., np.ndarray]:
 def fma(modifiers: Modifiers, a: np.ndarray, b: np.ndarray, c: np.ndarray):
     """Fused multiply-add in float32: one rounding of the exact a * b + c.
 
-    In float64 the product is exact. The sum is rounded to odd, which keeps the second
-    rounding, to float32, from being misled by the first.
+    In float64 the product is exact. The sum is rounded to odd, so that the second
+    rounding, to float32, is correct.
     """
     exact_only(modifiers)
     product = a.astype(np.float64) * b.astype(np.float64)
@@ -146,7 +146,7 @@ def multiply_add(
 
 
 def shift_left(modifiers: Modifiers, a: np.ndarray, by: np.ndarray) -> np.ndarray:
-    by = by.astype(np.uint32)  # the amount is 32 bits wide whatever it moves
+    by = by.astype(np.uint32)  # the amount has 32 bits for every width of the value
     moved = a << np.minimum(by, a.itemsize * 8 - 1).astype(a.dtype)
     return np.where(by < a.itemsize * 8, moved, a.dtype.type(0))
 

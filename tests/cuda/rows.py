@@ -1,4 +1,4 @@
-"""The rows that have kernels: what exercises each, and how each is broken on purpose.
+"""The rows that have kernels: their cases and their planted mistakes.
 
 A new row adds one line here, beside its .cu file and its entries in the table.
 """
@@ -18,7 +18,7 @@ from tests.cuda.mutation import Mutation
 
 @dataclass(frozen=True)
 class CheckedRow:
-    """What the checks need of a row.
+    """A row, as the checks use it.
 
     Args:
         small: a few launches in some dtypes, compared with the reference.

@@ -1,4 +1,4 @@
-"""What the host passes is what the kernel reads, as the compilers see it."""
+"""The host passes the arguments that the kernel reads, according to the compilers."""
 
 import re
 import subprocess
@@ -49,7 +49,7 @@ def test_widths_in_the_cpu_build(row):
 @ARCHITECTURE
 @needs_nvrtc
 def test_arithmetic_is_exact(row, architecture):
-    """Nothing is approximated or flushed to zero, and nothing fused unasked."""
+    """Nothing is approximated, flushed to zero, or fused without being asked for."""
     text = kernels.source(row)
     image = compile_device(row, "ptx", architecture, text).image.read_text()
     assert not re.findall(r"\.(?:approx|ftz|full)\b", image)

@@ -1,7 +1,7 @@
 """The blockwise kernels, run on this CPU through their launchers.
 
-The source is the one that a GPU runs, compiled by g++ behind shim.hpp; every byte of
-the results is the reference's.
+A GPU runs the same source; here g++ compiles it with shim.hpp. Every byte of the
+results is the reference's.
 """
 
 import numpy as np

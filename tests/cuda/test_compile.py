@@ -18,7 +18,7 @@ def test_no_warning_and_no_spill(row, architecture):
 
 
 def test_a_spilling_kernel_is_reported():
-    """The check above can fail: forced into 24 registers, the kernel spills."""
+    """Forced into 24 registers, the kernel spills: so the check above can fail."""
     text = kernels.source("blockwise")
     bound = "__launch_bounds__(THREADS)"
     crowded = text.replace(bound, "__maxnreg__(24)")
@@ -28,7 +28,7 @@ def test_a_spilling_kernel_is_reported():
 
 @pytest.mark.parametrize("row", ROWS)
 def test_what_the_executor_compiles_is_what_is_proved(row):
-    """The same machine code, byte for byte; above all, with the same options."""
+    """Both compile to the same machine code, byte for byte, with the same options."""
     made = compile_row(row, "90")
     proved = compile_device(row, "cubin", "90", kernels.source(row))
     assert made.names == proved.names

@@ -1,4 +1,4 @@
-"""What the driver is told about a launch, with its functions replaced by notes."""
+"""The calls of the driver for a launch, with its functions replaced by recorders."""
 
 import ctypes
 
@@ -28,7 +28,7 @@ def array(size, address, dtype="uint8", itemsize=1):
 
 @pytest.fixture
 def told(monkeypatch):
-    """Note every call; all devices are of generation 9.0."""
+    """Record every call; all devices are of generation 9.0."""
     calls = []
 
     def note(name, *results):
@@ -128,7 +128,7 @@ def test_what_the_driver_refuses_is_said_and_the_context_is_left(told, monkeypat
 
 @pytest.mark.parametrize("kernel", KERNELS, ids=lambda kernel: kernel.template)
 def test_the_bindings_take_the_arguments_of_every_kernel(kernel):
-    """NVIDIA's own packing refuses a value that does not go with its width."""
+    """NVIDIA's own packing refuses a value that does not fit its width."""
     kinds = tuple(driver.CTYPES[kind] for kind in kernel.arguments.values())
     args = [array(1, 16) if k == POINTER else 1 for k in kernel.arguments.values()]
     values = tuple(map(driver._value, kernel.pack(args)))

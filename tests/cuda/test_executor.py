@@ -1,4 +1,4 @@
-"""What the executor asks of CuPy: the right device, stream and order, noted."""
+"""The executor's calls of CuPy: the right device, stream and order, recorded."""
 
 import sys
 from contextlib import contextmanager
@@ -15,7 +15,7 @@ from minipeft.kernels import FIRST_BAD, driver
 
 
 class FakeArray:
-    """An array on the device that is current when it is made."""
+    """An array on the device that was current when the array was made."""
 
     cuda: "FakeCuda"
 
@@ -44,7 +44,7 @@ class FakeStream:
 
 
 class FakeCuda:
-    """Notes; the current device; a stream for each."""
+    """Recorded calls; the current device; a stream for each device."""
 
     class ManagedMemory:
         pass
@@ -82,7 +82,7 @@ class FakeCuda:
         return self.current[device]
 
     def Stream(self, non_blocking):
-        assert non_blocking  # or it would wait for the default stream
+        assert non_blocking  # otherwise it would wait for the default stream
         self.sides += 1
         return FakeStream(self, f"side {self.sides} of {self.here}")
 
@@ -114,7 +114,7 @@ class Noting:
 
 
 class Foreign:
-    """A torch CUDA tensor, as far as DLPack goes."""
+    """A torch CUDA tensor, as far as DLPack needs one."""
 
     requires_grad = False
 
@@ -209,7 +209,7 @@ def test_states_that_never_were_on_the_device(cuda, monkeypatch):
     array = gpu.home((8,), "float32", 7, 1)
     assert told == [("check", 1), "settle", 7]
     assert array.device.id == 1
-    assert gpu.managed(array) is array  # it lies there already
+    assert gpu.managed(array) is array  # it is managed already
 
 
 def test_a_device_that_cannot_page_is_refused_before_anything_is_allocated(

@@ -1,4 +1,4 @@
-"""The same launchers on a real device. Skipped, with one line, where there is none."""
+"""The same launchers on a real device; skipped, with one line, where there is none."""
 
 import numpy as np
 import pytest
@@ -73,11 +73,11 @@ def test_a_torch_tensor_is_read_where_it_lies(dtype):
     assert back.dtype == W.dtype
 
 
-PAGE = 2**19  # values: 2 MB in float32, whole pages of any device
+PAGE = 2**19  # values: 2 MB in float32, whole pages on any device
 
 
 def hint(array, name):
-    """Ask CUDA about a range of managed memory."""
+    """Return an attribute of a range of managed memory, from CUDA."""
     import cupy
     from cuda.bindings import runtime
 
@@ -90,7 +90,7 @@ def hint(array, name):
 
 @pytest.fixture
 def pages():
-    """Four pages of an optimizer's states on the device's side of managed memory."""
+    """Return four pages of an optimizer's states in managed memory."""
     import cupy
 
     pytest.importorskip("cuda.bindings")
@@ -123,7 +123,7 @@ def test_pages_lie_where_they_were_sent(pages):
     host = executor.HOST
     p = paged.prefetch(p, 1)
     assert places() == [host, 0, host, host]
-    p = paged.touch(paged.touch(p, 2), 3)  # more than the budget: page 1 leaves
+    p = paged.touch(paged.touch(p, 2), 3)  # beyond the budget: page 1 is evicted
     assert places() == [host, host, 0, 0]
     p = paged.evict(p, 2)
     assert places() == [host, host, host, 0]

@@ -1,4 +1,4 @@
-"""The PTX interpreter itself: exact values, and launches that it must refuse."""
+"""The PTX interpreter: exact values, and launches that it must refuse."""
 
 from fractions import Fraction
 
@@ -33,7 +33,7 @@ def test_fma_rounds_the_exact_value_once(a, b, c):
         if np.isfinite(neighbour):
             other = abs(exact - Fraction(float(neighbour)))
             assert error <= other
-            if error == other:  # a tie: the even one
+            if error == other:  # a tie goes to the even one
                 assert got.view(np.uint32) % 2 == 0
 
 

@@ -1,4 +1,4 @@
-"""What CUDA is told about managed memory, with its functions replaced by notes."""
+"""The calls of CUDA for managed memory, with its functions replaced by recorders."""
 
 import sys
 from types import SimpleNamespace
@@ -25,7 +25,7 @@ def array(nbytes=4096, device=3):
 
 @pytest.fixture(autouse=True)
 def _devices(monkeypatch):
-    """All devices but number 9 take hints."""
+    """Let all devices but number 9 take hints."""
     concurrent = runtime.cudaDeviceAttr.cudaDevAttrConcurrentManagedAccess
 
     def attribute(which, device):
@@ -63,7 +63,7 @@ def told(monkeypatch):
 
 
 def test_home_is_the_host_and_the_device_reaches_it(told):
-    """A host that is called device -1 is refused by the driver."""
+    """The driver refuses device -1 as a name of the host."""
     managed.settle(array())
     preferred, reached = (
         ADVICE.cudaMemAdviseSetPreferredLocation,
@@ -100,7 +100,7 @@ def test_a_device_that_cannot_page_is_refused():
 
 
 def test_under_cuda_12_the_functions_that_know_the_host_are_called(told, monkeypatch):
-    """There the plain names take the number of a device in place of a location."""
+    """There the plain functions take a device number, in version 13 a location."""
     for name in ("cudaMemAdvise", "cudaMemPrefetchAsync"):
         new = getattr(runtime, name)
         monkeypatch.setattr(runtime, f"{name}_v2", new, raising=False)

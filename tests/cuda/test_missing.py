@@ -1,4 +1,4 @@
-"""Without a GPU the column imports, and one sentence says what is missing when used."""
+"""Without a GPU the column imports; the first use says what is missing."""
 
 import subprocess
 import sys
@@ -13,7 +13,7 @@ from minipeft.kernels import compiler
 
 
 def test_importing_needs_no_cupy():
-    """In a clean interpreter where `import cupy` fails; use then names the remedy."""
+    """In a clean interpreter `import cupy` fails; the first use names the remedy."""
     program = (
         "import sys; sys.modules['cupy'] = None\n"
         "from minipeft.cupy import blockwise\n"

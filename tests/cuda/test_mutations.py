@@ -1,6 +1,7 @@
-"""The checks can fail: each mistake planted in a kernel is found by those named.
+"""The checks can fail: each planted mistake is found by the checks that it names.
 
-Here by the values; by the sanitizers and in the PTX in the two files beside this one.
+This file runs the check of values; the two files beside it run the sanitizers and the
+PTX.
 """
 
 import json
@@ -48,7 +49,7 @@ def test_the_table_says_what_a_check_sees_and_to_what_it_is_blind(monkeypatch, c
 
 
 def test_the_table_in_the_book_is_of_these_mistakes():
-    """If not: python chapters/19_kernels_without_a_gpu.py --full."""
+    """If the table differs: python chapters/19_kernels_without_a_gpu.py --full."""
     published = json.loads(TABLE.read_text())["trials"]
     ours = [
         (row, mutation.name, list(mutation.caught_by))

@@ -1,4 +1,4 @@
-"""Mistakes planted in the kernels are found in the PTX; see test_mutations."""
+"""Mistakes planted in the kernels are found in the PTX; see test_mutations.py."""
 
 import pytest
 

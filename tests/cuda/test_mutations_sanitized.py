@@ -1,4 +1,4 @@
-"""Mistakes planted in the kernels are found by the sanitizers; see test_mutations."""
+"""Mistakes planted in the kernels are found by sanitizers; see test_mutations.py."""
 
 import pytest
 

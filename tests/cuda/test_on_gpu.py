@@ -1,4 +1,4 @@
-"""`make gpu`, with the GPU, the programs that it starts and the clock replaced."""
+"""`make gpu` with stand-ins for the GPU, the clock, and the programs that it starts."""
 
 import importlib.util
 import json
@@ -19,7 +19,7 @@ FACTS = {"minipeft": "1", "name": "A CPU"}
 
 @pytest.fixture
 def gpu(monkeypatch, tmp_path):
-    """Load the tool, on a device that is not there."""
+    """Load the tool with a device that does not exist."""
     spec = importlib.util.spec_from_file_location("gpu_tool", ROOT / "tools/gpu.py")
     tool = importlib.util.module_from_spec(spec)
     monkeypatch.setitem(sys.modules, "gpu_tool", tool)
@@ -35,7 +35,7 @@ def gpu(monkeypatch, tmp_path):
 
 @pytest.fixture
 def started(gpu, monkeypatch):
-    """Note what is started, at a clock of its own; a step takes what `takes` says."""
+    """Record the started steps on a false clock; a step takes the time in `takes`."""
     told = SimpleNamespace(now=0.0, names=[], takes={}, failing=set())
 
     def run(step, seconds):
@@ -109,7 +109,7 @@ def test_with_a_gpu_everything_runs_once_and_is_written(gpu, started):
     assert started.names == [step.name for step in steps]
     assert written(gpu) == dict.fromkeys(started.names, "passed")
     assert gpu.main([]) == 0
-    assert len(started.names) == len(steps)  # nothing is left
+    assert len(started.names) == len(steps)  # no time is left
     text = (gpu.RESULTS / "gpu.md").read_text("utf-8")
     assert text.startswith("## minipeft on A CPU\n\n- minipeft: 1\n")
     assert "| racecheck | passed | 10 | the last \\| line |" in text
@@ -161,7 +161,7 @@ def test_a_stage_lasts_nine_minutes_at_most_and_the_next_go_takes_the_rest(
     assert gpu.main(["sanitizers"]) == 0
     assert started.names[2:] == ["racecheck", "synccheck", "initcheck"]
     assert set(written(gpu).values()) == {"passed"}
-    gpu.main(["sanitizers"])  # all of it stands there: asked for, it runs anew
+    gpu.main(["sanitizers"])  # all have verdicts, so they run anew
     assert started.names[5:] == ["memcheck", "racecheck"]
 
 
@@ -281,5 +281,5 @@ def test_make_starts_it_and_installs_nothing():
         ("test-gpu", "tests vectors sanitizers"),
     ):
         head, recipe = makefile.split(f"\n{target}:")[1].split("\n\n")[0].split("\n")
-        assert head.strip().startswith("##")  # it needs no target that runs pip
+        assert head.strip().startswith("##")  # this target must not run pip
         assert recipe == f"\t@$(ON_GPU) tools/gpu.py {names}"

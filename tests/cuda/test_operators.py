@@ -1,4 +1,4 @@
-"""The torch operators: eager against the launch, which runs the kernels on this CPU."""
+"""The torch operators: eager code agrees with the kernels, which run on this CPU."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -61,7 +61,7 @@ def weight(*shape: int, codebook: Tensor = NF4, nested: bool = False):
 
 
 def base(rows: int, columns: int):
-    """Code a weight of sixteenths that are small integers over 8, scaled by 8."""
+    """Quantize a weight of values that are small integers over 8, scaled by 8."""
     generator = torch.Generator().manual_seed(1)
     packed = torch.randint(0, 256, (rows * columns // 2,), generator=generator)
     absmax = torch.full((rows * columns // 32,), 8.0)
@@ -70,7 +70,7 @@ def base(rows: int, columns: int):
 
 
 def on_kernels(name: str, *args):
-    """Do what the operator does on a GPU."""
+    """Run the operator as on a GPU."""
     with driver.use(CpuLauncher()):
         return operators.LAUNCHES[f"minipeft::{name}"](*args)
 
@@ -81,7 +81,7 @@ def same_bits(ours: Tensor, theirs: Tensor) -> None:
     assert torch.equal(ours.view(torch.uint8), theirs.view(torch.uint8))
 
 
-# The launch does what the eager code does
+# The launch agrees with the eager code
 
 
 @needs_cpu_build
@@ -135,7 +135,7 @@ def test_the_product_lies_within_its_roundings(nested):
     W = decode(parts, layout, torch.float32).double()
     exact, size = x.double() @ W.T, x.abs().double() @ W.abs().T
     got = on_kernels("matmul_4bit", x, parts, layout, None).double()
-    assert ((got - exact).abs() <= gamma(64) * size).all()  # 64 products, their sum
+    assert ((got - exact).abs() <= gamma(64) * size).all()  # 64 products and their sum
 
 
 @needs_cpu_build
@@ -167,7 +167,7 @@ def test_rows_with_gaps_or_at_an_odd_address_are_copied_for_the_kernel(dtype):
 @needs_cpu_build
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_a_step_has_the_bits_of_the_optimizer(dtype):
-    """Eager, by the kernel, and by `adamw.update`: one weight, one state."""
+    """Eager code, the kernel and `adamw.update` give one weight and one state."""
     W, grad = drawn(70, 60, dtype=dtype), drawn(70, 60, dtype=dtype, seed=1)
     state = adamw.init(W) | {"m": drawn(70, 60), "v": drawn(70, 60).square()}
     state["step"] = 2
@@ -315,7 +315,7 @@ def test_opcheck(name):
 def test_a_gpu_gets_a_launch(name):
     has = torch._C._dispatch_has_kernel_for_dispatch_key
     assert has(f"minipeft::{name}", "CUDA")
-    assert has(f"minipeft::{name}", "CompositeExplicitAutograd")  # all others: eager
+    assert has(f"minipeft::{name}", "CompositeExplicitAutograd")  # others run eagerly
 
 
 @dataclass(frozen=True)
@@ -346,7 +346,7 @@ def compiled_programs() -> dict[str, Captured]:
 
 @pytest.mark.parametrize("name", compiled_programs())
 def test_a_compiled_graph_goes_through(name):
-    """Whole, and with the same bits: the operator is one node of it."""
+    """The graph has no break and the same bits; the operator is one of its nodes."""
     program = compiled_programs()[name]
     expected = program.run(*(a.clone() for a in program.args))
     torch.compiler.reset()
@@ -396,7 +396,7 @@ def test_a_norm_is_a_constant():
     assert got is None
 
 
-# What may go to a kernel
+# The operands that a kernel takes
 
 
 def test_a_cpu_and_a_gap_and_an_odd_address_are_not_available(monkeypatch):
@@ -472,7 +472,7 @@ def to_meta(args, *path):
     ],
 )
 def test_a_tensor_that_lies_elsewhere_is_refused(monkeypatch, name, path, part):
-    monkeypatch.setattr(launches, "GPUS", {"cpu"})  # so every other device is the host
+    monkeypatch.setattr(launches, "GPUS", {"cpu"})  # any other counts as the host
     args = list(samples()[name])
     to_meta(args, *path)
     with pytest.raises(InputError, match=f"^{part} is on device -1, other parts on"):
@@ -500,7 +500,7 @@ def test_a_table_is_not_made_while_a_graph_is_captured(monkeypatch):
 
 
 def test_no_graph_captures_a_step_of_the_optimizer(monkeypatch):
-    """Its rate and its number are arguments of the kernel: a graph would keep them."""
+    """A graph would freeze the rate and the step number, which the kernel is given."""
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     on_cuda, seen = torch.device("cuda", 0), []
     with pytest.raises(InputError, match=r"captured.*; capture forward and backward"):

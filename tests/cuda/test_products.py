@@ -77,7 +77,7 @@ def test_more_ranks_and_rows_than_one_product_of_tensor_cores(draw, dtype):
         qlora_agrees(Sizes(70, 264, 19, 4), dtype, draw)
 
 
-# The mistakes of `rows` are planted in float32; these are in what tensor cores do.
+# The mistakes of `rows` are planted in float32 code; these in code for tensor cores.
 SHUFFLED = "__shfl_xor_sync(ALL_LANES, total, 2)"
 MISTAKES = {
     "dora": {

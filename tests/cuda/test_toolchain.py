@@ -1,4 +1,4 @@
-"""What is built is built once, and whole."""
+"""Every file is built once, and a build that was cut short leaves no file."""
 
 import time
 from concurrent.futures import ThreadPoolExecutor

@@ -1,7 +1,7 @@
 """Compile the kernels without a GPU: for a device with NVRTC, for this CPU with g++.
 
-What a compiler made is kept under build/cuda, named by a hash of everything it was made
-from, so a second run compiles nothing.
+Compiled files are kept under build/cuda. Each name has a hash of everything that the
+file depends on, so a second run compiles nothing.
 """
 
 import fcntl
@@ -25,7 +25,7 @@ CPU = Path(kernels.__file__).with_name("cpu")
 MODEL = CPU / "model.hpp"
 ARCHITECTURES = ("75", "80", "90", "100")
 
-# Each way of building the CPU program, and what it makes visible: wrong values; races
+# The ways to build the CPU program, and the errors that each shows: wrong values; races
 # between the threads of a block; addresses outside a buffer, misaligned or undefined.
 FLAVOURS = {
     "values": "-DSHIM_POISON",
@@ -39,7 +39,7 @@ GXX_FLAGS = (
 
 
 def wheel(module: str) -> Path | None:
-    """Find the folder of an installed NVIDIA wheel."""
+    """Return the folder of an installed NVIDIA wheel."""
     try:
         found = importlib.util.find_spec(module)
     except ModuleNotFoundError:
@@ -90,16 +90,16 @@ needs_nvrtc = pytest.mark.skipif(
 
 
 def cached(name: str, parts: list[str], make: Callable[[Path], None]) -> Path:
-    """Return build/cuda/<name>-<hash of parts>, calling `make` if it is not there."""
+    """Return build/cuda/<name>-<hash of parts>; call `make` if it does not exist."""
     digest = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
     path = BUILD / f"{name}-{digest}"
     if not path.exists():
         BUILD.mkdir(parents=True, exist_ok=True)
         with (BUILD / f"{path.name}.lock").open("w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)  # what a worker makes, another waits for
+            fcntl.flock(lock, fcntl.LOCK_EX)  # other workers wait
             if not path.exists():
                 unfinished = path.with_name(f"{path.name}.unfinished")
-                remove(unfinished)  # of a run that was cut short
+                remove(unfinished)  # left by an interrupted run
                 make(unfinished)
                 unfinished.replace(path)
     return path
@@ -115,9 +115,9 @@ def remove(path: Path) -> None:
 
 
 def cpu_source(row: str, variants: dict[str, str], dtypes: Collection[str]) -> str:
-    """Write the program around one row: every variant of its source in a namespace.
+    """Write the program for one row: every variant of its source in a namespace.
 
-    Variants are the source itself and its mutants; they are compiled in one go because
+    Variants are the source itself and its mutants. They are compiled together because
     much of the time goes into NVIDIA's headers.
     """
     names = [k.expression(d) for k, d in kernels.instances(row) if d in dtypes]
@@ -152,7 +152,7 @@ def compile_cpu(
 
 
 def precompile(flavour: str) -> Path:
-    """Compile NVIDIA's headers once for all programs: they are half of each."""
+    """Compile NVIDIA's headers once for all programs: they take half of the time."""
     header = HERE / "shim.hpp"
     flags = FLAVOURS[flavour].split()
     parts = [
@@ -173,10 +173,10 @@ def precompile(flavour: str) -> Path:
 
 
 def compile_runner(flavour: str) -> Path:
-    """Build what all rows share: the execution model, and the program around it."""
+    """Build the part that all rows share: the execution model and the main loop."""
     sources = [CPU / "fibers.cpp", HERE / "runner.cpp"]
     parts = [MODEL.read_text(), *(s.read_text() for s in sources)]
-    # ThreadSanitizer is to see the kernels and not the scheduler.
+    # ThreadSanitizer must see the kernels, not the scheduler.
     flags = "-DSHIM_RACES" if flavour == "races" else FLAVOURS[flavour]
     command = ["-r", "-nostdlib", *flags.split(), *sources]
     parts += [flags, GXX_FLAGS, gxx_version(), str(cuda_folder())]
@@ -200,7 +200,7 @@ def gxx_version() -> str:
 
 @dataclass(frozen=True)
 class Compiled:
-    """What NVRTC made of one row: PTX or cubin, its log, and the mangled names."""
+    """NVRTC's output for one row: PTX or cubin, its log, and the mangled names."""
 
     image: Path
     log: str
