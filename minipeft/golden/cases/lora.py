@@ -23,6 +23,7 @@ from minipeft.golden.cases.build import (
     whole,
 )
 from minipeft.golden.operations import OPERATIONS
+from minipeft.golden.tensors import Array
 from minipeft.reference import lora
 from minipeft.reference.lora import LoRA
 
@@ -61,7 +62,7 @@ def files() -> Iterator[File]:
         header=("merged = W + s B A, in the dtype of W, rounded once.",),
         source="minipeft.reference.lora.merge",
         papers=PAPERS,
-        specs=_grown("lora_merge", _merge()),
+        specs=[*_grown("lora_merge", _merge()), *_merge_steps()],
     )
 
 
@@ -219,6 +220,26 @@ def _half_rounding(dtype: np.dtype[Any]) -> Spec:
         outputs={"merged": once},
         alternatives=(Alternative("update-rounded-first", {"merged": twice}),),
     )
+
+
+def _merge_steps() -> Iterator[Spec]:
+    """Sums beside the numbers of a dtype: from `top` on, it has the even ones alone."""
+    for dtype, top in ((np.dtype(bfloat16), 256), (np.dtype(np.float16), 2048)):
+        W = np.array([[1, 3], [-1, -3]], dtype)
+        comment = f"W is {dtype}, sums half way between two numbers"
+        yield _shifted(comment, W, F32(top))
+        spec = _shifted(f"W is {dtype}, 1 + {top + 1}", W[:, :1], F32(top + 1))
+        sizes = np.full((2, 1), top, F32)  # top + 1 becomes top, and so does the sum
+        twice = np.copysign(sizes, W[:, :1].astype(F32)).astype(dtype)
+        way = Alternative("update-rounded-first", {"merged": twice})
+        yield replace(spec, result="acceptable", alternatives=(way,))
+
+
+def _shifted(comment: str, W: Array, update: np.float32) -> Spec:
+    """Move every weight away from zero."""
+    A, B = np.ones((1, W.shape[1]), F32), np.array([[update], [-update]]) / F32(2)
+    inputs = {"W": W, "A": A, "B": B}
+    return Spec(comment, ("MergeRounding",), inputs, _parameters(2, False))
 
 
 def _invalid(operation: str) -> Iterator[Spec]:

@@ -98,6 +98,11 @@ def _quantize_nv() -> Iterator[Spec]:
     for spec in _zeros(16):
         yield _small(spec.comment, " ".join(spec.flags), spec.inputs["W"])
     yield from _refused(16)
+    wide = np.concatenate([_row(16, [2688 * 1024]), _row(16, [6, -3])])
+    yield _small("6 in a block whose scale rounds to zero", "Underflow ZeroBlock", wide)
+    # 3763 / 2688 of the smallest float32 is rounded to 1 of it: no scale is enough.
+    W = _row(16, np.ldexp(np.array([3763, -1000], F32), -149))
+    yield _spec("a tensor_scale rounded down, so that 448 is too small", "Subnormal", W)
 
 
 def _weights(seed: str, blocksize: int) -> Iterator[Spec]:
@@ -132,6 +137,8 @@ def _refused(blocksize: int) -> Iterator[Spec]:
         yield refused(fine, f"rows of {width} values", "WholeBlocks", W=W)
     W = np.ones((blocksize, 3), F32)
     yield refused(fine, "blocks down the columns", "WholeBlocks", W=W)
+    none = np.zeros((0, blocksize + 1), F32)
+    yield refused(fine, f"no rows, of {blocksize + 1} values", "WholeBlocks", W=none)
 
 
 def _dequantize_mx() -> Iterator[Spec]:
@@ -155,6 +162,9 @@ def _dequantize_mx() -> Iterator[Spec]:
     scale = _bytes([[255]])
     yield refused(fine, "a scale of 255, which is NaN", "NotFinite", scales=scale)
     yield from _misfits(fine)
+    scales = _bytes(np.arange(8).reshape(2, 2, 2) + 124)
+    parts = {"packed": _three_axes(64), "scales": scales}
+    yield _decode("three axes", "Basic", parts)
 
 
 def _dequantize_nv() -> Iterator[Spec]:
@@ -182,6 +192,31 @@ def _dequantize_nv() -> Iterator[Spec]:
         comment = f"a scale of {scale}, which is {what}"
         yield refused(fine, comment, "NotFinite", scales=_bytes([[scale]]))
     yield from _misfits(fine)
+    scales = _bytes(np.arange(8).reshape(2, 2, 2) * 15 + 1)
+    parts = {"packed": _three_axes(32), "scales": scales}
+    yield _decode("three axes", "Basic", {**parts, "tensor_scale": np.asarray(F32(3))})
+    yield _zero_scale(table)
+    for value, flag in (
+        (np.inf, "NotFinite"),
+        (np.nan, "NotFinite"),
+        (-1, "OutOfRange"),
+    ):
+        changed = np.asarray(F32(value))
+        yield refused(fine, f"tensor_scale is {value}", flag, tensor_scale=changed)
+    two = np.ones(2, F32)
+    yield refused(fine, "two for tensor_scale", "ShapeMismatch", tensor_scale=two)
+
+
+def _three_axes(width: int) -> Array:
+    return _nibbles(np.arange(4 * width).reshape(2, 2, width) * 7 % 16)
+
+
+def _zero_scale(table: Array) -> Spec:
+    """All values are zero; accept those without a sign."""
+    parts = {"packed": table, "scales": _bytes([[56]])}
+    parts["tensor_scale"] = np.asarray(F32(0))
+    spec = _decode("every code, tensor_scale 0", "ZeroScale", parts)
+    return either(spec, Alternative("unsigned-zero", {"W": np.zeros((1, 16), F32)}))
 
 
 def _misfits(fine: Spec) -> Iterator[Spec]:

@@ -23,7 +23,7 @@ def files() -> Iterator[File]:
         ),
         source="minipeft.reference.prefix.forward",
         papers=PAPERS,
-        specs=[*_exact(), *_normal(), *_misfits()],
+        specs=[*_exact(), *_normal(), *_misfits(), _masks()],
     )
     yield File(
         operation="prefix_expand",
@@ -61,11 +61,22 @@ def _normal() -> Iterator[Spec]:
             inputs[f"P_{name}"] = gaussian(f"{comment} P_{name}", (count, 3))
         if masked:
             inputs["mask"] = attention.causal(4, 4).astype(np.uint8)
-        spec = Spec(comment, (flag,), inputs, {})
-        P = Prefix(*(inputs[n].astype(np.float64) for n in ("P_K", "P_V")))
-        head = prefix.attach(double_head(inputs), P)
-        size = attention.weights(head) @ np.abs(head.V)
-        yield replace(spec, roundings={"y": roundings(head)}, magnitudes={"y": size})
+        yield _bounded(Spec(comment, (flag,), inputs, {}))
+
+
+def _bounded(spec: Spec) -> Spec:
+    P = Prefix(*(spec.inputs[n].astype(np.float64) for n in ("P_K", "P_V")))
+    head = prefix.attach(double_head(spec.inputs), P)
+    size = attention.weights(head) @ np.abs(head.V)
+    return replace(spec, roundings={"y": roundings(head)}, magnitudes={"y": size})
+
+
+def _masks() -> Spec:
+    inputs = {n: gaussian(f"two masks {n}", (2, 4, 3)) for n in "QKV"}
+    inputs |= {f"P_{n}": gaussian(f"two masks P_{n}", (2, 3)) for n in "KV"}
+    causal = np.tri(4)
+    inputs["mask"] = np.stack([causal, causal[::-1, ::-1]]).astype(np.uint8)
+    return _bounded(Spec("one mask for each text", ("Batch",), inputs, {}))
 
 
 def _misfits() -> Iterator[Spec]:

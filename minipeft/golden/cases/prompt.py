@@ -31,14 +31,14 @@ def files() -> Iterator[File]:
         header=("y = [P; X], along the axis of tokens.",),
         source="minipeft.reference.prompt.forward",
         papers=PAPERS,
-        specs=[*_forward(), *_misfits("prompt_forward")],
+        specs=[*_forward(), *_misfits("prompt_forward"), _alone("prompt_forward")],
     )
     yield File(
         operation="prompt_backward",
         header=("grad_X is the text's part of grad_y, grad_P the sum of the rest.",),
         source="minipeft.reference.prompt.backward",
         papers=PAPERS,
-        specs=[*_backward(), *_misfits("prompt_backward")],
+        specs=[*_backward(), *_misfits("prompt_backward"), _alone("prompt_backward")],
     )
 
 
@@ -83,3 +83,10 @@ def _backward() -> Iterator[Spec]:
         grad_y = integers(f"gradient {comment}", (*batch, 6, 3), 99)
         P = integers(f"prompt {comment}", (2, 3))
         yield Spec(comment, (flag,), {"grad_y": grad_y, "P": P}, {})
+
+
+def _alone(operation: str) -> Spec:
+    shapes = {"X": (0, 3), "P": (2, 3)}
+    if operation == "prompt_backward":
+        shapes = {"grad_y": (2, 3), "P": (2, 3)}
+    return whole(operation, "a text without tokens", "NoText", shapes, {})

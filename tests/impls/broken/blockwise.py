@@ -112,6 +112,20 @@ def lifts_every_scale_but_the_largest(W, blocksize):
     return quantize(W, blocksize, scale, nf4)
 
 
+@bug(
+    "nf4_quantize",
+    "Subnormal",
+    "a lift by no power of two has another code, 3 times",
+)
+def lifts_by_ten_to_the_twenty(W, blocksize):
+    def scale(blocks, absmax):
+        lift = np.where(absmax < 2.0**-126, F32(1e20), F32(1))
+        inverse = F32(1) / np.where(absmax == 0, F32(1), absmax * lift)
+        return (blocks * lift[:, None]) * inverse[:, None]
+
+    return quantize(W, blocksize, scale, nf4)
+
+
 @bug("nf4_quantize", "OddLength", "9 values")
 def drops_the_value_after_eight(W, blocksize):
     packed, absmax = right.nf4_quantize(W, blocksize)

@@ -144,3 +144,16 @@ def reads_both_factors_by_columns(W, A, B, alpha, rank_stabilized):
 def adds_the_update_twice(W, A, B, alpha, rank_stabilized):
     once = right.lora_merge(W, A, B, alpha, rank_stabilized)
     return right.lora_merge(once, A, B, alpha, rank_stabilized)
+
+
+@bug(
+    "lora_merge",
+    "MergeRounding",
+    "W is bfloat16, sums half way between two numbers",
+)
+def rounds_merged_halves_up(W, A, B, alpha, rank_stabilized):
+    merged = right.lora_merge(W.astype(F32), A, B, alpha, rank_stabilized)
+    if W.dtype != bfloat16:
+        return right.lora_merge(W, A, B, alpha, rank_stabilized)
+    up = merged.view(np.uint32) + np.uint32(1 << 15)
+    return (up >> np.uint32(16) << np.uint32(16)).view(F32).astype(W.dtype)

@@ -223,3 +223,49 @@ def gives_zeros_the_scale_nan(W):
     packed, scales, tensor_scale = right.nvfp4_quantize(W)
     zero = ~W.reshape(*scales.shape, 16).any(-1)
     return packed, np.where(zero, np.uint8(0x7F), scales), tensor_scale
+
+
+@bug("nvfp4_quantize", "ZeroBlock", "6 in a block whose scale rounds to zero")
+def divides_by_one_where_a_scale_is_zero(W):
+    packed, scales, tensor_scale = right.nvfp4_quantize(W)
+    blocks = np.abs(W.reshape(*scales.shape, 16))
+    bare = np.abs(blocks[..., None] - E2M1).argmin(-1)
+    found = codes(packed).reshape(blocks.shape)
+    wrong = np.where(scales[..., None] == 0, found & 8 | bare, found)
+    return nibbles(wrong.reshape(W.shape)), scales, tensor_scale
+
+
+@bug(
+    "nvfp4_quantize",
+    "Subnormal",
+    "a tensor_scale rounded down, so that 448 is too small",
+)
+def gives_a_scale_above_448_as_nan(W):
+    packed, scales, tensor_scale = right.nvfp4_quantize(W)
+    absmax = np.abs(W.reshape(*scales.shape, 16)).max(-1)
+    above = absmax > 464 * 6 * tensor_scale
+    return packed, np.where(above, np.uint8(0x7F), scales), tensor_scale
+
+
+@bug("nvfp4_dequantize", "ZeroScale", "every code, tensor_scale 0")
+def takes_zero_for_no_scale_at_all(packed, scales, tensor_scale, dtype):
+    given = tensor_scale if np.any(tensor_scale) else np.asarray(F32(1))
+    return right.nvfp4_dequantize(packed, scales, given, dtype)
+
+
+@bug("nvfp4_dequantize", "OutOfRange", "tensor_scale is -1")
+def drops_the_sign_of_the_scale_of_all(packed, scales, tensor_scale, dtype):
+    size = np.asarray(np.abs(tensor_scale))
+    return right.nvfp4_dequantize(packed, scales, size, dtype)
+
+
+@bug("nvfp4_dequantize", "ShapeMismatch", "two for tensor_scale")
+def reads_the_first_scale_of_all(packed, scales, tensor_scale, dtype):
+    first = np.asarray(tensor_scale.reshape(-1)[0])
+    return right.nvfp4_dequantize(packed, scales, first, dtype)
+
+
+@bug("mxfp4_dequantize", "Basic", "three axes")
+def flattens_all_but_the_first_axis(packed, scales, dtype):
+    W = right.mxfp4_dequantize(packed, scales, dtype)
+    return W.reshape(packed.shape[0], -1)

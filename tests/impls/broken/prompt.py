@@ -68,3 +68,15 @@ def takes_the_mean_over_the_batch(grad_y, P):
 @bug("prompt_init", "RealTokens")
 def starts_each_row_at_the_token_before(E, tokens):
     return np.roll(right.prompt_init(E, tokens), 1, axis=0)
+
+
+@bug("prompt_forward", "NoText", "a text without tokens")
+def returns_an_empty_text_as_it_is(X, P):
+    return right.prompt_forward(X, P) if X.size else X.copy()
+
+
+@bug("prompt_backward", "NoText", "a text without tokens")
+def wants_a_text_behind_the_prompt(grad_y, P):
+    if grad_y.shape[-2] <= len(P):
+        raise ValueError("there is no text")
+    return right.prompt_backward(grad_y, P)

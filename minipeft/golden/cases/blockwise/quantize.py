@@ -207,6 +207,9 @@ def _later(codebook: Array) -> Iterator[Spec]:
     yield _spec(
         "9 values", "ShortBlock OddLength PadNibble", _draw(codebook, "9", (9,))
     )
+    W = search.lift_differs(codebook, 3)
+    comment = "a lift by no power of two has another code, 3 times"
+    yield _spec(comment, "Subnormal", W)
 
 
 def _fp4_only() -> Iterator[Spec]:

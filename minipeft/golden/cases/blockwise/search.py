@@ -57,6 +57,27 @@ def short_of_one(wanted: int) -> Array:
     return np.array([next(found) for _ in range(wanted)], np.float32)
 
 
+def lift_differs(codebook: Array, wanted: int) -> Array:
+    """Return [absmax, w, w, …], all subnormal: 3**64 or 1e20 as a lift errs.
+
+    The reciprocal of this absmax is finite, and division gives the same codes.
+    """
+    lifts = np.array([[3.0**64], [1e20]], np.float32)
+    for size in _scales("lift"):
+        units = np.floor(2**22 * (1 + size % 1))
+        absmax = np.ldexp(np.float32(units), -149)
+        near = np.rint(midpoints(codebook) * np.float64(units))
+        steps = np.concatenate([near - 1, near, near + 1])
+        w = np.ldexp(steps.astype(np.float32), -149)
+        codes = nearest(w * (ONE / absmax), codebook)
+        lifted = nearest((w * lifts) * (ONE / (absmax * lifts)), codebook)
+        same = codes == nearest(w / absmax, codebook)
+        found = w[same & (codes != lifted).all(axis=0)]
+        if len(found) >= wanted:
+            return np.array([absmax, *found[:wanted]], np.float32)
+    raise AssertionError("unreachable: scales never end")
+
+
 def half_scaling_differs(codebook: Array, size: int, dtype: np.dtype[Any]) -> Array:
     """Return a block whose codes change when W/absmax is computed in its own dtype."""
     for attempt in count():
