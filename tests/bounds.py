@@ -76,7 +76,7 @@ def counted(array, roundings=0):
 
 
 def roundings(result):
-    """Return the number of roundings on the longest way to any number of a result."""
+    """Return the largest number of roundings on a way to any number of a result."""
     return max((_read(c)[1] for c in np.asarray(result).flat), default=0)
 
 
@@ -89,6 +89,6 @@ def bound(result, dtype="float32"):
 
 
 def assert_both_within(one, other, *formulas, dtype="float32"):
-    """Check that two results differ by at most the bounds of both formulas."""
+    """Check that two results differ by at most the sum of both formulas' bounds."""
     allowed = sum(bound(formula, dtype) for formula in formulas)
     assert_within(one, other, allowed)

@@ -22,7 +22,7 @@ codebooks = st.sampled_from(list(CODEBOOKS.values()))
 
 @dataclass(frozen=True)
 class Codec:
-    """One codec: the parts that `quantize` returns, and which grow with the weight."""
+    """One codec: the names of its codes and of its scales."""
 
     module: ModuleType
     codes: tuple[str, ...]
@@ -41,7 +41,7 @@ class Codec:
         return self.module.quantize(W, values, *sizes[: self.sizes])
 
     def spoilt(self):
-        """Yield quantized tensors with one part too short or too long."""
+        """Yield quantized tensors in which one part is too short or too long."""
         q = self.quantize(np.linspace(-1, 1, 40, dtype=np.float32).reshape(5, 8))
         for name in self.parts:
             part = np.asarray(getattr(q, name))

@@ -1,4 +1,4 @@
-"""Options, hypothesis profiles, and what a skip means in continuous integration."""
+"""Options, hypothesis profiles, and the rule for skips in continuous integration."""
 
 import gc
 import os
@@ -10,9 +10,9 @@ from tests import typechecker
 
 IN_CI = os.environ.get("CI") == "true"
 
-# As in the Makefile: workers that have several threads each wait for each other.
+# As in the Makefile: workers with several threads each slow each other down.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
-typechecker.install()  # before the first import of minipeft
+typechecker.install()  # before minipeft is imported
 
 settings.register_profile("dev", max_examples=20, deadline=None)
 settings.register_profile(
@@ -38,13 +38,13 @@ def pytest_addoption(parser):
 
 
 def pytest_collection_modifyitems(items):
-    """Put the files with slow tests first: no worker waits long for the last file."""
+    """Put the files with slow tests first: no worker runs a long file at the end."""
     slow = {item.path for item in items if item.get_closest_marker("slow")}
     items.sort(key=lambda item: item.path not in slow)
 
 
 def pytest_collection_finish():
-    """Spare the garbage collector what was imported: some tests call it often."""
+    """Exclude imported objects from garbage collection, which some tests call often."""
     gc.collect()
     gc.freeze()
 

@@ -6,7 +6,7 @@ from tests.strategies import rationals
 
 
 def equal(a, b):
-    """Exactly equal, for arrays of fractions."""
+    """Check that arrays of fractions are equal."""
     return a.shape == b.shape and bool(np.all(a == b))
 
 

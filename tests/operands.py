@@ -73,12 +73,12 @@ OUT_OF_RANGE = {
 }
 
 
-# No operand may be one of these, but where its annotation says so.
+# No operand may be one of these, except where its annotation allows it.
 ODD = (
     *(None, "three", b"3", 2j, Fraction(1, 3), np.nan, np.inf, -1, 1.5, 10**400),
     *([1.0], (), {}, object(), np.array("three"), np.float32(np.nan)),
 )
-# An operand that is refused under the name it has where it is checked.
+# The message uses the name that the operand has at the place of the check.
 CALLED = {
     **{
         "flat": "W",
@@ -93,7 +93,8 @@ CALLED = {
 
 NUMBERS = {float, Any, np.float32, int, bool}
 
-# A layer uses the corner of a larger pair, so these axes may be longer than its own.
+# A layer uses the corner of a larger pair, so these axes may be longer than the
+# layer's.
 MAY_BE_LONGER = {("pair", "in_features"), ("pair", "out_features")}
 
 
@@ -308,7 +309,7 @@ def retyped(row: ModuleType, name: str) -> Iterator[tuple[tuple[str, ...], np.nd
 
 
 def odd(row: ModuleType, name: str) -> Iterator[tuple[tuple[str, ...], object]]:
-    """Yield, for every operand and every part of one, what it may not be."""
+    """Yield values that an operand, or a part of it, must not have."""
     given, hints = arguments(row, name), typing.get_type_hints(getattr(row, name))
     for parameter, value in given.items():
         own = {(parameter,): hints[parameter]}
@@ -326,7 +327,7 @@ def odd(row: ModuleType, name: str) -> Iterator[tuple[tuple[str, ...], object]]:
 
 def _admits(hint: object, value: object) -> bool:
     if hint is str or (isinstance(value, np.generic) and hint not in NUMBERS):
-        return True  # a name in a sentence; an array without axes
+        return True  # a word; an array without axes
     if value is None or isinstance(value, Mapping | tuple):
         kinds = (hint, *typing.get_args(hint))
         return any(typing.get_origin(k) or k is type(value) for k in kinds)

@@ -1,7 +1,7 @@
 """All parametrizations, in the form in which the laws of their kind use them.
 
-A new row adds one entry: its module, its trained fields, how an adapter of a drawn
-layer is made, how a new one starts, and how torch's config is called.
+A new row adds one entry: its module, its trained fields, how to draw an adapter for a
+layer, how to start a new adapter, and the arguments of torch's configuration.
 """
 
 from collections.abc import Callable, Mapping
@@ -52,8 +52,8 @@ class Parametrization:
     proof: Any = None  # the same module with the norm as an argument
     formula: Any = None  # the same formula on a dequantized base
     fractions: bool = True  # whether the formula runs on fractions
-    exact: Callable | None = None  # a case without roundings, where integers have some
-    # Of torch's config, for a model of two layers; None: there is none.
+    exact: Callable | None = None  # a case without roundings
+    # Arguments of torch's configuration for a model of two layers; None: it has none.
     hyper: Mapping[str, Any] | None = None
 
     @property
@@ -165,8 +165,8 @@ def _lora_start(rng, W, r):
     return W, (), lora.init(rng, W.shape[1], W.shape[0], r, 16)
 
 
-# The root of a sum is no fraction, so the norms are drawn like the other operands; they
-# are the first frozen operand.
+# The root of a sum may be irrational, so the norms are drawn like the other operands;
+# they are the first frozen operand.
 _dora = SimpleNamespace(
     forward=lambda x, W, norm, adapter, bias: dora._forward(x, W, adapter, bias, norm),
     backward=lambda grad_y, x, W, norm, a: dora._backward(grad_y, x, W, a, norm),
@@ -216,7 +216,7 @@ SIDES = ("output", "input")
 def _make_ia3(draw, tensor, t):
     side = draw(st.sampled_from(SIDES))
     scale = draw(tensor((t.W.shape[SIDES.index(side)],)))
-    if draw(st.booleans()):  # with zeros, no division can undo a merge
+    if draw(st.booleans()):  # no division undoes a zero
         scale[0] = 0 * scale[0]
     return t.W, (), ia3.IA3(scale, side)
 
@@ -230,7 +230,7 @@ GRID = np.arange(-8, 8, dtype=np.float32) / np.float32(8)
 
 
 def on_a_grid(W, seed):
-    """Return a quantized base in the shape of W whose values are small integers."""
+    """Return a quantized base of W's shape whose values are small integers."""
     rng = np.random.default_rng(seed)
     codes = rng.integers(0, 16, W.size).astype(np.uint8)
     scales = rng.choice([8, 16, 32], -(-W.size // 4)).astype(np.float32)

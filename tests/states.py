@@ -32,7 +32,7 @@ SHAPES = [(17, 31), (64, 66), (5,)]  # 8 bits need at least 4,096 values
 
 @dataclass(frozen=True)
 class OptimizerState:
-    """One row; `state` reads the state of a tensor from what `hold` returned."""
+    """One row; `state` reads the state of a tensor from the result of `hold`."""
 
     name: str
     hold: Callable[[Any, list[adamw.State]], Any]

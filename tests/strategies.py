@@ -1,8 +1,8 @@
-"""The drawn inputs of the laws: sizes, tensors, and adapted layers.
+"""Drawn inputs for the laws: sizes, tensors, and adapted layers.
 
-Three kinds of numbers, one for each meaning of "exact": fractions (no rounding at
-all), small integers with power-of-two scalings (every float32 sum is exact, in any
-order), and Gaussians (a derived bound).
+There are three kinds of numbers, one for each meaning of "exact": fractions (no
+rounding at all), small integers with power-of-two scalings (every float32 sum is exact,
+in any order), and normal numbers (a derived bound).
 """
 
 from dataclasses import dataclass
@@ -72,7 +72,7 @@ def _layers(draw, tensor, scalings):
 
 @st.composite
 def rationals(draw, shape):
-    """Object arrays of fractions, on which a formula runs without rounding."""
+    """Draw arrays of fractions, on which a formula runs without rounding."""
     rng = np.random.default_rng(draw(seeds))
     top, bottom = rng.integers(-40, 41, shape), rng.integers(1, 13, shape)
     values = [
@@ -85,14 +85,14 @@ def rationals(draw, shape):
 
 @st.composite
 def integers(draw, shape):
-    """float32 integers up to 8: sums of products stay far below 2**24, so exact."""
+    """Draw float32 integers up to 8; sums of products stay below 2**24, so exact."""
     rng = np.random.default_rng(draw(seeds))
     return rng.integers(-8, 9, shape).astype(np.float32)
 
 
 @st.composite
 def gaussians(draw, shape):
-    """Normal float32 values of mixed magnitude."""
+    """Draw normal float32 values of mixed magnitude."""
     rng = np.random.default_rng(draw(seeds))
     size = draw(st.sampled_from([1e-3, 1.0, 30.0]))
     return (rng.standard_normal(shape) * size).astype(np.float32)
@@ -110,7 +110,7 @@ gaussian_layers = _layers(gaussians, st.sampled_from([0.3, 1.7, 2.0, 32.0]))
 
 @st.composite
 def weights(draw, max_size=700):
-    """Finite float32 tensors for quantizers: any shape, with zeros and outliers."""
+    """Draw finite float32 weights for quantizers: any shape, zeros, outliers."""
     shape = draw(
         st.one_of(
             st.tuples(st.integers(1, max_size)),
@@ -129,7 +129,7 @@ def weights(draw, max_size=700):
 
 
 def anything_finite(shape):
-    """Every finite float32, subnormals and the largest included."""
+    """Draw any finite float32 values, subnormal and largest ones included."""
     return hnp.arrays(
         np.float32,
         shape,

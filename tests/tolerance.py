@@ -24,7 +24,7 @@ def gamma(n: int, dtype="float32") -> float:
 
 
 def svd_roundings(W) -> int:
-    """The number of roundings that an SVD of W (m x n) counts as: 4 (m + n).
+    """Return 4 (m + n), the number of roundings that stands for an SVD of W (m x n).
 
     LAPACK's manual says |W - U S V^T| <= p(m, n) u |W| with a slowly growing p, but
     gives no formula for p. LAPACK's own tests allow p = 70 max(m, n) (TESTING/svd.in:

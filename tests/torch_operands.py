@@ -41,14 +41,14 @@ from tests.agreement.on_torch import CONFIGS
 from tests.parametrizations import ROWS, Parametrization
 from tests.properties import modules
 
-# Files that the column itself uses, with operands that were checked before.
+# Files for the column's own use; their callers have checked the operands.
 INSIDE = (
     *("adamw_checks", "adapted", "bins", "copies", "deferred", "launches", "linear"),
     *("operands", "operators", "saving", "slices", "stack", "targets", "virtual"),
 )
-# Their operands are processes, folders and meshes: test_sharding.
+# Operands are processes, folders and meshes; test_sharding runs these.
 PROCESSES = ("sharding",)
-# Classes that only hold their fields: the functions that read them check them.
+# Classes that only hold fields; the functions that read the fields check them.
 HOLDERS = {
     *("blockwise.Blockwise", "double_quant.Nested", "microscaling.MXFP4"),
     *("microscaling.NVFP4", "prefix.Prefix", "prompt.Prompt", "lora_batched.Adapters"),
@@ -56,7 +56,7 @@ HOLDERS = {
     *("lora_plus.Group", "paged.Traffic", "paged.Page", "paged.Lanes", "adamw.Job"),
     *("paged.PageTable", "adamw.Moments", "inject.Config", "experts.ExpertsLoRA"),
 }
-# Steps of a public function, which checked their operands.
+# Steps of a public function, which has checked their operands.
 STEPS = {
     *(
         "adamw.parts",
@@ -186,7 +186,7 @@ def on_its_base(kind: str) -> dict[str, Any]:
 
 
 STEP = {"lr": 0.1, "betas": (0.9, 0.99), "eps": 1e-8, "weight_decay": 0.1}
-# The operands that differ from those above, by function.
+# Operands that differ from the above for one function.
 OWN: dict[str, dict[str, Any]] = {
     **{f"double_quant.{f}": {"q": nested} for f in ("dequantize", "unnest")},
     "double_quant.bits_per_parameter": {"q": nested},
@@ -269,7 +269,7 @@ def arguments(name: str) -> dict[str, Any]:
     return {p: made() if callable(made) else made for p, made in taken.items()}
 
 
-# These refuse their own fields.
+# These classes check their own fields.
 CHECKED = (paged.Paging, pissa.Sketch, prefix.PrefixConfig, prompt.PromptConfig)
 CHECKED += (lora.LoRAConfig, bottleneck.BottleneckConfig)
 
@@ -290,7 +290,7 @@ def at(given: Mapping[str, Any], path: tuple[str, ...]) -> Any:
 def substituted(
     given: Mapping[str, Any], path: tuple[str, ...], value: object
 ) -> dict[str, Any]:
-    """Return the arguments with another value at one path; no check sees it."""
+    """Return the arguments with another value at one path, without any check."""
     if len(path) == 1:
         return {**given, path[0]: value}
     holder = copy.copy(given[path[0]])
@@ -303,7 +303,7 @@ HUGE = 10**400
 
 
 def odd(value: Any) -> Iterator[tuple[str, object]]:
-    """Yield what a value of this kind may not be replaced by, with a name."""
+    """Yield wrong values for an operand of this kind, each with a name."""
     if isinstance(value, Tensor):
         yield from odd_tensors(value)
     elif isinstance(value, bool):

@@ -1,11 +1,12 @@
-"""What checks every annotation: jaxtyping and beartype, once for calls that are alike.
+"""The checker of annotations: jaxtyping and beartype, once for calls that are alike.
 
-Their verdict depends on the types of the arguments and of the result, and on the dtype
-and shape of each array. So what is like a call that has passed is not checked again:
-the laws call small functions so often that the checks took ten times as long as they.
+The verdict of both depends on the types of the arguments and of the result, and on the
+dtype and shape of each array. So a call that is like one that passed is not checked
+again: the laws call small functions so often that the checks took ten times as long as
+the functions.
 
-`install` puts this in the place of `jaxtyping.jaxtyped`, which the import hook of
-jaxtyping writes before every function. It accepts int for float.
+`install` replaces `jaxtyping.jaxtyped`, which the import hook of jaxtyping writes
+before every function. The checker accepts int for float.
 """
 
 import functools
@@ -21,19 +22,19 @@ check = beartype(conf=BeartypeConf(is_pep484_tower=True))
 jaxtyped = jaxtyping.jaxtyped  # the library's own
 
 LIBRARIES = ("numpy", "torch")
-REMEMBERED = 4096  # calls of one function
-LONGEST = 32  # containers with more items are looked at each time
+REMEMBERED = 4096  # remembered calls of one function
+LONGEST = 32  # longer containers are checked each time
 
 
 class UnlikeError(Exception):
-    """A container whose contents would have to be looked at."""
+    """A container whose contents must be checked each time."""
 
 
 @functools.cache
 def looked_at(kind: type) -> str:
-    """Return what an annotation can ask of a value of this type."""
+    """Return the part of a value of this type that an annotation can test."""
     if kind in (str, bool, type):
-        return "value"  # of a literal; of a class, which it is
+        return "value"  # a literal; a class as a value
     if hasattr(kind, "shape") and hasattr(kind, "dtype"):
         # A subclass may compute what it answers, by functions that are checked as well.
         return "shape" if kind.__module__.split(".")[0] in LIBRARIES else "all"
@@ -43,7 +44,7 @@ def looked_at(kind: type) -> str:
 
 
 def likeness(value: Any) -> Any:
-    """Return the same for two values that an annotation cannot tell apart."""
+    """Return equal results for values that no annotation can tell apart."""
     kind = type(value)
     what = looked_at(kind)
     if what == "type":
@@ -59,22 +60,22 @@ def likeness(value: Any) -> Any:
 
 
 def alike(*values: Any) -> Any:
-    """Return the likeness of all, or None if there is none."""
+    """Return the likeness of all values, or None if one has none."""
     try:
         found = likeness(values)
         hash(found)
-    except Exception:  # also what a property raises
+    except Exception:  # also errors of a property
         return None
     return found
 
 
 def replaying(function: Callable[..., Any], results: list[Any]) -> Callable[..., Any]:
-    """Return a function with the same annotations that gives back the last result."""
+    """Return a function with the same annotations that returns the last result."""
 
     def replay(*args: Any, **kwargs: Any) -> Any:
         return results.pop()
 
-    within = function.__globals__  # where annotations that are strings are looked up
+    within = function.__globals__  # annotations in strings are resolved here
     again = types.FunctionType(
         replay.__code__, within, function.__name__, None, replay.__closure__
     )
@@ -82,7 +83,7 @@ def replaying(function: Callable[..., Any], results: list[Any]) -> Callable[...,
 
 
 class Passed(dict[Any, set[Any]]):
-    """The likeness of calls that have passed, each with those of its results."""
+    """The likenesses of calls that passed, each with those of its results."""
 
     def add(self, call: Any, result: Any) -> None:
         if None not in (call, result):
@@ -92,10 +93,10 @@ class Passed(dict[Any, set[Any]]):
 
 
 def once(function: Callable[..., Any], typechecker: Any) -> Callable[..., Any]:
-    """Return the function with its checks, which leave out what is like a past call."""
+    """Return the function with checks that skip calls like one that passed."""
     results: list[Any] = []
 
-    @functools.cache  # many functions are imported and not called
+    @functools.cache  # many functions are imported but never called
     def strict(again: bool = False) -> Callable[..., Any]:
         what = replaying(function, results) if again else function
         return jaxtyped(what, typechecker=typechecker)

@@ -1,4 +1,4 @@
-"""A small book of its own for each test: a library, two data files, some chapters."""
+"""A small book for each test: a library, two data files, some chapters."""
 
 import sys
 import textwrap
@@ -57,7 +57,7 @@ rank:
   short: The inner width.
   text: ""
 """
-# What minipeft.lab.chapter promises the press, without its imports.
+# The parts of minipeft.lab.chapter that the book's generator needs, without imports.
 LAB = """
 import sys, types, pathlib
 lab = types.ModuleType("minipeft.lab.chapter")
@@ -118,7 +118,7 @@ def small(tmp_path: Path) -> SmallBook:
 
 @pytest.fixture
 def lab() -> str:
-    """The code that stands in for the lab, to put first in a chapter."""
+    """The code that stands in for minipeft.lab, to put first in a chapter."""
     return "# %%" + LAB
 
 

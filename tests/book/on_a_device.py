@@ -1,8 +1,8 @@
 """Every chapter on a device that is not the CPU: a program for `make devices`.
 
-The device is pretended (tests/properties/device.py): an operation that meets tensors of
-two devices is refused, as a GPU would. The chapters run one after another in one
-process, with one step of training, few examples and no figures written.
+The device is pretended (tests/properties/device.py). Like a GPU it refuses an operation
+on tensors of two devices. The chapters run one after another in one process, with one
+step of training, few examples and no figures.
 """
 
 import contextlib
@@ -42,7 +42,7 @@ def shorten(there: torch.device) -> None:
 
 
 def once(device: str, turn: Callable[..., object], *given: object) -> float:
-    """Run a turn the first time only, and say that it took a second."""
+    """Run a turn the first time only, and report one second."""
     what = getattr(turn, "func", turn)
     if what not in TIMED:
         TIMED.append(what)
@@ -51,7 +51,7 @@ def once(device: str, turn: Callable[..., object], *given: object) -> float:
 
 
 def run(path: Path, out: Path) -> str:
-    """Run a chapter, and return what went wrong, or nothing."""
+    """Run a chapter; return its error, or None."""
     sys.argv = [str(path), "--steps", "1", "--out", str(out / path.stem)]
     try:
         with contextlib.redirect_stdout(io.StringIO()):
@@ -62,7 +62,7 @@ def run(path: Path, out: Path) -> str:
 
 
 def main(out: str, *names: str) -> int:
-    """Run chapters by number, other files, or every chapter; return the exit code."""
+    """Run chapters by number, other files, or all chapters; return the exit code."""
     device.register()
     every = [p for p in sorted(CHAPTERS.glob("[0-9][0-9]_*.py")) if uses_a_device(p)]
     chosen = [p for p in every if not names or p.name[:2] in names]

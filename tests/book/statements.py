@@ -1,16 +1,16 @@
-"""Read from a source what it states: asserts on losses, sweeps, words for numbers."""
+"""Find the statements in a source: asserts on losses, sweeps, words for numbers."""
 
 import ast
 import re
 from collections.abc import Iterator
 
-# What gives a number that depends on the model and on the steps.
+# Functions whose results depend on the model and on the steps.
 TRAINED = frozenset({"train.train", "train.loss", "tuning.tune", "tuning.sweep"})
 ORDER = (ast.Lt, ast.LtE, ast.Gt, ast.GtE)
 MODULES = {"plots", "train", "tuning", "text", "np", "torch", "chapter", "spectra"}
 RATES = {"lr", "rate"}
 SENTENCE = re.compile(r"(?<=[.!?])[*\")]*\s+(?=[A-Z*`\"(\[{$])")
-# Words that stand for a number, and so need one in their sentence.
+# Words that stand for a number; their sentence must give a number.
 VAGUE = re.compile(
     r"\b(stays? close|nearly|almost|far (above|below|more|less)|hardly|close(ly)? to"
     r"|near (zero|one)|clearly (above|below)|level with|next to nothing)\b"
@@ -20,7 +20,7 @@ NUMBER = re.compile(
     r"|\b(two|three|four|five|six|seven|eight|nine|ten|twelve|hundred|thousand)"
     r" (%|percent|times|nats|hundred|thousand|million|billion)"
 )
-# A number that an author typed where the cell should fill it in, and names with digits.
+# A number that an author typed and no cell fills in; and names with digits.
 TYPED = re.compile(
     r"(?<![\w.{=])[-−]?\d[\d.,]*(?!\w|/\{=)"
     r"|\b(two|three|four|five|six|seven|eight|nine|ten|\w+ty|\w*hundred|\w*thousand)"
@@ -34,9 +34,9 @@ NO_NUMBER = re.compile(r"`[^`]*`|\$[^$]*\$|\[[^]]*\]\([^)]*\)")  # code, formula
 
 
 class Asserts(ast.NodeVisitor):
-    """Find asserts that order what training gave, following names from line to line.
+    """Find asserts that order results of training; follow names from line to line.
 
-    A name is of training while the last value bound to it used one that is.
+    A name depends on training while its last value used a name that does.
     """
 
     def __init__(self, source: str) -> None:
@@ -51,40 +51,40 @@ class Asserts(ast.NodeVisitor):
             self.found[ast.unparse(node)] = None
 
     def visit_Assign(self, node: ast.Assign) -> None:
-        """A name takes over what it is bound to."""
+        """Note whether the assigned value depends on training."""
         for target in node.targets:
             self.bind(target, self.uses(node.value))
 
     def visit_AugAssign(self, node: ast.AugAssign) -> None:
-        """`a += x` keeps what a was."""
+        """Keep the dependence of a in `a += x`."""
         if self.uses(node.value):
             self.bind(node.target, True)
 
     def visit_Call(self, node: ast.Call) -> None:
-        """`a.append(x)` makes a depend on x as well."""
+        """Let a depend on x in `a.append(x)`."""
         if isinstance(node.func, ast.Attribute) and any(map(self.uses, node.args)):
             self.names |= set(targets(node.func.value)) - MODULES
 
     def visit_FunctionDef(self, node: ast.FunctionDef) -> None:
-        """A function is of training if its body is."""
+        """Let a function depend on training if its body does."""
         self.bind(ast.Name(node.name), any(map(self.uses, node.body)))
         self.generic_visit(node)
 
     def visit_For(self, node: ast.For) -> None:
-        """What the end of one turn binds, the next turn uses."""
+        """Follow the body twice: names at the end of one turn are used in the next."""
         self.bind(node.target, self.uses(node.iter))
         for statement in node.body * 2:
             self.visit(statement)
 
     def bind(self, target: ast.expr, trained: bool) -> None:
-        """Note that a name has a new value; part of a container only adds to it."""
+        """Note a name's new value; assigning to a part of a container adds to it."""
         if trained:
             self.names |= set(targets(target))
         elif isinstance(target, ast.Name):
             self.names.discard(target.id)
 
     def uses(self, node: ast.AST) -> bool:
-        """Whether a value comes from training."""
+        """Return whether a value depends on training."""
         shadows = {
             name
             for part in ast.walk(node)
@@ -129,7 +129,7 @@ def calls(source: str, method: str) -> list[ast.Call]:
 
 
 def words(node: ast.expr | None) -> str:
-    """Return a text as the source writes it; what is filled in counts as a number."""
+    """Return a text as the source writes it; a value filled in counts as a number."""
     if isinstance(node, ast.JoinedStr):
         return "".join(map(words, node.values))
     if isinstance(node, ast.Constant):

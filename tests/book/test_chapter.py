@@ -1,4 +1,4 @@
-"""Reading a percent script."""
+"""A chapter is read from a script with percent cells."""
 
 import pytest
 from book import BookError

@@ -1,4 +1,4 @@
-"""Formulas, and the font that draws them."""
+"""Formulas, and the font for them."""
 
 import io
 

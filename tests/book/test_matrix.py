@@ -1,4 +1,4 @@
-"""The matrix of libraries: drivers, committed results, and how they are drawn."""
+"""The matrix of libraries: drivers, committed results, and the drawn table."""
 
 import importlib.util
 import json
@@ -86,7 +86,7 @@ def test_a_result_is_that_of_this_version(tool):
         pytest.skip(f"there is no result of torch {torch.__version__}")
     found = tool.condensed(tool.run(Path(sys.executable), "torch_itself"))
     told = json.loads(path.read_text())
-    # Cases are added after a result was written; operations stay, and what passes.
+    # Newer vectors add cases; operations stay, and so does what passes.
     assert set(found["operations"]) == set(told["operations"])
     for operation, count in told["operations"].items():
         now = found["operations"][operation]

@@ -1,7 +1,7 @@
 """Chapters on a pretended device: no operation meets tensors of two devices.
 
-`make devices` runs every chapter, which takes minutes. Here runs one that trains and
-times models on the device.
+`make devices` runs every chapter, which takes minutes. This test runs one chapter that
+trains and times models on the device.
 """
 
 import subprocess

@@ -216,7 +216,7 @@ def test_reference_pages_follow_the_files(small):
     api = small.layout.docs / "api"
     page = (api / "reference" / "lora.md").read_text()
     assert "::: minipeft.reference.lora" in page
-    # Constants and private names have no anchor of their own: their module's is shown.
+    # Constants and private names have no anchor; the link goes to their module's.
     assert page.startswith("# lora { #minipeft.reference.lora }\n")
     assert "The same row in [torch](../torch/lora.md), [CUDA](" in page
     assert "Shown in [A title](../../book/01_lora.md)." in page

@@ -1,4 +1,4 @@
-"""One label, one value: every build compares what chapters print below a label."""
+"""One label, one value: every build compares the values that chapters print."""
 
 import pytest
 from book import BookError, quantities
@@ -35,7 +35,7 @@ TWICE = "# %%\nfor loss in ({}, {}):\n    print('loss of a run:', loss)\n"
 
 def test_a_line_that_nobody_registered_is_compared_between_chapters(small):
     small.chapter(TWICE.format(4.1, 4.2), "01_one")
-    small.build()  # in one chapter a line may change, as in a loop
+    small.build()  # one chapter may print several values, as in a loop
     small.chapter(TWICE.format(4.1, 4.3), "02_two")
     with pytest.raises(BookError) as caught:
         small.build()
@@ -87,7 +87,7 @@ def test_one_chapter_may_not_contradict_itself_either(tmp_path):
 
 @pytest.fixture
 def book_of_quantities(small, root):
-    """Build two chapters, each of which prints its value below the same label."""
+    """Build two chapters; each prints its value below the same label."""
 
     def build(first, second):
         small.write(

@@ -1,4 +1,4 @@
-"""What the repository promises about itself: chapters, map, budgets, examples."""
+"""Promises of the repository: chapters, map, budgets, examples."""
 
 import ast
 import io
@@ -19,11 +19,11 @@ CHAPTERS = chapter.read_all(LAYOUT.chapters)
 PARTS = ROOT / "site" / "hooks" / "parts.yml"
 FRONT = re.compile(r'^chapter = start\(\s*(?:name=)?"(\w+)"', re.M)
 
-# Public functions of the reference that no chapter shows yet. Show one, take it out;
-# this list only shrinks.
+# Public functions of the reference that no chapter shows yet. This list may only become
+# shorter.
 NOT_YET_SHOWN: set[str] = set()
 
-# What is larger than the budget, and why. A line that is no longer needed is an error.
+# Functions beyond the budget, with reasons. An entry that is not needed is an error.
 WIDER = {
     "minipeft/reference/lora.py:init": "the signature that every column shares",
     "minipeft/reference/loftq.py:init": "the signature that every column shares",
@@ -52,7 +52,7 @@ def test_the_first_code_cell_starts_the_chapter(script):
 
 SHAPE = ["problem", "formula|mechanism", "code", "proof", "experiment"]
 END = ["What goes wrong in practice", "Exercises", "References"]
-# No method, so nothing to derive or to prove: these only end as the others do.
+# These chapters have no method to derive or to prove; only their end is prescribed.
 ESSAYS = ("00_", "17_", "18_", "19_", "22_", "23_", "24_", "25_", "26_", "27_")
 ESSAYS += ("28_",)
 
@@ -72,7 +72,7 @@ def test_chapters_have_one_shape(script):
 
 
 # Private names that a chapter may use, and why.
-PRIVATE = {"08_dora": {"_merge", "_forward"}}  # with any norms: fractions have no root
+PRIVATE = {"08_dora": {"_merge", "_forward"}}  # the norm is an argument
 
 
 @pytest.mark.parametrize("script", CHAPTERS, ids=lambda c: c.name)
@@ -139,7 +139,7 @@ def holes(drawn: str) -> list[str]:
 def test_the_map_has_no_hole():
     drawn = methods.table(ROOT)
     assert holes(drawn) == []
-    assert holes(drawn.replace("[✓](tests/agreement/test_lora.py)", ""))  # it can
+    assert holes(drawn.replace("[✓](tests/agreement/test_lora.py)", ""))  # a gap shows
 
 
 def test_a_dash_in_the_map_stands_where_there_is_no_file():
@@ -236,7 +236,7 @@ def test_files_are_short():
     lengths = {path: code_lines(path.read_text()) for path in [*budgets, *python]}
     for path in sources("minipeft/**/*.cu*"):
         lengths[path] = len(path.read_text().splitlines())
-    for script in CHAPTERS:  # prose is not counted: a chapter may be a long read
+    for script in CHAPTERS:  # prose may be longer
         lengths[script.path] = sum(code_lines(c.source) for c in script.code)
     long = {
         path.relative_to(ROOT).as_posix(): length
@@ -247,7 +247,7 @@ def test_files_are_short():
 
 
 def too_large(function: ast.FunctionDef) -> str:
-    """Say what is over budget: 30 lines besides the docstring, 5 parameters."""
+    """List the functions over budget: 30 lines without docstring, 5 parameters."""
     lines = (function.end_lineno or 0) - function.lineno + 1
     if ast.get_docstring(function):
         doc = function.body[0]
@@ -276,7 +276,7 @@ def test_functions_are_small():
 
 
 def explained(path: Path) -> dict[str, list[str]]:
-    """Return the lines of each docstring below its first, without errors and source."""
+    """Return the lines of each docstring after its first, without errors and source."""
     found = {}
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.ClassDef | ast.FunctionDef):

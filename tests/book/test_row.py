@@ -1,4 +1,4 @@
-"""What a method costs: its files, their lines, and where else it is named."""
+"""The cost of a method: its files, their lines, and the other files that name it."""
 
 import re
 import subprocess
@@ -11,15 +11,15 @@ FILES, LINES, EDITS = 8, 600, 4
 CODE = (".py", ".toml", ".yml", ".md", ".cu", ".cuh", ".txt", "Makefile")
 ROWS = ("hira", "miss")
 
-# Written by a program: vectors, schemas, the list of functions, the map of the README.
+# Programs write these: vectors, schemas, the list of functions, the map of the README.
 WRITTEN = (
     "minipeft/golden/v1/",
     "minipeft/golden/schema/",
     "minipeft/golden/README.md",
 )
 WRITTEN += ("minipeft/golden/manifest.json", "README.md", "results/")
-# Not counted: the chapter with what it cites, what drives and tests peers, this test,
-# and the page that says what a method costs.
+# Not counted: the chapter and its citations, drivers and tests of peers, this test, and
+# the page about the cost of a method.
 CHAPTER = (
     "chapters/",
     "site/bibliography.yml",
@@ -61,8 +61,8 @@ def own(root: Path, row: str) -> list[str]:
 
 
 def elsewhere(root: Path, row: str) -> list[str]:
-    """Return the files of others that name the row, as code or a table does."""
-    # Not every "miss" of a sentence is the row.
+    """Return the files of others that name the row, in code or in a table."""
+    # Not every "miss" in a sentence is the row.
     kind = {"hira": "HiRA", "miss": "MiSS"}[row]
     name = rf"(?<![\w ]){row}(?![\w ])|import {row}\b|\b{row}_\w"
     named = re.compile(rf"{kind}|{name}|^ *{row}\b", re.MULTILINE)

@@ -1,4 +1,4 @@
-"""Running chapters: once, in a clean interpreter, and only when something changed."""
+"""Chapters run once, in a clean interpreter, and again only after a change."""
 
 import json
 import time
@@ -14,7 +14,7 @@ def entries(small):
 
 
 def alive(process):
-    """Whether a process still runs; one that nobody has waited for does not."""
+    """Return whether a process runs; a zombie, which nobody waited for, does not."""
     stat = Path("/proc", str(process), "stat")
     return stat.exists() and stat.read_text().split()[2] != "Z"
 

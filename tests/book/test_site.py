@@ -1,4 +1,4 @@
-"""The built site, as a reader's browser meets it; `make book` builds it."""
+"""The built site in a browser, as a reader sees it; `make book` builds the site."""
 
 import contextlib
 import functools
@@ -14,9 +14,10 @@ import pytest
 
 SITE = Path(__file__).parents[2] / "build" / "site"
 PAGES = sorted(path.relative_to(SITE).as_posix() for path in SITE.rglob("*.html"))
-PREFIX = "/minipeft/"  # where site_url says that the pages live
+PREFIX = "/minipeft/"  # the path in site_url
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
-# Both widths and both lights; where text alone is on a page, they do not mix.
+# Two widths, in light and dark. Pages of text alone are tested in two of the four
+# views.
 VIEWS = [(1280, "light"), (390, "light"), (390, "dark"), (1280, "dark")]
 TEXT_VIEWS = VIEWS[::2]
 LOOK = """() => ({
@@ -39,7 +40,7 @@ needs_browser = pytest.mark.skipif(not CHROMIUM, reason="no Chromium is installe
 
 
 class Links(HTMLParser):
-    """What a page links to, and the places in it that can be linked to."""
+    """Collects the links of a page, and the anchors that links may point to."""
 
     def __init__(self, text: str):
         super().__init__()
@@ -85,7 +86,7 @@ def _resolve(page: str, path: str) -> str:
 
 
 class Handler(http.server.SimpleHTTPRequestHandler):
-    """Serves the site below its prefix, and says nothing."""
+    """Serves the site below its prefix, without a log."""
 
     def translate_path(self, path: str) -> str:
         return super().translate_path("/" + path.removeprefix(PREFIX))
@@ -121,7 +122,7 @@ def context(browser):
 
 @pytest.fixture
 def visit(context):
-    """Open an address; whatever the browser complains about fails the test."""
+    """Open an address; any error in the browser fails the test."""
     complaints: list[str] = []
     page = context.new_page()
     page.on("console", lambda message: complaints.append(message.text))
@@ -147,7 +148,7 @@ def _external(url: str, home: str, complaints: list[str]) -> None:
 @needs_browser
 @pytest.mark.parametrize("name", PAGES)
 def test_a_page_in_both_widths_and_both_lights(visit, address, name):
-    """From the disk, where a page starts faster; the error page needs a server."""
+    """The page is read from disk, which is faster; the error page needs a server."""
     late = pytest.importorskip("playwright.sync_api").TimeoutError
     page = visit(address + name if name == "404.html" else (SITE / name).as_uri())
     page.evaluate("document.querySelectorAll('img').forEach(i => i.loading = 'eager')")
@@ -155,7 +156,7 @@ def test_a_page_in_both_widths_and_both_lights(visit, address, name):
         page.set_viewport_size({"width": width, "height": 900})
         page.emulate_media(color_scheme=scheme)
         page.wait_for_function(SETTLED, arg=DARK[scheme])
-        with contextlib.suppress(late):  # on a busy machine a layout takes its time
+        with contextlib.suppress(late):  # a layout is slow on a busy machine
             page.wait_for_function(RESTED, timeout=5000)
         seen = page.evaluate(LOOK)
         assert seen == {

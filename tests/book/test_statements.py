@@ -1,4 +1,4 @@
-"""How chapters state things: claims with a control, swept rates, words with numbers."""
+"""The form of statements in chapters: controlled claims, sweeps, words with numbers."""
 
 import ast
 import json
@@ -40,7 +40,7 @@ def texts(script):
     ]
 
 
-# Loops over rates that look for no best one.
+# Loops over rates that search for no best rate.
 NO_SWEEP = {
     "07_rslora": "it compares scalings at rates that it derives",
     "18_gpu_four_bits": "its rates are operations a second",
@@ -152,7 +152,7 @@ def share_of_7b(r):
     return 100 * memory.adapter_parameters(LLAMA_7B, adapter) / LLAMA_7B.parameters
 
 
-# Numbers that a chapter tells of another one, and where they come from.
+# Numbers of one chapter that another chapter quotes, and their sources.
 TOLD = [
     ("13_bottleneck", "three seeds of LoRA alone lie {:.2f} nats apart", apart("LoRA")),
     ("15_prompt", "more than the {:,} of [IA3]", of_seventeen("IA3")["trained"]),

@@ -1,4 +1,4 @@
-"""A stranger's module that packs the first code into the low bits, and has no LoRA."""
+"""A foreign module that packs the first code into the low bits and has no LoRA."""
 
 import numpy as np
 

@@ -1,4 +1,4 @@
-"""A stranger's module whose compiled code would run past the end of an array."""
+"""A foreign module whose compiled code would read past the end of an array."""
 
 import os
 import signal

@@ -1,4 +1,4 @@
-"""Wrong implementations that were somebody's: see `museum.toml` for who and where."""
+"""Wrong implementations from real programs; `museum.toml` names them."""
 
 import tomllib
 from functools import cache
@@ -37,7 +37,7 @@ def file_of(operation: str) -> VectorFile:
 
 @cache
 def failures(name: str) -> list[Outcome]:
-    """Return what the vectors say against a wrong implementation."""
+    """Return the failed cases of a wrong implementation."""
     bug = BUGS[name]
     wrong = Functions(name, {bug.operation: bug.function}.get)
     outcomes = verify(wrong, [file_of(bug.operation)])
@@ -45,7 +45,7 @@ def failures(name: str) -> list[Outcome]:
 
 
 def exhibits() -> list[Exhibit]:
-    """Return all of the museum, in its order."""
+    """Return all exhibits, in their order."""
     text = Path(__file__).with_suffix(".toml").read_text("utf-8")
     return [_exhibit(name, **entry) for name, entry in tomllib.loads(text).items()]
 

@@ -1,7 +1,7 @@
 """NF4 quantization and LoRA in plain Python, without NumPy: a program for `--exec`.
 
-It shares no line with minipeft and computes by other means, LoRA over the rationals. So
-it is a second opinion on the vectors themselves.
+The program shares no line with minipeft and computes in another way, LoRA over the
+rationals. So it checks the vectors themselves a second time.
 """
 
 import json
@@ -45,7 +45,7 @@ def nf4_quantize(inputs, blocksize):
         block = W[start : start + blocksize]
         scale = max(map(abs, block))
         absmax.append(scale)
-        # In float64 a product of two float32 is exact, a quotient rounds innocently.
+        # In float64 a product of two float32 is exact; a quotient may round twice.
         lift = 2.0**64 if scale < 2.0**-126 else 1.0
         inverse = single(1 / (scale * lift)) if scale else 1.0
         for w in block:
@@ -96,7 +96,7 @@ def answer(case):
 
 
 if __name__ == "__main__":
-    for line in sys.stdin:  # one case; with --persistent a greeting, all cases, an end
+    for line in sys.stdin:  # one case; with --persistent many
         request = json.loads(line)
         command = request.get("command", "run")
         if command == "stop":

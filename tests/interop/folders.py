@@ -1,4 +1,4 @@
-"""Small models and adapters in files, drawn from a seed."""
+"""Small random models and adapters in files."""
 
 import json
 
@@ -12,7 +12,7 @@ SIZES = {"square": (16, 16), "wide": (16, 32), "tall": (48, 16)}
 
 
 class InMemory:
-    """Tensors by name that lie in no file."""
+    """Named tensors that are in no file."""
 
     def __init__(self, tensors):
         self.tensors = tensors

@@ -13,7 +13,7 @@ TARGETS = ["q_proj", "v_proj", "down_proj"]
 
 @contextmanager
 def quiet():
-    """The library warns about itself and about what it imports."""
+    """Silence warnings of the library about itself and its imports."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield
@@ -43,7 +43,7 @@ def gpt2():
 
 
 def trained(model, config, seed=5):
-    """Return a model of peft in which every trained number was moved."""
+    """Return a model of peft with every trained number changed."""
     import peft
 
     with quiet():
@@ -69,7 +69,7 @@ def saved(model, folder):
 
 
 def reloaded(model, folder):
-    """Return what peft makes of a folder."""
+    """Return the model that peft makes from a folder."""
     import peft
 
     with quiet():
@@ -78,6 +78,6 @@ def reloaded(model, folder):
 
 @torch.no_grad()
 def logits(model, prompt=0):
-    """Return the logits of a text; peft's have those of a soft prompt before them."""
+    """Return the logits of a text; peft puts those of a soft prompt before them."""
     with quiet():
         return model(TEXT).logits[:, prompt:]

@@ -26,7 +26,7 @@ PLACES = {
 
 
 def trained(targets, bottleneck=5, scaling=0.5):
-    """Return a model with adapters, each trained number moved."""
+    """Return a model with adapters, with every trained number changed."""
     config = BottleneckConfig(bottleneck, scaling)
     model = inject.inject(llama(), config, targets)
     torch.manual_seed(3)

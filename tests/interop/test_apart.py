@@ -1,4 +1,4 @@
-"""A base that keeps each expert apart, and an adapter of its stacks."""
+"""A base that stores each expert alone, and an adapter of stacked experts."""
 
 import pytest
 import torch
@@ -24,7 +24,7 @@ WAYS = {
 
 
 def apart(tensors, way):
-    """Return the tensors by the names of a checkpoint that keeps experts apart."""
+    """Return the tensors by the names of a checkpoint that stores each expert alone."""
     block, halves, last = WAYS[way]
     found = {}
     for name, W in tensors.items():
@@ -48,7 +48,7 @@ def test_experts_that_lie_apart_are_merged_one_by_one(way, tmp_path):
     findings = [*audit(open_tensors(folder), adapter, merge)]
     assert {f.verdict for f in findings} == {EXACT}
     assert sum(f.adapted for f in findings) == 2 * 3 * E
-    # The same stacks under the model's own names, on either side.
+    # The same stacks under the model's own names, in base and adapter.
     for one, other in ((InMemory(own), merge), (merge, InMemory(own))):
         found = [*audit(one, adapter, other)]
         wrong = [f.tensor for f in found if f.verdict == WRONG]
@@ -116,7 +116,7 @@ def test_the_merged_folder_computes_what_the_adapted_model_does(name, tmp_path):
 
 
 def _as_version_4(model, tmp_path):
-    """Return the tensors as transformers writes them: every expert apart."""
+    """Return the tensors as transformers writes them: each expert alone."""
     model.save_pretrained(tmp_path / "saved")
     saved = open_tensors(tmp_path / "saved")
     assert any(".experts.1." in tensor for tensor in saved.about)

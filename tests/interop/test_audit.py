@@ -1,4 +1,4 @@
-"""A right merge is right, however it was summed; a wrong one is named."""
+"""A correct merge passes in any order of sums; a wrong merge gets its mistake named."""
 
 from dataclasses import replace
 
@@ -33,7 +33,7 @@ def drawn(seed, shape=(24, 16), r=3, dora=False, **fields):
 
 
 def summed_backwards(W, update):
-    """The same merge with every sum in another order."""
+    """Return the same merge with every sum in reverse order."""
     flipped = replace(update, A=update.A.flip(0), B=update.B.flip(1))
     rows = [
         merged(W[i : i + 1], replace(flipped, B=flipped.B[i : i + 1], magnitude=m))
@@ -127,7 +127,7 @@ def test_a_mistake_is_named(name, dtype):
     ],
 )
 def test_a_mistake_of_precision_is_named(name, found):
-    # A large update on a small weight: 16 bits show in the result.
+    # A large update on a small weight, so that the rounding to 16 bits shows.
     W, update = drawn(6, shape=(64, 64), r=8)
     W = (W * 0.01).to(
         torch.bfloat16 if "bfloat16" in name or "first" in name else torch.float32

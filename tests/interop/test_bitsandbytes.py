@@ -1,4 +1,4 @@
-"""bitsandbytes' own state dict goes through us and comes back byte for byte."""
+"""A state dict of bitsandbytes is read and written again byte for byte."""
 
 import json
 

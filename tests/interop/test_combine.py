@@ -1,4 +1,4 @@
-"""Sums of adapters: what one does alone it does in a sum, and a sum is a sum."""
+"""Sums of adapters: one adapter alone is unchanged, and updates add up."""
 
 import pytest
 import torch
@@ -24,13 +24,13 @@ LINEAR = ["plain", "rank-stabilized", "patterns", "patterns, rank-stabilized"]
 
 
 def contents(settings, folder, seed=5, model=llama):
-    """Return an adapter that peft made, as its folder holds it."""
+    """Return an adapter made by peft, as its folder holds it."""
     peers.saved(peers.trained(model(), settings, seed), folder)
     return peft_folder.read(folder)
 
 
 def loaded(*adapters, folder, model=llama):
-    """Return a model with all of these adapters, by the names 0, 1, …"""
+    """Return a model with all of these adapters, named 0, 1, and so on."""
     made = model()
     for i, adapter in enumerate(adapters):
         peft_folder.write(folder / str(i), adapter)
@@ -50,7 +50,7 @@ def test_one_adapter_at_weight_1_gives_itself_back(case, tmp_path):
 
 @pytest.mark.parametrize("case", [*LINEAR, "embeddings", "IA3", *MULTIPLIED])
 def test_an_adapter_joined_by_one_at_weight_0_does_what_it_did(case, tmp_path):
-    # Nothing comes back untouched here: the general way is taken.
+    # With a second adapter no shortcut is taken: all tensors are computed.
     one, other = (contents(config(case), tmp_path / str(s), s) for s in (5, 6))
     both = loaded(weighted_sum([(one, 1.0), (other, 0.0)]), folder=tmp_path / "a")
     alone = loaded(one, folder=tmp_path / "b")
@@ -60,7 +60,7 @@ def test_an_adapter_joined_by_one_at_weight_0_does_what_it_did(case, tmp_path):
 
 
 def size_of(adapter, W):
-    """Return the sum of the sizes of what an update is summed from."""
+    """Return the sum of the absolute terms of an update."""
     if isinstance(adapter, IA3):
         return 2 * (1 + adapter.l.abs().max()) * W.abs()
     if isinstance(adapter, MiSS):
@@ -99,7 +99,7 @@ def test_biases_are_summed_as_updates_are(tmp_path):
     two = contents(peers.lora(**given, r=3), tmp_path / "2", 6, peers.biased)
     both = concatenate([one, two])
     key = "base_model.model.model.layers.0.self_attn.q_proj.lora_B.bias"
-    # s c, with s = 6 / 4 and 6 / 3; the sum keeps s = 6 / 4.
+    # The bias is multiplied by s c, with s = 6 / 4 and 6 / 3; the sum keeps s = 6 / 4.
     expected = one.tensors[key] + (2 / 1.5 * two.tensors[key].double()).float()
     assert torch.equal(both.tensors[key], expected)
     assert both.config["lora_bias"] is True
@@ -112,7 +112,7 @@ def test_adapters_of_different_layers_keep_their_own(tmp_path):
     two = contents(peers.lora(target_modules=["v_proj"], r=2), tmp_path / "2")
     both = concatenate([one, two])
     kept = {**one.tensors, **two.tensors}
-    assert_same_tensors(kept, both.tensors)  # each at its own scaling
+    assert_same_tensors(kept, both.tensors)  # each with its own scaling
     model = loaded(both, folder=tmp_path)
     assert len(inject.adapted(model)) == 4
 
@@ -167,7 +167,7 @@ def test_adapters_of_different_bases_are_refused(tmp_path):
     with pytest.raises(InputError, match=r"model\.norm\.weight differs") as refused:
         concatenate(found)
     assert "sum adapters of one base" in str(refused.value)
-    assert "allow" not in str(refused.value)  # there is no such option
+    assert "allow" not in str(refused.value)  # no such option exists
     assert concatenate([found[0], found[0]]).metadata[BASE] == found[0].metadata[BASE]
 
 

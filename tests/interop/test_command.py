@@ -1,4 +1,4 @@
-"""The commands on files: what they print, write and return."""
+"""The commands on files: their output, their files and their exit codes."""
 
 import json
 from pathlib import Path
@@ -103,7 +103,7 @@ def test_combine_writes_the_weighted_sum(folders, capsys):
     arguments = ["combine", given[3], str(second), "--out", str(path / "both")]
     assert cli.main([*arguments, "--weights", "0.5"]) == 2
     assert "2 adapters and 1 weights" in capsys.readouterr().err
-    for few in ("-1e3", "-.5E-2"):  # a number, and no option
+    for few in ("-1e3", "-.5E-2"):  # a number, not an option
         assert cli.main([*arguments, "--weights", few]) == 2
         assert "2 adapters and 1 weights" in capsys.readouterr().err
     assert cli.main([*arguments, "--weights", "0.5", "-2"]) == 0
@@ -162,6 +162,7 @@ def test_the_error_of_all_layers_is_that_of_their_sum():
         lost += float((delta - B @ A).square().sum())
         whole += float(delta.square().sum())
     expected = (lost / whole) ** 0.5
-    # Both sides compute in float64, whose roundings are far below one of float32.
+    # Both sides compute in float64, so their difference is far below float32's
+    # rounding.
     assert_within(found.error, expected, gamma(1) * expected)
     assert found.worst[1] == max(found.errors.values())

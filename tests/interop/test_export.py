@@ -1,4 +1,4 @@
-"""`minipeft export`: each target is written, and read back by what will read it."""
+"""`minipeft export`: each target is written, and its own program reads it."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""`minipeft inspect --fix`: the rewritten adapter does what the first one did."""
+"""`minipeft inspect --fix`: the rewritten adapter gives the first one's results."""
 
 import json
 
@@ -51,7 +51,7 @@ def test_the_effect_is_that_of_the_first_adapter(tmp_path, dora, dtype):
     before, after = peft_format.read(first), peft_format.read(tmp_path / "b")
     found = list(audit(InMemory(base), before, InMemory(merge(base, after))))
     assert {f.verdict for f in found} <= {EXACT, BOUND}
-    # The control: with the scale left out, the audit sees it.
+    # The control: without the scale the audit reports a mistake.
     text = (tmp_path / "b" / "adapter_config.json").read_text()
     changed = json.loads(text) | {"lora_alpha": 12}
     (tmp_path / "b" / "adapter_config.json").write_text(json.dumps(changed))

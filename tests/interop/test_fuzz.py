@@ -1,4 +1,4 @@
-"""Files damaged at random are read, or refused in one sentence."""
+"""Files with random damage are read, or refused in one sentence."""
 
 import random
 import sys
@@ -11,7 +11,7 @@ from minipeft.errors import InputError
 sys.path.insert(0, str(Path(__file__).parents[2] / "tools"))
 import fuzz
 
-FILES = 1000  # the same in every run; `make fuzz` goes on for minutes
+FILES = 1000  # the same damage in every run; `make fuzz` tries more
 
 
 @pytest.mark.parametrize("name", fuzz.PARSERS)

@@ -1,4 +1,4 @@
-"""What we write for llama.cpp is what llama.cpp computes with."""
+"""llama.cpp computes with our files what we compute."""
 
 import json
 import math
@@ -36,7 +36,7 @@ def base():
 
 @pytest.fixture(scope="module")
 def adapter(base):
-    """Rank-stabilized, with ranks and alphas that differ from layer to layer."""
+    """Return rank-stabilized LoRA with ranks and alphas that differ between layers."""
     draw = torch.Generator().manual_seed(0)
     updates = {}
     for name, about in base.about.items():
@@ -49,7 +49,7 @@ def adapter(base):
 
 
 def log_probabilities(model, lora=None):
-    """llama.cpp's of the first token after the prompt, by id."""
+    """Return llama.cpp's log-probabilities of the token after the prompt, by id."""
     xllamacpp = pytest.importorskip("xllamacpp", reason="llama.cpp is not installed")
     params = xllamacpp.CommonParams()
     params.model.path = str(model)
@@ -65,7 +65,7 @@ def log_probabilities(model, lora=None):
 
 
 def ours(tensors, adapter=None):
-    """Ours of the same token, from weights as they lie in a file."""
+    """Return our log-probabilities of the same token, with the weights of a file."""
     loaded = models.load("tiny")
     state = loaded.model.state_dict()
     with torch.no_grad():
@@ -78,8 +78,8 @@ def ours(tensors, adapter=None):
 
 
 def slack(x, kind):
-    """How far llama.cpp may round what it multiplies: to the dtype of the weights."""
-    if kind == "Q8_0":  # half a code of the block's largest, and the scale in float16
+    """Bound llama.cpp's rounding of a layer's input, to the dtype of the weights."""
+    if kind == "Q8_0":  # half a code of the largest value, and the scale in float16
         blocks = x.abs().reshape(*x.shape[:-1], -1, 32)
         half = blocks.amax(-1, keepdim=True) / 254 * (1 + 2**-10)
         return half.expand_as(blocks).reshape(x.shape) + x.abs() * 2**-11
@@ -87,10 +87,10 @@ def slack(x, kind):
 
 
 def explained(tensors, kind, tokens, adapter=None):
-    """How far log-probabilities may differ by what the file's dtype rounds.
+    """Bound the difference of log-probabilities that the file's dtype explains.
 
-    Of first order: by the gradients at each input of a linear layer, which is rounded,
-    and at each output, which is a sum in some order.
+    The bound is of first order: it uses the gradients at each input of a linear layer,
+    which is rounded, and at each output, which is a sum in some order.
     """
     loaded, seen = models.load("tiny"), []
     state = loaded.model.state_dict()
@@ -152,7 +152,7 @@ def test_llama_cpp_applies_our_lora(tmp_path, base, adapter):
     theirs = log_probabilities(path, lora)
     bound = explained(base, "F32", theirs, adapter)
     assert differs(theirs, ours(base, adapter)) < bound
-    # The control: with the scale of plain LoRA it would not agree.
+    # The control: with the scale of plain LoRA the results differ.
     plain = {n: replace(u, rank_stabilized=False) for n, u in adapter.updates.items()}
     assert differs(theirs, ours(base, Adapter(plain))) > bound
 

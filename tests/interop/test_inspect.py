@@ -1,4 +1,4 @@
-"""`minipeft inspect`: what is in an adapter, and what others will do with it."""
+"""`minipeft inspect`: the contents of an adapter, and its use in other programs."""
 
 import json
 import math

@@ -1,4 +1,4 @@
-"""What made a file, and onto what it is loaded."""
+"""The program that made a file, and the base that the file belongs to."""
 
 import json
 
@@ -124,7 +124,7 @@ def test_constants_beside_a_state_dict_are_compared(other, words):
         inject.load_adapter_state_dict(model, tensors, saved=inject.constants(saved))
     after = inject.adapter_state_dict(model)
     assert all(torch.equal(before[key], after[key]) for key in before)
-    inject.load_adapter_state_dict(model, tensors)  # not compared where not given
+    inject.load_adapter_state_dict(model, tensors)  # not given, so not compared
 
 
 def test_the_side_of_ia3_is_a_constant():

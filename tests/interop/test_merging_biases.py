@@ -1,4 +1,4 @@
-"""A bias that the base has no place for is refused, and not dropped."""
+"""A bias is refused, not dropped, if the base has no tensor for it."""
 
 import pytest
 import torch

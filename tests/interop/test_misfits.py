@@ -1,4 +1,4 @@
-"""An adapter that does not fit the base's tensors is refused, and not cut to fit."""
+"""An adapter that does not fit the base's tensors is refused, not cut to fit."""
 
 import pytest
 import torch

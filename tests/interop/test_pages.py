@@ -1,4 +1,4 @@
-"""The pages about files are true: their commands are run, and say what they say."""
+"""The pages about files are true: their commands run and print what the pages show."""
 
 import os
 import re
@@ -21,7 +21,7 @@ PAGES = ("peft", "transformers", "vllm", "llama_cpp", "ollama")
 
 @pytest.fixture
 def folder(tmp_path):
-    """A base and an adapter beside it, and the commands of this source."""
+    """Make a folder with a base and an adapter, and the commands of this source."""
     (tmp_path / "base").symlink_to(models.TINY)
     tensors = adapter_of_tiny()
     targets = sorted({name.split(".")[-3] for name in tensors})
@@ -36,7 +36,7 @@ def folder(tmp_path):
 
 
 def shell(folder, script):
-    """Run what a reader would type."""
+    """Run a command that a reader would type."""
     paths = {"PATH": f"{folder / 'bin'}:{os.environ['PATH']}", "PYTHONPATH": str(ROOT)}
     return subprocess.run(
         ["bash", "-eu", "-c", script],

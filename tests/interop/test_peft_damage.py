@@ -49,7 +49,7 @@ def folders(tmp_path_factory):
 def truncated(folder, draw):
     path = folder / draw.choice([peft_folder.CONFIG, peft_folder.WEIGHTS])
     data = path.read_bytes()
-    # The end of the text is a line's end, without which it is as sound.
+    # The last character is a newline; without it the file is still correct.
     path.write_bytes(data[: draw.randrange(len(data) - 2)])
 
 
@@ -68,7 +68,7 @@ def broken_header(folder, draw):
 def broken_text(folder, draw):
     path = folder / peft_folder.CONFIG
     data = bytearray(path.read_bytes())
-    data[draw.randrange(len(data) - 1)] = 0xFF  # no UTF-8 has it
+    data[draw.randrange(len(data) - 1)] = 0xFF  # a byte that UTF-8 never uses
     path.write_bytes(data)
 
 
@@ -211,7 +211,7 @@ def oversized(folder, draw):
         ]
     )
     with path.open("r+b") as file:
-        file.truncate(most + 1)  # a hole: nothing is written
+        file.truncate(most + 1)  # a sparse file: no bytes are written
 
 
 DAMAGES = [
@@ -262,7 +262,7 @@ def test_a_damaged_folder_is_refused_in_one_sentence(method, folders, tmp_path):
         shutil.rmtree(folder, ignore_errors=True)
     assert all(torch.equal(values[n], t) for n, t in model.state_dict().items())
     said = []
-    peft_model.load(llama(), folders[method], say=said.append)  # sound, it loads
+    peft_model.load(llama(), folders[method], say=said.append)  # an undamaged one loads
     assert "is the one" in said[0]
 
 

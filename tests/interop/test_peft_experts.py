@@ -1,4 +1,4 @@
-"""LoRA on stacks of experts in peft's files, against the library itself."""
+"""LoRA on stacks of experts in peft's files: our results against those of peft."""
 
 import pytest
 import torch
@@ -35,7 +35,7 @@ CASES = {
 
 
 def experts(name):
-    """Return a small model whose experts are called as they are written."""
+    """Return a small model whose experts run one after another."""
     torch.manual_seed(0)
     model = build(name).eval()
     with torch.no_grad():

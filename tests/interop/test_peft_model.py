@@ -1,4 +1,4 @@
-"""peft's files, read and written, against the library itself."""
+"""peft's files, read and written: our results against those of peft."""
 
 import copy
 import json

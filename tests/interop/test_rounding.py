@@ -1,4 +1,4 @@
-"""A merge in a GGUF or in four bits is judged as its file rounds."""
+"""A merge in a GGUF or in four bits is judged with the rounding of its file."""
 
 import json
 from dataclasses import replace
@@ -88,7 +88,7 @@ def test_one_integer_of_q8_that_no_sum_gives_is_wrong():
     W, update = drawn(5, SHAPE)
     one = held("Q8_0", merged(W, update))
     row = one.values[0, :32]
-    place = int(row.abs().argmin())  # the scale stays that of the largest
+    place = int(row.abs().argmin())  # the largest value sets the scale
     row[place] += 2 * float(row.abs().max()) / 127
     assert judge("W", W, update, one, {7.5}).verdict == WRONG
 
@@ -99,7 +99,7 @@ def test_one_code_that_no_sum_gives_is_wrong(nested):
     right = merged(W, update)
     q = (double_quant if nested else blockwise).quantize(right)
     packed = q.packed.clone()
-    packed[0] ^= 2  # the second code of the first block, by two steps
+    packed[0] ^= 2  # the second code moves by two steps
     changed = replace(q, packed=packed)
     values = bitsandbytes_format.decode(changed, torch.float32)
     one = Stored(values, FourBits(changed, torch.float32))
@@ -111,7 +111,7 @@ def test_we_round_as_the_package_gguf_does(kind):
     draw = torch.Generator().manual_seed(3)
     values = torch.randn(64, 96, generator=draw)
     values[0, :32] = 0
-    values[1, :4] = torch.tensor([127.0, 0.5, -1.5, 2.5])  # halves, at scale 1
+    values[1, :4] = torch.tensor([127.0, 0.5, -1.5, 2.5])  # ties, at scale 1
     values[1, 4:32] = 0
     type_ = gguf_format.TYPES[kind]
     stored = gguf.dequantize(gguf.quantize(values.numpy(), type_), type_)
@@ -168,7 +168,7 @@ def test_four_bits_are_judged_as_base_and_as_merge(setting, nested, dtype):
     into = {n: merged(packed.read(n), adapter.updates[n]) for n in merge}
     verdicts = {f.verdict for f in audit(packed, adapter, InMemory({**plain, **into}))}
     assert verdicts == {EXACT}
-    # The right merge of the plain base is not that of the 4-bit base.
+    # The correct merge of the plain base is a wrong merge of the 4-bit base.
     wrong = [f for f in audit(packed, adapter, InMemory(whole)) if f.verdict == WRONG]
     assert {f.tensor for f in wrong} == set(merge)
     lost = [f for f in audit(base, adapter, packed) if f.verdict == WRONG]

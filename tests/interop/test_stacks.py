@@ -97,7 +97,7 @@ def changed(own, adapter, change):
 
 
 def of_expert(e, make):
-    """Change one expert alone."""
+    """Change one expert only."""
 
     def change(W, update, right):
         right = right.clone()

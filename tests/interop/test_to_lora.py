@@ -1,4 +1,4 @@
-"""Any update as plain LoRA: as near as a rank allows, and it says how near."""
+"""Any update as plain LoRA: the nearest of its rank, with a reported distance."""
 
 import pytest
 import torch
@@ -58,7 +58,7 @@ def test_the_error_is_that_of_the_best_rank(method, choice):
         S = torch.linalg.svdvals(exact)
         r, total = found.ranks[key], S.square().sum().sqrt()
         left = torch.linalg.matrix_norm(exact - product(found.contents, key)) / total
-        # An SVD in float32 is the exact SVD of a matrix that differs by so much.
+        # An SVD in float32 is the exact SVD of a matrix that differs by at most this.
         slack = gamma(svd_roundings(exact))
         assert abs(found.errors[key] - left) <= slack
         assert abs(left - S[r:].square().sum().sqrt() / total) <= slack
@@ -79,7 +79,7 @@ def test_the_whole_rank_does_the_same_and_peft_loads_it(method, tmp_path):
         assert found.errors[key] <= gamma(svd_roundings(layer.delta()))
     peft_folder.write(tmp_path / "plain", found.contents)
     expected = peers.logits(model)
-    bound = 2 * logit_bound(llama(), expected)  # of the update, and of its SVD
+    bound = 2 * logit_bound(llama(), expected)  # the update's and its SVD's
     theirs = peers.reloaded(llama(), tmp_path / "plain")
     assert_within(peers.logits(theirs).numpy(), expected.numpy(), bound)
     mine = peft_model.load(llama(), tmp_path / "plain", say=silent).eval()
@@ -135,7 +135,7 @@ def test_what_changes_no_weight_is_refused():
 
 @pytest.mark.parametrize("name", ["self_attn.q_proj", "mlp.down_proj"])
 def test_loftq_is_no_lora_of_rank_2r_on_the_base(name):
-    # From W, plain LoRA has to make Q - W as well as s B A: r is not 2r, but full.
+    # On W, plain LoRA must add Q - W and s B A, whose sum has full rank, not 2r.
     W = open_tensors(models.TINY).read(f"model.layers.0.{name}.weight").float()
     r = 8
     q, adapter = loftq.init(W, r, 2 * r)
@@ -144,5 +144,5 @@ def test_loftq_is_no_lora_of_rank_2r_on_the_base(name):
     A, B = adapter.A.detach().double(), adapter.B.detach().double()
     whole = change + adapter.scaling * B @ A
     squares = torch.linalg.svdvals(whole).square()
-    # What LoRA of rank 2r on W leaves of it, at best: more than half.
+    # LoRA of rank 2r on W leaves more than half of this sum.
     assert float(squares[2 * r :].sum() / squares.sum()) > 0.5

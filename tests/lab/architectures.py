@@ -1,4 +1,4 @@
-"""Tiny random models of real classes: what somebody's own folder may hold."""
+"""Tiny random models of transformers' classes, as a user's folder may hold."""
 
 import torch
 import transformers
@@ -84,7 +84,7 @@ CAUSAL = {
 
 
 def build(name, **changes):
-    """Return a model of this class with random weights, always the same."""
+    """Return a model of this class with random weights from a fixed seed."""
     kind = getattr(transformers, name)
     fields = {**EVERY[name], **changes}
     config = (
@@ -161,7 +161,7 @@ EVERY = {**CAUSAL, **MORE_CAUSAL, **OTHERS}
 
 
 def operands(name):
-    """Return what a model is called with, its labels included."""
+    """Return the inputs of a model, labels included."""
     ids = torch.arange(4, 16).reshape(2, 6)
     if name.startswith("Whisper"):
         torch.manual_seed(1)

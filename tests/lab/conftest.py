@@ -1,4 +1,4 @@
-"""A model small enough to train in a test, and the embedded one."""
+"""A model small enough to train in a test, and the sentence encoder MiniLM."""
 
 import pytest
 import torch
@@ -15,7 +15,7 @@ def _one_thread():
 
 @pytest.fixture
 def toy():
-    """A two-layer Llama of width 16, always with the same weights."""
+    """Return a two-layer Llama of width 16, always with the same weights."""
     config = transformers.LlamaConfig(
         vocab_size=31,
         hidden_size=16,
@@ -37,7 +37,7 @@ def tiny():
 
 @pytest.fixture(scope="session")
 def minilm_folder():
-    """The cached MiniLM; fetched once where the network allows."""
+    """Return the folder of MiniLM; download it once if there is a network."""
     try:
         return models.fetch("minilm")
     except InputError as error:

@@ -67,7 +67,7 @@ STATES = {
 
 
 def damages() -> dict[str, int]:
-    """Return how many damaged files of each kind are refused, the model untouched."""
+    """Return the number of refused damaged files of each kind."""
     drawn = Counter(kind for kind, _ in checkpoints.damaged_files(bytes(8 + 99)))
     kinds = {CHECKPOINTS[kind]: n for kind, n in sorted(drawn.items())}
     forgeries = len(checkpoints.FORGERIES)
@@ -81,7 +81,7 @@ def damages() -> dict[str, int]:
 
 
 def kills() -> dict[str, int]:
-    """Return how often a save and a step are stopped."""
+    """Return the number of signals that stop a save or a training step."""
     signals = ", ".join(number.name for number in checkpoints.SIGNALS)
     caught = ", ".join(number.name for number in runs.SIGNALS)
     return {
@@ -94,7 +94,7 @@ def kills() -> dict[str, int]:
 
 
 def programs_around() -> dict[str, int]:
-    """Return how many rows were run under each state and each wrapper."""
+    """Return the number of rows that ran in each global state and each wrapper."""
     rows, merges = len(programs.ROWS), len(programs.MERGE)
     found = {f"{WRAPPERS[name]}.": rows for name in programs.WRAPPERS}
     found |= {

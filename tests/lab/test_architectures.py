@@ -1,4 +1,4 @@
-"""Real classes of transformers: every method works on a tiny model, or says why not."""
+"""Every method works on a tiny model of each class, or refuses in a sentence."""
 
 import pytest
 
@@ -14,7 +14,7 @@ WRITTEN = read(PAGE.read_text(encoding="utf-8"))
 @pytest.mark.parametrize("name", EVERY)
 def test_a_row_of_the_page_is_what_a_model_of_the_class_does(name):
     shown = {key: mark for key, mark in WRITTEN.items() if key[1] == name}
-    with annotations_off():  # the sentences are those of the library by itself
+    with annotations_off():  # the same sentences as the library's own
         assert every([name]) == shown, REMEDY
 
 

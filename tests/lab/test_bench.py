@@ -1,4 +1,4 @@
-"""The clock that compares: fair turns, ratios of neighbours, nothing that differs."""
+"""The clock of comparisons: alternating turns, ratios of neighbours, equal results."""
 
 import hashlib
 import json
@@ -17,13 +17,13 @@ from minipeft.lab.timing import Pair, check, measure, table
 
 
 class Clock:
-    """Time that passes only when a turn says so."""
+    """A clock that advances only when a turn advances it."""
 
     def __init__(self):
         self.now, self.turns = 0.0, []
 
     def turn(self, name, durations):
-        """Return a turn that takes what is next in `durations`."""
+        """Return a turn that takes the next of `durations`."""
         durations = iter(durations)
 
         def run():
@@ -55,7 +55,7 @@ def test_turns_alternate_and_the_first_is_not_counted(clock):
 
 
 def test_a_slow_minute_does_not_tilt_the_ratio(clock):
-    """Neighbours are compared: the median of ratios, not the ratio of medians."""
+    """The result is the median of ratios of neighbours, not the ratio of medians."""
     row = measure(pair(clock, [0, 1, 10, 1, 1], [0, 2, 20, 2, 2]), 4)
     assert (row.ratio, row.smallest, row.largest) == (0.5, 0.5, 0.5)
     assert (row.ours, row.theirs) == (1000, 2000)
@@ -102,7 +102,7 @@ def test_a_missing_peer_is_named(monkeypatch, capsys):
 
 
 def test_a_pair_from_its_check_to_the_file(tmp_path):
-    """By itself, in a process: peers warn while they are imported."""
+    """A process of its own runs the pair, because peers warn on import."""
     for peer in ("bitsandbytes", "peft"):
         if not find_spec(peer):
             pytest.skip(f"needs {peer}")
@@ -131,7 +131,7 @@ def test_an_unknown_pair_names_the_choices(monkeypatch, capsys):
 
 
 class Event:
-    """An event on a device whose clock stands at `now` when it comes by."""
+    """An event on a device; it keeps the time of the clock when it is recorded."""
 
     now = 0.0
 

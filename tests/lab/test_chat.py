@@ -30,7 +30,7 @@ def with_template(tiny, template):
 
 
 def trained(tokenizer, pair):
-    """The text that the loss is taken on, and the whole text."""
+    """Return the text that has a loss, and the whole text."""
     (batch,) = text.example_batches(tokenizer, [pair], (1, 256))
     ids, labels = batch["input_ids"][0], batch["labels"][0]
     return tokenizer.decode(labels[labels != IGNORE]), tokenizer.decode(ids)

@@ -1,4 +1,4 @@
-"""A checkpoint is whole or refused, and fits or is refused by name."""
+"""A checkpoint is complete and fits, or it is refused by name."""
 
 import copy
 import errno
@@ -167,7 +167,7 @@ def test_another_model_is_refused_by_name(toy, tmp_path, name):
 
 
 class Normed(nn.Module):
-    """Running statistics, and a buffer that the forward pass counts in."""
+    """Running statistics, and a buffer that each forward pass increases."""
 
     def __init__(self):
         super().__init__()
@@ -233,7 +233,7 @@ def test_every_generator_goes_on_where_it_was(tmp_path):
 
 
 def test_a_generator_of_a_device_is_kept_and_missed(tmp_path, monkeypatch):
-    """A pretended device: the calls are those of torch.cuda."""
+    """The device is pretended, with the functions of torch.cuda."""
 
     class Module:
         state = torch.arange(16, dtype=torch.uint8)
@@ -284,7 +284,7 @@ def test_other_files_and_versions_are_refused(toy, tmp_path, monkeypatch):
 
 
 class Reversed(torch.optim.AdamW):
-    """AdamW of another name."""
+    """AdamW under another name."""
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""A damaged checkpoint is refused in a sentence; a killed save leaves a whole file."""
+"""A damaged checkpoint is refused; an interrupted save leaves a whole file."""
 
 import copy
 import json
@@ -24,7 +24,7 @@ from tests.lab.test_checkpoint import small, step, tensors_of
 
 
 def damaged_files(good, count=5000):
-    """Yield the kind and the bytes of files: cut, or with one bit flipped."""
+    """Yield the kind and the bytes of files that are cut or have one flipped bit."""
     draw = random.Random(0)
     (header,) = struct.unpack("<Q", good[:8])
     kinds = ("cut", "a bit of the header", "a bit of the data")
@@ -57,7 +57,7 @@ def test_every_damaged_file_is_refused_in_one_sentence(tmp_path):
 
 
 def forged(path, header, tensors):
-    """Write a file whose checksum is right and whose content is not."""
+    """Write a file with a correct checksum and wrong content."""
     text = json.dumps(header)
     metadata = {"minipeft": text, "sha256": checkpoints._checksum(text, tensors)}
     path.write_bytes(safetensors.torch.save(tensors, metadata=metadata))
@@ -178,7 +178,7 @@ def test_a_process_stopped_at_any_call_leaves_the_old_or_the_new_file(
     replaced = CALLS.index(call) > 5 or (call == "replace" and after)
     assert (path.read_bytes()[:3] == b"new") == replaced
     if number == signal.SIGINT and (call, after) != ("mkstemp", True):
-        assert list(tmp_path.iterdir()) == [path]  # nobody else could clear it away
+        assert list(tmp_path.iterdir()) == [path]  # no later call would delete it
 
 
 def _stop_at(call, after, number):

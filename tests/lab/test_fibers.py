@@ -1,4 +1,4 @@
-"""The small model of a GPU: it runs what is right, and reports what is wrong."""
+"""The small model of a GPU runs correct kernels and reports errors of wrong ones."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""The page of figures shows what the tests run."""
+"""The page of figures shows the counts of the tests."""
 
 from tests.lab import figures
 

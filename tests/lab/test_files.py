@@ -34,7 +34,7 @@ def test_a_full_disk_keeps_the_old_file_and_leaves_no_other(tmp_path, monkeypatc
     files.write_atomic(path, b"old")
 
     def full(descriptor, data):
-        os.write(descriptor, data[:1])  # the disk fills up half-way
+        os.write(descriptor, data[:1])  # the disk becomes full halfway
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(files, "_write", full)
@@ -98,7 +98,7 @@ def test_a_file_is_claimed_once(tmp_path):
 
 
 def in_a_child(act):
-    """Run it in a process of its own; return what it was refused with."""
+    """Run it in another process; return the message of its refusal."""
     reads, writes = os.pipe()
     if not os.fork():
         try:
@@ -134,7 +134,7 @@ def test_a_read_only_folder_is_one_sentence_and_keeps_the_old_file():
     folder.chmod(0o555)
 
     def unprivileged():
-        if os.geteuid() == 0:  # root may write where nobody may
+        if os.geteuid() == 0:  # root may write to any folder
             os.seteuid(65534)
         files.write_atomic(path, b"new")
 

@@ -1,4 +1,4 @@
-"""The clock of `minipeft gpu-report`: what is asked of CuPy and torch, and when."""
+"""The clock of `minipeft gpu-report`: its calls of CuPy and torch, and their order."""
 
 import sys
 from types import SimpleNamespace
@@ -11,7 +11,7 @@ from minipeft.lab.gpu import device
 
 
 class FakeCupy:
-    """CuPy's names that `CupyDevice` uses, noting the calls."""
+    """Records the calls of those CuPy functions that `CupyDevice` uses."""
 
     def __init__(self):
         self.calls = calls = []
@@ -117,7 +117,7 @@ def test_only_tf32_rounds_the_factors_of_a_float32_product(monkeypatch):
 def test_a_product_without_torch_is_cupys_or_a_reason(cupy, monkeypatch):
     gpu = device.CupyDevice()
     gpu.multiplying("float16", 4)()
-    assert cupy.calls == ["float16 product"] * 2  # once to see that it works
+    assert cupy.calls == ["float16 product"] * 2  # a first run, untimed
     with pytest.raises(InputError, match=r"^needs torch with CUDA$"):
         gpu.multiplying("tf32", 4)
 
@@ -130,7 +130,7 @@ def test_a_product_without_torch_is_cupys_or_a_reason(cupy, monkeypatch):
 
 
 def test_what_is_asked_of_cupy_is_there():
-    """Its names, at least: they can be looked up without a GPU."""
+    """The names exist, at least; they can be looked up without a GPU."""
     cupy = pytest.importorskip("cupy")
     cuda = cupy.cuda
     assert {"record", "synchronize"} <= set(dir(cuda.Event))

@@ -1,6 +1,6 @@
-"""`minipeft gpu-report`, all of it, with a CPU for the device and a clock that is told.
+"""`minipeft gpu-report` as a whole, with a CPU as the device and a false clock.
 
-Only CuPy's own calls are left out; those are held to their order by a stand-in.
+Only CuPy's own calls are missing; a stand-in checks their order.
 """
 
 import json
@@ -94,14 +94,14 @@ def here(task):
 
 
 def made(folder, executor):
-    """Run the command on a stand-in for the GPU; return its code and what it wrote."""
+    """Run the command on a stand-in for the GPU; return its exit code and its files."""
     with use(executor):
         code = cli.main(["gpu-report", "--out", str(folder)])
     return code, json.loads((folder / "gpu-report.json").read_text())
 
 
 def only(monkeypatch, *templates):
-    """Leave only some kernels in the table."""
+    """Leave some kernels only in the table."""
     table = [row for row in TABLE if row[0].template in templates]
     monkeypatch.setattr(examination, "TABLE", table)
 
@@ -127,7 +127,7 @@ def test_the_whole_report(tmp_path, capsys):
 
 
 class Spoiled(CpuExecutor):
-    """A device on which a kernel writes one wrong bit, and another does not run."""
+    """A device on which one kernel writes a wrong bit and another does not run."""
 
     def launch(self, kernel, dtype, args):
         if (kernel.template, dtype) == ("row_norm", "float32"):
@@ -244,9 +244,9 @@ def test_a_report_goes_on_where_it_stopped(tmp_path, monkeypatch):
     assert len(rows(sizes=SIZES, resume=True)) == 6
     assert len(asked) == 4 + 3
     rows(sizes=SIZES, resume=True)
-    assert len(asked) == 7  # nothing is left
-    rows(sizes=Sizes(), resume=True)  # other sizes: anew
-    rows(sizes=SIZES)  # not asked to go on: anew
+    assert len(asked) == 7  # nothing is left to do
+    rows(sizes=Sizes(), resume=True)  # other sizes: all runs anew
+    rows(sizes=SIZES)  # without --resume: all runs anew
     assert len(asked) == 7 + 6 + 6
 
 
@@ -257,7 +257,7 @@ def test_a_size_that_no_kernel_takes_is_one_sentence(capsys):
 
 
 class Noting(CpuExecutor):
-    """Launches nothing, and notes what it was given."""
+    """Records its arguments and launches nothing."""
 
     def __init__(self):
         super().__init__()

@@ -1,4 +1,4 @@
-"""Instructions counted in machine code: the shortest run that does the work."""
+"""Instructions counted in machine code: the shortest path that does the work."""
 
 import pytest
 
@@ -6,7 +6,7 @@ from minipeft import kernels
 from minipeft.lab.gpu import slots
 from tests.cuda.toolchain import needs_listing
 
-# A loop with a division in it that may take its slow path.
+# A loop with a division that may take its slow path.
 LOOP = (
     "@P0 EXIT",
     "MOV R1, RZ",
@@ -47,7 +47,7 @@ def test_pipes_are_busy_for_the_lanes_that_they_lack():
     rest = {"float32": 1, "multiply": 0, "tensor": 0, "special": 4, "integer": 1}
     assert found == {**rest, "memory": memory}
     assert slots.pipes(way, "90", 2)["float32"] == 0.5
-    # Integers are multiplied by the float32 lanes, on 9.0 by half of them.
+    # The float32 lanes multiply integers; on 9.0 half of them do.
     assert slots.pipes(["IMAD.X R1"], "80", 1)["float32"] == 2
     assert slots.pipes(["IMAD.X R1"], "90", 1)["multiply"] == 2
     assert slots.pipes(["SHFL.BFLY R1"], "90", 1)["integer"] == 0
@@ -72,7 +72,7 @@ def test_a_tile_of_dequantize_is_loaded_waited_for_and_stored(architecture):
     names = [slots._name(i) for i in way]
     assert sum(n.startswith("STG.E.128") for n in names) == 4
     assert sum(n.startswith("BAR.SYNC") for n in names) == 1
-    # A table is read once a value, and a value scaled once.
+    # A table is read once for each value, and each value is scaled once.
     assert sum(n.startswith("LDS") for n in names) >= work.values
     assert sum(n.startswith("FMUL") for n in names) >= work.values
     cost = slots.cost(kernels.DEQUANTIZE, "bfloat16", architecture)

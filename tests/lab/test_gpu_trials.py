@@ -1,4 +1,4 @@
-"""The trials of `minipeft gpu-report` on the CPU: they see all, and count as said."""
+"""The trials of `minipeft gpu-report` on the CPU: checked output, counted bytes."""
 
 import re
 from collections.abc import Callable
@@ -24,7 +24,7 @@ SMALL = {"offset", "midpoints", "codebook", "map", "maps", "bad", "indices", "sc
 
 
 class Watching(CpuExecutor):
-    """Remembers which arguments each kernel changed."""
+    """Records the arguments that each kernel changed."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -60,10 +60,10 @@ def test_every_kernel_has_a_trial_and_no_two_share_a_name():
 
 @pytest.mark.parametrize("name", NAMES)
 def test_all_that_a_kernel_writes_is_expected(name):
-    """Outputs start as a pattern, so a kernel changes each array that it writes."""
+    """Each output starts as a pattern, so a kernel changes each array that it fills."""
     trial, _, changed = launched(name)
     assert changed <= set(trial.expected)
-    assert set(trial.expected) - changed <= {"bad"}  # the count, where nothing is bad
+    assert set(trial.expected) - changed <= {"bad"}  # nothing is bad: its count stays
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -82,8 +82,8 @@ def test_one_wrong_bit_is_seen_in_any_of_it(name):
             )
 
 
-# What the head of each file says, and the same in numbers: bytes of all arrays and
-# operations of a launch. s: bytes of the dtype, B = 64, B2 = 256, b = 4.
+# The counts in the head of each file, as numbers: bytes of all arrays and operations of
+# a launch. s: bytes of the dtype, B = 64, B2 = 256, b = 4.
 Count = Callable[[int], float]
 r, t = SIZES.r, SIZES.adapters
 IN, OUT = SIZES.in_features, SIZES.out_features
@@ -207,7 +207,7 @@ def test_an_adapter_adds_its_own_work():
 
 
 def test_the_recorder_forgets_what_it_handed_out():
-    """Or a report would hold the arrays of all kernels at once."""
+    """Otherwise a report would keep the arrays of all kernels in memory."""
     trial = launched("quantize NF4")[0]
     recorder = Recorder(CpuExecutor())
     with use(recorder):

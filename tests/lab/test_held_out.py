@@ -1,4 +1,4 @@
-"""How much is held out: by the time that the model takes, the same when resumed."""
+"""How many batches are held out depends on the model's time; resuming keeps it."""
 
 import itertools
 
@@ -18,7 +18,7 @@ def _as_before():
 
 
 def timed(monkeypatch, seconds):
-    """Let every batch take so long."""
+    """Let every batch take this long."""
     clock = itertools.count(0, seconds)
     monkeypatch.setattr(held_out.time, "perf_counter", lambda: next(clock))
 
@@ -61,7 +61,7 @@ def test_a_chapter_holds_out_what_it_is_told_and_keeps_it_when_resumed(
     assert not first.usual
     loaded = first.load()
     assert capsys.readouterr().out == "held out: 7 of 114 examples\n"
-    first.load()  # the first model decided
+    first.load()  # the first model's time decided
     assert capsys.readouterr().out == ""
     again = start("01_lora", 30, arguments=[*kept, "--held-out", "5", "--resume"])
     again.load()

@@ -1,4 +1,4 @@
-"""Machine code is read in tests/cuda/test_budget.py; here, what is computed from it."""
+"""Occupancy from the numbers of machine code, which tests/cuda/test_budget.py reads."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""Published figures, parameter counts, and what autograd really keeps."""
+"""Published figures, parameter counts, and the bytes that autograd keeps."""
 
 import pytest
 import torch
@@ -145,17 +145,17 @@ def test_architecture_of_tiny_counts_its_parameters(tiny):
 
 
 def kept_by_autograd(model, ids):
-    """Sum the storages that the graph holds, each once, without the model's own."""
+    """Add up the storages that the graph holds, each once, without the model's own."""
     tensors = [*model.parameters(), *model.buffers()]
     own = {tensor.untyped_storage().data_ptr() for tensor in tensors}
-    # A cache copies keys and values; virtual tokens are in it.
+    # Virtual tokens need a cache, which copies keys and values; other models need none.
     call = {} if isinstance(model, VirtualTokens) else {"use_cache": False}
     held = {}
 
     def pack(tensor):
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in own:
-            held[storage.data_ptr()] = tensor  # alive, so that no address comes twice
+            held[storage.data_ptr()] = tensor  # alive, so no address is used twice
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
@@ -176,7 +176,7 @@ def test_activations_of_full_fine_tuning_to_the_byte(tiny, tokens, dtype):
 
 
 class _LoRA(nn.Module):
-    """As plain as can be: what is measured is autograd, not an implementation."""
+    """A plain LoRA: the test measures autograd, not an implementation."""
 
     def __init__(self, base, r):
         super().__init__()
@@ -227,7 +227,7 @@ def test_our_own_lora_keeps_what_is_counted_to_the_byte(tiny, dtype):
     model = transformers.LlamaForCausalLM(tiny.model.config).to(dtype)
     inject(model, LoRAConfig(adapter.r, alpha=8), LINEARS)
     sizes = memory.of_model(tiny.model)
-    # A and B are float32 over any base, and so is what lies between them.
+    # A and B are float32 on any base, and so are the values between them.
     expected = memory.activation_memory(sizes, tokens, adapter, dtype.itemsize)
     ids = torch.randint(0, 1024, tokens)
     assert kept_by_autograd(model, ids) == expected

@@ -1,4 +1,4 @@
-"""`minipeft memory`: what it prints, from a configuration alone."""
+"""`minipeft memory`: its output for a configuration, without a model."""
 
 import json
 

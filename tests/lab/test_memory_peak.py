@@ -49,7 +49,7 @@ CASES = [
     (name, checkpointing)
     for name in adapting.NAMES
     for checkpointing in (False, True)
-    if not (checkpointing and name == "prefix")  # it refuses
+    if not (checkpointing and name == "prefix")  # prefix refuses it
 ]
 
 
@@ -80,7 +80,7 @@ def test_the_peak_that_was_measured_on_smollm2_is_within_its_band(name, checkpoi
 
 
 def test_smollm2_in_two_blocks_is_within_its_band():
-    """Its words and widths, measured here: all that a step of seconds is about."""
+    """The vocabulary and widths of SmolLM2 are the largest part of a step's memory."""
     config = transformers.LlamaConfig(
         vocab_size=49152,
         hidden_size=576,
@@ -107,9 +107,9 @@ def test_the_weights_and_what_trains_are_counted_to_the_byte(tiny, name):
     counted = memory.training_memory(sizes, (1, 1), adapter, use)
     assert counted.gradients == 4 * trained
     states = memory_peak.held(optimizer)
-    scalars = 4 * len(trainable_parameters(model))  # the number of steps, of each
+    scalars = 4 * len(trainable_parameters(model))  # the step number of each
     assert states == counted.optimizer + scalars
-    # Rotary frequencies, four numbers of each VeRA, codebooks and offsets.
+    # Rotary frequencies, four numbers for each VeRA, codebooks and offsets.
     beside = 1024 + 32 * 28 + 28 * (64 + 1024 + 8 + 256)
     assert counted.weights <= memory_peak.held(model) <= counted.weights + beside
 
@@ -171,7 +171,7 @@ def test_where_no_formula_fits_the_measured_peak_is_said_alone(toy):
 
 
 def test_a_prediction_that_forgets_the_logits_is_off(tiny):
-    """The band can be missed: without two buffers of the logits it is."""
+    """The test can fail: a prediction without two buffers of the logits is too low."""
     case = ready(tiny.model.config, "miss")
     found = measured.predicted(*case)
     without = dataclasses.replace(found, logits=0)

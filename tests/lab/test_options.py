@@ -1,4 +1,4 @@
-"""What a chapter can be asked: another model, dtype, data, layers; a state to keep."""
+"""The options of a chapter: another model, dtype, data, layers; a saved state."""
 
 import json
 import re
@@ -43,7 +43,7 @@ def folder_of(name, place, tokenizer):
 
 
 def run_chapter(number, model, out, *options):
-    """Run a whole chapter with one step a run, and return what it prints."""
+    """Run a whole chapter with one step a run, and return its output."""
     (chapter,) = CHAPTERS.glob(f"{number}_*.py")
     line = [sys.executable, str(chapter), "--model", str(model), "--steps", "1"]
     line += ["--device", "cpu", "--out", str(out), *map(str, options)]
@@ -90,8 +90,8 @@ def test_a_chapter_takes_every_option_and_goes_on_from_its_runs(tmp_path, tiny):
 
 
 def test_no_chapter_names_the_layers_of_one_architecture():
-    # One writes a model of its own, whose names it knows; the others count the sizes of
-    # models that papers name.
+    # Chapter 21 makes a model of its own and knows its names; 24 and 25 count the sizes
+    # of models from papers.
     own = ("21_files.py", "24_costs.py", "25_counted.py")
     for path in (p for p in CHAPTERS.glob("*.py") if p.name not in own):
         code = [line for line in path.read_text().splitlines() if line[:1] != "#"]
@@ -101,7 +101,7 @@ def test_no_chapter_names_the_layers_of_one_architecture():
         assert not named, path.name
 
 
-# Where adapters stand
+# Places of adapters
 
 
 @pytest.mark.parametrize("name", ["LlamaForCausalLM", "Qwen2ForCausalLM"])

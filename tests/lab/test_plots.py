@@ -25,7 +25,7 @@ def figures():
 
 
 def contrast(first, second):
-    """The ratio of WCAG 2.2, between 1 and 21."""
+    """Return the contrast ratio of WCAG 2.2, between 1 and 21."""
     light, dark = sorted(map(luminance, (first, second)), reverse=True)
     return (light + 0.05) / (dark + 0.05)
 
@@ -57,13 +57,13 @@ def test_the_same_figure_gives_the_same_bytes(name, tmp_path):
 
 @pytest.mark.parametrize("name", sorted(figures()))
 def test_only_known_colors_and_no_background(name, tmp_path):
-    """The dark copy replaces INK and FAINT; any other grey would stay behind."""
+    """The dark copy replaces INK and FAINT; another grey would stay the same."""
     plots.save(figures()[name], tmp_path / "figure.svg")
     svg = (tmp_path / "figure.svg").read_text()
     used = set(re.findall(r"#[0-9a-f]{6}", svg.partition("</metadata>")[2]))
     allowed = {plots.INK, plots.FAINT, *plots.PALETTE}
     assert plots.INK in used
-    if name != "heat":  # whose cells and colour bar have colours of their own
+    if name != "heat":  # its cells and colour bar have other colours
         assert used <= allowed
     assert "#000000" not in used
     assert "#ffffff" not in used
@@ -116,6 +116,6 @@ def test_names_of_crowded_points_do_not_cover_each_other():
     plots.name_points(figure, ax, points)
     figure.draw_without_rendering()
     assert [text.get_text() for text in ax.texts] == list(points)
-    boxes = [Text.get_window_extent(text) for text in ax.texts]  # without the lines
+    boxes = [Text.get_window_extent(text) for text in ax.texts]  # without lines
     for one, other in itertools.combinations(boxes, 2):
         assert not one.overlaps(other)

@@ -1,4 +1,4 @@
-"""Training in 16 bits with adapters in 32: plain, under autocast, checkpointed."""
+"""Training in 16 bits with float32 adapters: plain, under autocast, checkpointed."""
 
 import copy
 from functools import partial
@@ -28,7 +28,7 @@ def adapted(model, method=LoRAConfig):
 
 
 def gradients(model, batches=(0,), enable=lambda model: None):
-    """Return the gradients of some batches, added up."""
+    """Return the sum of the gradients of some batches."""
     model.train()
     enable(model)
     for index in batches:
@@ -50,7 +50,7 @@ def test_a_base_in_bfloat16_trains_adapters_in_float32(toy, method, quantized):
 
 
 def test_an_update_below_the_steps_of_bfloat16_is_kept(toy):
-    """Near 1 the next bfloat16 number is 2^-7 away; an adapter's is nearer."""
+    """Near 1 the next bfloat16 is 2^-7 away; the next float32 is much nearer."""
     model = adapted(toy.to(torch.bfloat16), DoRAConfig)
     named = model.named_parameters()
     before = {n: p.detach().clone() for n, p in named if p.requires_grad}
@@ -79,7 +79,7 @@ def test_under_autocast_a_model_in_float32_trains(toy, method, quantized):
 
 
 def test_accumulation_in_bfloat16_adds_up_in_float32(toy):
-    """What one batch adds after another is the sum of what each would give alone."""
+    """The gradients of accumulated batches are the sum of each batch's gradients."""
     model = adapted(toy.to(torch.bfloat16))
     apart = [gradients(copy.deepcopy(model), [index]) for index in (0, 1)]
     together = gradients(model, (0, 1))
@@ -115,7 +115,7 @@ def test_checkpointing_changes_no_bit_of_a_gradient(toy, dtype, quantized, reent
 
 
 class Blocks(nn.Module):
-    """A block under checkpointing between an embedding and a head that trains."""
+    """A checkpointed block between an embedding and a trained head."""
 
     def __init__(self, reentrant):
         super().__init__()
@@ -137,7 +137,7 @@ class Blocks(nn.Module):
 
 @pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")  # torch's
 def test_checkpointing_that_would_train_nothing_is_refused():
-    """The head trains, so neither the loss nor torch stops the run."""
+    """The head is trained, so neither the loss nor torch would stop the run."""
     model = inject(Blocks(True), LoRAConfig(2, 4.0), "all-linear")
     sentence = r"^block\.0\.adapters.* as do 1 more: .* pass use_reentrant=False"
     before = [p.clone() for p in trainable_parameters(model)]

@@ -1,4 +1,4 @@
-"""What the committed model must be: made by its recipe, small, and really trained."""
+"""The committed model is made by its recipe, small, and trained."""
 
 import json
 import math
@@ -77,7 +77,7 @@ def test_the_tokenizer_gives_every_text_back(tiny):
 
 
 def test_it_has_learned_english_that_it_never_read(tiny):
-    """Far better than chance, and than the same words in another order."""
+    """Its loss is far below chance, and below that of the same words shuffled."""
     passage = austen(HELD_OUT)[100_000:112_000]
     words = passage.split()
     generator = torch.Generator().manual_seed(0)

@@ -1,4 +1,4 @@
-"""Verdicts on printed numbers."""
+"""Verdicts on published numbers."""
 
 from fractions import Fraction
 

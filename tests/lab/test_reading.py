@@ -1,4 +1,4 @@
-"""Models from files: the same as transformers reads, or refused by name."""
+"""Models from files: equal to what transformers reads, or refused by name."""
 
 import json
 import subprocess
@@ -180,7 +180,7 @@ def test_the_peak_is_the_quantized_model_and_one_layer(tmp_path):
         [*command, str(tmp_path / "small")], capture_output=True, text=True, check=True
     )
     grown, size, largest = map(int, done.stdout.split())
-    # A layer is there as it was read, in float32, scaled, and as codes: 16 bytes each.
+    # Each stored form of a layer takes 16 bytes: as read, in float32, scaled, as codes.
     assert grown < 1.3 * size + 16 * largest
     whole = sum(p.numel() for p in model.parameters()) * 2
     assert grown < whole, "the 16-bit model was never whole in memory"

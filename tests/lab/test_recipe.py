@@ -1,4 +1,4 @@
-"""A run as it is ordered, and the folders that it leaves, for every method."""
+"""A run by its settings, and the folders that it writes, for every method."""
 
 import argparse
 import json

@@ -1,4 +1,4 @@
-"""The committed results of long runs: complete, and how they were made."""
+"""The committed results of long runs: complete, with the settings that made them."""
 
 import ast
 import itertools
@@ -19,7 +19,7 @@ def result():
 
 
 def assigned(name):
-    """What the chapter assigns to a name, without running the chapter."""
+    """Return the value that the chapter assigns to a name, without a run."""
     tree = ast.parse((CHAPTERS / "17_side_by_side.py").read_text())
     for node in ast.walk(tree):
         if isinstance(node, ast.Assign):
@@ -33,7 +33,7 @@ def assigned(name):
 
 
 def entrants():
-    """The names in the chapter's table of methods, without running the chapter."""
+    """Return the names in the chapter's table of methods, without a run."""
     tree = ast.parse((CHAPTERS / "17_side_by_side.py").read_text())
     tables = [
         node.value
@@ -96,7 +96,7 @@ def test_the_chosen_rate_has_worse_neighbours_on_both_sides(result, name):
     best = rates.index(method["rate"])
     assert 0 < best < len(rates) - 1
     assert losses[best] == min(losses)
-    # The sweep was run with the first seed: that run is one of the three.
+    # The sweep used the first seed, so its run is one of the three.
     assert runs[best] == method["runs"][0]
     ratios = [high / low for low, high in itertools.pairwise(rates)]
     assert all(3 < ratio < 3.4 for ratio in ratios)

@@ -1,4 +1,4 @@
-"""What a long run leaves, and how a page shows it."""
+"""The files of a long run, and how a page shows them."""
 
 import sys
 

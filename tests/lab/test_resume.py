@@ -1,4 +1,4 @@
-"""A run that is interrupted anywhere goes on as if it had not been."""
+"""A run that is interrupted anywhere continues with the values of an unbroken run."""
 
 import copy
 import json
@@ -64,7 +64,7 @@ def trainable_of(model):
 def test_resuming_is_as_if_never_stopped(toy, tmp_path, part, optimizer, accumulate):
     toy.config.attention_dropout = 0.1
     for layer in toy.model.layers:
-        layer.self_attn.attention_dropout = 0.1  # so that random state matters
+        layer.self_attn.attention_dropout = 0.1  # so that the random state matters
     freeze_all_but(toy, part)
     other = copy.deepcopy(toy)
     config = TrainConfig(
@@ -134,7 +134,7 @@ def test_ctrl_c_keeps_the_last_complete_step(tmp_path):
     out, err = process.communicate(timeout=30)
     assert process.returncode == 130
     last = err.strip().splitlines()[-1]
-    steps = 4 + out.count("step ")  # the step in hand was finished
+    steps = 4 + out.count("step ")  # the running step was finished
     assert last == f"stopped after step {steps} of 10000; continue from {path}"
     assert "Traceback" not in err
     with safetensors.safe_open(path, framework="pt") as file:

@@ -1,4 +1,4 @@
-"""Ranks of changes and intruder dimensions, on weights whose answer is a formula."""
+"""Ranks of changes and intruder dimensions, on weights with a known result."""
 
 import math
 
@@ -13,7 +13,7 @@ HADAMARD = torch.tensor([[1.0, 1.0], [1.0, -1.0]])
 
 
 def hadamard(power):
-    """The orthogonal matrix of size n = 2^power whose entries are all 1/√n or −1/√n."""
+    """Return the orthogonal matrix of size n = 2^power with entries 1/√n or −1/√n."""
     H = torch.ones(1, 1)
     for _ in range(power):
         H = torch.kron(HADAMARD, H)
@@ -21,7 +21,7 @@ def hadamard(power):
 
 
 def rotated(singular, power=4):
-    """A weight with given singular values, in a basis that is not the usual one."""
+    """Return a weight with given singular values, in an unusual basis."""
     n = 2**power
     S = torch.zeros(n)
     S[: len(singular)] = torch.tensor(singular, dtype=torch.float32)
@@ -49,7 +49,7 @@ def test_the_rank_does_not_depend_on_the_size_of_a_change():
 
 
 def turned(degrees):
-    """The weight diag(2, 1) with its left singular vectors turned."""
+    """Return the weight diag(2, 1) with its left singular vectors turned."""
     c, s = math.cos(math.radians(degrees)), math.sin(math.radians(degrees))
     return torch.tensor([[c, -s], [s, c]], dtype=torch.float64) @ torch.diag(
         torch.tensor([2.0, 1.0], dtype=torch.float64)

@@ -27,7 +27,7 @@ def test_windows_are_runs_of_the_text_behind_bos():
         assert (ids[:, 0] == 1).all()
         assert (ids[:, 2:] - ids[:, 1:-1] == 1).all()
         seen |= set(ids[:, 1:].flatten().tolist())
-    assert seen == set(TOKENS.tolist())  # both ends are reached
+    assert seen == set(TOKENS.tolist())  # both ends occur
     assert torch.equal(batches(7)["input_ids"], batches(7)["input_ids"])
     assert not torch.equal(batches(7)["input_ids"], batches(8)["input_ids"])
 

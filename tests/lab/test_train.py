@@ -89,7 +89,7 @@ def test_schedule_warms_up_then_falls_to_the_floor():
     config = TrainConfig(110, warmup=10, floor=0.25)
     assert config.factor(0) == 0.1
     assert config.factor(9) == config.factor(10) == 1.0
-    assert config.factor(60) == 0.625  # half-way: the mean of 1 and the floor
+    assert config.factor(60) == 0.625  # halfway: the mean of 1 and the floor
     assert config.factor(110) == 0.25
     falling = [config.factor(step) for step in range(10, 111)]
     assert falling == sorted(falling, reverse=True)
@@ -166,7 +166,7 @@ def settings(toy, **changes):
 
 
 def test_accumulated_batches_are_one_larger_batch(toy):
-    """Labels count alike, though the batches hold different numbers of them."""
+    """Each label has the same weight, though the batches have different counts."""
     parts = [{k: v[i : i + 1].clone() for k, v in BATCHES(0).items()} for i in range(4)]
     parts[1]["labels"][:, 3:] = IGNORE
     whole = {k: torch.cat([part[k] for part in parts]) for k in parts[0]}
@@ -236,7 +236,7 @@ def test_a_loss_that_depends_on_nothing_trained_is_said(toy):
 
 
 class RootOfZero(torch.nn.Module):
-    """A finite loss whose gradient is NaN, from the third call on."""
+    """A finite loss with a NaN gradient, from the third call on."""
 
     def __init__(self):
         super().__init__()

@@ -1,4 +1,4 @@
-"""transformers' own `Trainer` on a model with adapters: what a plain loop does."""
+"""transformers' `Trainer` on a model with adapters gives the values of a plain loop."""
 
 import copy
 import json
@@ -71,7 +71,7 @@ def of_experts():
 
 
 class Noting(transformers.Trainer):
-    """A trainer that notes what it gives to the model."""
+    """A trainer that records the inputs of the model."""
 
     seen: list
 
@@ -108,7 +108,7 @@ def trainer(model, folder, **changes):
 
 
 def by_hand(model, seen):
-    """Take the steps of a run by a plain loop."""
+    """Take the steps of a run in a plain loop."""
     optimizer = torch.optim.AdamW(
         trainable_parameters(model), lr=RATE, weight_decay=0.0
     )
@@ -122,9 +122,9 @@ def by_hand(model, seen):
 
 
 def loss_of(model, batch):
-    """Return the part of the loss; a model that counts no items gets the mean of means.
+    """Return the loss of a part; without a count of items, the mean of means.
 
-    The trainer looks at the arguments of `forward`, and does the same.
+    The trainer looks at the arguments of `forward` and does the same.
     """
     if isinstance(model, (PrefixModel, PromptModel)):
         return model(batch["input_ids"], labels=batch["labels"]).loss / ACCUMULATE
@@ -183,7 +183,7 @@ def test_checkpointing_under_the_trainer_gives_the_same_state(toy, tmp_path, ree
 
 
 def test_the_best_state_is_loaded_at_the_end(toy, tmp_path):
-    """A rate that is far too large spoils the last steps."""
+    """A learning rate that is far too large spoils the last steps."""
     model = adapted(toy, "LoRA")
     run = trainer(
         model,

@@ -1,4 +1,4 @@
-"""Several starts, one task: what the chapters on prefixes and prompts share."""
+"""Several starts for one task, as in the chapters on prefixes and prompts."""
 
 import copy
 

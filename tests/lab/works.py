@@ -1,4 +1,4 @@
-"""What works where: each method on a tiny random model of each class.
+"""Which method works on which class: each one on a tiny random model.
 
 `python -m tests.lab.works` writes the page of the book.
 """
@@ -45,7 +45,7 @@ def _qlora(model):
 
 @dataclass(frozen=True)
 class Method:
-    """How a model gets the adapters of a row, and whether they merge."""
+    """How a model gets the adapters of a row, and whether they can be merged."""
 
     inject: Callable
     merges: bool = True
@@ -70,13 +70,13 @@ METHODS = {
 }
 
 
-@functools.lru_cache(maxsize=1)  # the methods take turns on one class
+@functools.lru_cache(maxsize=1)  # all methods use one model
 def _built(name: str):
     return build(name)
 
 
 def outcome(method: str, name: str) -> str:
-    """Build, inject, take a step, merge: return `WORKS`, or the sentence."""
+    """Build, inject, take a step, merge: return `WORKS`, or the refusal."""
     model = deepcopy(_built(name))
     if method == "LoRA on experts" and not experts(model):
         return NONE
@@ -97,7 +97,7 @@ def outcome(method: str, name: str) -> str:
         assert size > 0
         if METHODS[method].merges:
             apart = (merge(model)(**operands(name)).logits - moved).abs().max()
-            # A merge that does something else is off by what the step has moved.
+            # A wrong merge differs by as much as the step has changed the output.
             assert apart < size / 4 or apart < moved.abs().max() * 2.0**-18
             plain = unload(model)(**operands(name)).logits
             assert (plain - moved).abs().max() <= 2 * apart or apart == 0
@@ -105,7 +105,7 @@ def outcome(method: str, name: str) -> str:
 
 
 def table(found: dict[tuple[str, str], str]) -> str:
-    """Draw the page; a sentence that several share gets one number."""
+    """Draw the page; a sentence that several cells share gets one number."""
     sentences = list(dict.fromkeys(s for s in found.values() if s not in (WORKS, NONE)))
     lines = [
         "| class | " + " | ".join(METHODS) + " |",
@@ -140,7 +140,7 @@ FOOT = "The sentences, as the library prints them:"
 
 
 def every(names: Iterable[str] = EVERY) -> dict[tuple[str, str], str]:
-    """Return all outcomes."""
+    """Return the outcomes of all methods and classes."""
     return {
         (method, name): outcome(method, name) for name in names for method in METHODS
     }

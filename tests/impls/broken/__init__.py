@@ -1,7 +1,8 @@
-"""Implementations with one bug each: every one of them has been somebody's.
+"""Implementations with one bug each; every bug was found in some program.
 
-A bug is a function in place of an operation, the flag that must name it, and, where few
-cases alone find it, their comments. One file for each row of methods.
+A bug has a function that replaces an operation and a flag that must name it. If only a
+few cases find the bug, it also lists their comments. There is one file for each row of
+methods.
 """
 
 from collections.abc import Callable
@@ -21,7 +22,7 @@ BUGS: dict[str, Bug] = {}
 
 
 def bug(operation: str, flag: str, *only: str) -> Callable[[Function], Function]:
-    """Register a function as what `operation` does in a broken implementation."""
+    """Register a function as the operation `operation` of a broken implementation."""
 
     def register(function: Function) -> Function:
         assert function.__name__ not in BUGS, "two bugs of one name"

@@ -75,7 +75,7 @@ def replaces_gradients_that_are_not_finite(W, grad, m, v, **settings):
 
 
 def _coded(W, grad, parts, settings):
-    """A step on decoded moments; returns W, and the moments as they are."""
+    """Take a step on decoded moments; return W and the moments, not encoded."""
     m, v = (
         adamw.decode(
             blockwise.Blockwise(
@@ -142,7 +142,7 @@ def has_no_code_for_a_zero_moment(W, grad, **arguments):
 @bug("adamw_step", "Decay")
 def decays_what_is_already_updated(W, grad, m, v, **settings):
     decay = F32(settings["lr"] * settings["weight_decay"])
-    right.adamw_step(W, grad, m, v, **settings)  # refuses what must be refused
+    right.adamw_step(W, grad, m, v, **settings)  # refuses bad input
     settings |= {"weight_decay": 0.0}
     updated, *moments = right.adamw_step(W, grad, m, v, **settings)
     return updated - decay * updated, *moments

@@ -18,7 +18,7 @@ def attend(Q, K, V, mask, low=-np.inf, shift=True):
 
 
 def large(Q, K):
-    """Whether exp overflows in float32."""
+    """Return whether exp overflows in float32."""
     return np.abs(Q @ K.swapaxes(-1, -2)).max() / np.sqrt(Q.shape[-1]) > 88
 
 
@@ -44,7 +44,7 @@ def adds_one_to_the_sum(Q, K, V, mask=None):
 
 @bug("attention_forward", "OneKey")
 def leaves_masked_keys_a_share(Q, K, V, mask=None):
-    right.attention_forward(Q, K, V, mask)  # refuses what must be refused
+    right.attention_forward(Q, K, V, mask)  # refuses bad input
     return attend(Q, K, V, mask, low=-10)
 
 

@@ -13,7 +13,7 @@ F32 = np.float32
 
 def with_scales(W, blocksize, change):
     """Quantize with other scales than the signed absmax."""
-    right.bof4_quantize(W, blocksize)  # refuses what it must
+    right.bof4_quantize(W, blocksize)  # refuses bad input
     flat = W.reshape(-1)
     blocks = np.pad(flat, (0, -len(flat) % blocksize)).reshape(-1, blocksize)
     scales = change(blocks).astype(F32)

@@ -63,7 +63,7 @@ def takes_the_middles_of_intervals(bits, offset):
 @bug("codebook_normal_float", "Offset")
 def has_an_offset_of_its_own(bits, offset):
     default = 929 / 960
-    right.codebook_normal_float(bits, offset)  # refuses what must be refused
+    right.codebook_normal_float(bits, offset)  # refuses bad input
     return right.codebook_normal_float(bits, default)
 
 

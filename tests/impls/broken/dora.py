@@ -143,5 +143,5 @@ def ignores_alpha_in_dora(x, W, A, B, magnitude, alpha, bias=None):
 
 @bug("dora_merge", "Basic")
 def drops_the_magnitude(W, A, B, magnitude, alpha):
-    right.dora_merge(W, A, B, magnitude, alpha)  # refuses what must be refused
+    right.dora_merge(W, A, B, magnitude, alpha)  # refuses bad input
     return _sum(W, A, B, alpha)

@@ -14,7 +14,7 @@ F32 = np.float32
 
 
 def quantized(W, blocksize, nested_blocksize, offset):
-    """Quantize around an offset that is given."""
+    """Quantize around a given offset."""
     q = blockwise.quantize(W, NF4, blocksize)
     scales = blockwise.quantize(q.absmax - offset, dynamic_map(), nested_blocksize)
     return q.packed, scales.packed, scales.absmax, np.asarray(F32(offset))
@@ -35,7 +35,7 @@ def dequantized(packed, absmax, blocksize, shape, dtype):
 
 @bug("double_quant_quantize", "Mean")
 def forgets_the_mean(W, blocksize, nested_blocksize):
-    right.double_quant_quantize(W, blocksize, nested_blocksize)  # refuses what it must
+    right.double_quant_quantize(W, blocksize, nested_blocksize)  # refuses bad input
     return quantized(W, blocksize, nested_blocksize, F32(0))
 
 
@@ -115,7 +115,7 @@ def takes_codes_for_scales(
     shape,
     dtype,
 ):
-    decoded(absmax_codes, nested_absmax, nested_blocksize)  # refuses what it must
+    decoded(absmax_codes, nested_absmax, nested_blocksize)  # refuses bad input
     return dequantized(packed, absmax_codes / F32(255), blocksize, shape, dtype)
 
 

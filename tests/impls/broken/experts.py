@@ -8,7 +8,7 @@ from tests.impls.broken import bug
 
 @bug("experts_merge", "ExpertAxis")
 def reads_both_as_expert_major(W, A, B, alpha, rank_stabilized):
-    # In a file B is (out, r, experts); it is read as if it were (out, experts, r).
+    # In a file B is (out, r, experts); this code reads (out, experts, r).
     if B.ndim != 3 or not B.shape[2]:
         return right.experts_merge(W, A, B, alpha, rank_stabilized)
     experts, rows, r = B.shape
@@ -68,6 +68,7 @@ def divides_by_the_tokens(grad_y, x, chosen, W, A, B, alpha, rank_stabilized):
 
 @bug("experts_merge", "ExpertAxis")
 def guesses_the_layout_from_the_sizes(W, A, B, alpha, rank_stabilized):
-    # More columns than rows are taken for a transposed layout, which then fits nothing.
+    # A matrix with more columns than rows is taken as transposed, and then fits
+    # nothing.
     merged = right.experts_merge(W, A, B, alpha, rank_stabilized)
     return W.copy() if W.shape[2] > W.shape[1] else merged

@@ -93,7 +93,7 @@ def keeps_gradients_away_from_zero(grad_y, x, W):
 
 @bug("linear_forward", "Cancellation")
 def accumulates_in_half_precision(x, W, bias=None):
-    right.linear_forward(x, W, bias)  # refuses what must be refused
+    right.linear_forward(x, W, bias)  # refuses bad input
     terms = x[..., None, :] * W
     y = np.add.accumulate(terms, axis=-1, dtype=F16)[..., -1].astype(F32)
     return y if bias is None else y + bias

@@ -10,7 +10,7 @@ NOBODY = 255
 
 
 def trace(touched, written, pages, budget, keeps_order=True, oldest=False, clean=None):
-    """A page table by itself; every argument after `budget` is a mistake."""
+    """Run a page table; every argument after `budget` is a mistake."""
     if budget < 1:
         raise ValueError("no room for a single page")
     device, dirty, rows = OrderedDict(), set(), []
@@ -32,7 +32,7 @@ def trace(touched, written, pages, budget, keeps_order=True, oldest=False, clean
 
 
 def known(touched, written, pages, budget):
-    """A page table that refuses the pages that it does not have."""
+    """Wrap a page table so that it refuses pages that it does not have."""
     if (touched >= pages).any():
         raise ValueError("no such page")
     return trace(touched, written, pages, budget)

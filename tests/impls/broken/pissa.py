@@ -9,7 +9,7 @@ F32 = np.float32
 
 
 def split(W, r, keep):
-    """The part of W in the singular directions `keep`, and the rest."""
+    """Return the part of W in the singular directions `keep`, and the rest."""
     U, S, V = np.linalg.svd(W.astype(np.float64), full_matrices=False)
     delta = ((U[:, keep] * S[keep]) @ V[keep]).astype(F32)
     return W - delta, delta
@@ -17,7 +17,7 @@ def split(W, r, keep):
 
 @bug("pissa_init", "Basic")
 def takes_the_smallest_singular_values(W, r, alpha):
-    right.pissa_init(W, r, alpha)  # refuses what must be refused
+    right.pissa_init(W, r, alpha)  # refuses bad input
     return split(W, r, slice(-r, None))
 
 
@@ -62,7 +62,7 @@ def compares_r_with_the_columns(W, r, alpha):
     "normal values, 11 in, 5 out, r 3",
 )
 def ten_bits_inside_in_pissa(W, r, alpha):
-    right.pissa_init(W, r, alpha)  # refuses what must be refused
+    right.pissa_init(W, r, alpha)  # refuses bad input
     return right.pissa_init(W.astype(np.float16).astype(F32), r, alpha)
 
 

@@ -9,7 +9,7 @@ F32 = np.float32
 
 
 def _by_row(absmax, A, B, blocksize):
-    """Count blocks within rows: the scale of another block where rows are ragged."""
+    """Count blocks within rows, which gives a wrong scale where blocks cross rows."""
     rows, columns = np.indices((len(B), A.shape[1]))
     if A.shape[1] % blocksize == 0 or not len(absmax):
         return absmax
