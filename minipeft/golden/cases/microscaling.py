@@ -196,6 +196,10 @@ def _dequantize_nv() -> Iterator[Spec]:
     parts = {"packed": _three_axes(32), "scales": scales}
     yield _decode("three axes", "Basic", {**parts, "tensor_scale": np.asarray(F32(3))})
     yield _zero_scale(table)
+    yield from _bad_tensor_scales(fine)
+
+
+def _bad_tensor_scales(fine: Spec) -> Iterator[Spec]:
     for value, flag in (
         (np.inf, "NotFinite"),
         (np.nan, "NotFinite"),
