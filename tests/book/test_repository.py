@@ -315,7 +315,7 @@ def test_the_example_on_the_page_verify_is_true(tmp_path):
     ran = subprocess.run(
         [*command, "--only", "lora_merge"], cwd=tmp_path, capture_output=True, text=True
     )
-    assert "25 failed, 0 skipped of 42" in ran.stdout
+    assert "25 failed, 0 skipped of 46" in ran.stdout
 
 
 def test_the_messages_on_the_page_verify_are_true():
