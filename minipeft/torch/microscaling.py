@@ -89,7 +89,10 @@ def quantize_nvfp4(W: Weights) -> NVFP4:
     absmax = blocks.abs().amax(dim=-1)
     largest = absmax.amax() if absmax.numel() else absmax.new_zeros(())
     tensor_scale = _divided(largest, torch.full_like(largest, 6 * 448))
-    scales = _divided(absmax, 6 * tensor_scale).to(torch.float8_e4m3fn)
+    # Where the tensor scale is subnormal, rounding it may leave a quotient above 448,
+    # which torch before 2.12 casts to NaN.
+    exact = _divided(absmax, 6 * tensor_scale).clamp(max=448)
+    scales = exact.to(torch.float8_e4m3fn)
     scaled = _divided(blocks, (scales.float() * tensor_scale)[..., None])
     return NVFP4(_pack(_e2m1(scaled)), scales.view(torch.uint8), tensor_scale)
 
