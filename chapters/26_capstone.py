@@ -370,7 +370,9 @@ else:
 probe = torch.tensor([text.prompt_ids(words, prompts[0])], device=model.device)
 with torch.no_grad():
     here, there = model(probe).logits, served(probe).logits
-print(f"largest difference of a logit: {(here - there).abs().max():.0e}")
+print(
+    f"largest difference of a logit, merged folder against adapted model: {(here - there).abs().max():.0e}"
+)
 mine = my_loop(served, words, prompts[0])
 own = my_loop(model, tokenizer, prompts[0])
 print("my loop says:", " ".join(mine.split()))
