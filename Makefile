@@ -37,6 +37,7 @@ $(VENV)/.setup $(WITH_PEERS): pyproject.toml constraints.txt
 	@$(BIN)/pip install -q -e '.[$(if $(findstring peers,$@),dev$(comma)peers,dev)]' -c constraints.txt
 	@$(BIN)/pip install -q --no-deps $(KATEX)
 	@touch $@
+	@echo "installed; '. $(BIN)/activate' makes python and minipeft those of this folder"
 
 chapter: $(SETUP)  ## run one chapter: make chapter N=01 [ARGS="--steps 50"]
 	@$(BIN)/python chapters/$(N)_*.py $(ARGS)
