@@ -115,6 +115,8 @@ def from_file(path: Path) -> Task:
     """
     try:
         lines = path.read_text("utf-8").splitlines()
+    except FileNotFoundError:
+        raise InputError(f"there is no file {path}; check the path") from None
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{path} cannot be read as UTF-8 text ({error})") from None
     sides: dict[bool, dict[Pair, None]] = {True: {}, False: {}}
