@@ -15,10 +15,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from minipeft import __version__
-from minipeft.errors import InputError
+from minipeft.errors import IN_CLONE, InputError
 from minipeft.golden import command as verify
 from minipeft.interop import command as files
 from minipeft.lab.memory import command as memory
+
+EXTRAS = {"memory": "lab", "models": "lab", "gpu-report": "lab,cupy"}
+"""What a command needs besides NumPy; one that is not listed needs `files`."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -29,6 +32,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except InputError as error:
         print(f"minipeft: {error}", file=sys.stderr)
         return 2
+    except ModuleNotFoundError as error:
+        package = (error.name or "").partition(".")[0]
+        if package in ("", "minipeft"):
+            raise
+        extra = IN_CLONE.format(EXTRAS.get(options.command, "files"))
+        said = f"{package} is not installed, and {options.command} needs it"
+        print(f"minipeft: {said}; run: pip install {extra}", file=sys.stderr)
+        return 2
     return code
 
 
@@ -38,7 +49,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     version = f"minipeft {__version__}"
     parser.add_argument("--version", action="version", version=version)
-    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND", dest="command")
     verify.add(commands)
     files.add(commands)
     memory.add(commands)
@@ -107,10 +118,11 @@ def _fetch_model(options: argparse.Namespace) -> int:
 
 def _gpu_report(options: argparse.Namespace) -> int:
     from minipeft.cupy.executor import current
+
+    current()  # says what is missing, before the imports that need more
     from minipeft.lab.gpu import device, gpu_report
     from minipeft.lab.gpu.trials import Sizes
 
-    current()  # says what is missing
     if options.size < 256 or options.size % 256:
         raise InputError(f"--size is {options.size}; give a multiple of 256")
     sizes = Sizes(options.size, options.size)

@@ -2,6 +2,9 @@
 
 import errno
 
+IN_CLONE = "'.[{}]' in the clone of minipeft"
+"""What pip installs for an extra; no package index has minipeft."""
+
 
 class InputError(ValueError):
     """Bad input: one sentence that names the value and the remedy.

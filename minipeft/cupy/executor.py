@@ -243,8 +243,8 @@ def missing() -> str | None:
         import cupy
     except ImportError:
         return (
-            "CuPy is not installed: `pip install minipeft[cupy]`, or use "
-            "minipeft.torch, which needs no CuPy."
+            "CuPy is not installed: run `pip install '.[cupy]'` in the clone of "
+            "minipeft, or use minipeft.torch, which needs no CuPy."
         )
     if not cupy.cuda.is_available():
         return (

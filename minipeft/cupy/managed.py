@@ -112,6 +112,7 @@ def _runtime() -> Any:
         from cuda.bindings import runtime
     except ImportError:
         raise InputError(
-            "managed memory needs NVIDIA's bindings: `pip install minipeft[cupy]`."
+            "managed memory needs NVIDIA's bindings: run `pip install '.[cupy]'` in "
+            "the clone of minipeft."
         ) from None
     return runtime

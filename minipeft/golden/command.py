@@ -10,7 +10,7 @@ from io import TextIOWrapper
 from pathlib import Path
 from threading import current_thread, main_thread
 
-from minipeft.errors import InputError
+from minipeft.errors import IN_CLONE, InputError
 from minipeft.golden import diagnosis, known, processes, profiles, report
 from minipeft.golden.drivers import need
 from minipeft.golden.errors import Unavailable, printable
@@ -211,7 +211,7 @@ def _place(options: argparse.Namespace) -> None:
             f"--device {device} is for torch and the libraries that compute with it; "
             f"leave it out for {options.program or options.implementation}."
         )
-    need("torch", "'minipeft[torch]'")
+    need("torch", IN_CLONE.format("torch"))
     import torch
 
     if not torch.cuda.is_available():

@@ -8,8 +8,9 @@ from minipeft.errors import InputError
 from minipeft.kernels import OPTIONS, expressions, source
 
 BINDINGS = (
-    "NVIDIA's bindings are not installed: `pip install minipeft[kernels]` for CUDA 13, "
-    "`pip install minipeft[cupy12]` for CUDA 12; minipeft.torch runs without them."
+    "NVIDIA's bindings are not installed: in the clone of minipeft, run "
+    "`pip install '.[kernels]'` for CUDA 13, `pip install '.[cupy12]'` for CUDA 12; "
+    "minipeft.torch runs without them."
 )
 
 

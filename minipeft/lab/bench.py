@@ -69,7 +69,8 @@ def _chosen(only: str) -> list[Callable[[], Pair]]:
         from minipeft.lab.bench_pairs import PAIRS
     except ModuleNotFoundError as error:
         raise InputError(
-            f"{error.name} is not installed; `pip install minipeft[peers]` brings it"
+            f"{error.name} is not installed; `pip install '.[peers]'` in the clone of "
+            "minipeft brings it"
         ) from None
     pairs = PAIRS | OF_A_MODEL | OF_FILES
     chosen = [build for name, build in pairs.items() if only in name]

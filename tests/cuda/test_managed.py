@@ -130,5 +130,5 @@ def test_what_cuda_refuses_is_said(monkeypatch):
 
 def test_without_the_bindings_one_sentence(monkeypatch):
     monkeypatch.setitem(sys.modules, "cuda.bindings", None)
-    with pytest.raises(InputError, match=r"`pip install minipeft.cupy.`"):
+    with pytest.raises(InputError, match=r"`pip install '..cupy.'`"):
         managed.settle(array())

@@ -24,7 +24,7 @@ def test_importing_needs_no_cupy():
     )
     said = subprocess.check_output([sys.executable, "-c", program], text=True)
     assert said.count("\n") == 1
-    assert "pip install minipeft[cupy]" in said
+    assert "pip install '.[cupy]'" in said
 
 
 def test_compiling_needs_no_gpu(monkeypatch):
@@ -32,7 +32,7 @@ def test_compiling_needs_no_gpu(monkeypatch):
     monkeypatch.setitem(sys.modules, "cupy", None)
     assert compiler.missing() is None
     monkeypatch.setitem(sys.modules, "cuda.bindings", None)
-    with pytest.raises(InputError, match=r"`pip install minipeft.cupy12.` for CUDA 12"):
+    with pytest.raises(InputError, match=r"`pip install '..cupy12.'` for CUDA 12"):
         compiler.compile_row("blockwise", "80")
 
 

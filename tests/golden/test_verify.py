@@ -60,6 +60,45 @@ def test_reference_needs_only_numpy():
     assert done.returncode == 0
 
 
+@pytest.mark.parametrize(
+    ("command", "missing", "extra"),
+    [
+        ("verify torch", "torch", "'.[torch]'"),
+        ("inspect {}", "torch", "'.[files]'"),
+        ("memory tiny", "transformers", "'.[lab]'"),
+        ("models list", "safetensors", "'.[lab]'"),
+        ("gpu-report", "cupy", "'.[cupy]'"),
+    ],
+)
+def test_a_missing_package_is_one_sentence(tmp_path, command, missing, extra):
+    """As after `pip install .`, which brings NumPy alone."""
+    script = (
+        "import sys\n"
+        "from importlib.machinery import PathFinder\n"
+        "class Bare(PathFinder):\n"
+        "    @classmethod\n"
+        "    def find_spec(cls, name, path=None, target=None):\n"
+        "        here = sys.stdlib_module_names | {'minipeft', 'numpy'}\n"
+        "        found = name.partition('.')[0] in here\n"
+        "        return super().find_spec(name, path, target) if found else None\n"
+        "others = [f for f in sys.meta_path if f is not PathFinder]\n"
+        "sys.meta_path[:] = [Bare, *others]\n"
+        "from minipeft.cli import main\n"
+        f"sys.exit(main({command.format(tmp_path).split()!r}))\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 2
+    assert done.stderr.count("\n") == 1
+    assert f"{missing} is not installed" in done.stderr.lower()
+    assert f"pip install {extra} in the clone" in done.stderr.replace("`", "")
+
+
 def test_without_ml_dtypes_the_bfloat16_cases_are_listed_skips(monkeypatch):
     monkeypatch.setitem(sys.modules, "ml_dtypes", None)
     from minipeft.golden.runner import implementation

@@ -1,5 +1,6 @@
 """The torch column, on the device of the bridge."""
 
+from minipeft.errors import IN_CLONE
 from minipeft.golden.drivers import need
 
-need("torch", "'minipeft[torch]'")
+need("torch", IN_CLONE.format("torch"))
