@@ -1,6 +1,7 @@
 """`minipeft inspect`: describe an adapter, and how other programs load it.
 
-Exit code 0: the adapter was read, and the program of `--for` loses nothing; 1: that
+Exit code 0: the adapter was read, it fits the base of `--base`, and the program of
+`--for` loses nothing; 1: it does not fit that base or was made for another, or the
 program loses something, or its behaviour is not known; 2: the adapter cannot be read.
 """
 
@@ -69,9 +70,8 @@ def run(options: argparse.Namespace) -> int:
     if options.fix:
         fixing.fix(read, options.fix)
         print(f"wrote {options.fix}: alpha = r, no patterns, every scale in B")
-    if options.target:
-        return int(next(j.lost for j in found.loaders if j.loader == options.target))
-    return 0
+    lost = any(j.lost for j in found.loaders if j.loader == options.target)
+    return int(lost or bool(found.unfit))
 
 
 def plain(value: Any) -> Any:
@@ -103,7 +103,8 @@ def report(found: "Inspection", target: str | None = None) -> Iterator[str]:
             yield f"{about} ({len(names)}): {_some(names)}"
     for judgement in found.loaders:
         if target in (None, judgement.loader):
-            yield f"{judgement.loader}: {judgement.sentence}"
+            unfit = f"{found.unfit}; on its own base: " if found.unfit else ""
+            yield f"{judgement.loader}: {unfit}{judgement.sentence}"
             if target:
                 yield from (f"  source: {source}" for source in judgement.sources)
 

@@ -62,6 +62,7 @@ class Inspection:
         missing: names in the configuration that the file does not hold.
         others: tensors that belong to no pair.
         base: a line about the base.
+        other_base: whether the file names another base than the one given.
         loaders: a judgement for each.
     """
 
@@ -75,6 +76,15 @@ class Inspection:
     others: tuple[str, ...]
     base: str
     loaders: tuple[Judgement, ...] = field(default=())
+    other_base: bool = False
+
+    @property
+    def unfit(self) -> str:
+        """The reason why the adapter does not belong to the base, or ""."""
+        if self.unmatched:
+            count = len(self.unmatched) + (self.matched or 0)
+            return f"{len(self.unmatched)} of {count} modules do not fit this base"
+        return "the file was made for another base" if self.other_base else ""
 
 
 def inspect(
@@ -98,6 +108,7 @@ def inspect(
         if module in whole:
             layers.append(_layer(contents, module, base, fits.get(module)))
             step(module)
+    line, other = about_base(contents, base)
     return Inspection(
         method(contents),
         tuple(layers),
@@ -107,8 +118,9 @@ def inspect(
         tuple(m for m, name in fits.items() if name is None),
         tuple(missing(contents, base)),
         contents.others,
-        about_base(contents, base),
+        line,
         tuple(judge(loader, contents) for loader in LOADERS.values()),
+        other,
     )
 
 
@@ -282,18 +294,22 @@ def _ends(module: str, name: str) -> bool:
     return module == name or module.endswith(f".{name}")
 
 
-def about_base(contents: Parts, base: Tensors | None) -> str:
-    """Return a line about the base: its fingerprint, and whether it is this one."""
+def about_base(contents: Parts, base: Tensors | None) -> tuple[str, bool]:
+    """Return a line about the base, and whether the one given is another.
+
+    A file without a fingerprint cannot tell.
+    """
     text = contents.file.metadata.get(BASE)
     if text is None:
         named = contents.config.get("base_model_name_or_path")
-        return f"no fingerprint in the file; the configuration names {named!r}"
+        return f"no fingerprint in the file; the configuration names {named!r}", False
     saved = Fingerprint.from_json(text)
     if base is None:
-        return f"made for the base {saved.whole[:12]}"
+        return f"made for the base {saved.whole[:12]}", False
     own = fingerprint.of_files(named_as(saved.tensors, base))
     brought = [plain(name) for name in contents.others]
     first = fingerprint.difference(saved, own, brought)
     if first is None:
-        return f"made for this base, {saved.whole[:12]}"
-    return f"made for the base {saved.whole[:12]}, and this is another: {first} here"
+        return f"made for this base, {saved.whole[:12]}", False
+    made = f"made for the base {saved.whole[:12]}"
+    return f"{made}, and this is another: {first} here", True

@@ -208,11 +208,12 @@ def test_the_base_is_recognized(tmp_path):
     safetensors.torch.save_file(adapter_tensors(), file, metadata={BASE: own.to_json()})
     found = parts.read(folder)
     tensors = base_tensors()
-    assert "made for this base" in inspecting.about_base(found, InMemory(tensors))
+    line, other = inspecting.about_base(found, InMemory(tensors))
+    assert ("made for this base" in line, other) == (True, False)
     tensors["model.norm.weight"] += 1
-    assert inspecting.about_base(found, InMemory(tensors)).endswith(
-        "and this is another: model.norm.weight differs here"
-    )
+    line, other = inspecting.about_base(found, InMemory(tensors))
+    assert line.endswith("and this is another: model.norm.weight differs here")
+    assert other
 
 
 @pytest.mark.parametrize(
@@ -248,6 +249,31 @@ def test_the_command(tmp_path, capsys):
     assert "  source: vllm/lora/peft_helper.py" in capsys.readouterr().out
     assert cli.main(["inspect", str(tmp_path / "none")]) == 2
     assert "there is no" in capsys.readouterr().err
+
+
+def test_a_base_that_is_not_the_adapters_gives_exit_code_1(tmp_path, capsys):
+    tensors, narrow = base_tensors(), base_tensors()
+    narrow["model.layers.0.wide.weight"] = torch.ones(16, 24)
+    unfit = write_model(tmp_path / "narrow", narrow)
+    base = write_model(tmp_path / "base", tensors)
+    folder = write_adapter(tmp_path / "a", adapter_tensors())
+    peft = ["inspect", str(folder), "--for", "peft", "--base"]
+    assert cli.main([*peft, str(base)]) == 0
+    assert "\npeft: loads exactly\n" in capsys.readouterr().out
+    assert cli.main([*peft, str(unfit)]) == 1
+    said = "peft: 1 of 6 modules do not fit this base; on its own base: loads exactly"
+    assert said in capsys.readouterr().out
+    assert cli.main(["inspect", str(folder), "--base", str(unfit)]) == 1
+    own = fingerprint.of_files(parts.SafeTensors(base / "model.safetensors"))
+    file = folder / "adapter_model.safetensors"
+    safetensors.torch.save_file(adapter_tensors(), file, metadata={BASE: own.to_json()})
+    assert cli.main([*peft, str(base)]) == 0
+    tensors["model.norm.weight"] += 1
+    other = write_model(tmp_path / "other", tensors)
+    capsys.readouterr()
+    assert cli.main([*peft, str(other)]) == 1
+    said = "peft: the file was made for another base; on its own base: loads exactly"
+    assert said in capsys.readouterr().out
 
 
 def test_every_rule_says_which_version_was_read():
