@@ -52,6 +52,7 @@ class Finding:
         residual: distance of the tensor from the result of the mistake, relative to the
             size of the update (0: the mistake explains the tensor).
         adapted: whether the adapter changes the tensor.
+        stored: how the file changes a tensor that the adapter leaves alone.
     """
 
     tensor: str
@@ -60,6 +61,7 @@ class Finding:
     sentence: str = ""
     residual: float = 0.0
     adapted: bool = False
+    stored: str = ""
 
 
 @dataclass(frozen=True)
@@ -325,9 +327,12 @@ def _unchanged(name: str, base: Tensors, found: Tensors, place: str) -> Finding:
     if base.about[name] == about and _same_bytes(base, name, found, place):
         return Finding(name, EXACT)
     if base.about[name] != about or isinstance(found, Rounded):
-        rounded = of(found, place, about.dtype).round(base.read(name))
-        if same(rounded, found.read(place)):
-            return Finding(name, EXACT, sentence="the base's, as this file rounds")
+        rounding, W = of(found, place, about.dtype), base.read(name)
+        if same(rounding.round(W), found.read(place)):
+            wider = rounding == Cast(torch.promote_types(W.dtype, about.dtype))
+            how = f"{'kept in' if wider else 'rounded to'} {rounding.name}"
+            sentence = "the base's, as this file rounds"
+            return Finding(name, EXACT, sentence=sentence, stored=how)
     return Finding(
         name, WRONG, "wrong base", "the adapter leaves it alone, and it is another", 1.0
     )

@@ -148,10 +148,16 @@ class FourBitTensors:
 
 
 def _kind(name: str, codebook: Tensor) -> str:
-    for kind, table in KINDS.items():
-        if torch.equal(codebook.cpu(), table):
-            return kind
+    found = table_name(codebook)
+    if found in KINDS:
+        return found
     raise InputError(f"{name} has a codebook that bitsandbytes does not know; use NF4")
+
+
+def table_name(codebook: Tensor) -> str:
+    """Return bitsandbytes' name of a table of 16 values, nf4 or fp4, if it has one."""
+    known = (k for k, table in KINDS.items() if torch.equal(codebook.cpu(), table))
+    return next(known, "another table")
 
 
 def _bytes(text: str) -> Tensor:

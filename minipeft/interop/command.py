@@ -8,6 +8,7 @@ import argparse
 import json
 import re
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -243,8 +244,12 @@ def report(findings: "list[Finding]") -> Iterator[str]:
         f"another order of sums, {len(adapted) - exact - bound} wrong"
     )
     others = [f for f in findings if not f.adapted]
-    same = sum(f.verdict == EXACT for f in others)
-    yield f"{len(others)} other tensors: {same} unchanged, {len(others) - same} not"
+    right = [f for f in others if f.verdict == EXACT]
+    same = sum(not f.stored for f in right)
+    stored = Counter(f.stored for f in right if f.stored)
+    how = "".join(f"{count} as the base, {how}, " for how, count in stored.items())
+    wrong_ones = len(others) - len(right)
+    yield f"{len(others)} other tensors: {same} unchanged, {how}{wrong_ones} not"
 
 
 def _export(options: argparse.Namespace) -> int:

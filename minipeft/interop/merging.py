@@ -5,6 +5,7 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -42,7 +43,7 @@ def merge(
         base: a model's folder.
         adapter: what to merge.
         out: the new folder; it must not exist.
-        dtype: of floating tensors; None keeps each as it is.
+        dtype: of floating tensors, and in config.json; None keeps each as it is.
         step: is called with the name of each tensor, for progress.
 
     Raises:
@@ -62,6 +63,8 @@ def merge(
         if len(places) > 1:
             _write_index(folder, places, source)
         _copy_others(base, folder)
+        if dtype is not None:
+            _say_dtype(folder / "config.json", dtype)
         folder.chmod(0o755)
         folder.rename(out)
     except OSError as error:
@@ -207,6 +210,34 @@ def _write_index(folder: Path, places: Mapping[str, list[str]], source: Shards) 
         "weight_map": dict(sorted(weights.items())),
     }
     (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", "utf-8")
+
+
+def _say_dtype(path: Path, dtype: torch.dtype) -> None:
+    """Write the dtype into a configuration, as the dtype that transformers loads."""
+    if not path.exists():
+        return
+    try:
+        config = json.loads(path.read_text("utf-8"))
+    except ValueError as error:
+        raise InputError(
+            f"config.json of the base is damaged ({error}); get the folder again"
+        ) from None
+    if not isinstance(config, dict):
+        raise InputError("config.json of the base is no JSON object; get it again")
+    name = str(dtype).removeprefix("torch.")
+    if not _replace_dtype(config, name):
+        config["dtype"] = name
+    path.write_text(json.dumps(config, indent=2) + "\n", "utf-8")
+
+
+def _replace_dtype(config: dict[str, Any], name: str) -> bool:
+    """Replace the dtypes of a model and its parts; say whether the model had one."""
+    held = [key for key in ("dtype", "torch_dtype") if key in config]
+    config.update(dict.fromkeys(held, name))
+    for part in config.values():
+        if isinstance(part, dict):
+            _replace_dtype(part, name)
+    return bool(held)
 
 
 def _copy_others(base: Path, folder: Path) -> None:

@@ -10,7 +10,7 @@ from typing import Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
-from minipeft.interop.bitsandbytes_format import Quantized, decode
+from minipeft.interop.bitsandbytes_format import Quantized, decode, table_name
 from minipeft.torch import blockwise, double_quant
 from minipeft.torch.blockwise import Blockwise
 from minipeft.torch.codebook import dynamic_map
@@ -21,6 +21,10 @@ F32 = 2.0**-24
 @runtime_checkable
 class Rounding(Protocol):
     """The rounding of one tensor of a file."""
+
+    @property
+    def name(self) -> str:
+        """The name of what the file holds, such as `bfloat16`."""
 
     def wide(self, W: Tensor) -> Tensor:
         """Return a weight in a dtype that loses nothing before the rounding."""
@@ -46,6 +50,11 @@ class Cast:
 
     dtype: torch.dtype
 
+    @property
+    def name(self) -> str:
+        """The name of the dtype."""
+        return str(self.dtype).removeprefix("torch.")
+
     def wide(self, W: Tensor) -> Tensor:
         """Return the weight in the wider of the two dtypes."""
         return W.to(torch.promote_types(W.dtype, self.dtype))
@@ -66,6 +75,11 @@ class Through(Cast):
 
     narrow: torch.dtype = torch.float16
 
+    @property
+    def name(self) -> str:
+        """The name of the narrow dtype."""
+        return str(self.narrow).removeprefix("torch.")
+
     def wide(self, W: Tensor) -> Tensor:
         """Return the weight in float32."""
         return W.float()
@@ -82,6 +96,8 @@ BLOCK = 32
 @dataclass(frozen=True)
 class Q8:
     """Q8_0: 8-bit integers, and one scale in float16 for 32 of them."""
+
+    name = "Q8_0"
 
     def wide(self, W: Tensor) -> Tensor:
         """Return the weight in float32."""
@@ -128,6 +144,11 @@ class FourBits:
 
     q: Quantized
     dtype: torch.dtype
+
+    @property
+    def name(self) -> str:
+        """The number of bits, and the table."""
+        return f"4 bits ({table_name(self.q.codebook)})"
 
     def wide(self, W: Tensor) -> Tensor:
         """Return the weight in float32."""

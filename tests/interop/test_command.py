@@ -1,6 +1,7 @@
 """The commands on files: their output, their files and their exit codes."""
 
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -58,13 +59,31 @@ def test_audit_names_what_was_not_applied(folders, capsys):
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
-def test_merge_into_another_dtype_is_rounded_once(folders, dtype):
+def test_merge_into_another_dtype_is_rounded_once(folders, dtype, capsys):
     path, given = folders
     merged = str(path / "merged")
     assert cli.main(["merge", *given, "--out", merged, "--dtype", dtype]) == 0
     about = open_tensors(path / "merged").about
     assert {a.dtype for a in about.values()} == {getattr(torch, dtype)}
+    said = json.loads((path / "merged" / "config.json").read_text())
+    assert said == {"dtype": dtype}
+    capsys.readouterr()
     assert cli.main(["audit", *given, "--merged", merged]) == 0
+    others = capsys.readouterr().out.splitlines()[-1]
+    how = {"float16": "rounded to float16", "float32": "kept in float32"}[dtype]
+    assert others == f"8 other tensors: 0 unchanged, 8 as the base, {how}, 0 not"
+
+
+def test_a_merge_writes_its_dtype_into_every_part_of_the_configuration(folders):
+    path, given = folders
+    text = {"dtype": "bfloat16", "limit": [0, math.inf], "hidden_size": 16}
+    config = {"torch_dtype": "bfloat16", "text_config": text}
+    (path / "base" / "config.json").write_text(json.dumps(config))
+    for dtype, wanted in ((["--dtype", "float16"], "float16"), ([], "bfloat16")):
+        out = path / wanted
+        assert cli.main(["merge", *given, "--out", str(out), *dtype]) == 0
+        text["dtype"] = config["torch_dtype"] = wanted
+        assert json.loads((out / "config.json").read_text()) == config
 
 
 def test_another_base_is_refused_by_name(folders, capsys):

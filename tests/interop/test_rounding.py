@@ -165,6 +165,8 @@ def test_four_bits_are_judged_as_base_and_as_merge(setting, nested, dtype):
     found = four_bit_tensors(whole, merge, nested)
     assert {f.verdict for f in audit(base, adapter, found)} == {EXACT}
     packed = four_bit_tensors(plain, merge, nested)
+    untouched = [f for f in audit(base, Adapter({}), packed) if f.tensor in merge]
+    assert {f.stored for f in untouched} == {"rounded to 4 bits (nf4)"}
     into = {n: merged(packed.read(n), adapter.updates[n]) for n in merge}
     verdicts = {f.verdict for f in audit(packed, adapter, InMemory({**plain, **into}))}
     assert verdicts == {EXACT}
