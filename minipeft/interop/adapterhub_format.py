@@ -26,7 +26,7 @@ from minipeft.torch.adapted import naming
 from minipeft.torch.bottleneck import Bottleneck, Serial
 from minipeft.torch.linear import weight_view
 
-WEIGHTS = "adapter.safetensors"
+WEIGHTS = peft_folder.ADAPTERHUB
 PLACES = {"self_attn.o_proj": "attention_adapters", "mlp.down_proj": "output_adapters"}
 """The layers that end the sublayers of a Llama, and the library's adapters there."""
 PARTS = {
@@ -76,7 +76,10 @@ UNUSED: dict[str, Any] = {
 
 
 def save(
-    model: nn.Module, folder: Path, name: str = "default", made: Made | None = None
+    model: nn.Module,
+    folder: str | Path,
+    name: str = "default",
+    made: Made | None = None,
 ) -> None:
     """Write one bottleneck adapter of a model as a new folder.
 
@@ -111,7 +114,7 @@ def save(
 
 def load(
     model: nn.Module,
-    folder: Path,
+    folder: str | Path,
     name: str = "default",
     allow_base_mismatch: bool = False,
 ) -> nn.Module:

@@ -24,9 +24,9 @@ LAYER = re.compile(r"(?:.+\.)?layers\.\d+\..+_proj\.weight")
 
 
 def write_model(
-    base: Path,
+    base: str | Path,
     adapter: Adapter,
-    out: Path,
+    out: str | Path,
     step: Callable[[str], None] = lambda name: None,
 ) -> int:
     """Write the folder of a 4-bit model; return how many weights have 4 bits.
@@ -41,6 +41,7 @@ def write_model(
         InputError: the folder exists, the adapter does not fit the base, or the base
             has no weight to quantize.
     """
+    base, out = Path(base), Path(out)
     if out.exists():
         raise InputError(f"{out} exists; choose another folder, or remove it")
     part = merging.beside(out)

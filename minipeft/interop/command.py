@@ -129,6 +129,10 @@ def _add_combine(commands: Any) -> None:
         "minipeft combine first second --weights 0.7 0.3 --out both",
         _combine,
     )
+    # argparse's own line puts the adapters behind the weights, which would take them.
+    parser.usage = (
+        "minipeft combine [-h] ADAPTER [ADAPTER ...] [--weights W [W ...]] --out PATH"
+    )
     # argparse takes -1e3 for an option.
     parser._negative_number_matcher = re.compile(
         r"-(\d+\.?\d*|\.\d+)(e[-+]?\d+)?$", re.I
@@ -325,12 +329,14 @@ def _export_gguf(options: argparse.Namespace, adapter: "Adapter") -> None:
     from minipeft.interop import gguf_format, merging
     from minipeft.interop.tensors import Watched, open_tensors
 
+    path = options.out / "model.gguf" if options.to == "ollama" else options.out
+    if path.exists():
+        raise InputError(f"{path} exists; choose another path, or remove it")
     if options.to == "gguf" and not options.merged:
         config = gguf_format.read_config(options.base)
         gguf_format.write_lora(options.out, adapter, config)
         print(f"wrote {options.out}: llama-server --lora {options.out}")
         return
-    path = options.out / "model.gguf" if options.to == "ollama" else options.out
     base = open_tensors(options.base)
     with progress("writing") as step:
         watched = Watched(base, step)

@@ -15,7 +15,7 @@ from minipeft.interop.parts import MAGNITUDE, A, B, Parts
 from minipeft.interop.peft_settings import check_update
 
 
-def fix(parts: Parts, out: Path) -> None:
+def fix(parts: Parts, out: str | Path) -> None:
     """Write the equivalent adapter into a new folder.
 
     Args:

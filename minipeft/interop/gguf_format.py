@@ -42,7 +42,7 @@ Config = Mapping[str, Any]
 Plan = dict[str, tuple[tuple[int, ...], gguf.GGMLQuantizationType]]
 
 
-def write_lora(path: Path, adapter: Adapter, config: Config) -> None:
+def write_lora(path: str | Path, adapter: Adapter, config: Config) -> None:
     """Write a LoRA for `llama-server --lora`; B is multiplied by the scale.
 
     Args:
@@ -97,9 +97,9 @@ def _check_holds(adapter: Adapter) -> None:
 
 
 def write_model(
-    path: Path,
+    path: str | Path,
     base: Tensors,
-    folder: Path,
+    folder: str | Path,
     adapter: Adapter | None = None,
     kind: str = "F16",
 ) -> None:
@@ -129,7 +129,7 @@ def write_model(
     with _writing(path, arch) as writer:
         _hyperparameters(writer, config)
         writer.add_file_type(FILE_TYPES[kind])
-        gguf_vocabulary.write(writer, folder, config)
+        gguf_vocabulary.write(writer, Path(folder), config)
         factors = rope_factors(config)
         _announce_all(writer, theirs, plan, factors)
         for name, (_, type_) in plan.items():
@@ -141,13 +141,13 @@ def write_model(
             writer.write_tensor_data(factors)
 
 
-def read_config(folder: Path) -> dict[str, Any]:
+def read_config(folder: str | Path) -> dict[str, Any]:
     """Return a model's config.json.
 
     Raises:
         InputError: it is absent, no JSON, or no object.
     """
-    path = folder / "config.json"
+    path = Path(folder) / "config.json"
     try:
         config = json.loads(path.read_text("utf-8"))
     except (OSError, ValueError) as error:
@@ -280,8 +280,9 @@ def rope_factors(config: Config) -> np.ndarray | None:
 
 
 @contextmanager
-def _writing(path: Path, arch: str) -> Iterator[gguf.GGUFWriter]:
+def _writing(path: str | Path, arch: str) -> Iterator[gguf.GGUFWriter]:
     """Write a GGUF file that appears whole, or not at all."""
+    path = Path(path)
     temporary = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -309,8 +310,8 @@ class GgufTensors:
         InputError: the file is absent, damaged, big-endian, or of another family.
     """
 
-    def __init__(self, path: Path):
-        self.path = path
+    def __init__(self, path: str | Path):
+        self.path = path = Path(path)
         self._reader = _opened(path)
         with _decoding(path):
             self.metadata: Mapping[str, str] = {

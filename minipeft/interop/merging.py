@@ -28,9 +28,9 @@ BASE = "minipeft.base"
 
 
 def merge(
-    base: Path,
+    base: str | Path,
     adapter: Adapter,
-    out: Path,
+    out: str | Path,
     dtype: torch.dtype | None = None,
     step: Callable[[str], None] = lambda name: None,
 ) -> None:
@@ -50,6 +50,7 @@ def merge(
         InputError: the folder exists, the adapter does not fit the base, or the disk is
             full.
     """
+    base, out = Path(base), Path(out)
     if out.exists():
         raise InputError(f"{out} exists; choose another folder, or remove it")
     source = Shards(base)

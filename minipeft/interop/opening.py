@@ -6,12 +6,13 @@ from minipeft.interop.bitsandbytes_format import STATE, FourBitTensors
 from minipeft.interop.tensors import Tensors, open_tensors
 
 
-def open_model(path: Path) -> Tensors:
+def open_model(path: str | Path) -> Tensors:
     """Return a model's tensors by transformers' names; packed tensors are decoded.
 
     Raises:
         InputError: the format is unknown, or the file is absent or damaged.
     """
+    path = Path(path)
     if path.suffix == ".gguf":
         from minipeft.interop.gguf_format import GgufTensors
 

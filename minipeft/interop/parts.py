@@ -17,7 +17,13 @@ from torch import Tensor
 
 from minipeft.errors import InputError
 from minipeft.interop import peft_stacks
-from minipeft.interop.peft_folder import CONFIG, PREFIX, WEIGHTS, read_config
+from minipeft.interop.peft_folder import (
+    CONFIG,
+    PREFIX,
+    WEIGHTS,
+    check_holds,
+    read_config,
+)
 from minipeft.interop.peft_update import matched
 from minipeft.interop.tensors import SafeTensors
 
@@ -106,13 +112,15 @@ class Parts:
                 yield name
 
 
-def read(folder: Path) -> Parts:
+def read(folder: str | Path) -> Parts:
     """Open an adapter's folder.
 
     Raises:
         InputError: the configuration or the file is absent or damaged.
     """
+    folder = Path(folder)
     config = read_config(folder)
+    check_holds(folder, WEIGHTS)
     if config.get("peft_type") == "LORA":
         _check(folder, config)
     file = SafeTensors(folder / WEIGHTS)

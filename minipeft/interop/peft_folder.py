@@ -19,6 +19,8 @@ from minipeft.errors import InputError, cannot_write
 from minipeft.interop.tensors import About, SafeTensors, unique, writing
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+ADAPTERHUB = "adapter.safetensors"
+"""The file of tensors of AdapterHub's library."""
 PREFIX = "base_model.model."
 LARGEST_CONFIG = 2**24
 LARGEST_WEIGHTS = 2**36
@@ -40,7 +42,7 @@ class Contents:
     metadata: Mapping[str, str] = field(default_factory=dict)
 
 
-def read(folder: Path, weights: str = WEIGHTS) -> Contents:
+def read(folder: str | Path, weights: str = WEIGHTS) -> Contents:
     """Return the contents of an adapter's folder.
 
     Args:
@@ -52,14 +54,7 @@ def read(folder: Path, weights: str = WEIGHTS) -> Contents:
             pickle, or a number in it is not finite.
     """
     config = read_config(folder)
-    path = folder / weights
-    for pickle in ("adapter_model.bin", "pytorch_adapter.bin"):
-        if not path.exists() and (folder / pickle).exists():
-            raise InputError(
-                f"{folder} holds {pickle}, a pickle, which can run any program when it "
-                "is opened; convert it to safetensors where it was made"
-            )
-    _check_size(path, LARGEST_WEIGHTS)
+    path = check_holds(folder, weights)
     file = SafeTensors(path)
     tensors = {name: file.read(name) for name in file.about}
     if not tensors:
@@ -69,14 +64,39 @@ def read(folder: Path, weights: str = WEIGHTS) -> Contents:
     return Contents(config, tensors, file.metadata)
 
 
-def read_config(folder: Path, name: str = CONFIG) -> dict[str, Any]:
+def check_holds(folder: str | Path, weights: str = WEIGHTS) -> Path:
+    """Return the path of a folder's file of tensors, which is not opened yet.
+
+    Raises:
+        InputError: the file is absent or too large, a pickle or a file of AdapterHub
+            stands in its place, or `folder` is a file.
+    """
+    folder = Path(folder)
+    path = folder / weights
+    for pickle in ("adapter_model.bin", "pytorch_adapter.bin"):
+        if not path.exists() and (folder / pickle).exists():
+            raise InputError(
+                f"{folder} holds {pickle}, a pickle, which can run any program when it "
+                "is opened; convert it to safetensors where it was made"
+            )
+    if not path.exists() and (folder / ADAPTERHUB).exists():
+        raise InputError(
+            f"{folder} holds {ADAPTERHUB}, a bottleneck adapter of AdapterHub, which "
+            "changes no weight; put it onto its model with "
+            "minipeft.interop.adapterhub_format.load"
+        )
+    _check_size(path, LARGEST_WEIGHTS)
+    return path
+
+
+def read_config(folder: str | Path, name: str = CONFIG) -> dict[str, Any]:
     """Return the configuration of an adapter, or another JSON object of a folder.
 
     Raises:
         InputError: it is absent, no JSON, no object, has a key twice, or a number in it
             is not finite.
     """
-    path = folder / name
+    path = Path(folder) / name
     _check_size(path, LARGEST_CONFIG)
     try:
         text = path.read_text("utf-8")
@@ -93,7 +113,7 @@ def read_config(folder: Path, name: str = CONFIG) -> dict[str, Any]:
     return config
 
 
-def write(folder: Path, contents: Contents, weights: str = WEIGHTS) -> None:
+def write(folder: str | Path, contents: Contents, weights: str = WEIGHTS) -> None:
     """Write an adapter's folder; it appears whole, or not at all.
 
     Args:
@@ -104,6 +124,7 @@ def write(folder: Path, contents: Contents, weights: str = WEIGHTS) -> None:
     Raises:
         InputError: the folder exists, a tensor is not finite, or the disk is full.
     """
+    folder = Path(folder)
     if folder.exists() or folder.is_symlink():
         raise InputError(f"{folder} exists; choose another folder, or remove it")
     for name, tensor in contents.tensors.items():
@@ -162,6 +183,10 @@ def _check_size(path: Path, most: int) -> None:
         size = path.stat().st_size
     except FileNotFoundError:
         raise InputError(f"there is no {path}; give the folder of an adapter") from None
+    except NotADirectoryError:
+        raise InputError(
+            f"{path.parent} is a file; give the folder of an adapter, not a file in it"
+        ) from None
     except (OSError, ValueError) as error:
         raise InputError(f"{path} cannot be read ({error}); check the path") from None
     if not path.is_file():

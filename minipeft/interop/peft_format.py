@@ -28,7 +28,7 @@ PART = re.compile(r"\.(?:lora|hira|vera|ia3|miss|oft|hada|lokr)_")
 """What stands in the names of an adapter's parts."""
 
 
-def read(folder: Path) -> Adapter:
+def read(folder: str | Path) -> Adapter:
     """Return the adapter of a folder.
 
     Raises:

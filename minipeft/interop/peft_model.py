@@ -47,7 +47,7 @@ def warn(line: str) -> None:
 
 def load(
     model: nn.Module,
-    folder: Path,
+    folder: str | Path,
     name: str = "default",
     allow_base_mismatch: bool = False,
     say: Callable[[str], None] = warn,
@@ -94,7 +94,10 @@ def load(
 
 
 def save(
-    model: nn.Module, folder: Path, name: str = "default", made: Made | None = None
+    model: nn.Module,
+    folder: str | Path,
+    name: str = "default",
+    made: Made | None = None,
 ) -> None:
     """Write one adapter of a model as a new folder in peft's format.
 

@@ -84,8 +84,8 @@ class SafeTensors:
         InputError: the file is absent, damaged, or has two tensors of one name.
     """
 
-    def __init__(self, path: Path):
-        self.path = path
+    def __init__(self, path: str | Path):
+        self.path = path = Path(path)
         try:
             # The library refuses wrong offsets, lengths and overlaps.
             with safetensors.safe_open(path, framework="pt"):
@@ -143,8 +143,8 @@ class Shards:
             a tensor is not in the shard that the index names.
     """
 
-    def __init__(self, folder: Path, index: str = INDEX):
-        self.path = folder
+    def __init__(self, folder: str | Path, index: str = INDEX):
+        self.path = folder = Path(folder)
         places = _places(folder, index)
         files = {
             file: SafeTensors(folder / file) for file in sorted({*places.values()})
@@ -249,12 +249,13 @@ def bytes_of(tensor: Tensor) -> memoryview:
     return data
 
 
-def open_tensors(path: Path) -> Tensors:
+def open_tensors(path: str | Path) -> Tensors:
     """Return the tensors of a file or of a model's folder.
 
     Raises:
         InputError: the file is absent, unknown or damaged.
     """
+    path = Path(path)
     if path.is_dir():
         return Shards(path)
     if not path.exists():
@@ -361,7 +362,7 @@ class Writer:
 
 @contextmanager
 def writing(
-    path: Path, about: Mapping[str, About], metadata: Mapping[str, str]
+    path: str | Path, about: Mapping[str, About], metadata: Mapping[str, str]
 ) -> Iterator[Writer]:
     """Write a safetensors file tensor by tensor; it appears whole, or not at all.
 
@@ -373,7 +374,7 @@ def writing(
     Raises:
         InputError: the folder cannot be written or the disk is full.
     """
-    temporary = None
+    path, temporary = Path(path), None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         descriptor, temporary = tempfile.mkstemp(

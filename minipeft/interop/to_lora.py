@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from minipeft.errors import InputError
 from minipeft.interop import peft_model, peft_write
 from minipeft.interop.made import Made
-from minipeft.interop.peft_folder import Contents, read_config
+from minipeft.interop.peft_folder import Contents, check_holds, read_config
 from minipeft.interop.peft_model import contents_with, target_modules, trained_beside
 from minipeft.interop.peft_rows import BiasedLoRA
 from minipeft.torch import inject, lora
@@ -94,8 +94,8 @@ def to_lora(
 
 
 def of_files(
-    base: Path,
-    adapter: Path,
+    base: str | Path,
+    adapter: str | Path,
     chosen: tuple[int | None, float | None],
     allow_base_mismatch: bool = False,
     step: Callable[[str], None] = lambda name: None,
@@ -114,13 +114,14 @@ def of_files(
     """
     import transformers
 
-    _chooser(*chosen)  # refuses before a model is loaded
+    _chooser(*chosen)  # both refuse before a model is loaded
+    check_holds(adapter)
     config = read_config(base, "config.json")
     (kind, *_) = config.get("architectures") or [""]
     if not hasattr(transformers, str(kind)):
         raise InputError(
-            f"{base / 'config.json'} names the class {kind!r}, which transformers does "
-            "not have; give a model's folder"
+            f"{Path(base) / 'config.json'} names the class {kind!r}, which "
+            "transformers does not have; give a model's folder"
         )
     try:
         model = getattr(transformers, kind).from_pretrained(

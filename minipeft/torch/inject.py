@@ -32,7 +32,8 @@ from minipeft.values import check_kind, check_number
 Model = TypeVar("Model", bound=nn.Module)
 REMEDY = (
     "the model holds adapters, under names that from_pretrained does not know; save "
-    "adapter_state_dict(model), or call unload(merge(model)) first."
+    "adapter_state_dict(model), write peft's files with "
+    "minipeft.interop.peft_model.save, or call unload(merge(model)) first."
 )
 Layer = Adapted[Any]
 

@@ -8,6 +8,7 @@ import json
 import pytest
 import torch
 
+from minipeft import cli
 from minipeft.errors import InputError
 from minipeft.interop import adapterhub_format, peft_folder
 from minipeft.interop.adapterhub_format import WEIGHTS
@@ -47,6 +48,17 @@ def test_a_folder_is_read_back_bit_for_bit(case, tmp_path, capsys):
     for name in ("adapter_config.json", WEIGHTS):
         one, two = ((tmp_path / f / name).read_bytes() for f in ("one", "two"))
         assert one == two
+
+
+def test_the_commands_say_what_the_folder_is(tmp_path, capsys):
+    folder = str(tmp_path / "adapter")
+    adapterhub_format.save(trained(["down_proj"]), folder)
+    out = ["--base", "none", "--out", str(tmp_path / "out"), "--adapter"]
+    for given in (["inspect"], ["merge", *out], ["export", "--to", "peft", *out]):
+        assert cli.main([*given, folder]) == 2
+        said = capsys.readouterr().err
+        assert f"{folder} holds adapter.safetensors, a bottleneck adapter of" in said
+        assert "minipeft.interop.adapterhub_format.load" in said
 
 
 def test_names_and_settings_are_those_of_the_library(tmp_path):

@@ -9,12 +9,23 @@ import safetensors.torch
 import torch
 
 from minipeft import cli
-from minipeft.interop import fingerprint, peft_folder, peft_model, to_lora
+from minipeft.interop import (
+    fingerprint,
+    fixing,
+    merging,
+    parts,
+    peft_folder,
+    peft_format,
+    peft_model,
+    to_lora,
+)
 from minipeft.interop.combine import weighted_sum
 from minipeft.interop.merging import BASE
+from minipeft.interop.opening import open_model
 from minipeft.interop.tensors import open_tensors
 from minipeft.torch import inject
 from minipeft.torch.dora import DoRAConfig
+from minipeft.torch.lora import LoRAConfig
 from tests.agreement.llama import llama
 from tests.interop.folders import (
     adapter_tensors,
@@ -127,8 +138,8 @@ def test_combine_writes_the_weighted_sum(folders, capsys):
         assert "2 adapters and 1 weights" in capsys.readouterr().err
     assert cli.main([*arguments, "--weights", "0.5", "-2"]) == 0
     assert "wrote" in capsys.readouterr().out
-    parts = [peft_folder.read(Path(folder)) for folder in (given[3], second)]
-    expected = weighted_sum([*zip(parts, (0.5, -2.0), strict=True)])
+    read = [peft_folder.read(Path(folder)) for folder in (given[3], second)]
+    expected = weighted_sum([*zip(read, (0.5, -2.0), strict=True)])
     found = peft_folder.read(path / "both")
     assert found.config == expected.config
     for name, tensor in expected.tensors.items():
@@ -165,6 +176,47 @@ def test_export_writes_any_method_as_lora_and_states_the_error(tmp_path, capsys)
     assert cli.main([*both, "--out", str(tmp_path / "x")]) == 2
     assert "give one of the two" in capsys.readouterr().err
     assert not (tmp_path / "x").exists()
+
+
+def test_export_does_not_overwrite_a_gguf_file(folders, capsys):
+    path, given = folders
+    model = path / "model.gguf"
+    model.write_text("mine")
+    for to, out in (("gguf", model), ("ollama", path)):
+        for merged in ([], ["--merged"]):
+            more = ["--out", str(out), *merged]
+            assert cli.main(["export", "--to", to, *given, *more]) == 2
+            assert f"{model} exists; choose another" in capsys.readouterr().err
+    assert model.read_text() == "mine"
+
+
+def test_export_looks_for_the_adapter_before_it_loads_the_base(folders, capsys):
+    path, given = folders
+    out = ["--out", str(path / "out"), "--rank", "2", "--adapter", str(path / "none")]
+    assert cli.main(["export", "--to", "peft", *given[:2], *out]) == 2
+    assert f"there is no {path / 'none'}" in capsys.readouterr().err
+
+
+def test_the_usage_of_combine_can_be_typed(folders, capsys):
+    path, given = folders
+    with pytest.raises(SystemExit):
+        cli.main(["combine", "--help"])
+    usage = " ".join(capsys.readouterr().out.split("\n\n")[0].split())
+    assert usage.index("ADAPTER") < usage.index("--weights") < usage.index("--out")
+    typed = ["combine", given[3], given[3], "--weights", "1", "2"]
+    assert cli.main([*typed, "--out", str(path / "sum")]) == 0
+
+
+def test_a_folder_may_be_a_string(folders):
+    path, (_, base, _, adapter) = folders
+    found = peft_format.read(adapter)
+    merging.merge(base, found, f"{path}/merged")
+    open_model(f"{path}/merged")
+    fixing.fix(parts.read(adapter), f"{path}/fixed")
+    peft_folder.write(f"{path}/written", peft_folder.read(adapter))
+    model = inject.inject(llama(), LoRAConfig(r=2, alpha=3), ["q_proj"])
+    peft_model.save(model, f"{path}/saved")
+    assert inject.adapted(peft_model.load(llama(), f"{path}/saved"))
 
 
 def test_the_error_of_all_layers_is_that_of_their_sum():

@@ -251,6 +251,14 @@ def test_the_command(tmp_path, capsys):
     assert "there is no" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("name", ["adapter_config.json", "adapter_model.safetensors"])
+def test_a_file_in_the_folder_is_refused(tmp_path, capsys, name):
+    file = write_adapter(tmp_path / "a", adapter_tensors()) / name
+    assert cli.main(["inspect", str(file)]) == 2
+    said = f"{file} is a file; give the folder of an adapter, not a file in it"
+    assert said in capsys.readouterr().err
+
+
 def test_a_base_that_is_not_the_adapters_gives_exit_code_1(tmp_path, capsys):
     tensors, narrow = base_tensors(), base_tensors()
     narrow["model.layers.0.wide.weight"] = torch.ones(16, 24)
