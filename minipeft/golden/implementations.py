@@ -121,6 +121,9 @@ def _driver(package: str, operation: str) -> Callable[..., Any] | None:
 
 
 def _stranger(name: str) -> ModuleType:
+    if name.endswith(".py"):
+        module = ".".join(Path(name).with_suffix("").parts)
+        raise InputError(f"there is no module {name!r}; give {module!r} for the file.")
     here = str(Path.cwd())
     sys.path.append(here)  # at the end: a torch.py here must not hide torch
     try:
