@@ -1,5 +1,6 @@
 """The folders that a trained model leaves: base, adapter, and an adapter to merge."""
 
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,14 @@ from minipeft.torch.linear import weight_of
 from minipeft.torch.qlora import QuantizedLinear
 from minipeft.torch.virtual import VirtualTokens
 
+ROOMS = {
+    "base": "the model without the adapter, 4-bit weights decoded",
+    "adapter": "what was trained, in the file format of its method",
+    "lora": "the same update as LoRA's two matrices, for the commands of minipeft; it "
+    "names base as its base",
+    "merged": "base and lora in one model, for any program",
+}
+"""What the folders of a run hold."""
 EXACT = ("lora", "rslora", "qlora", "dora", "pissa", "loftq")
 """The methods whose file is LoRA's, which other programs merge."""
 UNMERGED = ("full", "bottleneck", "prefix", "prompt")
@@ -100,3 +109,16 @@ def write_lora(model: nn.Module, use: Recipe, made: Made, folder: Path) -> None:
     print_of = Fingerprint({n: of_tensor(weights[n]) for n in sorted(weights)})
     metadata = {**found.metadata, BASE: print_of.to_json()}
     peft_folder.write(folder, replace(found, metadata=metadata))
+
+
+def described(folder: Path, method: str) -> Iterator[str]:
+    """Yield a line for each folder of a run that is there: what it holds.
+
+    Args:
+        folder: of the run.
+        method: that was trained.
+    """
+    full = {"base": "the trained model"} if method == "full" else {}
+    for name, about in (ROOMS | full).items():
+        if (folder / name).is_dir():
+            yield f"  {name}: {about}"

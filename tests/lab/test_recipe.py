@@ -2,6 +2,8 @@
 
 import argparse
 import json
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,7 +18,7 @@ from minipeft.lab import handover, recipe
 from minipeft.lab.memory import prepared
 from minipeft.lab.places import places
 from minipeft.lab.text import windows
-from minipeft.lab.train import train
+from minipeft.lab.train import StepMemory, train
 from minipeft.torch.inject import trainable_parameters
 from minipeft.torch.qlora import quantize_linears
 
@@ -61,6 +63,8 @@ def test_its_folders_hold_what_was_trained(toy, tiny, tmp_path, method):
     )
     assert not any(said.values()), said
     if method == "full":
+        (line,) = handover.described(tmp_path, method)
+        assert line == "  base: the trained model"
         assert greedy(read) == greedy(model)
         return
     made = Made(data=recipe.fingerprint([("a", "b")]), seed=0)
@@ -74,6 +78,9 @@ def test_its_folders_hold_what_was_trained(toy, tiny, tmp_path, method):
     findings = [*audit(base, adapter, merged)]
     assert any(f.adapted for f in findings)
     assert WRONG not in {f.verdict for f in findings}
+    said = "\n".join(handover.described(tmp_path, method))
+    rooms = "base", "adapter", "lora", "merged"
+    assert all(f"  {name}: {handover.ROOMS[name]}" in said for name in rooms)
     served = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
     assert greedy(served) == greedy(model)
     assert json.loads((tmp_path / "lora" / "adapter_config.json").read_text())["r"]
@@ -94,6 +101,39 @@ def test_the_rate_is_the_book_s_and_a_tenth_in_a_wider_model(toy):
     assert asked().settings(wide, 10).lr == recipe.RATES["lora"] / 10
     settings = asked("--accumulate", "3").settings(toy, 30)
     assert (settings.accumulate, settings.warmup, settings.validate_every) == (3, 3, 10)
+
+
+@pytest.mark.parametrize(
+    ("changed", "shown"),
+    [
+        ({}, True),
+        ({"model": "mine"}, False),
+        ({"data": "mine.jsonl"}, False),
+        ({"method": "bottleneck"}, False),
+    ],
+    ids=str,
+)
+def test_the_capstone_shows_the_committed_run_beside_the_same_recipe(
+    changed, shown, capsys
+):
+    script = Path(__file__).parents[2] / "chapters" / "26_capstone.py"
+    cells = script.read_text("utf-8").split("\n# %%")
+    (cell,) = (c for c in cells if "chapter.read_full(" in c)
+    chapter = {"name": script.stem, "full": False, "model": "tiny", "data": None}
+    chapter |= {"read_full": lambda path: json.loads(path.read_text("utf-8"))}
+    chapter |= {"claim": lambda sentence, *_, **__: print(sentence), **changed}
+    given = {
+        "__file__": str(script),
+        "Path": Path,
+        "chapter": SimpleNamespace(**chapter),
+        "use": SimpleNamespace(method=changed.get("method", "lora")),
+        "train": SimpleNamespace(StepMemory=StepMemory),
+        "tell": print,
+    }
+    exec(cell, given)
+    said = capsys.readouterr().out
+    assert said.startswith("the committed run on SmolLM2, not the one") == shown
+    assert ("SmolLM2 has learned" in said) == shown
 
 
 @pytest.mark.parametrize("option", ["--rank", "--batch", "--accumulate"])
