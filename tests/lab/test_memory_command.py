@@ -51,12 +51,26 @@ def ran(capsys, *arguments):
 def test_llama_3_1_8b_from_its_config_alone(config, capsys):
     code, out, _ = ran(capsys, config(**LLAMA), "--base", "nf4-double", "-r", "64")
     assert code == 0
-    assert out.startswith("8,030,261,248 parameters; 167,772,160 train (2.046%)")
+    share = "2.046% of all, adapters included"
+    assert out.startswith(f"8,030,261,248 parameters; 167,772,160 train ({share})\n")
+    assert out.splitlines()[1].split() == ["GB", "GiB"]
     for part in ("embeddings", "output layer", "norms, biases, routers"):
         line = next(line for line in out.splitlines() if part in line)
         assert f"not quantized: {command.STAYS[part]}" in line
     assert "quantization constants" in out
     assert "fits on: T4" in out
+
+
+def test_below_a_gigabyte_the_table_is_in_megabytes(config, capsys):
+    small = LLAMA | {"vocab_size": 64, "hidden_size": 64, "intermediate_size": 128}
+    path = config(**small, head_dim=16)
+    _, out, _ = ran(capsys, path, "--method", "full", "--sequence", "16")
+    first, units, *rest = out.splitlines()
+    assert first.endswith("(100.000% of all)")
+    assert units.split() == ["MB", "MiB"]
+    total = Options(method="full", sequence=16).peak(named(path)).total
+    (line,) = (line for line in rest if line.startswith("at the fullest moment"))
+    assert line.endswith(f"{total / 1e6:.3f} {total / 2**20:10.3f}")
 
 
 def test_json_holds_bytes_that_add_up(config, capsys):

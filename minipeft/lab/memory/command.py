@@ -19,6 +19,8 @@ STAYS = {
     "experts": "stacks, which most loaders do not quantize",
 }
 """Why a quantized base leaves these parts exact."""
+UNITS = {"G": (1e9, 2**30), "M": (1e6, 2**20)}
+"""Bytes of the units of a table, decimal and binary."""
 
 
 def add(commands: Any) -> None:
@@ -151,25 +153,25 @@ def report(model: Any, asked: Any) -> Iterator[str]:
     """Yield the table: parts, their sum, and the cards on which it fits."""
     from minipeft.lab.memory.cards import CARDS, those_that_hold
 
-    peak, trained = asked.peak(model), asked.trained(model)
-    whole = model.parameters + (trained if asked.adapter else 0)
-    yield f"{model.parameters:,} parameters; {trained:,} train ({trained / whole:.3%})"
-    yield f"{'':34s} {'GB':>10s} {'GiB':>10s}"
+    peak = asked.peak(model)
+    yield _share(model, asked)
+    unit = "G" if peak.total >= 1e9 else "M"
+    yield f"{'':34s} {unit + 'B':>10s} {unit + 'iB':>10s}"
+
+    def line(name: str, size: float) -> str:
+        return _line(name, size, *UNITS[unit])
+
     for name, size in asked.weights(model).items():
-        why = ""
-        if asked.base.startswith("nf4") and name in STAYS:
-            quantized = name == "experts" and asked.experts
-            why = "" if quantized else f"  not quantized: {STAYS[name]}"
-        yield _line(f"  {name}", size) + why
-    yield _line("weights", peak.weights)
-    yield _line("gradients", peak.gradients)
-    yield _line("optimizer", peak.optimizer)
-    yield _line("activations", peak.activations)
-    yield _line("two more buffers of the logits", peak.logits)
-    yield _line("what one operation needs", peak.transient)
-    yield _line(f"at the fullest moment, the {peak.moment}", peak.total)
+        yield line(f"  {name}", size) + _why_exact(name, asked)
+    yield line("weights", peak.weights)
+    yield line("gradients", peak.gradients)
+    yield line("optimizer", peak.optimizer)
+    yield line("activations", peak.activations)
+    yield line("two more buffers of the logits", peak.logits)
+    yield line("what one operation needs", peak.transient)
+    yield line(f"at the fullest moment, the {peak.moment}", peak.total)
     if host := asked.host(model):
-        yield _line("on the host, beside", host)
+        yield line("on the host, beside", host)
     fits = those_that_hold(peak.total)
     small = [name for name in CARDS if name not in fits]
     yield f"fits on: {'; '.join(fits) or 'none of the cards listed here'}"
@@ -177,5 +179,21 @@ def report(model: Any, asked: Any) -> Iterator[str]:
         yield f"not on: {'; '.join(small)}"
 
 
-def _line(name: str, size: float) -> str:
-    return f"{name:34s} {size / 1e9:10.3f} {size / 2**30:10.3f}"
+def _share(model: Any, asked: Any) -> str:
+    trained = asked.trained(model)
+    whole, of = model.parameters, "of all"
+    if asked.adapter:
+        whole, of = whole + trained, "of all, adapters included"
+    share = f"{trained / whole:.3%} {of}"
+    return f"{model.parameters:,} parameters; {trained:,} train ({share})"
+
+
+def _why_exact(name: str, asked: Any) -> str:
+    if not asked.base.startswith("nf4") or name not in STAYS:
+        return ""
+    quantized = name == "experts" and asked.experts
+    return "" if quantized else f"  not quantized: {STAYS[name]}"
+
+
+def _line(name: str, size: float, decimal: float, binary: float) -> str:
+    return f"{name:34s} {size / decimal:10.3f} {size / binary:10.3f}"
