@@ -3,6 +3,8 @@
 from minipeft.errors import InputError
 
 LONGEST = 500  # characters of a message that a report shows
+OTHER_CALL = "takes other arguments"
+"""How the detail of a case starts whose function has not the table's signature."""
 
 
 class Unsupported(Exception):  # noqa: N818  # a statement, not an error

@@ -13,7 +13,13 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 
 from minipeft.errors import InputError
-from minipeft.golden.errors import Accident, Refused, Unsupported, describe
+from minipeft.golden.errors import (
+    OTHER_CALL,
+    Accident,
+    Refused,
+    Unsupported,
+    describe,
+)
 from minipeft.golden.operations import OPERATIONS
 from minipeft.golden.tensors import ITEMSIZE, Array, Tensor, numpy_dtype
 from minipeft.golden.vectors import Case, Question, Tensors
@@ -160,7 +166,7 @@ def _check_signature(
         signature.bind(**arguments)
     except TypeError as error:
         call = OPERATIONS[operation].signature(operation)
-        raise Accident(f"takes other arguments ({error}); the call is {call}") from None
+        raise Accident(f"{OTHER_CALL} ({error}); the call is {call}") from None
 
 
 def _call(function: Callable[..., Any], arguments: Mapping[str, Any]) -> Any:

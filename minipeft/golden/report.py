@@ -10,6 +10,7 @@ from xml.etree import ElementTree
 
 from minipeft import __version__
 from minipeft.golden import diagnosis, known
+from minipeft.golden.errors import OTHER_CALL
 from minipeft.golden.profiles import followed
 from minipeft.golden.runner import Outcome
 
@@ -53,10 +54,16 @@ def _causes(outcomes: Sequence[Outcome]) -> str:
 
 
 def _failures(outcomes: Sequence[Outcome]) -> Iterator[str]:
-    """List the failures; explain a flag only once per file."""
+    """List the failures; explain a flag, or a wrong signature, only once per file."""
     told: set[tuple[str, str]] = set()
-    for outcome in outcomes:
-        if outcome.status == "fail":
+    failed = [outcome for outcome in outcomes if outcome.status == "fail"]
+    wrong = [o for o in failed if o.detail.startswith(OTHER_CALL)]
+    uncalled = Counter((outcome.file, outcome.detail) for outcome in wrong)
+    for (file, detail), count in uncalled.items():
+        cases = "1 case" if count == 1 else f"{count} cases"
+        yield f"FAIL  {file}: {cases}\n      {detail}"
+    for outcome in failed:
+        if (outcome.file, outcome.detail) not in uncalled:
             file, notes = outcome.file, outcome.notes
             new = {flag: n for flag, n in notes.items() if (file, flag) not in told}
             told |= {(file, flag) for flag in new}

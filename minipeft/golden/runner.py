@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 
 from minipeft.golden.compare import difference
 from minipeft.golden.errors import (
+    OTHER_CALL,
     Accident,
     Late,
     NoAnswer,
@@ -105,7 +106,8 @@ def is_exact(case: Case, answer: Tensors | None, ways: Iterable[str]) -> bool | 
 def _outcome(file: VectorFile, case: Case, status: str, detail: str) -> Outcome:
     notes = {flag: file.notes[flag] for flag in case.flags}
     if case.result == "policy" and status == "fail":
-        status = "policy"
+        # Where the function could not be called, it has chosen nothing.
+        status = "skip" if detail.startswith(OTHER_CALL) else "policy"
     return Outcome(file.name, case, notes, status, printable(detail))
 
 

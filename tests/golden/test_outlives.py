@@ -11,7 +11,7 @@ from xml.etree import ElementTree
 
 import pytest
 
-from minipeft.golden import child, runner
+from minipeft.golden import child, report, runner
 from minipeft.golden.errors import Late, Unsupported
 from minipeft.golden.implementations import Functions
 from minipeft.golden.vectors import load_all
@@ -330,6 +330,19 @@ def test_other_arguments_are_no_refusal():
     assert {o.status for o in outcomes} == {"fail"}
     assert all("takes other arguments" in o.detail for o in outcomes)
     assert all("the call is codebook_table(name)" in o.detail for o in outcomes)
+    said = report.text(report.Run("stranger", tuple(outcomes)))
+    assert f"FAIL  codebook_table.json: {len(outcomes)} cases\n" in said
+    assert said.count("takes other arguments") == 1
+    assert "effect: " not in said
+
+
+def test_a_function_that_cannot_be_called_has_no_policy():
+    functions = Functions("stranger", {"lora_merge": lambda w, a, b: w}.get)
+    outcomes = list(runner.verify(functions, load_all(["lora_merge"])))
+    (one,) = (o for o in outcomes if o.case.result == "policy")
+    assert one.status == "skip"
+    assert {o.status for o in outcomes if o is not one} == {"fail"}
+    assert "another policy" not in report.text(report.Run("stranger", tuple(outcomes)))
 
 
 @pytest.mark.parametrize("reason", [NotImplementedError("later"), Unsupported("later")])
