@@ -26,6 +26,8 @@ Commands = "argparse._SubParsersAction[argparse.ArgumentParser]"
 TARGETS = ("peft", "gguf", "ollama", "safetensors", "bitsandbytes")
 DTYPES = ("float32", "float16", "bfloat16")
 KINDS = ("F32", "F16", "BF16", "Q8_0")
+COMBINE = "minipeft combine [-h] ADAPTER [ADAPTER ...] [--weights W [W ...]] --out PATH"
+"""argparse's own line puts the adapters behind the weights, which would take them."""
 
 
 def add(commands: Any) -> None:
@@ -129,10 +131,7 @@ def _add_combine(commands: Any) -> None:
         "minipeft combine first second --weights 0.7 0.3 --out both",
         _combine,
     )
-    # argparse's own line puts the adapters behind the weights, which would take them.
-    parser.usage = (
-        "minipeft combine [-h] ADAPTER [ADAPTER ...] [--weights W [W ...]] --out PATH"
-    )
+    parser.usage = COMBINE
     # argparse takes -1e3 for an option.
     parser._negative_number_matcher = re.compile(
         r"-(\d+\.?\d*|\.\d+)(e[-+]?\d+)?$", re.I

@@ -169,11 +169,17 @@ def merge(model: Model) -> Model:
     """Merge the active adapters of every layer; the layers keep the base weights.
 
     Raises:
-        InputError: if one of them cannot be merged; none is then.
+        InputError: if one of them cannot be merged; none is then. If no layer of the
+            model is adapted.
     """
+    layers = adapted(model)
+    if not layers:
+        raise InputError(
+            "the model has no adapters to merge; inject or load one first."
+        )
     done: list[Layer] = []
     try:
-        for key, layer in adapted(model).items():
+        for key, layer in layers.items():
             before = layer.merged_weight
             with naming(key):
                 layer.merge()

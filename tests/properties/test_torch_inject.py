@@ -118,6 +118,14 @@ def test_unmerging_and_unloading_give_the_model_back(kind):
     assert all(torch.equal(after[key], state[key]) for key in state)
 
 
+def test_a_model_without_adapters_has_nothing_to_merge():
+    plain = nn.Sequential(nn.Linear(8, 4))
+    with pytest.raises(InputError, match="has no adapters to merge"):
+        merge(plain)
+    with pytest.raises(InputError, match="has no adapters to merge"):
+        merge(unload(merge(inject(plain, CONFIG, ["0"]))))
+
+
 @each_model
 def test_unloading_a_merged_model_leaves_a_plain_model_that_does_the_same(kind):
     model, targets = make(kind)
