@@ -41,7 +41,7 @@ def read(folder: str | Path) -> Adapter:
     if kind != "LORA":
         remedy = (
             "write it as plain LoRA first: minipeft export --to peft --rank or --share"
-            if kind in FIELDS
+            if isinstance(kind, str) and kind in FIELDS
             else "only LoRA and DoRA are merged from files"
         )
         raise InputError(
