@@ -125,9 +125,14 @@ def dequantize(
 
 
 def decodes_in_slices(q: Any) -> bool:
-    """Tell whether `decode_to` can decode this: whole blocks of 4 bits on a CPU."""
+    """Tell whether `decode_to` can decode this: whole blocks of 4 bits on a CPU.
+
+    A pass that `torch.func` transforms may write to no memory made before it.
+    """
     whole = not prod(q.shape) % max(q.blocksize, 2)
-    return whole and len(q.codebook) == 16 and on_cpu(q.packed)
+    if not (whole and len(q.codebook) == 16 and on_cpu(q.packed)):
+        return False
+    return not torch._C._are_functorch_transforms_active()
 
 
 def decode_to(W: Inexact[Tensor, "..."], q: Blockwise) -> Inexact[Tensor, "..."]:

@@ -98,7 +98,7 @@ def test_a_missing_peer_is_named(monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)
     monkeypatch.setitem(sys.modules, "bitsandbytes.functional", None)
     assert bench.main([]) == 2
-    assert "minipeft[peers]" in capsys.readouterr().err
+    assert "`pip install '.[peers]'`" in capsys.readouterr().err
 
 
 def test_a_pair_from_its_check_to_the_file(tmp_path):
