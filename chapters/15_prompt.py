@@ -73,7 +73,7 @@ assert (grads.P == 2).all()
 #
 # ## The experiment: where to begin
 #
-# `tiny` and the *Devil's Dictionary*; ten vectors of {=width=} numbers. They begin as ten words of Bierce, as ten tokens drawn from the vocabulary, or at random in $(-\tfrac12, \tfrac12)$. Each start tries learning rates, two to a
+# `tiny` and the *Devil's Dictionary*; ten vectors of {=width=} numbers. They begin as ten tokens of Bierce's text (words and parts of words), as ten tokens drawn from the vocabulary, or at random in $(-\tfrac12, \tfrac12)$. Each start tries learning rates, two to a
 # decade, until the best one has a worse one on both sides.
 
 # %%
@@ -134,7 +134,7 @@ chapter.show(
 )
 
 # %% [markdown]
-# Without a prompt the model has {=f"{without:.3f}"=} nats. With ten words of Bierce in front, untrained, {=f"{tuned['words of Bierce'].before:.3f}"=}; after {=chapter.steps=} steps {=f"{tuned['words of Bierce'].after:.3f}"=}, with {=f"{N * width:,}"=} trained
+# Without a prompt the model has {=f"{without:.3f}"=} nats. With ten tokens of Bierce's text in front, untrained, {=f"{tuned['words of Bierce'].before:.3f}"=}; after {=chapter.steps=} steps {=f"{tuned['words of Bierce'].after:.3f}"=}, with {=f"{N * width:,}"=} trained
 # numbers. From any tokens: {=f"{tuned['any tokens'].after:.3f}"=}. From random numbers: {=f"{tuned['random numbers'].after:.3f}"=}, having begun at {=f"{tuned['random numbers'].before:.3f}"=}.
 # The three ends lie {=f"{max(ends) - min(ends):.3f}"=} nats apart. This is one seed; in [chapter 17](17_side_by_side.md) the seeds of prompt tuning, which begin from different words, lie further apart than those of any other method. The paper sees a clear difference between starts for its small models, and none for its largest.
 #
@@ -236,8 +236,8 @@ chapter.show(
 # %% [markdown]
 # ## What it costs
 #
-# A prompt has $n \cdot d$ numbers to train and keep. With ten tokens that is {=f"{N * width:,}"=} here, fewer than any method of chapters 1 to 14 trains on this model; with twenty it is more than the 2,048 of [IA3](10_ia3.md). But $n$ more tokens are computed, in every layer, for every request,
-# and the context has $n$ places fewer for text. Attention is quadratic in the length, so relative to the text the price is highest for short texts and long prompts. The times are medians of nine turns in which all take part.
+# A prompt has $n \cdot d$ numbers to train and keep. With ten tokens that is {=f"{N * width:,}"=} here, fewer than the 2,048 of [IA3](10_ia3.md) and the 5,120 of a [prefix](14_prefix.md) of ten; with twenty it is more than IA3's. But $n$ more tokens are computed, in every layer, for every request,
+# and the context has $n$ places fewer for text. Beside a short text a long prompt is most of what is computed, so there the price is highest. The times are medians of nine turns in which all take part.
 
 # %%
 ids = lesson.held_out[0]["input_ids"][:16].to(base.model.device)
@@ -271,10 +271,10 @@ chapter.claim(
 # ## What goes wrong in practice
 #
 # - **A view instead of a copy.** `E[tokens]` copies in torch and NumPy; `E[3:8]` does not. A prompt that shares memory with the table trains the table.
-# - **Labels for virtual tokens.** Without the ignored labels in front, the labels are shifted against the text by $n$, and the model is trained to predict the wrong tokens. The loss still falls.
-# - **Padding on the left.** The prompt must stand before the *text*, not before the padding, if positions count from the first visible token.
+# - **Labels for virtual tokens.** The first $n$ predictions are those of the virtual tokens. Without ignored labels in front, labels and predictions differ in number. A loss that cuts off the longer end compares each prediction with the token $n$ places too far.
+# - **Padding on the left.** It stands between the prompt and the text. If it takes positions too, there is a gap between the two, as wide as the padding. Positions must count the visible tokens alone.
 # - **The wrong model.** A prompt is $n$ vectors in one model's embedding space. In another model of the same width it loads without an error, and does not work.
-# - **The mean instead of the sum** over a batch: the effective learning rate then depends on the batch size.
+# - **The mean instead of the sum** over a batch: the gradient of the prompt is divided by the batch size once too often. Adam's step does not depend on the size of the gradient and hides this; plain gradient descent does not.
 #
 # ## Exercises
 #

@@ -501,7 +501,7 @@ if not NO_NVRTC:
 #
 # ## What goes wrong in practice
 #
-# - **It works on this GPU.** bitsandbytes' quantile estimation lacked a barrier. On NVIDIA's cards nobody noticed; on AMD's, whose warps are 64 wide, tests failed ([1061](https://github.com/bitsandbytes-foundation/bitsandbytes/pull/1061)). In flashinfer somebody
+# - **It works on this GPU.** bitsandbytes' quantile estimation lacked a barrier. It was found when the same kernel gave wrong results on AMD's cards ([1061](https://github.com/bitsandbytes-foundation/bitsandbytes/pull/1061)). In flashinfer somebody
 #   [took barriers out](https://github.com/flashinfer-ai/flashinfer/issues/614) and saw no wrong value: the sanitizer did.
 # - **The compiler hides it.** A benchmark's race was [invisible to the GPU's race checker](https://github.com/ORNL/HeCBench/issues/254), because the optimizer had moved the read to the other side of a later barrier. Another kernel was right with `-O3` and
 #   [wrong with debugging on](https://github.com/proteneer/timemachine/issues/344).

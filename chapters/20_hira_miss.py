@@ -204,7 +204,9 @@ chapter.claim(
 
 # %% tags=["fold"]
 figure, ax = plots.axes(
-    x="learning rate (of A)", y="loss on held-out definitions", size=(6.4, 3.4)
+    x="learning rate (LoRA+: that of A)",
+    y="loss on held-out definitions",
+    size=(6.4, 3.4),
 )
 for color, (name, (_, rates)) in zip(plots.PALETTE, METHODS.items(), strict=False):
     ax.plot(rates, [losses[name, lr] for lr in rates], "o-", color=color, label=name)

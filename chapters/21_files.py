@@ -70,7 +70,7 @@ print(*sorted({f"{update.scaling:.3f}" for update in adapter.updates.values()}))
 # %% [markdown]
 # ## The formula: one rounding
 #
-# The right merge is $W + s\,BA$, computed in float32 and rounded once to the dtype of the file [@hu2021]. That is a definition that bytes can be compared with: a file has these bits, or it has not. Another program may add in another order. So a file may differ from the right merge by as much as another order of the sums can cause [@higham2002]; this is the *bound*. A larger difference is a mistake.
+# A merged weight is $W + s\,BA$ [@hu2021]. We call a merge right if this sum is computed in float32 and rounded once to the dtype of the file. Bytes can be compared with that definition: a file has these bits, or it has not. Another program may add in another order. So a file may differ from the right merge by as much as another order of the sums can cause [@higham2002]; this is the *bound*. A larger difference is a mistake.
 #
 # The size of an update is its Frobenius norm, the root of the sum of its squared entries. It needs no product as large as a weight, because $\lVert BA\rVert^2 = \operatorname{tr}\big((B^TB)(AA^T)\big)$, the trace of a product of two $r \times r$ matrices.
 #

@@ -66,9 +66,9 @@ assert CARD < weights < 2 * CARD
 #
 # There are two blocks at once because the next one is fetched while one computes. The embeddings and the output layer belong to no block: FSDP2 keeps them whole on every card from the forward pass to the end of the backward pass. The activations $t$ are not divided: each card has a batch of its own.
 #
-# What travels in a step, for each card, with checkpointing off: under DDP the gradients of the adapters, $2(N-1)/N$ times their bytes. Under FSDP the weights as well, once for the forward pass and once for the backward pass:
+# What travels in a step, for each card, with checkpointing off: under DDP the gradients of the adapters, $2(N-1)/N$ times their bytes. Under FSDP the weights as well, those of the blocks once for the forward pass and once for the backward pass, and the embeddings and the output layer once, since they stay:
 #
-# $$ b_\text{FSDP} = \frac{N-1}{N}\,(2w + g), $$
+# $$ b_\text{FSDP} = \frac{N-1}{N}\,(2w - e + g), $$
 #
 # with $g$ the bytes of the adapters' gradients, which are sent once. The adapters' own weights travel with $w$, twice. They are as large as $g$, and the formula leaves them out. Full fine-tuning would send gradients as large as the weights; here $g$ is small, and $w$ has 4 bits.
 #
@@ -248,12 +248,13 @@ chapter.show(
 # %%
 PCIE = 31.5e9
 gradients = 4 * trained
+whole = 2 * rest  # bytes of the embeddings and the output layer, sent once
 print("cards   sent for each card in a step   at least")
 for cards in (2, 4, 8):
-    moved = (cards - 1) / cards * (2 * weights + gradients)
+    moved = (cards - 1) / cards * (2 * weights - whole + gradients)
     print(f"{cards:5d}   {moved / 1e9:25.1f} GB   {moved / PCIE:6.2f} s")
-two = (2 * weights + gradients) / 2
-sixteen = (2 * half + gradients) / 2
+two = (2 * weights - whole + gradients) / 2
+sixteen = (2 * half - whole + gradients) / 2
 print(
     f"16 bits on two cards would send {sixteen / 1e9:.0f} GB, {sixteen / two:.1f} times"
 )
@@ -299,12 +300,15 @@ print(f"about {longest:,} tokens, with nothing left for anything else")
 assert longest > 1024
 
 # %% [markdown]
-# 3. *Full fine-tuning.* On how many cards of 80 GB does full fine-tuning in 16 bits, with 32-bit Adam and a master copy, fit by weights, gradients and states alone?
+# 3. *Full fine-tuning.* On how many cards sold as 80 GB does full fine-tuning in 16 bits, with 32-bit Adam and a master copy, fit by weights, gradients and states alone?
 
 # %% tags=["solution"]
 states = LLAMA_70B.parameters * (2 + 2 + 12)
-print(f"{states / 1e12:.1f} TB: {int(np.ceil(states / 80e9))} cards")
-assert int(np.ceil(states / 80e9)) == 14
+big = CARDS["A100, sold as 80 GB"]
+print(
+    f"{states / 1e12:.1f} TB: {int(np.ceil(states / big))} cards of {big / 1e9:.1f} GB"
+)
+assert int(np.ceil(states / big)) == 13
 
 # %% [markdown]
 # ## References

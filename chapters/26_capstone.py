@@ -58,7 +58,8 @@ from minipeft.lab.memory.measured import predicted
 from minipeft.torch.inject import trainable_parameters
 
 chapter = start("26_capstone", steps=60, model="tiny", more=recipe.add_options)
-if chapter.full and chapter.model == "tiny":  # the committed run
+committing = chapter.full and chapter.usual  # --full, and no other setting
+if committing:
     models.fetch("smollm2")
     chapter = replace(chapter, model="smollm2", steps=30, usual=False)
 use = recipe.recipe(chapter.own)
@@ -408,14 +409,15 @@ for line in handover.described(folder, use.method):
 # %% [markdown]
 # ## SmolLM2
 #
-# The same chapter with `--full` is the same command for SmolLM2, with {=full['steps']=} steps. Its result is committed. Its time was measured with one thread on a machine that was busy with other work.
+# The same chapter with `--full` is the same command for SmolLM2, with {=full['steps']=} steps. Its result is committed. With other options `--full` writes its result beside the figures and leaves the committed one as it is. The time was measured with one thread on a machine that was busy with other work. It is one seed, judged on {=full['held_out']=} definitions.
 
 # %%
-RESULTS = Path(__file__).with_name("results") / f"{chapter.name}.json"
+COMMITTED = Path(__file__).with_name("results") / f"{chapter.name}.json"
 if chapter.full:
     libraries = ("minipeft", "torch", "transformers")
+    alone = f"python chapters/{chapter.name}.py --full"
     result = {
-        "command": f"python chapters/{chapter.name}.py --full",
+        "command": alone if committing else " ".join(["python", *sys.argv]),
         "model": chapter.model,
         "versions": {"python": platform.python_version()}
         | {library: version(library) for library in libraries},
@@ -434,13 +436,15 @@ if chapter.full:
         "texts": [*zip(prompts, written_before, written_after, strict=True)],
         "loop": mine,
     }
-    write_atomic(RESULTS, (json.dumps(result, indent=1) + "\n").encode())
-full = chapter.read_full(RESULTS)
+    place = COMMITTED if committing else chapter.out / "full.json"
+    write_atomic(place, (json.dumps(result, indent=1) + "\n").encode())
+    print(place, file=sys.stderr)
+full = chapter.read_full(COMMITTED)
 end, peak = full["validation"][-1][1], train.StepMemory(*full["peak"])
 ASKED = (chapter.model, chapter.data, use.method)
-BESIDE = chapter.full or ASKED == ("tiny", None, "lora")  # else it is beside the point
+BESIDE = committing or ASKED == ("tiny", None, "lora")  # else it is beside the point
 if BESIDE:
-    if not chapter.full:
+    if not committing:
         print("the committed run on SmolLM2, not the one above:")
     print(
         f"{full['trained']:,} trained parameters, {full['steps']} steps of {full['batch'][0] * full['batch'][1]} examples"
@@ -470,7 +474,7 @@ caption = f"{chapter.model} goes from {before:.2f} to {after:.2f} nats per token
 if BESIDE:
     curves[f"{full['model']}, committed"] = full["before"], full["validation"]
     alt = "Held-out loss against the step, one curve for this run and one for the committed run of SmolLM2. Both fall most in the first third."
-    caption = f"{caption[:-1]}, {full['model']} from {full['before']:.2f} to {end:.2f} in {full['steps']}. Their vocabularies differ, so the two levels are not to be compared."
+    caption = f"{caption[:-1]}, {full['model']} from {full['before']:.2f} to {end:.2f} in {full['steps']}. Their vocabularies differ, so the two levels are not to be compared. One seed each."
 for color, (name, (first, found)) in zip(plots.PALETTE, curves.items(), strict=False):
     at, values = zip((0, first), *found, strict=True)
     ax.plot(at, values, "o-", color=color, markersize=4, label=name)

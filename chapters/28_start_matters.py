@@ -332,7 +332,7 @@ chapter.claim(
 # %% [markdown]
 # ## What this does not show
 #
-# - **A small model and a short run.** {=full["steps"]=} steps of 8 definitions on a model of a million parameters. PiSSA's paper trains models of 184 million to 70 billion for thousands of steps.
+# - **A small model and a short run.** {=full["steps"]=} steps of 8 definitions on a model of a million parameters. PiSSA's paper has models of 184 million to 70 billion parameters, and trains on far more text.
 # - **A grid of half decades, searched with one seed.** A finer grid could improve each start a little.
 # - **One rank and one scaling.** Rank 8 and $\alpha / r = 2$, for LoRA and for PiSSA. PiSSA's paper takes $\alpha = r$, and another scaling may have other best rates.
 # - **One model.** `--model` with `--full` repeats the chapter on another one. Do not take `smollm2` for the starts in few bits: its file holds four bits already.

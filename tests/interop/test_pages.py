@@ -1,5 +1,6 @@
 """The pages about files are true: their commands run and print what the pages show."""
 
+import contextlib
 import os
 import re
 import subprocess
@@ -8,12 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from minipeft.lab import models
-from tests.interop.folders import adapter_of_tiny, write_adapter
-
 pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).parents[2]
+PEFT, MAKE = ROOT / "site" / "peft.md", "make.py"
 BLOCK = re.compile(r'^```(\w+)(?: title="([^"]*)")?\n(.*?)^```$', re.DOTALL | re.M)
 NEEDS = {"peft": "peft", "llama_cpp": "xllamacpp", "transformers": "bitsandbytes"}
 PAGES = ("peft", "transformers", "vllm", "llama_cpp", "ollama")
@@ -21,12 +20,7 @@ PAGES = ("peft", "transformers", "vllm", "llama_cpp", "ollama")
 
 @pytest.fixture
 def folder(tmp_path):
-    """Make a folder with a base and an adapter, and the commands of this source."""
-    (tmp_path / "base").symlink_to(models.TINY)
-    tensors = adapter_of_tiny()
-    targets = sorted({name.split(".")[-3] for name in tensors})
-    config = {"use_rslora": True, "alpha_pattern": {"q_proj": 7}}
-    write_adapter(tmp_path / "adapter", tensors, target_modules=targets, **config)
+    """Make an empty folder, and the commands of this source."""
     (tmp_path / "bin").mkdir()
     for name, how in {"minipeft": "-m minipeft", "python": ""}.items():
         command = tmp_path / "bin" / name
@@ -53,6 +47,10 @@ def shell(folder, script):
 def test_what_a_page_shows_is_what_happens(folder, page):
     pytest.importorskip(NEEDS.get(page, "torch"), reason=f"{page} needs it")
     text = (ROOT / "site" / f"{page}.md").read_text("utf-8")
+    if page != "peft":  # the others refer to its program
+        (program,) = (b for _, t, b in BLOCK.findall(PEFT.read_text()) if t == MAKE)
+        with contextlib.chdir(folder):
+            exec(compile(program, MAKE, "exec"), {})
     said, ran = "", 0
     for language, title, block in BLOCK.findall(text):
         if language == "python":
