@@ -551,12 +551,8 @@ if as_in_the_book:
         learned["full fine-tuning"] < learned["rsLoRA"] < learned["LoRA"],
         control="LoRA at rank 8",
     )
-    chapter.claim(
-        "at the smaller rate full fine-tuning learns more than every adapter and forgets less than LoRA (one seed)",
-        gentle["validation"] < min(learned[n] for n in METHODS if n[:4] != "full")
-        and gentle["novel"] - before["novel"] < forgot["LoRA"],
-        control="every adapter at its own best rate, the mean of three seeds",
-    )
+    assert gentle["validation"] < min(learned[n] for n in METHODS if n[:4] != "full")
+    assert gentle["novel"] - before["novel"] < forgot["LoRA"]
     chapter.claim(
         "the seeds of prompt tuning differ most",
         max(METHODS, key=lambda n: spread(n, "validation")) == "prompt",

@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 import tokenize
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -325,3 +326,19 @@ def test_the_messages_on_the_page_verify_are_true():
     question, answer = map(json.loads, fences("verify.md")[3:5])
     outputs = functions("reference").answer(Question.from_json(question))
     assert {k: v.to_json() for k, v in outputs.items()} == answer["outputs"]
+
+
+def test_every_file_of_the_package_is_installed_with_it():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))
+    patterns = project["tool"]["setuptools"]["package-data"]
+    installed = {
+        path
+        for package, globs in patterns.items()
+        for glob in globs
+        for path in (ROOT / package.replace(".", "/")).glob(glob)
+        if path.is_file()
+    }
+    listed = ["git", "ls-files", "-z", "minipeft"]
+    tracked = subprocess.run(listed, cwd=ROOT, capture_output=True, check=True).stdout
+    data = {ROOT / name for name in tracked.decode().split("\0") if name}
+    assert {p for p in data if p.suffix != ".py"} <= installed
