@@ -364,9 +364,7 @@ if full["model"] == "tiny":
         chapter.quantity(f"tiny, {label}: trained numbers", trained[name], "", 0)
 inner = BATCH["input_ids"].numel() * 256 * 4 * layers
 print(f"VeRA, 256 numbers a token in each of {layers} layers: {inner / 1e6:.1f} MB")
-memory = {
-    name: method["memory_bytes"] / 1e6 for name, method in full["methods"].items()
-}
+memory = {n: m["memory_bytes"] / 1e6 for n, m in full["methods"].items()}
 
 # %% [markdown]
 # {=table=}
