@@ -8,7 +8,7 @@ import argparse
 import json
 import math
 import platform
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ import tokenizers
 import torch
 import transformers
 
+from minipeft.errors import InputError
 from minipeft.lab.data import AUSTEN_TRAIN, HELD_OUT, austen, checksums, sha256
 from minipeft.lab.files import write_atomic
 from minipeft.lab.text import consecutive, encode, windows
@@ -52,6 +53,37 @@ class Recipe:
     weight_decay: float = 0.1
     betas: tuple[float, float] = (0.9, 0.95)
     clip: float = 1.0
+
+
+def folder(width: int) -> Path:
+    """Return where a model of this width is written: `tiny` in the package."""
+    return BASE if width == Recipe.width else Path("build/bases") / f"width-{width}"
+
+
+def sized(width: int, steps: int = Recipe.steps, seed: int = 0) -> Recipe:
+    """Return the recipe of `tiny` for another width or another number of steps.
+
+    The feed-forward part grows with the width. The warmup keeps its share of the steps.
+
+    Args:
+        width: of the residual stream, a multiple of the heads.
+        steps: of training.
+        seed: of the weights and of the batches.
+
+    Raises:
+        InputError: the heads do not divide the width.
+    """
+    usual = Recipe()
+    if width < 1 or width % (2 * usual.heads):
+        raise InputError(
+            f"width is {width}; give a multiple of {2 * usual.heads}, so that each of "
+            f"the {usual.heads} heads gets an even part"
+        )
+    grown = usual.feedforward * width // usual.width
+    warmup = usual.warmup * steps // usual.steps
+    return replace(
+        usual, width=width, feedforward=grown, steps=steps, warmup=warmup, seed=seed
+    )
 
 
 def texts() -> tuple[list[str], list[str]]:
@@ -170,7 +202,8 @@ def _write_recipe(out: Path, recipe: Recipe, measured: dict[str, Any]) -> None:
     sums = checksums()
     text = {
         "command": f"python -m minipeft.lab.pretrain --steps {recipe.steps} "
-        f"--seed {recipe.seed}",
+        f"--seed {recipe.seed}"
+        + (f" --width {recipe.width}" if recipe.width != Recipe.width else ""),
         "hyperparameters": asdict(recipe),
         "validation": f"the last {VALIDATION_SHARE:.0%} of each training novel",
         "held_out": HELD_OUT,
@@ -192,11 +225,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--steps", type=int, default=defaults.steps)
     parser.add_argument("--seed", type=int, default=defaults.seed)
-    parser.add_argument("--out", type=Path, default=BASE)
+    parser.add_argument("--width", type=int, default=defaults.width)
+    parser.add_argument("--out", type=Path, help="folder (default: by the width)")
     parser.add_argument("--resume", action="store_true", help="continue after Ctrl-C")
     options = parser.parse_args()
-    recipe = Recipe(seed=options.seed, steps=options.steps)
-    for name, value in pretrain(recipe, options.out, options.resume).items():
+    recipe = sized(options.width, options.steps, options.seed)
+    out = options.out or folder(recipe.width)
+    out.mkdir(parents=True, exist_ok=True)
+    for name, value in pretrain(recipe, out, options.resume).items():
         print(f"{name:28} {value}")
 
 

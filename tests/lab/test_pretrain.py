@@ -3,8 +3,10 @@
 import json
 import math
 
+import pytest
 import torch
 
+from minipeft.errors import InputError
 from minipeft.lab import pretrain
 from minipeft.lab.data import AUSTEN_TRAIN, HELD_OUT, austen, checksums, sha256
 from minipeft.lab.models import TINY, random_like
@@ -92,3 +94,20 @@ def test_it_has_learned_english_that_it_never_read(tiny):
     untrained = loss(random_like(tiny.model), tokens)
     assert ours < noise - 1 < untrained - 1
     assert ours < math.log(1024) / 2
+
+
+def test_another_width_keeps_the_shape_of_the_recipe(tiny):
+    assert pretrain.sized(128) == pretrain.Recipe()
+    small = pretrain.sized(32, steps=1800, seed=2)
+    config = pretrain.architecture(small, tiny.tokenizer)
+    assert config.intermediate_size == 3 * config.hidden_size == 96
+    assert config.head_dim * config.num_attention_heads == 32
+    assert (small.warmup, small.steps, small.seed) == (100, 1800, 2)
+    assert pretrain.folder(128) == TINY
+    assert pretrain.folder(32) != pretrain.folder(64) != TINY
+
+
+@pytest.mark.parametrize("width", [0, 20, -8])
+def test_a_width_that_the_heads_do_not_divide_is_refused(width):
+    with pytest.raises(InputError, match=f"width is {width}; give a multiple of 8"):
+        pretrain.sized(width)
