@@ -39,7 +39,7 @@ chapter = start("01_lora", steps=40, model="tiny")
 # training begins exactly at the base model.
 #
 # The numerator $\alpha$ of the scaling $s$ is a constant that is chosen before training and not trained. Usual values are $\alpha = r$ and
-# $\alpha = 2r$, so $s$ is 1 or 2. The paper divides by $r$ to spare its readers a new search for the learning rate whenever they change $r$. Whether the division
+# $\alpha = 2r$, so $s$ is 1 or 2. The paper divides by $r$ so that a change of $r$ needs less of a new search for hyperparameters, such as the learning rate. Whether the division
 # does that depends on the optimizer: [the chapter on rsLoRA](07_rslora.md) measures it.
 #
 # When training is done, $W + \Delta W$ can be stored as an ordinary weight. The adapter is then *merged*, and the layer costs what it cost before.
@@ -142,11 +142,11 @@ print("merged[0]: ", *merged[0])
 assert (adapted == merged).all()
 
 # %% [markdown]
-# Equal, with `==`. The tests do this for 200 drawn layers. That is not a proof for all layers, but it is strong evidence: both sides are polynomials in
+# Equal, with `==`. In continuous integration the tests do this for 200 drawn layers. That is not a proof for all layers, but it is strong evidence: both sides are polynomials in
 # the entries, and two different polynomials agree at a random point with a probability near zero. [The notation page](../notation.md#what-a-property-test-shows) says what
 # the word *proof* stands for in this book.
 #
-# Gradients are checked the same way. The loss is linear in $A$ alone and in $B$ alone, so a difference quotient equals the derivative. In floats, small
+# Gradients are checked the same way. The tests take a loss that is linear in the output $y$. Then it is linear in $A$ alone and in $B$ alone, so a difference quotient equals the derivative. In floats, small
 # integers with a power-of-two scaling make every partial sum exact in any order. On such numbers NumPy, torch and the CUDA kernel, which the tests run on
 # a CPU, must agree bit for bit, and do.
 #
@@ -213,7 +213,7 @@ for name, (trained, low_rank, rates) in CONTENDERS.items():
     histories[name], made[name] = tried[chapter.best(name, losses)]
 
 # %% [markdown]
-# One more control is needed. Suppose a model predicts the same probabilities at every position: the frequencies of the tokens in the training definitions. What is its loss?
+# Two more controls are needed. Suppose a model predicts the same probabilities at every position: the frequencies of the tokens in the training definitions. What is its loss? And LoRA leaves the table of tokens as it is: `tiny` has one table, which turns tokens into numbers and the last numbers into tokens. What does LoRA on random weights reach if that table is trained as well?
 
 
 # %%
@@ -230,6 +230,11 @@ frequencies = counts / counts.sum()
 unigram = float(-frequencies[predicted_tokens(held_out)].log().mean())
 print(f"token frequencies of the {len(seen):,} training tokens: {unigram:.3f}")
 print(f"all {len(tokenizer):,} tokens equally likely: {np.log(len(tokenizer)):.3f}")
+
+opened = contender(trained=False, low_rank=True)
+opened.get_input_embeddings().weight.requires_grad_(True)  # the output table as well
+with_table = run(opened, 8e-3, points=1).validation[-1][1]
+print(f"LoRA on random weights, token table trained as well: {with_table:.3f}")
 
 # %%
 last = {name: history.validation[-1][1] for name, history in histories.items()}
@@ -268,6 +273,11 @@ chapter.claim(
     unigram < last["LoRA on random weights"],
     control="token frequencies alone",
 )
+chapter.claim(
+    "the frozen table is what holds it back",
+    with_table < unigram,
+    control="the same weights and LoRA, at one rate, with the table trained as well",
+)
 
 # %% tags=["fold"]
 figure, ax = plots.axes(x="step", y="held-out loss (nats per token)")
@@ -291,7 +301,7 @@ ax.legend(loc="upper center", ncols=2, fontsize=9)
 chapter.show(
     figure,
     "loss",
-    alt=f"Loss on held-out definitions at five moments of training. Full fine-tuning and LoRA start at {start_loss:.2f} and fall, LoRA a little less. Full training of random weights starts at {at_random:.2f}, falls fast, and ends just below a dashed line for token frequencies. LoRA on random weights falls a little and ends {last['LoRA on random weights'] - unigram:.2f} nats above that line.",
+    alt=f"Loss on held-out definitions over the steps of training. Full fine-tuning and LoRA start at {start_loss:.2f} and fall, LoRA a little less. Full training of random weights starts at {at_random:.2f}, falls fast, and ends just below a dashed line for token frequencies. LoRA on random weights falls a little and ends {last['LoRA on random weights'] - unigram:.2f} nats above that line.",
     caption=f"After {chapter.steps} steps LoRA, which trains {count['LoRA, r = 8'] / count['full fine-tuning']:.1%} of the parameters, has {share:.0%} of the gain of full fine-tuning. On random weights full training ends at {from_random:.2f}, just below the loss of bare token frequencies ({unigram:.2f}), and LoRA at {last['LoRA on random weights']:.2f}, above it.",
 )
 
@@ -300,9 +310,8 @@ chapter.show(
 # share falls as a model gets wider: in [chapter 0](00_why.md) it is 2.4 % at eight times the rank) and reaches {=f"{100 * share:.0f}"=} % of the gain of full fine-tuning.
 #
 # What do the frozen weights contribute? On random weights LoRA ends at {=f"{last['LoRA on random weights']:.2f}"=}. It has not even reached the loss of the token
-# frequencies, {=f"{unigram:.2f}"=}: its targets are the linear layers of the blocks, while the random table that turns the last activations into tokens stays frozen. The control
-# puts this into proportion. Full training of the *same* random weights trains that table too, and still ends at {=f"{from_random:.2f}"=}, hardly better than the
-# token frequencies. {=chapter.steps=} steps on {=8 * chapter.steps=} definitions are too few to learn the language from random weights, with an adapter or without.
+# frequencies, {=f"{unigram:.2f}"=}. The reason is the random table, which stays frozen: with the table trained as well, it ends at {=f"{with_table:.2f}"=}. Full training of the *same* random weights
+# trains the table too and ends at {=f"{from_random:.2f}"=}. Both lie at most {=f"{unigram - min(with_table, from_random):.2f}"=} nats below the token frequencies. {=chapter.steps=} steps on {=8 * chapter.steps=} definitions are too few to learn the language from random weights, with an adapter or without.
 #
 # So the figure shows two things. Of the way from random weights ({=f"{at_random:.2f}"=}) to the fine-tuned model, `tiny` had gone {=f"{(at_random - start_loss) / (at_random - last['full fine-tuning']):.0%}"=} before
 # fine-tuning began. And rank 8 is enough for
@@ -351,7 +360,7 @@ print("unmerged: every weight and every logit as before, bit for bit")
 # ## Models with experts
 #
 # In some models each token uses only a part of the weights. A *router* chooses a few *experts* for each token, and only these compute. `transformers` keeps the weights of all
-# experts of a layer in one tensor of shape (experts, out, in). Each expert gets an $A$ and a $B$ of its own, so $A$ is (experts, r, in) and $B$ is (experts, out, r). A token with the
+# experts of a layer in two tensors of shape (experts, out, in), one for the gate and the way up and one for the way down; some models, such as gpt-oss, exchange out and in. Each expert gets an $A$ and a $B$ of its own, so $A$ is (experts, r, in) and $B$ is (experts, out, r). A token with the
 # expert $e$ gets
 #
 # $$y = W_e x + b_e + s\,B_e (A_e x)$$
@@ -376,7 +385,7 @@ print("unmerged: every weight and every logit as before, bit for bit")
 #
 #     @source minipeft.reference.experts.check_tokens
 #
-# In torch the module of experts is called as it is. It indexes the tensor by an expert, or takes runs of tokens; the two thin matrices go along with the weight to the product, and
+# In torch the module of experts is called as it is. It indexes a tensor by an expert, or takes runs of tokens; the two thin matrices go along with the weight to the product, and
 # the update of a whole stack is never formed. The target is the name of the module. Routers are no target of `"all-linear"`, and neither are experts: their adapters would
 # be many times the others.
 #
@@ -440,8 +449,8 @@ assert apart < moved / 100
 # - **The scaling.** `scale = alpha` instead of `alpha / r` is $r$ times too much
 #   ([mlx-vlm 841](https://github.com/Blaizzy/mlx-vlm/issues/841)). Libraries whose default is `alpha = r` have a scaling of exactly 1, and a merge
 #   that leaves it out passes their tests ([peft 2489](https://github.com/huggingface/peft/pull/2489)). No test of an adapter in this project has a scaling of 0 or 1.
-# - **Which is A?** Three conventions are in use: $A$ as (r, in), as (in, r), and with the roles of $A$ and $B$ exchanged. Only a layer that is not square tells them apart, so
-#   the tests draw layers that are not square.
+# - **Which is A?** Two conventions are in use: $A$ as (r, in) with $B$ as (out, r), and $A$ as (in, r) with $B$ as (r, out). [litgpt](https://github.com/Lightning-AI/litgpt/blob/main/litgpt/lora.py) draws the second and
+#   computes with the first. On a square layer a loader that goes by shapes takes one for the other without an error, and gets the transpose of the update. So the tests draw layers that are not square.
 # - **Merge and unmerge by addition and subtraction** loses bits, in bfloat16 many. [The chapter on merging](16_merging.md) measures the drift over 1,000
 #   cycles. Keep the old weight instead.
 # - **An adapter that was silently not applied**, because a name did not match. Here a target that matches nothing is an error:

@@ -114,7 +114,7 @@ ax.grid(visible=False)
 chapter.show(
     figure,
     "codes",
-    alt="A bell-shaped histogram of scaled weights between minus one and one, cut by fifteen thin vertical lines into sixteen slices. Below it three rows of ticks: NF4, dense around zero and thin outside; FP4, with three ticks near zero and wide gaps beside them; int4, evenly spaced.",
+    alt=f"A bell-shaped histogram of scaled weights between {edges[0]:.0f} and {edges[-1]:.0f}, cut by fifteen thin vertical lines into sixteen slices. Below it three rows of ticks: NF4, dense around zero and thin outside; FP4, with three ticks near zero and wide gaps beside them; int4, evenly spaced.",
     caption=f"NF4 (blue ticks) puts its values close together where scaled weights are many. FP4 leaves a gap from {np.unique(np.abs(FP4))[1]:.3f} to {np.unique(np.abs(FP4))[2]:.3f} on both sides of zero; int4 is even.",
 )
 
@@ -134,15 +134,20 @@ share = np.bincount(codes, minlength=16) / codes.size
 entropy = -(share * np.log2(share)).sum()
 print("share of each code, in percent:", " ".join(f"{100 * s:.1f}" for s in share))
 print(f"entropy: {entropy:.3f} of 4 bits")
+NORMAL = NormalDist().inv_cdf(929 / 960)
+fixed = blockwise.nearest((normal / np.float32(NORMAL)).ravel(), NF4)
+as_meant = np.bincount(fixed, minlength=16) / fixed.size
+print(f"scaled by {NORMAL:.2f} deviations: {100 * as_meant.min():.1f} to", end=" ")
+print(f"{100 * as_meant.max():.1f} %")
 assert round(entropy, 2) == 3.88
 int4_codes = blockwise.unpack(blockwise.quantize(normal, INT4).packed, 4, normal.size)
 assert not (int4_codes == 0).any()  # -8/7
-NORMAL = NormalDist().inv_cdf(929 / 960)
+assert np.ptp(as_meant) < np.ptp(share) / 3
 
 # %% [markdown]
 # They are not. The shares go from {=f"{100 * share.min():.1f}"=} to {=f"{100 * share.max():.1f}"=} %, where equal ones would be 6.25 %. The reason is the scale. NF4's values are quantiles
 # divided by $\Phi^{-1}(\delta) = {=f"{NORMAL:.2f}"=}$ standard deviations, but a block is divided by its own largest value, on average
-# {=f"{np.abs(normal).reshape(-1, 64).max(1).mean():.2f}"=} standard deviations. So scaled weights are smaller than the quantiles assume. Yoshida discusses what would be optimal [@yoshida2023].
+# {=f"{np.abs(normal).reshape(-1, 64).max(1).mean():.2f}"=} standard deviations. So scaled weights are smaller than the quantiles assume. The control divides all weights by {=f"{NORMAL:.2f}"=} deviations instead, and the shares go from {=f"{100 * as_meant.min():.1f}"=} to {=f"{100 * as_meant.max():.1f}"=} %. Yoshida discusses what would be optimal [@yoshida2023].
 
 # %% [markdown]
 # ## The code
@@ -272,6 +277,10 @@ for name, codebook in CODEBOOKS.items():
     ax.text(
         4096 * 1.12, errors[-1], name, color=COLORS[name], va="center", weight="bold"
     )
+assert all(
+    e == min(column) for e, *column in zip(grown["NF4"], *grown.values(), strict=True)
+)
+assert max(grown, key=lambda name: grown[name][-1] / grown[name][0]) == "int4"
 assert grown["int4"][0] < grown["FP4"][0]
 assert grown["int4"][-1] > grown["FP4"][-1]
 ax.plot(
@@ -287,7 +296,7 @@ chapter.show(
     figure,
     "blocksizes",
     alt=f"Mean error against block size, from {min(PUBLISHED)} to {max(PUBLISHED):,} on a logarithmic axis, for three codebooks. All three curves rise. NF4 is the lowest at every size and runs through eight crosses. int4 begins below FP4 and ends above it.",
-    caption=f"NF4 has the smallest error at every block size, and our eight values lie within {100 * max(deviations):.2f} % of those that bitsandbytes publishes (crosses). int4 is better than FP4 in small blocks and worse in large ones.",
+    caption=f"NF4 has the smallest error at every block size, and our {len(deviations)} values lie within {100 * max(deviations):.2f} % of those that bitsandbytes publishes (crosses). int4 is better than FP4 in small blocks and worse in large ones.",
 )
 
 # %% [markdown]
@@ -343,6 +352,7 @@ for name, e in errors.items():
 HEAVY = 10
 heavy = np.flatnonzero(kurtosis > HEAVY)
 assert (len(weights), len(heavy)) == (36, 6)
+assert [*heavy // 6] == [*range(6)]  # one in each layer
 ax.vlines(
     heavy,
     100 * errors["NF4"][heavy],
@@ -362,7 +372,7 @@ ax.grid(visible=False, axis="x")
 chapter.show(
     figure,
     "minilm",
-    alt=f"Relative error of {len(weights)} weight matrices, in the order of the network, as dots of three colours in three rows: NF4 at {100 * errors['NF4'].mean():.1f} % on average, int4 at {100 * errors['int4'].mean():.1f} %, FP4 at {100 * errors['FP4'].mean():.1f} %. Grey bars mark six matrices, one in each layer, where all dots lie a little higher.",
+    alt=f"Relative error of {len(weights)} weight matrices, in the order of the network, as dots of three colours in three rows: NF4 at {100 * errors['NF4'].mean():.1f} % on average, int4 at {100 * errors['int4'].mean():.1f} %, FP4 at {100 * errors['FP4'].mean():.1f} %. Grey bars mark {len(heavy)} matrices, one in each layer, whose dots lie a little higher on average.",
     caption=f"NF4 has the smallest error on each of the {len(weights)} matrices: {100 * errors['NF4'].min():.1f} to {100 * errors['NF4'].max():.1f} %. Grey bars mark the matrices with the heaviest tails (excess kurtosis above {HEAVY}).",
 )
 largest = [*weights.values()][int(kurtosis.argmax())].ravel()
@@ -457,6 +467,12 @@ print("squared error in thousandths of the mean square    bits   normal   MiniLM
 for name, (stored, error) in on_normal.items():
     print(f"{name:48s} {stored:6.3f} {1e3 * error:8.2f} {1e3 * real[name]:8.2f}")
 better = 1 - on_normal["BOF4-S"][1] / on_normal["NF4"][1]
+half = microscaling.E2M1  # from zero upwards
+E2M1 = np.concatenate([-half[::-1], half]) / half.max()
+exact = blockwise.dequantize(blockwise.quantize(normal, E2M1, 32))
+without_powers = float(((exact - normal) ** 2).mean() / (normal**2).mean())
+print(f"MXFP4's values and blocks, scaled by the absmax: {1e3 * without_powers:.2f}")
+assert on_normal["NVFP4"][1] < without_powers < on_normal["int4"][1]
 assert on_normal["BOF4-S"][1] < on_normal["NF4"][1] < on_normal["NVFP4"][1]
 assert on_normal["NVFP4"][1] < on_normal["int4"][1] < on_normal["MXFP4"][1]
 assert real["BOF4-S"] < real["NF4"]
@@ -486,12 +502,12 @@ chapter.show(
         for name, (stored, error) in on_normal.items()
     )
     + ".",
-    caption=f"On normal numbers BOF4-S has the smallest error, {100 * better:.0f} % below NF4's with the same bits. MXFP4 has the largest: its scale is a power of two, so the largest value of a block lands between four and eight, while the largest code is six.",
+    caption=f"On normal numbers BOF4-S has the smallest error, {100 * better:.0f} % below NF4's with the same bits. MXFP4 has the largest, {1e3 * on_normal['MXFP4'][1]:.1f}; with scales that are no powers of two the same values and blocks have {1e3 * without_powers:.1f}.",
 )
 
 # %% [markdown]
 # On normal numbers BOF4-S has {=f"{100 * better:.0f}"=} % less squared error than NF4 and takes the same {=f"{on_normal['BOF4-S'][0]:g}"=} bits. On MiniLM's weights the difference is {=f"{100 * (1 - real['BOF4-S'] / real['NF4']):.0f}"=} %. NVFP4 lies at
-# {=f"{1e3 * on_normal['NVFP4'][1]:.2f}"=} thousandths beside NF4's {=f"{1e3 * on_normal['NF4'][1]:.2f}"=}, MXFP4 at {=f"{1e3 * on_normal['MXFP4'][1]:.2f}"=} with a quarter of a bit less. Double quantization, the subject of the next chapter, leaves NF4's error nearly as it is and
+# {=f"{1e3 * on_normal['NVFP4'][1]:.2f}"=} thousandths beside NF4's {=f"{1e3 * on_normal['NF4'][1]:.2f}"=}, MXFP4 at {=f"{1e3 * on_normal['MXFP4'][1]:.2f}"=} with a quarter of a bit less. Its scale is a power of two, so the largest value of a block lands between 4 and 8, while the largest code is 6; scaled by the absmax, the same values in the same blocks have {=f"{1e3 * without_powers:.2f}"=}. Double quantization, the subject of the next chapter, leaves NF4's error nearly as it is and
 # saves more than MXFP4 does: {=f"{on_normal['NF4, nested scales'][0]:.3f}"=} bits. A squared error of weights is not a loss of a model; [chapter 6](06_qlora.md) measures that for NF4.
 #
 # ## What goes wrong in practice
@@ -572,7 +588,7 @@ W[3, 7] *= 1000
 after = blockwise.dequantize(blockwise.quantize(W))
 print(f"blocks of 64: {np.sum(before != after)} values differ")
 whole = blockwise.dequantize(blockwise.quantize(W, NF4, 65536))
-print(f"one block: {np.mean(whole == 0):.1%} of the matrix becomes zero")
+print(f"one block: {np.sum(whole == 0):,} of {whole.size:,} values become zero")
 assert np.sum(before != after) <= 64
 
 # %% [markdown]

@@ -148,7 +148,7 @@ ax.legend(fontsize=9, frameon=False, labelcolor=plots.INK, handlelength=3)
 chapter.show(
     figure,
     "slopes",
-    alt=f"Four lines over the rank, from {min(RANKS)} to {max(RANKS)}, on logarithmic axes. With alpha/r the solid line of the output falls the most and that of the gradient half as steeply; with alpha over the root of r both dashed lines are flat.",
+    alt=f"Four lines over the rank, from {min(RANKS)} to {max(RANKS)}, on logarithmic axes. With alpha/r the solid line of the output has a slope of {plain[0]:+.2f} and that of the gradient {plain[1]:+.2f}; with alpha over the root of r both dashed lines are flat, with slopes of {stable[0]:+.2f} and {stable[1]:+.2f}.",
     caption=f"Gradient descent with α/r moves the output {found['descend', 'alpha/r'][0][0] / found['descend', 'alpha/r'][0][-1]:.0f} times less at rank 512 than at rank 4 (slope {plain[0]:+.2f}). With α/√r the rank makes little difference (slope {stable[0]:+.2f}).",
 )
 

@@ -190,8 +190,8 @@ deviations = ", ".join(f"{part[:-5]} {s:.2f}" for part, s in spread.items())
 chapter.show(
     figure,
     "vectors",
-    alt="Values of the trained vectors by block, in three columns of dots a block: keys, values and the feed-forward layer. All began at one and are scattered around it now.",
-    caption=f"After {chapter.steps} steps the factors have left one by up to {max(moved.values()):.2f}. Their standard deviations: {deviations}.",
+    alt="Values of the trained vectors by block, in three columns of dots a block: keys, values and the feed-forward layer. All began on the dark horizontal line and are scattered around it now.",
+    caption=f"After {chapter.steps} steps the factors lie up to {max(moved.values()):.2f} from where they began. Their standard deviations: {deviations}.",
 )
 
 # %% [markdown]
@@ -216,7 +216,7 @@ assert torch.equal(layer.base.weight, original)
 
 # %% [markdown]
 # - **The wrong side.** On a square weight, scaling the rows where the columns were meant raises no error. So the tests use weights that are not square, except where a square one is what is tested.
-# - **The bias forgotten.** Keys with a bias (GPT-2, BERT, Qwen) need $l \odot b$ in the merged layer. Merging the weight alone is right only for models without biases.
+# - **The bias forgotten.** Keys with a bias (GPT-2, BERT, Qwen 2) need $l \odot b$ in the merged layer. Merging the weight alone is right only for models without biases.
 # - **The feed-forward list.** A library must be told which targets are scaled at the input. Left out of that list, `down_proj` trains a vector of another length at another
 #   place, and the run looks normal. Here a name in the list that matches no target is an error.
 #

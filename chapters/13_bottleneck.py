@@ -76,8 +76,9 @@ chapter = start("13_bottleneck", steps=25, model="tiny")
 # ## The proof: nothing to merge
 #
 # A linear layer with a bias is affine, so $h(x) + h(-x) = 2\,h(0)$ for every $x$. For an adapter without biases the left side is
-# $s\,\lvert x D^T \rvert U^T$, because $\mathrm{ReLU}(a) + \mathrm{ReLU}(-a) = \lvert a \rvert$, and the right side is zero. They are equal for every $x$ only if the adapter adds nothing at all. So no weight and no bias do what the adapter
-# does. The identity holds with `==` on fractions:
+# $s\,\lvert x D^T \rvert U^T$, because $\mathrm{ReLU}(a) + \mathrm{ReLU}(-a) = \lvert a \rvert$, and the right side is zero. Row $i$ of $D$ contributes $\lvert x \cdot d_i \rvert$, which has a kink where $x \cdot d_i = 0$. Rows that are not parallel have their kinks
+# at different places, so their terms cannot cancel, and the left side is zero for every $x$ only if the adapter adds nothing. So no weight and no bias do what such an adapter does. (Parallel rows can cancel:
+# $\mathrm{ReLU}(a) - \mathrm{ReLU}(-a) = a$ is linear. Rows that were drawn at random and trained are not parallel.) The identity holds with `==` on fractions:
 
 # %%
 from fractions import Fraction
@@ -206,7 +207,7 @@ chapter.claim(
 # shows how far two measurements of the same work lie apart.
 #
 # Why so much, for so few multiplications? An adapter of this size has {=f"{100 * part_of_a_block:.0f}"=} % of the weights of a block. But a model this small
-# spends its time on starting operations, not on arithmetic, and an adapter starts three or four more. On a GPU it is similar as long as the batch is small: Hu and others [@hu2021, table 1] measured 20.7 % and 30.3 % more time for
+# spends its time on starting operations, not on arithmetic, and an adapter starts five more: two products, the ReLU, the scaling and the sum. On a GPU it is similar as long as the batch is small: Hu and others [@hu2021, table 1] measured 20.7 % and 30.3 % more time for
 # two kinds of adapters in GPT-2 medium for one text of 128 tokens, and 2.2 % and 3.0 % for 32 texts of 512. A parallel adapter could run at the same time as its sublayer; nothing here arranges that.
 #
 # `merge` raises an error for such a model, and the message gives the reason:

@@ -23,8 +23,8 @@ chapter = start("14_prefix", steps=40, model="tiny")
 # %% [markdown]
 # ## The problem
 #
-# Most methods so far change what a weight computes. Merged, such an adapter serves one task. Unmerged, it can serve another task in each row of a batch, but then every layer needs a kernel that picks the adapter of
-# each row ([ours](18_gpu_four_bits.md) are `shrink` and `expand`). Keys and values belong to a row of the batch anyhow: each request brings its own. So if a task lives in keys and values, one frozen model serves many tasks at
+# Most methods so far change what a weight computes. Merged, such an adapter serves one task. Unmerged, it can serve another task in each row of a batch, but then every layer must pick the adapter of
+# each row ([our kernels](18_gpu_four_bits.md) for this are `shrink` and `expand`). Keys and values belong to a row of the batch anyhow: each request brings its own. So if a task lives in keys and values, one frozen model serves many tasks at
 # once, and no layer changes.
 #
 # ## The formula
@@ -90,7 +90,7 @@ chapter = start("14_prefix", steps=40, model="tiny")
 #
 # @source minipeft.reference.prefix.expand_backward
 #
-# Without the network, the start is random numbers, or better, as below, real words.
+# Without the network, the start is random numbers, or better, as below, real text.
 #
 # @source minipeft.reference.prefix.init
 #
@@ -137,7 +137,7 @@ assert gates[1] > 0.99
 # %% [markdown]
 # ## The experiment
 #
-# `tiny` and the *Devil's Dictionary*: ten virtual tokens, three ways to begin: from $N(0, 1)$, from the keys and values of ten words of Bierce, and through the
+# `tiny` and the *Devil's Dictionary*: ten virtual tokens, three ways to begin: from $N(0, 1)$, from the keys and values of ten tokens of Bierce, and through the
 # network. Each tries learning rates, two to a decade, until the best one has a worse one on both sides.
 
 # %%
@@ -145,13 +145,13 @@ base = chapter.load()
 tokenizer = base.tokenizer
 lesson = tuning.lesson(chapter.task, tokenizer, kept=chapter.kept)
 N = 10
-words = text.encode(tokenizer, ["".join(pair) for pair in lesson.pairs[7:27]])[
+first = text.encode(tokenizer, ["".join(pair) for pair in lesson.pairs[7:27]])[
     :N
 ].tolist()
 untouched = {k: v.clone() for k, v in base.model.state_dict().items()}
 WAYS = {
     "random": (PrefixConfig(N), (0.1, 0.3, 1.0)),
-    "from words": (PrefixConfig(tokens=words), (0.03, 0.1, 0.3, 1.0)),
+    "from text": (PrefixConfig(tokens=first), (0.03, 0.1, 0.3, 1.0)),
     "network": (PrefixConfig(N, hidden=64), (3e-3, 1e-2, 3e-2)),
 }
 without = train.loss(base.model, lesson.held_out)
@@ -178,9 +178,9 @@ chapter.claim(
     control="the base without a prefix",
 )
 chapter.claim(
-    "training is worth more than the words",
-    tuned["from words"].after < tuned["from words"].before,
-    control="the same ten words as a prefix, untrained",
+    "training is worth more than the text",
+    tuned["from text"].after < tuned["from text"].before,
+    control="the same ten tokens as a prefix, untrained",
 )
 assert all(torch.equal(base.model.state_dict()[k], v) for k, v in untouched.items())
 
@@ -191,7 +191,7 @@ assert all(torch.equal(base.model.state_dict()[k], v) for k, v in untouched.item
 with torch.no_grad():
     torch.manual_seed(0)
     scaled = PrefixModel(base.model, PrefixConfig(N))
-    own = PrefixModel(base.model, PrefixConfig(tokens=words)).P
+    own = PrefixModel(base.model, PrefixConfig(tokens=first)).P
     sizes = own.std(dim=(2, 3, 4), keepdim=True)
     scaled.P.mul_(sizes)
     matched = train.loss(scaled, lesson.held_out)
@@ -208,14 +208,14 @@ figure = tuning.curves(tuned, without, "no prefix")
 chapter.show(
     figure,
     "starts",
-    alt="Validation loss of a prefix of ten virtual tokens over the steps. The curve that begins from random numbers starts above the dashed line of the model without a prefix and crosses it; those that begin from real words and through the network start at the dashed line and fall from the first steps on.",
+    alt=f"Validation loss of a prefix of {N} virtual tokens over the steps. The curve that begins from random numbers starts above the dashed line of the model without a prefix and crosses it; those that begin from real text and through the network start at the dashed line and fall from the first steps on.",
     caption=f"Random keys and values cost {lost:.2f} nats before the first step. At the end the three starts lie at {min(r.after for r in tuned.values()):.2f} to {max(r.after for r in tuned.values()):.2f} nats, below the {without:.2f} of no prefix.",
 )
 
 # %% [markdown]
-# With random keys and values of deviation 1 the model first loses {=f"{lost:.2f}"=} nats; with random ones of the deviations that real ones have, {=f"{matched - without:.2f}"=}: their size is not the reason. From real words it starts at
-# {=f"{tuned['from words'].before:.3f}"=}, {=f"{abs(tuned['from words'].before - without):.3f}"=} from the {=f"{without:.3f}"=} of no prefix, and ends at {=f"{tuned['from words'].after:.3f}"=}, against {=f"{tuned['random'].after:.3f}"=} from random numbers and
-# {=f"{tuned['network'].after:.3f}"=} through the network. The best rates are {=f"{rates['from words']:g}"=}, {=f"{rates['random']:g}"=} and {=f"{rates['network']:g}"=}. The network trains {=f"{tuned['network'].trained / tuned['random'].trained:.1f}"=} times as many numbers to make a prefix of the same size. After training it is dropped:
+# With random keys and values of deviation 1 the model first loses {=f"{lost:.2f}"=} nats; with random ones of the deviations that real ones have, {=f"{matched - without:.2f}"=}: their size is not the reason. From real text it starts at
+# {=f"{tuned['from text'].before:.3f}"=}, {=f"{abs(tuned['from text'].before - without):.3f}"=} from the {=f"{without:.3f}"=} of no prefix, and ends at {=f"{tuned['from text'].after:.3f}"=}, against {=f"{tuned['random'].after:.3f}"=} from random numbers and
+# {=f"{tuned['network'].after:.3f}"=} through the network. The best rates are {=f"{rates['from text']:g}"=}, {=f"{rates['random']:g}"=} and {=f"{rates['network']:g}"=}. The network trains {=f"{tuned['network'].trained / tuned['random'].trained:.1f}"=} times as many numbers to make a prefix of the same size. After training it is dropped:
 
 # %%
 model = tuned["network"].model
@@ -236,7 +236,7 @@ real = lesson.held_out[0]["attention_mask"][:8].to(one.device).bool()
 eager = copy.deepcopy(base.model)
 eager.set_attn_implementation("eager")
 watched = PrefixModel(eager, PrefixConfig(N))
-watched.P = tuned["from words"].model.P
+watched.P = tuned["from text"].model.P
 with torch.no_grad():
     call, _ = watched.ahead({"input_ids": one})
     shares = eager(**call, output_attentions=True).attentions
@@ -301,7 +301,7 @@ for name, seconds in cost.items():
 # - **The mask.** The prefix must be visible to every query. A causal mask that is aligned at the wrong end leaves out the prefix, or lets in tokens of the future. Here the mask is the text's own, and ones stand before it.
 # - **Positions.** With rotary embeddings the cached keys are already turned. The text begins at position $n$. If it begins at 0, its distance to every virtual token is wrong.
 # - **Gradient checkpointing switches the cache off**, and with it the prefix. transformers only writes this to its log: the run goes on and trains nothing. Here it is an error.
-# - **A random start.** From $N(0, 1)$ the model above lost {=f"{lost:.2f}"=} nats before training, and from random numbers of the size of real keys and values {=f"{matched - without:.2f}"=}. From real words it lost {=f"{tuned['from words'].before - without:.3f}"=}.
+# - **A random start.** From $N(0, 1)$ the model above lost {=f"{lost:.2f}"=} nats before training, and from random numbers of the size of real keys and values {=f"{matched - without:.2f}"=}. From real text it lost {=f"{tuned['from text'].before - without:.3f}"=}.
 # - **The network was saved, or not dropped.** What is worth keeping are its outputs: peft folds it in when it saves, so a loaded prefix cannot be trained on through the network.
 #
 # ## Exercises

@@ -129,7 +129,7 @@ figure = tuning.curves(tuned, without, "no prompt")
 chapter.show(
     figure,
     "starts",
-    alt="Validation loss of three soft prompts of ten vectors over the steps, begun from words of the task, from any tokens, and from random numbers; the dashed line is the model without a prompt.",
+    alt=f"Validation loss of three soft prompts of {N} vectors over the steps, begun from words of the task, from any tokens, and from random numbers; the dashed line is the model without a prompt.",
     caption=f"Three starts, each at its best rate, begin at {min(r.before for r in tuned.values()):.2f} to {max(r.before for r in tuned.values()):.2f} nats and end at {min(ends):.2f} to {max(ends):.2f}; the model without a prompt has {without:.2f}.",
 )
 
@@ -229,7 +229,7 @@ ax.legend(loc="lower left")
 chapter.show(
     figure,
     "length",
-    alt="Loss on held-out definitions against the number of trained numbers, for prompts and for prefixes of one, five and twenty tokens. The curve of the prefixes lies below that of the prompts.",
+    alt=f"Loss on held-out definitions against the number of trained numbers, for prompts and for prefixes of {min(LENGTHS)} to {max(LENGTHS)} tokens. The curve of the prefixes lies below that of the prompts.",
     caption=f"In {chapter.steps // 2} steps a prompt of {max(LENGTHS)} tokens gains {without - results['prompt'][20]:.2f} nats with {numbers['prompt'][20]:,} numbers, a prefix of as many tokens {without - results['prefix'][20]:.2f} with {numbers['prefix'][20]:,}.",
 )
 

@@ -242,8 +242,8 @@ one, rounded, many = naive.values()
 chapter.show(
     figure,
     "drift",
-    alt="Root mean square distance from the original weight over a thousand cycles, divided by the standard deviation of the weight, on logarithmic axes: one adapter added and subtracted gives a flat line, the same adapter subtracted rounded a line that rises, a hundred in turn one that rises further, and keeping the weight stays at zero.",
-    caption=f"In a thousand cycles a hundred adapters in turn drift from {many[0]:.1e} to {many[-1]:.1e} of the weight's standard deviation, and one adapter that is rounded before it is subtracted from {rounded[0]:.1e} to {rounded[-1]:.1e}. Where the same numbers are added and subtracted, one adapter stays at {one[-1]:.1e}. Keeping the weight stays at zero.",
+    alt=f"Root mean square distance from the original weight over {CYCLES:,} cycles, divided by the standard deviation of the weight, on logarithmic axes: one adapter added and subtracted gives a flat line, the same adapter subtracted rounded a line that rises, {len(hundred)} in turn one that rises further, and keeping the weight stays at zero.",
+    caption=f"In {CYCLES:,} cycles {len(hundred)} adapters in turn drift from {many[0]:.1e} to {many[-1]:.1e} of the weight's standard deviation, and one adapter that is rounded before it is subtracted from {rounded[0]:.1e} to {rounded[-1]:.1e}. Where the same numbers are added and subtracted, one adapter stays at {one[-1]:.1e}. Keeping the weight stays at zero.",
 )
 
 # %% [markdown]

@@ -216,8 +216,8 @@ if not NO_GXX:
     chapter.show(
         figure,
         "orders",
-        alt="Three panels, one for each missing barrier: sixteen orders down, the bytes of the result across, wrong bytes coloured. Without the barrier before the maxima parts of some blocks are coloured, in some orders; without the one between the maxima most of the panel is; without the one before packing single bytes everywhere.",
-        caption="Wrong bytes in sixteen orders: "
+        alt=f"Three panels, one for each missing barrier: {ORDERS} orders down, the bytes of the result across, wrong bytes coloured. Without the barrier before the maxima parts of some blocks are coloured, in some orders; without the one between the maxima most of the panel is; without the one before packing single bytes everywhere.",
+        caption=f"Wrong bytes in {ORDERS} orders: "
         + ", ".join(f"{wrong[name].mean():.0%} with {name}" for name in BARRIERS)
         + ".",
     )

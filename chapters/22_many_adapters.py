@@ -315,8 +315,8 @@ ax.set_yticks([0, 0.25, 0.5, 0.75, 1], ["0", "25 %", "50 %", "75 %", "100 %"])
 chapter.show(
     figure,
     "hits",
-    alt=f"Share of requests that find their adapter on the device against the number of adapters held there. With equal tenants a straight line from none to all; with Zipf's law a curve above it, steep at first: at a tenth of the adapters {predicted('Zipf', 100):.0%} instead of {predicted('every tenant alike', 100):.0%}. Simulated dots lie on both.",
-    caption=f"A tenth of the adapters on the device serves {predicted('Zipf', 100):.0%} of the requests under Zipf's law, and {predicted('every tenant alike', 100):.0%} where all tenants are alike.",
+    alt=f"Share of requests that find their adapter on the device against the number of adapters held there. With equal tenants a straight line from none to all; with Zipf's law a curve above it, steep at first: at {100 / TENANTS:.0%} of the adapters {predicted('Zipf', 100):.0%} instead of {predicted('every tenant alike', 100):.0%}. Simulated dots lie on both.",
+    caption=f"With {100 / TENANTS:.0%} of the adapters on the device, {predicted('Zipf', 100):.0%} of the requests find theirs under Zipf's law, and {predicted('every tenant alike', 100):.0%} where all tenants are alike.",
 )
 
 # %% [markdown]

@@ -290,7 +290,7 @@ chapter.show(
     plots.memory_bars(parts),
     "checkpointing",
     alt=f"Two stacked bars of the memory of QLoRA on Llama 3.1 8B with one sequence of {LENGTH:,} tokens. The weights are the same in both. The activations, with the logits, are most of the first bar and much shorter in the second.",
-    caption=f"Checkpointing takes QLoRA on Llama 3.1 8B with {LENGTH:,} tokens from {bars['QLoRA, nothing checkpointed']:.1f} to {bars['QLoRA, checkpointed']:.1f} GB. What stays of the activations is mostly three buffers of the logits.",
+    caption=f"Checkpointing takes QLoRA on Llama 3.1 8B with {LENGTH:,} tokens from {bars['QLoRA, nothing checkpointed']:.1f} to {bars['QLoRA, checkpointed']:.1f} GB. What stays of the activations is mostly buffers of the logits: {12 * LENGTH * llama.vocabulary / 1e9:.1f} GB.",
 )
 
 # %% [markdown]

@@ -222,10 +222,13 @@ def values(name, rate, what):
     return [run[what] for run in sweeps[name][rate]]
 
 
+FIRST = 10  # left singular vectors of a matrix that are examined
+
+
 def intruded(run, threshold):
-    """Intruder dimensions among the first ten of a matrix, on average."""
+    """Intruder dimensions among the first of a matrix, on average."""
     similar = torch.tensor(run["similar"])
-    return 10 * spectra.intruders(similar, threshold) / len(similar)
+    return FIRST * spectra.intruders(similar, threshold) / len(similar)
 
 
 rates = {
@@ -320,7 +323,7 @@ low = mean["r = 8", "forgotten"] - statistics.mean(excess["r = 8"])
 chapter.show(
     figure,
     "tradeoff",
-    alt="Loss of the novel against gain for full fine-tuning and LoRA of rank 1, rank 8 and rank 64, one line a seed through the rates. All lines begin at the origin. Where the lines of LoRA end, that of full fine-tuning lies lowest, then those of rank 64, rank 8 and rank 1. Large dots at the best rates: those of full fine-tuning lie beyond the end of their lines, higher than all others by a factor of more than two.",
+    alt=f"Loss of the novel against gain for full fine-tuning and LoRA of rank 1, rank 8 and rank 64, one line a seed through the rates. All lines begin at the origin. Where the lines of LoRA end, that of full fine-tuning lies lowest, then those of rank 64, rank 8 and rank 1. Large dots at the best rates: those of full fine-tuning lie beyond the end of their lines, at {mean['full fine-tuning', 'forgotten'] / max(mean[n, 'forgotten'] for n in METHODS[1:]):.1f} times the height of the next.",
     caption=f"At its best rate (large dots) LoRA of rank 8 loses {mean['r = 8', 'forgotten']:.2f} nats of the novel and full fine-tuning {mean['full fine-tuning', 'forgotten']:.2f}. At the gain of that LoRA, the line of full fine-tuning has lost {low:.2f}.",
 )
 
@@ -356,21 +359,27 @@ count = results.table(rows)
 
 # %% tags=["fold"]
 figure, ax = plots.axes(
-    x="size of the update, ‖ΔW‖/‖W₀‖", y="intruder dimensions of 10", size=(6.4, 3.6)
+    x="size of the update, ‖ΔW‖/‖W₀‖",
+    y=f"intruder dimensions of {FIRST}",
+    size=(6.4, 3.6),
 )
+with_some, most = [], {}
 for color, name in zip(plots.PALETTE, METHODS, strict=False):
     sizes, found = (
         [v for rate in sweeps[name] for v in values(name, rate, what)]
         for what in ("size", "intruders")
     )
     ax.plot(sizes, found, "o", color=color, markersize=5, label=NAMES[name])
+    with_some += [v for v, intruders in zip(sizes, found, strict=True) if intruders]
+    most[name] = found[sizes.index(max(sizes))]
 ax.set(xscale="log")
 ax.legend()
+grown = ", ".join(f"{NAMES[name]} {n:.1f}" for name, n in most.items())
 chapter.show(
     figure,
     "intruders",
-    alt="Intruder dimensions against the size of the update on a logarithmic axis. All four methods have none below a twentieth of the size of the weight and gain them as the update grows; rank 1 levels off at one, the others rise to between three and nine.",
-    caption=f"At its best rate LoRA of rank 8 has {mean['r = 8', 'intruders']:.1f} intruders among the first ten directions of a matrix, full fine-tuning {mean['full fine-tuning', 'intruders']:.1f}; at the next larger rate full fine-tuning has {statistics.mean(values('full fine-tuning', larger, 'intruders')):.1f}.",
+    alt=f"Intruder dimensions against the size of the update on a logarithmic axis. No method has any below {min(with_some, default=0):.2f} of the size of the weight, and all gain them as the update grows. At the largest update of each: {grown}.",
+    caption=f"At its best rate LoRA of rank 8 has {mean['r = 8', 'intruders']:.1f} intruders among the first {FIRST} directions of a matrix, full fine-tuning {mean['full fine-tuning', 'intruders']:.1f}; at the next larger rate full fine-tuning has {statistics.mean(values('full fine-tuning', larger, 'intruders')):.1f}.",
 )
 
 # %% [markdown]

@@ -30,6 +30,31 @@ NAMES = re.compile(
     r"\bL(lama|LaMA) \d(\.\d)?( \d+B)?|\b\d+[ -]bits?\b|\bsold as \d+ GB"
     r"|\b(rank|row|block|layer) \d+\b|\bn = \d+"
 )
+# Number words in the text of a figure: counts, shares, and "one" as a value.
+COUNTS = (
+    r"(two|three|four|five|six|seven|eight|nine|ten|eleven|twelve|dozens?|\w+teen"
+    r"|(twenty|thirty|forty|fifty|sixty|seventy|eighty|ninety)(-\w+)?"
+    r"|hundreds?|thousands?)"
+)
+WORD = re.compile(
+    rf"\b({COUNTS}|half (as|of|the)|twice|thrice"
+    r"|(third|quarter|fifth|tenth|twentieth|hundredth|thousandth)s? of)\b"
+    r"|\b(minus|at|to|from|by|between|above|below|left|around|than) one"
+    r"(?=[.,;:]|$| (and|to|by|are|is)\b)",
+    re.IGNORECASE,
+)
+# What a figure is made of, and what an experiment sets out with: these do not vary.
+PARTS = (
+    r"(panels?|bars?|lines?|curves?|rows?|columns?|points?|dots?|ticks?|crosses|slices"
+    r"|areas?|boxes|colours|axes|adapters a block|thin matrices|codebooks|formats|kinds"
+    r"|methods|mistakes|models|prompts|rates|runs|seeds|starts|ways|cards)"
+)
+COUNTED = re.compile(
+    rf"\b((all|these|other) {COUNTS}\b(?! times)"
+    rf"|{COUNTS}( (?!times)[\w'-]+){{0,2}} {PARTS}\b"
+    rf"|({COUNTS} and )?{COUNTS} bits|powers? of two)\b",
+    re.IGNORECASE,
+)
 NO_NUMBER = re.compile(r"`[^`]*`|\$[^$]*\$|\[[^]]*\]\([^)]*\)")  # code, formula, link
 
 
@@ -142,6 +167,11 @@ def words(node: ast.expr | None) -> str:
 def typed(text: str) -> list[str]:
     """Return the numbers in a text from `words` that no cell fills in."""
     return [found[0] for found in TYPED.finditer(NAMES.sub("", text))]
+
+
+def worded(text: str) -> list[str]:
+    """Return the number words in a figure's text that count no part of the figure."""
+    return [found[0] for found in WORD.finditer(COUNTED.sub("", text))]
 
 
 def vague(text: str) -> list[str]:

@@ -9,7 +9,16 @@ from book import Folders, chapter
 
 from minipeft.lab import memory
 from minipeft.lab.memory import LLAMA_7B
-from tests.book.statements import TRAINED, Asserts, calls, sweeps, typed, vague, words
+from tests.book.statements import (
+    TRAINED,
+    Asserts,
+    calls,
+    sweeps,
+    typed,
+    vague,
+    worded,
+    words,
+)
 
 ROOT = Path(__file__).parents[2]
 CHAPTERS = chapter.read_all(Folders(ROOT).chapters)
@@ -79,6 +88,12 @@ def test_every_figure_has_a_caption_besides_its_alternative_text(script):
 @by_name
 def test_the_text_of_a_figure_has_its_numbers_from_the_cell(script):
     assert [typed(text) for pair in texts(script) for text in pair if typed(text)] == []
+
+
+@by_name
+def test_a_number_word_in_the_text_of_a_figure_counts_its_parts(script):
+    found = [worded(text) for pair in texts(script) for text in pair]
+    assert [words for words in found if words] == []
 
 
 TRAINING = """
