@@ -170,7 +170,7 @@ def share_of_7b(r):
 # Numbers of one chapter that another chapter quotes, and their sources.
 TOLD = [
     ("13_bottleneck", "three seeds of LoRA alone lie {:.2f} nats apart", apart("LoRA")),
-    ("15_prompt", "more than the {:,} of [IA3]", of_seventeen("IA3")["trained"]),
+    ("15_prompt", "fewer than the {:,} of [IA3]", of_seventeen("IA3")["trained"]),
     ("01_lora", "it is {:.1f} % at eight times the rank", share_of_7b(64)),
     ("17_side_by_side", "a rank of 8 is {:.1f} % of the parameters", share_of_7b(8)),
 ]
