@@ -3,7 +3,7 @@
 #
 # LoRA trains two thin matrices for every layer. VeRA [@kopiczko2023] draws one pair of random matrices, freezes it, uses it in *all* layers,
 # and trains two vectors for each layer that scale it. A file then needs only those vectors and a seed, provided that every program draws the same
-# numbers from that seed. The first half of this chapter is about VeRA, and the second about drawing the same numbers.
+# numbers from that seed. One section of this chapter is about drawing the same numbers, and the others are about VeRA.
 
 # %%
 import copy

@@ -299,10 +299,11 @@ for color, (name, history) in zip(plots.PALETTE, histories.items(), strict=False
     curve = plots.smooth(history.losses, 6)
     ax.plot(np.arange(1, len(curve) + 1), curve, color=color, label=name)
 ax.legend()
+ends = {name: plots.smooth(h.losses, 6)[-1] for name, h in histories.items()}
 chapter.show(
     figure,
     "two-bits",
-    alt="Training loss over the steps of four quantized models, each at its best rate. QLoRA in two bits is highest throughout, LoftQ in two bits lies below it, two and four bits mixed below that, and QLoRA in four bits is lowest.",
+    alt=f"Training loss over the steps of four quantized models, each at its best rate. All lines fall. At the last step, from the highest to the lowest: {'; '.join(sorted(ends, key=ends.get, reverse=True))}.",
     caption=f"In two bits QLoRA ends at {after['QLoRA, NF2']:.2f} nats on the held-out definitions and LoftQ at {after['LoftQ, NF2']:.2f}; two and four bits mixed reach {after['LoftQ, 2 and 4 bits']:.2f}, four bits {after['QLoRA, NF4']:.2f}.",
 )
 
