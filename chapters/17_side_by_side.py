@@ -45,7 +45,7 @@ chapter = start("17_side_by_side", steps=10, model="tiny")
 # %% [markdown]
 # ## The problem
 #
-# Papers compare methods, and their tables do not agree with each other. The usual reason is not a mistake but a setting: a learning rate that was tuned for the
+# Papers compare methods, and their tables do not agree with each other. That need not be a mistake. One reason is a setting: a learning rate that was tuned for the
 # new method and taken over for the old one. Lee and others tuned it for LoRA and nine of its variants, on models of several sizes, and the best results of all of them lay within 1 to 2 %
 # [@lee2026]. So a fair comparison needs rules:
 #

@@ -606,8 +606,8 @@ else:
 # ## What goes wrong in practice
 #
 # - **4 bits, and slower.** Until 2026 bitsandbytes had a fused kernel for a single row only ([884](https://github.com/bitsandbytes-foundation/bitsandbytes/issues/884)), and everything else dequantized first: reports of 4 bits running behind 8 or 16
-#   ([518](https://github.com/bitsandbytes-foundation/bitsandbytes/issues/518), [611](https://github.com/bitsandbytes-foundation/bitsandbytes/issues/611)) look like the second curve of the figure. Then came kernels for up to 64 rows
-#   ([1949](https://github.com/bitsandbytes-foundation/bitsandbytes/pull/1949)).
+#   ([518](https://github.com/bitsandbytes-foundation/bitsandbytes/issues/518), [611](https://github.com/bitsandbytes-foundation/bitsandbytes/issues/611)) look like the second curve of the figure. Then came kernels for more rows
+#   ([1949](https://github.com/bitsandbytes-foundation/bitsandbytes/pull/1949)). Up to how many rows they are used depends on the GPU and on the shape of the weight.
 # - **Indices of 32 bits.** A tensor of $2^{30}$ weights is a large embedding. Beyond it, bitsandbytes' quantization computed its indices in `int` and they overflowed ([1784](https://github.com/bitsandbytes-foundation/bitsandbytes/pull/1784)). The sizes in our launches are 64 bits wide.
 # - **Fast maths.** `--use_fast_math` replaces division by an approximation and flushes small numbers to zero. bitsandbytes is built with it, so near a boundary its codes may differ. CuPy adds `-ftz=true` to everything that it compiles from source; our launcher
 #   compiles by itself for that reason.

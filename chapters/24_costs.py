@@ -158,7 +158,7 @@ assert cli.main(["memory", str(file), *asked]) == 0
 
 # %% [markdown]
 # Three parts are not quantized. The table of **embeddings** is looked up and never multiplied, so that bitsandbytes, which replaces linear layers, does not see it. The **output layer** is a linear layer, but an error in its weights changes the probabilities of the words directly, and
-# it is left out by custom. **Norms** are vectors. In a model with **experts** most loaders leave out the largest part of all: experts are stacks of matrices and no linear layers. Ours quantizes them; `--exact-experts` counts what happens where they stay.
+# it is left out by custom. **Norms** are vectors. In a model with **experts** a loader that replaces linear layers leaves out the largest part of all, where the experts are stacks of matrices and no linear layers. Ours quantizes them; `--exact-experts` counts what happens where they stay.
 
 # %%
 file.write_text(
@@ -296,7 +296,7 @@ chapter.show(
 # %% [markdown]
 # ## What goes wrong in practice
 #
-# - **A sum instead of the peak.** Weights, gradients, states and kept activations need not be in memory at the same moment: gradients grow while activations shrink. The peak can leave some of them out, and has two buffers at the loss or the optimizer's copy besides.
+# - **A sum instead of the peak.** Weights, gradients, states and kept activations need not all be in memory at one moment: gradients grow while activations shrink. So the peak can be smaller than their sum. It can also be larger, because at the loss there are two buffers that the sum does not count, and in the optimizer's step a copy.
 # - **A frozen matrix that keeps its input.** The counts of this chapter found one in our own code: over a base of 16 bits, VeRA and MiSS kept the input of every layer for the gradient of a matrix that is frozen. The prediction was lower than the measurement, and the code was wrong, not the formula.
 # - **The size on the box.** A card sold as 24 GB holds between {=f"{23_028 * 2**20 / 1e9:.1f}"=} and {=f"{24_576 * 2**20 / 1e9:.1f}"=} GB. The command compares with what `nvidia-smi` reports.
 # - **What no formula here counts**: the allocator's fragments, a kernel's workspace, the driver's few hundred megabytes, masks of dropout.
