@@ -482,11 +482,11 @@ ax.legend()
 chapter.show(figure, "capstone", alt=alt, caption=caption)
 
 # %% [markdown]
-# SmolLM2 is asked in its chat template. Before training its answers have the form of an encyclopedia's, afterwards that of a definition. The loss does not measure whether they are witty.
+# SmolLM2 is asked in its chat template. Before training its answers have the form of an encyclopedia's, afterwards that of a definition. The loss does not measure whether they are witty, or true. `tiny` has a million parameters: after training its sentences begin like definitions, and many of their words do not exist.
 #
 # ## Eight billion parameters on 24 GB
 #
-# The usual walk-through has rank 16 on every linear layer, batches of one and four of them accumulated in a step: the setting of this chapter. On Llama 3.1 8B it is one command:
+# This chapter trains rank 16 on every linear layer, with batches of one example, four of them accumulated in a step. On Llama 3.1 8B the same setting is one command:
 #
 # ```
 # python chapters/26_capstone.py --model path/to/Llama-3.1-8B --method qlora \
