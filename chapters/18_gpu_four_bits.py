@@ -226,7 +226,7 @@ chapter.show(
 # - **Neighbours take neighbouring 16 bytes**: everything fetched is wanted, and one instruction moves 512 bytes. 16 bytes are the most that a lane of these devices can load at once.
 # - **A byte each** wastes nothing either, but needs sixteen instructions and sixteen addresses for the same bytes.
 # - **Each lane its own row, or its own block**, is how one would write it for a CPU. Half of what is fetched is wanted, or a thirty-second part. The next load of the same lane may find the rest in a cache, if nothing has displaced it.
-# - **Each scale in front of its codes** is the layout of many files: in GGUF's `Q4_1`, four bytes for scale and offset, then 16 of codes, for every 32 weights. A CPU reads it well. On a GPU a block begins at every 20th byte, so the codes of only one block in four begin at a multiple of 16, as a load of 16 bytes must, and a load of four finds {=f"{shares['each scale in front of its codes'].mean():.0%}"=} of its sectors useful.
+# - **Each scale in front of its codes** is the layout of many files: in GGUF's `Q4_1`, four bytes for scale and offset, then 16 of codes, for every 32 weights. A CPU reads it well. On a GPU a block begins at every 20th byte, so the codes of only one block in four begin at a multiple of 16, as a load of 16 bytes must, and a load of four bytes by each lane wants {=f"{shares['each scale in front of its codes'].mean():.0%}"=} of the bytes that are fetched.
 #
 # Stores obey the same law, with one more difficulty. A lane that loaded 16 bytes holds 32 codes, which become 64 bytes of float16: four stores. If each lane stores its own, then in each of the four the lanes are 64 bytes apart.
 
@@ -592,7 +592,7 @@ else:
     assert not wrong
 
 # %% [markdown]
-# `make gpu` runs all that only a device can show, this chapter and the others too, in stages of at most nine minutes, and writes a folder of results. It stands here once somebody has run it and committed it:
+# `make gpu` runs all that only a device can show, this chapter and the others too, in stages of at most nine minutes, and writes a folder of results. Its summary is shown here as soon as somebody has run this and committed the folder:
 
 # %%
 results = Path("chapters/results/gpu/gpu.md")
