@@ -152,6 +152,26 @@ def test_a_number_that_was_typed_is_found(source, found):
     assert typed(words(ast.parse(source, mode="eval").body)) == found
 
 
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        (
+            "it levels off at one, and rises to three or nine.",
+            ["at one", "three", "nine"],
+        ),
+        ("Three panels, two thin lines in each; all three rise, in two bits.", []),
+        ("It ends twice as high, at a tenth of the rest.", ["twice", "tenth of"]),
+        ("Grey bars mark six matrices; a scale is a power of two.", ["six"]),
+        (
+            "Seven times lower bars, over eight steps of one thousand.",
+            ["Seven", "eight", "thousand"],
+        ),
+    ],
+)
+def test_a_number_word_that_counts_no_part_of_a_figure_is_found(text, found):
+    assert worded(text) == found
+
+
 def of_seventeen(method):
     path = ROOT / "chapters" / "results" / "17_side_by_side.json"
     return json.loads(path.read_text())["methods"][method]
