@@ -549,18 +549,19 @@ if as_in_the_book:
         learned["full fine-tuning"] < learned["rsLoRA"] < learned["LoRA"],
         control="LoRA at rank 8",
     )
-    assert gentle["validation"] < min(learned.values())
-    assert gentle["novel"] - before["novel"] < forgot["LoRA"]
+    chapter.claim(
+        "at the smaller rate training everything learns most and forgets less",
+        gentle["validation"] < min(learned.values())
+        and gentle["novel"] - before["novel"] < forgot["LoRA"],
+        control="every adapter, and LoRA, at its best rate",
+    )
     chapter.claim(
         "the seeds of prompt tuning differ most",
         max(METHODS, key=lambda n: spread(n, "validation")) == "prompt",
         control="the seeds of every other method",
     )
-    chapter.claim(
-        "VeRA needs most memory",
-        max(memory, key=memory.get) == "VeRA",
-        control="full fine-tuning, and every other method",
-    )
+    most = max(memory, key=memory.get)
+    chapter.claim("VeRA needs most memory", most == "VeRA", "every other method")
     check("this build", quick, untrained)
     for name, method in full["methods"].items():
         assert now[name]["trained"] == method["trained"]
