@@ -313,8 +313,8 @@ chapter.show(
 # frequencies, {=f"{unigram:.2f}"=}. The reason is the random table, which stays frozen: with the table trained as well, it ends at {=f"{with_table:.2f}"=}. Full training of the *same* random weights
 # trains the table too and ends at {=f"{from_random:.2f}"=}. Both lie at most {=f"{unigram - min(with_table, from_random):.2f}"=} nats below the token frequencies. {=chapter.steps=} steps on {=8 * chapter.steps=} definitions are too few to learn the language from random weights, with an adapter or without.
 #
-# So the figure shows two things. Of the way from random weights ({=f"{at_random:.2f}"=}) to the fine-tuned model, `tiny` had gone {=f"{(at_random - start_loss) / (at_random - last['full fine-tuning']):.0%}"=} before
-# fine-tuning began. And rank 8 is enough for
+# So the figure shows two things. From random weights ({=f"{at_random:.2f}"=}) to the fine-tuned model ({=f"{last['full fine-tuning']:.2f}"=}) the loss falls, and {=f"{(at_random - start_loss) / (at_random - last['full fine-tuning']):.0%}"=} of this fall was the work of
+# pretraining. And rank 8 is enough for
 # {=f"{100 * share:.0f}"=} % of what {=chapter.steps=} steps of training all weights add. It does not show *how* the update works, nor that LoRA would keep up in a longer run.
 #
 # And the definitions? The prompts are words that no run was trained on.
@@ -385,9 +385,9 @@ print("unmerged: every weight and every logit as before, bit for bit")
 #
 #     @source minipeft.reference.experts.check_tokens
 #
-# In torch the module of experts is called as it is. It indexes a tensor by an expert, or takes runs of tokens; the two thin matrices go along with the weight to the product, and
-# the update of a whole stack is never formed. The target is the name of the module. Routers are no target of `"all-linear"`, and neither are experts: their adapters would
-# be many times the others.
+# In torch the module of experts is called as it is. Inside, it takes the weight of one expert after another, or multiplies many tokens by the weights of their experts at once. Wherever it uses a weight, the two thin
+# matrices of the expert are applied as well, and the update of a whole stack is never formed. The target is the name of the module. Routers are no target of `"all-linear"`, and neither are experts: their adapters
+# together would be many times as large as all the others.
 #
 # How much of a model lies in its experts? The count needs no memory, because the model is built without its weights:
 

@@ -239,7 +239,7 @@ chapter.show(
 # The state shrinks {=f"{shrunk:.1f}"=} times, a little less than $8 / 2.03$ because small tensors keep their 32 bits. The losses on held-out text
 # differ by {=f"{abs(gap):.4f}"=} nats, where training gains {=f"{gained:.2f}"=}. Here the embedding table has 8-bit states too; the embedding layer of the authors' library keeps 32 bits. With 32 bits for it the loss is
 # {=f"{final['8 bits, embeddings 32']:.4f}"=} instead of {=f"{final['8 bits']:.4f}"=}. One learning rate, one seed, a small model and {=chapter.steps=} steps: that does not show that nothing is lost. The next experiment looks for
-# a loss on purpose.
+# damage on purpose.
 #
 # ## The experiment: which weights suffer?
 #

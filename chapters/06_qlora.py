@@ -107,7 +107,7 @@ print("merged into the dequantized weight: the same output, bit for bit")
 #
 # ## The experiment: what is kept until the backward pass
 #
-# "Decoded once more" is the line of the code that saves the memory. A simpler layer calls torch's `linear` on the decoded weight. Then autograd keeps that weight
+# Decoding the weight once more in the backward pass is what saves the memory. A simpler layer calls torch's `linear` on the decoded weight. Then autograd keeps that weight
 # for the backward pass, and at the end of the forward pass every layer's is there at the same time. Four layers of width 1,024 in bfloat16, three ways:
 
 

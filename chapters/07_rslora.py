@@ -1,7 +1,7 @@
 # %% [markdown]
 # # rsLoRA: what the rank may not change
 #
-# LoRA divides its update by the rank: $s = \alpha / r$. The aim is that one can change $r$ and keep the learning rate. The author of rsLoRA [@kalajdzievski2023] says that the power is wrong: with
+# LoRA divides its update by the rank: $s = \alpha / r$. The aim is that one can change $r$ and keep the learning rate. The author of rsLoRA [@kalajdzievski2023] says that this power of $r$ is wrong: with
 # $\alpha/r$ the update becomes small as $r$ grows, so that large ranks learn no better than small ones; it should be $\alpha/\sqrt r$. This chapter derives when that is so, and measures
 # that the answer depends on the optimizer.
 

@@ -240,8 +240,8 @@ chapter.show(
 #
 # - **The pair is not reproducible.** peft warns that it cannot promise the same numbers on all devices and in all future versions, and by default stores $A$ and $B$ with the
 #   adapter: {=f"{2 * 256 * 3072 * 4 / 1e6:.1f}"=} MB beside half a megabyte of vectors for a model of width 3,072
-#   ([peft 1039](https://github.com/huggingface/peft/pull/1039), [peft 1564](https://github.com/huggingface/peft/pull/1564)). A written-down stream is the
-#   other way out.
+#   ([peft 1039](https://github.com/huggingface/peft/pull/1039), [peft 1564](https://github.com/huggingface/peft/pull/1564)). The other way is to
+#   specify the stream of random numbers, as above.
 # - **A generator on the GPU** gives other numbers than one on the CPU. Our code always uses the CPU's stream.
 # - **Another set of target layers** changes the largest sizes and with them the pair, as shown above.
 # - **A pair rounded to bfloat16** is another pair. Here it stays in float32, also over a base of 16 bits.

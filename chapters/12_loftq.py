@@ -251,7 +251,7 @@ for name in ("NF4", "NF2"):
 
 # %% [markdown]
 # Four bits cost {=f"{loss['QLoRA, NF4'][0] - loss['32 bits'][0]:.3f}"=} nats on Austen, two bits {=f"{loss['QLoRA, NF2'][0] - loss['32 bits'][0]:.3f}"=}. LoftQ wins back
-# {=f"{100 * (loss['QLoRA, NF2'][0] - loss['LoftQ, NF2'][0]) / (loss['QLoRA, NF2'][0] - loss['32 bits'][0]):.0f}"=} % of what two bits lost. It is computed from the weights alone, without any text.
+# {=f"{100 * (loss['QLoRA, NF2'][0] - loss['LoftQ, NF2'][0]) / (loss['QLoRA, NF2'][0] - loss['32 bits'][0]):.0f}"=} % of what two bits lost. Its start is computed from the weights alone, without any text.
 #
 # The last row mixes. With an average of three bits per weight to spend, {=len(mixed)=} of {=len(LINEAR)=} layers get four and the others two. The paper gives four to the
 # first layers of the model; here they go to the layers where two more bits remove most error for each value.
