@@ -529,7 +529,7 @@ assert 0 < moved < 0.001
 # - **Rows that are not a multiple of the block.** Blocks run across rows. The AVX-512 kernel of bitsandbytes
 #   finds the scale of column $j$ in row $i$ by dividing within the row. This is wrong when the row length is
 #   no multiple of the block: in a (1152, 4304) matrix, {=f"{100 * misread:.1f}"=} % of the values are decoded
-#   with another block's scale, and only those whose code means 0 come out right. The golden vectors have such a matrix. The first exercise builds this bug.
+#   with another block's scale, and only those whose code means 0 come out right. [The vectors](../bugs.md) have found it in version 0.50.2. The first exercise builds this bug.
 # - **Nibbles in the other order.** One back end packed the first code low, another high
 #   ([bitsandbytes 1472](https://github.com/bitsandbytes-foundation/bitsandbytes/pull/1472)); a vector of two
 #   elements finds it.
