@@ -76,6 +76,10 @@ print(*sorted({f"{update.scaling:.3f}" for update in adapter.updates.values()}))
 #
 # ## The code
 #
+# Which settings hold for one layer, as peft reads them:
+#
+# @source minipeft.reference.adapter_files.settings
+#
 # The merge, a block of rows at a time:
 #
 # @source minipeft.interop.update.merged

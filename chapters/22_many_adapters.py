@@ -66,6 +66,7 @@ assert whole_bytes > 100 * adapter_bytes
 #
 # @source minipeft.torch.lora_batched.stack
 #
+# @source minipeft.reference.lora_batched.forward
 # @source minipeft.torch.lora_batched.forward
 #
 # Any other method goes through its own layer, once for all rows that share an adapter; the base is not computed again:

@@ -24,6 +24,7 @@ import numpy as np
 import minipeft.reference
 from minipeft.reference import (
     adamw,
+    adapter_files,
     attention,
     blockwise,
     bottleneck,
@@ -33,6 +34,7 @@ from minipeft.reference import (
     ia3,
     loftq,
     lora,
+    lora_batched,
     microscaling,
     paged,
     pissa,
@@ -84,6 +86,7 @@ CALLED = {
         "flat": "W",
         "update": "adapter",
         "initial": "adapter|initial",
+        **{"one": "adapter|one", "other": "adapter|other"},
         "states": "states|a state",
     },
     **{"absmax_codes": "the scales", "nested_absmax": "the scales"},
@@ -146,6 +149,10 @@ def operands(row: ModuleType) -> dict[str, object]:
         **{"prefix": prefix.Prefix(f32(2, 5), f32(2, 6)), "X": f32(2, 3, 5)},
         **{"prompt": prompt.Prompt(f32(2, 5)), "h": f32(3, 5), "bottleneck": 2},
         **{"given": {"x": f32(3, 5), "grad_y": f32(3, 4)}},
+        **{"one": update, "other": lora.LoRA(f32(3, 5), f32(4, 3), 2.0)},
+        **{"weight": 0.5, "other_weight": -1.0, "layer": "head"},
+        **{"share": 0.5, "module": "a.b", "config": {"r": 2, "lora_alpha": 4}},
+        "parts": adapter_files.Parts(f32(2, 5), f32(4, 2), f32(4), f32(4)),
         **{"sublayers": (np.tanh, np.negative), "rank_stabilized": True},
     }
     small = bottleneck.Bottleneck(f32(2, 5), f32(2), f32(5, 2), f32(5), 0.5)
@@ -154,6 +161,11 @@ def operands(row: ModuleType) -> dict[str, object]:
         **{row.module: {"adapter": new_adapter(row)} for row in PARAMETRIZATIONS},
         bottleneck: {"adapter": small, "grad_y": f32(3, 5), "adapters": (small, small)},
         loftq: {"q": q},
+        lora_batched: {
+            "x": f32(3, 2, 5),
+            "adapters": lora_batched.Adapters(f32(6, 2, 5), f32(6, 4, 2), f32(6)),
+            "indices": np.array([5, -1, 0]),
+        },
         microscaling: {
             "W": f32(2, 32),
             "mx": microscaling.quantize_mxfp4(f32(2, 32)),
@@ -184,6 +196,7 @@ def operands(row: ModuleType) -> dict[str, object]:
             "chosen": np.array([0, 2, 1, 0, 2, 2]),
         },
     }
+    own[lora] = {**own[lora], "E": f32(4, 5)}
     return common | own.get(row, {})
 
 

@@ -96,6 +96,47 @@ RANK_STABILIZED = boolean("Whether the scaling is alpha/sqrt(r).")
 SCALING = number("The factor of the change.")
 SIDE = word("Which side of the layer l scales.", "output", "input")
 
+# Several adapters, and the files of one
+ADAPTERS = {
+    "A": tensor("(n, r, in_features)", "The matrix of each adapter that reads."),
+    "B": tensor("(n, out_features, r)", "The matrix of each that writes."),
+    "scaling": tensor("(n,)", "The scaling of each."),
+}
+NO_ADAPTER = 255
+INDICES = tensor(
+    "(requests,)", "The adapter of each request, from 0 on; 255: none.", "uint8"
+)
+OTHER_A = tensor("(q, in_features)", "The matrix of the other adapter that reads.")
+OTHER_B = tensor("(out_features, q)", "The matrix of the other that writes.")
+TABLE = tensor("(tokens, features)", "The embedding, which is the head's weight too.")
+MODULE = Argument("The layer's name in the model.", {"type": "string"})
+_NUMBER = {"type": "number"}
+_INTEGER = {"type": "integer"}
+_FLAG = {"type": "boolean"}
+CONFIG = Argument(
+    "The settings in adapter_config.json, by peft's names. What is not there is false, "
+    "or empty. The keys of patterns are regular expressions for the ends of names.",
+    {
+        "type": "object",
+        "additionalProperties": False,
+        "required": ["r", "lora_alpha"],
+        "properties": {
+            "r": _INTEGER,
+            "lora_alpha": _NUMBER,
+            "use_rslora": _FLAG,
+            "rank_pattern": {"type": "object", "additionalProperties": _INTEGER},
+            "alpha_pattern": {"type": "object", "additionalProperties": _NUMBER},
+            "fan_in_fan_out": _FLAG,
+            "bias": {"enum": ["none", "all", "lora_only"]},
+            "lora_bias": _FLAG,
+        },
+    },
+)
+STORED = tensor(
+    "(out_features, in_features), with fan_in_fan_out (in_features, out_features)",
+    "The weight, as the base stores it.",
+)
+
 # A codec
 VALUES = tensor("any", "The values, read row by row.", *FLOATS)
 PACKED = tensor("(ceil(n / 2),)", "Two codes in a byte, the first one high.", "uint8")

@@ -51,11 +51,11 @@ def _wrong(rule: str, got: Tensor, expected: Tensor, magnitude: Tensor | None) -
     if name == "bitwise":
         return np.asarray(got.bits() != expected.bits())  # scalars give no array
     if name == "ulp":
-        return _ulps(got, expected) > int(count)
+        return np.asarray(_ulps(got, expected) > int(count))
     if name == "gamma" and magnitude is not None:
         bound = gamma(int(count), expected.dtype) * magnitude.numbers()
         # Written as "not within", so that NaN counts as a difference.
-        return ~(np.abs(got.numbers() - expected.numbers()) <= bound)
+        return np.asarray(~(np.abs(got.numbers() - expected.numbers()) <= bound))
     raise InputError(f"compare rule is {rule!r}; write bitwise, ulp:n or gamma:n.")
 
 

@@ -187,7 +187,8 @@ def _magnitudes(operation: str, spec: Spec) -> Named:
 
 
 def _round_up(array: Array) -> Array:
-    return np.nextafter(array.astype(np.float32), F32_INFINITY)
+    # Of a number without axes NumPy would return no array.
+    return np.asarray(np.nextafter(array.astype(np.float32), F32_INFINITY))
 
 
 def _double(array: Array) -> Array:

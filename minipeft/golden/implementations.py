@@ -74,7 +74,10 @@ class Functions:
 
     def offers(self, operation: str) -> bool:
         """Tell whether the implementation has such a function."""
-        return callable(self._find(operation))
+        try:
+            return callable(self._find(operation))
+        except Unsupported:  # which it says once it is asked
+            return True
 
     def run(self, case: Case) -> Tensors:
         """Call the function, every argument by name."""
@@ -123,7 +126,13 @@ def _driver(package: str, operation: str) -> Callable[..., Any] | None:
     path = f"{package}.{OPERATIONS[operation].row}"
     if importlib.util.find_spec(path) is None:
         return None
-    return getattr(importlib.import_module(path), operation, None)
+    try:
+        return getattr(importlib.import_module(path), operation, None)
+    except ModuleNotFoundError as error:  # a package that this row alone needs
+        name = error.name or ""
+        if name.startswith("minipeft"):
+            raise
+        raise Unsupported(f"{path} needs {name}; run: pip install {name}") from None
 
 
 def _stranger(name: str) -> ModuleType:

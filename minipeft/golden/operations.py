@@ -11,6 +11,7 @@ from dataclasses import replace
 from minipeft.golden import arguments as a
 from minipeft.golden.arguments import Operation as Operation
 from minipeft.golden.arguments import exact, integer, number, tensor, word
+from minipeft.golden.operations_on_adapters import ON_ADAPTERS
 
 _QUANTIZE = Operation(
     row="blockwise",
@@ -93,37 +94,7 @@ OPERATIONS: dict[str, Operation] = {
         parameters=a.LORA_SCALING,
         outputs={"merged": a.MERGED_WEIGHT},
     ),
-    "experts_forward": Operation(
-        row="experts",
-        tensors={
-            "x": a.X,
-            "chosen": a.CHOSEN,
-            **a.EXPERTS,
-            "bias": a.optional(tensor("(experts, out_features)", "The frozen biases.")),
-        },
-        parameters=a.LORA_SCALING,
-        outputs={"y": a.Y},
-    ),
-    "experts_backward": Operation(
-        row="experts",
-        tensors={"grad_y": a.GRAD_Y, "x": a.X, "chosen": a.CHOSEN, **a.EXPERTS},
-        parameters=a.LORA_SCALING,
-        outputs={
-            "grad_x": a.GRAD_X,
-            "grad_A": a.gradient("A", a.EXPERTS["A"]),
-            "grad_B": a.gradient("B", a.EXPERTS["B"]),
-        },
-    ),
-    "experts_merge": Operation(
-        row="experts",
-        tensors=a.EXPERTS,
-        parameters=a.LORA_SCALING,
-        outputs={
-            "merged": tensor(
-                "(experts, out_features, in_features)", "W and the updates."
-            )
-        },
-    ),
+    **ON_ADAPTERS,
     "pissa_init": Operation(
         row="pissa",
         tensors={"W": a.W},

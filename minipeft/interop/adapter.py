@@ -60,13 +60,10 @@ class Adapter:
             _check(name, update, names[name])
         for name, bias in biases.items():
             _check_shape(name, tuple(bias.shape), names[name])
-        return Adapter(
-            updates,
-            biases,
-            {_found(n, names, new=True): t for n, t in self.saved.items()},
-            self.config,
-            self.metadata,
-        )
+        saved = {_found(n, names, new=True): t for n, t in self.saved.items()}
+        for name in _lone_biases(saved, names):
+            _check_shape(name, tuple(saved[name].shape), names[name])
+        return Adapter(updates, biases, saved, self.config, self.metadata)
 
 
 def _found(name: str, names: Mapping[str, object], new: bool = False) -> str:
@@ -77,6 +74,12 @@ def _found(name: str, names: Mapping[str, object], new: bool = False) -> str:
             "that it was trained on"
         )
     return found or name
+
+
+def _lone_biases(saved: Mapping[str, Tensor], names: Mapping[str, About]) -> list[str]:
+    """Return the biases that are replaced while their weights stay."""
+    ends = [name for name in saved if name.endswith(".bias") and name in names]
+    return [n for n in ends if f"{n.removesuffix('.bias')}.weight" not in saved]
 
 
 def _check(name: str, update: Update, about: About) -> None:

@@ -25,6 +25,7 @@ from minipeft.interop.gguf_names import family, heads_turned, names, turn, turn_
 from minipeft.interop.rounding import Q8, Cast, Rounding, Through
 from minipeft.interop.tensors import PIECE, About, Tensors, in_pieces
 from minipeft.interop.update import merged
+from minipeft.values import check_integer
 
 TYPES = {
     "F32": gguf.GGMLQuantizationType.F32,
@@ -38,8 +39,24 @@ FILE_TYPES = {
     "BF16": gguf.LlamaFileType.MOSTLY_BF16,
     "Q8_0": gguf.LlamaFileType.MOSTLY_Q8_0,
 }
+ALPHA = 0.0  # in every adapter that is written here: B holds the scale
 Config = Mapping[str, Any]
 Plan = dict[str, tuple[tuple[int, ...], gguf.GGMLQuantizationType]]
+
+
+def scaling(alpha: float, r: int, share: float = 1.0) -> float:
+    """Return the factor of B A in llama.cpp.
+
+    Args:
+        alpha: `adapter.lora.alpha` in the file; 0 stands for "scale 1".
+        r: the rank of the matrices.
+        share: what the user sets with `--lora-scaled`.
+
+    Raises:
+        InputError: r is below 1.
+    """
+    check_integer("r", r, 1)
+    return share * alpha / r if alpha else share
 
 
 def write_lora(path: str | Path, adapter: Adapter, config: Config) -> None:
@@ -60,11 +77,12 @@ def write_lora(path: str | Path, adapter: Adapter, config: Config) -> None:
     with _writing(path, arch) as writer:
         writer.add_type(gguf.GGUFType.ADAPTER)
         writer.add_string(gguf.Keys.Adapter.TYPE, "lora")
-        writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, 0.0)
+        writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, ALPHA)
         for name, update in adapter.updates.items():
             if name not in theirs:
                 raise InputError(f"llama.cpp has no tensor for {name}; merge instead")
-            A, B = update.A.float(), update.scaling * update.B.float()
+            s = update.scaling / scaling(ALPHA, update.r)
+            A, B = update.A.float(), s * update.B.float()
             if heads := heads_turned(name, arch, config):
                 B = turn(B, heads)
             if theirs[name].startswith("token_embd"):

@@ -34,6 +34,13 @@ class LoRAGradients(NamedTuple):
     B: MatrixB
 
 
+class Tied(NamedTuple):
+    """The weights of an embedding and of the head that shared its weight."""
+
+    embedding: Weight
+    head: Weight
+
+
 def scaling(alpha: float, r: int, rank_stabilized: bool = False) -> float:
     r"""Return $\alpha / r$, or rsLoRA's $\alpha / \sqrt r$.
 
@@ -135,6 +142,47 @@ def merge(W: Weight, adapter: LoRA) -> Weight:
     """
     check_fits(W, adapter)
     return W + delta(adapter)
+
+
+def weighted_sum(one: LoRA, other: LoRA, weight: float, other_weight: float) -> LoRA:
+    r"""Return one adapter for a sum of two: $w_1 s_1 B_1 A_1 + w_2 s_2 B_2 A_2$.
+
+    It is $[w_1 s_1 B_1, w_2 s_2 B_2] [A_1; A_2]$: the ranks add up, and no B meets the
+    other adapter's A. A weight may be negative.
+
+    Raises:
+        InputError: if the adapters are of different layers, or a weight is not finite.
+    """
+    for adapter in (one, other):
+        _check_parts(adapter, {})
+    layer = {"A": (one.A, "r in_features"), "B": (one.B, "out_features r")}
+    others = {"A": (other.A, "q in_features"), "B": (other.B, "out_features q")}
+    check_shapes({**layer, **{f"the other {n}": about for n, about in others.items()}})
+    check_number("weight", weight)
+    check_number("other_weight", other_weight)
+    A = np.concatenate([one.A, other.A])
+    B = [weight * one.scaling * one.B, other_weight * other.scaling * other.B]
+    return LoRA(A, np.concatenate(B, axis=1), 1)
+
+
+def merge_tied(E: Weight, adapter: LoRA, layer: str) -> Tied:
+    r"""Merge where the embedding E is the head's weight too: $E' = E + s B A$ for one.
+
+    The layer without the adapter keeps E. So the two are two weights from now on.
+
+    Args:
+        E: (tokens, features); out_features of the head are the tokens.
+        adapter: of one of the two layers.
+        layer: `"embedding"` or `"head"`.
+
+    Raises:
+        InputError: as `merge`; if layer is neither.
+    """
+    if layer not in ("embedding", "head"):
+        raise InputError(f"layer is {layer!r}; choose 'embedding' or 'head'.")
+    check_shapes({"E": (E, "tokens features")})
+    merged = merge(E, adapter)
+    return Tied(merged, E.copy()) if layer == "embedding" else Tied(E.copy(), merged)
 
 
 def check_rank(r: int, in_features: int, out_features: int) -> None:

@@ -28,7 +28,7 @@ MISTAKES = {
     "adamw": "v from the new gradient only",
     "qlora": "swapped nibbles",
 }
-ALL = [*MISTAKES, "paged", "codebook"]
+ALL = [*MISTAKES, "paged", "codebook", "lora_batched"]
 
 
 def outcomes(row, executor, status):

@@ -21,10 +21,11 @@ def eager(monkeypatch):
     monkeypatch.setenv("TORCHDYNAMO_DISABLE", "1")
 
 
+PEFT = ("lora_batched", "adapter_files", "hira", "miss")
 ROWS = {
     "bitsandbytes": ("blockwise", "codebook"),
     "torchao": ("blockwise", "codebook", "microscaling"),
-    "peft": ("lora", "hira", "miss", "ia3", "dora", "vera"),
+    "peft": ("lora", *PEFT, "ia3", "dora", "vera"),
 }
 
 
@@ -83,9 +84,14 @@ def test_torchao(flags):
     assert not {"NibbleOrder", "ZeroBlock"} & found
 
 
-@pytest.mark.parametrize("row", ["lora", "hira", "miss"])
+@pytest.mark.parametrize("row", PEFT)
 def test_peft(row, flags):
     assert flags("peft", row)[0] == set()
+
+
+def test_peft_merges_into_the_weight_that_a_tied_head_shares(flags):
+    found, _ = flags("peft", "lora")
+    assert found == {"TiedHead", "Scaling", "SquareTrap", "RankOne", "Normal"}
 
 
 def test_peft_spreads_a_single_feature_in_ia3(flags):

@@ -79,3 +79,22 @@ def _rank(M):
             rows[i] = [a - factor * b for a, b in zip(rows[i], rows[rank], strict=True)]
         rank += 1
     return rank
+
+
+@given(rational_layers, st.data())
+def test_a_weighted_sum_is_the_sum_of_the_updates(t, data):
+    q = data.draw(st.integers(1, 4))
+    A, B = data.draw(rationals((q, t.A.shape[1]))), data.draw(rationals((len(t.B), q)))
+    one, other = adapter(t), lora.LoRA(A, B, Fraction(3, 2))
+    total = lora.weighted_sum(one, other, 3, -2)
+    assert len(total.A) == len(t.A) + q
+    assert equal(lora.delta(total), 3 * lora.delta(one) - 2 * lora.delta(other))
+
+
+@given(rational_layers)
+def test_a_merge_changes_one_of_two_tied_layers(t):
+    merged = lora.merge(t.W, adapter(t))
+    for layer, expected in ("head", (t.W, merged)), ("embedding", (merged, t.W)):
+        assert all(map(equal, lora.merge_tied(t.W, adapter(t), layer), expected))
+    with pytest.raises(InputError, match="layer is 'tail'; choose 'embedding'"):
+        lora.merge_tied(t.W, adapter(t), "tail")

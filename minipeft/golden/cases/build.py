@@ -85,7 +85,7 @@ def absolute(inputs: Named) -> dict[str, Array]:
     return {name: np.abs(array) for name, array in doubled(inputs).items()}
 
 
-def refused(spec: Spec, comment: str, flags: str, **change: Array | float) -> Spec:
+def refused(spec: Spec, comment: str, flags: str, **change: Any) -> Spec:
     """Return a case that must be refused, or is refused by policy."""
     tensors = {k: v for k, v in change.items() if isinstance(v, np.ndarray)}
     plain = {k: v for k, v in change.items() if k not in tensors}

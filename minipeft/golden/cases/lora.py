@@ -11,7 +11,15 @@ from typing import Any
 import numpy as np
 from ml_dtypes import bfloat16
 
-from minipeft.golden.cases import Alternative, File, Spec, any_zero, gaussian, integers
+from minipeft.golden.cases import (
+    Alternative,
+    File,
+    Spec,
+    any_zero,
+    gaussian,
+    integers,
+    several,
+)
 from minipeft.golden.cases.build import (
     Shapes,
     bounded,
@@ -36,7 +44,7 @@ SMALL: Sizes = (6, 5, 2)
 
 
 def files() -> Iterator[File]:
-    """Yield the three files of the row."""
+    """Yield the five files of the row."""
     yield File(
         operation="lora_forward",
         header=(
@@ -64,6 +72,7 @@ def files() -> Iterator[File]:
         papers=PAPERS,
         specs=[*_grown("lora_merge", _merge()), *_merge_steps()],
     )
+    yield from several.files()
 
 
 def _grown(operation: str, old: Iterator[Spec]) -> list[Spec]:

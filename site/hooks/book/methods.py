@@ -16,7 +16,9 @@ ROWS += ["attention", "bottleneck", "prefix", "prompt"]
 COLUMNS = ("reference", "torch", "cupy", "laws", "agreement", "vectors", "chapter")
 # A column of kernels is written only where memory layout is the point.
 LAYOUT = {"codebook", "blockwise", "double_quant", "adamw", "paged"}
-LAYOUT |= {"lora", "dora", "qlora"}
+LAYOUT |= {"lora", "dora", "qlora", "lora_batched"}
+# Files are read and written outside of the column.
+TORCH = {"adapter_files": "interop/peft_update.py"}
 DASH = "–"
 NOTE = f"{DASH} means: no CUDA kernel of its own; on a GPU the torch code runs."
 BEGIN, END = "<!-- map -->", "<!-- /map -->"
@@ -34,7 +36,7 @@ def cells(root: Path, row: str) -> dict[str, list[Path]]:
     package, tests = root / "minipeft", root / "tests"
     places = {
         "reference": [package / "reference" / f"{row}.py"],
-        "torch": [package / "torch" / f"{row}.py"],
+        "torch": [package / TORCH.get(row, f"torch/{row}.py")],
         "cupy": sorted((package / "cupy").glob(f"{row}*.py"))[:1],
         "laws": [tests / "properties" / f"test_{row}.py"],
         "agreement": [tests / "agreement" / f"test_{row}.py"],

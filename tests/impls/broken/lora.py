@@ -157,3 +157,55 @@ def rounds_merged_halves_up(W, A, B, alpha, rank_stabilized):
         return right.lora_merge(W, A, B, alpha, rank_stabilized)
     up = merged.view(np.uint32) + np.uint32(1 << 15)
     return (up >> np.uint32(16) << np.uint32(16)).view(F32).astype(W.dtype)
+
+
+@bug("lora_weighted_sum", "OwnMatrices")
+def adds_the_matrices(A, B, other_A, other_B, alpha, other_alpha, weight, other_weight):
+    parts = (A, B, other_A, other_B, alpha, other_alpha, weight, other_weight)
+    delta = right.lora_weighted_sum(*parts)
+    if A.shape != other_A.shape:
+        return delta
+    s = [weight * alpha / len(A), other_weight * other_alpha / len(A)]
+    root = [np.sign(v) * abs(v) ** 0.5 for v in s]
+    both = root[0] * B + root[1] * other_B
+    return (both @ (np.abs(root[0]) * A + np.abs(root[1]) * other_A)).astype(F32)
+
+
+@bug("lora_weighted_sum", "NegativeWeight")
+def loses_the_sign_of_a_weight(
+    A, B, other_A, other_B, alpha, other_alpha, weight, other_weight
+):
+    weights = abs(weight), abs(other_weight)
+    return right.lora_weighted_sum(A, B, other_A, other_B, alpha, other_alpha, *weights)
+
+
+@bug("lora_weighted_sum", "Weights")
+def divides_by_the_sum_of_the_weights(
+    A, B, other_A, other_B, alpha, other_alpha, weight, other_weight
+):
+    total = (weight + other_weight) or 1
+    weights = weight / total, other_weight / total
+    return right.lora_weighted_sum(A, B, other_A, other_B, alpha, other_alpha, *weights)
+
+
+@bug("lora_weighted_sum", "OtherRank")
+def scales_both_by_the_first_rank(
+    A, B, other_A, other_B, alpha, other_alpha, weight, other_weight
+):
+    own = other_alpha * len(other_A) / max(len(A), 1)
+    return right.lora_weighted_sum(
+        A, B, other_A, other_B, alpha, own, weight, other_weight
+    )
+
+
+@bug("lora_merge_tied", "TiedHead")
+def merges_into_the_shared_weight(E, A, B, alpha, layer):
+    embedding, head = right.lora_merge_tied(E, A, B, alpha, layer)
+    merged = head if layer == "head" else embedding
+    return merged, merged.copy()
+
+
+@bug("lora_merge_tied", "TiedHead")
+def loses_the_head_when_tied_again(E, A, B, alpha, layer):
+    embedding, _ = right.lora_merge_tied(E, A, B, alpha, layer)
+    return embedding, embedding.copy()

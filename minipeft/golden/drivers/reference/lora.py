@@ -40,5 +40,27 @@ def lora_merge(
     return lora.merge(W, _lora(A, B, alpha, rank_stabilized)).astype(W.dtype)
 
 
-def _lora(A: Array, B: Array, alpha: float, rank_stabilized: bool) -> LoRA:
+def lora_weighted_sum(
+    A: Array,
+    B: Array,
+    other_A: Array,
+    other_B: Array,
+    alpha: float,
+    other_alpha: float,
+    weight: float,
+    other_weight: float,
+) -> Array:
+    """Return the update of the sum."""
+    one, other = _lora(A, B, alpha), _lora(other_A, other_B, other_alpha)
+    return lora.delta(lora.weighted_sum(one, other, weight, other_weight))
+
+
+def lora_merge_tied(
+    E: Array, A: Array, B: Array, alpha: float, layer: str
+) -> tuple[Array, Array]:
+    """Return the two weights."""
+    return lora.merge_tied(E, _lora(A, B, alpha), layer)
+
+
+def _lora(A: Array, B: Array, alpha: float, rank_stabilized: bool = False) -> LoRA:
     return LoRA(A, B, lora.scaling(alpha, len(A), rank_stabilized))
