@@ -80,6 +80,20 @@ print(*sorted({f"{update.scaling:.3f}" for update in adapter.updates.values()}))
 #
 # @source minipeft.reference.adapter_files.settings
 #
+# The matrices must have the rank that the settings say, the update is turned where the base stores its weight as (in, out), and the file's bias of $B$ is scaled like the update:
+#
+# @source minipeft.reference.adapter_files.scaling
+#
+# @source minipeft.reference.adapter_files.merge
+#
+# A GGUF has one alpha for all layers, and llama.cpp computes the scale from it. Where alpha is 0, it multiplies by the user's share alone, so $B$ can hold the scale:
+#
+# @source minipeft.reference.adapter_files.gguf_scaling
+#
+# A head that shares its weight with the embedding needs a weight of its own first. Merged into the weight that both share, the update would be in the embedding too:
+#
+# @source minipeft.reference.lora.merge_tied
+#
 # The merge, a block of rows at a time:
 #
 # @source minipeft.interop.update.merged

@@ -64,10 +64,17 @@ assert whole_bytes > 100 * adapter_bytes
 #
 # ## The code
 #
+# Two adapters with weights are one adapter:
+#
+# @source minipeft.reference.lora.weighted_sum
 # @source minipeft.torch.lora_batched.stack
+#
+# Each request gets its own:
 #
 # @source minipeft.reference.lora_batched.forward
 # @source minipeft.torch.lora_batched.forward
+#
+# @source minipeft.reference.lora_batched.check_fits
 #
 # Any other method goes through its own layer, once for all rows that share an adapter; the base is not computed again:
 #

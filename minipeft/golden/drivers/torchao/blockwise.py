@@ -20,10 +20,9 @@ def nf4_quantize(W: Array, blocksize: int) -> tuple[Array, Array]:
     _check_offered(W.size, blocksize)
     flat = to_torch(W).reshape(-1)
     table = _table(flat.dtype)
-    packed = NF4Tensor.convert_to_norm_float_weight(
-        flat, flat.numel() // blocksize, blocksize, table
-    )
-    return to_numpy(packed), to_numpy(get_block_absmax(flat, blocksize).float())
+    absmax = get_block_absmax(flat, blocksize)  # torchao's own check of the block
+    packed = NF4Tensor.convert_to_norm_float_weight(flat, len(absmax), blocksize, table)
+    return to_numpy(packed), to_numpy(absmax.float())
 
 
 def nf4_dequantize(
