@@ -342,7 +342,7 @@ assert in_tiny > larger
 # %% [markdown]
 # In the stack, each layer's output is the next one's input and is kept anyway, so DoRA needs {=f"{larger - 1:.1%}"=} more memory than LoRA, and the obvious code {=f"{memory['DoRA, obvious code'] / memory['LoRA'] - 1:.0%}"=} more, because it
 # keeps matrices of the size of $W$. In `tiny` DoRA needs {=f"{in_tiny - 1:.0%}"=} more. There the outputs of the attention and of the MLP are added to the sum of the blocks, and queries and keys are rotated: nothing but DoRA
-# keeps those outputs. [Chapter 17](17_side_by_side.md) measures the peak of a whole training step instead, with the optimizer's states and everything that lives for a moment only.
+# keeps those outputs. On a GPU every layer keeps the output before its gain instead: from the output itself a gain near zero could not be undone, and to learn which gains are near zero the host would have to wait for the device. [Chapter 17](17_side_by_side.md) measures the peak of a whole training step instead, with the optimizer's states and everything that lives for a moment only.
 #
 # ## What goes wrong in practice
 #

@@ -134,13 +134,16 @@ def _rescaled(z: Output, g: Rows, bias: Bias | None) -> Output:
 
 
 class _Rescale(torch.autograd.Function):
-    """`_rescale` for autograd, which stores the output instead of the input z.
+    """`_rescale` for autograd, which on a CPU stores the output instead of the input z.
 
     The gradient of the magnitude needs z, which no other operation stores. z follows
-    from the output, which the next layer stores anyway, so DoRA trains with the memory
-    of LoRA. Where g is too small to divide by, the columns of z are stored after all:
-    they are returned as an output, because torch can differentiate twice only through
-    inputs and outputs.
+    from the output, which the next layer often stores anyway, so DoRA trains with about
+    the memory of LoRA. Where g is too small to divide by, the columns of z are stored
+    after all: they are returned as an output, because torch can differentiate twice
+    only through inputs and outputs.
+
+    On other devices the host would have to wait to learn which columns these are. So
+    there z is stored instead of the output, in the dtype of the output.
     """
 
     SMALL = 2.0**-4
@@ -154,41 +157,60 @@ class _Rescale(torch.autograd.Function):
         dtype: torch.dtype,
     ) -> tuple[Tensor, Tensor]:
         g = over_norm(magnitude, norm)
-        return _rescaled(z, g, bias).to(dtype), z[..., _Rescale._small(g)]
+        y = _rescaled(z, g, bias).to(dtype)
+        return y, z[..., _Rescale._small(g)] if _looks(z) else z.view_as(z).to(dtype)
 
     @staticmethod
     def setup_context(
         ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]
     ) -> None:
-        _, magnitude, norm, bias, _ = inputs
+        z, magnitude, norm, bias, _ = inputs
+        y = output[0] if _looks(z) else None
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(*output, magnitude, norm, bias)
+        ctx.save_for_backward(y, output[1], magnitude, norm, bias)
 
     @staticmethod
     def backward(
         ctx: Any, grad_y: Tensor | None, grad_kept: Tensor | None
     ) -> tuple[Tensor | None, ...]:
         y, kept, magnitude, norm, bias = _Rescale._saved(ctx)
-        g = over_norm(magnitude, norm)
-        small = _Rescale._small(g)
+        wants_z, wants_magnitude, *_ = ctx.needs_input_grad
         grad_z, grad_magnitude = None, None
         if grad_y is not None:
-            if ctx.needs_input_grad[0]:
-                grad_z = grad_y * g
-            if ctx.needs_input_grad[1]:
-                grad_y = grad_y.to(magnitude.dtype)
-                part = kept if bias is None else kept - bias[small]
-                few = over_norm(_over_positions(grad_y[..., small] * part), norm[small])
-                sums = _over_positions(grad_y * y)
-                if bias is not None:
-                    sums = sums - _over_positions(grad_y) * bias
-                over = magnitude.index_fill(0, small, 1)
-                grad_magnitude = (sums / over).index_copy(0, small, few)
-        if grad_kept is not None and ctx.needs_input_grad[0]:
-            there = y.new_zeros(y.shape, dtype=grad_kept.dtype)
-            there = there.index_copy(-1, small, grad_kept)
-            grad_z = there if grad_z is None else grad_z + there
+            if wants_z:
+                grad_z = grad_y * over_norm(magnitude, norm)
+            if wants_magnitude:
+                slope = grad_y.to(magnitude.dtype)
+                grad_magnitude = _Rescale._of_magnitude(
+                    slope, y, kept, (magnitude, norm, bias)
+                )
+        if grad_kept is not None and wants_z:
+            if y is not None:
+                small = _Rescale._small(over_norm(magnitude, norm))
+                there = y.new_zeros(y.shape, dtype=grad_kept.dtype)
+                grad_kept = there.index_copy(-1, small, grad_kept)
+            grad_z = grad_kept if grad_z is None else grad_z + grad_kept
         return grad_z, grad_magnitude, None, None, None
+
+    @staticmethod
+    def _of_magnitude(
+        slope: Tensor,
+        y: Tensor | None,
+        kept: Tensor,
+        rows: tuple[Tensor, Tensor, Tensor | None],
+    ) -> Tensor:
+        magnitude, norm, bias = rows
+        if y is None:
+            part = kept if bias is None else kept - bias
+            return over_norm(_over_positions(slope * part), norm)
+        small = _Rescale._small(over_norm(magnitude, norm))
+        part = kept if bias is None else kept - bias[small]
+        few = over_norm(_over_positions(slope[..., small] * part), norm[small])
+        sums = _over_positions(slope * y)
+        if bias is not None:
+            sums = sums - _over_positions(slope) * bias
+        over = magnitude.index_fill(0, small, 1)
+        return (sums / over).index_copy(0, small, few)
 
     @staticmethod
     def _saved(ctx: Any) -> tuple[Any, ...]:
@@ -207,6 +229,11 @@ class _Rescale(torch.autograd.Function):
     @staticmethod
     def _small(g: Tensor) -> Tensor:
         return torch.nonzero(g.abs() < _Rescale.SMALL)[:, 0]
+
+
+def _looks(values: Tensor) -> bool:
+    # To read a number that a device computes, the host waits for the device.
+    return values.device.type == "cpu"
 
 
 def _over_positions(values: Float[Tensor, "... n"]) -> Float[Tensor, " n"]:

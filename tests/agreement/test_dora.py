@@ -1,5 +1,7 @@
 """The torch column's DoRA: its norm, its error bounds, and the memory of LoRA."""
 
+from unittest import mock
+
 import numpy as np
 import pytest
 import torch
@@ -24,8 +26,9 @@ from tests.tolerance import assert_bits, assert_sums, assert_within, gamma
 DORA = next(row for row in ROWS if row.name == "dora")
 
 
-@given(st.data())
-def test_values_and_gradients_agree_within_a_bound(data):
+@pytest.mark.parametrize("looks", [True, False], ids=["cpu", "other devices"])
+@given(data=st.data())
+def test_values_and_gradients_agree_within_a_bound(data, looks):
     case = DORA.case(data, "gaussians")  # the case draws its norm; DoRA computes it
     wide = [np.float64(v) for v in (case.x, case.base, case.grad_y)]
     x, W, G = wide
@@ -45,7 +48,8 @@ def test_values_and_gradients_agree_within_a_bound(data):
     # The base adds its bias before the gain, and the layer subtracts it again.
     extra = (1 + abs(m / norm)) * abs(bias)
     allowed = reference._forward(abs(x), abs(W), size, extra, norm)
-    y, *found = run(module(case), case)
+    with mock.patch.object(dora, "_looks", return_value=looks):
+        y, *found = run(module(case), case)
     exactly = reference.forward(x, W, exact, bias)
     assert_within(y, exactly, 2 * gamma(n) * allowed)
     n = max(map(roundings, terms.backward())) + roundings(square) + 4
@@ -70,16 +74,16 @@ def _train_a_little(model):
 
 def _kept(model, x):
     """Return the bytes that autograd keeps for the backward pass, without weights."""
-    kept, weights = {}, {p.untyped_storage().data_ptr() for p in model.parameters()}
+    kept, weights = {}, {p.untyped_storage()._cdata for p in model.parameters()}
 
     def pack(saved):
         storage = saved.untyped_storage()
-        if storage.data_ptr() not in weights:
-            kept[storage.data_ptr()] = storage.nbytes()
+        if storage._cdata not in weights:
+            kept[storage._cdata] = storage.nbytes()
         return saved
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda saved: saved):
-        y = model(x)  # y stays alive, so that no address is used twice
+        y = model(x)  # y stays alive, so that no storage is freed
     del y
     return sum(kept.values())
 
@@ -100,6 +104,18 @@ def test_a_step_keeps_what_lora_keeps(dtype):
     weights = sum(p.nbytes for p in stacks[0].parameters())
     if dtype == torch.float32:
         assert weights + ours <= 1.05 * (weights + theirs)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_off_the_cpu_a_step_keeps_one_output_more_a_layer_and_never_looks(dtype):
+    """On the device `meta` tensors have no values, so a look at them fails."""
+    x, kept = torch.randn(64, 256, dtype=dtype, device="meta"), []
+    for config in (LoRAConfig(r=4, alpha=8), DoRAConfig(r=4, alpha=8)):
+        model = nn.Sequential(*(nn.Linear(256, 256) for _ in range(6))).to(dtype)
+        model = inject(model, config, [str(i) for i in range(6)]).to("meta")
+        kept.append(_kept(model, x))
+        model(x).sum().backward()
+    assert kept[0] < kept[1] <= kept[0] + 6 * (x.nbytes + 4 * 256 * 4)
 
 
 def test_the_norm_never_forms_the_update():

@@ -15,6 +15,7 @@ import sys
 import traceback
 from collections.abc import Callable
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -360,6 +361,13 @@ def tensors(tree):
 
 
 def check(recipe):
+    # On a device DoRA stores z and does not compute it from y; the last bits differ.
+    # Here the CPU stores it too; tests/agreement/test_dora.py has both ways.
+    with mock.patch.object(dora, "_looks", return_value=False):
+        _check(recipe)
+
+
+def _check(recipe):
     torch.manual_seed(0)
     expected = tensors(recipe(torch.device("cpu")))
     torch.manual_seed(0)
