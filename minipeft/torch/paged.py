@@ -306,6 +306,8 @@ class PagedAdamW(AdamW):
         if pages is None or any(page.device != p.device for page in pages):
             for page in pages or ():  # the parameter moved to another device
                 self.table.evict(page)
+            if pages:  # the new pages read on the host what these still write there
+                self.table.synchronize()
             size = self.paging.page_size
             starts = range(0, p.numel(), size)
             cuts = [slice(start, min(start + size, p.numel())) for start in starts]

@@ -67,6 +67,34 @@ def descend_there(ours, p):
         ours.step()
 
 
+class Elsewhere(device.There):
+    """A tensor on a second device of the same kind."""
+
+    NUMBER = 1
+
+
+def moved(slow):
+    """Return whether a device gets the newest state of a parameter that moved there."""
+    torch.manual_seed(0)
+    W = torch.randn(5000)
+    q = nn.Parameter(W.clone())
+    plain = AdamW([q])
+    descend(plain, q, 3)
+    with device.pretending() as there:
+        p = nn.Parameter(W.clone().to(there))
+        streams.register(slow)
+        ours = PagedAdamW([p], paging=Paging(512, 4))
+        with streams.Copies():
+            descend_there(ours, p)
+            p.grad, p.data = None, Elsewhere(p.data.here)
+            table, found = ours.table, []
+            for page in ours._pages(p, 32):
+                memory = table.touch(page)["m"].here
+                table.lanes[page.device].inward.synchronize()
+                found.append(memory.clone())
+    return torch.equal(torch.cat(found), plain.state[q]["m"])
+
+
 def read_only(slow):
     """Return whether late reads of an evicted, unchanged page see its values."""
     with device.pretending() as there:
@@ -175,6 +203,7 @@ def main():
         for slow, budget, bits in product(SLOW, (1, 4), (8, 32))
     }
     report["read only"] = {"+".join(slow): read_only(slow) for slow in SLOW}
+    report["moved"] = {"+".join(slow): moved(slow) for slow in SLOW}
     report["ahead"] = [ahead(budget) for budget in (1, 2, 4)]
     print(json.dumps(report))
 
