@@ -5,7 +5,7 @@ Everything here runs eagerly, on CPU and CUDA, and inside
 """
 
 from dataclasses import dataclass
-from math import lcm, prod
+from math import isfinite, lcm, prod
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ from minipeft.errors import InputError
 from minipeft.shapes import Float, Inexact, UInt8
 from minipeft.torch.bins import MEMORY, bins_of, pairs_of, search
 from minipeft.torch.codebook import NF4, code_bits
+from minipeft.torch.linear import under_torch_func
 from minipeft.torch.operands import (
     check_bytes,
     check_float_dtype,
@@ -132,7 +133,7 @@ def decodes_in_slices(q: Any) -> bool:
     whole = not prod(q.shape) % max(q.blocksize, 2)
     if not (whole and len(q.codebook) == 16 and on_cpu(q.packed)):
         return False
-    return not torch._C._are_functorch_transforms_active()
+    return not under_torch_func()
 
 
 def decode_to(W: Inexact[Tensor, "..."], q: Blockwise) -> Inexact[Tensor, "..."]:
@@ -142,21 +143,21 @@ def decode_to(W: Inexact[Tensor, "..."], q: Blockwise) -> Inexact[Tensor, "..."]
         W: what is overwritten, contiguous, of the shape of q.
         q: whole blocks of 4-bit codes on a CPU; its parts have been checked.
     """
-    n, size = W.numel(), max(DECODED, q.blocksize)
-    pairs = pairs_of(tuple(q.codebook.tolist()))
-    flat, scales = W.view(-1), q.absmax.float().view(-1, 1)
-    for first in range(0, n, size):
-        last = min(first + size, n)
-        packed = q.packed[first // 2 : last // 2]
-        absmax = scales[first // q.blocksize : last // q.blocksize]
+    size = max(DECODED, q.blocksize)
+    pairs, blocks = pairs_of(tuple(q.codebook.tolist())), len(q.absmax)
+    for packed, absmax, values in zip(
+        torch.split(q.packed, size // 2),
+        torch.split(q.absmax.float().view(-1, 1), size // q.blocksize),
+        torch.split(W.view(blocks, q.blocksize), size // q.blocksize),
+        strict=True,
+    ):
         index, found = MEMORY.pairs(len(packed))
         torch.index_select(pairs, 0, index.copy_(packed), out=found)
-        blocks = found.view(torch.float32).view(-1, q.blocksize)
-        values = flat[first:last].view(-1, q.blocksize)
+        decoded = found.view(torch.float32).view(values.shape)
         if W.dtype == torch.float32:
-            torch.mul(blocks, absmax, out=values)
+            torch.mul(decoded, absmax, out=values)
         else:
-            values.copy_(blocks.mul_(absmax))
+            values.copy_(decoded.mul_(absmax))
     return W
 
 
@@ -248,11 +249,14 @@ def check_parts(q: Blockwise) -> int:
             )
     # Scales on a GPU are not read: the host would wait. `quantize` refuses weights that
     # are not finite, and what reads a file checks its scales on the CPU.
-    if on_cpu(q.absmax) and not torch.isfinite(q.absmax).all():
-        i = int(torch.nonzero(~torch.isfinite(q.absmax))[0])
-        raise InputError(
-            f"absmax holds {q.absmax[i].item()} at block {i}; give finite scales."
-        )
+    # A sum is quick, and is finite only if each term is; a finite term may overflow it.
+    if on_cpu(q.absmax) and not isfinite(q.absmax.sum().item()):
+        bad = torch.nonzero(~torch.isfinite(q.absmax))
+        if len(bad):
+            i = int(bad[0])
+            raise InputError(
+                f"absmax holds {q.absmax[i].item()} at block {i}; give finite scales."
+            )
     return n
 
 

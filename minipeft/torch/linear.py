@@ -312,8 +312,17 @@ def transformed() -> bool:
     These know only torch's own operations, and decide themselves what to keep.
     """
     tracing = torch._C._get_tracing_state() is not None
-    mapping = torch._C._are_functorch_transforms_active()
-    return torch.compiler.is_compiling() or tracing or mapping
+    return torch.compiler.is_compiling() or tracing or under_torch_func()
+
+
+def under_torch_func() -> bool:
+    """Tell whether `torch.func` transforms the code; true if torch cannot say.
+
+    Torch has no public name for this. Where it lacks the private one, all code is taken
+    for transformed: the results are the same, and more memory is used.
+    """
+    active = getattr(torch._C, "_are_functorch_transforms_active", None)
+    return active is None or bool(active())
 
 
 def _eager(x: Tensor) -> bool:

@@ -32,9 +32,10 @@ from minipeft.torch.inject import (
     unload,
     unmerge,
 )
+from minipeft.torch.linear import transformed
 from minipeft.torch.lora import LoRAConfig
 from minipeft.torch.pissa import PiSSAConfig
-from minipeft.torch.qlora import quantize_linears
+from minipeft.torch.qlora import QuantizedLinear, quantize_linears
 from tests.agreement.on_torch import CONFIGS
 from tests.tolerance import assert_within, gamma
 
@@ -380,6 +381,18 @@ def mapped(model, x):
 def pushed(model, x):
     """Return the value of a forward-mode derivative."""
     return torch.func.jvp(model, (x,), (x,))[0]
+
+
+def test_where_torch_cannot_say_code_counts_as_transformed(monkeypatch):
+    """torch's name for this is private: a later release may have another one."""
+    layer = QuantizedLinear.from_linear(nn.Linear(64, 16))
+    x = torch.randn(3, 64, requires_grad=True)
+    y = layer(x)
+    assert not transformed()
+    assert torch.func.vmap(lambda row: row + transformed())(x).gt(x).all()
+    monkeypatch.delattr(torch._C, "_are_functorch_transforms_active")
+    assert transformed()
+    assert torch.equal(layer(x), y)
 
 
 def same_up_to_float64(found, expected):
