@@ -31,6 +31,17 @@ FEW = 4
 SHARED = {torch.float32: FEW, torch.float16: 64, torch.bfloat16: 64}
 """With at most so many rows of x the kernel `product` runs, with more cuBLAS."""
 
+TENSOR_CORES = (8, 0)
+"""The first generation whose tensor cores the kernel uses."""
+
+EMULATED = 16
+"""As `SHARED`, for 16 bits on an older GPU.
+
+There the lanes exchange the numbers: 38 instructions a weight for each 8 rows, by the
+machine code for sm_75. On a T4 three times 8 rows take as long as decoding the weight,
+writing it and reading it again; on an RTX 2080 Ti, two to three times.
+"""
+
 
 def available(*tensors: Tensor) -> bool:
     """Tell whether kernels can read these tensors, and a compiler is there."""
@@ -51,6 +62,11 @@ def dequantize(
     weight: Sequence[Tensor], layout: Sequence[int], dtype: torch.dtype
 ) -> Tensor:
     """Launch `dequantize`, or `dequantize_nested` if the scales are codes too."""
+    if _name(dtype) not in kernels.CTYPES:
+        raise InputError(
+            f"the kernels write no {_name(dtype)}; choose one of "
+            f"{list(kernels.CTYPES)}, or call minipeft.torch.blockwise.dequantize."
+        )
     sizes, bits = _check_weight(weight, layout)
     packed, *scales, codebook = weight
     out = packed.new_empty(sizes.shape, dtype=dtype)
@@ -89,10 +105,18 @@ def matmul_4bit(
     """For few rows launch `product`; for more, decode once and call cuBLAS."""
     rows = x.reshape(-1, x.shape[-1])
     sizes, bits = _check_weight(weight, layout)
-    if len(rows) > SHARED.get(x.dtype, 0) or bits != 4 or not _for_few_rows(sizes):
+    if len(rows) > _shared(x) or bits != 4 or not _for_few_rows(sizes):
         return linear(x, dequantize(weight, layout, x.dtype), bias)
     y = _product(_readable(rows), weight, sizes, bias)
     return y.view(*x.shape[:-1], sizes.shape[0])
+
+
+def _shared(x: Tensor) -> int:
+    most = SHARED.get(x.dtype, 0)
+    if x.device.type != "cuda":
+        return most
+    old = torch.cuda.get_device_capability(x.device) < TENSOR_CORES
+    return min(most, EMULATED) if old else most
 
 
 def _for_few_rows(sizes: Layout) -> bool:

@@ -102,6 +102,7 @@ NOT_ON_A_DEVICE = {
 # Functions with a branch for CUDA alone: a pretended device takes the other. A GPU runs
 # them in tests/agreement, test_paged.py and test_torch_on_cuda.py.
 FOR_CUDA_ALONE = {
+    "launches._shared": "asks torch for the generation of the GPU",
     "launches._stream": "asks torch for the stream that computes",
     "launches._uploaded": "asks torch whether a CUDA graph is being captured",
     "operators._register": "names the device whose kernels these are",
