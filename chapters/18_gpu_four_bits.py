@@ -18,7 +18,7 @@ from minipeft import kernels
 from minipeft.cupy import executor
 from minipeft.lab import machine_code, plots
 from minipeft.lab.chapter import start
-from minipeft.lab.gpu import gpu_report, slots
+from minipeft.lab.gpu import banks, gpu_report, slots
 from minipeft.lab.gpu.device import CupyDevice
 from minipeft.lab.machine_code import MachineCode
 from minipeft.lab.memory import LLAMA_7B, quantized_bits
@@ -320,7 +320,7 @@ if not UNREAD:
 # ### What the instructions cost
 #
 # We look in the machine code for the shortest run that does a thread's work, without the slow paths and the ends of tensors, and divide its instructions by the thread's values. Each instruction also goes to a *pipe*: a pipe of 16 lanes is busy for two cycles with the 32 lanes of a warp. NVIDIA publishes how many results each kind of instruction gives a cycle [@nvidia2026b], and
-# which pipe it takes [@nvidia2026c]. The larger of the two numbers of cycles is what the instructions cost. The *cap* is the share of the memory's speed that they leave. An A100 has {=slots.A100.multiprocessors=} multiprocessors at {=slots.A100.clock / 1e9:.2f=} GHz, an H100 has {=slots.H100.multiprocessors=} at {=slots.H100.clock / 1e9:.2f=} GHz and {=slots.H100.bandwidth / 1e9:.0f=} GB/s [@nvidia2022b].
+# which pipe it takes [@nvidia2026c]. Shared memory has {=banks.BANKS=} banks: lanes that read different words of one bank come one after another, and the cycles that they wait are counted too, for typical numbers. The larger of the two numbers of cycles is what the instructions cost. The *cap* is the share of the memory's speed that they leave. An A100 has {=slots.A100.multiprocessors=} multiprocessors at {=slots.A100.clock / 1e9:.2f=} GHz, an H100 has {=slots.H100.multiprocessors=} at {=slots.H100.clock / 1e9:.2f=} GHz and {=slots.H100.bandwidth / 1e9:.0f=} GB/s [@nvidia2022b].
 
 
 # %%
@@ -334,6 +334,7 @@ COUNTED = (
     kernels.ROW_NORM,
 )
 GPUS = {"A100": slots.A100, "H100": slots.H100}
+waited = banks.waits(kernels.ADAMW_8BIT.template)
 caps, intensity = {}, {}
 if not UNREAD:
     print("                    instructions a value         cap       bound by")
@@ -412,7 +413,7 @@ chapter.show(
 # The 4-bit product looks up, scales and rounds a weight; widening it to float32 and adding would be two instructions more for each row of $x$. Tensor cores take the rounded weight as it is, eight rows at a time.
 #
 # **Why three kernels stay above the ridge.** `quantize` searches among the boundaries for each value, and runs once in the life of a model. An H100 has time for {=per_weight["product"] * ridge_h100 * 32:.1f=} instructions while it reads a weight of 4.5 bits. Finding its place in the table, adding the table's address, looking it up, scaling, and half a rounding are 4.5, and what is left are loads and loops. AdamW with states of eight bits has time for {=per_weight["adamw_8bit"] * ridge_h100 * 32:.0f=} a value, and two searches
-# of eight levels, four instructions each, are 64; two divisions and a root, rounded as IEEE 754 says, are about 40, and decoding, scaling and the updates are the rest. All of it is needed for the same bits as the reference.
+# of eight levels, four instructions each, are 64; two divisions and a root, rounded as IEEE 754 says, are about 40, and decoding, scaling and the updates are the rest. All of it is needed for the same bits as the reference. In its tables of 256 values lanes also wait for banks, {=waited:.1f=} cycles a value, and the memory pipe stays below the other limits because the midpoints are stored as a tree: in a sorted table all lanes of the first steps read one bank.
 #
 # ## The proof
 #
@@ -448,7 +449,7 @@ print("every byte once, every sector whole: 1 to 4 bits in, 2 and 4 bytes out")
 # 2. **dequantize, then multiply**: read the codes, write float16, read it again, multiply on tensor cores;
 # 3. **fused**: our `product`. It reads the codes once for 64 tokens, decodes them, and multiplies on tensor cores, eight tokens at a time.
 #
-# Each has a bound; the third one's decoding is counted in instructions. (A T4 has no such instruction of the tensor cores; its lanes would have to exchange the numbers.) Bounds are no timings. But no kernel is faster than its bound.
+# Each has a bound; the third one's decoding is counted in instructions. And for each 16 outputs it reads its tokens anew from the L2 cache: at 64 tokens that is {=2 * 64 / 16:.0f=} bytes a weight, many more than the codes. NVIDIA says how much an A100's L2 delivers in a cycle [@nvidia2020], and nothing of the RTX 4090's, for which these bytes are left out. (A T4 has no such instruction of the tensor cores; its lanes would have to exchange the numbers.) Bounds are no timings. But no kernel is faster than its bound.
 
 
 # %%
@@ -473,18 +474,30 @@ def dequantize_first(device, tokens):
     return (IN_FOUR + 2 * weights) / device.bandwidth + float16(device, tokens)
 
 
-DECODING = 0 if UNREAD else slots.cost(kernels.PRODUCT_4BIT, "float16", "80").cycles
+def cycles(tokens):
+    """Return a warp's cycles a weight for so many tokens of one pass."""
+    if UNREAD or not tokens:
+        return 0.0
+    size = slots.Size(columns=SIDE, tokens=tokens)
+    return slots.cost(kernels.PRODUCT_4BIT, "float16", "80", size).cycles
+
+
+SHARED = slots.SHARED  # tokens of one pass
+CYCLES = np.array([cycles(slots.TILE * tiles) for tiles in range(SHARED // 8 + 1)])
 SLOTS = {"RTX 4090": 4 * 128 * 2.52e9, "A100": slots.A100.slots}  # a second
+L2 = {"RTX 4090": np.inf, "A100": 5120 * slots.A100.clock}  # bytes a second
 
 
 def fused(device, tokens):
-    """Decode for each 64 tokens; multiply for each eight."""
-    passes = np.ceil(tokens / 64)
-    moved = IN_FOUR * passes + 2 * 2 * SIDE * tokens
+    """Decode for each 64 tokens; multiply for each eight; read x for each 16 outputs."""
+    moved = IN_FOUR * np.ceil(tokens / SHARED) + 2 * 2 * SIDE * tokens
     done = 2 * weights * 8 * np.ceil(tokens / 8)
     name = next(n for n, known in DEVICES.items() if known is device)
-    decoding = passes * weights / machine_code.WARP * DECODING / SLOTS[name]
-    return np.maximum(at_least(device, moved, done, device.tensor), decoding)
+    full, rest = tokens // SHARED, -(-(tokens % SHARED) // 8)
+    busy = (full * CYCLES[-1] + CYCLES[rest]) * weights / machine_code.WARP
+    reading = 2 / 16 * weights * tokens / L2[name]
+    bound = np.maximum(at_least(device, moved, done, device.tensor), reading)
+    return np.maximum(bound, busy / SLOTS[name])
 
 
 T = np.arange(1, 1025)

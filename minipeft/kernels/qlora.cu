@@ -6,9 +6,10 @@
 // lora_batched. All terms are summed in float32 and rounded once. `product_nested` decodes
 // the scales too, where they are codes of eight bits.
 //
-// Bytes moved a weight: 1/2 + 4/B of its code and scale (1/2 + 1/B when nested), read once
-// for up to 4 rows of x in float32, up to 64 in 16 bits; x comes from L1 or L2. Flops: 2 a
-// weight and row, and the decoding: a shift, a mask, a product.
+// Bytes moved a weight (s = bytes of the dtype of x): 1/2 + 4/B of its code and scale
+// (1/2 + 1/B when nested), read once for up to 4 rows of x in float32, up to 64 in 16 bits.
+// For each 16 outputs a CUDA block reads its rows of x anew, from L2: s/16 a weight and row.
+// Flops: 2 a weight and row, and the decoding: a shift, a mask, a product.
 //
 // Roofline: 9 operations a byte for one row, and the 0.5625 bytes a weight (B = 64) are 3.6
 // times fewer than in float16. A 4096 x 4096 layer: 9.4 MB, 6.3 microseconds at 1.5 TB/s. But
@@ -16,8 +17,11 @@
 // look it up, scale it, and round two weights at once. Ordinary units need two more, to widen
 // the weight and to multiply. So in 16 bits tensor cores multiply: one row then costs as much
 // as 8, and the kernel issues 6.6 instructions a weight. They take 1.2 times as long as the
-// memory needs for the bytes, as calculated from the issue slots of an H100, not timed. From
-// 64 rows on, the launcher dequantizes the weight once and calls a matrix product.
+// memory needs for the bytes, as calculated from the issue slots of an H100, not timed. At 64
+// rows x is 8 bytes a weight. The L2 of an A100 gives 5120 bytes a cycle and needs 3 times as
+// long for them as the memory for the weight; to write the weight and to read it again takes
+// 8 times as long. With more rows the launcher does that, and calls a matrix product. On GPUs
+// before 8.0 lanes exchange the numbers instead, and the launcher does so from 17 rows on.
 //
 // Launch: 256 threads.
 //   float32   a warp takes 2 outputs, a CUDA block 16 outputs of 4 rows of x. A warp reads 128

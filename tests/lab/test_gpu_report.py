@@ -433,7 +433,8 @@ def test_the_instructions_of_a_launch_are_those_of_its_values():
         (kernels.SHRINK, {"in_features": 512, "tokens": 5, "r": 8}, None),
     ):
         launch = Launch(kernel, "float16", given, lambda: None)
-        size = given.get("in_features", 0), given.get("r", slots.RANK)
+        columns, r = given.get("in_features", 0), given.get("r", slots.RANK)
+        size = slots.Size(columns, r, given.get("tokens", 1))
         cost = slots.cost(kernel, "float16", "90", size)
         expected = None if values is None else values / 32 * cost.cycles / SLOTS
         assert ceilings.instructions(launch) == expected

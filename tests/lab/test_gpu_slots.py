@@ -1,9 +1,10 @@
 """Instructions counted in machine code: the shortest path that does the work."""
 
+import numpy as np
 import pytest
 
 from minipeft import kernels
-from minipeft.lab.gpu import slots
+from minipeft.lab.gpu import banks, slots
 from tests.cuda.toolchain import needs_listing
 
 # A loop with a division that may take its slow path.
@@ -61,6 +62,47 @@ def test_the_time_is_that_of_the_busiest():
     gpu = slots.Gpu("90", 2, 2.0**30, 2.0**40)
     assert cost.seconds(32 * 8, gpu) == 4 * 8 / (2 * 4 * 2.0**30)
     assert slots.Cost(5.0, {"integer": 4.0}).limit == "issue"
+
+
+def test_lanes_wait_for_different_words_of_one_bank():
+    lane = np.arange(32)
+    words = [lane, 0 * lane, 2 * lane, 32 * lane, lane % 3 * 32]
+    found = [banks.passes(np.array([w])) for w in words]
+    assert found == [1, 1, 2, 32, 3]
+    assert banks.passes(np.array(words)) == np.mean(found)
+
+
+@pytest.mark.parametrize("search", banks.SEARCHES.values())
+def test_a_search_reads_the_words_on_its_way(search):
+    """The last look, at a word of the table, tells the position from its neighbour."""
+    position = np.arange(256).reshape(8, 32)
+    *_, last = search(position)
+    assert len(np.unique(last)) == 128
+    assert (last.reshape(-1, 2).T[0] == last.reshape(-1, 2).T[1]).all()
+
+
+def test_a_tree_spares_the_banks():
+    """Of 256 sorted midpoints the first steps read one bank; 32 nodes have 32 banks."""
+    position = np.random.default_rng(0).integers(0, 256, (64, 32))
+    _, *tree = map(banks.passes, banks._tree(position))
+    in_order = [*map(banks.passes, banks._sorted(position))]
+    assert tree[:4] == [1, 1, 1, 1]
+    assert 2 + sum(tree) < 11 < 30 < sum(in_order)
+    assert banks.waits("dequantize") == 0 < banks.waits("adamw_8bit")
+
+
+@needs_listing
+def test_rows_of_x_that_share_a_decoding_add_products_and_loads():
+    def busy(tokens):
+        size = slots.Size(tokens=tokens)
+        found = slots.cost(kernels.PRODUCT_4BIT, "bfloat16", "80", size)
+        return found.pipes["tensor"], found.pipes["memory"], found.issue
+
+    one, two, eight = map(busy, (8, 16, 64))
+    assert (one[0], two[0], eight[0]) == (1, 2, 8)
+    assert one[1] < two[1] < eight[1] < 3 * one[1]
+    assert one[2] < two[2] < eight[2]
+    assert busy(65) == eight
 
 
 @needs_listing

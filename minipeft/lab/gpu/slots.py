@@ -20,10 +20,13 @@ from typing import NamedTuple
 
 from minipeft.kernels import SIZES, Kernel
 from minipeft.lab import machine_code
+from minipeft.lab.gpu import banks
 from minipeft.lab.gpu.launches import Launch
 
-WIDTH = 4096  # columns of the weight, where the count depends on them
+WIDTH = 4096
 RANK = 16
+SHARED = 64  # rows of x that share a decoding in 16 bits
+TILE = 8  # rows of x of one product of tensor cores
 ARCHITECTURES = ("80", "90", "100")
 SCHEDULERS = 4
 BYTES_OF_AN_INSTRUCTION = 16
@@ -34,6 +37,23 @@ class Work(NamedTuple):
 
     phases: tuple[tuple[str, int], ...]
     values: int
+
+
+class Size(NamedTuple):
+    """The sizes on which a count may depend.
+
+    Attributes:
+        columns: of the weight.
+        rank: of an adapter.
+        tokens: rows of x.
+    """
+
+    columns: int = WIDTH
+    rank: int = RANK
+    tokens: int = 1
+
+
+USUAL = Size()
 
 
 class Gpu(NamedTuple):
@@ -124,15 +144,15 @@ def seconds(launch: Launch, architecture: str, slots: float) -> float | None:
         InputError: the sentence of `machine_code.missing`.
     """
     a = launch.arguments
-    size = a.get("in_features", WIDTH), a.get("r", RANK)
+    size = Size(a.get("in_features", WIDTH), a.get("r", RANK), a.get("tokens", 1))
     found = cost(launch.kernel, launch.dtype, alike(architecture), size)
     if found is None:
         return None
     if "n" in a:
         values = a["n"]
     else:  # rows of x share what is decoded
-        shared = 4 if SIZES[launch.dtype] == 4 else 64
-        times = -(-a.get("tokens", 1) // shared)
+        shared = 4 if SIZES[launch.dtype] == 4 else SHARED
+        times = -(-size.tokens // shared)
         values = a["in_features"] * a["out_features"] * times
     return values / machine_code.WARP * found.cycles / slots
 
@@ -148,7 +168,7 @@ def cost(
     kernel: Kernel,
     dtype: str,
     architecture: str,
-    size: tuple[int, int] = (WIDTH, RANK),
+    size: Size = USUAL,
 ) -> Cost | None:
     """Return a kernel's cost; None where nothing is known of its work.
 
@@ -156,7 +176,7 @@ def cost(
         kernel: from the table.
         dtype: of its instance.
         architecture: as in "90".
-        size: columns of the weight, and the rank.
+        size: of the operands.
 
     Raises:
         InputError: with the message of `machine_code.missing`.
@@ -166,7 +186,10 @@ def cost(
         return None
     code = disassembled(kernel.row, architecture)[kernel.expression(dtype)]
     way = cheapest(code.instructions, work.phases)
-    return Cost(len(way) / work.values, pipes(way, architecture, work.values))
+    busy = pipes(way, architecture, work.values)
+    # All schedulers share one shared memory.
+    busy["memory"] += SCHEDULERS * banks.waits(kernel.template)
+    return Cost(len(way) / work.values, busy)
 
 
 @cache
@@ -175,15 +198,18 @@ def disassembled(row: str, architecture: str) -> Mapping[str, machine_code.Machi
     return machine_code.disassemble(row, architecture)
 
 
-def work_of(
-    kernel: Kernel, dtype: str, size: tuple[int, int] = (WIDTH, RANK)
-) -> Work | None:
+def work_of(kernel: Kernel, dtype: str, size: Size = USUAL) -> Work | None:
     """Say what a thread does, from the geometry at the head of the kernel's file."""
-    vector, (columns, r) = 16 // SIZES[dtype], size
+    vector, (columns, r, tokens) = 16 // SIZES[dtype], size
     # A stretch of the product, 64 weights of a thread in 16 bits: 8 products of tensor
-    # cores. In float32 16 weights of two rows: look up, multiply by one row of x.
+    # cores for each 8 rows of x. In float32 16 weights of two rows: look up, multiply
+    # by one row of x.
     stretches = max(1, columns // (8 * 4 * machine_code.WARP))
-    product = Work((("LDS", 64), ("HMMA", 2)) * stretches, 64 * stretches)
+    tiles = -(-min(tokens, SHARED) // TILE)
+    stretch: tuple[tuple[str, int], ...] = (("LDS", 64), ("HMMA", 2))
+    if tiles > 1:  # after each quarter of the weights, products with all rows
+        stretch = (("LDS", 16), ("HMMA", 2 * tiles)) * 4
+    product = Work(stretch * stretches, 64 * stretches)
     if vector == 4:
         stretches = max(1, columns // (8 * machine_code.WARP))
         product = Work((("LDS", 16), ("FFMA", 8)) * stretches, 16 * stretches)
