@@ -100,6 +100,11 @@ class _Memory(threading.local):
         self.found = _new(0, torch.float64)
         self.kept = _new(0, torch.uint8)
 
+    @property
+    def nbytes(self) -> int:
+        """Count the bytes that this thread keeps."""
+        return sum(t.nbytes for t in (self.index, self.found, self.kept))
+
     def pairs(self, n: int) -> tuple[Tensor, Tensor]:
         """Return room for n indices, and for the pairs that they find."""
         if n > len(self.index):
