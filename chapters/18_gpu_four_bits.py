@@ -333,8 +333,7 @@ COUNTED = (
     kernels.PRODUCT_4BIT,
     kernels.ROW_NORM,
 )
-GPUS = {"A100": slots.A100, "H100": slots.H100}
-waited = banks.waits(kernels.ADAMW_8BIT.template)
+GPUS, waited = {"A100": slots.A100, "H100": slots.H100}, banks.waits("adamw_8bit")
 caps, intensity = {}, {}
 if not UNREAD:
     print("                    instructions a value         cap       bound by")
@@ -474,30 +473,18 @@ def dequantize_first(device, tokens):
     return (IN_FOUR + 2 * weights) / device.bandwidth + float16(device, tokens)
 
 
-def cycles(tokens):
-    """Return a warp's cycles a weight for so many tokens of one pass."""
-    if UNREAD or not tokens:
-        return 0.0
-    size = slots.Size(columns=SIDE, tokens=tokens)
-    return slots.cost(kernels.PRODUCT_4BIT, "float16", "80", size).cycles
-
-
-SHARED = slots.SHARED  # tokens of one pass
-CYCLES = np.array([cycles(slots.TILE * tiles) for tiles in range(SHARED // 8 + 1)])
-SLOTS = {"RTX 4090": 4 * 128 * 2.52e9, "A100": slots.A100.slots}  # a second
-L2 = {"RTX 4090": np.inf, "A100": 5120 * slots.A100.clock}  # bytes a second
+SLOTS = {DEVICES["RTX 4090"]: 4 * 128 * 2.52e9, A100: slots.A100.slots}  # a second
+L2 = {DEVICES["RTX 4090"]: np.inf, A100: 5120 * slots.A100.clock}  # bytes a second
 
 
 def fused(device, tokens):
     """Decode for each 64 tokens; multiply for each eight; read x for each 16 outputs."""
-    moved = IN_FOUR * np.ceil(tokens / SHARED) + 2 * 2 * SIDE * tokens
+    moved = IN_FOUR * np.ceil(tokens / 64) + 2 * 2 * SIDE * tokens
     done = 2 * weights * 8 * np.ceil(tokens / 8)
-    name = next(n for n, known in DEVICES.items() if known is device)
-    full, rest = tokens // SHARED, -(-(tokens % SHARED) // 8)
-    busy = (full * CYCLES[-1] + CYCLES[rest]) * weights / machine_code.WARP
-    reading = 2 / 16 * weights * tokens / L2[name]
-    bound = np.maximum(at_least(device, moved, done, device.tensor), reading)
-    return np.maximum(bound, busy / SLOTS[name])
+    cycles = [0 if UNREAD else slots.product_cycles(t, "80") for t in tokens.tolist()]
+    decoding = weights / machine_code.WARP * np.array(cycles) / SLOTS[device]
+    bound = at_least(device, moved, done, device.tensor)
+    return np.maximum.reduce([bound, decoding, weights * tokens / 8 / L2[device]])
 
 
 T = np.arange(1, 1025)
@@ -509,7 +496,7 @@ WAYS = {
 bounds = {
     name: {way: bound(device, T) for way, bound in WAYS.items()}
     for name, device in DEVICES.items()
-    if name in SLOTS
+    if device in SLOTS
 }
 print(
     "            1 token: fused   dequantize first   fused is best up to   tensor cores"

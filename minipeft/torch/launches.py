@@ -105,17 +105,17 @@ def matmul_4bit(
     """For few rows launch `product`; for more, decode once and call cuBLAS."""
     rows = x.reshape(-1, x.shape[-1])
     sizes, bits = _check_weight(weight, layout)
-    if len(rows) > _shared(x) or bits != 4 or not _for_few_rows(sizes):
+    if len(rows) > _shared(x.dtype, x.device) or bits != 4 or not _for_few_rows(sizes):
         return linear(x, dequantize(weight, layout, x.dtype), bias)
     y = _product(_readable(rows), weight, sizes, bias)
     return y.view(*x.shape[:-1], sizes.shape[0])
 
 
-def _shared(x: Tensor) -> int:
-    most = SHARED.get(x.dtype, 0)
-    if x.device.type != "cuda":
+def _shared(dtype: torch.dtype, device: torch.device) -> int:
+    most = SHARED.get(dtype, 0)
+    if device.type != "cuda":
         return most
-    old = torch.cuda.get_device_capability(x.device) < TENSOR_CORES
+    old = torch.cuda.get_device_capability(device) < TENSOR_CORES
     return min(most, EMULATED) if old else most
 
 

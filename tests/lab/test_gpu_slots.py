@@ -103,6 +103,8 @@ def test_rows_of_x_that_share_a_decoding_add_products_and_loads():
     assert one[1] < two[1] < eight[1] < 3 * one[1]
     assert one[2] < two[2] < eight[2]
     assert busy(65) == eight
+    passes = [slots.product_cycles(n, "80") for n in (8, 64, 67, 136)]
+    assert passes[2:] == [passes[1] + passes[0], 2 * passes[1] + passes[0]]
 
 
 @needs_listing

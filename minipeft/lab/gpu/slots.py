@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from functools import cache
 from typing import NamedTuple
 
-from minipeft.kernels import SIZES, Kernel
+from minipeft.kernels import PRODUCT_4BIT, SIZES, Kernel
 from minipeft.lab import machine_code
 from minipeft.lab.gpu import banks
 from minipeft.lab.gpu.launches import Launch
@@ -192,6 +192,27 @@ def cost(
     return Cost(len(way) / work.values, busy)
 
 
+def product_cycles(tokens: int, architecture: str) -> float:
+    """Return a warp's cycles a weight of the 4-bit product, all passes together.
+
+    Args:
+        tokens: rows of x, in 16 bits.
+        architecture: as in "90".
+    """
+    full, rest = divmod(tokens, SHARED)
+    return sum(
+        passes * _pass_cycles(-(-rows // TILE), architecture)
+        for passes, rows in ((full, SHARED), (1, rest))
+        if passes and rows
+    )
+
+
+@cache
+def _pass_cycles(tiles: int, architecture: str) -> float:
+    found = cost(PRODUCT_4BIT, "float16", architecture, Size(tokens=TILE * tiles))
+    return found.cycles if found else 0.0
+
+
 @cache
 def disassembled(row: str, architecture: str) -> Mapping[str, machine_code.MachineCode]:
     """Return `machine_code.disassemble`, each row compiled once."""
@@ -200,19 +221,8 @@ def disassembled(row: str, architecture: str) -> Mapping[str, machine_code.Machi
 
 def work_of(kernel: Kernel, dtype: str, size: Size = USUAL) -> Work | None:
     """Say what a thread does, from the geometry at the head of the kernel's file."""
-    vector, (columns, r, tokens) = 16 // SIZES[dtype], size
-    # A stretch of the product, 64 weights of a thread in 16 bits: 8 products of tensor
-    # cores for each 8 rows of x. In float32 16 weights of two rows: look up, multiply
-    # by one row of x.
-    stretches = max(1, columns // (8 * 4 * machine_code.WARP))
-    tiles = -(-min(tokens, SHARED) // TILE)
-    stretch: tuple[tuple[str, int], ...] = (("LDS", 64), ("HMMA", 2))
-    if tiles > 1:  # after each quarter of the weights, products with all rows
-        stretch = (("LDS", 16), ("HMMA", 2 * tiles)) * 4
-    product = Work(stretch * stretches, 64 * stretches)
-    if vector == 4:
-        stretches = max(1, columns // (8 * machine_code.WARP))
-        product = Work((("LDS", 16), ("FFMA", 8)) * stretches, 16 * stretches)
+    vector, (columns, r, _) = 16 // SIZES[dtype], size
+    product = _product_work(vector, size)
     # A turn of `row_norm`, 32 values of a thread: four warps share the columns. In 16
     # bits tensor cores make 8 products of 16 ranks.
     turn: tuple[tuple[str, int], ...] = (("HMMA", 8 * -(-r // 16)), ("FFMA", 64))
@@ -232,6 +242,22 @@ def work_of(kernel: Kernel, dtype: str, size: Size = USUAL) -> Work | None:
         "product_nested": product,
         "row_norm": Work(turn * turns, 32 * turns),
     }.get(kernel.template)
+
+
+def _product_work(vector: int, size: Size) -> Work:
+    # A stretch of the product, 64 weights of a thread in 16 bits: 8 products of tensor
+    # cores for each 8 rows of x. In float32 16 weights of two rows: look up, multiply
+    # by one row of x.
+    if vector == 4:
+        stretches = max(1, size.columns // (8 * machine_code.WARP))
+        return Work((("LDS", 16), ("FFMA", 8)) * stretches, 16 * stretches)
+    stretches = max(1, size.columns // (8 * 4 * machine_code.WARP))
+    tiles = -(-min(size.tokens, SHARED) // TILE)
+    if tiles <= 1:
+        return Work((("LDS", 64), ("HMMA", 2)) * stretches, 64 * stretches)
+    # After each quarter of the weights come products with all rows.
+    quarter = (("LDS", 16), ("HMMA", 2 * tiles))
+    return Work(quarter * 4 * stretches, 64 * stretches)
 
 
 def pipes(way: Sequence[str], architecture: str, values: int) -> dict[str, float]:
