@@ -100,7 +100,7 @@ results: $(SETUP)  ## recompute chapters/results: seeds, sweeps, sizes (takes lo
 bench: $(WITH_PEERS)  ## time against peft and bitsandbytes, in pairs, as ratios
 	@$(BIN)/python -m minipeft.lab.bench
 
-mutants: $(SETUP)  ## change the reference in one place, and see the vectors notice
+mutants: $(SETUP)  ## change the code in one place, and see the vectors notice
 	@$(BIN)/python -W ignore tools/mutants.py $(ARGS)
 
 fuzz: $(SETUP)  ## damage files at random, ten minutes a parser: make fuzz [ARGS="--seed 1 gguf"]

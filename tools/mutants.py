@@ -1,40 +1,47 @@
-"""Change the reference in one place at a time, and see whether the vectors notice.
+"""Change a column in one place at a time, and see whether the vectors notice.
 
-    make mutants                              # every module; takes long
-    python tools/mutants.py lora dora         # some
+    make mutants                                      # the reference; takes long
+    make mutants ARGS="--column torch --rows"         # its modules that have vectors
+    python tools/mutants.py lora dora                 # some
+    python tools/mutants.py --laws lora               # and the tests, where none does
 
 A mutant swaps an operator, moves a number by one, negates a condition or drops a check.
 Each runs in a fork, on the vectors of its row and of the rows that use it, until the
 first that fails. What no vector runs is counted apart, and so are checks of arguments:
-many repeat each other, or refuse what no vector can hold, and other tests answer for
-them. Survivors with a reason are in `tools/mutants.toml`; any other fails the run.
+many repeat each other, or refuse what no vector can hold. With `--laws` the tests of
+the reference answer for both. Survivors with a reason are in `tools/mutants.toml`; any
+other fails the run.
 """
 
 import argparse
 import ast
 import copy
+import importlib
 import importlib.util
 import os
 import signal
 import sys
 import tomllib
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from types import FrameType, ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
+import pytest
 
 from minipeft.golden.operations import OPERATIONS
 from minipeft.golden.runner import implementation, judge
 from minipeft.golden.vectors import VectorFile, load_all
 
 ROOT = Path(__file__).parents[1]
-REFERENCE = ROOT / "minipeft" / "reference"
+COLUMNS = ("reference", "torch", "cupy")
 EQUIVALENT = Path(__file__).with_suffix(".toml")
 SECONDS = 60  # a mutant that runs longer is found
-FOUND, SURVIVED, UNREACHED = 1, 0, 2
+FOUND, SURVIVED = 1, 0
+KINDS = ("properties", "agreement")  # of tests that a row has
 OTHER: dict[type[ast.AST], type[Any]] = {
     **{ast.Lt: ast.LtE, ast.LtE: ast.Lt, ast.Gt: ast.GtE, ast.GtE: ast.Gt},
     **{ast.Eq: ast.NotEq, ast.NotEq: ast.Eq, ast.Is: ast.IsNot, ast.IsNot: ast.Is},
@@ -50,45 +57,82 @@ def main() -> int:
     """Report what survives; return 1 if something does without a reason."""
     parser = argparse.ArgumentParser(prog="python tools/mutants.py")
     parser.add_argument("modules", nargs="*", metavar="MODULE")
-    names = parser.parse_args().modules or [
-        path.stem for path in sorted(REFERENCE.glob("[a-z]*.py"))
-    ]
+    parser.add_argument("--column", choices=COLUMNS, default=COLUMNS[0])
+    parser.add_argument("--laws", action="store_true", help="ask the tests too")
+    parser.add_argument("--rows", action="store_true", help="modules that have vectors")
+    asked = parser.parse_args()
+    column = ROOT / "minipeft" / asked.column
+    names = asked.modules or [path.stem for path in sorted(column.glob("[a-z]*.py"))]
+    if asked.rows:
+        names = [n for n in names if n in {o.row for o in OPERATIONS.values()}]
+    importlib.import_module(f"minipeft.{asked.column}")
     listed = tomllib.loads(EQUIVALENT.read_text("utf-8"))["survivor"]
     total: Counter[str] = Counter()
     for name in names:
-        known = {(e["at"], e["change"]) for e in listed if e["module"] == name}
-        total += module(name, known)
-    found, survived = total["found"], total["survived"]
-    asked = found + survived
+        known = {
+            (e["at"], e["change"])
+            for e in listed
+            if (e.get("column", COLUMNS[0]), e["module"]) == (asked.column, name)
+        }
+        total += module(Module(column, name), known, asked.laws)
+    report(total)
+    return int(total["survived"] > 0)
+
+
+def report(total: Counter[str]) -> None:
+    """Print the sums."""
+    asked = total["found"] + total["survived"]
     print(
-        f"{found} of {asked} found ({found / max(asked, 1):.2%}); "
-        f"{total['listed']} survive with a reason, {total['checks']} in checks of "
-        f"arguments; {total['unreached']} not run by a vector"
+        f"{total['found']} of {asked} found ({total['found'] / max(asked, 1):.2%}); "
+        f"{total['listed']} survive with a reason. Checks of arguments that survive: "
+        f"{total['check, law']} found by tests, {total['check']} not. Lines that no "
+        f"vector runs: {total['unreached, law']} found by tests, "
+        f"{total['unreached']} not."
     )
-    return int(survived > 0)
 
 
-def module(name: str, listed: set[tuple[str, str]]) -> Counter[str]:
+class Module(NamedTuple):
+    """A module of a column."""
+
+    column: Path
+    name: str
+
+    @property
+    def path(self) -> Path:
+        """Where its code is."""
+        return self.column / f"{self.name}.py"
+
+    @property
+    def full(self) -> str:
+        """Its name in Python."""
+        return f"minipeft.{self.column.name}.{self.name}"
+
+
+def module(of: Module, listed: set[tuple[str, str]], laws: bool) -> Counter[str]:
     """Run every mutant of a module."""
-    text = (REFERENCE / f"{name}.py").read_text("utf-8")
+    text = of.path.read_text("utf-8")
     tree, source = ast.parse(text), text.splitlines()
-    rows = [name, *users(name)]
-    files = [file for row in rows for file in load_all(operations(row))]
-    lines = reached(name, tree, files)
+    rows = [of.name, *users(of)]
+    known = [row for row in rows if operations(row)]
+    files = [file for row in known for file in load_all(operations(row))]
+    lines, checks = reached(of, tree, files), checking(tree)
+    if laws and fork(lambda: tested(of, tree)) == FOUND:
+        raise SystemExit(f"{of.name} fails its tests as it is")
     count: Counter[str] = Counter()
     for said, line, mutant in mutants(tree):
-        if line not in lines:
-            count["unreached"] += 1
-        elif fork(name, mutant, files) == FOUND:
-            count["found"] += 1
-        elif line in checking(tree):
-            count["checks"] += 1
-        elif (source[line - 1].strip(), said) in listed:
-            count["listed"] += 1
-        else:
-            count["survived"] += 1
-            print(f"{name}:{line}: {source[line - 1].strip()}: {said}", flush=True)
-    print(f"{name}: {dict(count)}", flush=True)
+        kind, at = "unreached", source[line - 1].strip()
+        if line in lines:
+            found = fork(partial(run, of, mutant, files)) == FOUND
+            kind = "found" if found else "check" if line in checks else "survived"
+        if kind == "survived" and (at, said) in listed:
+            kind = "listed"
+        if laws and kind in ("check", "unreached"):
+            broken = fork(partial(tested, of, mutant)) == FOUND
+            kind = f"{kind}, law" if broken else kind
+        count[kind] += 1
+        if kind == "survived" or (laws and kind in ("check", "unreached")):
+            print(f"{kind}: {of.name}:{line}: {at}: {said}", flush=True)
+    print(f"{of.name}: {dict(count)}", flush=True)
     return count
 
 
@@ -109,31 +153,32 @@ def checking(tree: ast.Module) -> set[int]:
 
 
 def operations(row: str) -> list[str]:
-    """Return the operations of a row; a name that cannot be, where it has none."""
-    return [o for o, about in OPERATIONS.items() if about.row == row] or ["no vectors"]
+    """Return the operations of a row."""
+    return [o for o, about in OPERATIONS.items() if about.row == row]
 
 
-def users(name: str) -> list[str]:
-    """Return the modules of the reference that import this one, and theirs."""
+def users(of: Module) -> list[str]:
+    """Return the modules of the column that import this one, and theirs."""
     imports = {
-        path.stem: path.read_text("utf-8") for path in REFERENCE.glob("[a-z]*.py")
+        path.stem: path.read_text("utf-8") for path in of.column.glob("[a-z]*.py")
     }
-    found, new = set[str](), {name}
+    package = f"minipeft.{of.column.name}"
+    found, new = set[str](), {of.name}
     while new:
         new = {
             user
             for user, text in imports.items()
             for used in new
-            if f"reference.{used} " in text
+            if f"{package}.{used} " in text
             or any(
                 isinstance(node, ast.ImportFrom)
-                and node.module == "minipeft.reference"
+                and node.module == package
                 and used in {alias.name for alias in node.names}
                 for node in ast.parse(text).body
             )
         } - found
         found |= new
-    return sorted(found - {name})
+    return sorted(found - {of.name})
 
 
 def mutants(tree: ast.Module) -> Iterator[tuple[str, int, ast.Module]]:
@@ -177,24 +222,24 @@ def unasked(node: ast.AST) -> Iterator[ast.AST]:
 def changes(node: ast.AST) -> list[Any]:
     """Return the changes of one place, each to be called on it."""
 
-    def put(name: str, value: Any) -> Any:
+    def to(name: str, value: Any) -> Any:
         return lambda: setattr(node, name, value)
 
     if isinstance(node, ast.BinOp | ast.BoolOp) and type(node.op) in OTHER:
-        return [put("op", OTHER[type(node.op)]())]
+        return [to("op", OTHER[type(node.op)]())]
     if isinstance(node, ast.Compare):
         return [
-            put("ops", [*node.ops[:i], OTHER[type(op)](), *node.ops[i + 1 :]])
+            to("ops", [*node.ops[:i], OTHER[type(op)](), *node.ops[i + 1 :]])
             for i, op in enumerate(node.ops)
         ]
     if isinstance(node, ast.UnaryOp):
         same = ast.UAdd() if isinstance(node.op, ast.USub) else None
-        return [put("op", same)] if same else []
+        return [to("op", same)] if same else []
     if isinstance(node, ast.If | ast.IfExp):
-        return [put("test", ast.UnaryOp(ast.Not(), node.test))]
+        return [to("test", ast.UnaryOp(ast.Not(), node.test))]
     if isinstance(node, ast.Expr):
-        return [put("value", ast.Constant(None))]
-    return [put("value", other) for other in values(node)]
+        return [to("value", ast.Constant(None))]
+    return [to("value", other) for other in values(node)]
 
 
 def values(node: ast.AST) -> list[float]:
@@ -204,9 +249,9 @@ def values(node: ast.AST) -> list[float]:
     return [not node.value if isinstance(node.value, bool) else node.value + 1]
 
 
-def reached(name: str, tree: ast.Module, files: list[VectorFile]) -> set[int]:
+def reached(of: Module, tree: ast.Module, files: list[VectorFile]) -> set[int]:
     """Return the lines that the vectors run."""
-    path = str(REFERENCE / f"{name}.py")
+    path = str(of.path)
     lines: set[int] = set()
 
     def trace(frame: FrameType, event: str, _: Any) -> Any:
@@ -218,7 +263,7 @@ def reached(name: str, tree: ast.Module, files: list[VectorFile]) -> set[int]:
     read, write = os.pipe()
     if not os.fork():
         sys.settrace(trace)
-        status = run(name, tree, files)
+        status = run(of, tree, files)
         sys.settrace(None)
         os.write(write, repr((status, lines)).encode())
         os._exit(0)
@@ -227,7 +272,7 @@ def reached(name: str, tree: ast.Module, files: list[VectorFile]) -> set[int]:
         status, lines = ast.literal_eval(said.read().decode())
     os.wait()
     if status != SURVIVED:
-        raise SystemExit(f"{name} fails its vectors as it is")
+        raise SystemExit(f"{of.name} fails its vectors as it is")
     several = (n for n in ast.walk(tree) if isinstance(n, ast.stmt) and not body(n))
     return lines | {
         line
@@ -242,34 +287,53 @@ def body(node: ast.stmt) -> bool:
     return hasattr(node, "body")
 
 
-def fork(name: str, tree: ast.Module, files: list[VectorFile]) -> int:
-    """Run a mutant in a process of its own; return FOUND or SURVIVED."""
+def fork(judged: Callable[[], int]) -> int:
+    """Judge a mutant in a process of its own; return FOUND or SURVIVED."""
     child = os.fork()
     if not child:
         signal.alarm(SECONDS)
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+        silent = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(silent, 1)
+        os.dup2(silent, 2)
         status = FOUND
         try:
-            status = run(name, tree, files)
+            status = judged()
         finally:
             os._exit(status)
     _, ended = os.waitpid(child, 0)
     return os.waitstatus_to_exitcode(ended) and FOUND
 
 
-def run(name: str, tree: ast.Module, files: list[VectorFile]) -> int:
-    """Put the module in its place, and ask until something is wrong."""
-    full = f"minipeft.reference.{name}"
-    spec = importlib.util.find_spec(full)
+def put(of: Module, tree: ast.Module) -> None:
+    """Put a module in its place."""
+    spec = importlib.util.find_spec(of.full)
     if spec is None:
-        raise SystemExit(f"there is no {full}")
-    made = ModuleType(full)
+        raise SystemExit(f"there is no {of.full}")
+    made = ModuleType(of.full)
     made.__dict__.update(__spec__=spec, __file__=spec.origin)
-    sys.modules[full] = made
-    setattr(sys.modules["minipeft.reference"], name, made)
-    np.seterr(all="ignore")
+    sys.modules[of.full] = made
+    setattr(sys.modules[of.full.rpartition(".")[0]], of.name, made)
     exec(compile(tree, str(spec.origin), "exec"), made.__dict__)
-    column = implementation("reference")
+
+
+def tested(of: Module, tree: ast.Module) -> int:
+    """Run the laws of the module's functions, and of its row, until one is broken."""
+    signal.alarm(10 * SECONDS)  # tests take longer than vectors
+    put(of, tree)
+    general = ROOT / "tests" / "properties" / "test_reference.py"
+    own = [ROOT / "tests" / kind / f"test_{of.name}.py" for kind in KINDS]
+    options = ["-q", "-x", "-o", "addopts="]
+    options += ["-o", "filterwarnings=", "-p", "no:cacheprovider"]
+    files = [str(path) for path in (general, *own) if path.exists()]
+    chosen = f"{of.name}. or test_{of.name}"  # functions of the row, its own files
+    return FOUND if pytest.main([*options, *files, "-k", chosen]) else SURVIVED
+
+
+def run(of: Module, tree: ast.Module, files: list[VectorFile]) -> int:
+    """Ask a mutant until something is wrong."""
+    np.seterr(all="ignore")
+    put(of, tree)
+    column = implementation(of.column.name)
     for file in files:
         for case in file.cases:
             if judge(column, file, case).status in ("fail", "policy"):
