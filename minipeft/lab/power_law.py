@@ -57,7 +57,7 @@ def fit(
         InputError: there are fewer different x than numbers to fit, or one is not
             above 0, or a loss is not finite.
 
-    Source: Zhang and others 2024, equation 1, with one factor.
+    Source: Zhang and others 2024, their joint law with one factor.
     """
     _check(x, losses, 2 if floor is not None else 3)
     low, high = EXPONENTS

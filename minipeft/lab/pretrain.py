@@ -55,9 +55,25 @@ class Recipe:
     clip: float = 1.0
 
 
-def folder(width: int) -> Path:
-    """Return where a model of this width is written: `tiny` in the package."""
-    return BASE if width == Recipe.width else Path("build/bases") / f"width-{width}"
+def folder(recipe: Recipe) -> Path:
+    """Return where a model is written: `tiny` in the package, others in `build`."""
+    if recipe == Recipe():
+        return BASE
+    name = f"width-{recipe.width}-steps-{recipe.steps}-seed-{recipe.seed}"
+    return Path("build/bases") / name
+
+
+def base(recipe: Recipe) -> Path:
+    """Return the folder of a model, after pretraining it if it is not there.
+
+    A run that was interrupted goes on from its checkpoint.
+    """
+    place = folder(recipe)
+    if not (place / "recipe.json").exists():  # it is written last
+        place.mkdir(parents=True, exist_ok=True)
+        begun = (place / "checkpoint.safetensors").exists()
+        pretrain(recipe, place, resume=begun)
+    return place
 
 
 def sized(width: int, steps: int = Recipe.steps, seed: int = 0) -> Recipe:
@@ -230,7 +246,7 @@ def main() -> None:
     parser.add_argument("--resume", action="store_true", help="continue after Ctrl-C")
     options = parser.parse_args()
     recipe = sized(options.width, options.steps, options.seed)
-    out = options.out or folder(recipe.width)
+    out = options.out or folder(recipe)
     out.mkdir(parents=True, exist_ok=True)
     for name, value in pretrain(recipe, out, options.resume).items():
         print(f"{name:28} {value}")

@@ -103,8 +103,11 @@ def test_another_width_keeps_the_shape_of_the_recipe(tiny):
     assert config.intermediate_size == 3 * config.hidden_size == 96
     assert config.head_dim * config.num_attention_heads == 32
     assert (small.warmup, small.steps, small.seed) == (100, 1800, 2)
-    assert pretrain.folder(128) == TINY
-    assert pretrain.folder(32) != pretrain.folder(64) != TINY
+    assert (
+        pretrain.folder(pretrain.Recipe()) == pretrain.base(pretrain.Recipe()) == TINY
+    )
+    other = pretrain.sized(32, steps=1800, seed=3)
+    assert len({pretrain.folder(r) for r in (small, other, pretrain.Recipe())}) == 3
 
 
 @pytest.mark.parametrize("width", [0, 20, -8])
