@@ -4,13 +4,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from minipeft.errors import InputError
 from minipeft.interop import apart, peft_stacks
 from minipeft.interop.peft_update import WIDE
 from minipeft.interop.spelling import counterpart
-from minipeft.interop.tensors import About
+from minipeft.interop.tensors import About, Tensors
 from minipeft.interop.update import Update
 
 
@@ -26,6 +27,8 @@ class Adapter:
         metadata: of the file.
         stacks: matrices of stacks of experts, by module and by their names in it; which
             stack each belongs to, the base says (`renamed`).
+        tables: weights of the base that the file holds beside their updates, as peft
+            writes embeddings and heads; they change nothing (`check_tables`).
     """
 
     updates: Mapping[str, Update]
@@ -34,6 +37,7 @@ class Adapter:
     config: Mapping[str, Any] = field(default_factory=dict)
     metadata: Mapping[str, str] = field(default_factory=dict)
     stacks: Mapping[str, Mapping[str, Tensor]] = field(default_factory=dict)
+    tables: Mapping[str, Tensor] = field(default_factory=dict)
 
     def renamed(self, names: Mapping[str, About]) -> "Adapter":
         """Return the adapter by the names that a base has for the same tensors.
@@ -63,7 +67,26 @@ class Adapter:
         saved = {_found(n, names, new=True): t for n, t in self.saved.items()}
         for name in _lone_biases(saved, names):
             _check_shape(name, tuple(saved[name].shape), names[name])
-        return Adapter(updates, biases, saved, self.config, self.metadata)
+        tables = {_found(n, names): t for n, t in self.tables.items()}
+        facts = self.config, self.metadata
+        return Adapter(updates, biases, saved, *facts, tables=tables)
+
+    def check_tables(self, base: Tensors) -> None:
+        """Refuse a base with other embeddings than those in the file.
+
+        Args:
+            base: whose names the adapter has.
+
+        Raises:
+            InputError: a table differs.
+        """
+        for name, table in self.tables.items():
+            own = base.read(name)
+            if own.shape != table.shape or not torch.equal(own, table.to(own.dtype)):
+                raise InputError(
+                    f"the adapter holds {name} of another base; give the base that it "
+                    "was trained on"
+                )
 
 
 def _found(name: str, names: Mapping[str, object], new: bool = False) -> str:

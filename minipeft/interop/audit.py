@@ -5,6 +5,7 @@ once; within the error bound of a correct merge in another order of sums; or wro
 the name of the nearest mistake.
 """
 
+import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 
@@ -16,27 +17,40 @@ from minipeft.interop.adapter import Adapter
 from minipeft.interop.apart import alike
 from minipeft.interop.bound import ROUNDOFF, allowed
 from minipeft.interop.mistakes import (
+    BIAS_MISTAKES,
+    INTO_DEQUANTIZED,
     MISTAKES,
     Mistake,
     experts,
+    in_4_bits,
     other_alphas,
     other_expert,
+    through_nested_nf4,
+    through_nf4,
 )
-from minipeft.interop.rounding import Cast, Rounded, Rounding, of
+from minipeft.interop.rounding import Cast, FourBits, Rounded, Rounding, of
 from minipeft.interop.spelling import counterpart
 from minipeft.interop.tensors import Tensors, bytes_of, is_finite, rows
+from minipeft.interop.tying import HEAD, pulled_apart
 from minipeft.interop.update import (
     ROWS,
     Update,
+    delta,
     exact,
     in_rows,
     merged,
     merged_rows,
     one_thread,
+    read,
     stored,
 )
 
 EXACT, BOUND, WRONG = "exact", "within the bound", "wrong"
+INTO_ORIGINAL = "merged into the original weights"
+OF_ORIGINAL = (
+    "without the update, the tensor is rounded to the base's 4 bits; give the original "
+    "with --base to judge it bit for bit"
+)
 NOT_FINITE = "the tensor holds NaN or an infinity"
 
 
@@ -84,7 +98,10 @@ def audit(base: Tensors, adapter: Adapter, found: Tensors) -> Iterator[Finding]:
         InputError: the adapter does not belong to the base.
     """
     base, found = alike(base, found)
+    ties = bool(counterpart(HEAD, {**found.about, **adapter.updates, **adapter.saved}))
+    base, adapter = pulled_apart(base, adapter, ties)
     adapter = adapter.renamed(base.about)
+    adapter.check_tables(base)
     expected = {*base.about, *adapter.saved}
     for name in sorted(expected):
         place = counterpart(name, found.about)
@@ -116,10 +133,15 @@ def concluded(findings: list[Finding]) -> list[Finding]:
 
 
 def _missing(name: str, adapter: Adapter) -> Finding:
-    if name in adapter.saved or name in adapter.updates:
-        sentence = "the adapter trains this tensor, and the model does not have it"
-        what = "head untied and lost" if "head" in name or "embed" in name else "lost"
+    adapted = name in adapter.saved or name in adapter.updates
+    sentence = "the adapter trains this tensor, and the model does not have it"
+    if name == HEAD and not adapted:
+        sentence = "the adapter changes the embedding alone, and the model has no head"
+    if name == HEAD or (adapted and "embed" in name):
+        what = "head untied and lost"
         return Finding(name, WRONG, what, sentence, 1.0, adapted=True)
+    if adapted:
+        return Finding(name, WRONG, "lost", sentence, 1.0, adapted=True)
     return Finding(name, WRONG, "missing", "the model does not have this tensor", 1.0)
 
 
@@ -149,13 +171,22 @@ def _judged(
     if _is_exact(name, base, adapter, found, place):
         return Finding(name, EXACT, adapted=True)
     held = Stored(found.read(place), of(found, place, kept))
+    return _changed(name, base, adapter, held)
+
+
+def _changed(name: str, base: Tensors, adapter: Adapter, held: Stored) -> Finding:
+    """Judge a tensor that the adapter changes."""
     if name in adapter.saved:
         return _replaced(name, base, adapter.saved[name], held)
     if name in adapter.biases:
-        return _bias(name, base.read(name), adapter.biases[name], held.values)
+        weight = adapter.updates.get(f"{name.removesuffix('bias')}weight")
+        s = weight.scaling if weight else 1.0
+        return _bias(name, base.read(name), (adapter.biases[name], s), held.values)
     alphas = {update.alpha for update in adapter.updates.values()}
     finding = judge(name, base.read(name), adapter.updates[name], held, alphas)
     if finding.verdict == WRONG and finding.residual:
+        if _before_4_bits(name, base, held.values, adapter.updates[name]):
+            return Finding(name, WRONG, INTO_ORIGINAL, OF_ORIGINAL, adapted=True)
         return _of_another_expert(finding, base, adapter, held)
     return finding
 
@@ -291,6 +322,8 @@ def nearest(
             best = (rest, mistake)
     assert best is not None
     rest, mistake = best
+    if isinstance(held.rounding, FourBits):
+        mistake = in_4_bits(mistake)
     return Finding(name, WRONG, mistake.name, mistake.sentence, rest, adapted=True)
 
 
@@ -306,20 +339,23 @@ def _replaced(name: str, base: Tensors, saved: Tensor, held: Stored) -> Finding:
     )
 
 
-def _bias(name: str, bias: Tensor, added: Tensor, found: Tensor) -> Finding:
-    right = (bias.float() + added.float()).to(found.dtype)
+def _bias(
+    name: str, bias: Tensor, change: tuple[Tensor, float], found: Tensor
+) -> Finding:
+    """Judge a bias; the change comes with the scale of the update beside it."""
+    added, s = change[0].float(), change[1]
+    right = (bias.float() + added).to(found.dtype)
     limit = ROUNDOFF[found.dtype] * right.double().abs() * 2
     if same(right, found):
         return Finding(name, EXACT, adapted=True)
     if bool(((right.double() - found.double()).abs() <= limit).all()):
         return Finding(name, BOUND, adapted=True)
-    if same(bias.to(found.dtype), found):
-        return Finding(
-            name, WRONG, "bias lost", "the bias is that of the base", 1.0, True
-        )
-    return Finding(
-        name, WRONG, "bias scaled", "the bias was added with another scale", 1.0, True
-    )
+    size = float(added.double().norm()) or 1.0
+    made = (m.make(bias.float(), added, s).to(found.dtype) for m in BIAS_MISTAKES)
+    rests = [float((one.double() - found.double()).norm()) / size for one in made]
+    rest = min(rests, key=lambda one: one if one == one else math.inf)
+    mistake = BIAS_MISTAKES[rests.index(rest)]
+    return Finding(name, WRONG, mistake.name, mistake.sentence, rest, adapted=True)
 
 
 def _unchanged(name: str, base: Tensors, found: Tensors, place: str) -> Finding:
@@ -333,9 +369,42 @@ def _unchanged(name: str, base: Tensors, found: Tensors, place: str) -> Finding:
             how = f"{'kept in' if wider else 'rounded to'} {rounding.name}"
             sentence = "the base's, as this file rounds"
             return Finding(name, EXACT, sentence=sentence, stored=how)
+    held = found.read(place)
+    if _before_4_bits(name, base, held):
+        how = f"before it was rounded to {of(base, name, held.dtype).name}"
+        return Finding(name, EXACT, sentence="the base rounds it", stored=how)
+    if _is_through_nf4(base.read(name), held):
+        return Finding(name, WRONG, INTO_DEQUANTIZED, "it is what NF4 leaves of it")
     return Finding(
         name, WRONG, "wrong base", "the adapter leaves it alone, and it is another", 1.0
     )
+
+
+def _before_4_bits(
+    name: str, base: Tensors, found: Tensor, update: Update | None = None
+) -> bool:
+    """Return whether a 4-bit base is what a tensor without its update is rounded to.
+
+    Then the adapter was merged into the weights before they were quantized.
+    """
+    rounding = of(base, name, found.dtype)
+    if not isinstance(rounding, FourBits) or not found.is_floating_point():
+        return False
+    wanted, slack = found.double(), torch.zeros(())
+    if update is not None:
+        if update.magnitude is not None or found.ndim != 2:
+            return False
+        bound = allowed(found, update, read(wanted, update))
+        slack = stored(bound, update)
+        wanted = wanted - stored(delta(update, torch.float64), update)
+    return rounding.reachable(base.read(name), wanted, slack)
+
+
+def _is_through_nf4(W: Tensor, found: Tensor) -> bool:
+    """Return whether a tensor is a plain weight after NF4, its scales nested or not."""
+    if not W.is_floating_point() or W.ndim != 2 or W.dtype != found.dtype:
+        return False
+    return any(same(make(W), found) for make in (through_nf4, through_nested_nf4))
 
 
 def same(one: Tensor, other: Tensor) -> bool:

@@ -11,9 +11,8 @@ import torch
 from torch import Tensor
 
 from minipeft.errors import InputError
-from minipeft.interop import fingerprint, peft_update
-from minipeft.interop.fingerprint import Fingerprint
-from minipeft.interop.merging import BASE
+from minipeft.interop import fingerprint, made, peft_update
+from minipeft.interop.fingerprint import BASE, Fingerprint
 from minipeft.interop.peft_folder import CONFIG, PREFIX, Contents
 from minipeft.interop.peft_read import split
 from minipeft.interop.peft_write import alpha_of, patterns
@@ -30,6 +29,8 @@ HIRA_RANKS = {"hira_A": 0, "hira_B": 1, "hira_embedding_A": 0, "hira_embedding_B
 
 WEIGHTS = "minipeft.weights"
 """The key of a file's metadata with the weights of the adapters in its sum."""
+SCALE = ("r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern")
+"""The settings that the metadata names as constants of the sum."""
 
 
 def concatenate(adapters: Sequence[Contents]) -> Contents:
@@ -77,7 +78,9 @@ def weighted_sum(parts: Sequence[Part]) -> Contents:
     result = sums[kind](parts)
     _check_size(parts, result)
     weights = json.dumps([weight for _, weight in parts])
-    return replace(result, metadata={**_base(parts), WEIGHTS: weights})
+    constants = {key: result.config[key] for key in SCALE if key in result.config}
+    facts = {**_base(parts), **made.facts(kind, constants), WEIGHTS: weights}
+    return replace(result, metadata=facts)
 
 
 def _check(parts: Sequence[Part]) -> None:

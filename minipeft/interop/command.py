@@ -10,13 +10,13 @@ import re
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from minipeft.errors import InputError, cannot_write
-from minipeft.interop import inspect_command
+from minipeft.interop import inspect_command, merge_command
+from minipeft.interop.progress import progress
 
 if TYPE_CHECKING:
     from minipeft.interop.adapter import Adapter
@@ -24,7 +24,6 @@ if TYPE_CHECKING:
 
 Commands = "argparse._SubParsersAction[argparse.ArgumentParser]"
 TARGETS = ("peft", "gguf", "ollama", "safetensors", "bitsandbytes")
-DTYPES = ("float32", "float16", "bfloat16")
 KINDS = ("F32", "F16", "BF16", "Q8_0")
 COMBINE = "minipeft combine [-h] ADAPTER [ADAPTER ...] [--weights W [W ...]] --out PATH"
 """argparse's own line puts the adapters behind the weights, which would take them."""
@@ -45,11 +44,11 @@ def _add_merge(commands: Any) -> None:
         "merge",
         "write base + adapter as a model's folder",
         "minipeft merge --base llama --adapter adapter --out merged --dtype bfloat16",
-        _merge,
+        merge_command.run,
     )
     _add_base_and_adapter(parser)
     _add_out(parser, "the new folder")
-    _add_dtype(parser)
+    merge_command.add_options(parser)
 
 
 def _add_inspect(commands: Any) -> None:
@@ -105,7 +104,7 @@ def _add_export(commands: Any) -> None:
         help="how a merged GGUF stores weights (default: %(default)s)",
     )
     _add_rank(parser)
-    _add_dtype(parser)
+    merge_command.add_options(parser)
 
 
 def _add_rank(parser: argparse.ArgumentParser) -> None:
@@ -188,40 +187,24 @@ def _add_out(parser: argparse.ArgumentParser, about: str) -> None:
     parser.add_argument("--out", type=Path, required=True, metavar="PATH", help=about)
 
 
-def _add_dtype(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--dtype",
-        choices=DTYPES,
-        help="of the merged weights (default: as in the base)",
-    )
-
-
-def _merge(options: argparse.Namespace) -> int:
-    import torch
-
-    from minipeft.interop import merging
-
-    adapter = _adapter(options)
-    dtype = getattr(torch, options.dtype) if options.dtype else None
-    with progress("merging") as step:
-        merging.merge(options.base, adapter, options.out, dtype, step)
-    stacks = sum(len(parts) // 2 for parts in adapter.stacks.values())
-    print(f"merged {len(adapter.updates) + stacks} weights into {options.out}")
-    return 0
-
-
 def _audit(options: argparse.Namespace) -> int:
+    from minipeft.interop import tying
     from minipeft.interop.audit import WRONG, audit, concluded
+    from minipeft.interop.made import TARGET
     from minipeft.interop.opening import open_model
 
     adapter = _adapter(options)
     base, merged = open_model(options.base), open_model(options.merged)
+    ties = tying.ties(options.base)
+    base, adapter = tying.pulled_apart(base, adapter, ties)
     findings = []
-    with progress("auditing") as step:
+    with progress("auditing", len(base.about)) as step:
         for finding in audit(base, adapter, merged):
             findings.append(finding)
             step(finding.tensor)
     findings = concluded(findings)
+    if TARGET in merged.metadata:
+        print(f"the file says that the target was {merged.metadata[TARGET]}")
     if options.json:
         write_json(options.json, [asdict(finding) for finding in findings])
     for line in report(findings):
@@ -258,8 +241,13 @@ def report(findings: "list[Finding]") -> Iterator[str]:
 def _export(options: argparse.Namespace) -> int:
     if options.rank is not None or options.share is not None:
         return _export_lora(options)
+    if options.to != "safetensors" and (options.target or options.original):
+        raise InputError(
+            "--target and --original are for --to safetensors; a 4-bit base is "
+            "decoded for gguf and ollama, and requantized for bitsandbytes"
+        )
     if options.to == "safetensors":
-        return _merge(options)
+        return merge_command.run(options)
     adapter = _adapter(options)
     if options.to == "peft":
         from minipeft.interop import fixing, parts
@@ -313,7 +301,7 @@ def _combine(options: argparse.Namespace) -> int:
         )
     from minipeft.interop import combine, peft_folder
 
-    with progress("reading") as step:
+    with progress("reading", len(options.adapters)) as step:
         parts = []
         for folder, weight in zip(options.adapters, weights, strict=True):
             step(str(folder))
@@ -325,19 +313,24 @@ def _combine(options: argparse.Namespace) -> int:
 
 
 def _export_gguf(options: argparse.Namespace, adapter: "Adapter") -> None:
-    from minipeft.interop import gguf_format, merging
-    from minipeft.interop.tensors import Watched, open_tensors
+    from minipeft.interop import gguf_format, made, merging, quantized_base
+    from minipeft.interop.bitsandbytes_format import FourBitTensors
+    from minipeft.interop.opening import open_model
+    from minipeft.interop.tensors import Watched
 
     path = options.out / "model.gguf" if options.to == "ollama" else options.out
     if path.exists():
         raise InputError(f"{path} exists; choose another path, or remove it")
     if options.to == "gguf" and not options.merged:
         config = gguf_format.read_config(options.base)
-        gguf_format.write_lora(options.out, adapter, config)
+        gguf_format.write_lora(options.out, _with_base(options, adapter), config)
         print(f"wrote {options.out}: llama-server --lora {options.out}")
         return
-    base = open_tensors(options.base)
-    with progress("writing") as step:
+    base = open_model(options.base)
+    if isinstance(base, FourBitTensors):
+        told = {**adapter.metadata, made.TARGET: quantized_base.DEQUANTIZED}
+        adapter = replace(adapter, metadata=told)
+    with progress("writing", 2 * len(base.about)) as step:  # hashed, then written
         watched = Watched(base, step)
         gguf_format.write_model(path, watched, options.base, adapter, options.kind)
     if options.to == "ollama":
@@ -350,22 +343,33 @@ def _export_gguf(options: argparse.Namespace, adapter: "Adapter") -> None:
         print(f"wrote {path}: llama-server --model {path}")
 
 
+def _with_base(options: argparse.Namespace, adapter: "Adapter") -> "Adapter":
+    """Return the adapter with the fingerprint of the base that was given."""
+    from minipeft.interop import fingerprint
+    from minipeft.interop.tensors import open_tensors
+
+    if fingerprint.BASE in adapter.metadata and not options.allow_base_mismatch:
+        return adapter  # it was compared
+    own = fingerprint.of_files(open_tensors(options.base)).to_json()
+    return replace(adapter, metadata={**adapter.metadata, fingerprint.BASE: own})
+
+
 def _adapter(options: argparse.Namespace) -> "Adapter":
     """Return the adapter, after checking that it belongs to the base."""
-    from minipeft.interop import fingerprint, merging, peft_format
+    from minipeft.interop import fingerprint, made, merging, peft_format
     from minipeft.interop.apart import named_as
     from minipeft.interop.tensors import open_tensors
 
     adapter = peft_format.read(options.adapter)
     if options.allow_base_mismatch:
         print("the base was not compared: --allow-base-mismatch", file=sys.stderr)
-    elif merging.BASE in adapter.metadata:
-        saved = fingerprint.Fingerprint.from_json(adapter.metadata[merging.BASE])
+    elif fingerprint.BASE in adapter.metadata:
+        saved = fingerprint.Fingerprint.from_json(adapter.metadata[fingerprint.BASE])
         base = named_as(saved.tensors, open_tensors(options.base))
         own = fingerprint.of_files(base)
         print(merging.check_base(adapter, own), file=sys.stderr)
     else:
-        print("the adapter does not say which base it belongs to", file=sys.stderr)
+        print(made.UNKNOWN, file=sys.stderr)
     return adapter
 
 
@@ -379,16 +383,3 @@ def write_json(path: Path, value: Any) -> None:
         path.write_text(json.dumps(value, indent=1) + "\n", "utf-8")
     except OSError as error:
         raise cannot_write(path, error) from error
-
-
-@contextmanager
-def progress(what: str) -> Iterator[Callable[[str], None]]:
-    """Show the current tensor on a terminal; print nothing elsewhere."""
-    from rich.console import Console
-
-    console = Console(stderr=True)
-    if not console.is_terminal:
-        yield lambda name: None
-        return
-    with console.status(what) as status:
-        yield lambda name: status.update(f"{what} {name}")

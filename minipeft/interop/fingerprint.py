@@ -3,7 +3,7 @@
 import hashlib
 import json
 import os
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -11,8 +11,10 @@ from torch import Tensor, nn
 
 from minipeft.errors import InputError
 from minipeft.interop.spelling import counterpart
-from minipeft.interop.tensors import About, Tensors, bytes_of
+from minipeft.interop.tensors import PIECE, About, Tensors, bytes_of
 
+BASE = "minipeft.base"
+"""The key of a file's metadata with the fingerprint of its base."""
 THREADS = 4
 """How many tensors are hashed at one time, at most."""
 
@@ -76,6 +78,71 @@ def of_files(tensors: Tensors) -> Fingerprint:
     names = sorted(tensors.about)
     with ThreadPoolExecutor(min(THREADS, os.cpu_count() or 1)) as pool:
         return Fingerprint(dict(zip(names, pool.map(hashed, names), strict=True)))
+
+
+class Hashing:
+    """Tensors of a base, each hashed and compared in the pass that reads it.
+
+    Args:
+        source: of the tensors.
+        saved: fingerprint of the base to compare with, if there is one.
+        without: names of tensors that the file with this fingerprint contains itself.
+
+    Raises:
+        InputError: a tensor differs, is missing or is new; names are compared here,
+            values when a tensor is read.
+    """
+
+    def __init__(
+        self,
+        source: Tensors,
+        saved: Fingerprint | None = None,
+        without: Collection[str] = (),
+    ):
+        self._source, self._without = source, without
+        self._saved = saved or Fingerprint({})
+        self._hashes: dict[str, str] = {}
+        self.about: Mapping[str, About] = source.about
+        self.metadata: Mapping[str, str] = source.metadata
+        self._expected = {
+            counterpart(name, source.about) or name: digest
+            for name, digest in self._saved.tensors.items()
+        }
+        brought = {counterpart(name, source.about) for name in without}
+        own = {n for n in source.about if n not in brought or n in self._expected}
+        if saved and own != self._expected.keys():
+            check(saved, of_files(source), without)
+
+    def read(self, name: str) -> Tensor:
+        """Return one tensor."""
+        tensor = self._source.read(name)
+        self._keep(name, of_tensor(tensor))
+        return tensor
+
+    def pieces(self, name: str, size: int = PIECE) -> Iterator[memoryview]:
+        """Yield the bytes of one tensor, a piece at a time."""
+        digest = _begun(self.about[name])
+        for piece in self._source.pieces(name, size):
+            digest.update(piece)
+            yield piece
+        self._keep(name, digest.hexdigest())
+
+    def _keep(self, name: str, digest: str) -> None:
+        self._hashes[name] = digest
+        if self._expected.get(name, digest) != digest:
+            # Another tensor may come before this one in the order of names.
+            check(self._saved, of_files(self._source), self._without)
+
+    def unknown(self) -> Fingerprint:
+        """Return a fingerprint as long as that of the base, to be replaced by it."""
+        return Fingerprint(dict.fromkeys(sorted(self.about), "0" * 64))
+
+    def fingerprint(self) -> Fingerprint:
+        """Return the hash of every tensor; one that was not read is read now."""
+        for name in self.about.keys() - self._hashes.keys():
+            for _ in self.pieces(name):
+                pass
+        return Fingerprint({name: self._hashes[name] for name in sorted(self.about)})
 
 
 def of_model(model: nn.Module) -> Fingerprint:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from minipeft.errors import InputError
-from minipeft.interop import peft_folder
+from minipeft.interop import made, peft_folder
 from minipeft.interop.parts import MAGNITUDE, A, B, Parts
 from minipeft.interop.peft_settings import check_update
 
@@ -48,7 +48,9 @@ def folded(parts: Parts) -> peft_folder.Contents:
             tensors[name] = tensor
     plain = {"rank_pattern": {}, "alpha_pattern": {}, "use_rslora": False}
     config = {**parts.config, "r": r, "lora_alpha": r, **plain}
-    return peft_folder.Contents(config, tensors, parts.file.metadata)
+    ones = {f"{module}.scaling": 1.0 for module in parts.modules}
+    facts = {**parts.file.metadata, **made.facts("LORA", ones)}
+    return peft_folder.Contents(config, tensors, facts)
 
 
 def _largest(parts: Parts) -> int:

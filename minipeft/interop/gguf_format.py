@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from minipeft.errors import InputError, cannot_write
-from minipeft.interop import gguf_vocabulary
+from minipeft.interop import fingerprint, gguf_vocabulary, made, tying
 from minipeft.interop.adapter import Adapter
 from minipeft.interop.gguf_names import family, heads_turned, names, turn, turn_back
 from minipeft.interop.rounding import Q8, Cast, Rounding, Through
@@ -78,6 +78,7 @@ def write_lora(path: str | Path, adapter: Adapter, config: Config) -> None:
         writer.add_type(gguf.GGUFType.ADAPTER)
         writer.add_string(gguf.Keys.Adapter.TYPE, "lora")
         writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, ALPHA)
+        _add_facts(writer, made.origin(adapter))
         for name, update in adapter.updates.items():
             if name not in theirs:
                 raise InputError(f"llama.cpp has no tensor for {name}; merge instead")
@@ -142,11 +143,16 @@ def write_model(
     config = read_config(folder)
     arch = family(config)
     theirs = names(arch, int(config["num_hidden_layers"]))
-    adapter = (adapter or Adapter({})).renamed(base.about)
+    adapter = adapter or Adapter({})
+    facts = made.origin(adapter, fingerprint.of_files(base))
+    base, adapter = tying.pulled_apart(base, adapter, tying.ties(folder))
+    adapter = adapter.renamed(base.about)
+    adapter.check_tables(base)
     plan = _plan(base, adapter, theirs, kind)
     with _writing(path, arch) as writer:
         _hyperparameters(writer, config)
         writer.add_file_type(FILE_TYPES[kind])
+        _add_facts(writer, facts)
         gguf_vocabulary.write(writer, Path(folder), config)
         factors = rope_factors(config)
         _announce_all(writer, theirs, plan, factors)
@@ -157,6 +163,12 @@ def write_model(
             writer.write_tensor_data(encode(values, type_))
         if factors is not None:
             writer.write_tensor_data(factors)
+
+
+def _add_facts(writer: gguf.GGUFWriter, facts: Mapping[str, str]) -> None:
+    """Add the metadata about the origin of a file."""
+    for key, text in facts.items():
+        writer.add_string(key, text)
 
 
 def read_config(folder: str | Path) -> dict[str, Any]:

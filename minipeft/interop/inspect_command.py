@@ -12,6 +12,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from minipeft.interop.progress import progress
+
 if TYPE_CHECKING:
     from minipeft.interop.inspecting import Inspection
 
@@ -56,12 +58,12 @@ def _target(text: str) -> str:
 def run(options: argparse.Namespace) -> int:
     """Print the report; return the exit code."""
     from minipeft.interop import fixing, inspecting, parts
-    from minipeft.interop.command import progress, write_json
+    from minipeft.interop.command import write_json
     from minipeft.interop.opening import open_model
 
     read = parts.read(options.adapter)
     base = open_model(options.base) if options.base else None
-    with progress("inspecting") as step:
+    with progress("inspecting", len(read.modules)) as step:
         found = inspecting.inspect(read, base, step)
     if options.json:
         write_json(options.json, plain(asdict(found)))

@@ -15,9 +15,8 @@ from torch import Tensor
 from minipeft.errors import InputError
 from minipeft.interop import fingerprint, peft_stacks
 from minipeft.interop.apart import Stacked, named_as, stacked
-from minipeft.interop.fingerprint import Fingerprint
+from minipeft.interop.fingerprint import BASE, Fingerprint
 from minipeft.interop.loaders import LOADERS, Judgement, judge
-from minipeft.interop.merging import BASE
 from minipeft.interop.parts import MAGNITUDE, A, B, Parts
 from minipeft.interop.peft_experts import turned_from_file
 from minipeft.interop.peft_format import plain
@@ -302,7 +301,8 @@ def about_base(contents: Parts, base: Tensors | None) -> tuple[str, bool]:
     text = contents.file.metadata.get(BASE)
     if text is None:
         named = contents.config.get("base_model_name_or_path")
-        return f"no fingerprint in the file; the configuration names {named!r}", False
+        line = "no fingerprint in the file, so another base of the same shapes is not "
+        return f"{line}noticed; the configuration names {named!r}", False
     saved = Fingerprint.from_json(text)
     if base is None:
         return f"made for the base {saved.whole[:12]}", False

@@ -15,12 +15,18 @@ from torch import Tensor, nn
 
 from minipeft import __version__
 from minipeft.interop import fingerprint
-from minipeft.interop.fingerprint import Fingerprint, of_tensor
-from minipeft.interop.merging import BASE
+from minipeft.interop.adapter import Adapter
+from minipeft.interop.fingerprint import BASE, Fingerprint, of_tensor
 from minipeft.torch.inject import adapted
 
 METHOD, CONSTANTS = "minipeft.method", "minipeft.constants"
 DATA, SEED, VERSIONS = "minipeft.data", "minipeft.seed", "minipeft.versions"
+TARGET = "minipeft.target"
+"""The key with the weights that a merge into a 4-bit base began and ended with."""
+UNKNOWN = (
+    "the adapter does not say which base it was made for, so another base of the same "
+    "shapes is not noticed"
+)
 
 
 @dataclass(frozen=True)
@@ -40,22 +46,46 @@ def metadata(
     base: Fingerprint, method: str, constants: Mapping[str, Any], made: Made
 ) -> dict[str, str]:
     """Return the metadata of a file about its origin."""
-    versions = {
-        "minipeft": __version__,
-        "torch": torch.__version__,
-        "safetensors": safetensors.__version__,
-    }
-    found = {
-        BASE: base.to_json(),
-        METHOD: method,
-        CONSTANTS: json.dumps(dict(constants), sort_keys=True),
-        VERSIONS: json.dumps(versions, sort_keys=True),
-    }
+    found = {BASE: base.to_json(), **facts(method, constants)}
     if made.data:
         found[DATA] = made.data
     if made.seed is not None:
         found[SEED] = str(made.seed)
     return found
+
+
+def facts(method: str, constants: Mapping[str, Any]) -> dict[str, str]:
+    """Return the part of the metadata that every writer knows."""
+    versions = {
+        "minipeft": __version__,
+        "torch": torch.__version__,
+        "safetensors": safetensors.__version__,
+    }
+    return {
+        METHOD: method,
+        CONSTANTS: json.dumps(dict(constants), sort_keys=True),
+        VERSIONS: json.dumps(versions, sort_keys=True),
+    }
+
+
+def origin(
+    adapter: Adapter,
+    base: Fingerprint | None = None,
+    more: Mapping[str, str] | None = None,
+) -> dict[str, str]:
+    """Return the metadata of a file made from an adapter: the adapter's, and the base.
+
+    Args:
+        adapter: that was merged, or is written for another program.
+        base: into which it was merged; None: the one that the adapter names, if any.
+        more: metadata besides, such as the target of a merge into a 4-bit base.
+    """
+    scales = {f"{name}.scaling": u.scaling for name, u in adapter.updates.items()}
+    kept = (METHOD, CONSTANTS, DATA, SEED, BASE, TARGET)
+    own = {key: adapter.metadata[key] for key in kept if key in adapter.metadata}
+    written = facts(str(adapter.config.get("peft_type", "LORA")), scales)
+    of_base = {BASE: base.to_json()} if base else {}
+    return {**written, **own, **of_base, **(more or {})}
 
 
 def base_tensors(model: nn.Module) -> dict[str, Tensor]:
@@ -100,11 +130,22 @@ def checked(
         InputError: the file was made for another base; the message names the first
             tensor that differs.
     """
+    if BASE in found:
+        saved = Fingerprint.from_json(found[BASE])
+        fingerprint.check(saved, of_base(model), brought)
+    return about_base(found)
+
+
+def about_base(found: Mapping[str, str]) -> str:
+    """Return a line about a base that was compared, if the file names one.
+
+    Args:
+        found: the metadata of a file.
+    """
     if BASE not in found:
-        return "the adapter does not say which base it was made for"
-    saved = Fingerprint.from_json(found[BASE])
-    fingerprint.check(saved, of_base(model), brought)
-    return f"the base is the one that the adapter was made for ({saved.whole[:12]})"
+        return UNKNOWN
+    whole = Fingerprint.from_json(found[BASE]).whole
+    return f"the base is the one that the adapter was made for ({whole[:12]})"
 
 
 def _own_name(key: str, layers: Collection[str]) -> str | None:

@@ -22,11 +22,12 @@ from minipeft.interop.update import (
     row_norm,
     stored,
 )
-from minipeft.torch import blockwise
+from minipeft.torch import blockwise, double_quant
 from minipeft.torch.dora import over_norm
 
 F32 = torch.float32
 Maker = Callable[[Tensor, Update], Tensor | None]
+Through = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -116,19 +117,29 @@ def matrices_rounded(dtype: torch.dtype) -> Maker:
     return make
 
 
-def into_dequantized(W: Tensor, update: Update) -> Tensor:
-    """Merge into the base after rounding it to NF4."""
-    return merged(_through_nf4(W), update)
+def through_nf4(W: Tensor) -> Tensor:
+    """Return what NF4 leaves of a weight."""
+    return blockwise.dequantize(blockwise.quantize(W.to(F32)), W.dtype)
 
 
-def requantized(W: Tensor, update: Update) -> Tensor:
+def through_nested_nf4(W: Tensor) -> Tensor:
+    """Return what NF4 leaves of a weight if its scales are quantized too."""
+    return double_quant.dequantize(double_quant.quantize(W.to(F32)), W.dtype)
+
+
+def into_dequantized(through: Through) -> Maker:
+    """Merge into the base after rounding it to 4 bits."""
+    return lambda W, update: merged(through(W), update)
+
+
+def requantized(through: Through) -> Maker:
     """Merge into the dequantized base, and quantize the result once more."""
-    return _through_nf4(merged(_through_nf4(W), update))
+    return lambda W, update: through(merged(through(W), update))
 
 
-def quantized_after(W: Tensor, update: Update) -> Tensor:
+def quantized_after(through: Through) -> Maker:
     """Merge correctly, and quantize the result."""
-    return _through_nf4(merged(W, update))
+    return lambda W, update: through(merged(W, update))
 
 
 def norm_of_the_base(W: Tensor, update: Update) -> Tensor | None:
@@ -182,6 +193,14 @@ def through_bfloat16(W: Tensor, update: Update) -> Tensor | None:
     return merged(W, update).to(torch.bfloat16).to(W.dtype)
 
 
+INTO_DEQUANTIZED = "merged into dequantized NF4"
+REQUANTIZED = Mistake(
+    "requantized",
+    "the merge with the 4-bit base was quantized once more",
+    requantized(through_nf4),
+)
+
+
 MISTAKES = (
     Mistake("not applied", "the tensor is that of the base", not_applied),
     Mistake("applied twice", "the update was added twice", applied_twice),
@@ -230,17 +249,23 @@ MISTAKES = (
         "the merged weight went through bfloat16",
         through_bfloat16,
     ),
-    Mistake(
-        "merged into dequantized NF4",
-        "the base was read from its 4-bit form, with its errors",
-        into_dequantized,
+    *(
+        mistake
+        for through in (through_nf4, through_nested_nf4)
+        for mistake in (
+            replace(REQUANTIZED, make=requantized(through)),
+            Mistake(
+                INTO_DEQUANTIZED,
+                "the base was read from its 4-bit form, with its errors",
+                into_dequantized(through),
+            ),
+            Mistake(
+                "quantized",
+                "the right merge was quantized to NF4",
+                quantized_after(through),
+            ),
+        )
     ),
-    Mistake(
-        "requantized",
-        "the merge with the 4-bit base was quantized once more",
-        requantized,
-    ),
-    Mistake("quantized", "the right merge was quantized to NF4", quantized_after),
     Mistake(
         "DoRA norm of the base",
         "rows were divided by the norm of W, not of W + s B A",
@@ -262,6 +287,61 @@ MISTAKES = (
         norm_of_the_merged,
     ),
     Mistake("magnitude lost", "DoRA was merged as LoRA", magnitude_lost),
+)
+
+
+def in_4_bits(mistake: Mistake) -> Mistake:
+    """Return what a mistake is called if the file itself holds 4 bits."""
+    return REQUANTIZED if mistake.name == INTO_DEQUANTIZED else mistake
+
+
+BiasMaker = Callable[[Tensor, Tensor, float], Tensor]
+
+
+@dataclass(frozen=True)
+class BiasMistake:
+    """A name, a sentence about the mistake with a bias, and the function that makes it.
+
+    The function takes the bias of the base, the right change, and the scale of the
+    update beside it.
+    """
+
+    name: str
+    sentence: str
+    make: BiasMaker
+
+
+def bias_lost(bias: Tensor, change: Tensor, scaling: float) -> Tensor:
+    """Do not change the bias."""
+    return bias
+
+
+def bias_scaled(bias: Tensor, change: Tensor, scaling: float) -> Tensor:
+    """Scale a change that is scaled already."""
+    return bias + scaling * change
+
+
+def bias_not_scaled(bias: Tensor, change: Tensor, scaling: float) -> Tensor:
+    """Add the bias beside B as it stands in the file."""
+    return bias + change / scaling
+
+
+def whole_bias_scaled(bias: Tensor, change: Tensor, scaling: float) -> Tensor:
+    """Scale the bias of the base with the change."""
+    return scaling * bias + change
+
+
+def bias_twice(bias: Tensor, change: Tensor, scaling: float) -> Tensor:
+    """Add the change twice."""
+    return bias + 2 * change
+
+
+BIAS_MISTAKES = (
+    BiasMistake("bias lost", "the bias is that of the base", bias_lost),
+    BiasMistake("bias scaled", "its change was scaled twice", bias_scaled),
+    BiasMistake("bias scaled", "its change was not scaled", bias_not_scaled),
+    BiasMistake("bias scaled", "the base's bias was scaled too", whole_bias_scaled),
+    BiasMistake("applied twice", "its change was added twice", bias_twice),
 )
 
 
@@ -326,8 +406,3 @@ def _with_norm(
     V = exact(W, replace(update, magnitude=None), F32)
     scaled = over_norm(update.magnitude.to(F32), norm(V))[:, None] * V
     return stored(scaled, update).to(W.dtype)
-
-
-def _through_nf4(W: Tensor) -> Tensor:
-    q = blockwise.quantize(W.to(F32))
-    return blockwise.dequantize(q, W.dtype)

@@ -56,11 +56,12 @@ def _adapter(contents: Contents) -> Adapter:
     config = contents.config
     parts: dict[str, dict[str, Tensor]] = {}
     saved: dict[str, Tensor] = {}
+    tables: dict[str, Tensor] = {}
     for key, tensor in contents.tensors.items():
         found = KEY.fullmatch(key.removeprefix(PREFIX))
         if found is None:
             _check_whole(key, config)
-            saved[plain(key)] = tensor
+            (tables if ".base_layer." in key else saved)[plain(key)] = tensor
         else:
             part = found["part"] + (".bias" if found["kind"] == "bias" else "")
             parts.setdefault(found["module"], {})[part] = tensor
@@ -79,7 +80,9 @@ def _adapter(contents: Contents) -> Adapter:
             biases[f"{module}.bias"] = (
                 found_update.scaling * found_parts["lora_B.bias"].float()
             )
-    return Adapter(updates, biases, saved, config, contents.metadata, stacks)
+    saved |= {name: table for name, table in tables.items() if name not in updates}
+    kept = {name: table for name, table in tables.items() if name in updates}
+    return Adapter(updates, biases, saved, config, contents.metadata, stacks, kept)
 
 
 def _check_whole(key: str, config: Mapping[str, Any]) -> None:

@@ -156,13 +156,7 @@ class FourBits:
 
     def round(self, values: Tensor) -> Tensor:
         """Return the values, rounded to the dtype, quantized and decoded."""
-        plain, q = values.to(self.dtype), self.q
-        if isinstance(q, Blockwise):
-            return decode(
-                blockwise.quantize(plain, q.codebook, q.blocksize), self.dtype
-            )
-        sizes = (q.blocksize, q.nested_blocksize)
-        return decode(double_quant.quantize(plain, q.codebook, *sizes), self.dtype)
+        return decode(quantized_like(self.q, values.to(self.dtype)), self.dtype)
 
     def reachable(self, found: Tensor, wanted: Tensor, slack: Tensor) -> bool:
         """Check that each code and scale lies between those of both ends."""
@@ -201,6 +195,14 @@ class FourBits:
             gap = table.diff().max() * self.q.nested_absmax.double().max()
         near = 4 * F32 * most + gap
         return bool(((least - near <= held) & (held <= most + near)).all())
+
+
+def quantized_like(q: Quantized, values: Tensor) -> Quantized:
+    """Return values in 4 bits, with the table and the block sizes of another weight."""
+    if isinstance(q, Blockwise):
+        return blockwise.quantize(values, q.codebook, q.blocksize)
+    sizes = (q.blocksize, q.nested_blocksize)
+    return double_quant.quantize(values, q.codebook, *sizes)
 
 
 def _not_zero(values: Tensor) -> Tensor:

@@ -236,10 +236,13 @@ def rows(tensors: Tensors, name: str, count: int) -> Iterator[Tensor]:
 def is_finite(values: Tensor) -> bool:
     """Return whether no value is NaN or infinite.
 
-    Smallest and largest show it, without a tensor of answers.
+    A NaN or an infinity leaves no finite sum. If the sum is not finite, the smallest
+    and the largest value decide, because a sum may overflow.
     """
     plain = values.float() if values.dtype.itemsize == 1 else values
-    return not plain.numel() or bool(torch.stack(plain.aminmax()).isfinite().all())
+    if not plain.numel() or bool(plain.sum().isfinite()):
+        return True
+    return bool(torch.stack(plain.aminmax()).isfinite().all())
 
 
 def bytes_of(tensor: Tensor) -> memoryview:
@@ -324,39 +327,50 @@ def _dtype(path: Path, name: str, dtype: str) -> torch.dtype:
 
 
 class Writer:
-    """Writes the tensors of one file in the announced order."""
+    """Writes the announced tensors of one file, in any order, several at a time.
+
+    Args:
+        file: with its header.
+        about: dtype and shape of each tensor, in the order of the file.
+    """
 
     def __init__(self, file: BinaryIO, about: Mapping[str, About]):
-        self._file, self._left = file, dict(about)
+        file.flush()
+        self._file, self._left, self._begin = file, dict(about), {}
+        begin = file.tell()
+        for name, one in about.items():
+            self._begin[name] = begin
+            begin += one.size
 
     def write(self, name: str, tensor: Tensor) -> None:
-        """Append the next tensor; its form must be the announced one."""
-        self._take(name, About(tensor.dtype, tuple(tensor.shape)))
-        self._file.write(bytes_of(tensor))
+        """Write one tensor; its form must be the announced one."""
+        about = About(tensor.dtype, tuple(tensor.shape))
+        self._put(name, about, [bytes_of(tensor)])
 
     def copy(self, name: str, source: Tensors) -> None:
-        """Append one tensor of another file with unchanged bytes."""
-        self._take(name, source.about[name])
-        for piece in source.pieces(name):
-            self._file.write(piece)
+        """Write one tensor of another file with unchanged bytes."""
+        self._put(name, source.about[name], source.pieces(name))
 
     def write_pieces(self, name: str, about: About, pieces: Iterable[Tensor]) -> None:
-        """Append one tensor, a piece at a time; together they are of the form."""
-        self._take(name, about)
-        for piece in pieces:
-            self._file.write(bytes_of(piece))
+        """Write one tensor, a piece at a time; together they are of the form."""
+        self._put(name, about, map(bytes_of, pieces))
 
-    def _take(self, name: str, about: About) -> None:
-        following = next(iter(self._left), None)
-        if name != following or about != self._left[name]:
-            raise ValueError(f"{name} {about} is not {following}, which comes next")
-        del self._left[name]
+    def _put(self, name: str, about: About, pieces: Iterable[memoryview]) -> None:
+        announced = self._left.pop(name, None)
+        if about != announced:
+            raise ValueError(f"{name} is {about}, and {announced} was announced")
+        place = begin = self._begin[name]
+        for piece in pieces:
+            while piece.nbytes:  # Linux writes at most 2 GiB at a time
+                done = os.pwrite(self._file.fileno(), piece, place)
+                piece, place = piece[done:], place + done
+        if place - begin != about.size:
+            raise ValueError(f"{name} has {place - begin} bytes, not {about.size}")
 
     def finish(self) -> None:
         """Check that all tensors were written, and flush the file to the disk."""
         if self._left:
             raise ValueError(f"{next(iter(self._left))} was announced and not written")
-        self._file.flush()
         os.fsync(self._file.fileno())
 
 
@@ -395,6 +409,25 @@ def writing(
             os.unlink(temporary)
 
 
+def replace_metadata(path: Path, metadata: Mapping[str, str]) -> None:
+    """Write the metadata of a file again, in the place of others of the same length.
+
+    Args:
+        path: of a file that is not in use yet: a crash here damages it.
+        metadata: text by name.
+    """
+    with path.open("r+b") as file:
+        length = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(length))
+        text = _text({**header, "__metadata__": dict(metadata)})
+        if len(text) != length:
+            raise ValueError(f"the header has {len(text)} bytes now, not {length}")
+        file.seek(8)
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+
+
 def _header(about: Mapping[str, About], metadata: Mapping[str, str]) -> bytes:
     header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
     begin = 0
@@ -405,11 +438,15 @@ def _header(about: Mapping[str, About], metadata: Mapping[str, str]) -> bytes:
             "data_offsets": [begin, begin + one.size],
         }
         begin += one.size
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)  # tensors begin at a multiple of 8 bytes
+    text = _text(header)
     if len(text) > LARGEST_HEADER:
         raise InputError("the header has more than 100 MB; write several files")
     return len(text).to_bytes(8, "little") + text
+
+
+def _text(header: Mapping[str, Any]) -> bytes:
+    text = json.dumps(header, separators=(",", ":")).encode()
+    return text + b" " * (-len(text) % 8)  # tensors begin at a multiple of 8 bytes
 
 
 def _mode(path: Path) -> int:

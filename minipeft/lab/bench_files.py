@@ -65,7 +65,7 @@ def folders() -> Path:
             pairs[f"{key}B.weight"] = drawn(rows, RANK)
     own = fingerprint.of_files(open_tensors(root / "base"))
     config = {"peft_type": "LORA", "r": RANK, "lora_alpha": ALPHA}
-    contents = peft_folder.Contents(config, pairs, {merging.BASE: own.to_json()})
+    contents = peft_folder.Contents(config, pairs, {fingerprint.BASE: own.to_json()})
     peft_folder.write(root / "adapter", contents)
     return root
 
@@ -76,7 +76,8 @@ def merge() -> Pair:
 
     def ours() -> None:
         shutil.rmtree(root / "merged", ignore_errors=True)
-        merging.merge(root / "base", _adapter(root), root / "merged")
+        adapter = peft_format.read(root / "adapter")
+        merging.merge(root / "base", adapter, root / "merged")
 
     size = (root / "base" / "model.safetensors").stat().st_size
     note = f"{size / 1e9:.1f} GB"

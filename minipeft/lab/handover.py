@@ -10,9 +10,8 @@ import torch
 from torch import nn
 
 from minipeft.interop import adapterhub_format, peft_folder, peft_model, to_lora
-from minipeft.interop.fingerprint import Fingerprint, of_tensor
+from minipeft.interop.fingerprint import BASE, Fingerprint, of_tensor
 from minipeft.interop.made import Made, base_tensors
-from minipeft.interop.merging import BASE
 from minipeft.lab.recipe import RANKED, Recipe
 from minipeft.torch.inject import adapted
 from minipeft.torch.linear import weight_of

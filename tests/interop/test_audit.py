@@ -189,6 +189,9 @@ def test_every_mistake_of_the_list_is_made_by_a_test():
     tested |= {"computed in float16", "A and B in bfloat16", "A and B in float16"}
     tested |= {"rounded to float16", "rounded to bfloat16"}
     assert {m.name for m in mistakes.MISTAKES} <= tested
+    assert {m.name for m in mistakes.BIAS_MISTAKES} == {
+        *("bias lost", "bias scaled", "applied twice")  # see the whole model, below
+    }
     assert len(mistakes.MISTAKES) >= 18
 
 
@@ -229,8 +232,9 @@ def test_a_merge_in_pieces_has_the_bits_of_a_merge_at_once(dtype, dora, tmp_path
     folder = write_model(tmp_path / "base", {name: W})
     source = open_tensors(folder)
     adapter = Adapter({name: update})
-    assert merging._streams(name, adapter, source.about[name])
-    assert len([*merging._rows(name, source, update, dtype)]) == 6
+    merger = merging.Merger(source, adapter, None, print)
+    assert merger.streams(name)
+    assert len([*merger.rows(name, dtype)]) == 6
     merging.merge(folder, adapter, tmp_path / "merged")
     found = open_tensors(tmp_path / "merged").read(name)
     assert torch.equal(found, merged(W, update))
@@ -254,7 +258,11 @@ def test_what_concerns_the_whole_model_is_named(setting):
 
     bias = "model.layers.0.wide.bias"
     assert only({bias: base[bias]}) == "bias lost"
-    assert only({bias: base[bias] + 1}) == "bias scaled"
+    added = adapter.biases[bias].bfloat16()
+    assert only({bias: base[bias] + added / 3}) == "bias scaled"  # B's own, unscaled
+    assert only({bias: base[bias] + added * 3}) == "bias scaled"
+    assert only({bias: base[bias] * 3 + added}) == "bias scaled"
+    assert only({bias: base[bias] + added * 2}) == "applied twice"
     assert only({"model.norm.weight": whole["model.norm.weight"] * 2}) == "wrong base"
     assert only({"lm_head.weight": torch.zeros(40, 16)}) == "changed"
     assert only({"other": torch.zeros(2)}) == "surplus"

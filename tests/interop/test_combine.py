@@ -6,7 +6,7 @@ import torch
 from minipeft.errors import InputError
 from minipeft.interop import peft_folder, peft_model
 from minipeft.interop.combine import concatenate, weighted_sum
-from minipeft.interop.merging import BASE
+from minipeft.interop.fingerprint import BASE
 from minipeft.torch import inject, miss
 from minipeft.torch.hira import HiRA
 from minipeft.torch.ia3 import IA3

@@ -1,7 +1,9 @@
 """The commands on files: their output, their files and their exit codes."""
 
+import io
 import json
 import math
+import sys
 from pathlib import Path
 
 import pytest
@@ -17,10 +19,11 @@ from minipeft.interop import (
     peft_folder,
     peft_format,
     peft_model,
+    progress,
     to_lora,
 )
 from minipeft.interop.combine import weighted_sum
-from minipeft.interop.merging import BASE
+from minipeft.interop.fingerprint import BASE
 from minipeft.interop.opening import open_model
 from minipeft.interop.tensors import open_tensors
 from minipeft.torch import inject
@@ -41,6 +44,36 @@ def folders(tmp_path):
     base = write_model(tmp_path / "base", base_tensors(torch.bfloat16), shards=2)
     adapter = write_adapter(tmp_path / "adapter", adapter_tensors())
     return tmp_path, ["--base", str(base), "--adapter", str(adapter)]
+
+
+class Terminal(io.StringIO):
+    """A file that says it is a terminal, or that it is none."""
+
+    def __init__(self, there):
+        super().__init__()
+        self.there = there
+
+    def isatty(self):
+        return self.there
+
+
+@pytest.mark.parametrize("terminal", [False, True])
+def test_long_work_shows_how_far_it_is(terminal, monkeypatch):
+    clock, err = iter(range(0, 100, 4)), Terminal(terminal)
+    monkeypatch.setattr(sys, "stderr", err)
+    monkeypatch.setenv("TERM", "xterm")
+    with monkeypatch.context() as patched:
+        if not terminal:
+            patched.setattr(progress.time, "monotonic", lambda: next(clock))
+        with progress.progress("merging", 5) as step:
+            for name in "abcde":
+                step(name)
+    said = err.getvalue()
+    if terminal:
+        assert "5/5" in said
+        assert "\x1b" in said
+    else:  # a plain line at the first step 10 seconds or more after the last one
+        assert said == "merging: 3 of 5, c\n"
 
 
 def test_merge_then_audit(folders, capsys):

@@ -11,9 +11,9 @@ import torch
 from minipeft import cli
 from minipeft.errors import InputError
 from minipeft.interop import fingerprint, inspecting, loaders, parts, peft_format
+from minipeft.interop.fingerprint import BASE
 from minipeft.interop.inspect_command import TARGETS
 from minipeft.interop.loaders import EXACT, IGNORED, LOADERS, REFUSED, SCALED, UNKNOWN
-from minipeft.interop.merging import BASE
 from minipeft.interop.update import exact
 from tests.interop.folders import (
     InMemory,

@@ -1,20 +1,33 @@
 """The program that made a file, and the base that the file belongs to."""
 
 import json
+import shutil
 
+import gguf
 import pytest
 import torch
 
+from minipeft import cli
 from minipeft.errors import InputError
-from minipeft.interop import fingerprint, made, peft_folder, peft_format, peft_model
+from minipeft.interop import (
+    combine,
+    fingerprint,
+    made,
+    peft_folder,
+    peft_format,
+    peft_model,
+)
 from minipeft.interop.made import Made
 from minipeft.interop.merging import check_base
+from minipeft.interop.opening import open_model
 from minipeft.interop.tensors import open_tensors
+from minipeft.lab import models
 from minipeft.torch import inject
 from minipeft.torch.ia3 import IA3Config
 from minipeft.torch.lora import LoRAConfig
 from tests.agreement.llama import llama
 from tests.interop import peers
+from tests.interop.folders import adapter_of_tiny, write_adapter
 
 TARGETS = ["q_proj", "down_proj"]
 LORA = LoRAConfig(r=3, alpha=7)
@@ -89,7 +102,7 @@ def test_a_file_without_a_fingerprint_is_accepted_with_a_line(tmp_path):
     peft_folder.write(tmp_path / "foreign", foreign)
     said = []
     peft_model.load(llama(), tmp_path / "foreign", say=said.append)
-    assert said == ["the adapter does not say which base it was made for"]
+    assert said == [made.UNKNOWN]
 
 
 def test_modules_that_were_trained_are_no_part_of_the_base(tmp_path):
@@ -156,3 +169,82 @@ def test_a_state_dict_with_odd_values_is_refused(spoil, words):
         inject.load_adapter_state_dict(model, tensors)
     after = inject.adapter_state_dict(model)
     assert all(torch.equal(before[key], after[key]) for key in before)
+
+
+def facts_of(folder, *arguments):
+    """Run a command that writes `out`; return the metadata of what it wrote."""
+    out = folder / "out"
+    given = ["--base", models.TINY, "--adapter", folder / "adapter", "--out", out]
+    assert cli.main([*map(str, (*arguments, *given))]) == 0
+    file = out / "model.gguf" if out.is_dir() and "ollama" in arguments else out
+    if (out / "adapter_config.json").exists():
+        return peft_folder.read(out).metadata
+    if out.is_file():
+        return opened_gguf(out)
+    return open_model(file).metadata
+
+
+def opened_gguf(path):
+    fields = gguf.GGUFReader(path).fields
+    return {key: str(f.contents()) for key, f in fields.items() if "minipeft" in key}
+
+
+COMMANDS = {
+    "merge": ["merge"],
+    "merge, rounded": ["merge", "--dtype", "bfloat16"],
+    "safetensors": ["export", "--to", "safetensors"],
+    "peft": ["export", "--to", "peft"],
+    "gguf": ["export", "--to", "gguf"],
+    "gguf, merged": ["export", "--to", "gguf", "--merged"],
+    "ollama": ["export", "--to", "ollama"],
+    "bitsandbytes": ["export", "--to", "bitsandbytes"],
+}
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_file_says_what_made_it(command, tmp_path):
+    own = fingerprint.of_files(open_tensors(models.TINY)).to_json()
+    said = {made.METHOD: "LORA", made.DATA: "0badcafe", made.SEED: "7"}
+    config = {"peft_type": "LORA", "r": 4, "lora_alpha": 6}
+    for foreign in (True, False):
+        metadata = {} if foreign else {fingerprint.BASE: own, **said}
+        contents = peft_folder.Contents(config, adapter_of_tiny(), metadata)
+        peft_folder.write(tmp_path / "adapter", contents)
+        found = facts_of(tmp_path, *COMMANDS[command])
+        if command != "peft" or not foreign:  # which rewrites what the file says
+            assert found[fingerprint.BASE] == own
+        assert found.items() >= ({} if foreign else said).items()
+        assert found[made.METHOD] == "LORA"
+        scales = {*json.loads(found[made.CONSTANTS]).values()}
+        assert scales == {1.0 if command == "peft" else 1.5}
+        versions = {"minipeft", "torch", "safetensors"}
+        assert json.loads(found[made.VERSIONS]).keys() == versions
+        for name in ("adapter", "out"):
+            path = tmp_path / name
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+def test_a_sum_says_what_made_it(tmp_path):
+    config = {"peft_type": "LORA", "r": 4, "lora_alpha": 6}
+    contents = peft_folder.Contents(config, adapter_of_tiny())
+    found = combine.weighted_sum([(contents, 0.5), (contents, 2.0)]).metadata
+    assert found[made.METHOD] == "LORA"
+    assert json.loads(found[made.CONSTANTS])["r"] == 8
+    assert json.loads(found[combine.WEIGHTS]) == [0.5, 2.0]
+    assert json.loads(found[made.VERSIONS]).keys() >= {"minipeft"}
+
+
+@pytest.mark.parametrize("command", ["inspect", "merge", "audit", "export"])
+def test_a_foreign_file_gets_a_line(command, tmp_path, capsys):
+    write_adapter(tmp_path / "adapter", adapter_of_tiny())
+    base = ["--base", str(models.TINY)]
+    adapter = ["--adapter", str(tmp_path / "adapter")]
+    line = {
+        "inspect": ["inspect", adapter[1], *base],
+        "merge": ["merge", *base, *adapter, "--out", str(tmp_path / "out")],
+        "audit": ["audit", *base, *adapter, "--merged", base[1]],
+        "export": ["export", "--to", "peft", *base, *adapter],
+    }[command]
+    cli.main([*line, "--out", str(tmp_path / "out")] if command == "export" else line)
+    said = " ".join(capsys.readouterr())
+    assert "another base of the same shapes is not noticed" in said

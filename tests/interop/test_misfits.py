@@ -7,6 +7,7 @@ from minipeft.errors import InputError
 from minipeft.interop import bitsandbytes_export, merging, peft_format
 from minipeft.interop.adapter import Adapter
 from minipeft.interop.audit import audit
+from minipeft.interop.tensors import open_tensors
 from minipeft.interop.update import Update
 from tests.interop.folders import InMemory, adapter_tensors, write_adapter, write_model
 
@@ -105,3 +106,26 @@ def test_a_place_that_is_a_file_is_no_full_disk(write, tmp_path):
     with pytest.raises(InputError, match="cannot write") as refused:
         write(base, Adapter({NAME: update()}), tmp_path / "file" / "out")
     assert "free some space" not in str(refused.value)
+
+
+def test_an_embedding_of_another_base_is_refused(tmp_path):
+    name, key = "model.embed_tokens.weight", "base_model.model.model.embed_tokens."
+    table = torch.arange(24.0).reshape(6, 4)
+    base = write_model(tmp_path / "base", {name: table.bfloat16()})
+    pair = {
+        f"{key}lora_embedding_A": torch.ones(2, 6),
+        f"{key}lora_embedding_B": torch.ones(4, 2),
+    }
+    held = {f"{key}base_layer.weight": table}
+    folder = write_adapter(tmp_path / "a", pair | held, r=2)
+    adapter = peft_format.read(folder)
+    merging.merge(base, adapter, tmp_path / "out")
+    found = open_tensors(tmp_path / "out").read(name)
+    assert torch.equal(found, (table + 12).bfloat16())  # the update is not lost
+    other = write_model(tmp_path / "other", {name: (table + 1).bfloat16()})
+    with pytest.raises(
+        InputError, match=r"holds model\.embed_tokens\.weight of another"
+    ):
+        merging.merge(other, adapter, tmp_path / "no")
+    with pytest.raises(InputError, match="of another base"):
+        list(audit(open_tensors(other), adapter, open_tensors(other)))
