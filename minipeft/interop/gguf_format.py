@@ -143,11 +143,8 @@ def write_model(
     config = read_config(folder)
     arch = family(config)
     theirs = names(arch, int(config["num_hidden_layers"]))
-    adapter = adapter or Adapter({})
-    facts = made.origin(adapter, fingerprint.of_files(base))
-    base, adapter = tying.pulled_apart(base, adapter, tying.ties(folder))
-    adapter = adapter.renamed(base.about)
-    adapter.check_tables(base)
+    facts = made.origin(adapter or Adapter({}), fingerprint.of_files(base))
+    base, adapter = _fitted(base, adapter or Adapter({}), folder)
     plan = _plan(base, adapter, theirs, kind)
     with _writing(path, arch) as writer:
         _hyperparameters(writer, config)
@@ -163,6 +160,16 @@ def write_model(
             writer.write_tensor_data(encode(values, type_))
         if factors is not None:
             writer.write_tensor_data(factors)
+
+
+def _fitted(
+    base: Tensors, adapter: Adapter, folder: str | Path
+) -> tuple[Tensors, Adapter]:
+    """Return base and adapter by the same names, with a head if they are untied."""
+    base, adapter = tying.pulled_apart(base, adapter, tying.ties(folder))
+    adapter = adapter.renamed(base.about)
+    adapter.check_tables(base)
+    return base, adapter
 
 
 def _add_facts(writer: gguf.GGUFWriter, facts: Mapping[str, str]) -> None:

@@ -80,9 +80,8 @@ def _adapter(contents: Contents) -> Adapter:
             biases[f"{module}.bias"] = (
                 found_update.scaling * found_parts["lora_B.bias"].float()
             )
-    saved |= {name: table for name, table in tables.items() if name not in updates}
-    kept = {name: table for name, table in tables.items() if name in updates}
-    return Adapter(updates, biases, saved, config, contents.metadata, stacks, kept)
+    saved |= {name: tables.pop(name) for name in tables.keys() - updates.keys()}
+    return Adapter(updates, biases, saved, config, contents.metadata, stacks, tables)
 
 
 def _check_whole(key: str, config: Mapping[str, Any]) -> None:
