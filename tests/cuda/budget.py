@@ -10,10 +10,8 @@ import json
 from functools import cache
 from pathlib import Path
 
-from minipeft import kernels
-from minipeft.lab import machine_code
 from tests.cuda.rows import ROWS
-from tests.cuda.toolchain import ARCHITECTURES, compile_device
+from tests.cuda.toolchain import ARCHITECTURES, disassemble
 
 FILE = Path(__file__).with_name("budget.json")
 COLUMNS = ("registers", "shared", "local", "load128", "store128")
@@ -25,8 +23,6 @@ Usage = dict[str, int]
 @cache
 def measure(row: str, architecture: str) -> dict[str, Usage]:
     """Read the machine code of a row's instances."""
-    compiled = compile_device(row, "cubin", architecture, kernels.source(row))
-    found = machine_code.read(compiled.image.read_bytes(), compiled.names)
     return {
         f"{row} {expression} sm_{architecture}": {
             "registers": code.registers,
@@ -35,7 +31,7 @@ def measure(row: str, architecture: str) -> dict[str, Usage]:
             "load128": code.count("LDG", 128),
             "store128": code.count("STG", 128),
         }
-        for expression, code in found.items()
+        for expression, code in disassemble(row, architecture).items()
     }
 
 

@@ -7,17 +7,21 @@ file depends on, so a second run compiles nothing.
 import fcntl
 import hashlib
 import importlib.util
+import json
 import shutil
 import subprocess
 from collections.abc import Callable, Collection
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
 from minipeft import kernels
 from minipeft.kernels import compiler
+from minipeft.lab import machine_code
+from minipeft.lab.machine_code import MachineCode
 
 HERE = Path(__file__).parent
 BUILD = HERE.parents[1] / "build" / "cuda"
@@ -214,16 +218,23 @@ def compile_device(
     text: str,
     dtypes: Collection[str] = tuple(kernels.CTYPES),
 ) -> Compiled:
-    """Compile a row's source; `kind` is "ptx" or "cubin"."""
+    """Compile a row's source; `kind` is "ptx" or "cubin".
+
+    The executor's own function compiles a cubin of all of a row as it is.
+    """
     expressions = [k.expression(d) for k, d in kernels.instances(row) if d in dtypes]
     target = {"ptx": "compute", "cubin": "sm"}[kind]
-    options = [f"--gpu-architecture={target}_{architecture}", *kernels.OPTIONS]
+    options = [*kernels.OPTIONS, f"--gpu-architecture={target}_{architecture}"]
     options += [f"-I{cuda_folder() / 'include'}"]
-    parts = [text, *expressions, *options, nvrtc_version()]
+    parts = [text, *expressions, *options, nvrtc_version(), code_of(compiler)]
+    whole = text == kernels.source(row) and expressions == kernels.expressions(row)
 
     def make(folder: Path) -> None:
         folder.mkdir()
-        made = compiler.compile_text(text, f"{row}.cu", expressions, options)
+        if whole and kind == "cubin":
+            made = compiler.compile_row(row, architecture)
+        else:
+            made = compiler.compile_text(text, f"{row}.cu", expressions, options)
         (folder / "image").write_bytes(made.image)
         (folder / "log").write_text(made.log)
         names = "".join(f"{k}\t{v}\n" for k, v in made.names.items())
@@ -233,6 +244,27 @@ def compile_device(
     lines = (folder / "names").read_text().splitlines()
     names = dict(line.split("\t") for line in lines)
     return Compiled(folder / "image", (folder / "log").read_text(), names)
+
+
+@cache
+def disassemble(row: str, architecture: str) -> dict[str, MachineCode]:
+    """Return what `machine_code.disassemble` does, and keep it under build/cuda."""
+    compiled = compile_device(row, "cubin", architecture, kernels.source(row))
+
+    def make(path: Path) -> None:
+        found = machine_code.read(compiled.image.read_bytes(), compiled.names)
+        path.write_text(json.dumps({name: asdict(f) for name, f in found.items()}))
+
+    parts = [str(compiled.image), code_of(machine_code)]
+    kept = cached(f"{row}-listing{architecture}", parts, make)
+    return {
+        name: MachineCode(**{**code, "instructions": tuple(code["instructions"])})
+        for name, code in json.loads(kept.read_text()).items()
+    }
+
+
+def code_of(module: ModuleType) -> str:
+    return Path(str(module.__file__)).read_text("utf-8")
 
 
 @cache

@@ -28,6 +28,7 @@ from minipeft.lab.gpu.examination import Ceilings, Checked
 from minipeft.lab.gpu.gpu_report import Report
 from minipeft.lab.gpu.launches import Launch
 from minipeft.lab.gpu.trials import TABLE, Sizes
+from tests.cuda import toolchain
 from tests.cuda.executors import CpuExecutor
 from tests.cuda.toolchain import needs_cpu_build, needs_listing
 
@@ -86,6 +87,7 @@ def _short(monkeypatch):
     monkeypatch.setattr(device, "CupyDevice", FakeDevice)
     monkeypatch.setattr(trials, "Sizes", lambda *of: SIZES)
     monkeypatch.setattr(examination, "isolated", here)
+    monkeypatch.setattr(machine_code, "disassemble", toolchain.disassemble)
 
 
 def here(task):
@@ -205,7 +207,7 @@ def test_a_kernel_that_kills_its_process_spoils_no_other(tmp_path, monkeypatch):
     monkeypatch.undo()
     worker = (sys.executable, "-c", SAYS_A_ROW)
     monkeypatch.setattr(examination, "WORKER", worker)
-    monkeypatch.setattr(examination, "LIMIT", 3)
+    monkeypatch.setattr(examination, "LIMIT", 2)
     monkeypatch.setattr(device, "ROUNDS", 1)
     table = [row for row in TABLE if row[0].template in ("shrink", "expand")]
     monkeypatch.setattr(examination, "TABLE", table)
@@ -218,7 +220,7 @@ def test_a_kernel_that_kills_its_process_spoils_no_other(tmp_path, monkeypatch):
     verdicts = [
         None,
         "does not run: its process ended with 134: cudaErrorIllegalAddress",
-        "does not end within 3 seconds",
+        "does not end within 2 seconds",
     ]
     assert [k["wrong"] for k in found] == verdicts * 2
 

@@ -4,8 +4,16 @@ import numpy as np
 import pytest
 
 from minipeft import kernels
+from minipeft.lab import machine_code
 from minipeft.lab.gpu import banks, slots
+from tests.cuda import toolchain
 from tests.cuda.toolchain import needs_listing
+
+
+@pytest.fixture(autouse=True)
+def _compiled_once(monkeypatch):
+    monkeypatch.setattr(machine_code, "disassemble", toolchain.disassemble)
+
 
 # A loop with a division that may take its slow path.
 LOOP = (

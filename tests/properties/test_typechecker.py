@@ -1,7 +1,8 @@
 """The checks that the tests put behind every annotation find every mistake."""
 
-from collections.abc import Iterator
-from typing import Literal
+import functools
+from collections.abc import Callable, Iterator
+from typing import Annotated, Literal, NewType, TypedDict, TypeVar
 
 import jaxtyping
 import numpy as np
@@ -106,6 +107,100 @@ def test_a_call_like_one_that_passed_is_not_checked_again(monkeypatch):
     assert len(asked) == 3 + REMEMBERED + 1 + 1
 
 
+Ways = Literal["left", "right"]
+Way = TypeVar("Way", bound=Ways)
+
+
+class Named(TypedDict):
+    name: str
+
+
+@pytest.mark.parametrize(
+    ("annotation", "expected"),
+    [
+        (str, False),
+        (bool | None, False),
+        (dict[str, Callable[[str], int]], False),
+        (Float[np.ndarray, "rows columns"], False),
+        (Ways, True),
+        (list[Ways], True),
+        (Callable[[Ways], None], True),
+        (Way, True),
+        (NewType("Side", Ways), True),
+        (Literal[True], True),
+        (Annotated[str, 3], True),
+        (Named, True),
+        ("Ways", True),
+        ("list[unknown]", True),  # for who cannot know, it may be
+    ],
+)
+def test_whether_an_annotation_tells_texts_apart(annotation, expected):
+    def function(x): ...
+
+    function.__annotations__["x"] = annotation
+    assert typechecker.has_literals(function) == expected
+
+
+def test_texts_are_alike_where_no_annotation_tells_them_apart():
+    asked = []
+
+    def asking(function):
+        return lambda *args: asked.append(args)
+
+    def named(name: str, last: bool): ...
+
+    def sided(name: str, side: Ways): ...
+
+    for function in (named, sided):
+        call = once(function, asking)
+        for operands in (("a", True), ("b", False), ("c", "left"), ("d", "left")):
+            call(*operands)
+    assert asked == [("a", True), ("c", "left"), *asked[2:]]
+    assert len(asked) == 2 + 4
+
+
+def test_a_call_like_one_that_was_refused_is_refused_with_the_same_words():
+    runs = []
+
+    def rows(W: Matrix, n: int) -> Matrix:
+        runs.append(W)
+        return W.tolist()
+
+    call = once(rows, check)
+    for _ in range(3):
+        with pytest.raises(TypeCheckError, match=r"parameters of .*rows") as first:
+            call(x, 1)
+        with pytest.raises(TypeCheckError) as second:
+            call(2 * x, 2)
+        assert str(first.value) == str(second.value)
+    assert not runs
+    for count in (1, 2):  # refused by its result
+        with pytest.raises(TypeCheckError, match="return value"):
+            call(W, 1)
+        assert len(runs) == count
+
+
+@pytest.mark.parametrize("how", [once, jaxtyping.jaxtyped])
+def test_a_call_that_is_refused_by_another_inside_is_made_each_time(how):
+    runs = []
+
+    @functools.partial(how, typechecker=check)
+    def inner(side: Ways): ...
+
+    @functools.partial(once, typechecker=check)
+    def outer(side: str):
+        runs.append(side)
+        inner(side)
+
+    with pytest.raises(TypeCheckError):
+        inner("wrong")
+    for _ in range(2):
+        with pytest.raises(TypeCheckError, match=r"parameters of .*inner"):
+            outer("wrong")
+        outer("left")
+    assert runs == ["wrong", "left"] * 2
+
+
 def test_what_is_in_a_container_counts():
     for container in (tuple, list):
         assert likeness(container([W, x])) == likeness(container([0 * W, x + 1]))
@@ -113,7 +208,9 @@ def test_what_is_in_a_container_counts():
     assert likeness((W,)) != likeness([W])
     assert likeness({"W": W}) == likeness({"W": 0 * W})
     assert likeness({"W": W}) != likeness({"W": x}) != likeness({"x": x})
-    for value in ({W.size}, iter(W), [1] * (typechecker.LONGEST + 1)):
+    assert likeness([[[[1]]]]) == likeness([[[[2]]]])
+    deep = [[[[[1]]]]]
+    for value in ({W.size}, iter(W), [1] * (typechecker.LONGEST + 1), deep):
         with pytest.raises(typechecker.UnlikeError):
             likeness(value)
 
