@@ -1,10 +1,15 @@
 """The options of a chapter: another model, dtype, data, layers; a saved state."""
 
+import contextlib
+import io
 import json
 import re
+import runpy
 import subprocess
 import sys
+import warnings
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -42,15 +47,22 @@ def folder_of(name, place, tokenizer):
 # Whole chapters with another model
 
 
-def run_chapter(number, model, out, *options):
-    """Run a whole chapter with one step a run, and return its output."""
+def arguments(number, model, out, *options):
+    """Return the command line of a chapter with one step a run."""
     (chapter,) = CHAPTERS.glob(f"{number}_*.py")
-    line = [sys.executable, str(chapter), "--model", str(model), "--steps", "1"]
-    line += ["--device", "cpu", "--out", str(out), *map(str, options)]
-    ran = subprocess.run(line, capture_output=True, text=True, check=False)
-    assert ran.returncode == 0, ran.stderr[-2000:]
-    assert list(out.glob("*.svg"))
-    return ran.stdout
+    line = [str(chapter), "--model", str(model), "--steps", "1"]
+    return [*line, "--device", "cpu", "--out", str(out), *map(str, options)]
+
+
+def run_chapter(line):
+    """Run a whole chapter in this process, and return its output."""
+    shown = io.StringIO()
+    with contextlib.redirect_stdout(shown), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # as in a process of its own
+        with mock.patch.object(sys, "argv", line):
+            runpy.run_path(line[0], run_name="__main__")
+    assert list(Path(line[line.index("--out") + 1]).glob("*.svg"))
+    return shown.getvalue()
 
 
 @pytest.mark.parametrize(
@@ -65,7 +77,8 @@ def run_chapter(number, model, out, *options):
 )
 def test_a_stranger_s_model_goes_through_a_chapter(tmp_path, tiny, name, number):
     model = folder_of(name, tmp_path / "model", tiny.tokenizer)
-    shown = run_chapter(number, model, tmp_path / "out")
+    line = arguments(number, model, tmp_path / "out", "--held-out", 16)
+    shown = run_chapter(line)
     assert f"{model} in float32, loss on the held-out examples: " in shown
 
 
@@ -73,13 +86,18 @@ def test_a_chapter_takes_every_option_and_goes_on_from_its_runs(tmp_path, tiny):
     model = folder_of("Qwen3ForCausalLM", tmp_path / "model", tiny.tokenizer)
     pairs = [{"prompt": f"w{i} is", "completion": f"v{i % 7}"} for i in range(120)]
     options = ["--data", written(tmp_path / "mine.jsonl", pairs)]
-    options += ["--dtype", "bfloat16", "--targets", "q_proj,up_proj", "--threads", "2"]
+    options += ["--dtype", "bfloat16", "--targets", "q_proj,up_proj", "--threads", "1"]
     options += ["--checkpoint", tmp_path / "kept"]
-    first = run_chapter("01", model, tmp_path / "out", *options)
+    line = arguments("01", model, tmp_path / "out", *options)
+    ran = subprocess.run(
+        [sys.executable, *line], capture_output=True, text=True, check=False
+    )
+    assert ran.returncode == 0, ran.stderr[-2000:]
+    first = ran.stdout
     kept = sorted((tmp_path / "kept").glob("run-*.safetensors"))
     assert kept
     assert f"{model} in bfloat16, loss on the held-out examples: " in first
-    again = run_chapter("01", model, tmp_path / "out", *options, "--resume")
+    again = run_chapter([*line, "--resume"])
     told = [
         [line for line in shown.splitlines() if "loss" in line or "gains" in line]
         for shown in (first, again)
@@ -159,7 +177,9 @@ def test_what_another_option_prints_is_no_claim_of_the_book(tmp_path):
     assert usual.before == task.BEFORE
     for line in (["--dtype", "bfloat16"], ["--targets", "x"], ["--threads", "2"]):
         assert not start("01_lora", 30, arguments=line).usual
-    start("01_lora", 30, arguments=[])  # one thread again
+    assert torch.get_num_threads() == 2
+    start("01_lora", 30, arguments=[])
+    assert torch.get_num_threads() == 1
 
 
 def test_dtype_and_targets_reach_the_model():
