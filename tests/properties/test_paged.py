@@ -125,8 +125,9 @@ class AnyOrder(RuleBasedStateMachine):
         assert self.p.traffic == self.expected
 
 
-# Continuous integration draws 30 examples; a developer's run, as elsewhere, a tenth.
-EXAMPLES = max(3, settings.default.max_examples * 30 // 200)
+# Continuous integration draws 30 examples. A developer's run draws 10: with 3, pages
+# that are evicted in a wrong order were not found.
+EXAMPLES = min(30, settings.default.max_examples // 2)
 TestAnyOrder = AnyOrder.TestCase
 TestAnyOrder.settings = settings(max_examples=EXAMPLES, stateful_step_count=30)
 
