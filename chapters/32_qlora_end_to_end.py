@@ -416,7 +416,7 @@ short_of = unpaged[SPIKE] - SIZE / 1e6
 chapter.show(
     figure,
     "spike",
-    alt="Measured bytes over the steps as three stacked areas: weights and adapters, a thin band of optimizer states, and activations with gradients, which are flat but for one step with a tall spike. At the spike the band of states is gone and the stack ends below the line of the card; a dotted line without pages crosses it, with a cross on top.",
+    alt="Measured bytes over the steps as stacked areas: weights and adapters, a thin band of optimizer states, and activations with gradients, which are flat but for one step with a tall spike. At the spike the band of states is gone and the stack ends below the line of the card; a dotted line without pages crosses it, with a cross on top.",
     caption=f"In step {SPIKE} the run without pages is {short_of:.2f} MB short of the card's {SIZE / 1e6:.1f}. With pages, {(held_states[0] - held_states[SPIKE]) / 1e6:.2f} MB of states leave, and the step fits.",
 )
 
@@ -463,7 +463,7 @@ chapter.show(
         form="{:,.0f}",
     ),
     "longest",
-    alt="Bars of the longest sequence that fits, each with one part more than the one above. The second bar, with NF4, is much longer than the first; each of the three below it is a little longer than the one before.",
+    alt="Bars of the longest sequence that fits, each with one part more than the one above. The second bar, with NF4, is much longer than the first; each bar below it is a little longer than the one before.",
     caption=f"NF4 makes the longest sequence {1 + gained['NF4']:.1f} times as long. States in eight bits add {gained['8-bit AdamW']:.1%} to that, and pages for these states {gained['paged']:.1%}.",
 )
 
@@ -515,7 +515,7 @@ chapter.show(
         form="{:,.0f}",
     ),
     "critical",
-    alt="Two groups of four bars of the longest sequence. Of the smaller model the first bar, states in 32 bits without pages, is zero; with pages, in 8 bits, and in 8 bits with pages it is long. Of the larger model on the larger card all four are long, and the first is the shortest.",
+    alt="Bars of the longest sequence, in a group for each model. Of the smaller model the first bar, states in 32 bits without pages, is zero; with pages, in 8 bits, and in 8 bits with pages it is long. Of the larger model on the larger card all are long, and the first is the shortest.",
     caption=f"{MIDDLE}: with states in 32 bits no sequence fits, and with pages {fits[MIDDLE, '32 bits, paged']:,} tokens. States in 8 bits without pages let {fits[MIDDLE, '8 bits']:,} tokens fit.",
 )
 
