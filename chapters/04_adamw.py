@@ -320,7 +320,7 @@ off = (values.sqrt() != values.double().sqrt().float()).float().mean().item()
 # - **Zero without a code.** The table look-up of bitsandbytes on a CPU ([last chapter](03_double_quant.md)) turns an exact zero into a small positive number. A weight without gradients then
 #   has an $m$ above zero, and drifts. But then a $v$ cannot be zero either, so the first fault of this list cannot happen: one error hides the other.
 # - **Loading casts.** `torch.optim.Optimizer.load_state_dict` converts all it loads to the dtype of the parameter: byte codes become floats, float32 scales of a
-#   bfloat16 model lose 16 bits. Resuming 8-bit optimizers was [broken](https://github.com/bitsandbytes-foundation/bitsandbytes/issues/782) for a while. Our optimizer loads codes and scales without this conversion, and a law compares $k$ steps with $j + (k - j)$.
+#   bfloat16 model lose 16 bits. The optimizers of bitsandbytes keep a list of the states that must not be converted, in [optimizer.py](https://github.com/bitsandbytes-foundation/bitsandbytes/blob/main/bitsandbytes/optim/optimizer.py). Our optimizer loads codes and scales without this conversion, and a law compares $k$ steps with $j + (k - j)$.
 # - **Square roots that are off by one bit.** IEEE 754 asks for correctly rounded square roots. Of 100,000 float32 roots that torch computes on this processor,
 #   {=f"{off:.0%}"=} differ in the last bit. That does not matter for training, but it matters for comparing bits. So our torch column takes the root in float64 and rounds it.
 # - **A map with too many values** made 8-bit Adam [end in NaN](https://github.com/bitsandbytes-foundation/bitsandbytes/issues/227); the [last chapter](03_double_quant.md) rebuilds it.

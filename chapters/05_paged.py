@@ -298,7 +298,7 @@ chapter.show(
 # - **No paging without hardware support.** Where the driver reports no concurrent managed access, as on Windows and under WSL, all managed memory is on the device whenever a kernel runs, so what does not fit cannot be paged there. Our CuPy version refuses such a device; the torch version copies its pages itself, and works.
 # - **Traffic in every step.** The QLoRA paper reports the same speed as without paging, at batch size 16 on a 65-billion-parameter model, and gives no measurements for runs that page all the time. The experiment above shows that such a run may move the whole state in each step.
 # - **Resuming.** A state dict taken while pages are dirty on the device must contain *them*, not the host's stale copies. Ours writes back first; a law saves with one size of page and loads with another.
-#   Lost states after resuming have been [reported](https://github.com/axolotl-ai-cloud/axolotl/issues/864).
+#   With the paged AdamW of bitsandbytes, resuming has [ended with an error](https://github.com/axolotl-ai-cloud/axolotl/issues/864).
 # - **Copies in the wrong order.** Our torch version copies on streams of its own. The copy out waits for the computation, a copy in for the last copy out of its page, the computation for the copy in, and memory is not reused before all of them have finished. If
 #   one of these four is missing, the result is wrong now and then. Only the tests marked `gpu` run this code on streams, and no GPU has run them yet.
 #

@@ -257,8 +257,9 @@ chapter.claim(
 #   ([peft 2321](https://github.com/huggingface/peft/issues/2321), [2105](https://github.com/huggingface/peft/issues/2105)). [The chapter on merging](16_merging.md) measures how much of an update is left.
 # - **A forward pass that destroys the weight.** On some processors, bitsandbytes' 4-bit layer repacks its weight at the first call in `eval()` mode. What is dequantized
 #   or merged after that is noise. Here a law compares every byte of the base before and after.
-# - **The wrong dtype for the scales.** `model.to(bfloat16)` must not change scales and codebook: they are part of a code, and not weights. A decoder for 16 bits that was given float32 scales returned
-#   [wrong weights](https://github.com/axolotl-ai-cloud/axolotl/pull/3799). The second exercise measures what the cast costs.
+# - **The wrong dtype for the scales.** `model.to(bfloat16)` must not change scales and codebook: they are part of a code, and not weights. The second exercise measures what the cast costs.
+# - **The wrong decoder for the result.** axolotl called the NF4 decoder for bfloat16 where weights in float32 were asked for. It wrote values of two bytes where four bytes belong, and the weights were
+#   [wrong](https://github.com/axolotl-ai-cloud/axolotl/pull/3799).
 # - **A forgotten bias.** peft's 4-bit layers merge `lora_bias` without the scaling ([peft 3741](https://github.com/huggingface/peft/issues/3741)). With the default $\alpha = r$ the scaling is 1, and the fault does not show.
 #
 # ## Exercises

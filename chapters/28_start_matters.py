@@ -1,7 +1,7 @@
 # %% [markdown]
 # # The start matters, and so does the rate
 #
-# PiSSA begins with the largest singular values of the weight, "allowing faster convergence and enhanced performance" [@meng2024]. LoftQ begins with an adapter that makes up for a part of the rounding to few bits; QLoRA begins with an adapter of zero and is reported not to converge in two bits [@li2023].
+# PiSSA begins with the largest singular values of the weight, "allowing faster convergence and enhanced performance" [@meng2024]. LoftQ begins with an adapter that makes up for a part of the rounding to few bits; QLoRA begins with an adapter of zero and is reported not to converge in two bits on Llama 2 [@li2023].
 # With one seed each, [chapter 11](11_pissa.md) saw PiSSA's lead vanish at tuned rates, and [chapter 12](12_loftq.md) saw QLoRA train in two bits. This chapter repeats both with three seeds and shows the loss at every fifth step: at the best rate of each start, and at one rate for both.
 
 # %%
@@ -32,7 +32,7 @@ chapter = start("28_start_matters", steps=15, model="tiny")
 # ## The claims
 #
 # 1. PiSSA converges faster than LoRA, and ends lower, "under identical experimental setups" [@meng2024].
-# 2. In two bits LoftQ converges where QLoRA does not [@li2023].
+# 2. In two bits LoftQ converges on Llama 2, and QLoRA does not [@li2023].
 #
 # "Identical setup" includes the learning rate. But the starts do not move alike at one rate: LoRA's $B$ is zero, so in the first step only $B$ changes the product $BA$, in proportion to the entries of $A$, which are small. PiSSA's $A$ and $B$ hold the largest singular values of
 # the weight, and each changes the product in proportion to the other. So this chapter also asks what a common rate does to the comparison.

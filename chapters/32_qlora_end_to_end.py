@@ -225,7 +225,7 @@ print(results.origin(full))
 # %% [markdown]
 # {=losses=}
 #
-# **NF4** costs {=f"{mean['NF4', 'before'] - mean['LoRA', 'before']:.4f}"=} nats before training and {=f"{statistics.mean(beside['NF4']):.4f}"=} after it, with every seed on the same side, while LoRA's three seeds lie {=f"{SPREAD:.4f}"=} apart. Training gains {=f"{GAIN:.2f}"=} nats. So the four bits cost {=f"{statistics.mean(beside['NF4']) / GAIN:.1%}"=} of the gain: little, but it does not vanish. **"Full 16-bit performance" did not replicate to the last digit** on this model; The paper compares
+# **NF4** costs {=f"{mean['NF4', 'before'] - mean['LoRA', 'before']:.4f}"=} nats before training and {=f"{statistics.mean(beside['NF4']):.4f}"=} after it, with every seed on the same side, while LoRA's three seeds lie {=f"{SPREAD:.4f}"=} apart. Training gains {=f"{GAIN:.2f}"=} nats. So the four bits cost {=f"{statistics.mean(beside['NF4']) / GAIN:.1%}"=} of the gain: little, but it does not vanish. **"Full 16-bit performance" did not replicate to the last digit** on this model. The paper compares
 # scores of tests on much larger models, which would not show a difference of this size.
 #
 # **Double quantization** changes the loss by {=f"{max(map(abs, nested)):.4f}"=} nats at most, and **eight bits** for the states by {=f"{max(map(abs, eight_bits)):.4f}"=}, in both directions. Both replicate: a tenth of what the seeds differ or less. **Pages** change nothing: every loss of every step has the bits of the run without them.

@@ -54,7 +54,7 @@ def delta(W: Weight, adapter: HiRA) -> Weight:
     Raises:
         InputError: if an operand has another layer's shape, or no float dtype.
 
-    Source: HiRA (ICLR 2025, openreview TwJrTz9cRS), equation 4.
+    Source: HiRA (ICLR 2025, openreview TwJrTz9cRS), equation 6.
     """
     check_fits(W, adapter)
     return adapter.scaling * (W * (adapter.B @ adapter.A))

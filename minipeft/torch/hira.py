@@ -46,7 +46,7 @@ class HiRALinear(Adapted[HiRA]):
 
     With several active adapters, each one multiplies the frozen weight.
 
-    Source: HiRA (ICLR 2025, openreview TwJrTz9cRS), equation 4.
+    Source: HiRA (ICLR 2025, openreview TwJrTz9cRS), equation 6.
     """
 
     check_fits = staticmethod(check_fits)
