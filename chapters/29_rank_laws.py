@@ -28,7 +28,7 @@ chapter = start("29_rank_laws", steps=24, model="tiny")
 # %% [markdown]
 # ## The claims
 #
-# 1. The loss of fine-tuning falls with the amount of data and with the size of the base by a power law; a larger base helps more, and more parameters in the adapter help little [@zhang2024].
+# 1. The loss of fine-tuning falls with the amount of data and with the size of the base by a power law; a larger base helps more than more data in its pretraining, and more parameters in the adapter help little [@zhang2024].
 # 2. With $\alpha/r$ large ranks learn no better than small ones; with $\alpha/\sqrt r$ they do [@kalajdzievski2023].
 # 3. $B$ should learn faster than $A$ [@hayou2024].
 # 4. The best rate of LoRA does not depend on the rank and is about ten times that of full fine-tuning, about fifteen times in short runs; adapters on the attention alone learn less than on all layers, at equal size too; large batches harm LoRA more than full fine-tuning [@schulman2025].

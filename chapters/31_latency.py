@@ -31,7 +31,7 @@ chapter = start("31_latency", steps=3, model="tiny")
 # %% [markdown]
 # ## The claims
 #
-# 1. A merged LoRA has "no additional inference latency"; adapters in series have, and most with one short text [@hu2021, section 3 and table 1].
+# 1. A merged LoRA has "no additional inference latency" [@hu2021, abstract]; adapters in series have, and most with one short text [@hu2021, section 3 and table 1].
 # 2. An unmerged LoRA costs *little*. Guides call it mild. In papers it is up to 30 % [@bhardwaj2024, abstract] or up to 2.5 times the time of the base [@gowda2025, abstract].
 # 3. Four bits cost *15 to 30 %*. This range is often quoted. We have found no paper or report that measures it; the authors of bitsandbytes publish their own times [@bitsandbytes2024].
 #
