@@ -399,7 +399,7 @@ ax.legend(fontsize=9)
 chapter.show(
     figure,
     "rates",
-    alt="Loss against the learning rate, the rate on a logarithmic axis. The curves of LoRA at rank 1, 8 and 128 have their lowest point at one rate and rise steeply beyond it; that of full fine-tuning lies lowest at a rate ten times smaller.",
+    alt=f"Loss against the learning rate, the rate on a logarithmic axis. The solid curves, of LoRA from the smallest rank to full rank, have their lowest point at one rate and rise steeply beyond it; the dotted one, of full fine-tuning, lies lowest at a rate {rates[USUAL] / rates[FULL]:.0f} times smaller.",
     caption=f"The best rate of LoRA is {rates['LoRA, r = 1']:g} at rank 1 and {rates['LoRA, r = 128']:g} at full rank. That of rsLoRA at full rank is {rates['rsLoRA, r = 128']:g}, that of full fine-tuning {rates[FULL]:g}.",
 )
 
