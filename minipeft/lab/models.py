@@ -10,7 +10,7 @@ import subprocess
 import sys
 import tempfile
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -188,8 +188,12 @@ def transformers_tokenizer(folder: Path) -> Any:
     return tokenizer
 
 
-def check_name(name: str) -> None:
+def check_name(name: str, offered: Sequence[str] = NAMES) -> None:
     """Say early, and in one sentence, that a model is not there.
+
+    Args:
+        name: as `load` takes it.
+        offered: the names that the sentence offers.
 
     Raises:
         InputError: No such model on this machine.
@@ -204,7 +208,7 @@ def check_name(name: str) -> None:
     if name == "tiny" or (Path(name) / "config.json").is_file() or _in_hub(name):
         return
     raise InputError(
-        f"there is no model {name!r} on this machine; choose {', '.join(NAMES)}, a "
+        f"there is no model {name!r} on this machine; choose {', '.join(offered)}, a "
         "folder with a config.json, or the id of a Hugging Face model you have "
         "downloaded (hf download ID)"
     )

@@ -1,7 +1,10 @@
 """Without a GPU the column imports; the first use says what is missing."""
 
+import ast
+import re
 import subprocess
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -93,3 +96,32 @@ def test_in_ci_a_gpu_excuses_a_skip_missing_or_there(monkeypatch, marker, outcom
     with pytest.raises(StopIteration):
         hook.send(report)
     assert report.outcome == outcome
+
+
+WITH_A_DEVICE = re.compile(r"is_available\(\)|(?<!\.)missing\(\)|a GPU|CUDA device")
+
+
+def excused(part):
+    return bool(re.search(r"pytest\.mark\.(no_)?gpu\b", ast.unparse(part)))
+
+
+def skips_for_a_gpu(part):
+    calls = [ast.unparse(n) for n in ast.walk(part) if isinstance(n, ast.Call)]
+    skips = [c for c in calls if re.match(r"pytest\.(mark\.)?skip(if)?\(", c)]
+    return any(WITH_A_DEVICE.search(call) for call in skips)
+
+
+def test_each_skip_for_a_gpu_carries_a_marker_that_excuses_it():
+    """The file, or the function with the skip, is marked `gpu` or `no_gpu`."""
+    found = []
+    for path in sorted(Path(__file__).parents[1].rglob("test_*.py")):
+        text = path.read_text("utf-8")
+        if "skip" not in text or not WITH_A_DEVICE.search(text):
+            continue
+        body = ast.parse(text).body
+        whole = any(excused(part) for part in body if isinstance(part, ast.Assign))
+        for part in body:
+            if skips_for_a_gpu(part):
+                found.append((path.name, whole or excused(part)))
+    assert len(found) >= 7
+    assert [name for name, marked in found if not marked] == []

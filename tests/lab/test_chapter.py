@@ -103,7 +103,8 @@ def test_help_names_every_option(capsys):
 @pytest.mark.parametrize(
     ("line", "sentence"),
     [
-        (["--model", "tinny"], "there is no model 'tinny'"),
+        (["--model", "tinny"], "no model 'tinny' .* choose tiny, smollm2, a folder"),
+        (["--model", "minilm"], "minilm does not write text; choose tiny, smollm2, a"),
         (["--steps", "0"], "--steps is 0; give at least 1"),
         (["--steps", "many"], "invalid int value: 'many'"),
         (["--device", "tpu"], "invalid choice: 'tpu'"),

@@ -2,8 +2,10 @@
 
 import copy
 import errno
+import inspect
 import os
 import random
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -254,6 +256,33 @@ def test_a_generator_of_a_device_is_kept_and_missed(tmp_path, monkeypatch):
         assert torch.equal(module.state, Module.state)
     with pytest.raises(InputError, match="the generator torch/cuda:0, which is not"):
         load_checkpoint(path, model, optimizer)
+
+
+def test_the_generators_of_a_model_s_devices_are_found(monkeypatch):
+    """Parameters on the meta device; its functions have the arguments of CUDA's."""
+    asked = []
+
+    def get_rng_state(*given):
+        asked.append(inspect.signature(torch.cuda.get_rng_state).bind(*given).args)
+        return torch.arange(16, dtype=torch.uint8)
+
+    def set_rng_state(*given):
+        asked.append(inspect.signature(torch.cuda.set_rng_state).bind(*given).args[1:])
+
+    functions = SimpleNamespace(
+        get_rng_state=get_rng_state, set_rng_state=set_rng_state
+    )
+    kinds = {"meta": functions}
+    monkeypatch.setattr(torch, "get_device_module", lambda kind: kinds[kind])
+    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2, device="meta"))
+    saved = generators.states(model)
+    assert torch.equal(saved["torch/meta"], torch.arange(16, dtype=torch.uint8))
+    generators.check(saved, model)
+    generators.restore(saved, model)
+    assert asked == [("meta",)] * 3
+    del saved["torch/meta"]
+    with pytest.raises(InputError, match="lacks the state of the generator torch/meta"):
+        generators.check(saved, model)
 
 
 def small():

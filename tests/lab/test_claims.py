@@ -23,7 +23,7 @@ def _as_before():
         ([], True),
         (["--steps", "30", "--model", "tiny"], True),
         (["--steps", "1"], False),
-        (["--model", "minilm"], False),
+        (["--model", "smollm2"], False),
         (["--device", "cuda"], False),
     ],
 )
@@ -31,7 +31,7 @@ def test_only_the_default_model_and_steps_on_a_cpu_are_usual(line, usual, monkey
     on = "cuda" if "cuda" in line else "cpu"
     monkeypatch.setattr("minipeft.lab.chapter.pick_device", lambda asked: on)
     monkeypatch.setattr("minipeft.lab.chapter.fetch", lambda name: None)
-    monkeypatch.setattr("minipeft.lab.chapter.check_name", lambda name: None)
+    monkeypatch.setattr("minipeft.lab.chapter.check_name", lambda *_: None)
     assert start("01_lora", steps=30, arguments=line).usual is usual
 
 

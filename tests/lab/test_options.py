@@ -119,6 +119,13 @@ def test_no_chapter_names_the_layers_of_one_architecture():
         assert not named, path.name
 
 
+def test_a_chapter_offers_a_model_where_it_loads_one():
+    for path in CHAPTERS.glob("*.py"):
+        text = path.read_text("utf-8")
+        offered = re.search(r"^chapter = start\((?!.*model=None)", text, re.MULTILINE)
+        assert bool(offered) == ("chapter.load(" in text), path.name
+
+
 # Places of adapters
 
 
