@@ -45,7 +45,7 @@ ESTIMATES = ("Gaussian", "CLUB", "variational")
 # is zero if they are independent, and larger the more the one says about the other; in nats, like a loss. Let $x$ be what reaches a layer at one token, $U = Wx$ and $V = s\,BAx$. Neither has any randomness of its own. Where $W$ has as many outputs as inputs or more, $U$ determines $x$ and so $V$, and $I(U; V)$ is *infinite*, whatever the adapter has learned.
 # This is known of all deterministic networks [@goldfeld2019]; the remedy is to add noise of a stated size. We measure $I(U; V + \sigma\varepsilon)$ with Gaussian $\varepsilon$ and two sizes:
 #
-# - **of bf16**: $\sigma$ is $2^{-8}$ of the root mean square of $U$. If the layer's sum is kept in bf16, rounding errors have about this size.
+# - **of bf16**: $\sigma$ is $2^{-8}$ of the root mean square of $U$. Neighbouring numbers of bf16 lie at most this far apart, relative to their own size, so if the layer's sum is kept in bf16, its rounding errors are at most half as large.
 # - **a tenth**: $\sigma$ is a tenth of the size of $V$ itself, in the directions that $B$ can reach. The size of the adapter's output then cancels.
 #
 # ## The three estimators
