@@ -7,6 +7,7 @@ from torch import nn
 
 from minipeft.errors import InputError
 from minipeft.lab.checkpoint import trainable
+from minipeft.values import check_kind
 
 IGNORE = -100
 """The label that the loss ignores, as in torch."""
@@ -17,6 +18,22 @@ def predicted(labels: torch.Tensor) -> int:
     shifts = labels.ndim == 2 and not labels.is_floating_point()
     kept = labels[:, 1:] if shifts else labels
     return int((kept != IGNORE).sum())
+
+
+def check_batch(batch: Mapping[str, torch.Tensor], step: int) -> None:
+    """Refuse a batch without labels, or with inputs that are not finite."""
+    check_kind(f"the batch of step {step + 1}", batch, Mapping)
+    if "labels" not in batch:
+        raise InputError(
+            f"the batch of step {step + 1} has no labels, but {', '.join(batch)}; add "
+            "the labels that the model learns from"
+        )
+    for name, operand in batch.items():
+        floats = isinstance(operand, torch.Tensor) and operand.is_floating_point()
+        if floats and bool(operand.isnan().any()):  # a mask may hold -inf
+            raise InputError(
+                f"{name} in the batch of step {step + 1} holds NaN; repair the data"
+            )
 
 
 def checked_labels(batch: Mapping[str, torch.Tensor], step: int) -> int:

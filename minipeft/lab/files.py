@@ -19,11 +19,14 @@ def write_atomic(path: Path, data: bytes) -> None:
     the old one, or those of the umask.
 
     Raises:
-        InputError: The folder cannot be written or the disk is full.
+        InputError: The folder cannot be written or the disk is full, or the path is a
+            folder or a device, which a rename would replace.
     """
     temporary = None
     try:
         target = Path(os.path.realpath(path))
+        if target.exists() and not target.is_file():
+            raise InputError(f"{path} is no regular file; choose another path")
         target.parent.mkdir(parents=True, exist_ok=True)
         descriptor, temporary = tempfile.mkstemp(
             dir=target.parent, prefix=f".{target.name}."

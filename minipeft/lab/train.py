@@ -29,6 +29,7 @@ from minipeft.lab.checkpoint import (
 from minipeft.lab.diagnosis import (
     bad_gradient,
     bad_loss,
+    check_batch,
     check_reached,
     checked_labels,
     predicted,
@@ -38,6 +39,7 @@ from minipeft.lab.identity import Identity
 from minipeft.lab.memory.measured import StepMemory, step_memory
 from minipeft.lab.memory_peak import unwatched
 from minipeft.lab.progress import Bar, bar
+from minipeft.values import check_integer, check_number
 
 Batch = Mapping[str, torch.Tensor]
 Batches = Callable[[int], Batch]
@@ -78,10 +80,13 @@ class TrainConfig:
     optimizer: Callable[[nn.Module, "TrainConfig"], torch.optim.Optimizer] = adamw
 
     def __post_init__(self) -> None:
+        for name in ("warmup", "validate_every", "accumulate"):
+            check_integer(name, getattr(self, name), least=int(name == "accumulate"))
+        for name in ("lr", "floor", "weight_decay"):
+            check_number(name, getattr(self, name))
+        check_integer("steps", self.steps)
         if self.steps < 1:
             raise InputError(f"steps is {self.steps}; train for at least one step")
-        if self.accumulate < 1:
-            raise InputError(f"accumulate is {self.accumulate}; give at least 1")
         if not 0 < self.lr < math.inf:
             raise InputError(f"the learning rate is {self.lr}; it must be positive")
         if not self.clip > 0:
@@ -252,6 +257,8 @@ class _Run:
         """Descend along the gradient of one step's batches; return their loss."""
         first = self.step * self.config.accumulate
         batches = [self.batches(first + i) for i in range(self.config.accumulate)]
+        for batch in batches:
+            check_batch(batch, self.step)
         self.note_settings(batches[0])
         self.set_rates()
         try:

@@ -111,6 +111,7 @@ class Adapted(nn.Module, ABC, Generic[Adapter]):
         with _Within(self, products):
             y = self.view.call(self.base, x)
         if not products:
+            weight_view(self.base)  # raises if something else now computes its weight
             raise InputError(
                 f"this {type(self.base).__name__} did not multiply by its weight as it "
                 "stands, so no adapter could act; restore the forward of its class, or "
@@ -172,9 +173,11 @@ class Adapted(nn.Module, ABC, Generic[Adapter]):
         """Compute with $W'$ from now on; a second merge starts from the base again.
 
         Raises:
-            InputError: if the weights are offloaded or sharded.
+            InputError: if the weights are offloaded or sharded, or computed by
+                something that was added to the layer after the adapters.
         """
         check_here(self.base)
+        weight_view(self.base)  # raises if something else now computes its weight
         with torch.inference_mode(False), torch.no_grad():
             merged, bias = self.merged().detach(), self.bias
             # Stored as the base stores W, so that an unloaded layer rounds alike.

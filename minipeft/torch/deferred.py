@@ -65,7 +65,8 @@ class Deferred(Tensor):
             return args[0]
         name = getattr(function, "__name__", "")
         writes = name.endswith("_") and not name.endswith("__")
-        if args and isinstance(args[0], cls) and (writes or name in WRITES):
+        written = args[0] if args else (kwargs or {}).get("tensor")  # nn.init's name
+        if isinstance(written, cls) and (writes or name in WRITES):
             raise InputError(
                 "this weight is computed from what is stored, and what is written to "
                 "it would be lost; write to what is stored (`layer.base.weight`)."

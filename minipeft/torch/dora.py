@@ -106,7 +106,8 @@ def row_norm(W: Weight, update: LoRA) -> Rows:
         norm: Tensor = operators.dora_row_norm(W.detach(), A, B, update.scaling)
         return norm
     # Rounding can make the squared norm of a zero row slightly negative.
-    return squared_row_norm(W, update).clamp(min=0).sqrt()
+    # Detached, as `no_grad` does not stop derivatives in forward mode.
+    return squared_row_norm(W, update).clamp(min=0).sqrt().detach()
 
 
 def over_norm(values: Rows, norm: Rows) -> Rows:

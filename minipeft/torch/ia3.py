@@ -109,6 +109,8 @@ class IA3Linear(Adapted[IA3]):
         """Hold another adapter, inactive until `activate`; refuse to scale indices."""
         check_kind("adapter", adapter, IA3)
         _check_side(self.view, adapter.side)
+        if adapter.side == "output":
+            _check_bias(self.base)
         super().add(name, adapter)
 
     def _scaled(self, v: Shaped[Tensor, "..."], side: Side) -> Shaped[Tensor, "..."]:
@@ -162,6 +164,16 @@ class IA3Config:
         form = view.form(layer)
         features = form.in_features if chosen else form.out_features
         return init(features, side).to(form.device, form.wide)
+
+
+def _check_bias(base: nn.Module) -> None:
+    bias = getattr(base, "bias", None)
+    if bias is not None and bias is not base._parameters.get("bias"):
+        raise InputError(
+            f"the bias of this {type(base).__name__} is no parameter: something "
+            "computes it before each pass (pruning), and no scaled bias could replace "
+            "it; make it permanent first, or leave the layer out of the targets."
+        )
 
 
 def _check_side(view: WeightView, side: Side) -> None:

@@ -351,6 +351,10 @@ def _odd_values(tensors: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> lis
         dtype = tensors[key].dtype
         if dtype.is_floating_point != own[key].dtype.is_floating_point:
             problems.append(f"{key} has dtype {dtype}, not {own[key].dtype}")
+        elif tensors[key].layout != own[key].layout:
+            problems.append(f"{key} is {tensors[key].layout}, not {own[key].layout}")
+        elif tensors[key].is_meta and not own[key].is_meta:
+            problems.append(f"{key} is on the device meta and has no values")
         elif not tensors[key].is_meta and not _finite(tensors[key], own[key]):
             problems.append(f"{key} is not finite")
     return problems

@@ -96,7 +96,10 @@ def residual(
             "A": (initial.A, "r in_features"),
         }
     )
-    return torch.addmm(W, initial.B, initial.A, alpha=-initial.scaling)
+    # A weight of 16 bits has an adapter of 32: the residual keeps what both hold.
+    wide = torch.promote_types(W.dtype, initial.B.dtype)
+    A, B = initial.A.to(wide), initial.B.to(wide)
+    return torch.addmm(W.to(wide), B, A, alpha=-initial.scaling)
 
 
 def to_lora(trained: LoRA, initial: LoRA) -> LoRA:

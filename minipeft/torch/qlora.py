@@ -533,6 +533,8 @@ def _to_quantize(model: nn.Module, skip: Sequence[str]) -> dict[str, nn.Module]:
     for name, module in model.named_modules():
         if isinstance(module, Adapted):
             raise InputError(f"{name} has adapters; quantize first, then inject.")
+        if any(map(nn.parameter.is_lazy, module._parameters.values())):
+            raise InputError(f"{name} has no weight yet: call the model once first.")
     named = dict(outside_adapters(model))
     wanted = {**all_linear(model), **experts(model)}
     choices = {n: m for n, m in named.items() if _is_plain(m)}
@@ -541,22 +543,34 @@ def _to_quantize(model: nn.Module, skip: Sequence[str]) -> dict[str, nn.Module]:
     left |= {id(named[name]) for name in tied(model) if name}
     found = {n: m for n, m in choices.items() if n in wanted and id(m) not in left}
     if not found:
-        raise InputError("the model has no linear layer to quantize; give another one.")
+        raise InputError(_why_none(named, choices))
     for name, layer in found.items():
         with naming(name):
             _check_values(layer)
     return found
 
 
+def _why_none(named: Mapping[str, nn.Module], choices: Mapping[str, nn.Module]) -> str:
+    if choices:
+        return (
+            "every layer is skipped, a head, a router or tied ("
+            f"{', '.join(list(choices)[:4])}); "
+            "leave one of them out of `skip`, or give another model."
+        )
+    if any(isinstance(m, (QuantizedLinear, QuantizedExperts)) for m in named.values()):
+        return "the model is quantized already; give the original one."
+    return "the model has no linear layer to quantize inside it; give another one."
+
+
 def _check_values(layer: nn.Module) -> None:
-    for weight in (p for p in layer._parameters.values() if p is not None):
+    for name, weight in ((n, p) for n, p in layer._parameters.items() if p is not None):
         if weight.is_meta:
             raise InputError(
                 "the weight is on the device meta, and has no values to quantize; load "
                 "it first, or bring it back if it is offloaded."
             )
         if not torch.isfinite(weight).all():
-            raise InputError("the weight is not finite; repair it first.")
+            raise InputError(f"the {name} is not finite; repair it first.")
 
 
 def _is_plain(module: nn.Module) -> bool:

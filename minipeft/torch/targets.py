@@ -134,17 +134,23 @@ def check_inside(model: nn.Module, replaced: Container[int]) -> None:
 
 
 def tied(model: nn.Module) -> dict[str, list[str]]:
-    """Return the names of modules that share their weight, with those of the others."""
+    """Return the names of modules that share their weight, with those of the others.
+
+    A parameter that is not the `weight` of its module has its own full name.
+    """
     owners: dict[nn.Parameter, list[str]] = {}
     for name, module in model.named_modules():
-        weight = module._parameters.get("weight")
-        if weight is not None:
-            owners.setdefault(weight, []).append(name)
+        for own, parameter in module._parameters.items():
+            if parameter is not None:
+                named = name if own == "weight" else f"{name}.{own}".lstrip(".")
+                owners.setdefault(parameter, []).append(named)
+    modules = dict(model.named_modules())
     return {
         name: [other for other in names if other != name]
         for names in owners.values()
         if len(names) > 1
         for name in names
+        if name in modules
     }
 
 
@@ -206,7 +212,7 @@ def _heads(model: nn.Module) -> set[int]:
         heads |= {id(module) for module in model.modules()} - body
     modules = dict(model.named_modules())
     for name, others in tied(model).items():
-        if any(isinstance(modules[other], nn.Embedding) for other in others):
+        if any(isinstance(modules.get(other), nn.Embedding) for other in others):
             heads.add(id(modules[name]))
     return heads
 

@@ -1,5 +1,6 @@
 """The torch column's LoftQ: the reference's bytes and errors, and its layer."""
 
+import copy
 from itertools import islice, pairwise
 
 import numpy as np
@@ -162,3 +163,17 @@ def test_a_conv1d_is_split_as_the_linear_layer_of_its_transpose():
         found += [model(x), surgery.merge(model)(x)]
     assert torch.equal(found[0], found[2])
     assert torch.equal(found[1], found[3])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_model_of_16_bits_starts_as_its_values_in_32_do(dtype):
+    def made(start):
+        return surgery.inject(copy.deepcopy(start), LoftQConfig(2, 4.0), ["0"])[0]
+
+    torch.manual_seed(0)
+    narrow = nn.Sequential(nn.Linear(12, 10)).to(dtype)
+    ours, expected = made(narrow), made(copy.deepcopy(narrow).float())
+    assert torch.equal(ours.base.packed, expected.base.packed)
+    for name, tensor in expected.adapters["default"].state_dict().items():
+        assert torch.equal(ours.adapters["default"].state_dict()[name], tensor)
+    assert ours(torch.ones(1, 12, dtype=dtype)).dtype == dtype

@@ -83,6 +83,19 @@ def test_a_symbolic_link_stays_and_its_file_is_written(tmp_path):
     assert target.read_bytes() == b"new"
 
 
+@pytest.mark.parametrize("make", [os.mkfifo, os.mkdir])
+def test_what_is_no_regular_file_is_never_replaced(tmp_path, make):
+    path, link = tmp_path / "pipe", tmp_path / "link"
+    make(path)
+    link.symlink_to(path)
+    before = path.stat()
+    for place in (path, link):
+        with pytest.raises(InputError, match=f"{place} is no regular file; choose"):
+            files.write_atomic(place, b"new")
+    assert path.stat().st_mode == before.st_mode
+    assert not path.is_file()
+
+
 def test_a_file_is_claimed_once(tmp_path):
     path, link = tmp_path / "file.bin", tmp_path / "link.bin"
     link.symlink_to(path)

@@ -17,6 +17,7 @@ from minipeft.lab.train import (
     loss,
     train,
 )
+from tests.operands import annotations_off
 
 TEXT = torch.arange(400) * 7 % 29 + 2
 BATCHES = windows(TEXT, (4, 12), bos=1, seed=3)
@@ -97,10 +98,17 @@ def test_schedule_warms_up_then_falls_to_the_floor():
 
 @pytest.mark.parametrize(
     ("fields", "sentence"),
-    [({"steps": 0}, "steps is 0"), ({"steps": 1, "lr": 0.0}, "learning rate is 0.0")],
+    [
+        ({"steps": 0}, "steps is 0"),
+        ({"steps": 2.5}, "steps is 2.5"),
+        ({"steps": 1, "lr": 0.0}, "learning rate is 0.0"),
+        ({"steps": 1, "lr": "1e-3"}, "lr is '1e-3'"),
+        ({"steps": 1, "validate_every": -1}, "validate_every is -1"),
+        ({"steps": 1, "accumulate": 0}, "accumulate is 0"),
+    ],
 )
 def test_bad_settings_are_refused(fields, sentence):
-    with pytest.raises(InputError, match=sentence):
+    with annotations_off(), pytest.raises(InputError, match=sentence):
         TrainConfig(**fields)
 
 
@@ -205,6 +213,21 @@ def test_ignored_labels_are_named_as_the_cause(toy, spoil, sentence):
         train(toy, batches, settings(toy))
     assert "learning rate" not in str(caught.value)
     assert_same(weights(toy), before)
+
+
+def test_a_batch_that_no_model_can_learn_from_is_named_as_the_cause(toy):
+    good = BATCHES(0)
+    nan = torch.full((2, 3), torch.nan)
+    for batch, sentence in (
+        ([1], "the batch of step 1 is of type list; give one of type Mapping"),
+        ({"input_ids": good["input_ids"]}, "has no labels, but input_ids; add"),
+        (
+            {**good, "inputs_embeds": nan},
+            "inputs_embeds in the batch of step 1 holds N",
+        ),
+    ):
+        with annotations_off(), pytest.raises(InputError, match=sentence):
+            train(toy, lambda step, batch=batch: batch, TrainConfig(1))
 
 
 def test_an_empty_batch_is_named_as_the_cause(toy):

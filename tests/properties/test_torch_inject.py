@@ -372,9 +372,15 @@ def test_tensors_that_do_not_fit_are_refused_whole(model):
         "is unexpected": tensors | {f"{key}.x": tensors[key]},
         r"has shape \(1,\)": tensors | {key: torch.ones(1)},
         "is not finite": tensors | {key: tensors[key].double() * 0 + 1e300},
+        "is torch.sparse_coo": tensors | {key: tensors[key].to_sparse()},
     }
     for reason, attempt in damaged.items():
         with pytest.raises(InputError, match=f"'one': {key}.*{reason}"):
             load_adapter_state_dict(model, attempt, "one")
+    last = list(tensors)[-1]  # the layers before it must not have been written
+    with pytest.raises(InputError, match=f"'one': {last} is on the device meta"):
+        load_adapter_state_dict(
+            model, tensors | {last: tensors[last].to("meta")}, "one"
+        )
     after = adapter_state_dict(model, "one")
     assert all(torch.equal(after[k], before[k]) for k in before)

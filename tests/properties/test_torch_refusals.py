@@ -10,7 +10,7 @@ from minipeft.errors import InputError
 from minipeft.torch import dora, ia3, linear, lora, vera
 from minipeft.torch.dora import DoRA, DoRALinear
 from minipeft.torch.ia3 import IA3, IA3Config
-from minipeft.torch.inject import adapted, inject
+from minipeft.torch.inject import adapted, inject, merge, unload
 from minipeft.torch.linear import frozen
 from minipeft.torch.lora import LoRA, LoRAConfig, LoRALinear
 from minipeft.torch.qlora import QuantizedLinear
@@ -155,6 +155,39 @@ def test_a_layer_whose_weight_is_something_else_is_refused_at_once(kind):
     assert all(p.requires_grad for p in model["up"].parameters())
 
 
+@pytest.mark.parametrize("change", [parametrizations.weight_norm, prune.identity])
+def test_a_weight_that_something_computes_since_is_not_merged(change):
+    model = inject(nn.Sequential(nn.Linear(IN, OUT)), LoRAConfig(2, 4.0), ["0"])
+    change(model[0].base, "weight")
+    with pytest.raises(InputError, match="is no parameter: something computes it"):
+        merge(model)
+    assert model[0].merged_weight is None
+
+
+def test_a_pass_says_that_something_computes_the_weight_since():
+    model = inject(nn.Sequential(nn.Linear(IN, OUT)), LoRAConfig(2, 4.0), ["0"])
+    parametrizations.weight_norm(model[0].base)
+    with pytest.raises(InputError, match="is no parameter: something computes it"):
+        model(torch.ones(1, IN))
+
+
+def test_a_bias_that_something_computes_is_not_scaled():
+    model = nn.Sequential(prune.identity(nn.Linear(IN, OUT), "bias"))
+    with pytest.raises(
+        InputError, match=r"^0: the bias of this Linear is no parameter"
+    ):
+        inject(model, IA3Config(), ["0"])
+    assert not adapted(model)
+    inject(model, IA3Config(["0"]), ["0"])  # leaves the bias alone
+    assert unload(merge(model))(torch.ones(1, IN)).shape == (1, OUT)
+
+
+def test_what_an_initializer_would_write_to_a_computed_weight_is_refused():
+    model = inject(nn.Sequential(nn.Linear(IN, OUT)), LoRAConfig(2, 4.0), ["0"])
+    with pytest.raises(InputError, match="what is written to it would be lost"):
+        nn.init.normal_(model[0].weight)
+
+
 def test_a_view_of_a_layer_is_known_before_it_is_wrapped():
     with pytest.raises(InputError, match="Conv2d has no weight matrix"):
         linear.weight_of(nn.Conv2d(1, 1, 1))
@@ -193,3 +226,20 @@ def test_second_derivatives_of_dora_are_those_of_its_formula(bias, gain, monkeyp
 
 def plainly(z, magnitude, norm, bias, dtype):
     return dora._rescaled(z, dora.over_norm(magnitude, norm), bias).to(dtype)
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning")
+def test_forward_mode_holds_the_norm_of_dora_constant_as_backward_does():
+    layer = DoRALinear(base().double(), new_adapter("dora").double())
+    torch.manual_seed(0)
+    start = {n: torch.randn_like(p) for n, p in layer.named_parameters()}
+    along = {n: torch.randn_like(p) for n, p in layer.named_parameters()}
+    x = torch.randn(3, IN, dtype=torch.float64)
+
+    def loss(parameters):
+        return torch.func.functional_call(layer, parameters, (x,)).square().sum()
+
+    gradient = torch.func.grad(loss)(start)
+    _, forward = torch.func.jvp(loss, (start,), (along,))
+    backward = [(gradient[n] * along[n]).sum() for n in start]
+    torch.testing.assert_close(forward, torch.stack(backward).sum())

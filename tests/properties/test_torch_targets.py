@@ -164,6 +164,43 @@ def test_a_weight_that_is_not_finite_is_named_before_anything_changes():
     assert type(model[0]) is nn.Linear
 
 
+class TiedElsewhere(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Linear(8, 8), nn.Linear(8, 8)
+        self.mixing = self.a.weight
+
+
+def test_a_weight_that_another_module_holds_by_another_name_is_tied_too():
+    with pytest.raises(InputError, match=r"^a shares its weight with mixing, and"):
+        inject(TiedElsewhere(), LoRAConfig(2, 4.0), ["a"])
+    model = quantize_linears(TiedElsewhere())
+    assert model.a.weight is model.mixing
+    assert type(model.b) is QuantizedLinear
+
+
+def test_a_bias_that_is_not_finite_is_not_called_the_weight():
+    model = nn.Sequential(nn.Linear(8, 8))
+    model[0].bias.data[0] = torch.nan
+    with pytest.raises(InputError, match="0: the bias is not finite"):
+        quantize_linears(model)
+
+
+def test_a_layer_without_a_weight_yet_is_named_before_anything_changes():
+    model = nn.Sequential(nn.Linear(8, 8), nn.LazyLinear(8))
+    with pytest.raises(InputError, match="1 has no weight yet: call the model once"):
+        quantize_linears(model)
+    assert type(model[0]) is nn.Linear
+
+
+def test_a_model_with_nothing_to_quantize_hears_why():
+    model = nn.Sequential(nn.Linear(8, 8))
+    with pytest.raises(InputError, match=r"every layer is skipped.*\(0\)"):
+        quantize_linears(model, skip=["0"])
+    with pytest.raises(InputError, match="the model is quantized already"):
+        quantize_linears(quantize_linears(model))
+
+
 def test_an_adapted_model_is_not_quantized():
     model = inject(nn.Sequential(nn.Linear(64, 64)), LoRAConfig(2, 4.0), ["0"])
     with pytest.raises(InputError, match="0 has adapters; quantize first, then inject"):
