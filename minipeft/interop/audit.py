@@ -364,7 +364,10 @@ def _unchanged(name: str, base: Tensors, found: Tensors, place: str) -> Finding:
         return Finding(name, EXACT)
     if base.about[name] != about or isinstance(found, Rounded):
         rounding, W = of(found, place, about.dtype), base.read(name)
-        if same(rounding.round(W), found.read(place)):
+        held = found.read(place)
+        if same(rounding.round(W), held):
+            if not is_finite(held) and is_finite(W):
+                return Finding(name, WRONG, "not finite", NOT_FINITE, 1.0)
             wider = rounding == Cast(torch.promote_types(W.dtype, about.dtype))
             how = f"{'kept in' if wider else 'rounded to'} {rounding.name}"
             sentence = "the base's, as this file rounds"

@@ -246,6 +246,8 @@ def _export(options: argparse.Namespace) -> int:
             "--target and --original are for --to safetensors; a 4-bit base is "
             "decoded for gguf and ollama, and requantized for bitsandbytes"
         )
+    if options.to != "safetensors" and options.dtype:
+        raise InputError("--dtype is for --to safetensors, --kind for GGUF; omit it")
     if options.to == "safetensors":
         return merge_command.run(options)
     adapter = _adapter(options)

@@ -132,6 +132,10 @@ class Hashing:
         if self._expected.get(name, digest) != digest:
             # Another tensor may come before this one in the order of names.
             check(self._saved, of_files(self._source), self._without)
+            raise InputError(
+                f"{name} of the base changed while it was read; do it again when no "
+                "other program writes there"
+            )
 
     def unknown(self) -> Fingerprint:
         """Return a fingerprint as long as that of the base, to be replaced by it."""

@@ -22,6 +22,7 @@ from minipeft.errors import InputError, cannot_write
 from minipeft.interop import fingerprint, gguf_vocabulary, made, tying
 from minipeft.interop.adapter import Adapter
 from minipeft.interop.gguf_names import family, heads_turned, names, turn, turn_back
+from minipeft.interop.merging import cast
 from minipeft.interop.rounding import Q8, Cast, Rounding, Through
 from minipeft.interop.tensors import PIECE, About, Tensors, in_pieces
 from minipeft.interop.update import merged
@@ -157,6 +158,7 @@ def write_model(
             values = _values(name, base, adapter)
             if heads := heads_turned(name, arch, config):
                 values = turn(values, heads)
+            _check_range(name, values, type_)
             writer.write_tensor_data(encode(values, type_))
         if factors is not None:
             writer.write_tensor_data(factors)
@@ -237,6 +239,17 @@ def _values(name: str, base: Tensors, adapter: Adapter) -> Tensor:
     if name in adapter.updates:
         return merged(W, adapter.updates[name])
     return W + adapter.biases[name].float() if name in adapter.biases else W
+
+
+def _check_range(name: str, values: Tensor, kind: gguf.GGMLQuantizationType) -> None:
+    """Refuse values that become infinite in the file.
+
+    Raises:
+        InputError: a finite value, or the scale of a block, is beyond float16.
+    """
+    scale = {TYPES["F16"]: 1, TYPES["Q8_0"]: 127}.get(kind)
+    if scale:
+        cast(name, values / scale, torch.float16)
 
 
 def encode(values: Tensor, kind: gguf.GGMLQuantizationType) -> np.ndarray:
@@ -328,8 +341,10 @@ def _writing(path: str | Path, arch: str) -> Iterator[gguf.GGUFWriter]:
         )
         os.close(descriptor)
         writer = gguf.GGUFWriter(temporary, arch)
-        yield writer
-        writer.close()
+        try:
+            yield writer
+        finally:
+            writer.close()
         os.chmod(temporary, 0o644)
         os.replace(temporary, path)
         temporary = None

@@ -81,6 +81,15 @@ def _merged(
     if quantized_base.is_quantized(options.base):
         if options.target is None:
             raise InputError(f"the base holds 4-bit weights; choose {CHOICES}")
+        if (options.target == "original") != (options.original is not None):
+            raise InputError(
+                "--target original needs --original MODEL, and no other target takes it"
+            )
+        if options.target == "requantized" and dtype is not None:
+            raise InputError(
+                "--target requantized keeps the dtypes of the 4-bit base; leave "
+                "--dtype out"
+            )
         target = quantized_base.Target(options.target, options.original, dtype)
         return quantized_base.merge(*where, target, step)
     if options.target or options.original:

@@ -245,7 +245,7 @@ class Merger:
         base, adapter = self._base, self._adapter
         changed = name in adapter.updates or name in adapter.biases
         if name in adapter.saved:
-            file.write(name, adapter.saved[name].to(about.dtype))
+            file.write(name, cast(name, adapter.saved[name], about.dtype))
         elif not changed and about == base.about[name]:
             file.copy(name, base)
         elif not changed:
@@ -259,7 +259,8 @@ class Merger:
 
     def _cast(self, name: str, dtype: torch.dtype) -> Iterator[Tensor]:
         for piece in self._base.pieces(name):
-            yield torch.frombuffer(piece, dtype=self._base.about[name].dtype).to(dtype)
+            W = torch.frombuffer(piece, dtype=self._base.about[name].dtype)
+            yield cast(name, W, dtype)
 
     def streams(self, name: str) -> bool:
         """Return whether a weight can be merged some of its rows at a time."""
@@ -286,6 +287,21 @@ class Merger:
         W = W.to(dtype)
         check_merged(name, W)
         return W
+
+
+def cast(name: str, W: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return a tensor in another dtype; what is not finite already stays so.
+
+    Raises:
+        InputError: a finite value is beyond the dtype.
+    """
+    rounded = W.to(dtype)
+    if not is_finite(rounded) and bool((W.isfinite() & ~rounded.isfinite()).any()):
+        raise InputError(
+            f"{name} has a value beyond {str(dtype).removeprefix('torch.')}; choose a "
+            "wider --dtype, or --kind"
+        )
+    return rounded
 
 
 def check_merged(name: str, W: torch.Tensor) -> None:

@@ -19,6 +19,7 @@ from minipeft.interop.gguf_names import turn, turn_back
 from minipeft.interop.tensors import open_tensors
 from minipeft.interop.update import Update, merged
 from minipeft.lab import models, reading_gguf
+from tests.interop.folders import InMemory
 from tests.tolerance import gamma
 
 CONFIG = json.loads((models.TINY / "config.json").read_text())
@@ -273,6 +274,18 @@ def test_llama_3_factors_are_those_of_transformers():
     plain = 500000.0 ** (-np.arange(0, 128, 2) / 128)
     assert np.max(np.abs(plain / factors / theirs.numpy() - 1)) < 2**-20
     assert gguf_format.rope_factors(CONFIG) is None
+
+
+@pytest.mark.parametrize(("kind", "value"), [("F16", 1e5), ("Q8_0", 1e7)])
+def test_a_value_that_would_become_infinite_is_refused(tmp_path, base, kind, value):
+    name = "model.layers.0.mlp.up_proj.weight"
+    tensors = {n: base.read(n).float() for n in base.about}
+    tensors[name][0, 0] = value
+    path = tmp_path / "model.gguf"
+    with pytest.raises(InputError, match=r"up_proj.* beyond float16; choose a wider"):
+        gguf_format.write_model(path, InMemory(tensors), models.TINY, kind=kind)
+    assert not list(tmp_path.iterdir())
+    gguf_format.write_model(path, InMemory(tensors), models.TINY, kind="BF16")
 
 
 @pytest.mark.parametrize("keep", [0, 3, 40, 3000])

@@ -6,7 +6,8 @@ import torch
 from minipeft.errors import InputError
 from minipeft.interop import bitsandbytes_export, merging, peft_format
 from minipeft.interop.adapter import Adapter
-from minipeft.interop.audit import audit
+from minipeft.interop.audit import WRONG, audit
+from minipeft.interop.fingerprint import Hashing, of_files
 from minipeft.interop.tensors import open_tensors
 from minipeft.interop.update import Update
 from tests.interop.folders import InMemory, adapter_tensors, write_adapter, write_model
@@ -97,6 +98,40 @@ def test_a_merge_beyond_the_dtype_is_refused(fan, dtype, tmp_path):
     with pytest.raises(InputError, match=f"is not finite in {str(dtype)[6:]}; choose"):
         merging.merge(base, Adapter({NAME: changed}), tmp_path / "out")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["base"]
+
+
+@pytest.mark.parametrize("place", ["base", "adapter"])
+def test_a_tensor_beyond_the_dtype_is_refused_without_an_update_too(place, tmp_path):
+    norm = torch.tensor([1.0, 1e6, torch.inf])
+    base = write_model(tmp_path / "base", {"norm.weight": norm})
+    saved = {"norm.weight": norm} if place == "adapter" else {}
+    adapter = Adapter({}, saved=saved)
+    with pytest.raises(InputError, match=r"norm\.weight has a value beyond float16"):
+        merging.merge(base, adapter, tmp_path / "out", torch.float16)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["base"]
+    merging.merge(base, adapter, tmp_path / "out", torch.bfloat16)
+    found = open_tensors(tmp_path / "out").read("norm.weight")
+    assert found.tolist() == norm.bfloat16().tolist()
+
+
+def test_the_audit_refuses_what_overflowed():
+    base = InMemory({"norm.weight": torch.tensor([1.0, 1e6])})
+    found = InMemory({"norm.weight": torch.tensor([1.0, torch.inf]).half()})
+    (finding,) = audit(base, Adapter({}), found)
+    assert finding.verdict == WRONG
+    assert finding.mistake == "not finite"
+
+
+def test_a_base_that_changes_for_one_pass_is_refused():
+    W = torch.ones(4, 4)
+    source = InMemory({NAME: W})
+    read = Hashing(source, of_files(source))
+    W[0, 0] = 2
+    pieces = read.pieces(NAME)
+    next(pieces)
+    W[0, 0] = 1  # as it was, when the whole base is hashed to find the first
+    with pytest.raises(InputError, match="changed while it was read"):
+        next(pieces)
 
 
 @pytest.mark.parametrize("write", [merging.merge, bitsandbytes_export.write_model])

@@ -164,7 +164,15 @@ def test_the_command_asks_for_a_target(folders, nested, capsys):
     assert cli.main(["merge", *given, *out]) == 2
     assert "the base holds 4-bit weights; choose --target" in capsys.readouterr().err
     assert cli.main(["merge", *given, *out, "--target", "original"]) == 2
-    assert "with the original's folder" in capsys.readouterr().err
+    assert "needs --original MODEL" in capsys.readouterr().err
+    other = ["--target", "dequantized", "--original", str(folders / "original")]
+    assert cli.main(["merge", *given, *out, *other]) == 2
+    assert "no other target takes it" in capsys.readouterr().err
+    narrow = ["--dtype", "float16"]
+    assert cli.main(["merge", *given, *out, "--target", "requantized", *narrow]) == 2
+    assert "leave --dtype out" in capsys.readouterr().err
+    assert cli.main(["export", "--to", "gguf", *given, *out, *narrow]) == 2
+    assert "--dtype is for --to safetensors" in capsys.readouterr().err
     assert cli.main(["merge", *given, *out, "--target", "dequantized"]) == 0
     said = capsys.readouterr()
     assert "merged 3 weights" in said.out
