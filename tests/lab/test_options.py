@@ -82,7 +82,7 @@ def test_a_stranger_s_model_goes_through_a_chapter(tmp_path, tiny, name, number)
     assert f"{model} in float32, loss on the held-out examples: " in shown
 
 
-def test_a_chapter_takes_every_option_and_goes_on_from_its_runs(tmp_path, tiny):
+def test_a_chapter_takes_every_option_and_goes_on_from_its_runs(tmp_path, tiny, capsys):
     model = folder_of("Qwen3ForCausalLM", tmp_path / "model", tiny.tokenizer)
     pairs = [{"prompt": f"w{i} is", "completion": f"v{i % 7}"} for i in range(120)]
     options = ["--data", written(tmp_path / "mine.jsonl", pairs)]
@@ -97,7 +97,10 @@ def test_a_chapter_takes_every_option_and_goes_on_from_its_runs(tmp_path, tiny):
     kept = sorted((tmp_path / "kept").glob("run-*.safetensors"))
     assert kept
     assert f"{model} in bfloat16, loss on the held-out examples: " in first
+    capsys.readouterr()
     again = run_chapter([*line, "--resume"])
+    assert "step 1/1" in ran.stderr
+    assert "step 1/1" not in capsys.readouterr().err  # every run was at its end
     told = [
         [line for line in shown.splitlines() if "loss" in line or "gains" in line]
         for shown in (first, again)
