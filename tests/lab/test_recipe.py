@@ -126,6 +126,7 @@ def test_the_capstone_shows_the_committed_run_beside_the_same_recipe(
         "__file__": str(script),
         "Path": Path,
         "chapter": SimpleNamespace(**chapter),
+        "committing": False,
         "use": SimpleNamespace(method=changed.get("method", "lora")),
         "train": SimpleNamespace(StepMemory=StepMemory),
         "tell": print,
