@@ -296,7 +296,9 @@ def cast(name: str, W: Tensor, dtype: torch.dtype) -> Tensor:
         InputError: a finite value is beyond the dtype.
     """
     rounded = W.to(dtype)
-    if not is_finite(rounded) and bool((W.isfinite() & ~rounded.isfinite()).any()):
+    if not is_finite(rounded) and bool(
+        (W.double().isfinite() & ~rounded.isfinite()).any()
+    ):
         raise InputError(
             f"{name} has a value beyond {str(dtype).removeprefix('torch.')}; choose a "
             "wider --dtype, or --kind"

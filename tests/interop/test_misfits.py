@@ -114,6 +114,11 @@ def test_a_tensor_beyond_the_dtype_is_refused_without_an_update_too(place, tmp_p
     assert found.tolist() == norm.bfloat16().tolist()
 
 
+def test_nan_in_8_bits_stays_nan():
+    W = torch.tensor([1.0, torch.nan]).to(torch.float8_e4m3fn)
+    assert merging.cast("norm.weight", W, torch.float16).isnan().tolist() == [0, 1]
+
+
 def test_the_audit_refuses_what_overflowed():
     base = InMemory({"norm.weight": torch.tensor([1.0, 1e6])})
     found = InMemory({"norm.weight": torch.tensor([1.0, torch.inf]).half()})
