@@ -181,7 +181,7 @@ def test_every_architecture_has_places(name):
 
 
 def test_what_another_option_prints_is_no_claim_of_the_book(tmp_path):
-    usual = start("01_lora", 30, arguments=[])
+    usual = start("01_lora", 30, arguments=["--device", "cpu"])
     assert usual.usual
     assert usual.places(None) is TINY
     assert usual.before == task.BEFORE
