@@ -174,17 +174,23 @@ class Adapted(nn.Module, ABC, Generic[Adapter]):
 
         Raises:
             InputError: if the weights are offloaded or sharded, or computed by
-                something that was added to the layer after the adapters.
+                something that was added to the layer after the adapters; if a finite
+                value would become infinite or NaN.
         """
         check_here(self.base)
         weight_view(self.base)  # raises if something else now computes its weight
         with torch.inference_mode(False), torch.no_grad():
-            merged, bias = self.merged().detach(), self.bias
+            W = self.W
+            merged, bias = self._merged(W).detach(), self.bias
+            own = getattr(self.base, "bias", None)
+            new_bias = None if bias is own else cast(Tensor, bias).detach()
+            check_finite("the weight", W, merged)
+            if new_bias is not None:
+                check_finite("the bias", cast(Tensor, own), new_bias)
             # Stored as the base stores W, so that an unloaded layer rounds alike.
             stored = self.view.turn(merged).contiguous()
             self.merged_weight = self.view.turn(stored)
-            own = getattr(self.base, "bias", None)
-            self.merged_bias = None if bias is own else cast(Tensor, bias).detach()
+            self.merged_bias = new_bias
         return self
 
     def unmerge(self) -> "Adapted[Adapter]":
@@ -236,8 +242,12 @@ class Adapted(nn.Module, ABC, Generic[Adapter]):
         for name, share in shares.items():
             self._check_known(name)
             check_number(f"the share of {name!r} in shares", share)
-        self.active = dict(shares)
-        _merge_again(self)
+        before, self.active = self.active, dict(shares)
+        try:
+            _merge_again(self)
+        except InputError:
+            self.active = before
+            raise
 
     def own_adapters(self) -> list[nn.Module]:
         """Return what is trained here, active or not."""
@@ -385,6 +395,21 @@ def _merge_again(layer: Any, keys: object = None) -> None:
     # New values or another choice of adapters make the merged weight out of date.
     if layer.merged_weight is not None:
         layer.merge()
+
+
+def check_finite(name: str, before: Tensor, merged: Tensor) -> None:
+    """Refuse a merge that turns a finite value into an infinite one or NaN."""
+    if merged.is_meta or bool(merged.isfinite().all()):
+        return
+    lost = torch.nonzero(before.isfinite() & ~merged.isfinite())
+    if len(lost):
+        at = tuple(lost[0].tolist())
+        raise InputError(
+            f"merging would turn {name} at {list(at)} from {before[at].item():.6g} "
+            f"into {merged[at].item()} in {merged.dtype}; repair the adapter if its "
+            "tensors or its share are not finite, else convert the layer to a wider "
+            "dtype or leave it unmerged."
+        )
 
 
 def check_here(base: nn.Module) -> None:

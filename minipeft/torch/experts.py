@@ -10,7 +10,7 @@ from torch.overrides import TorchFunctionMode
 
 from minipeft.errors import InputError
 from minipeft.shapes import Shaped
-from minipeft.torch.adapted import Adapted, check_here
+from minipeft.torch.adapted import Adapted, check_finite, check_here
 from minipeft.torch.deferred import METADATA
 from minipeft.torch.linear import (
     Form,
@@ -159,11 +159,15 @@ class LoRAExperts(Adapted[ExpertsLoRA]):
         return {name: self._merged_stack(name) for name in self.names}
 
     def merge(self) -> "LoRAExperts":
-        """Compute with the merged stacks from now on."""
+        """Compute with the merged stacks from now on.
+
+        Raises:
+            InputError: as `Adapted.merge` does.
+        """
         check_here(self.base)
-        self.unmerge()
         with torch.inference_mode(False), torch.no_grad():
             merged = self.merged_stacks()
+        self.unmerge()
         for name, stack in merged.items():
             self.register_buffer(f"merged_{name}", stack, persistent=False)
             self.merged_weight = stack
@@ -223,7 +227,9 @@ class LoRAExperts(Adapted[ExpertsLoRA]):
                     continue
                 delta = cast(StackLoRA, adapter[name]).delta()
                 total = total + share * (delta.mT if self._view.turned else delta)
-            return (W + total).to(W.dtype).detach()
+            merged = (W + total).to(W.dtype).detach()
+        check_finite(name, W, merged)
+        return merged
 
     def __getattr__(self, name: str) -> Any:
         """Return an attribute of the base; a stack comes with its update."""

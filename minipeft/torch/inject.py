@@ -135,7 +135,8 @@ def activate(model: Model, shares: str | Mapping[str, float]) -> Model:
     mapping makes every layer compute its base alone.
 
     Raises:
-        InputError: for a name that no layer holds.
+        InputError: for a name that no layer holds; if a merged layer cannot be merged
+            with these shares. No layer changes then.
     """
     check_kind("shares", shares, str, Mapping)
     wanted = {shares: 1.0} if isinstance(shares, str) else shares
@@ -143,8 +144,15 @@ def activate(model: Model, shares: str | Mapping[str, float]) -> Model:
     _check_known(layers, wanted)
     for name, share in wanted.items():
         check_number(f"the share of {name!r} in shares", share)
-    for layer in layers.values():
-        layer.activate({n: s for n, s in wanted.items() if n in layer.adapters})
+    before = {key: layer.active for key, layer in layers.items()}
+    try:
+        for key, layer in layers.items():
+            with naming(key):
+                layer.activate({n: s for n, s in wanted.items() if n in layer.adapters})
+    except InputError:
+        for key, layer in layers.items():
+            layer.activate(before[key])
+        raise
     return model
 
 
@@ -279,7 +287,8 @@ def load_adapter_state_dict(
 
     Raises:
         InputError: if a tensor is missing, unexpected, of another shape or kind of
-            dtype, or not finite; if a constant differs.
+            dtype, or not finite; if a constant differs; if a merged layer cannot be
+            merged with them.
     """
     check_kind("tensors", tensors, Mapping)
     check_kind("saved", saved, Mapping, type(None))
@@ -292,14 +301,27 @@ def load_adapter_state_dict(
             + (f", and {len(problems) - 1} more" * (len(problems) > 1))
             + "; inject with the configuration it was saved from."
         )
-    for key, layer in adapted(model).items():
-        if name in layer.adapters:
-            adapter, prefix = layer.adapters[name], f"{key}." if key else ""
-            keys = adapter.state_dict()
-            adapter.load_state_dict({k: tensors[prefix + k] for k in keys})
-            if layer.merged_weight is not None:
-                layer.merge()
+    layers = {k: m for k, m in adapted(model).items() if name in m.adapters}
+    merged = any(layer.merged_weight is not None for layer in layers.values())
+    before = {key: tensor.clone() for key, tensor in own.items() if merged}
+    try:
+        _load(layers, name, tensors)
+    except InputError:  # a merged layer cannot be merged with the new tensors
+        _load(layers, name, before)
+        raise
     return model
+
+
+def _load(
+    layers: Mapping[str, Layer], name: str, tensors: Mapping[str, Tensor]
+) -> None:
+    for key, layer in layers.items():
+        adapter, prefix = layer.adapters[name], f"{key}." if key else ""
+        keys = adapter.state_dict()
+        adapter.load_state_dict({k: tensors[prefix + k] for k in keys})
+        if layer.merged_weight is not None:
+            with naming(key):
+                layer.merge()
 
 
 def _wrapper(config: Config, layer: nn.Module) -> type[Layer]:

@@ -23,6 +23,7 @@ from minipeft.torch.adapted import Adapted
 from minipeft.torch.bottleneck import BottleneckConfig
 from minipeft.torch.ia3 import IA3Config
 from minipeft.torch.inject import (
+    activate,
     adapted,
     adapter_state_dict,
     inject,
@@ -260,6 +261,43 @@ def test_what_surrounds_the_product_stays_merged_or_not(row, double):
     assert torch.equal(unmerge(model)(x), y)
     if "bits" not in row:
         assert torch.equal(unload(merge(model))(x), merged)
+
+
+def overflowing(row):
+    """Return a model in float16 whose second layer overflows when it is merged."""
+    model = make(row).half()
+    model[2].activate({"default": 1e9})
+    return model
+
+
+def non_finite(row):
+    """Return a model with one NaN in an adapter of its second layer."""
+    model = make(row)
+    with torch.no_grad():
+        next(model[2].adapters["default"].parameters()).flatten()[0] = torch.nan
+    return model
+
+
+@pytest.mark.parametrize("damage", [overflowing, non_finite])
+@each_mergeable
+def test_a_merge_that_would_not_be_finite_is_refused_whole(row, damage):
+    model = damage(row)
+    with pytest.raises(InputError, match=r"2: merging would turn the \w+ at \[.*into"):
+        merge(model)
+    assert all(layer.merged_weight is None for layer in adapted(model).values())
+
+
+def test_a_merged_model_that_would_not_stay_finite_keeps_its_adapters():
+    model = merge(make("lora"))
+    x, tensors = torch.ones(1, 6), adapter_state_dict(model)
+    y = model(x)
+    huge = {key: torch.full_like(tensor, 3e38) for key, tensor in tensors.items()}
+    with pytest.raises(InputError, match="0: merging would turn"):
+        load_adapter_state_dict(model, huge)
+    with pytest.raises(InputError, match="0: merging would turn"):
+        activate(model, {"default": 1e308})
+    assert torch.equal(model(x), y)
+    assert torch.equal(merge(model)(x), y)
 
 
 def test_a_forward_that_goes_another_way_is_refused():
