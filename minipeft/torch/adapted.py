@@ -31,6 +31,14 @@ from minipeft.values import check_kind, check_number
 
 Adapter = TypeVar("Adapter", bound=nn.Module)
 
+HOOKS = (
+    "_forward_pre_hooks",
+    "_forward_hooks",
+    "_backward_pre_hooks",
+    "_backward_hooks",
+)
+"""Where torch keeps the hooks of a module's calls."""
+
 
 class Adapted(nn.Module, ABC, Generic[Adapter]):
     """A frozen layer with named adapters, of which any weighted sum is active.
@@ -199,7 +207,14 @@ class Adapted(nn.Module, ABC, Generic[Adapter]):
         return self
 
     def unload(self) -> nn.Module:
-        """Return a plain layer: with $W'$ if merged, else the base as it was before."""
+        """Return a plain layer: with $W'$ if merged, else the base as it was before.
+
+        Hooks of the base stay.
+
+        Raises:
+            InputError: if hooks were registered on this layer itself.
+        """
+        check_no_hooks(self)
         if self.merged_weight is None:
             return self.base
         plain = self.view.plain(self.base, self.merged_weight)
@@ -409,6 +424,18 @@ def check_finite(name: str, before: Tensor, merged: Tensor) -> None:
             f"into {merged[at].item()} in {merged.dtype}; repair the adapter if its "
             "tensors or its share are not finite, else convert the layer to a wider "
             "dtype or leave it unmerged."
+        )
+
+
+def check_no_hooks(layer: nn.Module) -> None:
+    """Refuse to put a layer away together with hooks that a program registered."""
+    hooks = [hook for name in HOOKS for hook in getattr(layer, name).values()]
+    if hooks:
+        name = getattr(hooks[0], "__qualname__", type(hooks[0]).__name__)
+        raise InputError(
+            f"{name} is a hook of the adapted layer and would be lost with it; remove "
+            "it by its handle before unloading, and register it on `layer.base` or on "
+            "the plain layer, where hooks stay."
         )
 
 

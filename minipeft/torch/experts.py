@@ -10,7 +10,7 @@ from torch.overrides import TorchFunctionMode
 
 from minipeft.errors import InputError
 from minipeft.shapes import Shaped
-from minipeft.torch.adapted import Adapted, check_finite, check_here
+from minipeft.torch.adapted import Adapted, check_finite, check_here, check_no_hooks
 from minipeft.torch.deferred import METADATA
 from minipeft.torch.linear import (
     Form,
@@ -181,7 +181,12 @@ class LoRAExperts(Adapted[ExpertsLoRA]):
         return self
 
     def unload(self) -> nn.Module:
-        """Return plain experts: with the merged stacks if merged, else the base."""
+        """Return plain experts: with the merged stacks if merged, else the base.
+
+        Raises:
+            InputError: as `Adapted.unload` does.
+        """
+        check_no_hooks(self)
         if self.merged_weight is None:
             return self.base
         merged = {name: self._buffers[f"merged_{name}"] for name in self.names}

@@ -19,6 +19,7 @@ from minipeft.errors import InputError
 from minipeft.torch import saving
 from minipeft.torch.adapted import (
     Adapted,
+    check_no_hooks,
     freeze_all_but_adapters,
     naming,
     training_as_before,
@@ -160,10 +161,15 @@ def remove(model: Model, name: str) -> Model:
     """Remove an adapter; a layer that had no other becomes the plain layer again.
 
     Raises:
-        InputError: if no layer holds an adapter of this name.
+        InputError: if no layer holds an adapter of this name; if a layer that would
+            become plain has hooks of its own.
     """
     layers = adapted(model)
     _check_known(layers, [name])
+    for key, layer in layers.items():
+        with naming(key):
+            if list(layer.adapters) == [name]:
+                check_no_hooks(layer)
     for layer in layers.values():
         if name in layer.adapters:
             layer.remove(name)
@@ -211,9 +217,15 @@ def unload(model: Model) -> Model:
     """Put plain layers back: merged ones after `merge`, else the original layers.
 
     The weights stay frozen; `model.requires_grad_(True)` makes them trainable again.
+
+    Raises:
+        InputError: if hooks were registered on an adapted layer; a base keeps its own.
     """
     layers = adapted(model)
     check_inside(model, {id(layer) for layer in layers.values()})
+    for key, layer in layers.items():
+        with naming(key):
+            check_no_hooks(layer)
     replace(model, {id(layer): layer.unload() for layer in layers.values()})
     _allow_saving(model)
     return model

@@ -54,6 +54,7 @@ from minipeft.values import check_kind, check_sizes
 
 Model = TypeVar("Model", bound=nn.Module)
 logger = logging.getLogger(__name__)
+HOOKED = ("_forward", "_backward", "_is_full_backward")  # where torch keeps hooks
 REMEDY = (
     "the model holds weights in a few bits, which from_pretrained cannot read; save "
     "the original and quantize it after loading, or save model.state_dict()."
@@ -286,6 +287,9 @@ class _Quantized(WeightView):
     def plain(self, layer: Any, W: Weight) -> nn.Module:
         merged = frozen(W.contiguous())
         merged.bias = layer.bias
+        # The same objects, so that a hook's handle still removes it.
+        kept = {name: of for name, of in vars(layer).items() if name.startswith(HOOKED)}
+        vars(merged).update(kept)
         return merged.train(layer.training)
 
 

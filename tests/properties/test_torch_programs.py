@@ -29,6 +29,7 @@ from minipeft.torch.inject import (
     inject,
     load_adapter_state_dict,
     merge,
+    remove,
     trainable_parameters,
     unload,
     unmerge,
@@ -259,8 +260,40 @@ def test_what_surrounds_the_product_stays_merged_or_not(row, double):
     merged = merge(model)(x)
     assert torch.equal(merged, 2 * merge(twin)(x))
     assert torch.equal(unmerge(model)(x), y)
-    if "bits" not in row:
+    if "bits" not in row or double is doubled_by_a_hook:
         assert torch.equal(unload(merge(model))(x), merged)
+
+
+@pytest.mark.parametrize(
+    "register",
+    [
+        nn.Module.register_forward_hook,
+        nn.Module.register_forward_pre_hook,
+        nn.Module.register_full_backward_hook,
+        nn.Module.register_full_backward_pre_hook,
+    ],
+)
+def test_a_hook_that_would_be_lost_is_refused_before_a_layer_is_replaced(register):
+    model = merge(make("lora"))
+    handle = register(model[2], lambda *_: None)
+    before = [module.base.weight for module in adapted(model).values()]
+    for away in (unload, lambda model: remove(model, "default")):
+        with pytest.raises(InputError, match=r"2: .*<lambda> is a hook of the adapted"):
+            away(model)
+        assert [m.base.weight for m in adapted(model).values()] == before
+    with pytest.raises(InputError, match="remove it by its handle"):
+        model[2].unload()
+    handle.remove()
+    assert not adapted(unload(model))
+
+
+def test_a_handle_still_removes_a_hook_after_four_bits_are_unloaded():
+    x = torch.linspace(-1, 1, 18).reshape(3, 6)
+    model = plain("lora on four bits")
+    handle = model[2].register_forward_hook(lambda module, inputs, output: 2 * output)
+    y = unload(merge(trained(start(model, "lora on four bits"))))(x)
+    handle.remove()
+    assert torch.equal(2 * model(x), y)
 
 
 def overflowing(row):
