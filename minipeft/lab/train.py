@@ -89,6 +89,8 @@ class TrainConfig:
             raise InputError(f"steps is {self.steps}; train for at least one step")
         if not 0 < self.lr < math.inf:
             raise InputError(f"the learning rate is {self.lr}; it must be positive")
+        if not _are_decays(self.betas):
+            raise InputError(f"betas are {self.betas!r}; choose both in [0, 1)")
         if not self.clip > 0:
             raise InputError(f"clip is {self.clip}; give a positive norm, or math.inf")
         if not (0 <= self.floor <= 1 and self.warmup >= 0 and self.weight_decay >= 0):
@@ -103,6 +105,12 @@ class TrainConfig:
             return (step + 1) / self.warmup
         done = (step - self.warmup) / max(1, self.steps - self.warmup)
         return self.floor + (1 - self.floor) * (1 + math.cos(math.pi * done)) / 2
+
+
+def _are_decays(betas: object) -> bool:
+    if not isinstance(betas, tuple | list) or len(betas) != 2:
+        return False
+    return all(isinstance(b, int | float) and 0 <= b < 1 for b in betas)
 
 
 @dataclass(frozen=True)

@@ -73,14 +73,15 @@ def inject(
 
     Raises:
         InputError: if a target matches nothing, or a layer that cannot be adapted, is
-            adapted already, or shares its weight with another; if `config` does not fit
-            a layer.
+            adapted already, shares its weight with another, or holds NaN; if `config`
+            does not fit a layer.
     """
     _check_start(config, name, generator)
     found = layers_of(model, targets)
     for key, layer in found.items():
         with naming(key):
             _check_offered(config, layer)
+            _check_no_nan(layer)
     with torch.inference_mode(False):
         adapters = config.adapters(found, generator)
     wrapped = {}
@@ -354,6 +355,17 @@ def _check_offered(config: Config, layer: nn.Module) -> None:
     view = weight_view(layer)
     if isinstance(view, Stacked) and not hasattr(config, "stacked"):
         view.form(layer)  # raises: the module has several matrices
+
+
+def _check_no_nan(layer: nn.Module) -> None:
+    # Infinite values may be meant: a bias that rules out a token.
+    for name, held in (*layer.named_parameters(), *layer.named_buffers()):
+        elsewhere = held.is_meta or hasattr(held, "placements")
+        floats = held.is_floating_point() and held.dtype.itemsize > 1
+        if elsewhere or not floats or not held.numel():
+            continue
+        if held.detach().amin().isnan():  # a minimum is NaN where one value is
+            raise InputError(f"the {name} holds NaN; load it again or repair it first.")
 
 
 def _allow_saving(model: nn.Module) -> None:

@@ -105,6 +105,9 @@ def test_schedule_warms_up_then_falls_to_the_floor():
         ({"steps": 1, "lr": "1e-3"}, "lr is '1e-3'"),
         ({"steps": 1, "validate_every": -1}, "validate_every is -1"),
         ({"steps": 1, "accumulate": 0}, "accumulate is 0"),
+        ({"steps": 1, "betas": (1, 0.9)}, r"betas are \(1, 0\.9\); choose both"),
+        ({"steps": 1, "betas": (0.9,)}, r"betas are \(0\.9,\); choose both"),
+        ({"steps": 1, "betas": ("0.9", 0.9)}, r"betas are \('0\.9', 0\.9\)"),
     ],
 )
 def test_bad_settings_are_refused(fields, sentence):

@@ -23,13 +23,11 @@ from minipeft.torch.adapted import Adapted
 from minipeft.torch.bottleneck import BottleneckConfig
 from minipeft.torch.ia3 import IA3Config
 from minipeft.torch.inject import (
-    activate,
     adapted,
     adapter_state_dict,
     inject,
     load_adapter_state_dict,
     merge,
-    remove,
     trainable_parameters,
     unload,
     unmerge,
@@ -262,75 +260,6 @@ def test_what_surrounds_the_product_stays_merged_or_not(row, double):
     assert torch.equal(unmerge(model)(x), y)
     if "bits" not in row or double is doubled_by_a_hook:
         assert torch.equal(unload(merge(model))(x), merged)
-
-
-@pytest.mark.parametrize(
-    "register",
-    [
-        nn.Module.register_forward_hook,
-        nn.Module.register_forward_pre_hook,
-        nn.Module.register_full_backward_hook,
-        nn.Module.register_full_backward_pre_hook,
-    ],
-)
-def test_a_hook_that_would_be_lost_is_refused_before_a_layer_is_replaced(register):
-    model = merge(make("lora"))
-    handle = register(model[2], lambda *_: None)
-    before = [module.base.weight for module in adapted(model).values()]
-    for away in (unload, lambda model: remove(model, "default")):
-        with pytest.raises(InputError, match=r"2: .*<lambda> is a hook of the adapted"):
-            away(model)
-        assert [m.base.weight for m in adapted(model).values()] == before
-    with pytest.raises(InputError, match="remove it by its handle"):
-        model[2].unload()
-    handle.remove()
-    assert not adapted(unload(model))
-
-
-def test_a_handle_still_removes_a_hook_after_four_bits_are_unloaded():
-    x = torch.linspace(-1, 1, 18).reshape(3, 6)
-    model = plain("lora on four bits")
-    handle = model[2].register_forward_hook(lambda module, inputs, output: 2 * output)
-    y = unload(merge(trained(start(model, "lora on four bits"))))(x)
-    handle.remove()
-    assert torch.equal(2 * model(x), y)
-
-
-def overflowing(row):
-    """Return a model in float16 whose second layer overflows when it is merged."""
-    model = make(row).half()
-    model[2].activate({"default": 1e9})
-    return model
-
-
-def non_finite(row):
-    """Return a model with one NaN in an adapter of its second layer."""
-    model = make(row)
-    with torch.no_grad():
-        next(model[2].adapters["default"].parameters()).flatten()[0] = torch.nan
-    return model
-
-
-@pytest.mark.parametrize("damage", [overflowing, non_finite])
-@each_mergeable
-def test_a_merge_that_would_not_be_finite_is_refused_whole(row, damage):
-    model = damage(row)
-    with pytest.raises(InputError, match=r"2: merging would turn the \w+ at \[.*into"):
-        merge(model)
-    assert all(layer.merged_weight is None for layer in adapted(model).values())
-
-
-def test_a_merged_model_that_would_not_stay_finite_keeps_its_adapters():
-    model = merge(make("lora"))
-    x, tensors = torch.ones(1, 6), adapter_state_dict(model)
-    y = model(x)
-    huge = {key: torch.full_like(tensor, 3e38) for key, tensor in tensors.items()}
-    with pytest.raises(InputError, match="0: merging would turn"):
-        load_adapter_state_dict(model, huge)
-    with pytest.raises(InputError, match="0: merging would turn"):
-        activate(model, {"default": 1e308})
-    assert torch.equal(model(x), y)
-    assert torch.equal(merge(model)(x), y)
 
 
 def test_a_forward_that_goes_another_way_is_refused():

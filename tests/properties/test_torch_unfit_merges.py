@@ -1,0 +1,108 @@
+"""Layers that inject, merge and unload refuse whole: NaN, overflow, hooks."""
+
+import pytest
+import torch
+from torch import nn
+
+from minipeft.errors import InputError
+from minipeft.torch.inject import (
+    activate,
+    adapted,
+    adapter_state_dict,
+    load_adapter_state_dict,
+    merge,
+    remove,
+    unload,
+)
+from tests.properties.test_torch_programs import (
+    each_mergeable,
+    each_row,
+    make,
+    plain,
+    start,
+    trained,
+)
+
+
+@pytest.mark.parametrize("held", ["weight", "bias"])
+@each_row
+def test_nan_in_a_layer_is_named_before_the_first_layer_is_replaced(row, held):
+    model = plain(row)
+    tensor = model[2].nested_absmax if "bits" in row and held == "weight" else None
+    with torch.no_grad():
+        (getattr(model[2], held) if tensor is None else tensor)[0] = torch.nan
+    state = {key: p.requires_grad for key, p in model.named_parameters()}
+    named = held if tensor is None else "nested_absmax"
+    with pytest.raises(InputError, match=f"^2: the {named} holds NaN; load it again"):
+        start(model, row)
+    assert not adapted(model)
+    assert {key: p.requires_grad for key, p in model.named_parameters()} == state
+
+
+@pytest.mark.parametrize(
+    "register",
+    [
+        nn.Module.register_forward_hook,
+        nn.Module.register_forward_pre_hook,
+        nn.Module.register_full_backward_hook,
+        nn.Module.register_full_backward_pre_hook,
+    ],
+)
+def test_a_hook_that_would_be_lost_is_refused_before_a_layer_is_replaced(register):
+    model = merge(make("lora"))
+    handle = register(model[2], lambda *_: None)
+    before = [module.base.weight for module in adapted(model).values()]
+    for away in (unload, lambda model: remove(model, "default")):
+        with pytest.raises(InputError, match=r"2: .*<lambda> is a hook of the adapted"):
+            away(model)
+        assert [m.base.weight for m in adapted(model).values()] == before
+    with pytest.raises(InputError, match="remove it by its handle"):
+        model[2].unload()
+    handle.remove()
+    assert not adapted(unload(model))
+
+
+def test_a_handle_still_removes_a_hook_after_four_bits_are_unloaded():
+    x = torch.linspace(-1, 1, 18).reshape(3, 6)
+    model = plain("lora on four bits")
+    handle = model[2].register_forward_hook(lambda module, inputs, output: 2 * output)
+    y = unload(merge(trained(start(model, "lora on four bits"))))(x)
+    handle.remove()
+    assert torch.equal(2 * model(x), y)
+
+
+def overflowing(row):
+    """Return a model in float16 whose second layer overflows when it is merged."""
+    model = make(row).half()
+    model[2].activate({"default": 1e9})
+    return model
+
+
+def non_finite(row):
+    """Return a model with one NaN in an adapter of its second layer."""
+    model = make(row)
+    with torch.no_grad():
+        next(model[2].adapters["default"].parameters()).flatten()[0] = torch.nan
+    return model
+
+
+@pytest.mark.parametrize("damage", [overflowing, non_finite])
+@each_mergeable
+def test_a_merge_that_would_not_be_finite_is_refused_whole(row, damage):
+    model = damage(row)
+    with pytest.raises(InputError, match=r"2: merging would turn the \w+ at \[.*into"):
+        merge(model)
+    assert all(layer.merged_weight is None for layer in adapted(model).values())
+
+
+def test_a_merged_model_that_would_not_stay_finite_keeps_its_adapters():
+    model = merge(make("lora"))
+    x, tensors = torch.ones(1, 6), adapter_state_dict(model)
+    y = model(x)
+    huge = {key: torch.full_like(tensor, 3e38) for key, tensor in tensors.items()}
+    with pytest.raises(InputError, match="0: merging would turn"):
+        load_adapter_state_dict(model, huge)
+    with pytest.raises(InputError, match="0: merging would turn"):
+        activate(model, {"default": 1e308})
+    assert torch.equal(model(x), y)
+    assert torch.equal(merge(model)(x), y)
