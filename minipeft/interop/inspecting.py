@@ -100,7 +100,7 @@ def inspect(
     """
     if base is not None and contents.config.get("target_parameters"):
         base = stacked(base)
-    whole = {m for m, parts in contents.modules.items() if A in parts and B in parts}
+    whole = contents.modules.keys() - contents.incomplete
     fits = _fits(contents, base) if base else {}
     layers = []
     for module in contents.modules:
@@ -112,7 +112,7 @@ def inspect(
         method(contents),
         tuple(layers),
         tuple(contents.not_finite()),
-        tuple(m for m in contents.modules if m not in whole),
+        contents.incomplete,
         None if base is None else sum(name is not None for name in fits.values()),
         tuple(m for m, name in fits.items() if name is None),
         tuple(missing(contents, base)),
@@ -302,7 +302,8 @@ def about_base(contents: Parts, base: Tensors | None) -> tuple[str, bool]:
     if text is None:
         named = contents.config.get("base_model_name_or_path")
         line = "no fingerprint in the file, so another base of the same shapes is not "
-        return f"{line}noticed; the configuration names {named!r}", False
+        said = f"names {named!r}" if named else "names no base"
+        return f"{line}noticed; the configuration {said}", False
     saved = Fingerprint.from_json(text)
     if base is None:
         return f"made for the base {saved.whole[:12]}", False

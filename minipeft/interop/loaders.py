@@ -62,6 +62,7 @@ def present(contents: Parts) -> dict[str, str]:
     """Return the features of an adapter besides plain pairs A, B: {feature: words}."""
     c = contents.config
     modules = contents.modules
+    ranks = {contents.rank(module) for module in _pairs(contents)}
     parts = {part for module in modules.values() for part in module}
     found = {
         "method": c.get("peft_type") != "LORA",
@@ -76,7 +77,8 @@ def present(contents: Parts) -> dict[str, str]:
         "transposed": bool(c.get("fan_in_fan_out")),
         "experts": bool(c.get("target_parameters"))
         or any(".experts" in module for module in modules),
-        "rank pattern": len({contents.rank(m) for m in modules} - {c.get("r")}) > 0,
+        "half pair": bool(contents.incomplete),
+        "rank pattern": len(ranks - {c.get("r")}) > 0,
         "alpha pattern": any(contents.alpha(m) != c.get("lora_alpha") for m in modules),
     }
     return {feature: FEATURES[feature] for feature, there in found.items() if there}
@@ -94,9 +96,15 @@ FEATURES = {
     "changed base": "a base that the first A and B have changed",
     "transposed": "weights stored as (in, out)",
     "experts": "the updates of experts",
+    "half pair": "the updates without A or without B",
     "rank pattern": "ranks that differ",
     "alpha pattern": "alphas that differ",
 }
+
+
+def _pairs(contents: Parts) -> list[str]:
+    half = {*contents.incomplete}
+    return [module for module in contents.modules if module not in half]
 
 
 def _right(contents: Parts, module: str) -> float:
@@ -146,6 +154,7 @@ _OLLAMA = (
 )
 
 _NO_PAIRS = "it expects pairs A, B"
+_LOADING = "peft 0.21.2: src/peft/utils/save_and_load.py"
 
 LOADERS = {
     loader.name: loader
@@ -157,6 +166,9 @@ LOADERS = {
             {
                 **dict.fromkeys(FEATURES, Rule(EXACT, "its own format", _PEFT)),
                 "unknown method": Rule(REFUSED, "it has no such peft_type", _TYPES),
+                "half pair": Rule(
+                    IGNORED, "it leaves the missing matrix at its start", _LOADING
+                ),
                 "changed base": Rule(
                     UNKNOWN, "whether it changes the base in the same way again", _PEFT
                 ),
@@ -207,6 +219,7 @@ LOADERS = {
             {
                 "method": Rule(REFUSED, _NO_PAIRS, _LLAMA),
                 "dora": Rule(REFUSED, "a magnitude is no A and no B", _LLAMA),
+                "half pair": Rule(REFUSED, "its converter needs A and B", _LLAMA),
                 "bias": Rule(REFUSED, "a bias is no A and no B", _LLAMA),
                 "trained bias": Rule(REFUSED, "a bias is no A and no B", _LLAMA),
                 "saved modules": Rule(REFUSED, "a whole tensor is no A, no B", _LLAMA),
@@ -328,7 +341,7 @@ def scales(loader: Loader, contents: Parts) -> dict[str, float]:
     found: dict[str, float] = {}
     if contents.config.get("peft_type") != "LORA":
         return found
-    for module in contents.modules:
+    for module in _pairs(contents):
         right = contents.scaling(module)
         factor = loader.scale(contents, module) / right if right else 1.0
         if abs(factor - 1) > 2.0**-40:  # two quotients of the same numbers, in float64

@@ -59,6 +59,11 @@ class Parts:
     modules: Mapping[str, Mapping[str, str]]
     others: tuple[str, ...]
 
+    @property
+    def incomplete(self) -> tuple[str, ...]:
+        """The modules without their A or their B."""
+        return tuple(m for m, parts in self.modules.items() if not {A, B} <= set(parts))
+
     def tensor(self, module: str, part: str) -> Tensor | None:
         """Return one tensor of a module, or None if the file has none."""
         name = self.modules[module].get(part)

@@ -166,6 +166,26 @@ def test_ranks_that_differ(tmp_path):
     assert "scale × 2 on 3 layers" in judged(found, "vLLM").sentence
 
 
+@pytest.mark.parametrize("half", ["A", "B"])
+def test_half_a_pair_is_never_loaded_exactly(tmp_path, capsys, half):
+    tensors = adapter_tensors()
+    del tensors[f"{KEY}.lora_{half}.weight"]
+    found = opened(tmp_path / "a", tensors)
+    assert found.incomplete == (MODULE,)
+    wanted = dict.fromkeys(("llama.cpp", "Ollama", "MLX"), REFUSED)
+    wanted |= {"peft": IGNORED, "diffusers": SCALED}
+    for name in TARGETS:
+        judgement = judged(found, name)
+        assert judgement.verdict == wanted.get(name, UNKNOWN), judgement
+        if name not in ("Ollama", "MLX"):  # these refuse every adapter
+            assert re.search("without A or without B|needs A and B", judgement.sentence)
+        assert cli.main(["inspect", str(tmp_path / "a"), "--for", name]) == 1
+    said = capsys.readouterr().out
+    assert "it leaves the missing matrix at its start" in said
+    assert "the configuration names no base\n" in said
+    assert cli.main(["inspect", str(tmp_path / "a")]) == 0
+
+
 def test_every_rule_names_what_was_read():
     assert tuple(LOADERS) == TARGETS
     for loader in LOADERS.values():
@@ -198,6 +218,19 @@ def test_our_scales_are_those_of_the_installed_peft(tmp_path):
     }
     assert {m[2:]: found.scaling(m) for m in found.modules} == theirs
     assert len(set(theirs.values())) == 3
+    # Half a pair: peft leaves the missing matrix at its start.
+    file = tmp_path / "adapter_model.safetensors"
+    tensors = safetensors.torch.load_file(file)
+    tensors = {name: torch.ones_like(t) for name, t in tensors.items() if ".k." in name}
+    safetensors.torch.save_file({n: t for n, t in tensors.items() if "_A" in n}, file)
+    fresh = torch.nn.Sequential(
+        torch.nn.ModuleDict({n: torch.nn.Linear(16, 16, bias=False) for n in layers})
+    )
+    with pytest.warns(UserWarning, match="missing adapter keys"):
+        loaded = peft.PeftModel.from_pretrained(fresh, tmp_path)
+    k = loaded.base_model.model[0]["k"]
+    assert k.lora_A["default"].weight.eq(1).all()
+    assert not k.lora_B["default"].weight.any()
 
 
 def test_the_base_is_recognized(tmp_path):
