@@ -19,6 +19,7 @@ from minipeft.errors import InputError, cannot_write
 from minipeft.interop import bitsandbytes_format, merging, quantized_base
 from minipeft.interop.adapter import Adapter
 from minipeft.interop.bitsandbytes_format import FourBitTensors
+from minipeft.interop.fingerprint import BASE, Fingerprint, Hashing
 from minipeft.interop.made import TARGET
 from minipeft.interop.rounding import quantized_like
 from minipeft.interop.spelling import counterpart
@@ -70,14 +71,14 @@ class _Packing:
     Args:
         merged: the folder of plain weights.
         names: of the weights that get 4 bits.
-        base: the 4-bit base, or None.
+        base: the 4-bit base, hashed as it is read, or None.
         kept: names of the weights whose bytes are those of the 4-bit base.
         quantization: what config.json says about the 4 bits.
     """
 
     merged: Shards
     names: frozenset[str]
-    base: Shards | None = None
+    base: Hashing | None = None
     kept: frozenset[str] = frozenset()
     quantization: object = None
 
@@ -102,7 +103,7 @@ def _packing(
     if quantized_base.is_quantized(base):
         target = quantized_base.Target(quantized_base.DEQUANTIZED)
         quantized_base.merge(base, adapter, folder, target, step)
-        raw = Shards(base)
+        raw = Hashing(Shards(base))
         names = FourBitTensors(raw).quantized
         given = (*adapter.updates, *adapter.saved)
         kept = names - {counterpart(name, raw.about) for name in given}
@@ -139,6 +140,9 @@ def _write(folder: Path, packing: _Packing, step: Callable[[str], None]) -> None
             for key, tensor in packing.parts(name).items():
                 file.write(key, tensor)
             step(name)
+        if packing.base is not None:
+            before = Fingerprint.from_json(merged.metadata[BASE])  # as it was merged
+            packing.base.check_unchanged(before)
     config = json.loads((folder / "config.json").read_text("utf-8"))
     config["quantization_config"] = packing.quantization
     merging.write_text(folder / "config.json", json.dumps(config, indent=2) + "\n")

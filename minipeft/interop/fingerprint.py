@@ -132,10 +132,17 @@ class Hashing:
         if self._expected.get(name, digest) != digest:
             # Another tensor may come before this one in the order of names.
             check(self._saved, of_files(self._source), self._without)
-            raise InputError(
-                f"{name} of the base changed while it was read; do it again when no "
-                "other program writes there"
-            )
+            raise _changed(name)
+
+    def check_unchanged(self, before: Fingerprint) -> None:
+        """Refuse a base if a tensor was read and is not as it was.
+
+        Raises:
+            InputError: another program changed the base meanwhile.
+        """
+        for name, digest in self._hashes.items():
+            if before.tensors[name] != digest:
+                raise _changed(name)
 
     def unknown(self) -> Fingerprint:
         """Return a fingerprint as long as that of the base, to be replaced by it."""
@@ -147,6 +154,13 @@ class Hashing:
             for _ in self.pieces(name):
                 pass
         return Fingerprint({name: self._hashes[name] for name in sorted(self.about)})
+
+
+def _changed(name: str) -> InputError:
+    return InputError(
+        f"{name} of the base changed while it was read; do it again when no other "
+        "program writes there"
+    )
 
 
 def of_model(model: nn.Module) -> Fingerprint:

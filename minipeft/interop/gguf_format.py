@@ -345,6 +345,8 @@ def _writing(path: str | Path, arch: str) -> Iterator[gguf.GGUFWriter]:
             yield writer
         finally:
             writer.close()
+        with open(temporary, "r+b") as file:
+            os.fsync(file.fileno())  # or a crash may leave the name without the values
         os.chmod(temporary, 0o644)
         os.replace(temporary, path)
         temporary = None

@@ -114,7 +114,8 @@ def write(
         for file in places:
             replace_metadata(folder / file, {"format": "pt", **facts})
         if len(places) > 1:
-            _write_index(folder, places)
+            size = sum(merger.about(n).size for names in places.values() for n in names)
+            _write_index(folder, places, size)
         _copy_others(source.folder, folder)
         _mend(folder / "config.json", dtype, isinstance(base, tying.Untied))
         folder.chmod(0o755)
@@ -331,9 +332,8 @@ def _files(
     return places
 
 
-def _write_index(folder: Path, places: Mapping[str, list[str]]) -> None:
+def _write_index(folder: Path, places: Mapping[str, list[str]], size: int) -> None:
     weights = {name: file for file, names in places.items() for name in names}
-    size = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
     index = {
         "metadata": {"total_size": size},
         "weight_map": dict(sorted(weights.items())),

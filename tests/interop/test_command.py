@@ -25,7 +25,7 @@ from minipeft.interop import (
 from minipeft.interop.combine import weighted_sum
 from minipeft.interop.fingerprint import BASE
 from minipeft.interop.opening import open_model
-from minipeft.interop.tensors import open_tensors
+from minipeft.interop.tensors import INDEX, open_tensors
 from minipeft.torch import inject
 from minipeft.torch.dora import DoRAConfig
 from minipeft.torch.lora import LoRAConfig
@@ -81,6 +81,9 @@ def test_merge_then_audit(folders, capsys):
     merged = str(path / "merged")
     assert cli.main(["merge", *given, "--out", merged]) == 0
     assert "merged 6 weights" in capsys.readouterr().out
+    index = json.loads((path / "merged" / INDEX).read_text())
+    size = sum(tensor.nbytes for tensor in base_tensors(torch.bfloat16).values())
+    assert index["metadata"] == {"total_size": size}  # of the values, without headers
     assert cli.main(["audit", *given, "--merged", merged]) == 0
     said = capsys.readouterr()
     assert said.out.splitlines() == [

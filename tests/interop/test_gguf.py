@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import shutil
 from dataclasses import replace
 
@@ -311,3 +312,21 @@ def test_a_tensor_that_a_loaded_model_has_no_place_for_is_refused(tmp_path, name
         writer.write_tensors_to_file()
     with pytest.raises(InputError, match=r"holds blk\.9|scales its rotary frequencies"):
         reading_gguf.read(path, torch.float32, "cpu")
+
+
+def test_a_file_is_on_the_disk_before_it_gets_its_name(
+    tmp_path, base, adapter, monkeypatch
+):
+    done = []
+    for call in ("fsync", "replace"):
+        original = getattr(os, call)
+
+        def noted(first, *more, call=call, original=original):
+            size = os.fstat(first).st_size if call == "fsync" else 0
+            done.append((call, size))
+            return original(first, *more)
+
+        monkeypatch.setattr(os, call, noted)
+    path = tmp_path / "lora.gguf"
+    gguf_format.write_lora(path, adapter, CONFIG)
+    assert done == [("fsync", path.stat().st_size), ("replace", 0)]

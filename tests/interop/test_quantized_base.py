@@ -9,6 +9,7 @@ import torch
 from minipeft import cli
 from minipeft.errors import InputError
 from minipeft.interop import (
+    bitsandbytes_export,
     bitsandbytes_format,
     fingerprint,
     made,
@@ -184,3 +185,19 @@ def test_the_command_asks_for_a_target(folders, nested, capsys):
     plain = ["--base", str(folders / "original"), *given[2:]]
     assert cli.main(["merge", *plain, *out, "--target", "dequantized"]) == 2
     assert "leave --target" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("nested", [False], ids=["plain"])
+def test_a_base_that_changes_meanwhile_is_refused(folders, nested, monkeypatch):
+    original, name = quantized_base.merge, "model.layers.1.tall.weight"
+
+    def then_changed(base, *more):
+        original(base, *more)
+        others = {**weights(), name: weights()[name] + 1}  # which is copied later
+        write_model(base, packed(others, nested), shards=2)
+
+    monkeypatch.setattr(bitsandbytes_export.quantized_base, "merge", then_changed)
+    adapter = peft_format.read(folders / "adapter")
+    with pytest.raises(InputError, match=rf"{name}.* of the base changed while it"):
+        bitsandbytes_export.write_model(folders / "packed", adapter, folders / "out")
+    assert {p.name for p in folders.iterdir()} == {"adapter", "original", "packed"}
