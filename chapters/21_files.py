@@ -150,7 +150,7 @@ assert WRONG not in halves
 # %% [markdown]
 # ## The experiment: five ways to break it
 #
-# Each is an easy mistake to make in a converter. The audit gets the file and is not told what was done to it. It applies each mistake of its list to the base and names the one whose result is nearest to the file. The five are on this list. For a mistake that is not on the list, the audit names the nearest one too. The *unexplained* part shows whether the name fits: it is the distance from the mistake that is named to the file, relative to the size of the update.
+# Each is an easy mistake to make in a converter. The audit gets the file and is not told what was done to it. It applies each mistake of its list to the base and takes the one whose result is nearest to the file. It names this mistake only if the mistake explains more than it leaves: if the file is less than half as far from the mistake's result as from the right merge. Else the audit says "unexplained". The five are on its list. The *unexplained* part below is the distance from the mistake that is named to the file, relative to the size of the update.
 
 
 # %%
@@ -278,7 +278,7 @@ assert set(before) < set(after)
 # - **A converter writes `lora_alpha` alone.** llama.cpp's file format has no place for patterns, and its converter does not read them.
 # - **Mixed ranks get the alpha of the first layer** ([diffusers 14409](https://github.com/huggingface/diffusers/pull/14409), mended there in 2026), where a file has no alphas: most layers of a published adapter were loaded with a quarter of their scale.
 # - **An adapter with magnitudes is refused**: vLLM, SGLang and llama.cpp say so. A refusal is the better outcome: merge first.
-# - **Another base.** If more than half of the weights that the adapter leaves alone differ from the base's, `minipeft audit` reports one mistake, "wrong base", and no other.
+# - **Another base.** If more than half of the weights that the adapter leaves alone differ from the base's, or if some differ and no known mistake explains any weight that the adapter changes, `minipeft audit` reports one mistake, "wrong base", and no other.
 #
 # ## Exercises
 #

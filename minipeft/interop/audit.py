@@ -46,6 +46,8 @@ from minipeft.interop.update import (
 )
 
 EXACT, BOUND, WRONG = "exact", "within the bound", "wrong"
+WRONG_BASE, UNEXPLAINED = "wrong base", "unexplained"
+RETIED = "head tied to the merged embedding"
 INTO_ORIGINAL = "merged into the original weights"
 OF_ORIGINAL = (
     "without the update, the tensor is rounded to the base's 4 bits; give the original "
@@ -61,10 +63,12 @@ class Finding:
     Args:
         tensor: its name in the base.
         verdict: `exact`, `within the bound` or `wrong`.
-        mistake: the name of the nearest mistake, if it is wrong.
+        mistake: the name of the nearest mistake, if it is wrong; `unexplained` if that
+            mistake leaves more than it explains.
         sentence: what happened.
-        residual: distance of the tensor from the result of the mistake, relative to the
-            size of the update (0: the mistake explains the tensor).
+        residual: distance of the tensor from the result of the mistake, or from the
+            right merge if no mistake explains it, relative to the size of the update
+            (0: the mistake explains the tensor).
         adapted: whether the adapter changes the tensor.
         stored: how the file changes a tensor that the adapter leaves alone.
     """
@@ -118,18 +122,21 @@ def concluded(findings: list[Finding]) -> list[Finding]:
     """Report another base once, instead of once for every tensor.
 
     The base is another one if more than half of the tensors that the adapter does not
-    change differ from the base's. Then the other tensors cannot be judged.
+    change differ from the base's, or if some differ and all that it does change are
+    unexplained. Then the other tensors cannot be judged.
     """
     alone = [f for f in findings if not f.adapted]
-    other = [f for f in alone if f.mistake == "wrong base"]
-    if 2 * len(other) <= len(alone):
+    other = [f for f in alone if f.mistake == WRONG_BASE]
+    changed = {f.mistake for f in findings if f.adapted}
+    lost = bool(other) and changed == {UNEXPLAINED}
+    if 2 * len(other) <= len(alone) and not lost:
         return findings
     sentence = (
         f"{len(other)} of the {len(alone)} tensors that the adapter leaves alone are "
         "not those of this base; give the base that was merged"
     )
     kept = [f for f in findings if f.verdict != WRONG]
-    return [Finding(other[0].tensor, WRONG, "wrong base", sentence, 1.0), *kept]
+    return [Finding(other[0].tensor, WRONG, WRONG_BASE, sentence, 1.0), *kept]
 
 
 def _missing(name: str, adapter: Adapter) -> Finding:
@@ -147,10 +154,8 @@ def _missing(name: str, adapter: Adapter) -> Finding:
 
 def _surplus(name: str, base: Tensors, found: Tensors) -> Finding:
     # A tied head may be stored too: correct if it is a copy of the embedding.
-    for other in found.about:
-        tied = other != name and found.about[other] == found.about[name]
-        if tied and "embed" in other and _same_bytes(found, name, found, other):
-            return Finding(name, EXACT, sentence=f"a copy of {other}")
+    if copied := _embedding_of(name, found):
+        return Finding(name, EXACT, sentence=f"a copy of {copied}")
     return Finding(name, WRONG, "surplus", "the base has no such tensor", 1.0)
 
 
@@ -220,6 +225,7 @@ def _of_another_expert(
     mistakes = [
         mistake
         for other in experts(name, adapter.updates)
+        if base.about[other].shape == base.about[name].shape
         for mistake in other_expert(
             other, held.rounding.wide(base.read(other)), adapter.updates[other]
         )
@@ -308,23 +314,42 @@ def _within(W: Tensor, update: Update, held: Stored) -> bool:
 def nearest(
     name: str, W: Tensor, update: Update, held: Stored, mistakes: Iterable[Mistake]
 ) -> Finding:
-    """Return the finding with the mistake that is nearest to a wrong tensor."""
-    size = float((merged(W, update).double() - W.double()).norm()) or 1.0
-    best: tuple[float, Mistake] | None = None
-    for mistake in mistakes:
-        made = mistake.make(W, update)
-        if made is None:
-            continue
-        made = held.rounding.round(made)
-        rest = float((made.double() - held.values.double()).norm()) / size
-        rest = rest if rest == rest else float("inf")
-        if best is None or rest < best[0]:
-            best = (rest, mistake)
-    assert best is not None
-    rest, mistake = best
+    r"""Return the finding with the mistake that is nearest to a wrong tensor.
+
+    The mistake has its name only if it explains more than it leaves: if the tensor
+    found is less than half as far from the mistake's result as from the right merge.
+    $2\,|V_{found} - V_{mistake}| < |V_{found} - V_{right}|$; else it is unexplained.
+    """
+    right = merged(W, update)
+    size = float((right.double() - W.double()).norm()) or 1.0
+    whole = _distance(held.rounding.round(right), held.values, size)
+    del right  # it may be large
+    made = ((mistake, mistake.make(W, update)) for mistake in mistakes)
+    rests = [
+        (_distance(held.rounding.round(V), held.values, size), mistake)
+        for mistake, V in made
+        if V is not None
+    ]
+    rest, mistake = min(rests, key=lambda one: one[0])
     if isinstance(held.rounding, FourBits):
         mistake = in_4_bits(mistake)
+    if not 2 * rest < whole:
+        return _unexplained(name, mistake.name, rest, whole)
     return Finding(name, WRONG, mistake.name, mistake.sentence, rest, adapted=True)
+
+
+def _distance(made: Tensor, found: Tensor, size: float) -> float:
+    """Return |made - found| / size; infinite if it is no number."""
+    rest = float((made.double() - found.double()).norm()) / size
+    return math.inf if math.isnan(rest) else rest
+
+
+def _unexplained(name: str, mistake: str, rest: float, whole: float) -> Finding:
+    sentence = (
+        f"no known mistake explains more than it leaves; the nearest, {mistake!r}, "
+        f"leaves {rest:.2g} of the update"
+    )
+    return Finding(name, WRONG, UNEXPLAINED, sentence, whole, adapted=True)
 
 
 def _replaced(name: str, base: Tensors, saved: Tensor, held: Stored) -> Finding:
@@ -352,9 +377,12 @@ def _bias(
         return Finding(name, BOUND, adapted=True)
     size = float(added.double().norm()) or 1.0
     made = (m.make(bias.float(), added, s).to(found.dtype) for m in BIAS_MISTAKES)
-    rests = [float((one.double() - found.double()).norm()) / size for one in made]
-    rest = min(rests, key=lambda one: one if one == one else math.inf)
+    rests = [_distance(one, found, size) for one in made]
+    rest = min(rests)
     mistake = BIAS_MISTAKES[rests.index(rest)]
+    whole = _distance(right, found, size)
+    if not 2 * rest < whole:
+        return _unexplained(name, mistake.name, rest, whole)
     return Finding(name, WRONG, mistake.name, mistake.sentence, rest, adapted=True)
 
 
@@ -378,9 +406,21 @@ def _unchanged(name: str, base: Tensors, found: Tensors, place: str) -> Finding:
         return Finding(name, EXACT, sentence="the base rounds it", stored=how)
     if _is_through_nf4(base.read(name), held):
         return Finding(name, WRONG, INTO_DEQUANTIZED, "it is what NF4 leaves of it")
+    if name == HEAD and (copied := _embedding_of(place, found)):
+        sentence = f"the adapter leaves it alone, and it is a copy of {copied}"
+        return Finding(name, WRONG, RETIED, sentence, 1.0)
     return Finding(
-        name, WRONG, "wrong base", "the adapter leaves it alone, and it is another", 1.0
+        name, WRONG, WRONG_BASE, "the adapter leaves it alone, and it is another", 1.0
     )
+
+
+def _embedding_of(head: str, found: Tensors) -> str:
+    """Return the name of the embedding of which the head is a copy, or ""."""
+    for other, about in found.about.items():
+        tied = "embed" in other and other != head and about == found.about[head]
+        if tied and _same_bytes(found, head, found, other):
+            return other
+    return ""
 
 
 def _before_4_bits(

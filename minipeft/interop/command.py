@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 Commands = "argparse._SubParsersAction[argparse.ArgumentParser]"
 TARGETS = ("peft", "gguf", "ollama", "safetensors", "bitsandbytes")
+LEFT = "what the mistake does not explain"
 KINDS = ("F32", "F16", "BF16", "Q8_0")
 COMBINE = "minipeft combine [-h] ADAPTER [ADAPTER ...] [--weights W [W ...]] --out PATH"
 """argparse's own line puts the adapters behind the weights, which would take them."""
@@ -214,14 +215,15 @@ def _audit(options: argparse.Namespace) -> int:
 
 def report(findings: "list[Finding]") -> Iterator[str]:
     """Yield the lines of an audit: each mistake with its tensors, then the verdict."""
-    from minipeft.interop.audit import BOUND, EXACT, WRONG
+    from minipeft.interop.audit import BOUND, EXACT, UNEXPLAINED, WRONG
 
     wrong = [f for f in findings if f.verdict == WRONG]
     for name in dict.fromkeys(f.mistake for f in wrong):
         made = [f for f in wrong if f.mistake == name]
         worst = max(f.residual for f in made)
         yield f"{name}: {made[0].sentence} ({len(made)} tensors, first {made[0].tensor}"
-        yield f"  what the mistake does not explain: {worst:.2g} of the update)"
+        left = "how far from the right merge" if name == UNEXPLAINED else LEFT
+        yield f"  {left}: {worst:.2g} of the update)"
     adapted = [f for f in findings if f.adapted]
     exact = sum(f.verdict == EXACT for f in adapted)
     bound = sum(f.verdict == BOUND for f in adapted)

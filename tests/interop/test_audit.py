@@ -8,7 +8,15 @@ import torch
 from minipeft.errors import InputError
 from minipeft.interop import merging, mistakes, peft_format
 from minipeft.interop.adapter import Adapter
-from minipeft.interop.audit import BOUND, EXACT, WRONG, audit, judge
+from minipeft.interop.audit import (
+    BOUND,
+    EXACT,
+    RETIED,
+    UNEXPLAINED,
+    WRONG,
+    audit,
+    judge,
+)
 from minipeft.interop.tensors import open_tensors
 from minipeft.interop.update import Update, merged
 from tests.interop.folders import (
@@ -18,6 +26,7 @@ from tests.interop.folders import (
     write_adapter,
     write_model,
 )
+from tests.tolerance import assert_within, gamma
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -100,6 +109,32 @@ def test_a_mistake_is_named(name, dtype):
     finding = judge("W", W, update, found, {7.5, 32.0})
     assert (finding.verdict, finding.mistake) == (WRONG, name), finding
     assert finding.residual < 0.05
+
+
+@pytest.mark.parametrize("part", [0.25, 0.75])
+@pytest.mark.parametrize("name", ["not applied", "transposed"])
+def test_a_mistake_has_its_name_only_if_it_explains_more_than_it_leaves(name, part):
+    W, update = drawn(5, shape=(16, 16))
+    right, wrong = merged(W, update), CHANGES[name](W, update)
+    noise = torch.randn(16, 16, generator=torch.Generator().manual_seed(2))
+    noise *= part * (wrong - right).norm() / noise.norm()  # what the mistake leaves
+    finding = judge("W", W, update, wrong + noise, {7.5})
+    assert finding.mistake == (name if part == 0.25 else UNEXPLAINED), finding
+    size = float((right - W).norm())
+    other = right if part == 0.75 else wrong
+    assert_within(
+        finding.residual, float((wrong + noise - other).norm()) / size, gamma(512)
+    )
+    if part == 0.75:
+        assert f"the nearest, {name!r}, leaves" in finding.sentence
+
+
+def test_a_small_change_that_no_mistake_makes_is_unexplained():
+    W, update = drawn(5)
+    found = merged(W, update)
+    found[3, 4] += 0.01
+    finding = judge("W", W, update, found, {7.5, 8.0})
+    assert (finding.verdict, finding.mistake) == (WRONG, UNEXPLAINED), finding
 
 
 @pytest.mark.parametrize(
@@ -263,6 +298,7 @@ def test_what_concerns_the_whole_model_is_named(setting):
     assert only({bias: base[bias] + added * 3}) == "bias scaled"
     assert only({bias: base[bias] * 3 + added}) == "bias scaled"
     assert only({bias: base[bias] + added * 2}) == "applied twice"
+    assert only({bias: base[bias] + 1.3 * added}) == UNEXPLAINED
     assert only({"model.norm.weight": whole["model.norm.weight"] * 2}) == "wrong base"
     assert only({"lm_head.weight": torch.zeros(40, 16)}) == "changed"
     assert only({"other": torch.zeros(2)}) == "surplus"
@@ -281,6 +317,19 @@ def test_what_concerns_the_whole_model_is_named(setting):
         )
         == {}
     )
+
+
+def test_a_head_that_was_tied_to_the_merged_embedding_is_named():
+    E = torch.randn(40, 16, generator=torch.Generator().manual_seed(1))
+    embedding, head = "model.embed_tokens.weight", "lm_head.weight"
+    base = {embedding: E, "model.norm.weight": torch.ones(16)}
+    adapter = Adapter({}, saved={embedding: E + 1})
+    right = {**base, embedding: E + 1, head: E}
+    assert verdicts(base, adapter, right) == {}
+    found = verdicts(base, adapter, {**right, head: E + 1})
+    assert {n: f.mistake for n, f in found.items()} == {head: RETIED}
+    found = verdicts(base, adapter, {**right, head: E + 2})
+    assert {n: f.mistake for n, f in found.items()} == {head: "wrong base"}
 
 
 def test_an_adapter_of_another_model_is_refused(setting):

@@ -248,6 +248,16 @@ def test_another_base_is_said_once(tmp_path, capsys):
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].startswith("wrong base: 12 of the 13 tensors that the adapter")
     assert sum("wrong" in f["verdict"] for f in json.loads(report.read_text())) == 1
+    # The same if one tensor shows it, and the merge is right with the other base.
+    fine = {**base_tensors(), "model.embed_tokens.weight": torch.ones(40, 16)}
+    name = "model.layers.0.wide.weight"
+    fine[name] = base_tensors(seed=9)[name] + 12 * torch.ones(16, 32)
+    other = write_model(tmp_path / "fine", fine)
+    assert cli.main([*arguments[:-3], str(other)]) == 1
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("wrong base: 1 of the 13 tensors that the adapter")
+    assert "the update" in lines[1]
+    assert lines[2].startswith("0 adapted tensors")
     changed = {**base_tensors(), "model.norm.weight": torch.zeros(16)}
     few = list(audit(InMemory(base_tensors()), Adapter({}), InMemory(changed)))
     assert concluded(few) == few
