@@ -1,7 +1,7 @@
 """`minipeft merge`, `inspect`, `audit`, `export`, `combine`: adapters in files.
 
 Exit code 0: done, or exact; 1: the audit found something wrong; 2: the input was wrong,
-and one sentence on stderr says why.
+and one sentence on stderr says why; 130 or 143: it was stopped by Ctrl-C or SIGTERM.
 """
 
 import argparse
@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from minipeft.errors import InputError, cannot_write
 from minipeft.interop import inspect_command, merge_command
 from minipeft.interop.progress import progress
+from minipeft.interop.stopping import stoppable
 
 if TYPE_CHECKING:
     from minipeft.interop.adapter import Adapter
@@ -162,7 +163,7 @@ def _command(
         description=f"{about[0].upper()}{about[1:]}.",
         epilog=f"example: {example}",
     )
-    parser.set_defaults(run=run)
+    parser.set_defaults(run=stoppable(run))
     return parser
 
 
