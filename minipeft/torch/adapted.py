@@ -12,6 +12,7 @@ from typing import Any, Generic, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
+from torch.fx import Proxy
 from torch.overrides import TorchFunctionMode
 
 from minipeft.errors import InputError
@@ -113,11 +114,20 @@ class Adapted(nn.Module, ABC, Generic[Adapter]):
 
     # --- what all methods share -------------------------------------------------------
 
-    def forward(self, x: Input) -> Output:
-        """Call the base, with the active adapters or with the merged weight."""
+    def forward(self, input: Input | None = None, *, x: Input | None = None) -> Output:
+        """Call the base, with the active adapters or with the merged weight.
+
+        Args:
+            input: as `nn.Linear` and `nn.Embedding` name it.
+            x: the same, as `Conv1D` names it.
+
+        Raises:
+            InputError: if not one of the two is given, `torch.fx` traces the layer, or
+                the base does not multiply by its weight.
+        """
         products: list[Product] = []
         with _Within(self, products):
-            y = self.view.call(self.base, x)
+            y = self.view.call(self.base, one_input(input, x))
         if not products:
             weight_view(self.base)  # raises if something else now computes its weight
             raise InputError(
@@ -394,6 +404,19 @@ def training_as_before(model: nn.Module) -> Iterator[None]:
         for parameter, wanted in before:
             parameter.requires_grad_(wanted)
         raise
+
+
+def one_input(input: Input | None, x: Input | None) -> Input:
+    """Return the input of a layer, by whichever name it came; refuse two, or none."""
+    given = input if x is None else x
+    if given is None or (input is not None and x is not None):
+        raise InputError("an adapted layer takes one input; give it first, by no name.")
+    if isinstance(given, Proxy):
+        raise InputError(
+            "torch.fx records calls of a Linear as a whole, and an adapter acts inside "
+            "it; use torch.export.export(model, args, strict=False)."
+        )
+    return given
 
 
 @contextmanager

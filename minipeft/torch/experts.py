@@ -117,7 +117,7 @@ class LoRAExperts(Adapted[ExpertsLoRA]):
     Source: LoRA (arXiv:2106.09685), equation 3, for each expert.
     """
 
-    def forward(self, *args: Any) -> Output:
+    def forward(self, *args: Any) -> Output:  # type: ignore[override]
         """Call the module, with the active adapters or with the merged stacks."""
         mode = _WithStacks(self)
         with mode:

@@ -21,7 +21,7 @@ from minipeft.errors import InputError
 from minipeft.kernels.checks import MAX_RANK
 from minipeft.shapes import Float, Shaped
 from minipeft.torch import inject, launches, operators
-from minipeft.torch.adapted import Adapted, naming
+from minipeft.torch.adapted import Adapted, naming, one_input
 from minipeft.torch.bottleneck import Bottleneck, Serial
 from minipeft.torch.copies import Move, copied, nbytes_of
 from minipeft.torch.deferred import Deferred
@@ -203,12 +203,13 @@ class BatchedLinear(Adapted[nn.Module]):
 
     plan: Plan | None = None
 
-    def forward(self, x: Input) -> Output:
+    def forward(self, input: Input | None = None, *, x: Input | None = None) -> Output:
         """Call the base; its first axis must be that of the requests.
 
         Raises:
             InputError: if the batch has not as many rows as there are requests.
         """
+        x = one_input(input, x)
         least = 1 if isinstance(self.view, Lookup) else 2
         if self.plan and (x.ndim < least or len(x) != self.plan.requests):
             raise InputError(

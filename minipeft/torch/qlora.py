@@ -170,10 +170,10 @@ class QuantizedLinear(nn.Module):
         return blockwise.decode_to(MEMORY.weight(q.shape, dtype), coded)
 
     def forward(
-        self, x: Shaped[Tensor, "... in_features"], bias: Bias | None = None
+        self, input: Shaped[Tensor, "... in_features"], bias: Bias | None = None
     ) -> Shaped[Tensor, "... out_features"]:
         """Apply the layer, with another bias where one is given."""
-        return quantized_linear(x, self, self.bias if bias is None else bias)
+        return quantized_linear(input, self, self.bias if bias is None else bias)
 
     def runs_kernels(self, dtype: torch.dtype) -> bool:
         """Tell whether a GPU kernel can decode the weight to this dtype."""

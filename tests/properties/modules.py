@@ -112,7 +112,7 @@ def wrapped(kind, config, device, features=OUT):
     base = whole(nn.Linear(IN, features)).to(device)
     layer, x = kind(base, config.adapters({"": base})[""]), integers(5, IN).to(device)
     whole(layer.adapters)
-    return Example(layer, {"x": x})
+    return Example(layer, {"input": x})
 
 
 def adapted_by(row):
@@ -163,7 +163,7 @@ def batched(device):
         pool.add(name, {"0": LoRA(integers(r, IN), integers(OUT, r), 0.5)})
     layer = pool.layers["0"]
     pool.serve(["b", None, {"a": 2.0, "b": 0.5}]).__enter__()
-    return Example(layer, {"x": integers(3, 5, IN).to(device)})
+    return Example(layer, {"input": integers(3, 5, IN).to(device)})
 
 
 def quantized(device, kind=QuantizedLinear):
@@ -171,7 +171,7 @@ def quantized(device, kind=QuantizedLinear):
     absmax = torch.full((-(-OUT * IN // 8),), 8.0)
     q = Blockwise(pack(codes, 4), absmax, EIGHTHS, 8, (OUT, IN))
     layer = kind(q, integers(OUT)).to(device)
-    return Example(layer, {"x": integers(5, IN).to(device)})
+    return Example(layer, {"input": integers(5, IN).to(device)})
 
 
 def in_bytes(device):

@@ -1,19 +1,23 @@
-"""Layers that inject, merge and unload refuse whole: NaN, overflow, hooks."""
+"""Layers in unfit programs: NaN, overflow, hooks, names of inputs, tracers."""
 
 import pytest
 import torch
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 from minipeft.errors import InputError
 from minipeft.torch.inject import (
     activate,
     adapted,
     adapter_state_dict,
+    inject,
     load_adapter_state_dict,
     merge,
     remove,
     unload,
 )
+from minipeft.torch.lora import LoRAConfig
+from tests.operands import annotations_off
 from tests.properties.test_torch_programs import (
     each_mergeable,
     each_row,
@@ -106,3 +110,28 @@ def test_a_merged_model_that_would_not_stay_finite_keeps_its_adapters():
         activate(model, {"default": 1e308})
     assert torch.equal(model(x), y)
     assert torch.equal(merge(model)(x), y)
+
+
+@pytest.mark.parametrize("called", ["alone", "with adapters"])
+@each_row
+def test_the_input_has_the_name_that_the_wrapped_layer_gives_it(row, called):
+    model, x = plain(row) if called == "alone" else make(row), torch.ones(2, 6)
+    assert torch.equal(model[0](input=x), model[0](x))
+
+
+def test_a_conv1d_names_its_input_x_and_an_embedding_names_it_input():
+    model = nn.ModuleList([Conv1D(5, 6), nn.Embedding(6, 5)])
+    conv, embedding = inject(model, LoRAConfig(2, 4.0), ["0", "1"])
+    x, ids = torch.ones(2, 6), torch.arange(4)
+    assert torch.equal(conv(x=x), conv(x))
+    assert torch.equal(embedding(input=ids), embedding(ids))
+    for given in ({}, {"input": x, "x": x}):
+        with pytest.raises(InputError, match="takes one input"):
+            conv(**given)
+
+
+@each_row
+def test_a_tracer_that_cannot_see_an_adapter_is_named(row):
+    sentence = r"^torch\.fx records.*use torch\.export"
+    with annotations_off(), pytest.raises(InputError, match=sentence):
+        torch.fx.symbolic_trace(make(row))
