@@ -176,8 +176,8 @@ def map_link(layout: Folders, column: str, file: Path) -> str:
     """Where a tick of the map leads on the site."""
     if column == "chapter":
         return f"book/{file.stem}.md"
-    if column in api.COLUMNS:
-        return f"api/{column}/{file.stem}.md"
+    if file.parent.name in api.COLUMNS:
+        return f"api/{file.parent.name}/{file.stem}.md"
     return "verify.md"
 
 

@@ -11,8 +11,8 @@ import tomllib
 from pathlib import Path
 
 import pytest
-from book import Folders, chapter, methods, shelf, source
-from generate import book_nav, group
+from book import Folders, api, chapter, methods, shelf, source
+from generate import book_nav, group, map_link
 
 ROOT = Path(__file__).parents[2]
 LAYOUT = Folders(ROOT)
@@ -150,6 +150,13 @@ def test_a_dash_in_the_map_stands_where_there_is_no_file():
     dashed = {row for row, files in cupy.items() if not files}
     assert dashed == set(cupy) - methods.LAYOUT
     assert drawn.count(f"| {methods.DASH} |") == len(dashed)
+
+
+def test_a_tick_of_the_map_leads_to_a_page():
+    drawn = methods.table(ROOT, lambda column, file: map_link(LAYOUT, column, file))
+    linked = set(re.findall(r"\(api/([^)]*)\)", drawn))
+    assert linked
+    assert linked <= {module.page for module in api.modules(LAYOUT)}
 
 
 def test_the_map_ticks_exactly_what_exists(tmp_path):
