@@ -467,7 +467,7 @@ chapter.show(
     figure,
     "requests",
     alt="Time of a token against the number of requests at once, both on logarithmic axes, as a multiple of the base, one line a way with a band over the copies. Merged lies at one throughout, the prefix just above it, then the bottleneck and unmerged. The mixed batch lies higher and is level; unmerged on four bits begins above it and ends below. Swapped begins below the mixed batch, rises in a straight line, and ends above all others.",
-    caption=f"With {COUNTS[-1]} requests on `tiny`, swapping adapters takes {of('tiny', 'token', 'swapped', COUNTS[-1]).mean:.0f} times as long as the base and the mixed batch {of('tiny', 'token', 'mixed batch', COUNTS[-1]).mean:.1f} times. With one request swapping takes {of('tiny', 'token', 'swapped', 1).mean:.1f} times and the mixed batch {of('tiny', 'token', 'mixed batch', 1).mean:.1f}.",
+    caption=f"With {COUNTS[-1]} requests on tiny, swapping adapters takes {of('tiny', 'token', 'swapped', COUNTS[-1]).mean:.0f} times as long as the base and the mixed batch {of('tiny', 'token', 'mixed batch', COUNTS[-1]).mean:.1f} times. With one request swapping takes {of('tiny', 'token', 'swapped', 1).mean:.1f} times and the mixed batch {of('tiny', 'token', 'mixed batch', 1).mean:.1f}.",
 )
 
 # %% [markdown]
@@ -504,7 +504,7 @@ chapter.show(
     figure,
     "four_bits",
     alt=f"Time of a token with four bits against the number of requests, as a multiple of the time without, a line for each card and each model on this CPU. A narrow grey band marks {LOW} to {HIGH} % more. The lowest point, one of the published, lies under the line of equal times, all others above the band.",
-    caption=f"With four bits a token of one request takes {lines['RTX 4090, Llama 3.1 8B'][1]:.2f} times as long on one card, and {of('tiny', 'token', '4 bits', 1).mean:.1f} times on this CPU with `tiny`. No point lies in the grey band.",
+    caption=f"With four bits a token of one request takes {lines['RTX 4090, Llama 3.1 8B'][1]:.2f} times as long on one card, and {of('tiny', 'token', '4 bits', 1).mean:.1f} times on this CPU with tiny. No point lies in the grey band.",
 )
 
 # %% [markdown]

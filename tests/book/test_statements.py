@@ -91,6 +91,12 @@ def test_the_text_of_a_figure_has_its_numbers_from_the_cell(script):
 
 
 @by_name
+def test_the_text_of_a_figure_shows_no_marks_of_code(script):
+    """Nothing formats it, so a reader would see the marks."""
+    assert [text for pair in texts(script) for text in pair if "`" in text] == []
+
+
+@by_name
 def test_a_number_word_in_the_text_of_a_figure_counts_its_parts(script):
     found = [worded(text) for pair in texts(script) for text in pair]
     assert [words for words in found if words] == []
