@@ -11,6 +11,7 @@ import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields
+from os import PathLike
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from minipeft.errors import InputError
 from minipeft.lab import generators
 from minipeft.lab.files import write_atomic
 from minipeft.lab.identity import Identity, difference, fingerprint
+from minipeft.values import check_kind
 
 __all__ = [
     "Progress",
@@ -84,6 +86,7 @@ def save_checkpoint(
         InputError: A parameter or a state is not finite; the folder cannot be written
             or the disk is full. Then the old file is unchanged.
     """
+    check_kind("path", path, str, PathLike)
     identity = identity or Identity(model)
     numbers, tensors = _optimizer_state(optimizer)
     tensors |= {f"parameter/{n}": p.detach() for n, p in trainable(model).items()}
@@ -130,6 +133,7 @@ def load_checkpoint(
             belongs to another model, adapter, optimizer or generator, which the
             message names.
     """
+    check_kind("path", path, str, PathLike)
     header, tensors = _read(path)
     if header.get("format") != FORMAT or header.get("version") != VERSION:
         raise InputError(

@@ -155,6 +155,8 @@ class Adapted(nn.Module, ABC, Generic[Adapter]):
         Some code reads `layer.weight` and does not call the layer, for example
         `nn.MultiheadAttention`. Such code gets the adapted weight with its gradients.
         The dtype, shape and device of the weight are known without computing it.
+        Writing to it is refused, and what is written to its `detach()` or to a view of
+        it is lost: write to `layer.base.weight`.
         """
         if self.merged_weight is not None:
             return self.view.turn(self.merged_weight)

@@ -10,6 +10,7 @@ before it changes anything.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
+from numbers import Real
 from typing import Any, ClassVar, Protocol, TypeVar, runtime_checkable
 
 import torch
@@ -305,6 +306,8 @@ def load_adapter_state_dict(
     """
     check_kind("tensors", tensors, Mapping)
     check_kind("saved", saved, Mapping, type(None))
+    for key, constant in (saved or {}).items():
+        check_kind(f"{key} of saved", constant, Real, str)
     own = _tensors(model, name)
     problems = _odd_shapes(tensors, own) + _odd_values(tensors, own)
     problems += _other_constants({} if saved is None else saved, constants(model, name))

@@ -33,6 +33,7 @@ from minipeft.torch.lora import LoRAConfig
 from minipeft.torch.pissa import PiSSAConfig, Sketch
 from minipeft.torch.qlora import quantize_linears
 from minipeft.torch.vera import VeRAConfig
+from tests.operands import annotations_off
 
 BATCHES = windows(torch.arange(400) * 7 % 29 + 2, (4, 12), bos=1, seed=3)
 
@@ -300,6 +301,16 @@ def step(model, optimizer, value=1.0):
 
 def test_an_absent_checkpoint_is_refused(toy, tmp_path):
     assert_refused(toy, tmp_path / "none.safetensors", "there is no checkpoint")
+
+
+def test_a_path_of_another_type_is_refused():
+    with annotations_off():
+        for use in (
+            load_checkpoint,
+            lambda path, *rest: save_checkpoint(path, *rest, 1),
+        ):
+            with pytest.raises(InputError, match="path is of type int; give one of"):
+                use(3, small()[0], small()[1])
 
 
 def test_other_files_and_versions_are_refused(toy, tmp_path, monkeypatch):

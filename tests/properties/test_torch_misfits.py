@@ -135,3 +135,12 @@ def test_a_tracer_that_cannot_see_an_adapter_is_named(row):
     sentence = r"^torch\.fx records.*use torch\.export"
     with annotations_off(), pytest.raises(InputError, match=sentence):
         torch.fx.symbolic_trace(make(row))
+
+
+@pytest.mark.parametrize("constant", [torch.tensor(2.0), torch.ones(2), None, [2.0]])
+def test_a_constant_that_is_no_number_or_text_is_refused(constant):
+    model = make("lora")
+    tensors, saved = adapter_state_dict(model), {"0.scaling": constant}
+    sentence = r"^0\.scaling of saved is of type"
+    with annotations_off(), pytest.raises(InputError, match=sentence):
+        load_adapter_state_dict(model, tensors, saved=saved)
