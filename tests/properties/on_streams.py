@@ -135,7 +135,7 @@ def nested(there):
     layer = nn.Linear(modules.IN, modules.OUT).to(there)
     q = QuantizedLinear.from_linear(layer, blocksize=4, nested_blocksize=8)
     return modules.Example(
-        q.to(there), {"x": modules.integers(5, modules.IN).to(there)}
+        q.to(there), {"input": modules.integers(5, modules.IN).to(there)}
     )
 
 
