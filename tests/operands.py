@@ -151,7 +151,7 @@ def operands(row: ModuleType) -> dict[str, object]:
         **{"given": {"x": f32(3, 5), "grad_y": f32(3, 4)}},
         **{"one": update, "other": lora.LoRA(f32(3, 5), f32(4, 3), 2.0)},
         **{"weight": 0.5, "other_weight": -1.0, "layer": "head"},
-        **{"share": 0.5, "module": "a.b", "config": {"r": 2, "lora_alpha": 4}},
+        **{"share": 0.5, "module": "a.b"},
         "parts": adapter_files.Parts(f32(2, 5), f32(4, 2), f32(4), f32(4)),
         **{"sublayers": (np.tanh, np.negative), "rank_stabilized": True},
     }
@@ -161,6 +161,7 @@ def operands(row: ModuleType) -> dict[str, object]:
         **{row.module: {"adapter": new_adapter(row)} for row in PARAMETRIZATIONS},
         bottleneck: {"adapter": small, "grad_y": f32(3, 5), "adapters": (small, small)},
         loftq: {"q": q},
+        adapter_files: {"config": {"r": 2, "lora_alpha": 4}},
         lora_batched: {
             "x": f32(3, 2, 5),
             "adapters": lora_batched.Adapters(f32(6, 2, 5), f32(6, 4, 2), f32(6)),

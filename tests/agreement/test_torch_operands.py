@@ -160,7 +160,7 @@ def test_a_weight_that_is_nan_is_named_by_its_layer_before_anything_changes(conf
     with torch.no_grad():
         model[1].weight[2, 1] = torch.nan
     before = list(model)
-    with pytest.raises(InputError, match=r"^1: .*nan"):
+    with pytest.raises(InputError, match=r"^1: .*NaN"):
         inject.inject(model, config, ["0", "1"])
     assert list(model) == before
     assert all(p.requires_grad for p in model.parameters())

@@ -33,6 +33,7 @@ VALUES_ASKED_FOR = (
     "Cannot copy out of meta tensor",
     "Tensor.item() cannot be called on meta tensors",
     "The register_meta function for torch.nonzero()",
+    "the adapter is on the meta device; load its values first",  # our own, of a batch
 )
 # These are made on the CPU by definition; the page table only counts.
 ON_THE_CPU = {

@@ -122,7 +122,7 @@ BYTES: dict[str, tuple[str, Count]] = {
         lambda s: t * (s * r * OUT + 4 * r + 2 * s * OUT),
     ),
     "product": (
-        "Bytes moved a weight: 1/2 + 4/B of its code and scale",
+        "1/2 + 4/B of its code and scale",
         lambda s: N * (1 / 2 + 4 / 64) + s * (IN + OUT),  # x and y
     ),
     "product_nested": (

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -63,7 +64,7 @@ def lora_weighted_sum(
     other_weight: float,
 ) -> Array:
     """Return the update of a layer with both adapters, each times its weight."""
-    base = torch.zeros(B.shape[0], A.shape[1])
+    base = to_torch(np.zeros((B.shape[0], A.shape[1]), np.float32))
     adapted = LoRALinear(frozen(base), _lora(A, B, alpha))
     adapted.add("other", _lora(other_A, other_B, other_alpha))
     adapted.activate({"default": weight, "other": other_weight})
