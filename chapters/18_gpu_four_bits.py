@@ -18,7 +18,7 @@ from minipeft import kernels
 from minipeft.cupy import executor
 from minipeft.lab import machine_code, plots
 from minipeft.lab.chapter import start
-from minipeft.lab.gpu import banks, gpu_report, slots
+from minipeft.lab.gpu import banks, bench, gpu_report, slots
 from minipeft.lab.gpu.device import CupyDevice
 from minipeft.lab.machine_code import MachineCode
 from minipeft.lab.memory import LLAMA_7B, quantized_bits
@@ -353,10 +353,14 @@ if not UNREAD:
             f"{name:17s}  {issued}   {reached['A100']:4.0%}  {reached['H100']:4.0%}    {limit}"
         )
     memory_bound = ("dequantize", "dequantize_nested", "adamw", "row_norm")
-    assert all(caps[name]["H100"] == 1 for name in memory_bound)
-    repeated = [reached for name, reached in caps.items() if name != "quantize"]
-    assert all(reached["A100"] == 1 for reached in repeated)
-    assert 0.65 < caps["adamw_8bit"]["H100"] < caps["product"]["H100"] < 0.9
+    repeated = [reached["A100"] for n, reached in caps.items() if n != "quantize"]
+    least = min([*repeated, *(caps[name]["H100"] for name in memory_bound)])
+    slower = caps["adamw_8bit"]["H100"], caps["product"]["H100"]
+    chapter.claim(
+        "an A100 binds each repeated kernel by memory, an H100 all but two of them",
+        least == 1 and 0.65 < slower[0] < slower[1] < 0.9,
+        control="the time in which a copy moves the same bytes",
+    )
 
 # %% tags=["fold"]
 figure, ax = plots.axes(
@@ -592,14 +596,10 @@ else:
     assert not wrong
 
 # %% [markdown]
-# `make gpu` runs all that only a device can show, this chapter and the others too, in stages of at most nine minutes, and writes a folder of results. Its summary is shown here as soon as somebody has run this and committed the folder:
+# `make gpu` runs all that only a device can show, this chapter and the others too, in stages of at most nine minutes, and writes a folder of results. The summary of the committed folder is shown here. The folder's README says how this run was made.
 
 # %%
-results = Path("chapters/results/gpu/gpu.md")
-if results.is_file():
-    print(results.read_text("utf-8"))
-else:
-    print("Nobody has: no kernel of this book has run on a GPU yet.")
+print(bench.summary(Path(__file__).with_name("results") / "gpu"))
 
 # %% [markdown]
 #

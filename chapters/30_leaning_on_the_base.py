@@ -121,7 +121,7 @@ def base_of(width):
     if width is None:
         return chapter.load().model
     folder = pretrain.base(pretrain.sized(width, STEPS))
-    return models.load(str(folder)).model
+    return models.load(str(folder), chapter.device, chapter.dtype).model
 
 
 def trained(r, seen, width, seed):
@@ -160,6 +160,7 @@ def inputs(model, pairs):
     handles = [here[n].register_forward_pre_hook(hook(n)) for n in EXAMINED]
     with torch.no_grad():
         for batch in text.example_batches(tokenizer, pairs, (25, 64)):
+            batch = {name: given.to(chapter.device) for name, given in batch.items()}
             now["mask"] = batch["attention_mask"].bool()
             model(**batch)
     for handle in handles:
@@ -174,12 +175,14 @@ def outputs(layer, x):
     if W.shape[0] > W.shape[1]:
         W = torch.linalg.qr(W).R
     R = torch.linalg.qr(lora.B).R  # M = QR: Q turns, so R keeps all that M tells
-    return (x @ W.T).detach(), (lora.scaling * x @ lora.A.T @ R.T).detach()
+    u, v = x @ W.T, lora.scaling * x @ lora.A.T @ R.T
+    return u.detach().cpu(), v.detach().cpu()  # the noise is drawn there
 
 
 def lean(model, definitions):
     """For each noise, the three estimates of each examined layer, in nats."""
-    halves = entries[: definitions // 2], entries[definitions // 2 : definitions]
+    half = min(definitions, len(entries)) // 2
+    halves = entries[:half], entries[half : 2 * half]
     first, second = (inputs(model, pairs) for pairs in halves)
     found = {noise: [] for noise in NOISES}
     for name in EXAMINED:

@@ -369,9 +369,11 @@ chapter.claim(
     len(short) == SPIKE and len(paged) == chapter.steps,
     control="both on one card; without a limit the unpaged run goes on to the end too",
 )
+same = adapter_state_dict(with_pages), adapter_state_dict(alone)
 chapter.claim(
-    "the losses of all steps are equal, bit for bit",
-    [loss for loss, *_ in paged] == [loss for loss, *_ in free],
+    "the losses of all steps and the adapters at the end are equal, bit for bit",
+    [loss for loss, *_ in paged] == [loss for loss, *_ in free]
+    and all(torch.equal(same[0][key], same[1][key]) for key in same[1]),
     control="the run without pages on a card without a limit",
 )
 chapter.claim(
@@ -379,8 +381,6 @@ chapter.claim(
     len(smaller) == SPIKE,
     control="the same run on a card with room for half of the states",
 )
-same = adapter_state_dict(with_pages), adapter_state_dict(alone)
-assert all(torch.equal(same[0][key], same[1][key]) for key in same[1])
 traffic = optimizer.table.traffic
 print(f"pages moved: {traffic.bytes_in:,} bytes in, {traffic.bytes_out:,} out")
 
@@ -549,7 +549,7 @@ chapter.claim(
 # %% [markdown]
 # ## What this does not show
 #
-# - **A real card.** The bytes are those of torch's allocator on a CPU. On a GPU the allocator rounds up and keeps what was freed, and the limit applies to what it keeps.
+# - **A real card.** The bytes are those of torch's allocator on a CPU. On a GPU the allocator takes memory in pieces of 2 MB and keeps what was freed, and the limit applies to what it keeps. On `tiny` one such piece is more than pages free: in the run on an H200 both runs ended at the spike, with pages and without.
 # - **A large base.** The cost of four bits depends on the model. `--model` with `--full` repeats the first part on another one; do not take `smollm2` for it, because its file holds four bits already.
 # - **Unified memory.** QLoRA lets the driver move pages when memory runs out. Here the training loop says when: it must know that a batch is long *before* the pass.
 # - **Gradient checkpointing on `tiny`.** With it the spike is lower, and the states are a larger part of it.

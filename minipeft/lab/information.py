@@ -103,7 +103,7 @@ def variational(
         raise InputError(f"variance is {variance}; give a finite number above 0")
     v = fitted.double()
     away = v - v.mean(0)
-    eye = torch.eye(v.shape[1], dtype=torch.float64)
+    eye = torch.eye(v.shape[1], dtype=torch.float64, device=v.device)
     C = away.T @ away / len(v) + variance * eye
     L = _root("v", C)
     white = torch.linalg.solve_triangular(

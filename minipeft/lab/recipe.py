@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from minipeft.errors import InputError
+from minipeft.lab.models import recompute_blocks
 from minipeft.lab.places import Places
 from minipeft.lab.train import TrainConfig
 from minipeft.torch.bottleneck import BottleneckConfig
@@ -101,7 +102,7 @@ class Recipe:
         """
         torch.manual_seed(seed)
         if self.recompute:
-            model.activation_checkpointing_enable({"use_reentrant": False})
+            recompute_blocks(model)
         if self.method == "full":
             return model.requires_grad_(True)
         if self.method == "prefix":

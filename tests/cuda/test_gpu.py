@@ -82,7 +82,7 @@ def hint(array, name):
     from cuda.bindings import runtime
 
     cupy.cuda.Device().synchronize()
-    attribute = runtime.cudaMemRangeAttribute[f"cudaMemRangeAttribute{name}"]
+    attribute = getattr(runtime.cudaMemRangeAttribute, f"cudaMemRangeAttribute{name}")
     given = runtime.cudaMemRangeGetAttribute(4, attribute, array.data.ptr, array.nbytes)
     assert given[0] == runtime.cudaError_t.cudaSuccess
     return given[1]

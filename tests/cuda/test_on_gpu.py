@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import re
 import subprocess
 import sys
 import time
@@ -119,11 +120,11 @@ def test_the_stages_hold_what_only_a_device_can_show(gpu):
     stages = gpu.stages()
     texts = [" ".join(s.command) for stage in stages.values() for s in stage]
     for end in (
-        "pytest -q -m gpu tests",
+        " ".join(("pytest -q -m gpu", *gpu.MARKED)),
         "minipeft.cli verify cupy",
         "minipeft.cli verify torch --device cuda",
         *(
-            f"/cuda/sanitizer --error-exitcode 1 --tool {tool} "
+            f"/cuda/sanitizer --error-exitcode 1 --report-api-errors no --tool {tool} "
             f"{gpu.PYTHON} -m tests.cuda.on_gpu"
             for tool in ("memcheck", "racecheck", "synccheck", "initcheck")
         ),
@@ -283,3 +284,13 @@ def test_make_starts_it_and_installs_nothing():
         head, recipe = makefile.split(f"\n{target}:")[1].split("\n\n")[0].split("\n")
         assert head.strip().startswith("##")  # this target must not run pip
         assert recipe == f"\t@$(ON_GPU) tools/gpu.py {names}"
+
+
+def test_every_test_for_a_device_stands_where_the_stage_looks(gpu):
+    mark = "pytest.mark" + ".gpu"
+    marked = {
+        file.relative_to(ROOT).as_posix()
+        for file in (ROOT / "tests").rglob("test_*.py")
+        if re.search(rf"{mark}\b(?!\w)", file.read_text("utf-8"))
+    }
+    assert marked == set(gpu.MARKED)

@@ -2,6 +2,7 @@
 
 import builtins
 import json
+from pathlib import Path
 
 import pytest
 
@@ -71,3 +72,11 @@ def test_the_command_writes_the_row(tmp_path, monkeypatch, capsys):
 def test_an_unknown_pair_is_one_sentence(capsys):
     assert bench.main(["nothing"]) == 2
     assert "there is no pair 'nothing'; choose of ['nf4-" in capsys.readouterr().err
+
+
+def test_the_committed_run_is_summed_up():
+    folder = Path(__file__).parents[2] / "chapters" / "results" / "gpu"
+    said = bench.summary(folder)
+    assert "name: NVIDIA" in said
+    assert "vectors, torch" in said.split("\npassed: ")[1].split("\n")[0]
+    assert all(f"\n| {name} |" in said for name in ("NF4 quantize", "DoRA step"))

@@ -353,6 +353,18 @@ def table(rows: Sequence[Measurement]) -> str:
     return "\n".join([*lines, *map(_line, rows)])
 
 
+def summary(folder: Path) -> str:
+    """Tell what `make gpu` wrote to a folder: the machine, each verdict, the ratios."""
+    ran = json.loads((folder / "gpu.json").read_text("utf-8"))
+    said = [f"{name}: {fact}" for name, fact in ran["facts"].items()]
+    for verdict in ("passed", "failed", "unfinished"):
+        of_it = [n for n, step in ran["steps"].items() if step["verdict"] == verdict]
+        said += ["", f"{verdict}: {', '.join(of_it)}"]
+    files = [folder / f"bench-{name}.json" for name in PAIRS]
+    found = [json.loads(f.read_text("utf-8")) for f in files if f.is_file()]
+    return "\n".join([*said, "", table([Measurement(**row) for row in found])])
+
+
 def _line(row: Measurement) -> str:
     cells = [row.name, row.against, f"{row.ours:.3f}"]
     peak = f"{row.our_peak / 1e6:.1f}"

@@ -12,6 +12,7 @@ from minipeft.lab.memory.rows import Adapter
 from minipeft.lab.memory.shapes import LINEARS
 from minipeft.lab.memory.training import Peak
 from minipeft.lab.memory_peak import held, watched
+from minipeft.lab.models import recompute_blocks
 from minipeft.lab.train import TrainConfig, adamw
 from minipeft.torch.bottleneck import BottleneckConfig
 from minipeft.torch.dora import DoRAConfig
@@ -86,7 +87,7 @@ def measured_peak(
     base = transformers.LlamaForCausalLM(config).float()
     model = prepared(base, name).train()
     if checkpointing:
-        base.activation_checkpointing_enable({"use_reentrant": False})
+        recompute_blocks(base)
     optimizer = adamw(model, TrainConfig(1))
     ids = torch.randint(3, config.vocab_size, tokens)
     batch = {"input_ids": ids, "labels": ids}

@@ -11,6 +11,8 @@ from minipeft.golden.arguments import NO_ADAPTER
 from minipeft.golden.errors import Unsupported
 from minipeft.golden.tensors import Array
 
+DEVICE = 0
+
 
 def lora_batched_forward(
     x: Array,
@@ -27,8 +29,9 @@ def lora_batched_forward(
     stacked = zip(A, B, scaling.tolist(), strict=True)
     loras = [SimpleNamespace(A=a, B=b, scaling=s) for a, b, s in stacked]
     chosen = np.where(indices == NO_ADAPTER, -1, indices.astype(np.int32))
-    rows, y = x.reshape(-1, x.shape[-1]), x @ W.T
+    gpu, y = current(), x @ W.T
+    rows, outputs = (gpu.upload(a.reshape(-1, a.shape[-1]), DEVICE) for a in (x, y))
+    adapters = lora_batched.stack(loras, x.dtype.name, DEVICE)
     every = np.repeat(chosen, prod(x.shape[1:-1]))
-    outputs = y.reshape(-1, y.shape[-1])
-    found = lora_batched.forward(rows, outputs, lora_batched.stack(loras), every)
-    return current().download(found).reshape(y.shape)
+    found = lora_batched.forward(rows, outputs, adapters, every)
+    return gpu.download(found).reshape(y.shape)
