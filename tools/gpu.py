@@ -197,6 +197,7 @@ def run(step: Step, seconds: float) -> Record:
         said, _ = process.communicate()
         verdict = "unfinished"
     kept = KEPT if verdict == "failed" else 1
+    said = said.replace(f"{ROOT}{os.sep}", "")  # of no use on another machine
     lines = [line.rstrip() for line in said.splitlines() if line.strip()][-kept:]
     return Record(verdict, time.monotonic() - began, said=lines)
 
