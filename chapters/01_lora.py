@@ -143,7 +143,7 @@ assert (adapted == merged).all()
 
 # %% [markdown]
 # Equal, with `==`. In continuous integration the tests do this for 200 drawn layers. That is not a proof for all layers, but it is strong evidence: both sides are polynomials in
-# the entries, and two different polynomials agree at a random point with a probability near zero. [The notation page](../notation.md#what-a-property-test-shows) says what
+# the entries, and two different polynomials seldom agree at a random point. [The notation page](../notation.md#what-a-property-test-shows) says what
 # the word *proof* stands for in this book.
 #
 # Gradients are checked the same way. The tests take a loss that is linear in the output $y$. Then it is linear in $A$ alone and in $B$ alone, so a difference quotient equals the derivative. In floats, small
@@ -448,7 +448,7 @@ assert apart < moved / 100
 #
 # - **The scaling.** `scale = alpha` instead of `alpha / r` is $r$ times too much
 #   ([mlx-vlm 841](https://github.com/Blaizzy/mlx-vlm/issues/841)). Libraries whose default is `alpha = r` have a scaling of exactly 1, and a merge
-#   that leaves it out passes their tests ([peft 2489](https://github.com/huggingface/peft/pull/2489)). No test of an adapter in this project has a scaling of 0 or 1.
+#   that leaves it out, as peft's did for a bias, passes their tests ([peft 2489](https://github.com/huggingface/peft/pull/2489)). No test of an adapter in this project has a scaling of 0 or 1.
 # - **Which is A?** Two conventions are in use: $A$ as (r, in) with $B$ as (out, r), and $A$ as (in, r) with $B$ as (r, out). [litgpt](https://github.com/Lightning-AI/litgpt/blob/main/litgpt/lora.py) draws the second and
 #   computes with the first. On a square layer a loader that goes by shapes takes one for the other without an error, and gets the transpose of the update. So the tests draw layers that are not square.
 # - **Merge and unmerge by addition and subtraction** loses bits, in bfloat16 many. [The chapter on merging](16_merging.md) measures the drift over 1,000

@@ -331,7 +331,7 @@ assert np.array_equal(
 #   {=f"{back_to_zero:.4f}"=} back. The weights stay zero, because the code of 0 is 0; but do not test for `absmax == 0` after decoding.
 # - **Not idempotent.** Plain NF4 may be quantized again without a change. Nested, the *codes* stay, but the mean of the decoded scales is not the mean
 #   of the scales: in the last matrix of the experiment {=f"{moved:.0%}"=} of the values change when they are quantized again, by {=f"{np.abs(once - twice).max():.0e}"=} at most.
-# - **A decoder that leaves out the second level** uses the codes of the scales as if they were scales ([bitsandbytes 1549](https://github.com/bitsandbytes-foundation/bitsandbytes/issues/1549)).
+# - **A decoder that leaves out the second level** uses the codes of the scales as if they were scales ([bitsandbytes 1549](https://github.com/bitsandbytes-foundation/bitsandbytes/pull/1549)).
 #
 # ## Exercises
 #

@@ -46,7 +46,7 @@ for what, size in {
 # |---|---|---|
 # | $\beta_1$, $\beta_2$ | how slowly the running means change: $m$ looks back about $1/(1-\beta_1)$ steps, $v$ about $1/(1-\beta_2)$ | 0.9, 0.999 |
 # | $\eta$ | the learning rate: how far a weight moves in a step | found by trial |
-# | $\lambda$ | the weight decay: the share of a weight, times $\eta$, that each step takes away | 0 to 0.1 |
+# | $\lambda$ | the weight decay: each step takes the share $\eta\lambda$ of a weight away | 0 to 0.1 |
 # | $\epsilon$ | a small constant that keeps the denominator from being zero | $10^{-8}$ |
 #
 # Both means start at zero and are too small at first; dividing by $1 - \beta^t$ corrects that. The *W* in the name stands for weight decay
@@ -237,7 +237,7 @@ chapter.show(
 
 # %% [markdown]
 # The state shrinks {=f"{shrunk:.1f}"=} times, a little less than $8 / 2.03$ because small tensors keep their 32 bits. The losses on held-out text
-# differ by {=f"{abs(gap):.4f}"=} nats, where training gains {=f"{gained:.2f}"=}. Here the embedding table has 8-bit states too; the embedding layer of the authors' library keeps 32 bits. With 32 bits for it the loss is
+# differ by {=f"{abs(gap):.4f}"=} nats, where training gains {=f"{gained:.2f}"=}. Here the embedding table has 8-bit states too; in the paper the embedding layer keeps 32 bits, as the only one [@dettmers2021, section 2.3]. With 32 bits for it the loss is
 # {=f"{final['8 bits, embeddings 32']:.4f}"=} instead of {=f"{final['8 bits']:.4f}"=}. One learning rate, one seed, a small model and {=chapter.steps=} steps: that does not show that nothing is lost. The next experiment looks for
 # damage on purpose.
 #
@@ -298,7 +298,7 @@ chapter.show(
 # For gradients above a hundredth of the largest, the steps are {=f"{speed[8][quiet].min():.2f}"=} to {=f"{speed[8][quiet].max():.2f}"=} times the right length. But $v$ is a *square*: its seven powers of ten are only three and a half powers of ten of the gradient. If a gradient is
 # less than {=f"{cliff:.0e}"=} of the largest in its block, its $v$ is rounded to zero. In the next step only the newest gradient contributes to the root:
 # $\sqrt{(1 - \beta_2)\, g^2} = {=f"{np.sqrt(1e-3):.3f}"=}\,|g|$. So the step is about $1/{=f"{np.sqrt(1e-3):.3f}"=} \approx$ {=f"{1 / np.sqrt(1e-3):.0f}"=} times too long; how much exactly depends on the coarse grid of $m$ for such small values.
-# Embeddings are the risky case, since rows of rare words share blocks with rows of frequent ones. The paper has an embedding layer of its own, against the uneven gradients of rare and frequent words [@dettmers2021]; in the authors' library this layer, `StableEmbedding`, has 32-bit states. Smaller blocks help too, because fewer weights share a scale.
+# Embeddings are the risky case, since rows of rare words share blocks with rows of frequent ones. The paper has an embedding layer of its own, against the uneven gradients of rare and frequent words, and its states keep 32 bits [@dettmers2021, section 2.3]; the authors' library calls it `StableEmbedding`. Smaller blocks help too, because fewer weights share a scale.
 #
 # ## What goes wrong in practice
 
@@ -319,7 +319,7 @@ off = (values.sqrt() != values.double().sqrt().float()).float().mean().item()
 #   left in the denominator. With the usual settings, a learning rate of 0.001 and ten steps of training, one step changes a weight by {=f"{leap:.1f}"=}.
 # - **Zero without a code.** The table look-up of bitsandbytes on a CPU ([last chapter](03_double_quant.md)) turns an exact zero into a small positive number. A weight without gradients then
 #   has an $m$ above zero, and drifts. But then a $v$ cannot be zero either, so the first fault of this list cannot happen: one error hides the other.
-# - **Loading casts.** `torch.optim.Optimizer.load_state_dict` converts all it loads to the dtype of the parameter: byte codes become floats, float32 scales of a
+# - **Loading casts.** `torch.optim.Optimizer.load_state_dict` converts every state but the step count to the dtype of the parameter: byte codes become floats, float32 scales of a
 #   bfloat16 model lose 16 bits. The optimizers of bitsandbytes keep a list of the states that must not be converted, in [optimizer.py](https://github.com/bitsandbytes-foundation/bitsandbytes/blob/main/bitsandbytes/optim/optimizer.py). Our optimizer loads codes and scales without this conversion, and a law compares $k$ steps with $j + (k - j)$.
 # - **Square roots that are off by one bit.** IEEE 754 asks for correctly rounded square roots. Of 100,000 float32 roots that torch computes on this processor,
 #   {=f"{off:.0%}"=} differ in the last bit. That does not matter for training, but it matters for comparing bits. So our torch column takes the root in float64 and rounds it.

@@ -32,8 +32,8 @@ chapter = start("09_vera", steps=30, model="tiny")
 #
 # $$ \Delta W = \Lambda_b\, B\, \Lambda_d\, A, $$
 #
-# with the vectors on the diagonals of $\Lambda_b$ and $\Lambda_d$. $d$ starts at 0.1 and $b$ at zero, so training begins at the base model. There is no $\alpha$, because the trained vectors
-# set the size. The pair is as large as the largest layer needs; a smaller layer uses the upper left corner of each matrix.
+# with the vectors on the diagonals of $\Lambda_b$ and $\Lambda_d$. $b$ starts at zero, so training begins at the base model, and $d$ at a number that is chosen, here 0.1. There is no $\alpha$, because the trained vectors
+# set the size. As in peft, the pair is as large as the largest layer needs, and a smaller layer uses the upper left corner of each matrix.
 #
 # That is $r + \text{out}$ trained numbers a layer. In a layer of 4,096 outputs, a rank of 256 adds 6 % to them.
 #
@@ -235,6 +235,7 @@ chapter.show(
 # The rank grows 64-fold from 4 to 256, the trained parameters only from {=f"{found['VeRA, r = 4'][0]:,}"=} to {=f"{found['VeRA, r = 256'][0]:,}"=}. On a model this narrow that is still no
 # saving: LoRA of rank 1 trains {=f"{found['LoRA, r = 1'][0]:,}"=} and gains {=f"{gains['LoRA, r = 1']:.3f}"=} nats, VeRA of rank 256 {=f"{gains['VeRA, r = 256']:.3f}"=}. One seed does not order two numbers that lie so close. The table above shows where
 # VeRA saves: LoRA's count grows with width *times* rank, VeRA's with width *plus* rank. Note the rates: the best ones of VeRA are {=f"{best['VeRA, r = 4']:g}"=}, {=f"{best['VeRA, r = 64']:g}"=} and {=f"{best['VeRA, r = 256']:g}"=} as the rank grows, that of LoRA of rank 1 is {=f"{best['LoRA, r = 1']:g}"=}.
+# The paper expects one rate for all ranks, because the size of the entries of $BA$ does not depend on $r$ [@kopiczko2023, section 3.3].
 #
 # ## What goes wrong in practice
 #

@@ -38,6 +38,9 @@ chapter = start("10_ia3", steps=40, model="tiny")
 #
 # The side matters. A vector between $W_1$ and $\gamma$ could not be merged into $W_2$, and $l_\mathrm{ff}$ cannot be merged into $W_1$, because $\gamma$ stands between them and
 # $\gamma(l\,x) \ne l\,\gamma(x)$. The vector merges into the linear layer that it touches with nothing in between.
+#
+# In many models, `tiny` among them, the feed-forward layer has a *gate*: $W_2$ reads $\gamma(x W_g^T) \odot x W_1^T$, so no nonlinearity follows $W_1$. There $l_\mathrm{ff}$ may as well scale the output of $W_1$, and merge into
+# its rows, as in [the authors' code](https://github.com/r-three/t-few/blob/master/configs/ia3.json). The numbers are the same.
 
 # %%
 x = torch.linspace(-2, 2, 5)
@@ -45,6 +48,7 @@ silu = torch.nn.functional.silu
 print("silu(3 x):", (silu(3 * x)).numpy().round(2))
 print("3 silu(x):", (3 * silu(x)).numpy().round(2))
 assert not torch.allclose(silu(3 * x), 3 * silu(x))
+assert torch.allclose(silu(x) * (3 * x), 3 * (silu(x) * x))  # behind a gate
 
 # %% [markdown]
 # ## The code
