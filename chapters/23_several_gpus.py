@@ -62,9 +62,9 @@ assert CARD < weights < 2 * CARD
 #
 # $$ m_\text{DDP} = w + a + t, $$
 #
-# $$ m_\text{FSDP} = \frac{w + a}{N} + 2c + \Big(1 - \frac1N\Big) e + t. $$
+# $$ m_\text{FSDP} = \frac{w + a}{N} + 2c + e + t. $$
 #
-# There are two blocks at once because the next one is fetched while one computes. The embeddings and the output layer belong to no block: FSDP2 keeps them whole on every card from the forward pass to the end of the backward pass. The activations $t$ are not divided: each card has a batch of its own.
+# There are two blocks at once because the next one is fetched while one computes. The embeddings and the output layer belong to no block: FSDP2 keeps them whole on every card from the forward pass to the end of the backward pass. What is gathered is a copy: the card keeps its own $N$-th part beside it. The activations $t$ are not divided: each card has a batch of its own.
 #
 # What travels in a step, for each card, with checkpointing off: under DDP the gradients of the adapters, $2(N-1)/N$ times their bytes. Under FSDP the weights as well, those of the blocks once for the forward pass and once for the backward pass, and the embeddings and the output layer once, since they stay:
 #
@@ -146,7 +146,7 @@ assert lost > 0
 # %% [markdown]
 # ## The experiment: 70 billion parameters on cards of 24 GB
 #
-# One sequence of 512 tokens a card, checkpointing: only the input of each block is kept, and one block at a time is computed again. LoRA of rank 16 on all linear layers, in 32 bits with Adam. The count is that of `minipeft memory`, with three things added: the gathered blocks, one decoded weight, and the whole embeddings and output layer. Nothing was measured. A card sold as 24 GB holds 24 GiB, which are {=CARD / 1e9:.1f=} GB.
+# One sequence of 512 tokens a card, checkpointing: only the input of each block is kept, and one block at a time is computed again. LoRA of rank 16 on all linear layers, in 32 bits with Adam. The count is that of `minipeft memory`, in which one decoded weight is contained, with two things added: the gathered blocks, and the whole embeddings and output layer. Nothing was measured. A card sold as 24 GB holds 24 GiB, which are {=CARD / 1e9:.1f=} GB.
 
 # %%
 TOKENS, RANK = (1, 512), Adapter(r=16)
@@ -154,7 +154,7 @@ CHECKPOINTED = Step(checkpointing=True, transient=0)
 
 
 def fullest(bits, tokens=TOKENS):
-    """Return the fullest moment of the passes on one card, by the book's count."""
+    """Return the fullest moment of the passes, by the book's count for one card."""
     use = Precision(weights=bits / 8, gradients=4, activations=2)
     return peak(LLAMA_70B, tokens, RANK, use, CHECKPOINTED)
 
@@ -164,31 +164,33 @@ trained = adapter_parameters(LLAMA_70B, RANK)
 adapters = found.weights - weights + found.gradients + found.optimizer
 assert abs(adapters - trained * (4 + 4 + 8)) < 1e-6 * adapters
 block = linears / LLAMA_70B.layers * BITS / 8
-kept = {
+decoded = 2 * max(m * k for m, k in LLAMA_70B.linears.values())
+assert found.transient > decoded
+own = {
     "activations": found.activations,
-    f"what the {found.moment} needs besides": found.logits + found.transient,
-    "one decoded weight": 2 * max(m * k for m, k in LLAMA_70B.linears.values()),
+    "one decoded weight": decoded,
+    f"what the {found.moment} needs besides": found.logits + found.transient - decoded,
 }
-own = sum(kept.values())
-for name, value in kept.items():
+for name, value in own.items():
     print(f"{name:36s} {value / 1e9:5.2f} GB")
 print(f"{'two gathered blocks':36s} {2 * block / 1e9:5.2f} GB")
 print(f"{'adapters, gradients, Adam':36s} {adapters / 1e9:5.2f} GB, divided by N")
 
 
-def sharded(cards, bits=BITS):
+def sharded(cards, bits=BITS, tokens=TOKENS):
     """Return the bytes that a card needs under FSDP."""
+    at = fullest(bits, tokens)
     held = linears * bits / 8 + 2 * rest + adapters
-    gathered = 2 * linears / LLAMA_70B.layers * bits / 8 if cards > 1 else 0
     # The embeddings and the output layer belong to no block: FSDP2 keeps them whole
-    # from the forward pass to the end of the backward pass.
-    kept = 2 * rest * (1 - 1 / cards)
-    return held / cards + gathered + kept + own
+    # from the forward pass to the end of the backward pass, beside the card's part.
+    gathered = 2 * linears / LLAMA_70B.layers * bits / 8 + 2 * rest
+    copies = gathered if cards > 1 else 0
+    return held / cards + copies + at.activations + at.logits + at.transient
 
 
 def replicated():
     """Return them under DDP, on any number of cards."""
-    return weights + adapters + own
+    return weights + adapters + sum(own.values())
 
 
 half = 2 * LLAMA_70B.parameters
@@ -287,15 +289,12 @@ assert needs[4] < small
 
 
 # %% tags=["solution"]
-def on_two_cards(tokens):
-    """Return what a card needs for one sequence of so many tokens."""
-    at = fullest(BITS, (1, tokens))
-    moved = at.activations + at.logits + at.transient
-    return sharded(2) - own + moved + kept["one decoded weight"]
+def room_for(tokens):
+    """Return whether one sequence of so many tokens fits one of two cards."""
+    return sharded(2, tokens=(1, tokens)) < CARD
 
 
-assert on_two_cards(512) == needs[2]
-longest = max(n for n in range(512, 20_000, 64) if on_two_cards(n) < CARD)
+longest = max(n for n in range(512, 20_000, 64) if room_for(n))
 print(f"about {longest:,} tokens, with nothing left for anything else")
 assert longest > 1024
 

@@ -121,7 +121,7 @@ again(
 )
 
 # %% [markdown]
-# Tables 2 and 3 have smaller models. *Adapter-L* is one bottleneck in each block with a LayerNorm of its own: $L\,(2dr + r + 3d)$. Its r is inferred: we took the whole number whose count agrees, 6 and 224, 8 and 248. So these four lines show only that such a number exists.
+# Tables 2 and 3 have smaller models. *Adapter-L* is one bottleneck in each block with a LayerNorm of its own: $L\,(2dr + r + 3d)$. Its r is inferred: we took the whole number whose count agrees, 6 and 224, 8 and 248. So these four lines show only that such a number exists. For DeBERTa-XXL the paper's table 10 gives $r = 8$, with which LoRA trains 2.4 million; the authors' scripts have $r = 16$, and 4.7 million is the count for that.
 
 # %%
 
@@ -147,9 +147,11 @@ again(
     ],
 )
 assert round(4 * lora(GPT2_M, 4) / 1e6, 2) == 1.57  # the published file has 1.5 MiB
+assert round(4 * lora(GPT2_L, 4) / 2**20, 1) == 2.8  # and that of GPT-2 L 2.3
+assert round(lora(DEBERTA, 8) / 1e6, 1) == 2.4
 
 # %% [markdown]
-# The file that the authors published for GPT-2 M has about 1.5 MiB. That is 393,216 numbers of four bytes, 1.57 million bytes; 350,000 numbers would be 1.40 million. FourierFT's table 1, which has LoRA beside it, prints both 350 K and 393 K for this one shape. Its other LoRA columns:
+# The file that the authors published for GPT-2 M has about 1.5 MiB. That is 393,216 numbers of four bytes, 1.57 million bytes; 350,000 numbers would be 1.40 million. That of GPT-2 L is said to have 2.3 MB, which fits neither the count nor the printed number. FourierFT's table 1, which has LoRA beside it, prints both 350 K and 393 K for this one shape. Its other LoRA columns:
 
 # %%
 again(
@@ -237,8 +239,10 @@ again(
     ],
 )
 
+assert round(4 * vera(LLAMA_7B, 256, everywhere) / 2**20, 1) == 5.4  # printed beside
+
 # %% [markdown]
-# Three lines are file sizes, which the paper calls MB and KB; they agree in powers of two. The count 24,576 is that of RoBERTa-base and of ViT-B, with $r = 256$: it is printed as 24.5 for the first and as 24.6 for the second. For RoBERTa-large with $r = 16$ the formula gives $48\,(1{,}024 + 16) = 49{,}920$.
+# Three lines are file sizes, which the paper calls MB and KB; they agree in powers of two. The count 24,576 is that of RoBERTa-base and of ViT-B, with $r = 256$: it is printed as 24.5 for the first and as 24.6 for the second. The 1.4 million of Llama 7B are printed without a rank: 256 is the power of two that fits them, and the 5.4 MB beside them. For RoBERTa-large with $r = 16$ the formula gives $48\,(1{,}024 + 16) = 49{,}920$.
 #
 # ## DoRA
 #

@@ -493,7 +493,7 @@ chapter.show(figure, "capstone", alt=alt, caption=caption)
 #     --dtype bfloat16 --recompute --length 2048 --data mine.jsonl
 # ```
 #
-# No card and no such weights were at hand here, so **this was not run**: the memory is predicted by the formulas that were within 5 % above, on two much smaller models. Time and loss are not predicted.
+# Neither such weights nor such a card were at hand here, so **this was not run**: the memory is predicted by the formulas that were within 5 % above, on two much smaller models. Time and loss are not predicted.
 
 # %%
 LLAMA_8B = memory.Architecture(32, 4096, 14336, 32, 8, 128256, 128, tied=False)

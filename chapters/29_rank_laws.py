@@ -322,7 +322,7 @@ chapter.show(
 #
 # In brackets: 95 % of the laws that the seeds allow. With three sizes of the base there are two points to fit, so $E$ is set to zero there. The minutes above add up runs that ran side by side on a busy machine; they say nothing about an idle one.
 #
-# In all three the loss falls at every point but for the largest ranks, and a law describes the points that it was fitted to. **But no law predicts its last point within its band.** Over the rank the prediction is {=f"{bought['rank']['off']:.3f}"=} nats too low: from rank 16 on more rank brings almost nothing, and the last point before the end, rank {=RANKS[-2]=}, is a better guess
+# In all three the mean loss falls at every point, and a law describes the points that it was fitted to. **But no law predicts its last point within its band.** Over the rank the prediction is {=f"{bought['rank']['off']:.3f}"=} nats too low: from rank 16 on more rank brings {=f"{mean['LoRA, r = 16'] - mean['LoRA, r = 128']:.3f}"=} in all, and the last point before the end, rank {=RANKS[-2]=}, is a better guess
 # ({=f"{bought['rank']['stay']:.3f}"=} off). Over the data it is {=f"{bought['definitions']['off']:.3f}"=} too high, against {=f"{bought['definitions']['stay']:.3f}"=} for the guess that nothing changes. Over the base it is {=f"{bought['parameters of the base']['off']:.2f}"=} too low, hardly better than that guess ({=f"{bought['parameters of the base']['stay']:.2f}"=}): two points and a floor of zero determine no law. The bands are honest about the seeds
 # and silent about the form. **That losses fall steadily replicates; power laws from so few points did not replicate as predictions.**
 #
@@ -444,7 +444,7 @@ def behind(rows_):
 #
 # *Batches.* With batches of 8 LoRA ends {=results.spread(behind(8))=} nats above full fine-tuning, with batches of 32 {=results.spread(behind(32))=}: the gap grows with every seed, and **the claim replicates**. Both lose by the larger batch, since the same definitions make a quarter of the steps. The best rate of full fine-tuning rises with the batch and that of LoRA does not, so the ratio of the two is {=f"{rates['LoRA, batches of 32'] / rates['full fine-tuning, batches of 32']:.0f}"=} there: "ten times" holds at batches of 8 only.
 #
-# *LoRA+.* At tuned rates it ends {=f"{mean['LoRA+, r = 8'] - mean[USUAL]:.3f}"=} nats above LoRA, less than the seeds of either differ. **No gain replicated** on this narrow model; the argument is about wide ones, and [chapter 20](20_hira_miss.md) found the same with one seed.
+# *LoRA+.* At tuned rates it ends {=f"{mean['LoRA+, r = 8'] - mean[USUAL]:.3f}"=} nats above LoRA, with every seed. **No gain replicated** on this narrow model; the argument is about wide ones, and [chapter 20](20_hira_miss.md) found the same with one seed.
 #
 # ## The claims, checked
 #
@@ -526,7 +526,7 @@ chapter.claim(
 #
 # - **Small models and one pass.** At most {=max(COUNTS)=} definitions, each seen once. Where an adapter sees its data many times, or millions of examples, a low rank may run out of room.
 # - **Three small bases with a short pretraining.** They are {=f"{points[SIZED[0]]['of']:,}"=} to {=f"{points[SIZED[-1]]['of']:,}"=} parameters large, all with the rate that was chosen for `tiny`. Two points determine a law of two numbers exactly, so only the third tests it.
-# - **Three seeds.** Bands from three seeds are about {=f"{1 - (2 / 3) ** 0.5:.0%}"=} too narrow.
+# - **Three seeds.** A bootstrap of three values has a deviation that is {=f"{1 - (2 / 3) ** 0.5:.0%}"=} too small, and 95 % of so few values is less than 95 % of all that there could be: the bands are too narrow.
 # - **Two batch sizes, one ratio of LoRA+, rsLoRA at two ranks.**
 #
 # ## What goes wrong in practice

@@ -42,10 +42,10 @@ ESTIMATES = ("Gaussian", "CLUB", "variational")
 #
 # $$ I(U; V) = \mathbb{E}_{p(u,v)} \log \frac{p(v|u)}{p(v)} , $$
 #
-# is zero if they are independent, and larger the more the one says about the other; in nats, like a loss. Let $x$ be what reaches a layer at one token, $U = Wx$ and $V = s\,BAx$. Neither has any randomness of its own. Where $W$ has as many outputs as inputs or more, $U$ determines $x$ and so $V$, and $I(U; V)$ is *infinite*, whatever the adapter has learned.
-# This is known of all deterministic networks [@goldfeld2019]; the remedy is to add noise of a stated size. We measure $I(U; V + \sigma\varepsilon)$ with Gaussian $\varepsilon$ and two sizes:
+# is zero if they are independent, and larger the more the one says about the other; in nats, like a loss. Let $x$ be what reaches a layer at one token, $U = Wx$ and $V = s\,BAx$. Neither has any randomness of its own. Where $W$ has as many outputs as inputs or more, $U$ determines $x$ and so $V$. If $x$ has a density, $I(U; V)$ is then *infinite*, whatever the adapter has learned.
+# This is known of deterministic networks with continuous inputs [@goldfeld2019]; the remedy is to add noise of a stated size. We measure $I(U; V + \sigma\varepsilon)$ with Gaussian $\varepsilon$ and two sizes:
 #
-# - **of bf16**: $\sigma$ is $2^{-8}$ of the root mean square of $U$. Neighbouring numbers of bf16 lie at most this far apart, relative to their own size, so if the layer's sum is kept in bf16, its rounding errors are at most half as large.
+# - **of bf16**: $\sigma$ is $2^{-8}$ of the root mean square of $U$. Rounding a number to bf16 changes it by at most this share of its size, so $\sigma$ is about what is lost where the layer's sum is kept in bf16.
 # - **a tenth**: $\sigma$ is a tenth of the size of $V$ itself, in the directions that $B$ can reach. The size of the adapter's output then cancels.
 #
 # ## The three estimators
@@ -385,7 +385,7 @@ directions = results.table(rows)
 # The published direction is that the bound falls with the rank and with the size of the base. What the paper finds over the data we have not seen; it takes the bound for a scaling law of data too.
 #
 # - **Rank.** The Gaussian value and the variational bound rise, with every seed and both noises: the claim **did not replicate**. It holds for each direction, which divides a growing number by a faster one.
-# - **Data.** It depends on the noise. With that of bf16 all three rise; measured against the size of $V$ itself, the Gaussian value and the variational bound fall. Training on more data makes $V$ larger, and that alone lifts it out of a fixed noise. With the size of $V$ cancelled, the Gaussian value falls by {=f"{statistics.mean(value(AXES['definitions'][0], 'Gaussian', TENTH)) - statistics.mean(value(AXES['definitions'][-1], 'Gaussian', TENTH)):.1f}"=} nats of {=f"{statistics.mean(value(AXES['definitions'][0], 'Gaussian', TENTH)):.0f}"=}.
+# - **Data.** It depends on the noise. With that of bf16 all three rise; measured against the size of $V$ itself, the Gaussian value and the variational bound fall from the smallest to the largest value, though from {=COUNTS[2]=} to {=COUNTS[3]=} definitions they rise. Training on more data makes $V$ larger, and that alone lifts it out of a fixed noise. With the size of $V$ cancelled, the Gaussian value falls by {=f"{statistics.mean(value(AXES['definitions'][0], 'Gaussian', TENTH)) - statistics.mean(value(AXES['definitions'][-1], 'Gaussian', TENTH)):.1f}"=} nats of {=f"{statistics.mean(value(AXES['definitions'][0], 'Gaussian', TENTH)):.0f}"=}.
 # - **Size of the base.** All rise, with every seed and both noises: **did not replicate**. The bases here were pretrained for {=STEPS=} steps only.
 #
 # CLUB over the rank moves in opposite ways under the two noises, and in the layers where $U$ has lost a part of the input it rises. An average of values that lie thousands of times apart is that of a few layers.
@@ -467,7 +467,7 @@ for estimate in ("Gaussian", "variational"):
 #
 # ## What goes wrong in practice
 #
-# - **Mutual information without noise.** It is infinite here, and an estimator returns a finite number all the same: it depends on the number of samples and on rounding.
+# - **Mutual information without noise.** Of continuous inputs it is infinite here, and an estimator returns a finite number all the same: it depends on the number of samples and on rounding.
 # - **A loose bound read as a value.** CLUB grew to hundreds of thousands of nats where the true value is below {=f"{max(v[-1] for v in [sorted(value(last, 'variational', kind=DETERMINED))]):.0f}"=}.
 # - **No control.** Without the random adapter one would credit training with what any matrix does.
 #
