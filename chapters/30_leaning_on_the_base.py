@@ -286,6 +286,11 @@ tables = {
     kind: results.table([HEAD, *(row(f"r = {r}", kind) for r in RANKS)])
     for kind in (DETERMINED, LOST)
 }
+above = [
+    statistics.mean(value(f"r = {r}", "CLUB", kind=DETERMINED))
+    / statistics.mean(value(f"r = {r}", "Gaussian", kind=DETERMINED))
+    for r in RANKS
+]
 print(results.origin(full))
 
 # %% tags=["fold"]
@@ -328,9 +333,9 @@ chapter.show(
 #
 # {=tables[LOST]=}
 #
-# Every estimate but one rises with the rank: an adapter of more directions has more to tell, and so more about the base. For each direction the values fall (right panel), since the directions that training adds later are weaker.
+# Every estimate but one rises with the rank: an adapter of more directions has more to tell, and so more about the base. For each direction the values fall (right panel), and those of the random adapter too: more directions share one update.
 #
-# Where $U$ determines $V$, the Gaussian value and the variational bound agree, as they must: all that $V$ says about the input it says about $U$. CLUB is larger by a factor of thousands there. It is a valid bound and says little: with so little noise the density $q(v|u)$ is so narrow that a wrong pair is unlikely beyond measure. Where $U$ has lost a part of the input, CLUB lies within a factor
+# Where $U$ determines $V$, the Gaussian value and the variational bound agree, as they must: all that $V$ says about the input it says about $U$. CLUB is {=f"{above[-1]:,.0f}"=} times as large there at rank {=RANKS[-1]=}, and {=f"{above[0]:,.0f}"=} times at rank {=RANKS[0]=}. It is a valid bound and says little: with so little noise the density $q(v|u)$ is so narrow that a wrong pair is unlikely beyond measure. Where $U$ has lost a part of the input, CLUB lies within a factor
 # of {=f"{max(statistics.mean(value(f'r = {r}', 'CLUB', kind=LOST)) / statistics.mean(value(f'r = {r}', 'Gaussian', kind=LOST)) for r in RANKS):.0f}"=} of the Gaussian value, and still above the variational bound, which knows nothing of $U$.
 #
 # The control says how much of this is the adapter's doing. A random adapter of rank {=RANKS[0]=} tells about as much as a trained one. At rank {=RANKS[-1]=} a random one tells *more*, {=f"{statistics.mean(value(last, 'Gaussian', what='control')):.0f}"=} nats a layer against {=f"{ends[last]:.0f}"=}: training has put most of the update into few directions ([chapter 27](27_learns_less.md) counts them).
