@@ -64,7 +64,7 @@ for tokens in (256, 512, 1024, 2048):
 # - A page that was changed, a **dirty** page, is **written back** before it leaves. A clean one is simply dropped.
 # - A page that will be needed soon can be copied in ahead of time, or **prefetched**. Then the device does not wait.
 #
-# Operating systems have done this with the memory of programs since the 1960s. On a GPU, CUDA's managed memory does it in hardware and driver. Our version is a table in Python.
+# Operating systems have done this with the memory of programs since the 1960s. On a GPU, CUDA's managed memory does it in hardware and driver; there a page moves, and no copy stays behind. Our version is a table in Python.
 #
 # ## The code
 #

@@ -3,7 +3,7 @@
 #
 # QLoRA [@dettmers2023] joins the parts of the last chapters: [NF4](02_nf4.md) for the base, [double quantization](03_double_quant.md) for its scales,
 # [LoRA](01_lora.md) for what is trained, [paging](05_paged.md) for the longest batches. Its authors fine-tuned a model of 65 billion parameters on one
-# card with 48 GB. This chapter shows the layer, measures what it keeps in memory, and tests a claim that is often made: that the adapter repairs what
+# card with 48 GB. This chapter shows the layer, measures what it keeps in memory, and tests a claim that the paper suggests and others repeat: that the adapter repairs what
 # quantization has damaged.
 
 # %%

@@ -38,7 +38,7 @@ def quantize(W: Any, codebook: np.ndarray = NF4, blocksize: int = 64) -> Blockwi
         InputError: at the first NaN or infinity; if the array, the codebook or
             `blocksize` is another one.
 
-    Source: QLoRA (arXiv:2305.14314), section 3.
+    Source: QLoRA (arXiv:2305.14314), sections 2 and 3.
     """
     gpu = current()
     log2 = log2_blocksize(blocksize)

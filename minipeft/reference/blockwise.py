@@ -50,7 +50,7 @@ def quantize(W: Values, codebook: Codebook = NF4, blocksize: int = 64) -> Blockw
         InputError: at the first NaN or infinity; if W holds no floats, `blocksize` is
             no power of two, or the codebook no list of 2, 4, 8, 16 … 256 values.
 
-    Source: QLoRA (arXiv:2305.14314), section 3.
+    Source: QLoRA (arXiv:2305.14314), sections 2 and 3.
     """
     check_blocksize(blocksize)
     check_floats("W", W)

@@ -54,7 +54,7 @@ def quantize(W: Values, blocksize: int = 64) -> Blockwise:
         InputError: at the first NaN or infinity; if W holds no floats or `blocksize` is
             no power of two.
 
-    Source: BOF4 (arXiv:2505.06653), sections 3 and 4.
+    Source: BOF4 (arXiv:2505.06653), sections 3.1 and 3.2.
     """
     check_blocksize(blocksize)
     check_floats("W", W)

@@ -56,7 +56,7 @@ def projections(seed: int, r: int, in_features: int, out_features: int) -> Proje
     Raises:
         InputError: if the seed or r is out of range.
 
-    Source: VeRA (arXiv:2310.11454), section 3.2.
+    Source: VeRA (arXiv:2310.11454), sections 3.2 and 3.3.
     """
     check_integer("seed", seed, 0, 2**32 - 1)
     check_integer("in_features", in_features, 1)
@@ -110,7 +110,7 @@ def init(r: int, out_features: int, d_initial: float = 0.1) -> VeRA:
     Raises:
         InputError: if r is below 1, out_features below 0, or `d_initial` not finite.
 
-    Source: VeRA (arXiv:2310.11454), section 3.2.
+    Source: VeRA (arXiv:2310.11454), section 3.3.
     """
     check_integer("r", r, 1)
     check_integer("out_features", out_features, 0)

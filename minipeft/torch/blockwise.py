@@ -57,7 +57,7 @@ def quantize(
     Raises:
         InputError: at the first NaN or infinity; if `blocksize` is no power of two.
 
-    Source: QLoRA (arXiv:2305.14314), section 3.
+    Source: QLoRA (arXiv:2305.14314), sections 2 and 3.
     """
     check_dense(W)
     check_blocksize(blocksize)

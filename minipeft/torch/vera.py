@@ -148,7 +148,7 @@ def projections(
     Raises:
         InputError: if the seed or r is out of range.
 
-    Source: VeRA (arXiv:2310.11454), section 3.2.
+    Source: VeRA (arXiv:2310.11454), sections 3.2 and 3.3.
     """
     check_integer("seed", seed, 0, 2**32 - 1)
     check_integer("r", r, 1)
@@ -171,7 +171,7 @@ def kaiming_uniform(
 def init(pair: Projections, out_features: int, d_initial: float = 0.1) -> VeRA:
     """Start at zero update: every d is `d_initial`, every b is zero.
 
-    Source: VeRA (arXiv:2310.11454), section 3.2.
+    Source: VeRA (arXiv:2310.11454), section 3.3.
     """
     check_kind("the pair", pair, Projections)
     check_integer("out_features", out_features, 0)
