@@ -40,7 +40,7 @@ chapter = start("10_ia3", steps=40, model="tiny")
 # $\gamma(l\,x) \ne l\,\gamma(x)$. The vector merges into the linear layer that it touches with nothing in between.
 #
 # In many models, `tiny` among them, the feed-forward layer has a *gate*: $W_2$ reads $\gamma(x W_g^T) \odot x W_1^T$, so no nonlinearity follows $W_1$. There $l_\mathrm{ff}$ may as well scale the output of $W_1$, and merge into
-# its rows, as in [the authors' code](https://github.com/r-three/t-few/blob/master/configs/ia3.json). The numbers are the same.
+# its rows, as in [the authors' code](https://github.com/r-three/t-few/blob/master/configs/ia3.json). Both ways compute the same.
 
 # %%
 x = torch.linspace(-2, 2, 5)
