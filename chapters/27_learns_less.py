@@ -69,15 +69,14 @@ entries = chapter.task.train
 hundred = min(100, len(entries) // 2)
 tuning_entries, entries = entries[-hundred:], entries[:-hundred]
 RANKS = {"full fine-tuning": None, "r = 1": 1, "r = 8": 8, "r = 64": 64}
-examined = [
-    name
-    for name in layers(base.model, places.linears)
-    if chapter.model == "tiny" or block_of(name) % 15 == 0
-]
+linears = list(layers(base.model, places.linears))
+few = len({block_of(name) for name in linears}) < 8
+examined = [name for name in linears if few or block_of(name) % 15 == 0]
 BEFORE = {
     name: weight_of(layers(base.model, [name])[name]).detach().clone()
     for name in examined
 }
+SMALL = sum(p.numel() for p in base.model.parameters()) < 20e6
 del base
 LONG = {
     "tiny": {
@@ -95,12 +94,12 @@ LONG = {
     "smollm2": {
         "steps": 8,
         "rows": 4,
-        "seeds": [0, 1],
+        "seeds": [0, 1, 2],
         "exponents": {"full fine-tuning": range(-9, -6), "r = 8": range(-7, -4)},
-        "judged": (12, 3),
+        "judged": (16, 4),
     },
 }
-setting = LONG.get(chapter.model, LONG["smollm2"])
+setting = LONG["tiny" if SMALL else "smollm2"]
 
 
 def adapt(r, seed):
@@ -162,25 +161,34 @@ def run(name, rate, seed, steps, use):
 
 # %%
 def sweep(name):
-    """Train at every rate with every seed."""
+    """Train at every rate with every seed, and beyond while an end is the best."""
     use = judges(*setting["judged"])
-    return [
-        [
-            rate,
-            [run(name, rate, seed, setting["steps"], use) for seed in setting["seeds"]],
-        ]
-        for rate in (float(f"{10 ** (k / 2):.1e}") for k in setting["exponents"][name])
-    ]
+    tried, missing = {}, set(setting["exponents"][name])
+    while missing:
+        for k in sorted(missing):
+            rate = float(f"{10 ** (k / 2):.1e}")
+            runs = [
+                run(name, rate, seed, setting["steps"], use)
+                for seed in setting["seeds"]
+            ]
+            tried[k] = rate, runs
+        tuned = {
+            k: sum(one["tuning"] for one in runs) for k, (_, runs) in tried.items()
+        }
+        best = min(tuned, key=tuned.__getitem__)
+        missing = {best - 1, best + 1} - tried.keys()
+    return [list(tried[k]) for k in sorted(tried)]
 
 
 as_in_the_book = chapter.before == task.BEFORE and chapter.targets is None
-COMMITTED = Path(__file__).with_name("results") / f"{chapter.name}.json"
-FULL = COMMITTED if as_in_the_book else chapter.out / "full.json"
+RESULTS = Path(__file__).with_name("results")
+COMMITTED, FULL = RESULTS / f"{chapter.name}.json", results.place(chapter, RESULTS)
 if chapter.full:
     began = time.perf_counter()
     use = judges(*setting["judged"])
     untouched = chapter.load().model
-    partial = chapter.out / "methods.json"  # what an interrupted run goes on from
+    # What an interrupted run goes on from:
+    partial = chapter.out / f"{Path(chapter.model).name}.partial"
     done = json.loads(partial.read_text()) if partial.exists() else {}
     before = {judge: train.loss(untouched, held) for judge, held in use.items()}
     del untouched
@@ -202,26 +210,6 @@ if chapter.full:
 # The long run, at the best rate of each method. A value is the mean over the seeds, ± half the distance between the best and the worst.
 
 # %%
-full = chapter.read_full(FULL if FULL.exists() else COMMITTED)
-METHODS, SEEDS = list(full["methods"]), full["seeds"]
-NAMES = {n: n if n.startswith("full") else f"LoRA, {n}" for n in METHODS}
-sweeps = {name: dict(full["methods"][name]["sweep"]) for name in METHODS}
-
-
-def values(name, rate, what):
-    """A quantity of each seed."""
-    before = full["before"]
-    if what == "gain":
-        return [
-            before["definitions"] - run["definitions"] for run in sweeps[name][rate]
-        ]
-    if what == "forgotten":
-        return [run["novel"] - before["novel"] for run in sweeps[name][rate]]
-    if what == "intruders":
-        return [intruded(run, 0.5) for run in sweeps[name][rate]]
-    return [run[what] for run in sweeps[name][rate]]
-
-
 FIRST = 10  # left singular vectors of a matrix that are examined
 
 
@@ -231,13 +219,60 @@ def intruded(run, threshold):
     return FIRST * spectra.intruders(similar, threshold) / len(similar)
 
 
-rates = {
-    name: chapter.best(
-        f"{NAMES[name]}, {full['steps']} steps",
-        {rate: statistics.mean(values(name, rate, "tuning")) for rate in sweeps[name]},
-    )
-    for name in METHODS
-}
+class LongRun:
+    """The results of `--full`: each method, along its rates, with every seed."""
+
+    def __init__(self, path, label=""):
+        self.full = chapter.read_full(path)
+        self.methods, self.seeds = list(self.full["methods"]), self.full["seeds"]
+        self.names = {
+            n: n if n.startswith("full") else f"LoRA, {n}" for n in self.methods
+        }
+        self.sweeps = {n: dict(self.full["methods"][n]["sweep"]) for n in self.methods}
+        self.rates = {n: self.best(n, label) for n in self.methods}
+
+    def best(self, name, label):
+        """The rate with the lowest loss on the definitions for tuning."""
+        tuned = {r: self.mean(name, r, "tuning") for r in self.sweeps[name]}
+        setting = f"{label}{self.names[name]}, {self.full['steps']} steps"
+        return chapter.best(setting, tuned)
+
+    def values(self, name, rate, what):
+        """A quantity of each seed."""
+        before, runs = self.full["before"], self.sweeps[name][rate]
+        if what == "gain":
+            return [before["definitions"] - run["definitions"] for run in runs]
+        if what == "forgotten":
+            return [run["novel"] - before["novel"] for run in runs]
+        if what == "intruders":
+            return [intruded(run, 0.5) for run in runs]
+        return [run[what] for run in runs]
+
+    def mean(self, name, rate, what):
+        """The mean of a quantity over the seeds."""
+        return statistics.mean(self.values(name, rate, what))
+
+    def line(self, name, seed):
+        """Gain and forgetting of a seed along the rates, while the gain still rises."""
+        points = [(0.0, 0.0)]
+        for rate in self.sweeps[name]:
+            point = [self.values(name, rate, w)[seed] for w in ("gain", "forgotten")]
+            if point[0] <= points[-1][0]:
+                break
+            points.append(tuple(point))
+        return np.array(points).T
+
+    def beside(self, name, rate):
+        """Forgetting at a rate, and that of full fine-tuning with as much gain."""
+        gains, losses = (self.values(name, rate, w) for w in ("gain", "forgotten"))
+        lines = [self.line(self.methods[0], seed) for seed in range(len(gains))]
+        there = [np.interp(g, *line) for g, line in zip(gains, lines, strict=True)]
+        return losses, there, [a - b for a, b in zip(losses, there, strict=True)]
+
+
+long = LongRun(FULL if FULL.exists() else COMMITTED)
+full, sweeps, rates, values = long.full, long.sweeps, long.rates, long.values
+METHODS, SEEDS, NAMES = long.methods, long.seeds, long.names
 mean = {
     (name, what): statistics.mean(values(name, rates[name], what))
     for name in METHODS
@@ -278,29 +313,11 @@ print(results.origin(full))
 
 
 # %%
-def line(name, seed):
-    """Gain and forgetting of a seed along the rates, while the gain still rises."""
-    points = [(0.0, 0.0)]
-    for rate in sweeps[name]:
-        point = [values(name, rate, w)[seed] for w in ("gain", "forgotten")]
-        if point[0] <= points[-1][0]:
-            break
-        points.append(tuple(point))
-    return np.array(points).T
-
-
-def beside(name, rate):
-    """Forgetting at a rate, and that of full fine-tuning with as much gain."""
-    gains, losses = (values(name, rate, w) for w in ("gain", "forgotten"))
-    there = [np.interp(g, *line(METHODS[0], i)) for i, g in enumerate(gains)]
-    return losses, there, [a - b for a, b in zip(losses, there, strict=True)]
-
-
 excess, earlier = {}, {}
 for name in METHODS[1:]:
-    losses, there, excess[name] = beside(name, rates[name])
+    losses, there, excess[name] = long.beside(name, rates[name])
     under = [rate for rate in sweeps[name] if rate < rates[name]]
-    earlier[name] = beside(name, max(under, default=rates[name]))[2]
+    earlier[name] = long.beside(name, max(under, default=rates[name]))[2]
     print(
         f"{NAMES[name]:12s}: loses {results.spread(losses)} of the novel, full "
         f"fine-tuning at that gain {results.spread(there)}"
@@ -314,7 +331,7 @@ figure, ax = plots.axes(
 )
 for color, name in zip(plots.PALETTE, METHODS, strict=False):
     for seed in range(len(SEEDS)):
-        ax.plot(*line(name, seed), ".-", color=color, linewidth=1, markersize=5)
+        ax.plot(*long.line(name, seed), ".-", color=color, linewidth=1, markersize=5)
     gain, forgotten = (values(name, rates[name], w) for w in ("gain", "forgotten"))
     ax.plot(gain, forgotten, "o", color=color, markersize=7, label=NAMES[name])
 ax.set(xlim=(0, None), ylim=(0, None))

@@ -54,7 +54,11 @@ WEIGHTS = {
     name: weight_of(layer).detach()
     for name, layer in layers(base.model, places.linears).items()
 }
-four = [name for name, bits in loftq.plan(WEIGHTS, 3).items() if bits == 4]
+FEW_BITS = chapter.model != "smollm2"  # whose file holds four bits already
+plan = loftq.plan(WEIGHTS, 3) if FEW_BITS else {}
+four = [name for name, bits in plan.items() if bits == 4]
+SMALL = sum(p.numel() for p in base.model.parameters()) < 20e6
+STEPS, ROWS, JUDGED = (30, 8, 50) if SMALL else (15, 2, 16)
 del base
 
 
@@ -87,6 +91,8 @@ STARTS = {
         LoftQConfig(R, ALPHA, NF2, steps=5, codebooks=dict.fromkeys(four, NF4))
     ),
 }
+if not FEW_BITS:
+    STARTS = {name: STARTS[name] for name in ("LoRA", "DoRA", "PiSSA")}
 
 
 def judges(examples):
@@ -103,7 +109,7 @@ def run(name, rate, seed, steps, use):
     model = chapter.load().model
     torch.manual_seed(seed)
     model = STARTS[name](model)
-    batches = text.examples(tokenizer, entries, (8, 64), seed)
+    batches = text.examples(tokenizer, entries, (ROWS, 64), seed)
     before = train.loss(model, use["definitions"])
     config = train.TrainConfig(steps, rate, steps // 10, validate_every=5)
     history = train.train(model, batches, config, use["definitions"], chapter.kept())
@@ -114,7 +120,7 @@ def run(name, rate, seed, steps, use):
 
 
 # %%
-STEPS, SEEDS = 30, [0, 1, 2]
+SEEDS = [0, 1, 2]
 as_in_the_book = chapter.before == task.BEFORE and chapter.targets is None
 
 
@@ -142,11 +148,12 @@ def in_full(name, use):
     }
 
 
-COMMITTED = Path(__file__).with_name("results") / f"{chapter.name}.json"
-PLACE = COMMITTED if as_in_the_book else chapter.out / "full.json"
+RESULTS = Path(__file__).with_name("results")
+COMMITTED, PLACE = RESULTS / f"{chapter.name}.json", results.place(chapter, RESULTS)
 if chapter.full:
-    use = judges(50)
-    partial = chapter.out / "starts.json"  # what an interrupted run goes on from
+    use = judges(JUDGED)
+    # What an interrupted run goes on from:
+    partial = chapter.out / f"{Path(chapter.model).name}.partial"
     done = json.loads(partial.read_text()) if partial.exists() else {}
     for name in STARTS:
         if name not in done:

@@ -4,11 +4,35 @@ import platform
 import statistics
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 from minipeft.lab.chapter import Chapter
 
 LIBRARIES = ("minipeft", "numpy", "torch", "transformers")
+BASES: dict[str, tuple[str, int | None]] = {
+    "tiny": ("", None),
+    "build/glassllm": ("_glassllm", None),
+    "smollm2": ("_smollm2", 16),
+}
+"""The models with committed results: what is added to the name, and `--held-out`."""
+
+
+def place(chapter: Chapter, folder: Path) -> Path:
+    """Return where a long run writes: its committed file, or one beside the figures.
+
+    A model of `BASES` with the chapter's data, layers and dtype has a committed file.
+
+    Args:
+        chapter: from `start`.
+        folder: of the committed results.
+    """
+    added, held_out = BASES.get(chapter.model, ("", None))
+    given = (chapter.data, chapter.targets, chapter.length, chapter.dtype)
+    as_committed = (*given, chapter.held_out) == (None, None, None, "float32", held_out)
+    if chapter.model in BASES and as_committed:
+        return folder / f"{chapter.name}{added}.json"
+    return chapter.out / "full.json"
 
 
 def record(
@@ -23,6 +47,7 @@ def record(
         values: what was measured.
     """
     model = "" if chapter.model in ("", "tiny") else f" --model {chapter.model}"
+    model += f" --held-out {chapter.held_out}" if chapter.held_out else ""
     versions = {"python": platform.python_version()}
     return {
         "command": f"python chapters/{chapter.name}.py{model} --full",

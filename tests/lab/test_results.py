@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from minipeft.lab.results import BASES
+
 CHAPTERS = Path(__file__).parents[2] / "chapters"
 FILES = sorted((CHAPTERS / "results").glob("*.json"))
 SIDE_BY_SIDE = CHAPTERS / "results" / "17_side_by_side.json"
@@ -46,8 +48,16 @@ def entrants():
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
 def test_results_say_how_they_were_made(path):
     result = json.loads(path.read_text())
-    assert result["command"] == f"python chapters/{path.stem}.py --full"
-    assert "chapter.full" in (CHAPTERS / f"{path.stem}.py").read_text()
+    (chapter,) = (c for c in CHAPTERS.glob("*.py") if path.stem.startswith(c.stem))
+    added = path.stem.removeprefix(chapter.stem)
+    ((model, held_out),) = (
+        (model, count) for model, (name, count) in BASES.items() if name == added
+    )
+    options = f" --model {model}" if added else ""
+    options += f" --held-out {held_out}" if held_out else ""
+    assert result["command"] == f"python chapters/{chapter.name}{options} --full"
+    assert result.get("model", model) == model or not added
+    assert "chapter.full" in chapter.read_text()
     assert {"minipeft", "python", "torch"} <= result["versions"].keys()
     assert result["seconds"] > 0
     assert len(set(result["seeds"])) == len(result["seeds"]) > 0

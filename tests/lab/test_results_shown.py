@@ -4,6 +4,7 @@ import sys
 
 import pytest
 
+from minipeft.lab import chapter as chapters
 from minipeft.lab import results
 from minipeft.lab.chapter import start
 
@@ -30,6 +31,44 @@ def test_a_model_that_is_not_the_default_is_named_in_the_command(chapter):
     object.__setattr__(chapter, "model", "smollm2")
     made = results.record(chapter, (0,), 1.0, {})
     assert made["command"].endswith("27_learns_less.py --model smollm2 --full")
+
+
+def test_what_else_was_chosen_is_named_in_the_command(chapter):
+    object.__setattr__(chapter, "held_out", 16)
+    made = results.record(chapter, (0,), 1.0, {})
+    assert made["command"].endswith("27_learns_less.py --held-out 16 --full")
+
+
+@pytest.mark.parametrize(
+    ("options", "name"),
+    [
+        ([], "chapters/27_learns_less.json"),
+        (["--model", "build/glassllm"], "chapters/27_learns_less_glassllm.json"),
+        (
+            ["--model", "smollm2", "--held-out", "16"],
+            "chapters/27_learns_less_smollm2.json",
+        ),
+        (["--model", "smollm2"], "own/full.json"),
+        (["--held-out", "16"], "own/full.json"),
+        (["--model", "build/other"], "own/full.json"),
+        (["--model", "build/tiny"], "own/full.json"),
+        (["--dtype", "bfloat16"], "own/full.json"),
+        (["--targets", "q_proj"], "own/full.json"),
+        (["--length", "32"], "own/full.json"),
+        (["--data", "mine.jsonl"], "own/full.json"),
+    ],
+)
+def test_only_the_run_that_a_file_describes_overwrites_it(
+    options, name, monkeypatch, tmp_path
+):
+    """Another model, dtype, target or data: the result goes beside the figures."""
+    monkeypatch.setattr(sys, "excepthook", sys.excepthook)
+    monkeypatch.setattr(chapters, "check_name", lambda *_: None)
+    monkeypatch.setattr(chapters, "fetch", lambda *_: None)
+    arguments = ["--full", "--out", str(tmp_path / "own"), *options]
+    chapter = start("27_learns_less", steps=3, model="tiny", arguments=arguments)
+    place = results.place(chapter, tmp_path / "chapters")
+    assert place == tmp_path / name
 
 
 def test_the_spread_is_half_the_distance_of_the_ends():

@@ -134,26 +134,34 @@ def moments(model, optimizer):
     return [full(s[k]).clone() for s in states for k in ("exp_avg", "exp_avg_sq")]
 
 
+def together(model, bare, step):
+    """Return the losses of all rows at a step, and the gradients, unsharded."""
+    rank, world = distributed.get_rank(), distributed.get_world_size()
+    bare.zero_grad()
+    own = losses(model, step, range(rank, ROWS, world), world)
+    every = [torch.empty_like(own) for _ in range(world)]
+    distributed.all_gather(every, own)
+    gradients = [full(p.grad).clone() for p in trainable_parameters(bare)]
+    return torch.stack(every, dim=1).flatten(), gradients
+
+
 def case(folder, way, bits):
     """Compute gradients, train, save; continue from a checkpoint of one process."""
     rank, world = distributed.get_rank(), distributed.get_world_size()
-    rows = range(rank, ROWS, world)
     bare = network(bits)
     model = shard(bare) if way == "shard" else replicate(bare)
     found = {"local": sum(_local(p).nbytes for p in bare.parameters())}
-    own = losses(model, 0, rows, world)
-    every = [torch.empty_like(own) for _ in range(world)]
-    distributed.all_gather(every, own)
-    found["losses"] = torch.stack(every, dim=1).flatten()
-    found["gradients"] = [full(p.grad).clone() for p in trainable_parameters(bare)]
+    found["first pass"] = together(model, bare, 0)
     optimizer = adamw(bare)
-    train(model, optimizer, range(STEPS), rows, world)
+    train(model, optimizer, range(STEPS), range(rank, ROWS, world), world)
     save(folder / f"two-{way}-{bits}", bare, optimizer, STEPS)
     found["trained"] = {k: v.clone() for k, v in gathered(bare).items()}
     found["moments"] = moments(bare, optimizer)
+    found["next pass"] = together(model, bare, STEPS)
     found["step"] = resume(folder / f"one-{bits}", bare, optimizer)
     found["resumed"] = gathered(bare)
     found["resumed moments"] = moments(bare, optimizer)
+    found["resumed pass"] = together(model, bare, found["step"])
     if rank == 0:
         torch.save(found, folder / f"found-{way}-{bits}.pt")
 
