@@ -93,7 +93,7 @@ LONG = {
     },
     "smollm2": {
         "steps": 8,
-        "rows": 4,
+        "rows": 2,
         "seeds": [0, 1, 2],
         "exponents": {"full fine-tuning": range(-9, -6), "r = 8": range(-7, -4)},
         "judged": (16, 4),
