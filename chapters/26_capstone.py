@@ -61,7 +61,7 @@ chapter = start("26_capstone", steps=60, model="tiny", more=recipe.add_options)
 committing = chapter.full and chapter.usual  # --full, and no other setting
 if committing:
     models.fetch("smollm2")
-    chapter = replace(chapter, model="smollm2", steps=30, held_out=16, usual=False)
+    chapter = replace(chapter, model="smollm2", steps=30, usual=False)
 use = recipe.recipe(chapter.own)
 
 # %% [markdown]
@@ -214,10 +214,10 @@ for prompt, first, then in zip(prompts, written_before, written_after, strict=Tr
 SMALL = sum(p.numel() for p in model.parameters()) < 20e6  # what a second copy may be
 
 
-def second(seed=0):
+def second():
     """The base, read again, with a fresh adapter."""
     again = chapter.load(use.quantize)
-    return use.prepared(again.model, places, seed)
+    return use.prepared(again.model, places)
 
 
 if SMALL and halfway.exists():
@@ -413,15 +413,6 @@ for line in handover.described(folder, use.method):
 
 # %%
 COMMITTED = Path(__file__).with_name("results") / f"{chapter.name}.json"
-SEEDS = [0, 1, 2] if committing else [0]
-
-
-def validations(seed):
-    """The held-out losses of the same training, with another seed of everything."""
-    others = lesson.training(tokenizer, use.batch, seed)
-    return train.train(second(seed), others, settings, held_out).validation
-
-
 if chapter.full:
     libraries = ("minipeft", "torch", "transformers")
     alone = f"python chapters/{chapter.name}.py --full"
@@ -431,7 +422,7 @@ if chapter.full:
         "versions": {"python": platform.python_version()}
         | {library: version(library) for library in libraries},
         "seconds": history.seconds,
-        "seeds": SEEDS,
+        "seeds": [0],
         "steps": chapter.steps,
         "batch": [use.batch, use.accumulate, lesson.length],
         "method": [use.method, use.rank, settings.lr],
@@ -439,7 +430,6 @@ if chapter.full:
         "held_out": len(lesson.validation),
         "before": before,
         "validation": history.validation,
-        "others": [validations(seed) for seed in SEEDS[1:]],
         "losses": history.losses,
         "peak": history.peak,
         "longest": [shape, expected and expected.total],
