@@ -10,6 +10,7 @@ before every function. The checker accepts int for float.
 """
 
 import functools
+import threading
 import types
 from collections.abc import Callable
 from inspect import Parameter, isfunction, signature
@@ -36,6 +37,8 @@ LIBRARIES = ("numpy", "torch")
 REMEMBERED = 4096  # remembered calls of one function
 LONGEST = 32  # longer containers are checked each time
 DEEPEST = 3  # and so are containers in so many others
+# Types whose values are all alike; by whether the annotations tell texts apart.
+PLAIN: dict[bool, set[type]] = {False: set(), True: set()}
 
 
 class UnlikeError(Exception):
@@ -68,6 +71,7 @@ def likeness(value: Any, literal: bool = True, depth: int = 0) -> Any:
     kind = type(value)
     what = looked_at(kind)
     if what == "type" or (what == "literal" and not literal):
+        PLAIN[literal].add(kind)
         return kind
     if what == "shape":
         return kind, value.dtype, value.shape
@@ -76,13 +80,19 @@ def likeness(value: Any, literal: bool = True, depth: int = 0) -> Any:
     if what == "all" or len(value) > LONGEST or depth > DEEPEST:
         raise UnlikeError
     items = value.items() if isinstance(value, dict) else value
-    return kind, *[likeness(item, literal, depth + 1) for item in items]
+    plain = PLAIN[literal]  # most values, without a call for each
+    return kind, *[
+        type(item) if type(item) in plain else likeness(item, literal, depth + 1)
+        for item in items
+    ]
 
 
-def alike(literal: bool, *values: Any) -> Any:
+def alike(literal: bool, values: Any, named: Any = None) -> Any:
     """Return the likeness of all values, or None if one has none."""
     try:
         found = likeness(values, literal)
+        if named:
+            found = found, likeness(named, literal)
         hash(found)
     except Exception:  # also errors of a property
         return None
@@ -111,17 +121,24 @@ def has_literals(function: Callable[..., Any]) -> bool:
     return tells_values_apart([*hints.values()])
 
 
-def replaying(function: Callable[..., Any], results: list[Any]) -> Callable[..., Any]:
-    """Return a function with the same annotations that returns the last result."""
+class Running(threading.local):
+    """The functions that stand-ins call next, of each thread."""
 
-    def replay(*args: Any, **kwargs: Any) -> Any:
-        return results.pop()
+    def __init__(self) -> None:
+        self.next: list[Callable[..., Any]] = []
+
+
+def stand_in(function: Callable[..., Any], running: Running) -> Callable[..., Any]:
+    """Return a function with the same annotations that calls the next of `running`."""
+
+    def called(*args: Any, **kwargs: Any) -> Any:
+        return running.next.pop()(*args, **kwargs)
 
     within = function.__globals__  # annotations in strings are resolved here
-    again = types.FunctionType(
-        replay.__code__, within, function.__name__, None, replay.__closure__
+    other = types.FunctionType(
+        called.__code__, within, function.__name__, None, called.__closure__
     )
-    return functools.update_wrapper(again, function)
+    return functools.update_wrapper(other, function)
 
 
 class Judged:
@@ -131,24 +148,29 @@ class Judged:
     """
 
     def __init__(self) -> None:
-        self.passed: dict[Any, set[Any]] = {}
-        self.refused: dict[Any, str] = {}
+        self.known: dict[Any, set[Any] | str] = {}
 
     def results(self, call: Any) -> set[Any] | None:
         """Return the likenesses of the call's results, or refuse it as before."""
-        if call in self.refused:
-            raise jaxtyping.TypeCheckError(self.refused[call])
-        return self.passed.get(call)
+        known = self.known.get(call)
+        if isinstance(known, str):
+            raise jaxtyping.TypeCheckError(known)
+        return known
 
     def passes(self, call: Any, result: Any) -> None:
         if None not in (call, result):
-            if len(self.passed) == REMEMBERED:
-                self.passed.clear()
-            self.passed.setdefault(call, set()).add(result)
+            known = self._remembered(call, set())
+            assert isinstance(known, set)
+            known.add(result)
 
     def refuses(self, call: Any, error: Exception) -> None:
-        if call is not None and own(error) and len(self.refused) < REMEMBERED:
-            self.refused[call] = str(error)
+        if call is not None and own(error):
+            self._remembered(call, str(error))
+
+    def _remembered(self, call: Any, verdict: set[Any] | str) -> set[Any] | str:
+        if len(self.known) == REMEMBERED and call not in self.known:
+            self.known.clear()
+        return self.known.setdefault(call, verdict)
 
 
 def own(error: Exception) -> bool:
@@ -162,38 +184,83 @@ def own(error: Exception) -> bool:
     return mine and str(error).startswith("Type-check error whilst checking the param")
 
 
+class Checker:
+    """The checks of a function and of all functions that one `def` makes.
+
+    The library takes a millisecond to write the checks, so a function inside another is
+    not given new ones each time that the other runs.
+    """
+
+    def __init__(self, function: Callable[..., Any], typechecker: Any) -> None:
+        self.running = Running()
+        self.judged = Judged()
+        parameters = signature(function).parameters.values()
+        free = {p.name for p in parameters if p.annotation is Parameter.empty}
+        self.first = int(next((p.name in free for p in parameters), False))  # `self`
+        self._of = stand_in(function, self.running), typechecker
+
+    @functools.cached_property
+    def literal(self) -> bool:
+        return has_literals(self._of[0])
+
+    @functools.cached_property
+    def _strict(self) -> Callable[..., Any]:  # many functions are never called
+        function, typechecker = self._of
+        return jaxtyped(function, typechecker=typechecker)
+
+    def call(self, function: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        """Call the function between the library's checks of parameters and result."""
+        waiting = self.running.next
+        before = len(waiting)
+        waiting.append(function)
+        try:
+            return self._strict(*args, **kwargs)
+        finally:
+            del waiting[before:]  # refused before the call
+
+
+@functools.cache
+def _checker(code: Any, typechecker: Any, *told: Any) -> list[Checker]:
+    return []
+
+
+def checker_of(function: Callable[..., Any], typechecker: Any) -> Checker:
+    """Return the checker of all functions with this code, annotations and defaults."""
+    told = (*function.__annotations__.items(), function.__defaults__)
+    more = (function.__kwdefaults__ or {}).items()
+    try:
+        known = _checker(function.__code__, typechecker, *told, *more)
+    except TypeError:  # an annotation or a default has no hash
+        known = []
+    if not known:
+        known.append(Checker(function, typechecker))
+    return known[0]
+
+
 def once(function: Callable[..., Any], typechecker: Any) -> Callable[..., Any]:
     """Return the function with checks that skip calls like one that was checked."""
-    results: list[Any] = []
-
-    @functools.cache  # many functions are imported but never called
-    def strict(again: bool = False) -> Callable[..., Any]:
-        what = replaying(function, results) if again else function
-        return jaxtyped(what, typechecker=typechecker)
-
-    parameters = signature(function).parameters.values()
-    free = {p.name for p in parameters if p.annotation is Parameter.empty}
-    first = int(next((p.name in free for p in parameters), False))  # often `self`
-    literal = functools.cache(functools.partial(has_literals, function))
-    judged = Judged()
+    checker = checker_of(function, typechecker)
+    judged, first = checker.judged, checker.first
 
     @functools.wraps(function)
     def checked(*args: Any, **kwargs: Any) -> Any:
         if jaxtyping.config.jaxtyping_disable:
             return function(*args, **kwargs)
-        call = alike(literal(), args[first:], kwargs)
+        call = alike(checker.literal, args[first:], kwargs)
         known = judged.results(call)
         try:
-            result = (function if known else strict())(*args, **kwargs)
+            if known:
+                result = function(*args, **kwargs)
+            else:
+                result = checker.call(function, args, kwargs)
         except jaxtyping.TypeCheckError as error:
             judged.refuses(call, error)
             raise
-        like = alike(literal(), result)
+        like = alike(checker.literal, result)
         if known and like in known:
             return result
         if known:
-            results.append(result)
-            strict(again=True)(*args, **kwargs)
+            checker.call(lambda *_, **__: result, args, kwargs)
         judged.passes(call, like)
         return result
 
