@@ -297,12 +297,16 @@ def _stream(device: torch.device) -> int:
     return stream
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 @cache
 def _compiler_is_here() -> bool:
     if reason := compiler.missing():
         warnings.warn(f"torch's own operations run on the GPU: {reason}", stacklevel=2)
     return reason is None
+
+
+# `torch.compiler.assume_constant_result` does this, and imports torch's own compiler
+# first, which takes longer than importing the rest of this package.
+_compiler_is_here._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _dynamic_map(device: torch.device) -> Tensor:

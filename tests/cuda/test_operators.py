@@ -503,3 +503,10 @@ def test_no_graph_captures_a_step_of_the_optimizer(monkeypatch):
     monkeypatch.setattr(adamw, "refuse_capture", seen.append)
     adamw.AdamW([torch.nn.Parameter(torch.ones(3))]).step()
     assert seen == [{torch.device("cpu")}]
+
+
+def test_whether_a_compiler_is_here_is_marked_as_torch_marks_a_constant():
+    @torch.compiler.assume_constant_result
+    def marked(): ...
+
+    assert vars(marked).items() <= vars(launches._compiler_is_here).items()

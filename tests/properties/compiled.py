@@ -48,6 +48,11 @@ def same(q, p):
     return torch.equal(q.packed, p.packed) and torch.equal(q.absmax, p.absmax)
 
 
+def the_compiler_is_not_imported_before_it_is_used():
+    """It takes longer to import than all of the package."""
+    assert "torch._dynamo" not in sys.modules
+
+
 def quantize_nf4():
     W, run = weights(), compiled(blockwise.quantize)
     assert same(run(W), blockwise.quantize(W))
@@ -210,6 +215,7 @@ def dora_on_layers_in_a_row():
 
 
 CHECKS: list[Callable[[], None]] = [
+    the_compiler_is_not_imported_before_it_is_used,
     quantize_nf4,
     quantize_fp4_from_bfloat16,
     quantize_three_bits,
