@@ -493,8 +493,8 @@ if not NO_NVRTC:
 # | registers, spills, machine code | `sm_75` to `sm_100` | counted | no |
 # | torch's operators that launch them | with NVRTC 13.5 | on a pretended device, whose kernels are the CPU's | the vectors, on an H200 |
 # | the chapters, with `--device cuda` | | on a pretended device that refuses mixed tensors: `make devices` | on an H200; which ones passed is in chapter 18 |
-# | CuPy's column, streams, pages | | on stand-ins for arrays and for the driver | the vectors and pages, on an H200 |
-# | CUDA graphs, real streams | | nothing | no |
+# | CuPy's column, streams, pages | | on stand-ins for arrays and for the driver | the vectors, pages and streams, on an H200 |
+# | CUDA graphs | | nothing | no |
 # | any timing | | instruction counts and bounds only | one run, in chapter 18 |
 #
 # How to find out is one command on a machine that has a GPU: `make gpu` runs the tests, the vectors and the sanitizers on it, checks and times every kernel (`minipeft gpu-report`), runs every chapter there, and writes a folder of results; without a GPU it says so.
