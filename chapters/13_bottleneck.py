@@ -223,11 +223,11 @@ except InputError as error:
 # %% [markdown]
 # ## What goes wrong in practice
 #
-# - **The scaling stands in two places.** He et al. scale the parallel adapter by 4 and leave the serial one unscaled. A library that applies its scale before the up projection's bias,
-#   or not to it, trains as well, and gives wrong outputs with weights from another library.
+# - **What the scaling covers.** He et al. scale the parallel adapter by 4 for summaries and translation (by 2 in their script for classification), and leave the serial one unscaled. Here the scaling covers the bias of the up projection too.
+#   A library that leaves this bias unscaled trains as well, and gives wrong outputs with weights from another library.
 # - **A start that is not the base model.** If the up projection starts random as well, every block adds noise in the first step. It must be zero or very small; Houlsby and others draw it with a deviation of $10^{-2}$.
 # - **Which input does a parallel adapter read?** BART and RoBERTa normalize *behind* a sublayer, so that adapter and sublayer read the same $x$. In a Llama the norm stands in
-#   *front*, as in mBART, the third model of He et al. Ours reads what the module reads, the normalized $x$. In [their program](https://github.com/jxhe/unify-parameter-efficient-tuning) the option `hi_lnbefore` has chosen between that and the $x$ before the norm.
+#   *front*, as in mBART, the third model of He et al. Ours reads what the module reads, the normalized $x$. In [their program](https://github.com/jxhe/unify-parameter-efficient-tuning) the parallel adapter of mBART reads the $x$ before the norm; earlier versions had an option for either, `hi_lnbefore`.
 # - **"It has few parameters, so it is fast."** Parameters are not latency. Measure it.
 #
 # ## Exercises

@@ -24,7 +24,7 @@ chapter = start("14_prefix", steps=40, model="tiny")
 # ## The problem
 #
 # Most methods so far change what a weight computes. Merged, such an adapter serves one task. Unmerged, it can serve another task in each row of a batch, but then every layer must pick the adapter of
-# each row ([our kernels](18_gpu_four_bits.md) for this are `shrink` and `expand`). Keys and values belong to a row of the batch anyhow: each request brings its own. So if a task lives in keys and values, one frozen model serves many tasks at
+# each row ([chapter 22](22_many_adapters.md) does this). Keys and values belong to a row of the batch anyhow: each request brings its own. So if a task lives in keys and values, one frozen model serves many tasks at
 # once, and no layer changes.
 #
 # ## The formula
@@ -300,7 +300,7 @@ for name, seconds in cost.items():
 #
 # - **The mask.** The prefix must be visible to every query. A causal mask that is aligned at the wrong end leaves out the prefix, or lets in tokens of the future. Here the mask is the text's own, and ones stand before it.
 # - **Positions.** With rotary embeddings the cached keys are already turned. The text begins at position $n$. If it begins at 0, its distance to every virtual token is wrong.
-# - **Gradient checkpointing switches the cache off**, and with it the prefix. transformers only writes this to its log: the run goes on and trains nothing. Here it is an error.
+# - **Gradient checkpointing switches the cache off**, and with it the prefix. transformers 5.23 says so in its log only, and then stops at a mask that is too long, an error that does not name the cause. Here the error names it.
 # - **A random start.** From $N(0, 1)$ the model above lost {=f"{lost:.2f}"=} nats before training, and from random numbers of the size of real keys and values {=f"{matched - without:.2f}"=}. From real text it lost {=f"{tuned['from text'].before - without:.3f}"=}.
 # - **The network was saved, or not dropped.** What is worth keeping are its outputs: peft folds it in when it saves, so a loaded prefix cannot be trained on through the network.
 #

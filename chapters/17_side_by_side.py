@@ -412,7 +412,7 @@ chapter.show(
 # Two groups, and a slope within each. The methods with tens of thousands of numbers or more end between {=f"{min(learned[n] for n in MANY):.2f}"=} and {=f"{max(learned[n] for n in MANY):.2f}"=}, those with two to twelve thousand between {=f"{min(learned[n] for n in FEW):.2f}"=} and {=f"{max(learned[n] for n in FEW):.2f}"=}, from {=f"{before['validation']:.2f}"=} before.
 #
 # - **The variant matters little.** LoRA and DoRA differ by {=f"{abs(learned['LoRA'] - learned['DoRA']):.3f}"=} nats, the best and the worst seed of LoRA by {=f"{2 * spread('LoRA', 'validation'):.3f}"=}. All relatives of
-#   rank 8, on four bits or not, lie within {=f"{apart:.1%}"=} of each other: here, too, less than 2 %.
+#   rank 8, on four bits or not, lie within {=f"{apart:.1%}"=} of each other, less than 2 % here too, though of a loss, while Lee and others compare scores of tasks.
 # - **The size matters more.** rsLoRA is LoRA with another scaling, which a tuned rate makes up for, and with four times the rank. It ends
 #   {=f"{learned['LoRA'] - learned['rsLoRA']:.3f}"=} nats below LoRA. A control is missing here: no run has LoRA's own scaling at rank 32. Two other chapters have it at ranks 8 and 64: in [chapter 7](07_rslora.md) a larger rate gains what the scaling gains, and in [chapter 27](27_learns_less.md) rank 64 gains more than rank 8, with LoRA's own scaling.
 # - **Training everything gains more.** Full fine-tuning trains {=f"{trained['full fine-tuning'] / trained['LoRA']:.0f}"=} times as many numbers as LoRA and ends {=f"{learned['LoRA'] - learned['full fine-tuning']:.3f}"=} nats lower at its chosen rate, and {=f"{learned['LoRA'] - gentle['validation']:.3f}"=} lower at the rate below, which the sweep could not tell from it (one seed).
@@ -582,7 +582,7 @@ if as_in_the_book:
 # - **A short run.** {=full["steps"]=} steps do not show who would win in the end. A method with few parameters may need more of them: prompt tuning takes tens of thousands in its paper [@lester2021].
 # - **One dataset, one base.** The task is to change manner, which needs little new knowledge. That may favour small adapters; nothing here tests it.
 # - **One size each.** A prefix of 100 tokens or a bottleneck of 64 would give other numbers.
-# - **32 bits on a CPU.** Times are those of this machine. QLoRA's step pays here for decoding each weight twice, without the memory traffic that it saves on a GPU.
+# - **32 bits on a CPU.** Times are those of this machine. QLoRA's step pays for decoding each weight twice, in the forward and in the backward pass, here as on a GPU ([chapter 18](18_gpu_four_bits.md)).
 #
 # ## What goes wrong in practice
 #

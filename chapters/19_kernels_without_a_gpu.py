@@ -310,7 +310,7 @@ print(
 assert 0.5 < np.mean(once == twice) < 0.9
 
 # %% [markdown]
-# No compiler for a CPU would have shown that. This is why the kernels here write `__fmul_rn` and `__fadd_rn` wherever the reference rounds. And it is why the fourth check does not stop at reading: the tests *run* NVRTC's PTX, in an interpreter written in NumPy. Every register is an array with an entry for each thread, every
+# The runs with g++ cannot show that, because g++ is told not to fuse. This is why the kernels here write `__fmul_rn` and `__fadd_rn` wherever the reference rounds. And it is why the fourth check does not stop at reading: the tests *run* NVRTC's PTX, in an interpreter written in NumPy. Every register is an array with an entry for each thread, every
 # address is checked against its buffer, and what is undefined is refused:
 
 # %%
@@ -473,7 +473,7 @@ if not NO_NVRTC:
 # %% [markdown]
 # ## What these checks cannot show
 #
-# Plainly: these checks run no kernel on a GPU. One run on an H200 came after them, on 26 November 2026, and found every byte that they had promised: [chapter 18](18_gpu_four_bits.md) shows it. What the five checks say about a GPU, and what they do not:
+# Plainly: these checks run no kernel on a GPU. One run on an H200 came after them, on 26 November 2026. It was not complete; in all that it compared, every byte was the one that these checks had promised. [Chapter 18](18_gpu_four_bits.md) shows what passed and what failed. What the five checks say about a GPU, and what they do not:
 #
 # - **Speed.** Nothing here takes the time that it takes there. Counts of registers and of wide loads are hints. The rooflines of the [last chapter](18_gpu_four_bits.md) are upper bounds of the speed.
 # - **Approximate maths.** `__expf`, `rsqrtf` and their like are hardware; no CPU has their bits. The kernels here use none, and a test looks for them in the PTX.
@@ -502,7 +502,7 @@ if not NO_NVRTC:
 # ## What goes wrong in practice
 #
 # - **It works on this GPU.** bitsandbytes' quantile estimation lacked a barrier. It was found when the same kernel gave wrong results on AMD's cards ([1061](https://github.com/bitsandbytes-foundation/bitsandbytes/pull/1061)). In flashinfer somebody
-#   [took barriers out](https://github.com/flashinfer-ai/flashinfer/issues/614) and saw no wrong value: the sanitizer did.
+#   [took barriers out](https://github.com/flashinfer-ai/flashinfer/issues/614) and saw no wrong value; the race checker reported the race all the same.
 # - **The compiler hides it.** A benchmark's race was [invisible to the GPU's race checker](https://github.com/ORNL/HeCBench/issues/254), because the optimizer had moved the read to the other side of a later barrier. Another kernel was right with `-O3` and
 #   [wrong with debugging on](https://github.com/proteneer/timemachine/issues/344).
 # - **A barrier in a branch.** llama.cpp mended a race with a barrier that [only some of the warps reached](https://github.com/ggml-org/llama.cpp/pull/13469): warps then waited for each other at different places, and long contexts came out wrong.

@@ -42,7 +42,8 @@ chapter = start("20_hira_miss", steps=24, model="tiny")
 #
 # $$ \Delta W_{oi} = D_{i \bmod r,\,o}, \qquad x\,\Delta W^T = \mathrm{fold}(x)\,D, \qquad \mathrm{fold}(x)_j = \sum_{i \bmod r = j} x_i. $$
 #
-# If $r$ does not divide the number of inputs, the last shard is short and uses the first rows of $D$. There is no random matrix and no scaling, and the start is $D = 0$. It is LoRA with $B = D^T$ and a frozen $A$ of zeros and ones.
+# If $r$ does not divide the number of inputs, the last shard is short and uses the first rows of $D$. There is no random matrix and no scaling, and the start is $D = 0$. It is LoRA with $B = D^T$ and a frozen $A$ of zeros and ones. The paper calls this form MiSS$^e$, for "efficient" [@kang2024, section 4.2], and peft has this one. In the first form of the paper (section 4.1) the outputs are cut into shards, and the rows of a shard
+# are equal.
 #
 # ## The code
 #

@@ -142,7 +142,7 @@ def beside(
 ) -> Stream:
     """Run a block with one parallel adapter, beside feed-forward.
 
-    Source: He et al. (arXiv:2110.04366), section 4.
+    Source: He et al. (arXiv:2110.04366), section 3.3.
     """
     attention, feedforward = _check_block(x, sublayers)
     x = _add(x, attention(x))

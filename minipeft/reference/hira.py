@@ -39,7 +39,7 @@ def init(
     Raises:
         InputError: if r or the scaling is out of range.
 
-    Source: HiRA (ICLR 2025, openreview TwJrTz9cRS), section 3.2.
+    Source: HiRA (ICLR 2025, openreview TwJrTz9cRS), section 4.3.
     """
     check_number("scaling", scaling)
     new = lora.init(rng, in_features, out_features, r, alpha=r)

@@ -42,7 +42,7 @@ def init(in_features: int, out_features: int, r: int) -> MiSS:
     Raises:
         InputError: if r is out of range.
 
-    Source: MiSS (arXiv:2409.15371), section 3.
+    Source: MiSS (arXiv:2409.15371), section 4.2.
     """
     check_integer("in_features", in_features, 1)
     check_integer("out_features", out_features, 0)
@@ -58,7 +58,7 @@ def delta(adapter: MiSS, in_features: int) -> Weight:
     Raises:
         InputError: if D is no matrix, or empty.
 
-    Source: MiSS (arXiv:2409.15371), section 3.
+    Source: MiSS (arXiv:2409.15371), section 4.2.
     """
     _check_parts(adapter, {})
     check_integer("in_features", in_features, 0)

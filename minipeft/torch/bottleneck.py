@@ -193,7 +193,7 @@ class Parallel(nn.Module):
     The adapter reads the input of the module. In a model that normalizes before each
     sublayer, the adapter reads the normalized x.
 
-    Source: He et al. (arXiv:2110.04366), section 4.
+    Source: He et al. (arXiv:2110.04366), section 3.3.
     """
 
     def __init__(self, base: nn.Module, adapter: Bottleneck):

@@ -85,7 +85,7 @@ def check_fits(form: Form, adapter: MiSS) -> None:
 class MiSSLinear(Adapted[MiSS]):
     r"""A frozen layer and its update: $y = x W^T + b + \mathrm{fold}(x) D$.
 
-    Source: MiSS (arXiv:2409.15371), section 3.
+    Source: MiSS (arXiv:2409.15371), section 4.2.
     """
 
     check_fits = staticmethod(check_fits)
