@@ -318,7 +318,7 @@ chapter.show(
 #   ([peft 1982](https://github.com/huggingface/peft/issues/1982), closed without a repair). With $\alpha = 2r$ one step wins exactly nothing, as derived above.
 # - **The error was larger than without LoftQ.** The documentation of peft showed a wrong way to use it, and so did the tests; once the tests took the right way, most of them failed, because the error was larger than without LoftQ
 #   ([peft 1532](https://github.com/huggingface/peft/pull/1532)). One line computes $\lVert W - (Q + s\,BA) \rVert$, and here it is a law that LoftQ makes it no larger.
-# - **Fake quantization.** If the base that LoftQ searched with is not, byte for byte, the base that is trained, the adapter repairs the errors of another base. The vectors of `loftq_init` hold the bytes.
+# - **Fake quantization.** If the base that LoftQ searched with is not, byte for byte, the base that is trained, the adapter repairs the errors of another base. The golden vectors of `loftq_init` hold the bytes of the base.
 # - **Eight bits of what?** `n_bits=8` was once taken for float8 where the base is int8 ([peft 3088](https://github.com/huggingface/peft/pull/3088)).
 # - **`unload` gives the quantized layer.** That is the base now; keep $W$ elsewhere if you need it again.
 #

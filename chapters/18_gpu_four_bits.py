@@ -357,7 +357,7 @@ if not UNREAD:
     least = min([*repeated, *(caps[name]["H100"] for name in memory_bound)])
     slower = caps["adamw_8bit"]["H100"], caps["product"]["H100"]
     chapter.claim(
-        "an A100 binds each repeated kernel by memory, an H100 all but two of them",
+        "memory is the bound of each repeated kernel on an A100, and of all but two on an H100",
         least == 1 and 0.65 < slower[0] < slower[1] < 0.9,
         control="the time in which a copy moves the same bytes",
     )

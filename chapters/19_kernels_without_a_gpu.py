@@ -216,15 +216,15 @@ if not NO_GXX:
     chapter.show(
         figure,
         "orders",
-        alt=f"Three panels, one for each missing barrier: {ORDERS} orders down, the bytes of the result across, wrong bytes coloured. Without the barrier before the maxima parts of some blocks are coloured, in some orders; without the one between the maxima most of the panel is; without the one before packing single bytes everywhere.",
+        alt=f"Three panels, one for each missing barrier: {ORDERS} orders down, the bytes of the result across, wrong bytes coloured. Without the barrier before the maxima parts of some blocks are coloured, not of the same in all orders; without the one between the maxima most of the panel is; without the one before packing single bytes everywhere.",
         caption=f"Wrong bytes in {ORDERS} orders: "
         + ", ".join(f"{wrong[name].mean():.0%} with {name}" for name in BARRIERS)
         + ".",
     )
 
 # %% [markdown]
-# Each missing barrier gives another picture. **Between the maxima**, the reduction compares halves that are not ready, and {=f"{wrong['no barrier between the maxima'].mean():.0%}" if wrong else 'most'=} of the bytes are wrong, because a wrong scale divides the weights. **Before packing**, either thread of a pair may run first, and {=f"{wrong['no barrier before packing'].mean():.0%}" if wrong else 'about half'=} of the bytes are wrong. **Before the maxima** most bytes are *right*: what is read too early is what the block before left in
-# shared memory, and that is seldom larger than the true maximum. Such a kernel passes a test that runs it once. (The real tests fill shared memory with a pattern before each block, so that a value left over is never plausible.) On a GPU the threads of a warp mostly advance together, so all three mistakes may show rarely, or only on the next generation.
+# Each missing barrier gives another picture. **Between the maxima**, the reduction compares halves that are not ready, and {=f"{wrong['no barrier between the maxima'].mean():.0%}" if wrong else 'most'=} of the bytes are wrong, because a wrong scale divides the weights. **Before packing**, either thread of a pair may run first, and {=f"{wrong['no barrier before packing'].mean():.0%}" if wrong else 'about half'=} of the bytes are wrong. **Before the maxima** only {=f"{wrong['no barrier before the maxima'].mean():.0%}" if wrong else 'a few'=} of the bytes are wrong: what is read too early is what the block before left in
+# shared memory, and that is seldom larger than the true maximum. A test of a single block can pass. (The real tests fill shared memory with a pattern before each block, so that a value left over is never plausible.) On a GPU the threads of a warp mostly advance together, so all three mistakes may show rarely, or only on the next generation.
 #
 # ## The third check: sanitizers
 #

@@ -330,7 +330,7 @@ chapter.show(
 # %% [markdown]
 # ## What a token costs, measured on a CPU
 #
-# Eight tenants want one token each. The ways to serve them: the base alone, which none of them wants, as the least possible; one mixed batch; the loop; merging each adapter in turn; and copying the weights of a merged model for each. All start from memory: nothing is read from a disk.
+# Eight tenants want one token each. The ways to serve them: the base alone, without any adapter, as the least that a step can cost; one mixed batch; the loop; merging each adapter in turn; and copying the weights of a merged model for each. All start from memory: nothing is read from a disk.
 
 # %%
 states = []
