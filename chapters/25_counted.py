@@ -242,9 +242,10 @@ again(
 )
 
 assert round(4 * vera(LLAMA_7B, 256, everywhere) / 2**20, 1) == 5.4  # printed beside
+assert 4 * vera(LARGE, 16) / 2**10 == 195
 
 # %% [markdown]
-# Three lines are file sizes, which the paper calls MB and KB; they agree in powers of two. The count 24,576 is that of RoBERTa-base and of ViT-B, with $r = 256$: it is printed as 24.5 for the first and as 24.6 for the second. The 1.4 million of Llama 7B are printed without a rank: 256 is the power of two that fits them, and the 5.4 MB beside them. For RoBERTa-large with $r = 16$ the formula gives $48\,(1{,}024 + 16) = 49{,}920$.
+# Three lines are file sizes, which the paper calls MB and KB; they agree in powers of two. The count 24,576 is that of RoBERTa-base and of ViT-B, with $r = 256$: it is printed as 24.5 for the first and as 24.6 for the second. The 1.4 million of Llama 7B are printed without a rank: 256 is the power of two that fits them, and the 5.4 MB beside them. For RoBERTa-large with $r = 16$ the formula gives $48\,(1{,}024 + 16) = 49{,}920$, and the 195 KB that are printed beside the 49.5 K agree with that.
 #
 # ## DoRA
 #
