@@ -241,7 +241,7 @@ assert 35 < small["70B", "QLoRA"] < 48
 # Each gap has a reason.
 #
 # - **Full, 7B and 32B**: 16 bytes a parameter, as ours: 2 for the weight, 2 for the gradient, 12 for the master copy and Adam's two states. **13B**: {=f"{180e9 / parameters['13B']:.1f}"=} to {=f"{200e9 / parameters['13B']:.1f}"=} bytes, a little less than that. **70B**: {=f"{1400e9 / parameters['70B']:.0f}"=} to {=f"{1800e9 / parameters['70B']:.0f}"=} bytes.
-#   Twenty are reached with float32 gradients besides those of 16 bits; for 26 we know no accounting without activations.
+#   Float32 gradients beside those of 16 bits make 20. We know no sum that gives 26 and leaves activations out.
 # - **LoRA, 7B**: the quoted range holds our second setting, where nothing is checkpointed. **13B**: it begins {=f"{48 - book['13B', 'LoRA']:.0f}"=} GB above that. With checkpointing little more than half is needed. **32B**: the weights in 16 bits, which are {=f"{2 * parameters['32B'] / 1e9:.0f}"=} GB, and a little. **70B**: 280 GB are 4 bytes a
 #   parameter. In 16 bits the same run needs {=f"{small['70B', 'LoRA']:.0f}"=} GB.
 # - **QLoRA**: weights of about half a byte, and what the sequences ask for. At 7B, 13B and 32B the range lies between our two settings; at 70B it holds the first.

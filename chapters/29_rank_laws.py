@@ -323,8 +323,8 @@ chapter.show(
 # In brackets: 95 % of the laws that the seeds allow. With three sizes of the base there are two points to fit, so $E$ is set to zero there. The minutes above add up runs that ran side by side on a busy machine; they say nothing about an idle one.
 #
 # In all three the mean loss falls at every point, and a law describes the points that it was fitted to. **But no law predicts its last point within its band.** Over the rank the prediction is {=f"{bought['rank']['off']:.3f}"=} nats too low, less than the seeds of that point lie apart ({=f"{max(losses(ENDS[1])) - min(losses(ENDS[1])):.3f}"=}): from rank 16 on more rank brings {=f"{mean['LoRA, r = 16'] - mean['LoRA, r = 128']:.3f}"=} in all, and the last point before the end, rank {=RANKS[-2]=}, is a better guess
-# ({=f"{bought['rank']['stay']:.3f}"=} off). Over the data it is {=f"{bought['definitions']['off']:.3f}"=} too high, against {=f"{bought['definitions']['stay']:.3f}"=} for the guess that nothing changes. Over the base it is {=f"{bought['parameters of the base']['off']:.2f}"=} too low, hardly better than that guess ({=f"{bought['parameters of the base']['stay']:.2f}"=}): two points and a floor of zero determine no law. The bands are honest about the seeds
-# and silent about the form. **That losses fall steadily replicates; power laws from so few points did not replicate as predictions.**
+# ({=f"{bought['rank']['stay']:.3f}"=} off). Over the data it is {=f"{bought['definitions']['off']:.3f}"=} too high, against {=f"{bought['definitions']['stay']:.3f}"=} for the guess that nothing changes. Over the base it is {=f"{bought['parameters of the base']['off']:.2f}"=} too low, hardly better than that guess ({=f"{bought['parameters of the base']['stay']:.2f}"=}): two points and a floor of zero determine no law. The bands show what the seeds leave open
+# and nothing about the form. **That losses fall steadily replicates; power laws from so few points did not replicate as predictions.**
 #
 # ### What twice as much of each brings
 #

@@ -389,7 +389,7 @@ directions = results.table(rows)
 #
 # The published direction is that the bound falls with the rank and with the size of the base. What the paper finds over the data we have not seen; it takes the bound for a scaling law of data too.
 #
-# - **Rank.** The Gaussian value and the variational bound rise, with every seed and both noises: the claim **did not replicate**. It holds for each direction, which divides a growing number by a faster one.
+# - **Rank.** The Gaussian value and the variational bound rise, with every seed and both noises: the claim **did not replicate**. It holds for each direction: there the value is divided by the rank, which grows faster.
 # - **Data.** It depends on the noise. With that of bf16 all three rise; measured against the size of $V$ itself, the Gaussian value and the variational bound fall from the smallest to the largest value, though from {=COUNTS[2]=} to {=COUNTS[3]=} definitions they rise. Training on more data makes $V$ larger, and that alone lifts it out of a fixed noise. With the size of $V$ cancelled, the Gaussian value falls by {=f"{statistics.mean(value(AXES['definitions'][0], 'Gaussian', TENTH)) - statistics.mean(value(AXES['definitions'][-1], 'Gaussian', TENTH)):.1f}"=} nats of {=f"{statistics.mean(value(AXES['definitions'][0], 'Gaussian', TENTH)):.0f}"=}.
 # - **Size of the base.** All rise, with every seed and both noises: **did not replicate**. The bases here were pretrained for {=STEPS=} steps only.
 #
