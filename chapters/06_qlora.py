@@ -253,8 +253,9 @@ chapter.claim(
 #
 # ## What goes wrong in practice
 #
-# - **Merged is not unmerged.** Merging an adapter into a 4-bit layer of peft means quantizing the sum again. Many reports say that the merged model answers differently
-#   ([peft 2321](https://github.com/huggingface/peft/issues/2321), [2105](https://github.com/huggingface/peft/issues/2105)). [The chapter on merging](16_merging.md) measures how much of an update is left.
+# - **Merged is not unmerged.** Merging an adapter into a 4-bit layer of peft means quantizing the sum again. peft warns of it; one user lost 6 points of a
+#   ([peft 2321](https://github.com/huggingface/peft/issues/2321)). In another library the rounding all but erased a short training
+#   ([mlx-tune 15](https://github.com/ARahim3/mlx-tune/issues/15)). [The chapter on merging](16_merging.md) measures how much of an update is left.
 # - **A forward pass that destroys the weight.** On some processors, bitsandbytes' 4-bit layer repacks its weight at the first call in `eval()` mode. What is dequantized
 #   or merged after that is noise. Here a law compares every byte of the base before and after.
 # - **The wrong dtype for the scales.** `model.to(bfloat16)` must not change scales and codebook: they are part of a code, and not weights. The second exercise measures what the cast costs.
