@@ -253,7 +253,7 @@ chapter.claim(
 #
 # ## What goes wrong in practice
 #
-# - **Merged is not unmerged.** Merging an adapter into a 4-bit layer of peft means quantizing the sum again. peft warns of it; one user lost 6 points of a
+# - **Merged is not unmerged.** Merging an adapter into a 4-bit layer of peft means quantizing the sum again. peft warns of it; one user lost 6 points of AUC
 #   ([peft 2321](https://github.com/huggingface/peft/issues/2321)). In another library the rounding all but erased a short training
 #   ([mlx-tune 15](https://github.com/ARahim3/mlx-tune/issues/15)). [The chapter on merging](16_merging.md) measures how much of an update is left.
 # - **A forward pass that destroys the weight.** On some processors, bitsandbytes' 4-bit layer repacks its weight at the first call in `eval()` mode. What is dequantized
