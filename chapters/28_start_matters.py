@@ -286,6 +286,11 @@ if as_in_the_book:
         control="LoftQ with two bits in every layer",
     )
     chapter.claim(
+        "LoftQ in four bits ends lower, with every seed",
+        max(at("LoftQ, 4 bits", END)) < min(at("QLoRA, 4 bits", END)),
+        control="QLoRA in four bits at its own best rate",
+    )
+    chapter.claim(
         "LoftQ in two bits ends lower, with every seed",
         max(at("LoftQ, 2 bits", END)) < min(at("QLoRA, 2 bits", END)),
         control="QLoRA in two bits at its own best rate",

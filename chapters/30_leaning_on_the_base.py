@@ -423,11 +423,20 @@ if as_in_the_book:
         ),
         control=f"{COUNTS[0]} definitions with the same seed",
     )
+    assert all(
+        later > earlier
+        for e in BOTH
+        for earlier, later in zip(
+            *(value(f"{n} definitions", e, TENTH) for n in COUNTS[2:]), strict=True
+        )
+    )
     chapter.claim(
         "over the size of the base they rise",
         all(found["width of the base", e, n] == "rises" for e in BOTH for n in NOISES),
         control=f"width {WIDTHS[0]} with the same seed",
     )
+    drawn = [value(f"r = {r}", "Gaussian", what="control") for r in RANKS]
+    assert min(drawn[0]) / RANKS[0] > max(drawn[-1]) / RANKS[-1]
     chapter.claim(
         "at the largest rank a random adapter tells more than a trained one",
         min(value(last, "Gaussian", what="control")) > max(value(last, "Gaussian")),

@@ -242,6 +242,8 @@ if as_in_the_book:
         max(map(abs, [*nested, *eight_bits])) < SPREAD / 5,
         control="the best and the worst seed of LoRA",
     )
+    assert min(nested) < 0 < max(nested)
+    assert max(eight_bits) < 0
     chapter.claim(
         "pages change no loss of any step, with any seed",
         ways["paged"]["runs"] == ways["8-bit AdamW"]["runs"],
