@@ -400,15 +400,7 @@ ax.stackplot(
     colors=[plots.FAINT, plots.PALETTE[0], plots.PALETTE[4]],
 )
 unpaged = [most / 1e6 for *_, most in free]
-ax.step(
-    at,
-    unpaged,
-    where="mid",
-    color=plots.INK,
-    linewidth=1,
-    linestyle=":",
-    label="without pages",
-)
+ax.step(at, unpaged, ":", where="mid", color=plots.INK, lw=1, label="without pages")
 ax.axhline(SIZE / 1e6, color=plots.PALETTE[1])
 ax.text(0.1, 1.02 * SIZE / 1e6, "the card", color=plots.PALETTE[1], weight="bold")
 ax.plot(SPIKE, unpaged[SPIKE], "X", color=plots.PALETTE[1], markersize=9)
