@@ -182,6 +182,11 @@ def values(name, what):
     return [run[what] for run in ways[name]["runs"]]
 
 
+def less(these, those):
+    """The difference, seed by seed."""
+    return [a - b for a, b in zip(these, those, strict=True)]
+
+
 for name in TUNED:
     tried = {rate: run["tuning"] for rate, run in ways[name]["tried"]}
     chapter.best(f"{name}, rank {R}, {full['steps']} steps", tried)
@@ -190,15 +195,8 @@ mean = {
     for n in WAYS
     for w in ("before", "definitions")
 }
-beside = {
-    name: [
-        a - b
-        for a, b in zip(
-            values(name, "definitions"), values("LoRA", "definitions"), strict=True
-        )
-    ]
-    for name in WAYS
-}
+LORA = values("LoRA", "definitions")
+beside = {name: less(values(name, "definitions"), LORA) for name in WAYS}
 rows = [["way", "rate", "loss before", "loss after", "after, less that of LoRA"]]
 for name, way in ways.items():
     rows.append(
@@ -211,15 +209,10 @@ for name, way in ways.items():
         ]
     )
 losses = results.table(rows)
-nested, eight_bits = (
-    [a - b for a, b in zip(beside[name], beside[other], strict=True)]
-    for name, other in [
-        ("double quantization", "NF4"),
-        ("8-bit AdamW", "double quantization"),
-    ]
-)
+nested = less(beside["double quantization"], beside["NF4"])
+eight_bits = less(beside["8-bit AdamW"], beside["double quantization"])
 GAIN = mean["LoRA", "before"] - mean["LoRA", "definitions"]
-SPREAD = max(values("LoRA", "definitions")) - min(values("LoRA", "definitions"))
+SPREAD = max(LORA) - min(LORA)
 print(results.origin(full))
 
 # %% [markdown]
