@@ -633,5 +633,5 @@ for name, method in full["methods"].items():
 # %% [markdown]
 # ## References
 #
-# That tuned rates make LoRA and its variants equal is by Lee and others [@lee2026]; that LoRA learns less and forgets less by Biderman and others [@biderman2024]; the ratio of
+# That tuned rates make LoRA and its variants nearly equal is by Lee and others [@lee2026]; that LoRA learns less and forgets less by Biderman and others [@biderman2024]; the ratio of
 # rates is from Schulman and Thinking Machines Lab [@schulman2025]. The text is Bierce's [@bierce1911]. Each method's own paper is in its chapter.
