@@ -211,7 +211,7 @@ assert 65e9 * (2 + 2 + 8) == 780e9
 #   four rows, gradients and optimizer states. In all it needs {=f"{lora / ways['everything, 16 bits'].total:.0%}"=} of what training everything in 16 bits needs.
 # - **Activations forgotten.** They grow with the batch and the sequence; the other rows do not. The QLoRA run that fits a 24 GB card at 512 tokens needs
 #   {=f"{long.total / 1e9:.0f}"=} GB at 4,096.
-# - **Gigabytes in two units.** A card of "24 GB" holds 24 GiB, which are {=f"{24 * 2**30 / 1e9:.1f}"=} GB. This book counts in powers of ten: 1 GB is $10^9$ bytes.
+# - **Gigabytes in two units.** A card of "24 GB" holds 24 GiB at most, which are {=f"{24 * 2**30 / 1e9:.1f}"=} GB. This book counts in powers of ten: 1 GB is $10^9$ bytes.
 #
 # ## Exercises
 #

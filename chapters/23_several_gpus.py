@@ -64,7 +64,7 @@ assert CARD < weights < 2 * CARD
 #
 # $$ m_\text{FSDP} = \frac{w + a}{N} + 2c + e + t. $$
 #
-# There are two blocks at once because the next one is fetched while one computes. The embeddings and the output layer belong to no block: FSDP2 keeps them whole on every card from the forward pass to the end of the backward pass. What is gathered is a copy: the card keeps its own $N$-th part beside it. The activations $t$ are not divided: each card has a batch of its own.
+# There are two blocks at once because the next one is fetched while one computes. The embeddings and the output layer belong to no block: FSDP2 keeps them whole on every card from the forward pass to the end of the backward pass. What is gathered is a copy: the card keeps its own $N$-th part beside it. The activations $t$ are not divided: each card has a batch of its own. Buffers for sending are not counted; by default torch's DDP keeps one as large as the gradients.
 #
 # What travels in a step, for each card, with checkpointing off: under DDP the gradients of the adapters, $2(N-1)/N$ times their bytes. Under FSDP the weights as well, those of the blocks once for the forward pass and once for the backward pass, and the embeddings and the output layer once, since they stay:
 #
@@ -146,7 +146,7 @@ assert lost > 0
 # %% [markdown]
 # ## The experiment: 70 billion parameters on cards of 24 GB
 #
-# One sequence of 512 tokens a card, checkpointing: only the input of each block is kept, and one block at a time is computed again. LoRA of rank 16 on all linear layers, in 32 bits with Adam. The count is that of `minipeft memory`, in which one decoded weight is contained, with two things added: the gathered blocks, and the whole embeddings and output layer. Nothing was measured. A card sold as 24 GB holds 24 GiB, which are {=CARD / 1e9:.1f=} GB.
+# One sequence of 512 tokens a card, checkpointing: only the input of each block is kept, and one block at a time is computed again. LoRA of rank 16 on all linear layers, in 32 bits with Adam. The count is that of `minipeft memory`, which contains one decoded weight, with two things added: the gathered blocks, and the whole embeddings and output layer. Nothing was measured. The cards are RTX 3090, sold as 24 GB, which hold 24 GiB, or {=CARD / 1e9:.1f=} GB.
 
 # %%
 TOKENS, RANK = (1, 512), Adapter(r=16)
@@ -232,7 +232,7 @@ for color, (name, values), at in zip(
     ax.plot(N, values, "o-", color=color)
     ax.text(*at, name, color=color, weight="bold", va="bottom")
 ax.axhline(CARD / 1e9, color=plots.INK, linestyle="--", linewidth=1)
-ax.text(2.5, CARD / 1e9 + 1, "a card sold as 24 GB", color=plots.INK)
+ax.text(2.5, CARD / 1e9 + 1, "RTX 3090, sold as 24 GB", color=plots.INK)
 ax.set(ylim=(0, 80), xlim=(0.8, 8.2))
 first_in_16 = next(c for c in N if sharded(c, 16) < CARD)
 chapter.show(

@@ -526,7 +526,7 @@ kept_too, exact = walk["nested NF4", False, 2048], walk["bfloat16", False, 2048]
 assert low * 1e9 < kept_too < CARD < exact
 
 # %% [markdown]
-# A card sold as 24 GB holds {=f"{CARD / 1e9:.1f}"=} GB. Over a base of four bits 2,048 tokens need {=f"{kept_too / 1e9:.1f}"=} GB when activations are kept and {=f"{low:.1f}"=} GB when they are computed again; over 16 bits, {=f"{exact / 1e9:.1f}"=} and {=f"{walk['bfloat16', True, 2048] / 1e9:.1f}"=} GB. Each peak is where the loss is computed: three buffers as large as the logits are in memory then. The memory that the allocator loses to fragments and that the driver takes is not counted.
+# The card is an RTX 3090, sold as 24 GB, which holds {=f"{CARD / 1e9:.1f}"=} GB. Over a base of four bits 2,048 tokens need {=f"{kept_too / 1e9:.1f}"=} GB when activations are kept and {=f"{low:.1f}"=} GB when they are computed again; over 16 bits, {=f"{exact / 1e9:.1f}"=} and {=f"{walk['bfloat16', True, 2048] / 1e9:.1f}"=} GB. Each peak is where the loss is computed: three buffers as large as the logits are in memory then. The memory that the allocator loses to fragments and that the driver takes is not counted.
 #
 # ## What goes wrong in practice
 #

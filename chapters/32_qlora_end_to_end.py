@@ -410,7 +410,7 @@ chapter.show(
 # %% [markdown]
 # ## What each part buys on a large model
 #
-# Llama 2 7B with the same adapters on one card, sold as 24 GB, without checkpointing, by [the formulas](24_costs.md). How long may one sequence be?
+# Llama 2 7B with the same adapters on one card, an RTX 4090, sold as 24 GB, without checkpointing, by [the formulas](24_costs.md). How long may one sequence be?
 
 # %%
 CARD = CARDS["RTX 4090, sold as 24 GB"]
