@@ -45,7 +45,7 @@ ESTIMATES = ("Gaussian", "CLUB", "variational")
 # is zero if they are independent, and larger the more the one says about the other; in nats, like a loss. Let $x$ be what reaches a layer at one token, $U = Wx$ and $V = s\,BAx$. Neither has any randomness of its own. Where $W$ has as many outputs as inputs or more, $U$ determines $x$ and so $V$. If $x$ has a density, $I(U; V)$ is then *infinite*, whatever the adapter has learned.
 # This is known of deterministic networks with continuous inputs [@goldfeld2019]; the remedy is to add noise of a stated size. We measure $I(U; V + \sigma\varepsilon)$ with Gaussian $\varepsilon$ and two sizes:
 #
-# - **of bf16**: $\sigma$ is $2^{-8}$ of the root mean square of $U$. Rounding a number to bf16 changes it by at most this share of its size, so $\sigma$ is about what is lost where the layer's sum is kept in bf16.
+# - **of bf16**: $\sigma$ is $2^{-8}$ of the root mean square of $U$. Rounding a number to bf16 changes it by at most this share of its size, so where $U$ is kept in bf16, less than $\sigma$ is lost in the root mean square.
 # - **a tenth**: $\sigma$ is a tenth of the size of $V$ itself, in the directions that $B$ can reach. The size of the adapter's output then cancels.
 #
 # ## The three estimators
