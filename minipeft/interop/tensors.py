@@ -300,6 +300,11 @@ def _places(folder: Path, index: str) -> dict[str, str]:
             f"{folder / index} points to {odd[0]!r}, which lies outside its folder; do "
             "not use this model"
         )
+    if (folder / one).exists() and one not in places.values():
+        raise InputError(
+            f"{folder} holds two models, {one} and the files of {index}; delete the "
+            "one that is out of date"
+        )
     return dict(places)
 
 

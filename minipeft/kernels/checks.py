@@ -91,10 +91,11 @@ def check(
 
 
 def log2_blocksize(blocksize: int) -> int:
-    """Return the logarithm; refuse a block size that is not a positive power of two."""
+    """Return the logarithm; refuse what is no power of two from 1 to 2**31."""
     if not 1 <= blocksize <= 2**31 or blocksize & (blocksize - 1):
         raise InputError(
-            f"blocksize is {blocksize}; choose a positive power of two, such as 64."
+            f"blocksize is {blocksize}; choose a power of two from 1 to 2**31, such as "
+            "64."
         )
     return blocksize.bit_length() - 1
 

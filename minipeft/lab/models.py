@@ -170,9 +170,12 @@ def transformers_tokenizer(folder: Path) -> Any:
     """
     import transformers
 
-    tokenizer = transformers.AutoTokenizer.from_pretrained(
-        folder, local_files_only=True
-    )
+    from minipeft.lab.reading import building
+
+    with building("tokenizer", folder):
+        tokenizer = transformers.AutoTokenizer.from_pretrained(
+            folder, local_files_only=True
+        )
     pad, end = tokenizer.pad_token_id, tokenizer.eos_token_id
     if pad is None and end is None:
         raise InputError(
@@ -205,6 +208,11 @@ def check_name(name: str, offered: Sequence[str] = NAMES) -> None:
         return
     if name == "tiny" or (Path(name) / "config.json").is_file() or _in_hub(name):
         return
+    if (Path(name) / "adapter_config.json").is_file():
+        raise InputError(
+            f"{name} holds an adapter and no model; load its base, and put the adapter "
+            "on it with minipeft.interop.peft_model.load"
+        )
     raise InputError(
         f"there is no model {name!r} on this machine; choose {', '.join(offered)}, a "
         "folder with a config.json, or the id of a Hugging Face model you have "

@@ -7,8 +7,11 @@ would notice.
 
 import logging
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
+from pickle import UnpicklingError
+from textwrap import shorten
 from typing import Any
 
 import accelerate
@@ -18,7 +21,7 @@ from torch import Tensor, nn
 from transformers.models.auto import modeling_auto
 
 from minipeft.errors import InputError
-from minipeft.interop.tensors import INDEX, Tensors, open_tensors
+from minipeft.interop.tensors import INDEX, Tensors, is_finite, open_tensors
 from minipeft.torch.qlora import QuantizedLinear, quantizable
 
 Quantize = Callable[[nn.Module], QuantizedLinear]
@@ -55,19 +58,49 @@ def read(
         quantize: of every linear layer but the output layer; None: of none.
 
     Raises:
-        InputError: a weight is missing, unexpected, of another shape or not finite.
+        InputError: a weight is missing, unexpected, of another shape, not finite, or
+            there twice; the configuration makes no model; the folder holds an adapter.
     """
-    config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
-    auto = head(config)
+    _check_no_adapter(folder)
+    with building("model", folder):
+        config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
+        auto = head(config)
     if not _has_plain_files(folder):
         return _by_transformers(folder, auto, dtype, device, quantize)
     tensors = open_tensors(folder)
-    model = empty(auto, config, dtype)
+    with building("model", folder):
+        model = empty(auto, config, dtype)
     names = _names(model, tensors.about)
     if names is None:  # transformers fuses or renames these weights
         return _by_transformers(folder, auto, dtype, device, quantize)
     fill(model, tensors, names, (dtype, device), quantize)
     return model.eval()
+
+
+def _check_no_adapter(folder: Path) -> None:
+    if (folder / "adapter_config.json").exists():
+        raise InputError(
+            f"{folder} holds an adapter (adapter_config.json), which would be left "
+            "out; load its base, and put the adapter on it with "
+            "minipeft.interop.peft_model.load"
+        )
+
+
+@contextmanager
+def building(what: str, folder: Path) -> Iterator[None]:
+    """Turn any error of transformers over a folder's files into one sentence."""
+    try:
+        yield
+    except InputError:
+        raise
+    except Exception as error:  # of many kinds, and all come from the folder's files
+        said = " ".join(str(error).split())
+        if isinstance(error, UnpicklingError):  # torch's own remedy runs its code
+            said = "a pickle is damaged, or holds more than tensors"
+        raise InputError(
+            f"transformers makes no {what} of {folder} ({type(error).__name__}: "
+            f"{shorten(said, 200)}); get its files again, or repair them"
+        ) from error
 
 
 def head(config: Any) -> Any:
@@ -117,9 +150,11 @@ def fill(
         prefix = f"{name}." if name else ""
         for key in [k for k in _own(module) if prefix + k in names]:
             tensor = tensors.read(names[prefix + key])
+            _check_kind(prefix + key, tensor, getattr(module, key))
             _put(module, key, _cast(prefix + key, tensor, place))
         if quantize and quantizable(module) and module is not output:
             _replace(model, name, quantize(module))
+    _check_tied(model, names)
     model.tie_weights()
     left = [n for n, p in model.named_parameters() if p.is_meta]
     if left:
@@ -147,6 +182,29 @@ def _replace(model: nn.Module, name: str, layer: nn.Module) -> None:
     setattr(model.get_submodule(parent), last, layer)
 
 
+def _check_kind(name: str, tensor: Tensor, own: Tensor) -> None:
+    if own.is_floating_point() and not tensor.is_floating_point():
+        raise InputError(
+            f"{name} has dtype {tensor.dtype} in the files, and the model computes "
+            "with floats; give a checkpoint that is not quantized"
+        )
+
+
+def _check_tied(model: nn.Module, names: Mapping[str, str]) -> None:
+    """Refuse two different weights where config.json says that there is one."""
+    tied = getattr(model, "all_tied_weights_keys", None) or {}
+    for name, source in tied.items():
+        if name not in names or source not in names:
+            continue
+        both = [model.get_parameter(one) for one in (name, source)]
+        if not torch.equal(*both):
+            raise InputError(
+                f"config.json ties {name} to {source}, and the files hold two "
+                "different weights; set tie_word_embeddings to false in config.json, "
+                "or give the checkpoint that fits it"
+            )
+
+
 def _own(module: nn.Module) -> list[str]:
     return [*module._parameters, *module._buffers]
 
@@ -164,10 +222,15 @@ def _cast(name: str, tensor: Tensor, place: tuple[torch.dtype, str]) -> Tensor:
     if not tensor.is_floating_point():
         return tensor.to(device)
     # Piece by piece, because the test makes copies.
-    pieces = torch.split(tensor.reshape(-1), PIECE)
-    if not all(bool(piece.isfinite().all()) for piece in pieces):
+    if not all(map(is_finite, torch.split(tensor.reshape(-1), PIECE))):
         raise InputError(f"{name} holds values that are not finite; get it again")
-    return tensor.to(device, dtype)
+    cast = tensor.to(dtype)
+    narrowed = cast.dtype != tensor.dtype
+    if narrowed and not all(map(is_finite, torch.split(cast.reshape(-1), PIECE))):
+        raise InputError(
+            f"{name} holds values beyond the range of {dtype}; choose another dtype"
+        )
+    return cast.to(device)
 
 
 def _output_layer(model: Any) -> nn.Module | None:
@@ -195,6 +258,11 @@ def _names(model: Any, about: Mapping[str, Any]) -> dict[str, str] | None:
             if _ignored(model, name):
                 continue
             return None
+        if fits in found:
+            raise InputError(
+                f"the files hold {fits} twice, as {found[fits]} and as {name}; leave "
+                "one of them out"
+            )
         found[fits] = name
         if own[fits] != about[name].shape:
             raise InputError(
@@ -221,13 +289,14 @@ def _by_transformers(
 ) -> nn.Module:
     """Let transformers rename and fuse weights; refuse missing ones."""
     transformers.utils.logging.disable_progress_bar()
-    logger = logging.getLogger("transformers.modeling_utils")
+    logger = logging.getLogger("transformers")
     before = logger.level
     logger.setLevel(logging.CRITICAL)
     try:
-        model, info = auto.from_pretrained(
-            folder, dtype=dtype, local_files_only=True, output_loading_info=True
-        )
+        with building("model", folder):
+            model, info = auto.from_pretrained(
+                folder, dtype=dtype, local_files_only=True, output_loading_info=True
+            )
     finally:
         logger.setLevel(before)
     for kind, why in (
@@ -240,6 +309,9 @@ def _by_transformers(
             raise InputError(f"{name} {why}; give a checkpoint that fits the model")
     for name, parameter in model.named_parameters():
         if not bool(parameter.isfinite().all()):
-            raise InputError(f"{name} holds values that are not finite; get it again")
+            raise InputError(
+                f"{name} holds values that are not finite in {dtype}; choose a wider "
+                "dtype, or get it again"
+            )
     moved: nn.Module = quantized(model, quantize).to(device).eval()
     return moved

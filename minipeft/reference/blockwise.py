@@ -57,9 +57,10 @@ def quantize(W: Values, codebook: Codebook = NF4, blocksize: int = 64) -> Blockw
     bits = code_bits(codebook)
     flat = np.ascontiguousarray(W, dtype=np.float32).reshape(-1)
     check_finite(flat)
-    blocks = np.zeros((-(-flat.size // blocksize), blocksize), np.float32)
+    width = min(blocksize, flat.size)  # a block may be larger than W
+    blocks = np.zeros((-(-flat.size // blocksize), width), np.float32)
     blocks.reshape(-1)[: flat.size] = flat
-    absmax = np.abs(blocks).max(axis=1)
+    absmax = np.abs(blocks).max(axis=1, initial=0)
     codes = nearest(scale(blocks, absmax), codebook).reshape(-1)
     (zero,) = nearest(np.zeros(1, np.float32), codebook)
     packed = pack(codes[: flat.size], bits, fill=int(zero))
@@ -81,7 +82,7 @@ def dequantize(q: Blockwise, dtype: DTypeLike = np.float32) -> Values:
     check_dtype(dtype)
     size = check_parts(q)
     codes = unpack(q.packed, code_bits(q.codebook), size)
-    absmax = np.repeat(q.absmax.astype(np.float32), q.blocksize)[:size]
+    absmax = np.repeat(q.absmax.astype(np.float32), min(q.blocksize, size))[:size]
     with np.errstate(over="ignore"):  # above 65504 float16 is inf
         return (q.codebook[codes] * absmax).astype(dtype).reshape(q.shape)
 
@@ -160,11 +161,11 @@ def unpack(packed: Bytes, bits: int, n: int) -> Codes:
 
 
 def check_blocksize(blocksize: int, name: str = "blocksize") -> None:
-    """Refuse a block size that is not a positive power of two."""
+    """Refuse a block size that is no power of two from 1 to 2**31."""
     check_integer(name, blocksize)
-    if blocksize < 1 or blocksize & (blocksize - 1):
+    if not 1 <= blocksize <= 2**31 or blocksize & (blocksize - 1):
         raise InputError(
-            f"{name} is {blocksize}; choose a positive power of two, such as 64."
+            f"{name} is {blocksize}; choose a power of two from 1 to 2**31, such as 64."
         )
 
 

@@ -60,7 +60,8 @@ def quantize(W: Values, blocksize: int = 64) -> Blockwise:
     check_floats("W", W)
     flat = np.ascontiguousarray(W, dtype=np.float32).reshape(-1)
     check_finite(flat)
-    blocks = np.zeros((-(-flat.size // blocksize), blocksize), np.float32)
+    width = min(blocksize, flat.size) or blocksize  # one block may be larger than W
+    blocks = np.zeros((-(-flat.size // blocksize), width), np.float32)
     blocks.reshape(-1)[: flat.size] = flat
     largest = np.abs(blocks).argmax(axis=1, keepdims=True)
     signed = np.take_along_axis(blocks, largest, axis=1)[:, 0]

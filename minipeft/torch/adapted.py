@@ -26,6 +26,7 @@ from minipeft.torch.linear import (
     Stored,
     Weight,
     full_precision,
+    has_forward,
     weight_view,
 )
 from minipeft.values import check_kind, check_number
@@ -77,7 +78,8 @@ class Adapted(nn.Module, ABC, Generic[Adapter]):
         self.active: dict[str, float] = {}
         self.register_buffer("merged_weight", None, persistent=False)
         self.register_buffer("merged_bias", None, persistent=False)
-        self.register_load_state_dict_post_hook(_merge_again)  # type: ignore[no-untyped-call]
+        self.register_load_state_dict_pre_hook(_before_load)  # type: ignore[no-untyped-call]
+        self.register_load_state_dict_post_hook(_after_load)  # type: ignore[no-untyped-call]
         self.base = base
         if adapter is not None:
             self.add(name, adapter)
@@ -224,9 +226,11 @@ class Adapted(nn.Module, ABC, Generic[Adapter]):
         Hooks of the base stay.
 
         Raises:
-            InputError: if hooks were registered on this layer itself.
+            InputError: if hooks or a forward were set on this layer itself; if it is
+                merged, and the base is offloaded or sharded.
         """
         check_no_hooks(self)
+        check_plain(self)
         if self.merged_weight is None:
             return self.base
         plain = self.view.plain(self.base, self.merged_weight)
@@ -413,12 +417,17 @@ def one_input(input: Input | None, x: Input | None) -> Input:
     given = input if x is None else x
     if given is None or (input is not None and x is not None):
         raise InputError("an adapted layer takes one input; give it first, by no name.")
-    if isinstance(given, Proxy):
+    check_no_proxy(given)
+    return given
+
+
+def check_no_proxy(operand: Any) -> None:
+    """Refuse to be traced by `torch.fx`, which would not see an adapter."""
+    if isinstance(operand, Proxy):
         raise InputError(
             "torch.fx records calls of a Linear as a whole, and an adapter acts inside "
             "it; use torch.export.export(model, args, strict=False)."
         )
-    return given
 
 
 @contextmanager
@@ -431,10 +440,26 @@ def naming(layer: str) -> Iterator[None]:
         raise InputError(f"{where}{error}") from None
 
 
-def _merge_again(layer: Any, keys: object = None) -> None:
+def _merge_again(layer: Any) -> None:
     # New values or another choice of adapters make the merged weight out of date.
     if layer.merged_weight is not None:
         layer.merge()
+
+
+def _before_load(layer: Any, state: object, prefix: str, *rest: Any) -> None:
+    vars(layer)["_loading"] = (prefix.rstrip("."), rest[-1])
+
+
+def _after_load(layer: Any, keys: object) -> None:
+    # As torch does with tensors that do not fit: what fits is loaded, and the rest is
+    # named at the end. An error here would leave the layers after this one as before.
+    name, errors = vars(layer).pop("_loading")
+    try:
+        with naming(name):
+            _merge_again(layer)
+    except InputError as error:
+        layer.unmerge()
+        errors.append(f"{error} (The layer is unmerged now, with the new values.)")
 
 
 def check_finite(name: str, before: Tensor, merged: Tensor) -> None:
@@ -463,24 +488,41 @@ def check_no_hooks(layer: nn.Module) -> None:
             "the plain layer, where hooks stay."
         )
 
+    # accelerate sets a forward on each module, and the base then has one as well.
+    over = vars(layer).get("_hf_hook") and vars(layer.base).get("_hf_hook")
+    if has_forward(layer) and not over:
+        raise InputError(
+            "a forward was set on the adapted layer and would be lost with it; delete "
+            "it before unloading (accelerate: remove_hook_from_submodules), and set it "
+            "on `layer.base` or on the plain layer, where it stays."
+        )
+
+
+def check_plain(layer: Any) -> None:
+    """Refuse to make a plain layer of a merged one if its base lies elsewhere."""
+    if layer.merged_weight is not None:
+        check_here(layer.base)
+        layer.view.check_plain(layer.base)
+
 
 def check_here(base: nn.Module) -> None:
     """Refuse to merge a weight that is offloaded or sharded."""
-    held = [p for p in base._parameters.values() if p is not None and p.ndim > 1]
-    for weight in held:
-        _check_here(base, weight)
+    for module in base.modules():
+        for held in (*module._parameters.values(), *module._buffers.values()):
+            if held is not None:
+                _check_here(module, held)
 
 
 def _check_here(base: nn.Module, weight: Tensor) -> None:
-    if weight.is_meta and "forward" in vars(base):
+    if weight.is_meta and has_forward(base):
         raise InputError(
             "the weight is offloaded and comes in for a call alone; bring the model "
-            "back before merging (accelerate: remove_hook_from_submodules)."
+            "back first (accelerate: remove_hook_from_submodules)."
         )
     if hasattr(weight, "placements"):
         raise InputError(
-            "the weight is sharded over several processes; gather the model before "
-            "merging (FSDP2: unshard())."
+            "the weight is sharded over several processes; gather the model first "
+            "(FSDP2: unshard())."
         )
 
 

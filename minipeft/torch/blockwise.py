@@ -94,7 +94,8 @@ def _encode(
 ) -> tuple[UInt8[Tensor, " bytes"], Float[Tensor, " blocks"]]:
     bits, n = code_bits(codebook), len(flat)
     # Zeros fill the last block and the unused end of the last byte.
-    blocks = _fill(flat, max(blocksize, 8)).view(-1, blocksize)
+    width = width_of(blocksize, n)
+    blocks = _fill(flat, max(width, 8)).view(-1, width)
     absmax = blocks.abs().amax(dim=1)
     packed = pack(nearest(scale(blocks, absmax), codebook).view(-1), bits)
     return packed[: -(-n * bits // 8)], absmax[: -(-n // blocksize)]
@@ -119,8 +120,9 @@ def dequantize(
         return decode_to(torch.empty(q.shape, dtype=dtype, device="cpu"), q)
     decoded = _decode(q.packed, q.codebook, n)
     # Axes: block, byte, code. A compiler can then decode one byte in an inner loop.
-    width = min(8 // bits, q.blocksize)
-    blocks = _fill(decoded, q.blocksize).view(-1, q.blocksize // width, width)
+    blocksize = width_of(q.blocksize, n)
+    width = min(8 // bits, blocksize)
+    blocks = _fill(decoded, blocksize).view(-1, blocksize // width, width)
     blocks = blocks * q.absmax.float().view(-1, 1, 1)
     return blocks.to(dtype).view(-1)[:n].view(q.shape)
 
@@ -222,13 +224,19 @@ def unpack(packed: UInt8[Tensor, " bytes"], bits: int, n: int) -> UInt8[Tensor, 
     return torch.stack(columns, dim=1).view(-1)[:n] & (2**bits - 1)
 
 
+def width_of(blocksize: int, n: int) -> int:
+    """Return the length of a block in memory: no power of two above n is needed."""
+    return blocksize if n >= blocksize or not n else 1 << (n - 1).bit_length()
+
+
 def check_blocksize(blocksize: int) -> None:
-    """Refuse a block size that is not a positive power of two."""
+    """Refuse a block size that is no power of two from 1 to 2**31."""
     # A compiler follows no more than that.
     whole = hasattr(blocksize, "__index__") and blocksize is not True
-    if not whole or blocksize < 1 or blocksize & (blocksize - 1):
+    if not whole or not 1 <= blocksize <= 2**31 or blocksize & (blocksize - 1):
         raise InputError(
-            f"blocksize is {blocksize}; choose a positive power of two, such as 64."
+            f"blocksize is {blocksize}; choose a power of two from 1 to 2**31, such as "
+            "64."
         )
 
 

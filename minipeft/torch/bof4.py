@@ -12,6 +12,7 @@ from minipeft.torch.blockwise import (
     nearest,
     pack,
     scale,
+    width_of,
 )
 from minipeft.torch.codebook import Codebook, table
 
@@ -55,8 +56,9 @@ def quantize(W: Inexact[Tensor, "..."], blocksize: int = 64) -> Blockwise:
     check_dense(W)
     check_blocksize(blocksize)
     flat, n = W.detach().reshape(-1), W.numel()
-    filled = torch.nn.functional.pad(flat.float(), (0, -n % blocksize))
-    blocks = filled.view(-1, blocksize)
+    width = width_of(blocksize, n)
+    filled = torch.nn.functional.pad(flat.float(), (0, -n % width))
+    blocks = filled.view(-1, width)
     largest = blocks.abs().argmax(dim=1, keepdim=True)  # the first, if there are two
     signed = blocks.gather(1, largest)[:, 0]
     check_finite(flat, signed)

@@ -154,6 +154,12 @@ class Serial(Adapted[Bottleneck]):
             "there is nothing to merge; keep the adapter, at the cost of its latency."
         )
 
+    def _effective(self, held: Any) -> Any:
+        raise InputError(
+            "the model reads the weight of this layer and does not call the layer, so "
+            "a bottleneck behind it would have no effect; leave it out of the targets."
+        )
+
 
 @dataclass(frozen=True)
 class BottleneckConfig:

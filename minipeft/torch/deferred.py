@@ -60,7 +60,7 @@ class Deferred(Tensor):
         """Answer from the known facts, or compute the weight and call the function."""
         if function in METADATA:
             with torch._C.DisableTorchFunctionSubclass():
-                return function(*args)
+                return function(*args, **(kwargs or {}))
         if function == _DATA:
             return args[0]
         name = getattr(function, "__name__", "")

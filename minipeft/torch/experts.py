@@ -1,6 +1,6 @@
 """LoRA on the experts of a model: stacks of weights, as in transformers 5."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, cast
 
 import torch
@@ -10,7 +10,14 @@ from torch.overrides import TorchFunctionMode
 
 from minipeft.errors import InputError
 from minipeft.shapes import Shaped
-from minipeft.torch.adapted import Adapted, check_finite, check_here, check_no_hooks
+from minipeft.torch.adapted import (
+    Adapted,
+    check_finite,
+    check_here,
+    check_no_hooks,
+    check_no_proxy,
+    check_plain,
+)
 from minipeft.torch.deferred import METADATA
 from minipeft.torch.linear import (
     Form,
@@ -117,13 +124,23 @@ class LoRAExperts(Adapted[ExpertsLoRA]):
     Source: LoRA (arXiv:2106.09685), equation 3, for each expert.
     """
 
-    def forward(self, *args: Any) -> Output:  # type: ignore[override]
-        """Call the module, with the active adapters or with the merged stacks."""
+    def forward(self, *args: Any, **kwargs: Any) -> Output:  # type: ignore[override]
+        """Call the module, with the active adapters or with the merged stacks.
+
+        Raises:
+            InputError: if `torch.fx` traces the module, something now computes a stack,
+                or the module does not use a stack by torch's functions.
+        """
+        given = [*args, *kwargs.values()]
+        for operand in given:
+            check_no_proxy(operand)
         mode = _WithStacks(self)
         with mode:
-            y = self.base(*args)
+            y = self.base(*args, **kwargs)
         missed = sorted(set(self.names) - mode.met)
-        if missed and args[0].numel():
+        empty = any(isinstance(g, Tensor) and not g.numel() for g in given)
+        if missed and not empty:
+            self._check_stored(missed)
             raise InputError(
                 f"this {type(self.base).__name__} did not use {', '.join(missed)} by "
                 "torch's functions, so no adapter could act; set its "
@@ -138,8 +155,9 @@ class LoRAExperts(Adapted[ExpertsLoRA]):
 
     @property
     def names(self) -> list[str]:
-        """The names of the stacks."""
-        return self._view.names(self.base)
+        """The names of the stacks, those too that something has replaced."""
+        adapted = [name for adapter in self.adapters.values() for name in adapter]
+        return list(dict.fromkeys([*self._view.names(self.base), *adapted]))
 
     def stack(self, name: str) -> Any:
         """Return a stack as the module reads it: adapted or merged."""
@@ -165,6 +183,7 @@ class LoRAExperts(Adapted[ExpertsLoRA]):
             InputError: as `Adapted.merge` does.
         """
         check_here(self.base)
+        self._check_stored(self.names)
         with torch.inference_mode(False), torch.no_grad():
             merged = self.merged_stacks()
         self.unmerge()
@@ -187,6 +206,7 @@ class LoRAExperts(Adapted[ExpertsLoRA]):
             InputError: as `Adapted.unload` does.
         """
         check_no_hooks(self)
+        check_plain(self)
         if self.merged_weight is None:
             return self.base
         merged = {name: self._buffers[f"merged_{name}"] for name in self.names}
@@ -221,6 +241,16 @@ class LoRAExperts(Adapted[ExpertsLoRA]):
     @property
     def _view(self) -> Stacked:
         return cast(Stacked, self.view)
+
+    def _check_stored(self, names: Iterable[str]) -> None:
+        stored = self._view.names(self.base)
+        for name in names:
+            if name not in stored:
+                raise InputError(
+                    f"{name} of this {type(self.base).__name__} was a parameter when "
+                    "it was adapted, and now something computes it (a "
+                    "parametrization, pruning); make it permanent first."
+                )
 
     def _merged_stack(self, name: str) -> Weights:
         held = getattr(self.base, name)
@@ -259,9 +289,12 @@ class _WithStacks(TorchFunctionMode):
             base = self.layer.base
             held = {id(getattr(base, name)): name for name in self.names}
             args = [self._changed(held, a) for a in args]
+            kwargs = {k: self._changed(held, a) for k, a in (kwargs or {}).items()}
         return function(*args, **(kwargs or {}))
 
     def _changed(self, held: Mapping[int, str], operand: Any) -> Any:
+        if type(operand) in (list, tuple):  # such as the operands of `torch.cat`
+            return type(operand)(self._changed(held, one) for one in operand)
         name = held.get(id(operand))
         if name is None:
             return operand

@@ -21,6 +21,7 @@ from minipeft.torch import saving
 from minipeft.torch.adapted import (
     Adapted,
     check_no_hooks,
+    check_plain,
     freeze_all_but_adapters,
     naming,
     training_as_before,
@@ -221,13 +222,15 @@ def unload(model: Model) -> Model:
     The weights stay frozen; `model.requires_grad_(True)` makes them trainable again.
 
     Raises:
-        InputError: if hooks were registered on an adapted layer; a base keeps its own.
+        InputError: if hooks or a forward were set on an adapted layer, for a base keeps
+            its own; if a merged layer is offloaded or sharded. No layer changes then.
     """
     layers = adapted(model)
     check_inside(model, {id(layer) for layer in layers.values()})
     for key, layer in layers.items():
         with naming(key):
             check_no_hooks(layer)
+            check_plain(layer)
     replace(model, {id(layer): layer.unload() for layer in layers.values()})
     _allow_saving(model)
     return model
@@ -268,8 +271,9 @@ def adapter_state_dict(model: nn.Module, name: str = "default") -> dict[str, Ten
 def constants(model: nn.Module, name: str = "default") -> dict[str, float | str]:
     """Return the constants of an adapter: numbers that no tensor of the adapter holds.
 
-    `<layer>.scaling` contains alpha and the choice of rsLoRA; `<layer>.side` belongs to
-    IA3. Save the constants together with `adapter_state_dict`.
+    `<layer>.scaling` contains alpha and the choice of rsLoRA, and is
+    `<layer>.<stack>.scaling` for experts; `<layer>.side` belongs to IA3. Save the
+    constants together with `adapter_state_dict`.
 
     Raises:
         InputError: if no layer holds an adapter of this name.
@@ -277,11 +281,12 @@ def constants(model: nn.Module, name: str = "default") -> dict[str, float | str]
     layers = adapted(model)
     _check_known(layers, [name])
     return {
-        f"{key}.{constant}".lstrip("."): getattr(layer.adapters[name], constant)
+        ".".join(filter(None, (key, place, constant))): getattr(part, constant)
         for key, layer in layers.items()
         if name in layer.adapters
+        for place, part in layer.adapters[name].named_modules()
         for constant in CONSTANTS
-        if hasattr(layer.adapters[name], constant)
+        if hasattr(part, constant)
     }
 
 

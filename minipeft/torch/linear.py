@@ -100,6 +100,9 @@ class WeightView:
         x = x.to(A.dtype)
         return linear(dropout(x, p) if p else x, A)
 
+    def check_plain(self, layer: Any) -> None:
+        """Refuse if `plain` would lose a part of the layer."""
+
     def plain(self, layer: Any, W: Weight) -> nn.Module:
         """Return the plain layer whose weight is W."""
         weight = self.turn(W).contiguous()
@@ -117,14 +120,15 @@ class Respelled(WeightView):
 
     def call(self, layer: nn.Module, x: Input) -> Output:
         """Call the layer with the forward of its parent class."""
-        own = "forward" not in vars(layer)
-        if own:
-            vars(layer)["forward"] = partial(nn.Linear.forward, cast(nn.Linear, layer))
+        if has_forward(layer):
+            return cast(Tensor, layer(x))
+        before = {n: f for n, f in vars(layer).items() if n == "forward"}
+        vars(layer)["forward"] = partial(nn.Linear.forward, cast(nn.Linear, layer))
         try:
             return cast(Tensor, layer(x))
         finally:
-            if own:
-                del vars(layer)["forward"]
+            del vars(layer)["forward"]
+            vars(layer).update(before)
 
 
 class Transposed(WeightView):
@@ -365,6 +369,16 @@ def frozen(W: Weight, bias: Bias | None = None) -> nn.Linear:
         check_shape("bias", bias, out_features)
         layer.bias = nn.Parameter(bias, requires_grad=False)
     return layer
+
+
+def has_forward(layer: nn.Module) -> bool:
+    """Tell whether a forward was set on the instance.
+
+    accelerate leaves the class's own there when it removes its hook.
+    """
+    set_on = vars(layer).get("forward")
+    own = getattr(set_on, "__func__", None) is type(layer).forward
+    return set_on is not None and not (own and set_on.__self__ is layer)
 
 
 @singledispatch

@@ -8,6 +8,7 @@ from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
+from torch.fx import Proxy
 from torch.nn.functional import linear
 from torch.overrides import handle_torch_function, has_torch_function_unary
 
@@ -32,6 +33,7 @@ from minipeft.torch.linear import (
     autocast,
     check_shape,
     frozen,
+    has_forward,
     transformed,
     weight_view,
 )
@@ -172,7 +174,16 @@ class QuantizedLinear(nn.Module):
     def forward(
         self, input: Shaped[Tensor, "... in_features"], bias: Bias | None = None
     ) -> Shaped[Tensor, "... out_features"]:
-        """Apply the layer, with another bias where one is given."""
+        """Apply the layer, with another bias where one is given.
+
+        Raises:
+            InputError: if `torch.fx` traces this layer alone.
+        """
+        if isinstance(input, Proxy) and input.tracer.root is self:
+            raise InputError(
+                "torch.fx records a call of a quantized layer by its name in a model; "
+                "trace a module that holds the layer, such as nn.Sequential(layer)."
+            )
         return quantized_linear(input, self, self.bias if bias is None else bias)
 
     def runs_kernels(self, dtype: torch.dtype) -> bool:
@@ -284,13 +295,36 @@ class _Quantized(WeightView):
             return held
         return cast(Tensor, held.dequantize(held.dtype))
 
+    def check_plain(self, layer: Any) -> None:
+        _check_no_forward(layer, "the plain layer")
+
     def plain(self, layer: Any, W: Weight) -> nn.Module:
         merged = frozen(W.contiguous())
         merged.bias = layer.bias
-        # The same objects, so that a hook's handle still removes it.
-        kept = {name: of for name, of in vars(layer).items() if name.startswith(HOOKED)}
-        vars(merged).update(kept)
-        return merged.train(layer.training)
+        return _hooked_as(layer, merged.train(layer.training))
+
+
+def _hooked_as(layer: nn.Module, other: nn.Module) -> nn.Module:
+    # The same objects, so that a hook's handle still removes it.
+    kept = {name: of for name, of in vars(layer).items() if name.startswith(HOOKED)}
+    vars(other).update(kept)
+    return other
+
+
+def _without_hooks(layer: nn.Module) -> nn.Module:
+    hooks = {n: of for n, of in vars(layer).items() if n.startswith(HOOKED)}
+    empty = {n: type(of)() if isinstance(of, dict) else None for n, of in hooks.items()}
+    vars(layer).update(empty)
+    return layer
+
+
+def _check_no_forward(layer: nn.Module, other: str) -> None:
+    if has_forward(layer):
+        raise InputError(
+            f"a forward was set on this {type(layer).__name__}, and {other} would not "
+            "run it; delete it first (accelerate: remove_hook_from_submodules), and "
+            "set it again afterwards."
+        )
 
 
 @weight_view.register
@@ -316,7 +350,9 @@ class QuantizedExperts(nn.Module):
         super().__init__()
         check_kind("base", base, nn.Module)
         check_kind("stacks", stacks, Mapping)
-        bare = copy(base)
+        _check_no_forward(base, "the quantized experts")
+        _hooked_as(base, self)
+        bare = _without_hooks(copy(base))
         kept = {n: p for n, p in base._parameters.items() if n not in stacks}
         bare._parameters = kept
         self.stacks = nn.ModuleDict({n: nn.ModuleList(m) for n, m in stacks.items()})
@@ -345,12 +381,12 @@ class QuantizedExperts(nn.Module):
             ]
         return cls(layer, stacks)
 
-    def forward(self, *args: Any) -> Output:
+    def forward(self, *args: Any, **kwargs: Any) -> Output:
         """Call the module; during the call its stacks are the quantized ones."""
         stacks = {name: self.stack(name) for name in self.stacks}
         vars(self.base).update(stacks)
         try:
-            return cast(Tensor, self.base(*args))
+            return cast(Tensor, self.base(*args, **kwargs))
         finally:
             for name in stacks:
                 vars(self.base).pop(name, None)
@@ -380,11 +416,14 @@ class QuantizedExperts(nn.Module):
 class _QuantizedStacks(Stacked):
     """The view of `QuantizedExperts`; merged stacks are stored decoded."""
 
+    def check_plain(self, layer: Any) -> None:
+        _check_no_forward(layer, "plain experts")
+
     def names(self, layer: Any) -> list[str]:
         return list(layer.stacks)
 
     def plain(self, layer: Any, W: Any) -> nn.Module:
-        return super().plain(copy(layer.base), W)
+        return _hooked_as(layer, super().plain(copy(layer.base), W))
 
 
 @weight_view.register
@@ -401,11 +440,11 @@ def quantize_linears(
 ) -> Model:
     """Replace linear layers and experts by quantized layers; other layers stay.
 
-    Linear layers are `nn.Linear`, subclasses that compute the same, and `Conv1D`. Each
-    expert is quantized separately. Output heads, routers and layers that share their
-    weight stay, as with the target `"all-linear"`. A layer that is used in several
-    places is quantized once and stays one layer. What stays is logged with its bytes;
-    `unquantized` lists it.
+    Linear layers are `nn.Linear`, subclasses that compute the same, and `Conv1D`. They
+    keep their hooks. Each expert is quantized separately. Output heads, routers and
+    layers that share their weight stay, as with the target `"all-linear"`. A layer that
+    is used in several places is quantized once and stays one layer. What stays is
+    logged with its bytes; `unquantized` lists it.
 
     Args:
         model: changed in place and returned; not yet adapted.
@@ -416,7 +455,8 @@ def quantize_linears(
 
     Raises:
         InputError: if the model has no such layer, a name in `skip` matches none, the
-            model has adapters, or a weight is not finite; then nothing is changed.
+            model has adapters, a forward was set on a layer, or a weight is not
+            finite; then nothing is changed.
     """
     _check_codec(codebook, blocksize, nested_blocksize)
     found = _to_quantize(model, skip)
@@ -465,10 +505,11 @@ def _quantized(
     view, hyper = weight_view(layer), (codebook, blocksize, nested_blocksize)
     if isinstance(view, Stacked):
         return QuantizedExperts.from_experts(layer, *hyper)
-    if type(layer) is nn.Linear:
-        return QuantizedLinear.from_linear(layer, *hyper)
-    plain = frozen(view.turn(layer.weight).detach(), layer.bias)
-    return QuantizedLinear.from_linear(plain.train(layer.training), *hyper)
+    plain = layer
+    if type(layer) is not nn.Linear:
+        plain = frozen(view.turn(layer.weight).detach(), layer.bias)
+        plain.train(layer.training)
+    return _hooked_as(layer, QuantizedLinear.from_linear(plain, *hyper))
 
 
 def unquantized(model: nn.Module) -> dict[str, int]:
@@ -550,6 +591,7 @@ def _to_quantize(model: nn.Module, skip: Sequence[str]) -> dict[str, nn.Module]:
         raise InputError(_why_none(named, choices))
     for name, layer in found.items():
         with naming(name):
+            _check_no_forward(layer, "a quantized one")
             _check_values(layer)
     return found
 

@@ -127,10 +127,10 @@ class Stack(Tensor):
         kwargs = kwargs or {}
         if function in METADATA:
             with torch._C.DisableTorchFunctionSubclass():
-                return function(*args)
+                return function(*args, **kwargs)
         name = getattr(function, "__name__", "")
         _check_not_written(cls, name, args)
-        step = _step(function, args)
+        step = None if "out" in kwargs else _step(function, args)
         if step is not None:
             return step(*args, **kwargs)
         return cls.__torch_dispatch__(function, types, args, kwargs)

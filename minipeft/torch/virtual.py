@@ -30,6 +30,8 @@ TAKEN = {
     "position_ids": "the positions follow from the mask",
     "assistant_model": "a second model would not see the virtual tokens",
     "prompt_lookup_num_tokens": "candidates are checked by a length without them",
+    "assistant_early_exit": "candidates are checked by a length without them",
+    "guidance_scale": "its second pass would see the virtual tokens too",
 }
 
 
@@ -106,8 +108,11 @@ class VirtualTokens(nn.Module, ABC):
         Raises:
             InputError: for a setting that does not work with virtual tokens.
         """
+        ruled = settings.get("generation_config") or self.model.generation_config
         for name, why in TAKEN.items():
-            if settings.get(name) is not None:
+            value = settings.get(name, getattr(ruled, name, None))
+            off = value is None or (name == "guidance_scale" and value == 1)
+            if not off:
                 raise InputError(f"{name} cannot be given here: {why}; leave it out.")
         check_text(input_ids, attention_mask, None)
         if attention_mask is not None:
@@ -132,10 +137,11 @@ class VirtualTokens(nn.Module, ABC):
         mask = call.get("attention_mask")
         if mask is None:
             mask = ids.new_ones(len(ids), max(past - n, 0) + ids.shape[1])
-        call["attention_mask"] = seen = pad(mask, (n, 0), value=1)
+        # As a model without virtual tokens reads it: what is not 0 is visible.
+        call["attention_mask"] = seen = pad((mask != 0).long(), (n, 0), value=1)
         read = 0 if past else self.enter(call)
         if self.takes_positions:
-            positions = (seen.long().cumsum(dim=1) - 1).clamp(min=0)
+            positions = (seen.cumsum(dim=1) - 1).clamp(min=0)
             call["position_ids"] = positions[:, -(read + ids.shape[1]) :]
         return call, read
 
@@ -199,6 +205,11 @@ def check_text(input_ids: Ids, attention_mask: Ids | None, labels: Ids | None) -
     if input_ids.dim() != 2:
         raise InputError(
             f"input_ids has shape {tuple(input_ids.shape)}; give (batch, tokens)."
+        )
+    if not input_ids.numel():
+        raise InputError(
+            f"input_ids has shape {tuple(input_ids.shape)}; give each text a token, "
+            "such as that of a beginning, and the batch a text."
         )
     for name, operand in (("attention_mask", attention_mask), ("labels", labels)):
         if operand is not None and operand.shape != input_ids.shape:

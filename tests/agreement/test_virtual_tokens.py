@@ -5,7 +5,7 @@ from itertools import product
 
 import pytest
 import torch
-from transformers import LogitsProcessor, NoRepeatNGramLogitsProcessor
+from transformers import GenerationConfig, LogitsProcessor, NoRepeatNGramLogitsProcessor
 from transformers import RepetitionPenaltyLogitsProcessor as Penalty
 
 from minipeft.errors import InputError
@@ -125,6 +125,50 @@ SETTINGS = {
     "several": ({"do_sample": True, "num_return_sequences": 3}, {}),
     "no cache": ({"do_sample": False, "use_cache": False}, {}),
     "min_new_tokens": ({"do_sample": False, "min_new_tokens": 3}, {}),
+    "min_length": (
+        {"do_sample": False, "min_length": 9, "eos_token_id": [*range(3, 40)]},
+        {"min_length": 9 + N},
+    ),
+    "max_length": (
+        {"do_sample": False, "max_length": 8, "max_new_tokens": None},
+        {"max_length": 8 + N},
+    ),
+    "cut distributions": (
+        {"do_sample": True, "top_p": 0.9, "min_p": 0.01, "typical_p": 0.9},
+        {},
+    ),
+    "other distributions": (
+        {"do_sample": True, "eta_cutoff": 0.01, "temperature": 0.5, "top_h": 0.5},
+        {},
+    ),
+    "words": (
+        {"do_sample": False, "bad_words_ids": [[3], [7]], "suppress_tokens": [4, 5]},
+        {},
+    ),
+    "biases": (
+        {"do_sample": False, "sequence_bias": [[[3], 9.0], [[5], 8.0]]},
+        {},
+    ),
+    "beginnings and ends": (
+        {
+            "do_sample": False,
+            "begin_suppress_tokens": [*range(3, 30)],
+            "forced_eos_token_id": 2,
+            "exponential_decay_length_penalty": (2, 1.5),
+            "eos_token_id": 2,
+        },
+        {},
+    ),
+    "lengths of beams": (
+        {"num_beams": 3, "do_sample": False, "length_penalty": 2.0, "eos_token_id": 3},
+        {},
+    ),
+    "watermark": (
+        {"do_sample": False, "watermarking_config": {"seeding_scheme": "lefthash"}},
+        {},
+    ),
+    "a text read in pieces": ({"do_sample": False, "prefill_chunk_size": 2}, {}),
+    "a cache by name": ({"do_sample": False, "cache_implementation": "dynamic"}, {}),
     "penalty": (
         {"do_sample": False, "repetition_penalty": 3.0},
         {"repetition_penalty": None, "logits_processor": [OnlyTheText(Penalty(3.0))]},
@@ -148,10 +192,10 @@ def test_generation_is_that_after_the_text(kind, setting):
     torch.manual_seed(0)
     ours = adapted(kind, model)
     torch.manual_seed(1)
-    out = ours.generate(AFTER, torch.ones_like(AFTER), max_new_tokens=6, **mine)
+    out = ours.generate(AFTER, torch.ones_like(AFTER), **{"max_new_tokens": 6, **mine})
     torch.manual_seed(1)
     text = whole(AFTER)
-    settings = {**mine, **instead, "max_new_tokens": 6}
+    settings = {"max_new_tokens": 6, **mine, **instead}
     expected = model.generate(text, attention_mask=torch.ones_like(text), **settings)
     assert out.tolist() == expected[:, N:].tolist()
 
@@ -233,13 +277,53 @@ def test_a_text_longer_than_a_window_is_refused():
         ({"inputs_embeds": AFTER}, "the text is given by its token ids"),
         ({"assistant_model": object()}, "a second model would not see"),
         ({"prompt_lookup_num_tokens": 2}, "prompt_lookup_num_tokens cannot be given"),
+        ({"assistant_early_exit": 1}, "assistant_early_exit cannot be given here"),
+        ({"guidance_scale": 1.5}, "its second pass would see the virtual tokens too"),
+        (
+            {
+                "generation_config": GenerationConfig(prompt_lookup_num_tokens=2),
+                "max_new_tokens": None,
+            },
+            "prompt_lookup_num_tokens cannot be given",
+        ),
         ({"cache_implementation": "static"}, "a cache of fixed size has no room"),
     ],
 )
 def test_settings_that_cannot_be_there_are_refused_by_name(kind, setting, sentence):
     ours = adapted(kind, models("Llama"))
     with pytest.raises(InputError, match=sentence):
-        ours.generate(AFTER, max_new_tokens=2, **setting)
+        ours.generate(AFTER, **{"max_new_tokens": 2, **setting})
+
+
+@kinds
+def test_a_setting_that_the_model_brings_along_is_refused_or_off(kind):
+    model = causal("Llama")
+    ours = adapted(kind, model)
+    model.generation_config.guidance_scale = 1.0  # off
+    ours.generate(AFTER, max_new_tokens=2, do_sample=False)
+    model.generation_config.guidance_scale = 2.0
+    with pytest.raises(InputError, match="guidance_scale cannot be given here"):
+        ours.generate(AFTER, max_new_tokens=2, do_sample=False)
+
+
+@kinds
+@pytest.mark.parametrize("visible", [True, 0.5, 2, -1.0])
+def test_what_is_not_0_in_a_mask_is_visible(kind, visible):
+    ours, zero = adapted(kind, models("Llama")), torch.zeros(2, 2)
+    mask = torch.full((2, 3), visible)
+    with annotations_off():
+        out = ours(AFTER, torch.cat([zero.to(mask.dtype), mask], dim=1))
+    expected = ours(AFTER, torch.cat([zero, torch.ones(2, 3)], dim=1).long())
+    assert torch.equal(out.logits[:, 2:], expected.logits[:, 2:])
+
+
+@kinds
+@pytest.mark.parametrize("shape", [(2, 0), (0, 5)])
+def test_a_text_without_tokens_is_refused(kind, shape):
+    ours, empty = adapted(kind, models("Llama")), torch.zeros(shape, dtype=torch.long)
+    for act in (ours, lambda ids: ours.generate(ids, max_new_tokens=2)):
+        with pytest.raises(InputError, match=r"input_ids has shape .*; give each text"):
+            act(empty)
 
 
 @kinds

@@ -33,6 +33,8 @@ WIDER = {
     "minipeft/torch/loftq.py:init": "the signature that every column shares",
     "minipeft/torch/paged.py:__init__": "what torch's own optimizer takes",
     "minipeft/torch/virtual.py:generate": "hands on what transformers' own takes",
+    "minipeft/torch/experts.py:forward": "hands on what the wrapped module takes",
+    "minipeft/torch/qlora.py:forward": "hands on what the wrapped module takes",
     "minipeft/torch/stack.py:_to": "hands on what `Tensor.to` takes",
     "minipeft/torch/saving.py:__call__": "refuses whatever transformers' own takes",
 }

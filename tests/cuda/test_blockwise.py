@@ -82,7 +82,7 @@ def test_the_first_value_that_is_not_finite_is_named(dtype, bad):
         ((np.zeros(9, np.float32)[1:],), "4 bytes past a multiple of 16"),
         (
             (np.zeros(4, np.float32), NF4, 48),
-            "blocksize is 48; choose a positive power",
+            "blocksize is 48; choose a power of two",
         ),
         ((np.zeros(4, np.float32), NF4, 0), "blocksize is 0"),
         ((np.zeros(4, np.float32), np.zeros(5, np.float32)), "has 5 values"),

@@ -85,6 +85,7 @@ def saved(tmp_path, change):
 
 
 UP = "model.layers.1.mlp.up_proj.weight"
+NORM, EMBED = "model.norm.weight", "model.embed_tokens.weight"
 
 
 @pytest.mark.parametrize(
@@ -107,6 +108,15 @@ UP = "model.layers.1.mlp.up_proj.weight"
             "up_proj.weight holds values that are not",
         ),
         (lambda t: t[UP][0, 0].fill_(float("inf")), "holds values that are not finite"),
+        (
+            lambda t: t.update({"norm.weight": torch.zeros(32)}),
+            r"norm\.weight twice, as model\.norm\.weight and as norm\.weight; leave",
+        ),
+        (lambda t: t.update({UP: t[UP].char()}), "has dtype torch.int8 in the files"),
+        (
+            lambda t: t.update({NORM: t[NORM].double() * 1e300}),
+            "norm.weight holds values beyond the range of torch.float32; choose",
+        ),
     ],
 )
 def test_what_does_not_fit_is_refused_by_name(tmp_path, change, sentence):
@@ -184,3 +194,100 @@ def test_the_peak_is_the_quantized_model_and_one_layer(tmp_path):
     assert grown < 1.3 * size + 16 * largest
     whole = sum(p.numel() for p in model.parameters()) * 2
     assert grown < whole, "the 16-bit model was never whole in memory"
+
+
+def changed(folder, **fields):
+    path = folder / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **fields}))
+
+
+def test_a_dtype_that_is_too_narrow_is_named(tmp_path):
+    folder = saved(tmp_path, lambda t: t[NORM].mul_(1e6))
+    with pytest.raises(InputError, match=r"norm.weight .* the range of torch\.float16"):
+        reading.read(folder, torch.float16, "cpu")
+    assert reading.read(folder, torch.bfloat16, "cpu").dtype == torch.bfloat16
+
+
+def test_a_weight_in_8_bits_is_a_weight(tmp_path):
+    narrow = {}
+
+    def store(tensors):
+        tensors[UP] = tensors[UP].to(torch.float8_e4m3fn)
+        narrow[UP] = tensors[UP].float()
+
+    found = reading.read(saved(tmp_path, store), torch.float32, "cpu")
+    assert torch.equal(found.get_parameter(UP), narrow[UP])
+
+
+def test_tied_weights_that_differ_in_the_files_are_refused(tmp_path):
+    """Another program unties such a pair: to keep one of the two would be a guess."""
+    architectures.build("LlamaForCausalLM").save_pretrained(tmp_path)
+    changed(tmp_path, tie_word_embeddings=True)
+    with pytest.raises(InputError, match=r"ties lm_head\.weight to model\.embed_tok"):
+        reading.read(tmp_path, torch.float32, "cpu")
+    folder = saved(tmp_path, lambda t: t.update({"lm_head.weight": t[EMBED].clone()}))
+    changed(folder, tie_word_embeddings=True)
+    model = reading.read(folder, torch.float32, "cpu")
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+
+
+ODD_FIELDS = {
+    "num_attention_heads": (0, 3, "x", None),
+    "num_key_value_heads": (0,),
+    "hidden_size": (-1, 2**60),
+    "vocab_size": (-5,),
+    "hidden_act": ("nothing",),
+    "rope_parameters": (5, {"rope_type": "nothing"}),
+    "architectures": (5,),
+    "model_type": ("nothing", 5),
+    "dtype": ("nothing",),
+    "pad_token_id": (10**9,),
+    "quantization_config": (5,),
+}
+ODD_TEXTS = ("", "3", "null", "[]", "[" * 100_000, '{"model_type": "lla', "\0")
+
+
+@pytest.mark.filterwarnings("ignore")  # transformers warns before it fails
+def test_a_config_that_makes_no_model_is_one_sentence(tmp_path):
+    architectures.build("LlamaForCausalLM").save_pretrained(tmp_path)
+    path = tmp_path / "config.json"
+    good = json.loads(path.read_text())
+    texts = [
+        json.dumps({**good, key: value})
+        for key, values in ODD_FIELDS.items()
+        for value in values
+    ]
+    for text in (*texts, *ODD_TEXTS):
+        path.write_text(text)
+        with pytest.raises(InputError, match="transformers makes no model of") as said:
+            reading.read(tmp_path, torch.float32, "cpu")
+        assert "\n" not in str(said.value)
+
+
+def test_a_pickle_that_is_no_weights_is_refused_without_its_own_remedy(tmp_path):
+    architectures.build("LlamaForCausalLM").save_pretrained(tmp_path)
+    (tmp_path / "model.safetensors").rename(tmp_path / "pytorch_model.bin")
+    with pytest.raises(InputError, match="a pickle is damaged, or holds more than ten"):
+        reading.read(tmp_path, torch.float32, "cpu")
+
+
+def test_an_adapter_beside_a_model_or_alone_is_named(tmp_path):
+    architectures.build("LlamaForCausalLM").save_pretrained(tmp_path)
+    (tmp_path / "adapter_config.json").write_text("{}")
+    with pytest.raises(InputError, match=r"holds an adapter .*which would be left out"):
+        models.load(str(tmp_path))
+    (tmp_path / "config.json").unlink()
+    with pytest.raises(InputError, match="holds an adapter and no model; load its"):
+        models.load(str(tmp_path))
+
+
+def test_two_models_in_one_folder_are_refused(tmp_path):
+    model = architectures.build("LlamaForCausalLM")
+    model.save_pretrained(tmp_path, max_shard_size="20KB")
+    assert torch.equal(
+        reading.read(tmp_path, torch.float32, "cpu")(IDS).logits, model(IDS).logits
+    )
+    model.save_pretrained(tmp_path / "other")
+    (tmp_path / "other" / "model.safetensors").rename(tmp_path / "model.safetensors")
+    with pytest.raises(InputError, match=r"holds two models, model\.safetensors and"):
+        reading.read(tmp_path, torch.float32, "cpu")

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from minipeft.errors import InputError
-from minipeft.reference import blockwise
+from minipeft.reference import blockwise, bof4
 from minipeft.reference.codebook import FP4, NF2, NF3, NF4, dynamic_map
 from tests.strategies import anything_finite, blocksizes, weights
 from tests.tolerance import SMALLEST_SUBNORMAL, assert_bits, assert_within, gamma
@@ -142,3 +142,18 @@ def test_a_quantized_tensor_cannot_be_changed_by_name():
     q = blockwise.quantize(np.ones(4, np.float32))
     with pytest.raises(dataclasses.FrozenInstanceError):
         q.blocksize = 32
+
+
+@pytest.mark.parametrize("n", [0, 1, 7, 70])
+def test_a_block_may_be_larger_than_the_tensor_and_takes_no_memory_for_it(n):
+    W = np.random.default_rng(0).standard_normal(n).astype(np.float32)
+    for codec in (blockwise.quantize, bof4.quantize):
+        q, one = codec(W, blocksize=2**31), codec(W, blocksize=128)
+        assert_bits(q.packed, one.packed)
+        assert_bits(q.absmax, one.absmax)
+        assert_bits(blockwise.dequantize(q), blockwise.dequantize(one))
+    for blocksize in (2**32, 2**40):
+        with pytest.raises(
+            InputError, match=r"choose a power of two from 1 to 2\*\*31"
+        ):
+            blockwise.quantize(W, blocksize=blocksize)

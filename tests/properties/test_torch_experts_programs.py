@@ -6,11 +6,13 @@ import pickle
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import parametrize, prune
 
 from minipeft.errors import InputError
 from minipeft.torch.experts import Experts
 from minipeft.torch.inject import (
     adapter_state_dict,
+    constants,
     inject,
     load_adapter_state_dict,
     merge,
@@ -20,7 +22,14 @@ from minipeft.torch.inject import (
 )
 from minipeft.torch.lora import LoRAConfig
 from minipeft.torch.qlora import QuantizedExperts, quantize_linears
-from tests.properties.test_torch_programs import AMBIENT, offloaded, sharded, trained
+from tests.operands import annotations_off
+from tests.properties.test_torch_programs import (
+    AMBIENT,
+    Same,
+    offloaded,
+    sharded,
+    trained,
+)
 from tests.tolerance import assert_within, gamma
 
 CONFIG = LoRAConfig(2, 4.0)
@@ -215,3 +224,130 @@ def test_training_mode_follows_the_module(kind):
 def test_the_kinds_are_those_that_a_model_may_hold():
     assert isinstance(plain("four bits").experts, QuantizedExperts)
     assert isinstance(plain("plain").experts, Experts)
+
+
+# --- how a program calls the module, and how the module uses its stacks ---------------
+
+
+@pytest.mark.parametrize("adapted", [False, True])
+@each_kind
+def test_operands_may_have_names(kind, adapted):
+    layer = (make(kind) if adapted else plain(kind)).experts
+    y = layer(x_of(), CHOSEN)
+    assert torch.equal(layer(x=x_of(), chosen=CHOSEN), y)
+    assert torch.equal(layer(x_of(), chosen=CHOSEN), y)
+
+
+class Holding(nn.Module):
+    """A module of experts that every token visits; a subclass says how."""
+
+    is_transposed = False
+
+    def __init__(self):
+        super().__init__()
+        self.W = nn.Parameter(torch.randn(3, 5, 8))
+
+
+class ByName(Holding):
+    def forward(self, x):
+        turned = torch.swapaxes(input=self.W, axis0=-1, axis1=-2)
+        return torch.matmul(input=x.expand(3, -1, -1), other=turned)
+
+
+class InAList(Holding):
+    def forward(self, x):
+        parts = torch.cat([self.W, self.W], 0)
+        return x.expand(6, -1, -1) @ parts.mT
+
+
+class AskedByName(Holding):
+    def forward(self, x):
+        rows = self.W[0].size(dim=0)
+        return (x.expand(3, -1, -1) @ self.W.mT).narrow(-1, 0, rows)
+
+
+class IntoMemory(Holding):
+    def forward(self, x):
+        y = torch.empty(4, 5)
+        torch.mm(x, self.W[0].T, out=y)
+        return y
+
+
+@pytest.mark.parametrize("kind", [ByName, InAList, AskedByName, IntoMemory])
+def test_a_stack_has_its_update_however_a_function_receives_it(kind):
+    torch.manual_seed(0)
+    model = nn.Sequential(kind())
+    with torch.no_grad():
+        base = model(x_of())
+    model = trained(inject(model, CONFIG, ["0"]))
+    with torch.no_grad():
+        y, merged = model(x_of()), merge(model)(x_of())
+    assert not torch.equal(y, base)
+    assert_within(y.numpy(), merged.numpy(), gamma(32) * float(8 * merged.abs().max()))
+
+
+def test_the_constants_of_experts_are_named_and_compared():
+    source = make("plain")
+    assert constants(source) == {"experts.W.scaling": 2.0}
+    other = inject(plain("plain"), LoRAConfig(2, 32.0), ["experts"])
+    tensors, saved = adapter_state_dict(source), constants(source)
+    with pytest.raises(InputError, match=r"experts\.W\.scaling is 2\.0, not 16\.0"):
+        load_adapter_state_dict(other, tensors, saved=saved)
+    load_adapter_state_dict(start(plain("plain")), tensors, saved=saved)
+
+
+COMPUTED = "W of this .* was a parameter when it was adapted, and now something"
+
+
+def test_a_stack_that_something_computes_later_is_refused():
+    model = make("plain")
+    parametrize.register_parametrization(model.experts.base, "W", Same())
+    for act in (lambda: model(x_of()), lambda: merge(model)):
+        with pytest.raises(InputError, match=COMPUTED):
+            act()
+
+
+def test_a_stack_that_is_pruned_later_keeps_its_update_and_is_not_merged():
+    model, twin = make("plain"), make("plain")
+    prune.random_unstructured(model.experts.base, "W", 0.5)
+    model(x_of())
+    twin.experts.base.W.data = model.experts.base.W.detach().clone()
+    assert torch.equal(model(x_of()), twin(x_of()))
+    with pytest.raises(InputError, match=COMPUTED):
+        merge(model)
+
+
+@each_kind
+def test_a_tracer_that_cannot_see_their_adapters_is_named(kind):
+    with annotations_off(), pytest.raises(InputError, match=r"^torch\.fx records"):
+        torch.fx.symbolic_trace(make(kind))
+
+
+def doubled(layer):
+    return layer.register_forward_hook(lambda module, inputs, output: 2 * output)
+
+
+def test_hooks_of_experts_run_once_through_four_bits_adapters_and_a_merge():
+    model, twin = plain("plain"), make("four bits")
+    handle = doubled(model.experts)
+    quantize_linears(model, blocksize=8)
+    second = doubled(model.experts)
+    trained(start(model))
+    y, merged = twin(x_of()), merge(twin)(x_of())
+    assert torch.equal(model(x_of()), 4 * y)
+    assert torch.equal(unload(merge(model))(x_of()), 4 * merged)
+    handle.remove()
+    second.remove()
+    assert torch.equal(model(x_of()), merged)
+
+
+def test_a_forward_of_experts_that_four_bits_would_lose_is_refused():
+    model = plain("plain")
+    model.experts.forward = plain("plain").experts.forward
+    with pytest.raises(InputError, match="experts: a forward was set on this Experts"):
+        quantize_linears(model, blocksize=8)
+    del model.experts.forward
+    model = trained(start(quantize_linears(model, blocksize=8)))
+    model.experts.base.forward = plain("four bits").experts.forward
+    with pytest.raises(InputError, match="experts: a forward was set on this Quant"):
+        unload(merge(model))

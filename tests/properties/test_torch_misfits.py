@@ -6,6 +6,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from minipeft.errors import InputError
+from minipeft.torch.bottleneck import BottleneckConfig
 from minipeft.torch.inject import (
     activate,
     adapted,
@@ -17,6 +18,7 @@ from minipeft.torch.inject import (
     unload,
 )
 from minipeft.torch.lora import LoRAConfig
+from minipeft.torch.qlora import QuantizedLinear, quantize_linears
 from tests.operands import annotations_off
 from tests.properties.test_torch_programs import (
     each_mergeable,
@@ -144,3 +146,105 @@ def test_a_constant_that_is_no_number_or_text_is_refused(constant):
     sentence = r"^0\.scaling of saved is of type"
     with annotations_off(), pytest.raises(InputError, match=sentence):
         load_adapter_state_dict(model, tensors, saved=saved)
+
+
+# --- forwards and offloading ----------------------------------------------------------
+
+
+def test_a_forward_that_would_be_lost_is_refused_before_a_layer_is_replaced():
+    model = merge(make("lora"))
+    inner = model[2].forward
+    model[2].forward = lambda x: 2 * inner(x)
+    for away in (
+        unload,
+        lambda model: remove(model, "default"),
+        lambda m: m[2].unload(),
+    ):
+        with pytest.raises(InputError, match="a forward was set on the adapted layer"):
+            away(model)
+        assert list(adapted(model)) == ["0", "2"]
+    del model[2].forward
+    assert not adapted(unload(model))
+
+
+def test_the_forwards_that_accelerate_sets_on_every_module_are_no_obstacle():
+    hooks = pytest.importorskip("accelerate.hooks", reason="needs accelerate")
+    x = torch.linspace(-1, 1, 18).reshape(3, 6)
+    model = merge(make("lora"))
+    y = model(x)
+    hooks.add_hook_to_module(model[2], hooks.ModelHook())
+    with pytest.raises(InputError, match="accelerate: remove_hook_from_submodules"):
+        unload(model)  # the base has no hook that could stay
+    hooks.add_hook_to_module(model[2].base, hooks.ModelHook())
+    assert torch.equal(unload(model)(x), y)
+    assert model[2]._hf_hook
+
+
+@each_mergeable
+def test_an_offloaded_layer_is_merged_and_unloaded_after_it_came_back(row):
+    """Offloaded, a layer gets its old weight before each call, or has no values."""
+    accelerate = pytest.importorskip("accelerate", reason="needs accelerate")
+    x = torch.linspace(-1, 1, 18).reshape(3, 6)
+    expected = merge(make(row))(x)
+    # accelerate offloads no buffer of a merged layer: some of them are None.
+    for model, act, buffers in (
+        (merge(make(row)), unload, False),
+        (make(row), merge, False),
+        (make(row), merge, True),
+    ):
+        accelerate.cpu_offload(model, "cpu", offload_buffers=buffers)
+        with pytest.raises(InputError, match="comes in for a call alone; bring the"):
+            act(model)
+        accelerate.hooks.remove_hook_from_submodules(model)
+        assert torch.equal(act(model)(x), expected)
+
+
+def test_four_bits_keep_hooks_and_refuse_a_forward_that_they_would_not_run():
+    x = torch.linspace(-1, 1, 18).reshape(3, 6)
+    expected = quantize_linears(plain("lora"), blocksize=8)(x)
+    model = plain("lora")
+    handle = model[2].register_forward_hook(lambda module, inputs, output: 2 * output)
+    quantize_linears(model, blocksize=8)
+    assert torch.equal(model(x), 2 * expected)
+    handle.remove()
+    assert torch.equal(model(x), expected)
+    model = plain("lora")
+    model[2].forward = model[0].forward
+    with pytest.raises(InputError, match=r"^2: a forward was set on this Linear"):
+        quantize_linears(model, blocksize=8)
+    assert type(model[0]) is nn.Linear
+    model = plain("lora on four bits")
+    model[2].forward = model[0].forward
+    merge(start(model, "lora on four bits"))
+    with pytest.raises(InputError, match=r"^2: a forward was set on this Quantized"):
+        unload(model)
+    assert list(adapted(model)) == ["0", "2"]
+
+
+def test_a_state_dict_that_cannot_be_merged_is_loaded_and_named():
+    """Torch loads what fits, and names the rest at the end: so does a merged layer."""
+    model, other = merge(make("lora")), make("lora")
+    huge = {key: torch.full_like(t, 3e38) for key, t in other[0].state_dict().items()}
+    state = {**other.state_dict(), **{f"0.{k}": t for k, t in huge.items()}}
+    with pytest.raises(RuntimeError, match=r"0: merging would.*The layer is unmerged"):
+        model.load_state_dict(state)
+    assert all(torch.equal(t, state[key]) for key, t in model.state_dict().items())
+    assert model[0].merged_weight is None
+    assert torch.equal(model[2].merged_weight, merge(other)[2].merged_weight)
+
+
+def test_a_quantized_layer_is_traced_inside_a_model_and_not_alone():
+    layer, x = QuantizedLinear.from_linear(nn.Linear(8, 8)), torch.ones(2, 8)
+    with annotations_off():
+        traced = torch.fx.symbolic_trace(nn.Sequential(layer, nn.Tanh()))
+        assert torch.equal(traced(x), layer(x).tanh())
+        with pytest.raises(InputError, match=r"trace a module that holds the layer"):
+            torch.fx.symbolic_trace(layer)
+
+
+def test_a_bottleneck_behind_a_layer_that_is_only_read_says_so():
+    model = nn.MultiheadAttention(8, 2)
+    inject(nn.ModuleList([model]), BottleneckConfig(2), ["out_proj"])
+    x = torch.ones(3, 1, 8)
+    with pytest.raises(InputError, match="reads the weight of this layer and does not"):
+        model(x, x, x)
