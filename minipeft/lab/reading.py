@@ -250,7 +250,7 @@ def _names(model: Any, about: Mapping[str, Any]) -> dict[str, str] | None:
     """
     own = {n: tuple(t.shape) for n, t in model.state_dict(keep_vars=True).items()}
     base = f"{model.base_model_prefix}."
-    found = {}
+    found: dict[str, str] = {}
     for name in about:
         spellings = (name, base + name, name.removeprefix(base))
         fits = next((s for s in spellings if s in own), None)

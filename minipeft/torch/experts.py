@@ -124,7 +124,7 @@ class LoRAExperts(Adapted[ExpertsLoRA]):
     Source: LoRA (arXiv:2106.09685), equation 3, for each expert.
     """
 
-    def forward(self, *args: Any, **kwargs: Any) -> Output:  # type: ignore[override]
+    def forward(self, *args: Any, **kwargs: Any) -> Output:
         """Call the module, with the active adapters or with the merged stacks.
 
         Raises:
@@ -156,7 +156,8 @@ class LoRAExperts(Adapted[ExpertsLoRA]):
     @property
     def names(self) -> list[str]:
         """The names of the stacks, those too that something has replaced."""
-        adapted = [name for adapter in self.adapters.values() for name in adapter]
+        held = cast(Iterable[ExpertsLoRA], self.adapters.values())
+        adapted = [name for adapter in held for name in adapter]
         return list(dict.fromkeys([*self._view.names(self.base), *adapted]))
 
     def stack(self, name: str) -> Any:
