@@ -300,12 +300,17 @@ def _places(folder: Path, index: str) -> dict[str, str]:
             f"{folder / index} points to {odd[0]!r}, which lies outside its folder; do "
             "not use this model"
         )
+    _check_one_model(folder, index, places)
+    return dict(places)
+
+
+def _check_one_model(folder: Path, index: str, places: Mapping[str, str]) -> None:
+    one = index.removesuffix(".index.json")
     if (folder / one).exists() and one not in places.values():
         raise InputError(
             f"{folder} holds two models, {one} and the files of {index}; delete the "
             "one that is out of date"
         )
-    return dict(places)
 
 
 def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

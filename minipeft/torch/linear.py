@@ -27,6 +27,7 @@ Bias = Shaped[Tensor, " out_features"]
 Input = Shaped[Tensor, "..."]  # indices where the layer is an embedding
 Output = Shaped[Tensor, "... out_features"]
 
+HOOKED = ("_forward", "_backward", "_is_full_backward")  # where torch keeps hooks
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -379,6 +380,31 @@ def has_forward(layer: nn.Module) -> bool:
     set_on = vars(layer).get("forward")
     own = getattr(set_on, "__func__", None) is type(layer).forward
     return set_on is not None and not (own and set_on.__self__ is layer)
+
+
+def hooked_as(layer: nn.Module, other: nn.Module) -> nn.Module:
+    """Give another layer the hooks of this one; their handles still remove them."""
+    kept = {name: of for name, of in vars(layer).items() if name.startswith(HOOKED)}
+    vars(other).update(kept)
+    return other
+
+
+def without_hooks(layer: nn.Module) -> nn.Module:
+    """Take the hooks off a shallow copy, whose original keeps them."""
+    hooks = {n: of for n, of in vars(layer).items() if n.startswith(HOOKED)}
+    empty = {n: type(of)() if isinstance(of, dict) else None for n, of in hooks.items()}
+    vars(layer).update(empty)
+    return layer
+
+
+def check_no_forward(layer: nn.Module, other: str) -> None:
+    """Refuse a forward of the instance, which another layer would not run."""
+    if has_forward(layer):
+        raise InputError(
+            f"a forward was set on this {type(layer).__name__}, and {other} would not "
+            "run it; delete it first (accelerate: remove_hook_from_submodules), and "
+            "set it again afterwards."
+        )
 
 
 @singledispatch

@@ -31,11 +31,13 @@ from minipeft.torch.linear import (
     Weight,
     WeightView,
     autocast,
+    check_no_forward,
     check_shape,
     frozen,
-    has_forward,
+    hooked_as,
     transformed,
     weight_view,
+    without_hooks,
 )
 from minipeft.torch.lora import LoRALinear
 from minipeft.torch.operands import (
@@ -56,7 +58,6 @@ from minipeft.values import check_kind, check_sizes
 
 Model = TypeVar("Model", bound=nn.Module)
 logger = logging.getLogger(__name__)
-HOOKED = ("_forward", "_backward", "_is_full_backward")  # where torch keeps hooks
 REMEDY = (
     "the model holds weights in a few bits, which from_pretrained cannot read; save "
     "the original and quantize it after loading, or save model.state_dict()."
@@ -296,35 +297,12 @@ class _Quantized(WeightView):
         return cast(Tensor, held.dequantize(held.dtype))
 
     def check_plain(self, layer: Any) -> None:
-        _check_no_forward(layer, "the plain layer")
+        check_no_forward(layer, "the plain layer")
 
     def plain(self, layer: Any, W: Weight) -> nn.Module:
         merged = frozen(W.contiguous())
         merged.bias = layer.bias
-        return _hooked_as(layer, merged.train(layer.training))
-
-
-def _hooked_as(layer: nn.Module, other: nn.Module) -> nn.Module:
-    # The same objects, so that a hook's handle still removes it.
-    kept = {name: of for name, of in vars(layer).items() if name.startswith(HOOKED)}
-    vars(other).update(kept)
-    return other
-
-
-def _without_hooks(layer: nn.Module) -> nn.Module:
-    hooks = {n: of for n, of in vars(layer).items() if n.startswith(HOOKED)}
-    empty = {n: type(of)() if isinstance(of, dict) else None for n, of in hooks.items()}
-    vars(layer).update(empty)
-    return layer
-
-
-def _check_no_forward(layer: nn.Module, other: str) -> None:
-    if has_forward(layer):
-        raise InputError(
-            f"a forward was set on this {type(layer).__name__}, and {other} would not "
-            "run it; delete it first (accelerate: remove_hook_from_submodules), and "
-            "set it again afterwards."
-        )
+        return hooked_as(layer, merged.train(layer.training))
 
 
 @weight_view.register
@@ -350,9 +328,9 @@ class QuantizedExperts(nn.Module):
         super().__init__()
         check_kind("base", base, nn.Module)
         check_kind("stacks", stacks, Mapping)
-        _check_no_forward(base, "the quantized experts")
-        _hooked_as(base, self)
-        bare = _without_hooks(copy(base))
+        check_no_forward(base, "the quantized experts")
+        hooked_as(base, self)
+        bare = without_hooks(copy(base))
         kept = {n: p for n, p in base._parameters.items() if n not in stacks}
         bare._parameters = kept
         self.stacks = nn.ModuleDict({n: nn.ModuleList(m) for n, m in stacks.items()})
@@ -417,13 +395,13 @@ class _QuantizedStacks(Stacked):
     """The view of `QuantizedExperts`; merged stacks are stored decoded."""
 
     def check_plain(self, layer: Any) -> None:
-        _check_no_forward(layer, "plain experts")
+        check_no_forward(layer, "plain experts")
 
     def names(self, layer: Any) -> list[str]:
         return list(layer.stacks)
 
     def plain(self, layer: Any, W: Any) -> nn.Module:
-        return _hooked_as(layer, super().plain(copy(layer.base), W))
+        return hooked_as(layer, super().plain(copy(layer.base), W))
 
 
 @weight_view.register
@@ -505,11 +483,9 @@ def _quantized(
     view, hyper = weight_view(layer), (codebook, blocksize, nested_blocksize)
     if isinstance(view, Stacked):
         return QuantizedExperts.from_experts(layer, *hyper)
-    plain = layer
-    if type(layer) is not nn.Linear:
-        plain = frozen(view.turn(layer.weight).detach(), layer.bias)
-        plain.train(layer.training)
-    return _hooked_as(layer, QuantizedLinear.from_linear(plain, *hyper))
+    plain = frozen(view.turn(layer.weight).detach(), layer.bias)
+    new = QuantizedLinear.from_linear(plain, *hyper)
+    return hooked_as(layer, new.train(layer.training))
 
 
 def unquantized(model: nn.Module) -> dict[str, int]:
@@ -591,7 +567,7 @@ def _to_quantize(model: nn.Module, skip: Sequence[str]) -> dict[str, nn.Module]:
         raise InputError(_why_none(named, choices))
     for name, layer in found.items():
         with naming(name):
-            _check_no_forward(layer, "a quantized one")
+            check_no_forward(layer, "a quantized one")
             _check_values(layer)
     return found
 
