@@ -4,6 +4,7 @@
     make mutants ARGS="--column torch --rows"         # its modules that have vectors
     python tools/mutants.py lora dora                 # some
     python tools/mutants.py --laws lora               # and the tests, where none does
+    python tools/mutants.py --part 1/3                # a third of them, at random
 
 A mutant swaps an operator, moves a number by one, negates a condition or drops a check.
 Each runs in a fork, on the vectors of its row and of the rows that use it, until the
@@ -19,11 +20,13 @@ import copy
 import importlib
 import importlib.util
 import os
+import random
 import signal
 import sys
 import tomllib
 from collections import Counter
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from pathlib import Path
 from types import FrameType, ModuleType
@@ -39,7 +42,9 @@ from minipeft.golden.vectors import VectorFile, load_all
 ROOT = Path(__file__).parents[1]
 COLUMNS = ("reference", "torch", "cupy")
 EQUIVALENT = Path(__file__).with_suffix(".toml")
-SECONDS = 60  # a mutant that runs longer is found
+SECONDS = 5  # of processor time: a mutant is found that takes more,
+TIMES = 10  # and so many times as much as the column
+WAIT = 600  # or that waits so long
 FOUND, SURVIVED = 1, 0
 KINDS = ("properties", "agreement")  # of tests that a row has
 OTHER: dict[type[ast.AST], type[Any]] = {
@@ -60,12 +65,16 @@ def main() -> int:
     parser.add_argument("--column", choices=COLUMNS, default=COLUMNS[0])
     parser.add_argument("--laws", action="store_true", help="ask the tests too")
     parser.add_argument("--rows", action="store_true", help="modules that have vectors")
+    parser.add_argument("--part", default="1/1", help="a random part, such as 1/3")
     asked = parser.parse_args()
+    part, parts = map(int, asked.part.split("/"))
     column = ROOT / "minipeft" / asked.column
     names = asked.modules or [path.stem for path in sorted(column.glob("[a-z]*.py"))]
     if asked.rows:
         names = [n for n in names if n in {o.row for o in OPERATIONS.values()}]
     importlib.import_module(f"minipeft.{asked.column}")
+    if asked.column == "torch":  # so that no mutant has to
+        importlib.import_module("minipeft.golden.drivers.bridge")
     listed = tomllib.loads(EQUIVALENT.read_text("utf-8"))["survivor"]
     total: Counter[str] = Counter()
     for name in names:
@@ -74,7 +83,8 @@ def main() -> int:
             for e in listed
             if (e.get("column", COLUMNS[0]), e["module"]) == (asked.column, name)
         }
-        total += module(Module(column, name), known, asked.laws)
+        drawn = Drawn(part - 1, parts, random.Random(name))
+        total += module(Module(column, name), known, asked.laws, drawn)
     report(total)
     return int(total["survived"] > 0)
 
@@ -89,6 +99,18 @@ def report(total: Counter[str]) -> None:
         f"vector runs: {total['unreached, law']} found by tests, "
         f"{total['unreached']} not."
     )
+
+
+class Drawn(NamedTuple):
+    """One of several parts, drawn at random; all parts together are all mutants."""
+
+    number: int
+    of: int
+    rng: random.Random
+
+    def has_next(self) -> bool:
+        """Tell whether the next mutant is in this part."""
+        return self.rng.randrange(self.of) == self.number
 
 
 class Module(NamedTuple):
@@ -108,26 +130,30 @@ class Module(NamedTuple):
         return f"minipeft.{self.column.name}.{self.name}"
 
 
-def module(of: Module, listed: set[tuple[str, str]], laws: bool) -> Counter[str]:
-    """Run every mutant of a module."""
+def module(
+    of: Module, listed: set[tuple[str, str]], laws: bool, drawn: Drawn
+) -> Counter[str]:
+    """Run every mutant of a module that is drawn."""
     text = of.path.read_text("utf-8")
     tree, source = ast.parse(text), text.splitlines()
     rows = [of.name, *users(of)]
     known = [row for row in rows if operations(row)]
     files = [file for row in known for file in load_all(operations(row))]
     lines, checks = reached(of, tree, files), checking(tree)
-    if laws and fork(lambda: tested(of, tree)) == FOUND:
-        raise SystemExit(f"{of.name} fails its tests as it is")
+    limit = usual(partial(run, of, tree, files))
+    longer = usual(partial(tested, of, tree)) if laws else limit
     count: Counter[str] = Counter()
     for said, line, mutant in mutants(tree):
+        if not drawn.has_next():
+            continue
         kind, at = "unreached", source[line - 1].strip()
         if line in lines:
-            found = fork(partial(run, of, mutant, files)) == FOUND
+            found = fork(partial(run, of, mutant, files), limit) == FOUND
             kind = "found" if found else "check" if line in checks else "survived"
         if kind == "survived" and (at, said) in listed:
             kind = "listed"
         if laws and kind in ("check", "unreached"):
-            broken = fork(partial(tested, of, mutant)) == FOUND
+            broken = fork(partial(tested, of, mutant), longer) == FOUND
             kind = f"{kind}, law" if broken else kind
         count[kind] += 1
         if kind == "survived" or (laws and kind in ("check", "unreached")):
@@ -287,11 +313,20 @@ def body(node: ast.stmt) -> bool:
     return hasattr(node, "body")
 
 
-def fork(judged: Callable[[], int]) -> int:
+def usual(judged: Callable[[], int]) -> float:
+    """Judge the column as it is; return how much processor time a mutant may take."""
+    before = sum(os.times()[2:4])
+    if fork(judged, WAIT) == FOUND:
+        raise SystemExit("the column fails as it is")
+    return SECONDS + TIMES * (sum(os.times()[2:4]) - before)
+
+
+def fork(judged: Callable[[], int], limit: float) -> int:
     """Judge a mutant in a process of its own; return FOUND or SURVIVED."""
     child = os.fork()
     if not child:
-        signal.alarm(SECONDS)
+        signal.setitimer(signal.ITIMER_PROF, limit)
+        signal.alarm(WAIT)
         silent = os.open(os.devnull, os.O_WRONLY)
         os.dup2(silent, 1)
         os.dup2(silent, 2)
@@ -318,7 +353,6 @@ def put(of: Module, tree: ast.Module) -> None:
 
 def tested(of: Module, tree: ast.Module) -> int:
     """Run the laws of the module's functions, and of its row, until one is broken."""
-    signal.alarm(10 * SECONDS)  # tests take longer than vectors
     put(of, tree)
     general = ROOT / "tests" / "properties" / "test_reference.py"
     own = [ROOT / "tests" / kind / f"test_{of.name}.py" for kind in KINDS]
@@ -333,12 +367,24 @@ def run(of: Module, tree: ast.Module, files: list[VectorFile]) -> int:
     """Ask a mutant until something is wrong."""
     np.seterr(all="ignore")
     put(of, tree)
-    column = implementation(of.column.name)
-    for file in files:
-        for case in file.cases:
-            if judge(column, file, case).status in ("fail", "policy"):
-                return FOUND
+    with on_a_cpu(of.column.name):
+        column = implementation(of.column.name)
+        for file in files:
+            for case in file.cases:
+                if judge(column, file, case).status in ("fail", "policy"):
+                    return FOUND
     return SURVIVED
+
+
+def on_a_cpu(column: str) -> AbstractContextManager[Any]:
+    """Run kernels as the tests do: compiled for this CPU."""
+    if column != "cupy":
+        return nullcontext()
+    sys.path.append(str(ROOT))
+    from minipeft.cupy.executor import use
+    from tests.cuda.executors import CpuExecutor
+
+    return use(CpuExecutor())
 
 
 if __name__ == "__main__":

@@ -23,33 +23,89 @@ def tool():
     return module
 
 
+BUILT_IN = ROOT / "minipeft" / "golden" / "drivers"
+DEVIATION = {"library", "version", "name", "kind", "what", "cases"}
+KINDS = {"defect", "difference"}
+
+
 def test_drivers_are_short_and_name_their_versions(tool):
     drivers = [p for p in tool.DRIVERS.glob("*.py") if p.stem != "torch_layers"]
-    for path in drivers:
-        assert len(path.read_text().splitlines()) <= 80
-        assert path.stem in tool.LIBRARIES.values()
+    assert {path.stem for path in drivers} <= set(tool.LIBRARIES.values())
+    peers = [path for name in tool.BUILT_IN for path in (BUILT_IN / name).glob("*.py")]
+    assert peers
+    for path in (*drivers, *peers):
+        assert len(path.read_text("utf-8").splitlines()) <= 80, path
     for name in tool.LIBRARIES:
         packages = tool.requirements(name)
         assert f"{name}==" in " ".join(packages)
         assert all("==" in package or package == "scipy" for package in packages)
 
 
-def test_the_page_of_bugs_names_what_fails():
+def test_every_failure_is_a_named_deviation():
+    failed = [
+        (found["library"], found["version"], operation, case)
+        for versions in matrix.read(RESULTS).values()
+        for found in versions
+        for operation, count in found.get("operations", {}).items()
+        for case in count.get("failed", ())
+    ]
+    assert len(failed) >= 100
+    assert sorted(named_cases(matrix.deviations(RESULTS))) == sorted(failed)
+
+
+def named_cases(deviations):
+    return [
+        (deviation["library"], deviation["version"], operation, case)
+        for deviation in deviations
+        for operation, cases in deviation["cases"].items()
+        for case in cases
+    ]
+
+
+def test_a_deviation_says_what_the_library_does():
+    deviations = matrix.deviations(RESULTS)
+    names = [(d["library"], d["version"], d["name"]) for d in deviations]
+    assert len(set(names)) == len(names)
+    for deviation in deviations:
+        assert set(deviation) == DEVIATION
+        assert deviation["kind"] in KINDS
+        assert re.fullmatch(r"[a-z0-9-]+", deviation["name"])
+        assert re.fullmatch(r"[^\n]+\.", deviation["what"])
+
+
+def stories():
+    """Return what the page of bugs tells: libraries with versions, and vectors."""
     text = (ROOT / "site" / "bugs.md").read_text("utf-8")
-    entries = re.findall(r"\*\*([\w-]+) (\d[\d.]+\d)(.*?)(?=\n\n)", text, re.S)
+    for said in re.findall(r"^\*\*.*?(?=\n\n)", text, re.S | re.M):
+        told = said.replace("\n", " ")
+        versions = re.findall(r"([\w-]+) (\d[\d.]+\d)", told)
+        libraries = [v for v in versions if (RESULTS / v[0]).is_dir()]
+        yield libraries, re.findall(r"`(\w+):(\d+)`", told)
+
+
+def test_the_page_of_bugs_names_what_fails():
     named = 0
-    for library, number, told in entries:
-        found = json.loads((RESULTS / library / f"{number}.json").read_text("utf-8"))
-        also = re.findall(r" and ([\w-]+) (\d[\d.]+\d)", told)
-        results = [found, *(read_result(*other) for other in also)]
-        for operation, case in re.findall(r"`(\w+):(\d+)`", told):
-            failing = [
-                int(case) in r["operations"].get(operation, {}).get("failed", ())
-                for r in results
-            ]
-            assert any(failing), (library, operation, case)
+    for libraries, vectors in stories():
+        found = [read_result(*library) for library in libraries]
+        for operation, case in vectors:
+            assert any(
+                int(case) in result["operations"].get(operation, {}).get("failed", ())
+                for result in found
+            ), (libraries, operation, case)
             named += 1
     assert named >= 20
+
+
+def test_the_page_of_bugs_tells_of_every_defect():
+    told = {
+        (*library, operation, int(case))
+        for libraries, vectors in stories()
+        for library in libraries
+        for operation, case in vectors
+    }
+    for deviation in matrix.deviations(RESULTS):
+        if deviation["kind"] == "defect":
+            assert told & set(named_cases([deviation])), deviation["name"]
 
 
 def test_the_museum_links_each_bug_to_its_reports():
@@ -116,12 +172,18 @@ def test_a_page_shows_counts_the_least_case_and_what_changed(tmp_path):
     (tmp_path / "gone").mkdir()
     reason = {"library": "gone", "date": "2026-01-02", "reason": "no wheel"}
     (tmp_path / "gone" / "none.json").write_text(json.dumps(reason))
+    (tmp_path / "deviations.toml").write_text(
+        '[[deviation]]\nlibrary = "lib"\nversion = "1.10"\nname = "odd"\n'
+        'kind = "difference"\nwhat = "It counts from 1."\n'
+        "cases.nf4_quantize = [4, 5, 7]\n"
+    )
     table = matrix.table(tmp_path)
     assert "[lib 1.10](#lib)" in table
     assert "| `nf4_quantize` | 9 of 11 |" in table
     details = matrix.details(tmp_path)
     assert "tcId 4, odd: `packed [0] is 0x01` (OddLength)" in details
     assert "<https://example.org/1>" in details
+    assert "- odd (difference): It counts from 1. `nf4_quantize` 4–5, 7" in details
     assert "Since 1.9: newly failing: `nf4_quantize:5`; mended: `nf4_quantize:3`." in (
         details
     )

@@ -64,6 +64,11 @@ def test_a_setting_of_another_type_is_refused_by_name(change, said):
         settings({**PLAIN, **change}, "a.b")
 
 
+def test_a_config_names_its_rank():
+    with pytest.raises(InputError, match="r in config is 0"):
+        settings({"lora_alpha": 8}, "a.b")
+
+
 def test_llama_cpp_multiplies_by_the_share_alone_where_alpha_is_zero():
     assert gguf_scaling(0.0, 4, 0.5) == 0.5
     assert gguf_scaling(8.0, 4) == 2

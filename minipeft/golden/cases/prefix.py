@@ -37,6 +37,7 @@ def files() -> Iterator[File]:
             *misfits(
                 "prefix_expand", replace(networks[0], roundings={}, magnitudes=None), ()
             ),
+            _network("virtual tokens as wide as keys", (5, 4, 7, 4)),
         ],
     )
 
@@ -88,29 +89,31 @@ def _misfits() -> Iterator[Spec]:
 
 
 def _networks() -> Iterator[Spec]:
-    for comment, (count, width, hidden, d) in {
-        "two virtual tokens": (2, 4, 6, 3),
-        "one virtual token": (1, 3, 5, 2),
-    }.items():
-        shapes = {
-            "P": (count, width),
-            "W_down": (hidden, width),
-            "b_down": (hidden,),
-            "W_up": (2 * d, hidden),
-            "b_up": (2 * d,),
-        }
-        inputs = {n: gaussian(f"{comment} {n}", shape) for n, shape in shapes.items()}
-        sizes = {n: np.abs(array.astype(np.float64)) for n, array in inputs.items()}
-        # The slope of tanh is at most 1, and so is its value.
-        inner = 1 + sizes["P"] @ sizes["W_down"].T + sizes["b_down"]
-        both = inner @ sizes["W_up"].T + sizes["b_up"]
-        K, V = np.split(both, 2, axis=-1)
-        n = width + hidden + 8
-        yield Spec(
-            comment=comment,
-            flags=("Network",),
-            inputs=inputs,
-            parameters={},
-            roundings={"K": n, "V": n},
-            magnitudes={"K": K, "V": V},
-        )
+    yield _network("two virtual tokens", (2, 4, 6, 3))
+    yield _network("one virtual token", (1, 3, 5, 2))
+
+
+def _network(comment: str, lengths: tuple[int, int, int, int]) -> Spec:
+    count, width, hidden, d = lengths
+    shapes = {
+        "P": (count, width),
+        "W_down": (hidden, width),
+        "b_down": (hidden,),
+        "W_up": (2 * d, hidden),
+        "b_up": (2 * d,),
+    }
+    inputs = {n: gaussian(f"{comment} {n}", shape) for n, shape in shapes.items()}
+    sizes = {n: np.abs(array.astype(np.float64)) for n, array in inputs.items()}
+    # The slope of tanh is at most 1, and so is its value.
+    inner = 1 + sizes["P"] @ sizes["W_down"].T + sizes["b_down"]
+    both = inner @ sizes["W_up"].T + sizes["b_up"]
+    K, V = np.split(both, 2, axis=-1)
+    n = width + hidden + 8
+    return Spec(
+        comment=comment,
+        flags=("Network",),
+        inputs=inputs,
+        parameters={},
+        roundings={"K": n, "V": n},
+        magnitudes={"K": K, "V": V},
+    )

@@ -2,6 +2,8 @@
 
 import json
 import re
+import tomllib
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -49,14 +51,23 @@ def cell(found: Found, operation: str) -> str:
     return f"{right} of {right + wrong}" if wrong else f"{right}"
 
 
+def deviations(folder: Path) -> list[Found]:
+    """Return the named deviations: what a library does instead, and in which cases."""
+    path = folder / "deviations.toml"
+    named: list[Found] = tomllib.loads(path.read_text("utf-8"))["deviation"]
+    return named
+
+
 def details(folder: Path) -> str:
-    """List for each library where it was run, and of each failure the least case."""
+    """List for each library where it was run, the least failing cases, and why."""
+    named = deviations(folder)
     return "\n\n".join(
-        section(name, versions) for name, versions in read(folder).items()
+        section(name, versions, [d for d in named if d["library"] == name])
+        for name, versions in read(folder).items()
     )
 
 
-def section(name: str, versions: list[Found]) -> str:
+def section(name: str, versions: list[Found], named: list[Found]) -> str:
     """Tell about one library, and what changed since the version before."""
     found = versions[0]
     if "reason" in found:
@@ -71,6 +82,7 @@ def section(name: str, versions: list[Found]) -> str:
         if agreeing
         else "",
         "\n".join(failures(found)) or "Nothing fails.",
+        "\n".join(reasons(found["version"], named)),
         changes(*versions[:2]) if len(versions) > 1 else "",
     ]
     return "\n\n".join(part for part in parts if part)
@@ -89,6 +101,26 @@ def failures(found: Found) -> list[str]:
                 f"({', '.join(case['flags'])}){links}"
             )
     return lines
+
+
+def reasons(number: str, named: list[Found]) -> list[str]:
+    """Say what the library does instead, and name the cases that fail by it."""
+    lines = [
+        f"- {d['name']} ({d['kind']}): {d['what']} "
+        + ", ".join(f"`{op}` {spans(cases)}" for op, cases in d["cases"].items())
+        for d in named
+        if d["version"] == number
+    ]
+    return ["What stands behind them:", "", *lines] if lines else []
+
+
+def spans(numbers: list[int]) -> str:
+    """Write runs of numbers as spans: 9\N{EN DASH}12, 14."""
+    runs = groupby(enumerate(sorted(numbers)), lambda pair: pair[1] - pair[0])
+    told = [[number for _, number in run] for _, run in runs]
+    return ", ".join(
+        f"{run[0]}\N{EN DASH}{run[-1]}" if run[1:] else f"{run[0]}" for run in told
+    )
 
 
 def changes(new: Found, old: Found) -> str:

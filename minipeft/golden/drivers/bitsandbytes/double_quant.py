@@ -8,6 +8,21 @@ from minipeft.golden.drivers.bridge import to_numpy, to_torch, torch_dtype
 from minipeft.golden.errors import Unsupported
 from minipeft.golden.tensors import Array
 
+OFFERED = "bitsandbytes offers blocks of 32 to 4096, nested in 256"
+
+
+def double_quant_quantize(
+    W: Array, blocksize: int, nested_blocksize: int
+) -> tuple[Array, ...]:
+    """Return codes, codes of scales, their scales, and the mean."""
+    if blocksize < 32 or nested_blocksize != 256:
+        raise Unsupported(OFFERED)
+    packed, state = functional.quantize_4bit(
+        to_torch(W), blocksize=blocksize, compress_statistics=True, quant_type="nf4"
+    )
+    nested = (state.absmax, state.state2.absmax, state.offset)
+    return to_numpy(packed).reshape(-1), *map(to_numpy, nested)
+
 
 def double_quant_dequantize(
     packed: Array,
@@ -21,7 +36,7 @@ def double_quant_dequantize(
 ) -> Array:
     """Return the weight."""
     if blocksize < 32 or nested_blocksize != 256:
-        raise Unsupported("bitsandbytes offers blocks of 32 to 4096, nested in 256")
+        raise Unsupported(OFFERED)
     code = functional.create_dynamic_map(signed=True)
     state = functional.QuantState(
         absmax=to_torch(absmax_codes),
