@@ -374,7 +374,7 @@ print(results.origin(full))
 # Each cell has the geometric mean over the copies, with the smallest and the largest of them: {=len(full["models"]["tiny"]["tested"]["base"])=} copies of `tiny`, {=len(full["models"][LARGEST]["tested"]["base"])=} of SmolLM2. A second copy of the base differs from the first by up to {=f"{max(tested['tiny']['the base again'].largest - 1, 1 - tested['tiny']['the base again'].smallest):.0%}"=} on `tiny`, so a comparison of one copy with one other can be wrong by as much.
 #
 # **Merged = base replicates.** On both models the test finds no difference, with $p =$ {=f"{tested['tiny']['merged'].p:.2f}"=} and {=f"{tested[LARGEST]['merged'].p:.2f}"=}, and finds the unmerged adapter, with the smallest $p$ that so many pairs allow. It even finds a single unmerged layer on `tiny`, which adds {=f"{tested['tiny']['one layer unmerged'].mean - 1:.1%}"=}; on SmolLM2 one layer adds {=f"{tested[LARGEST]['one layer unmerged'].mean - 1:.1%}"=}, and eight pairs are too few for that
-# ($p =$ {=f"{tested[LARGEST]['one layer unmerged'].p:.3f}"=}). No finding is no proof of zero: a merged model that is slower by two or three percent would not have been noticed here. But it has the layers of the base, with other numbers in them, and nothing that would take longer.
+# ($p =$ {=f"{tested[LARGEST]['one layer unmerged'].p:.3f}"=}). No finding is no proof of zero: a merged model that is slower by two or three percent would not have been noticed on `tiny`. But it has the layers of the base, with other numbers in them, and nothing that would take longer.
 
 
 # %%
