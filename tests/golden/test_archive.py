@@ -13,7 +13,8 @@ import pytest
 
 from minipeft.golden import archive, processes, runner
 from minipeft.golden.vectors import V1, load_all
-from tests.golden.test_verify import SLOWNESS, minipeft
+from tests.golden.commands import here, minipeft
+from tests.golden.test_verify import SLOWNESS
 
 FILES = list(load_all())
 CASES = sum(len(file.cases) for file in FILES)
@@ -143,7 +144,7 @@ def test_a_bug_in_an_example_is_found(languages):
     text = (languages / "lora_merge.mjs").read_text()
     assert "(rank_stabilized ? Math.sqrt(r) : r)" in text
     path.write_text(text.replace("(rank_stabilized ? Math.sqrt(r) : r)", "r"))
-    done = minipeft("verify", "--exec", f"node {path}", "--persistent")
+    done = here("verify", "--exec", f"node {path}", "--persistent")
     assert done.returncode == 1
     assert "RankStabilized" in done.stdout
 
@@ -182,7 +183,7 @@ def persistent(folder, reply, offers="None"):
     text = PERSISTENT.replace("REPLY", reply).replace("OFFERS", offers)
     path.write_text(text.replace("stopped", str(folder / "stopped")))
     command = f"{sys.executable} {path}"
-    return minipeft(
+    return here(
         *("verify", "--exec", command, "--persistent", "--only", "codebook_table"),
         *("--timeout", "1"),
     )

@@ -19,7 +19,7 @@ from minipeft.golden.drivers.reference import (
 from minipeft.golden.implementations import Functions
 from minipeft.golden.runner import verify
 from minipeft.golden.vectors import load_all
-from tests.golden.test_verify import minipeft
+from tests.golden.commands import minipeft
 
 
 def low_bits_first(W, blocksize):

@@ -15,8 +15,8 @@ from minipeft.golden import child, report, runner
 from minipeft.golden.errors import Late, Unsupported
 from minipeft.golden.implementations import Functions
 from minipeft.golden.vectors import load_all
+from tests.golden.commands import ROOT, here
 
-ROOT = Path(__file__).parents[2]
 OPERATION = "codebook_table"
 ONLY = ("--only", OPERATION)
 HEAD = "import os, signal, sys, time\nimport numpy as np\n"
@@ -36,19 +36,25 @@ def start(folder, *arguments):
     )
 
 
-def ask(folder, *arguments):
+def ask(folder, *arguments, run=here):
     """Return code, stdout, stderr and the report; check all reports."""
     files = folder / "report.json", folder / "report.xml"
     wanted = ("--json", str(files[0]), "--junit", str(files[1]))
-    process = start(folder, *arguments, *ONLY, *wanted)
-    stdout, stderr = process.communicate(timeout=120)
-    assert "Traceback" not in stdout + stderr.partition("minipeft:")[2]
-    assert process.returncode in (0, 1, 2)
+    done = run("verify", *arguments, *ONLY, *wanted, folder=folder)
+    assert "Traceback" not in done.stdout + done.stderr.partition("minipeft:")[2]
+    assert done.returncode in (0, 1, 2)
     suites = ElementTree.parse(files[1]).getroot()
     assert len(suites.findall(f"testsuite[@name='{OPERATION}.json']/testcase")) == 4
     report = json.loads(files[0].read_text(encoding="utf-8"))
     assert len(report["cases"]) == 4
-    return process.returncode, stdout, stderr, report
+    return done.returncode, done.stdout, done.stderr, report
+
+
+def apart(command, *arguments, folder):
+    """Run the command in a process of its own."""
+    process = start(folder, *arguments)
+    said = process.communicate(timeout=120)
+    return subprocess.CompletedProcess(command, process.returncode, *said)
 
 
 def module(folder, text):
@@ -124,7 +130,7 @@ def test_an_answer_of_the_wrong_kind_fails_its_case(body, said, tmp_path):
 def test_a_module_that_crashes_once_fails_one_case(tmp_path):
     crash = "right = codebook_table\ndef codebook_table(name):\n"
     crash += f"    if name == {NAMES[0]!r}: os._exit(1)\n    return right(name)\n"
-    code, stdout, _, _ = ask(tmp_path, module(tmp_path, RIGHT + crash))
+    code, stdout, _, _ = ask(tmp_path, module(tmp_path, RIGHT + crash), run=apart)
     assert code == 1
     crashes = NAMES.count(NAMES[0])
     assert f"{4 - crashes} passed, {crashes} failed, 0 skipped" in stdout
@@ -134,7 +140,7 @@ def test_a_fork_that_keeps_the_pipe_delays_nothing(tmp_path):
     fork = "if os.fork() == 0: time.sleep(60); os._exit(0)\n"
     fork += "def codebook_table(name): os._exit(7)\n"
     begun = time.monotonic()
-    code, _, _, report = ask(tmp_path, module(tmp_path, fork))
+    code, _, _, report = ask(tmp_path, module(tmp_path, fork), run=apart)
     assert code == 1
     assert details(report) == {"the process ended with code 7"}
     assert time.monotonic() - begun < 30
@@ -143,14 +149,14 @@ def test_a_fork_that_keeps_the_pipe_delays_nothing(tmp_path):
 def test_a_fork_that_returns_twice_answers_once(tmp_path):
     fork = "right = codebook_table\ndef codebook_table(name):\n"
     fork += "    os.fork()\n    return right(name)\n"
-    code, stdout, _, _ = ask(tmp_path, module(tmp_path, RIGHT + fork))
+    code, stdout, _, _ = ask(tmp_path, module(tmp_path, RIGHT + fork), run=apart)
     assert code == 0, stdout
 
 
 def test_a_module_that_starts_only_once_costs_three_starts(tmp_path):
     once = "if os.path.exists('started'): os._exit(9)\nopen('started', 'w')\n"
     once += "def codebook_table(name): os._exit(7)\n"
-    code, _, _, report = ask(tmp_path, module(tmp_path, once))
+    code, _, _, report = ask(tmp_path, module(tmp_path, once), run=apart)
     assert code == 1
     assert details(report) == {
         "the process ended with code 7",
@@ -161,7 +167,7 @@ def test_a_module_that_starts_only_once_costs_three_starts(tmp_path):
 def test_names_of_the_working_directory_stand_in_for_nothing(tmp_path):
     for taken in ("json", "torch", "numpy", "inspect", "argparse"):
         (tmp_path / f"{taken}.py").write_text("raise SystemExit('the wrong one')\n")
-    code, stdout, stderr, _ = ask(tmp_path, module(tmp_path, RIGHT))
+    code, stdout, stderr, _ = ask(tmp_path, module(tmp_path, RIGHT), run=apart)
     assert code == 0, stdout + stderr
     done = subprocess.run(
         [sys.executable, "-m", "minipeft.cli", "verify", "stranger", *ONLY],
@@ -172,7 +178,7 @@ def test_names_of_the_working_directory_stand_in_for_nothing(tmp_path):
     )
     assert done.returncode == 0, done.stderr
     (tmp_path / "hypothesis.py").write_text(RIGHT)  # installed, and also in this folder
-    code, stdout, stderr, _ = ask(tmp_path, "hypothesis")
+    code, stdout, stderr, _ = ask(tmp_path, "hypothesis", run=apart)
     assert code == 0, stdout + stderr
 
 
@@ -243,7 +249,7 @@ def test_output_without_end_is_not_kept():
 @pytest.mark.parametrize("where", ["stdout", "stderr"])
 def test_a_module_that_prints_without_end_is_bounded_and_reported(where, tmp_path):
     name = module(tmp_path, f"while True: sys.{where}.write('x' * 65536)")
-    code, _, stderr, report = ask(tmp_path, name, "--timeout", "1")
+    code, _, stderr, report = ask(tmp_path, name, "--timeout", "1", run=apart)
     assert code == 2
     assert len(stderr) < child.SHOWN + 4096
     assert "what else 'stranger' prints is not shown." in stderr
@@ -284,7 +290,7 @@ def test_head_ends_nothing_early(tmp_path):
 def test_any_encoding_of_stdout_will_do(tmp_path, monkeypatch):
     monkeypatch.setenv("PYTHONIOENCODING", "ascii")
     name = module(tmp_path, "def codebook_table(name): raise ValueError('γₙ')\n")
-    _, stdout, stderr, _ = ask(tmp_path, name)
+    _, stdout, stderr, _ = ask(tmp_path, name, run=apart)
     assert "ValueError: \\u03b3" in stdout
     assert not stderr
 

@@ -10,7 +10,7 @@ from functools import cache
 import pytest
 
 from minipeft.golden.vectors import load_all
-from tests.golden.test_verify import minipeft
+from tests.golden.commands import minipeft
 
 pytestmark = pytest.mark.slow
 

@@ -13,7 +13,7 @@ from minipeft.golden.report import Run
 from minipeft.golden.runner import OUR_WAY, verify
 from minipeft.golden.vectors import load_all
 from minipeft.golden.ways import WAYS
-from tests.golden.test_verify import minipeft
+from tests.golden.commands import minipeft
 
 pytestmark = pytest.mark.slow
 

@@ -5,7 +5,6 @@ import os
 import subprocess
 import sys
 import time
-from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
@@ -14,25 +13,14 @@ from minipeft import __version__
 from minipeft.golden.implementations import Functions
 from minipeft.golden.runner import verify
 from minipeft.golden.vectors import load_all
+from tests.golden.commands import ROOT, here, minipeft
 
 pytestmark = pytest.mark.slow
 
-ROOT = Path(__file__).parents[2]
 # CPU cores are shared; the book's time limits allow for it in the same way.
 SLOWNESS = float(os.environ.get("BOOK_SLOWNESS", "1"))
+ONE = ("--only", "lora_merge")  # all vectors take longer to read
 PLAIN = f"{sys.executable} tests/impls/plain_program.py"
-
-
-def minipeft(*arguments):
-    """Run the command as a user does: without the type checks of the tests."""
-    return subprocess.run(
-        [sys.executable, "-m", "minipeft.cli", *arguments],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
 
 
 @pytest.mark.parametrize("column", ["reference", "torch"])
@@ -127,14 +115,14 @@ def test_a_broken_module_fails_and_the_report_says_why():
 
 
 def test_a_missing_function_is_a_listed_skip():
-    done = minipeft("verify", "tests.impls.broken_nibbles", "--only", "nf4_dequantize")
+    done = here("verify", "tests.impls.broken_nibbles", "--only", "nf4_dequantize")
     assert done.returncode == 0
-    done = minipeft("verify", "tests.impls.broken_nibbles", "--only", "blockwise")
+    done = here("verify", "tests.impls.broken_nibbles", "--only", "blockwise")
     assert "has no function fp4_quantize" in done.stdout
 
 
 def test_a_crash_fails_its_cases_and_the_run_goes_on():
-    done = minipeft("verify", "tests.impls.crashing", "--only", "lora_forward")
+    done = here("verify", "tests.impls.crashing", "--only", "lora_forward")
     assert done.returncode == 1
     assert "the process was ended by SIGSEGV" in done.stdout
     (file,) = load_all(["lora_forward"])
@@ -147,10 +135,13 @@ def test_a_crash_fails_its_cases_and_the_run_goes_on():
     [
         (["verify"], "give one implementation"),
         (["verify", "reference", "--exec", "true"], "give one implementation"),
-        (["verify", "mine.py"], "there is no module 'mine.py'; give 'mine'"),
-        (["verify", "a/mine.py"], "there is no module 'a/mine.py'; give 'a.mine'"),
-        (["verify", "no.such.module"], "cannot import 'no.such.module'"),
-        (["verify", "json"], "json answered no case"),
+        (["verify", "mine.py", *ONE], "there is no module 'mine.py'; give 'mine'"),
+        (
+            ["verify", "a/mine.py", *ONE],
+            "there is no module 'a/mine.py'; give 'a.mine'",
+        ),
+        (["verify", "no.such.module", *ONE], "cannot import 'no.such.module'"),
+        (["verify", "json", *ONE], "json answered no case"),
         (["verify", "torch", "--persistent"], "--persistent is for a program"),
         (["verify", "--exec", "'half"], "quote it again"),
         (["verify", "reference", "--json", ""], "it is no name"),
@@ -168,7 +159,7 @@ def test_a_crash_fails_its_cases_and_the_run_goes_on():
     ],
 )
 def test_bad_input_is_one_sentence_and_exit_code_2(arguments, said):
-    done = minipeft(*arguments)
+    done = here(*arguments)
     assert done.returncode == 2
     assert said in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1
@@ -180,7 +171,7 @@ def test_version():
 
 def test_reports(tmp_path):
     files = tmp_path / "report.json", tmp_path / "report.xml"
-    done = minipeft(
+    done = here(
         "verify",
         "tests.impls.broken_nibbles",
         *("--only", "nf4_quantize", "--only", "fp4_quantize"),
@@ -219,6 +210,6 @@ def test_a_second_opinion_without_numpy_agrees():
 
 @pytest.mark.parametrize("command", ["./no/such/program", "tests/conftest.py", "''"])
 def test_a_program_that_cannot_start_is_exit_code_2(command):
-    done = minipeft("verify", "--exec", command)
+    done = here("verify", "--exec", command, *ONE)
     assert done.returncode == 2
     assert "cannot run" in done.stderr

