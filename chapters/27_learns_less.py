@@ -94,7 +94,7 @@ LONG = {
     "smollm2": {
         "steps": 8,
         "rows": 2,
-        "seeds": [0, 1, 2],
+        "seeds": [0, 1],
         "exponents": {"full fine-tuning": range(-9, -6), "r = 8": range(-7, -4)},
         "judged": (16, 4),
     },

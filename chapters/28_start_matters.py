@@ -91,8 +91,7 @@ STARTS = {
         LoftQConfig(R, ALPHA, NF2, steps=5, codebooks=dict.fromkeys(four, NF4))
     ),
 }
-if not FEW_BITS:
-    STARTS = {name: STARTS[name] for name in ("LoRA", "DoRA", "PiSSA")}
+TRIED = [name for name in STARTS if FEW_BITS or "bits" not in name]
 
 
 def judges(examples):
@@ -155,12 +154,12 @@ if chapter.full:
     # What an interrupted run goes on from:
     partial = chapter.out / f"{Path(chapter.model).name}.partial"
     done = json.loads(partial.read_text()) if partial.exists() else {}
-    for name in STARTS:
+    for name in TRIED:
         if name not in done:
             done[name] = in_full(name, use)
             write_atomic(partial, json.dumps(done).encode())
             print(name, flush=True)
-    values = {"steps": STEPS, "starts": {name: done[name] for name in STARTS}}
+    values = {"steps": STEPS, "starts": {name: done[name] for name in TRIED}}
     seconds = sum(one["seconds"] for one in done.values())
     result = results.record(chapter, SEEDS, seconds, values)
     write_atomic(PLACE, (json.dumps(result) + "\n").encode())
@@ -171,40 +170,63 @@ if chapter.full:
 #
 # The long run. A loss is the mean over three seeds, ± half the distance between the best and the worst.
 
+
 # %%
-full = chapter.read_full(PLACE if PLACE.exists() else COMMITTED)
-starts = full["starts"]
-assert list(starts) == list(STARTS)
-STEPS_SEEN = [step for step, _ in starts["LoRA"]["runs"][0]["curve"]]
-HALF = STEPS_SEEN[len(STEPS_SEEN) // 2]
+class LongRun:
+    """The results of `--full`: the curves of each start, with every seed."""
+
+    def __init__(self, path, label=""):
+        self.full = chapter.read_full(path)
+        self.starts = self.full["starts"]
+        self.seen = [step for step, _ in self.starts["LoRA"]["runs"][0]["curve"]]
+        self.rates = {name: self.best(name, label) for name in self.starts}
+        self.mean = {
+            (name, step): statistics.mean(self.at(name, step))
+            for name in self.starts
+            for step in self.seen
+        }
+
+    def best(self, name, label):
+        """The rate with the lowest loss on the definitions for tuning."""
+        tuned = {rate: run["tuning"] for rate, run in self.starts[name]["tried"]}
+        setting = f"{label}{name}, batches of {ROWS}, {self.full['steps']} steps"
+        return chapter.best(setting, tuned)
+
+    def at(self, name, step):
+        """The loss at a step, of each seed."""
+        return [dict(run["curve"])[step] for run in self.starts[name]["runs"]]
+
+    def widest(self, name, step):
+        """The distance between the best and the worst seed."""
+        return max(self.at(name, step)) - min(self.at(name, step))
+
+    def lead(self):
+        """By how much PiSSA is ahead of LoRA at each rate that both tried."""
+        lora, pissa = (dict(self.starts[name]["tried"]) for name in ("LoRA", "PiSSA"))
+        common = sorted(lora.keys() & pissa.keys())
+        return {rate: lora[rate]["tuning"] - pissa[rate]["tuning"] for rate in common}
+
+    def rows(self, steps):
+        """A table: the rate of each start, and its loss at these steps."""
+        head = ["start", "rate", *(f"loss at step {step}" for step in steps)]
+        return [head] + [
+            [name, f"{rate:g}", *(results.spread(self.at(name, s)) for s in steps)]
+            for name, rate in self.rates.items()
+        ]
 
 
-def at(name, step):
-    """The loss at a step, of each seed."""
-    return [dict(run["curve"])[step] for run in starts[name]["runs"]]
-
-
-rates = {
-    name: chapter.best(
-        f"{name}, batches of 8, {full['steps']} steps",
-        {rate: run["tuning"] for rate, run in one["tried"]},
-    )
-    for name, one in starts.items()
-}
-shown = [0, STEPS_SEEN[1], HALF, STEPS_SEEN[-1]]
-rows = [["start", "rate", *(f"loss at step {step}" for step in shown)]]
-rows += [
-    [name, f"{rate:g}", *(results.spread(at(name, step)) for step in shown)]
-    for name, rate in rates.items()
-]
-table = results.table(rows)
-mean = {(n, step): statistics.mean(at(n, step)) for n in STARTS for step in STEPS_SEEN}
-END = STEPS_SEEN[-1]
+long = LongRun(PLACE if PLACE.exists() else COMMITTED)
+full, starts, rates, mean, at = long.full, long.starts, long.rates, long.mean, long.at
+assert list(starts) in (list(STARTS), TRIED)
+STEPS_SEEN = long.seen
+HALF, END = STEPS_SEEN[len(STEPS_SEEN) // 2], STEPS_SEEN[-1]
+shown = [0, STEPS_SEEN[1], HALF, END]
+table = results.table(long.rows(shown))
 print(results.origin(full))
 
 # %% tags=["fold"]
 figure, ax = plots.axes(x="step", y="loss on unseen definitions (nats)", size=(6.4, 4))
-DRAWN = [n for n in STARTS if n not in ("QLoRA, 4 bits", "LoftQ, 4 bits")]
+DRAWN = [n for n in starts if n not in ("QLoRA, 4 bits", "LoftQ, 4 bits")]
 for color, name in zip(plots.PALETTE, DRAWN, strict=False):
     curves = [at(name, step) for step in STEPS_SEEN]
     low, high = [min(c) for c in curves], [max(c) for c in curves]
@@ -225,7 +247,7 @@ chapter.show(
 # LoRA and PiSSA begin at the same loss, since PiSSA's adapter and residual sum to the weight. After {=STEPS_SEEN[1]=} steps their means are {=f"{abs(mean['LoRA', STEPS_SEEN[1]] - mean['PiSSA', STEPS_SEEN[1]]):.3f}"=} nats apart, less than two seeds of either are; at the end LoRA is {=f"{mean['PiSSA', END] - mean['LoRA', END]:.3f}"=} nats *lower*, with every seed. **That PiSSA converges faster did not
 # replicate at tuned rates** on this model.
 #
-# DoRA ends {=f"{abs(mean['LoRA', END] - mean['DoRA', END]):.3f}"=} nats from LoRA, less than their seeds differ. In four bits LoftQ begins {=f"{mean['QLoRA, 4 bits', 0] - mean['LoftQ, 4 bits', 0]:.3f}"=} nats below QLoRA and ends {=f"{mean['QLoRA, 4 bits', END] - mean['LoftQ, 4 bits', END]:.3f}"=} below, with every seed; QLoRA's own seeds differ by {=f"{max(at('QLoRA, 4 bits', END)) - min(at('QLoRA, 4 bits', END)):.3f}"=}. Before training the four bits raise the loss by {=f"{mean['QLoRA, 4 bits', 0] - mean['LoRA', 0]:.3f}"=} nats only.
+# DoRA ends {=f"{abs(mean['LoRA', END] - mean['DoRA', END]):.3f}"=} nats from LoRA, less than their seeds differ. In four bits LoftQ begins {=f"{mean['QLoRA, 4 bits', 0] - mean['LoftQ, 4 bits', 0]:.3f}"=} nats below QLoRA and ends {=f"{mean['QLoRA, 4 bits', END] - mean['LoftQ, 4 bits', END]:.3f}"=} below, with every seed; QLoRA's own seeds differ by {=f"{long.widest('QLoRA, 4 bits', END):.3f}"=}. Before training the four bits raise the loss by {=f"{mean['QLoRA, 4 bits', 0] - mean['LoRA', 0]:.3f}"=} nats only.
 #
 # In two bits LoftQ ends below QLoRA as published, but QLoRA trains too: it begins {=f"{mean['QLoRA, 2 bits', 0] - mean['LoRA', 0]:.2f}"=} nats above the model in 32 bits and gains {=f"{mean['QLoRA, 2 bits', 0] - mean['QLoRA, 2 bits', END]:.2f}"=} in {=full["steps"]=} steps, with every seed. **That QLoRA does not converge did not replicate** on this model. LoftQ's lead of
 # {=f"{mean['QLoRA, 2 bits', 0] - mean['LoftQ, 2 bits', 0]:.2f}"=} nats at the start is {=f"{mean['QLoRA, 2 bits', END] - mean['LoftQ, 2 bits', END]:.2f}"=} at the end. With half of the weights in four bits (three bits a weight on average; the four bits go where they remove most error, as in [chapter 12](12_loftq.md)) LoftQ ends {=f"{mean['LoftQ, 2 bits', END] - mean['LoftQ, 2 and 4 bits', END]:.2f}"=} lower still. Where every weight has two bits, the better start, LoftQ, ends {=f"{mean['LoftQ, 2 bits', END] - mean['LoRA', END]:.2f}"=} nats above LoRA on weights of 32 bits.
@@ -236,8 +258,7 @@ chapter.show(
 
 # %%
 tried = {name: dict(starts[name]["tried"]) for name in ("LoRA", "PiSSA")}
-common = sorted(tried["LoRA"].keys() & tried["PiSSA"].keys())
-lead = {r: tried["LoRA"][r]["tuning"] - tried["PiSSA"][r]["tuning"] for r in common}
+lead = long.lead()
 for rate, ahead in lead.items():
     losses = [f"{name} {tried[name][rate]['tuning']:.3f}" for name in tried]
     print(f"at {rate:<7g} {', '.join(losses)}: PiSSA ahead by {ahead:+.3f}")
@@ -258,8 +279,7 @@ if as_in_the_book:
     chapter.claim(
         "at tuned rates PiSSA is not ahead of LoRA at any step by more than the seeds",
         all(
-            mean["LoRA", step] - mean["PiSSA", step]
-            < max(at("LoRA", step)) - min(at("LoRA", step))
+            mean["LoRA", step] - mean["PiSSA", step] < long.widest("LoRA", step)
             for step in STEPS_SEEN[1:]
         ),
         control="the best and the worst seed of LoRA at that step",
@@ -276,8 +296,7 @@ if as_in_the_book:
     )
     chapter.claim(
         "DoRA and LoRA end less far apart than their seeds",
-        abs(mean["DoRA", END] - mean["LoRA", END])
-        < max(at("LoRA", END)) - min(at("LoRA", END)),
+        abs(mean["DoRA", END] - mean["LoRA", END]) < long.widest("LoRA", END),
         control="the best and the worst seed of LoRA",
     )
     chapter.claim(
@@ -319,6 +338,7 @@ own, same, other = ends.values()
 two_bits = {
     n: run(n, rates[n], 0, chapter.steps, use)["curve"]
     for n in ("QLoRA, 2 bits", "LoftQ, 2 bits")
+    if n in TRIED and n in rates
 }
 for name, curve in two_bits.items():
     print(f"{name:16s} {curve[0][1]:.3f} before, {curve[-1][1]:.3f} after (one seed)")
@@ -332,14 +352,15 @@ chapter.claim(
     max(own) < min(same),
     control="LoRA at PiSSA's rate",
 )
-chapter.claim(
-    "LoftQ in two bits begins and ends lower",
-    all(
-        two_bits["LoftQ, 2 bits"][i][1] < two_bits["QLoRA, 2 bits"][i][1]
-        for i in (0, -1)
-    ),
-    control="QLoRA in two bits at its own best rate",
-)
+if two_bits:
+    chapter.claim(
+        "LoftQ in two bits begins and ends lower",
+        all(
+            two_bits["LoftQ, 2 bits"][i][1] < two_bits["QLoRA, 2 bits"][i][1]
+            for i in (0, -1)
+        ),
+        control="QLoRA in two bits at its own best rate",
+    )
 
 # %% [markdown]
 # ## What this does not show
@@ -371,8 +392,8 @@ for name in ("LoRA", "PiSSA"):
 # 2. How far may the seeds of two starts lie apart before a difference of 0.02 nats says nothing? Look at the spread at every validation.
 
 # %% tags=["solution"]
-for name in STARTS:
-    widths = [max(at(name, step)) - min(at(name, step)) for step in STEPS_SEEN[1:]]
+for name in starts:
+    widths = [long.widest(name, step) for step in STEPS_SEEN[1:]]
     print(f"{name:14s} best to worst seed:", " ".join(f"{w:.3f}" for w in widths))
 
 # %% [markdown]
