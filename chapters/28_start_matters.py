@@ -269,6 +269,37 @@ PISSA, LORA = rates["PiSSA"], rates["LoRA"]
 # shows which start this rate suits.
 #
 # Lee and others report the same of nine variants of LoRA on larger models: with a tuned rate each, they end within 1 to 2 % [@lee2026].
+
+# %% [markdown]
+# ## On a second base
+#
+# Others trained *glassllm*: on novels by Lewis Carroll, with a tokenizer of its own, in float16 and not quantized ([its package](https://pypi.org/project/glassllm/), MIT licence). With 0.85 million parameters it is about as large as `tiny`. Three commands make it a folder for `--model` and repeat the long run on it, in float32:
+#
+# ```
+# pip download --no-deps glassllm==0.1.0
+# python tools/glassllm.py glassllm-0.1.0-py3-none-any.whl build/glassllm
+# python chapters/28_start_matters.py --model build/glassllm --full
+# ```
+#
+# Steps, seeds and the search for the rates are those of the long run above.
+
+# %%
+second = LongRun(RESULTS / f"{chapter.name}_glassllm.json", "glassllm, ")
+there, found = second.mean, second.at
+ahead = second.lead()
+second_table = results.table(second.rows(shown))
+print(results.origin(second.full))
+for rate, by in ahead.items():
+    print(f"glassllm at {rate:<7g} PiSSA ahead by {by:+.3f}, first seed")
+
+# %% [markdown]
+# {=second_table=}
+#
+# *PiSSA.* LoRA is lower at every step after the start, and ends {=f"{there['PiSSA', END] - there['LoRA', END]:.3f}"=} nats lower, less than its own seeds lie apart ({=f"{second.widest('LoRA', END):.3f}"=}). That PiSSA converges faster **did not replicate** here either. At its best rate, {=f"{second.rates['PiSSA']:g}"=}, PiSSA is {=f"{ahead[second.rates['PiSSA']]:.3f}"=} nats ahead of LoRA, and at {=f"{second.rates['LoRA']:g}"=}, LoRA's, {=f"{-ahead[second.rates['LoRA']]:.3f}"=} behind: the reversal is that of `tiny`, at the same two rates.
+#
+# *DoRA* ends {=f"{there['LoRA', END] - there['DoRA', END]:.3f}"=} nats below LoRA, with every seed in the same order, but by less than the seeds differ.
+#
+# *Two bits.* QLoRA begins {=f"{there['QLoRA, 2 bits', 0] - there['LoRA', 0]:.2f}"=} nats above the model in 32 bits, gains {=f"{there['QLoRA, 2 bits', 0] - there['QLoRA, 2 bits', END]:.2f}"=} and ends {=f"{there['QLoRA, 2 bits', END] - there['LoRA', END]:.2f}"=} above LoRA: **no collapse** on this base. LoftQ begins {=f"{there['QLoRA, 2 bits', 0] - there['LoftQ, 2 bits', 0]:.2f}"=} below QLoRA and ends {=f"{there['QLoRA, 2 bits', END] - there['LoftQ, 2 bits', END]:.2f}"=} below, with every seed: **that replicates**. Four bits for half of the weights bring {=f"{there['LoftQ, 2 bits', END] - there['LoftQ, 2 and 4 bits', END]:.3f}"=} nats more, less than the seeds of either differ: what they bring on `tiny` **did not replicate**.
 #
 # ## The claims, checked
 #
@@ -319,6 +350,41 @@ if as_in_the_book:
         max(at("QLoRA, 2 bits", END)) < mean["QLoRA, 2 bits", 0] - 0.5,
         control="the same model before training",
     )
+    chapter.claim(
+        "glassllm: LoRA is lower than PiSSA at every step after the start, at the end by less than its seeds",
+        all(there["LoRA", step] < there["PiSSA", step] for step in second.seen[1:])
+        and there["PiSSA", END] - there["LoRA", END] < second.widest("LoRA", END),
+        control="PiSSA at its own best rate, the mean of three seeds",
+    )
+    chapter.claim(
+        "glassllm: at PiSSA's rate PiSSA is ahead, at LoRA's it is behind",
+        ahead[second.rates["PiSSA"]] > 0 > ahead[second.rates["LoRA"]],
+        control="LoRA at the same rate",
+    )
+    chapter.claim(
+        "glassllm: DoRA ends lower than LoRA with every seed, by less than they differ",
+        all(
+            0 < lora - dora < second.widest("LoRA", END)
+            for lora, dora in zip(found("LoRA", END), found("DoRA", END), strict=True)
+        ),
+        control="LoRA with the same seed; its best and its worst seed",
+    )
+    chapter.claim(
+        "glassllm: QLoRA in two bits trains: every seed gains more than a nat",
+        max(found("QLoRA, 2 bits", END)) < there["QLoRA, 2 bits", 0] - 1,
+        control="the same model before training",
+    )
+    chapter.claim(
+        "glassllm: LoftQ in two bits ends lower, with every seed",
+        max(found("LoftQ, 2 bits", END)) < min(found("QLoRA, 2 bits", END)),
+        control="QLoRA in two bits at its own best rate",
+    )
+    chapter.claim(
+        "glassllm: two and four bits mixed end no lower than two by more than the seeds",
+        there["LoftQ, 2 bits", END] - there["LoftQ, 2 and 4 bits", END]
+        < second.widest("LoftQ, 2 and 4 bits", END),
+        control="LoftQ with two bits in every layer, and its own seeds",
+    )
 
 # %% [markdown]
 # ## This build
@@ -368,7 +434,7 @@ if two_bits:
 # - **A small model and a short run.** {=full["steps"]=} steps of 8 definitions on a model of a million parameters. PiSSA's paper has models of 184 million to 70 billion parameters, and trains on far more text.
 # - **A grid of half decades, searched with one seed.** A finer grid could improve each start a little.
 # - **One rank and one scaling.** Rank 8 and $\alpha / r = 2$, for LoRA and for PiSSA. PiSSA's paper takes $\alpha = r$, and another scaling may have other best rates.
-# - **One model.** `--model` with `--full` repeats the chapter on another one. Do not take `smollm2` for the starts in few bits: its file holds four bits already.
+# - **Two models of one size.** Both have about a million parameters. `--model` with `--full` repeats the chapter on another one. SmolLM2's file holds four bits already, so there only the starts in full precision are compared.
 #
 # ## What goes wrong in practice
 #
