@@ -10,12 +10,8 @@ from typing import Any
 from minipeft.lab.chapter import Chapter
 
 LIBRARIES = ("minipeft", "numpy", "torch", "transformers")
-BASES: dict[str, tuple[str, int | None]] = {
-    "tiny": ("", None),
-    "build/glassllm": ("_glassllm", None),
-    "smollm2": ("_smollm2", 16),
-}
-"""The models with committed results: what is added to the name, and `--held-out`."""
+BASES = {"tiny": "", "build/glassllm": "_glassllm"}
+"""The models with committed results, and what is added to the name of their file."""
 
 
 def place(chapter: Chapter, folder: Path) -> Path:
@@ -27,11 +23,9 @@ def place(chapter: Chapter, folder: Path) -> Path:
         chapter: from `start`.
         folder: of the committed results.
     """
-    added, held_out = BASES.get(chapter.model, ("", None))
-    given = (chapter.data, chapter.targets, chapter.length, chapter.dtype)
-    as_committed = (*given, chapter.held_out) == (None, None, None, "float32", held_out)
-    if chapter.model in BASES and as_committed:
-        return folder / f"{chapter.name}{added}.json"
+    chosen = (chapter.data, chapter.targets, chapter.length, chapter.held_out)
+    if chapter.model in BASES and not any(chosen) and chapter.dtype == "float32":
+        return folder / f"{chapter.name}{BASES[chapter.model]}.json"
     return chapter.out / "full.json"
 
 
