@@ -10,8 +10,8 @@ A mutant swaps an operator, moves a number by one, negates a condition or drops 
 Each runs in a fork, on the vectors of its row and of the rows that use it, until the
 first that fails. What no vector runs is counted apart, and so are checks of arguments:
 many repeat each other, or refuse what no vector can hold. With `--laws` the tests of
-the reference answer for both. Survivors with a reason are in `tools/mutants.toml`; any
-other fails the run.
+the row answer for both, and for what the vectors let pass. Survivors with a reason are
+in `tools/mutants.toml`; any other fails the run.
 """
 
 import argparse
@@ -46,7 +46,15 @@ SECONDS = 5  # of processor time: a mutant is found that takes more,
 TIMES = 10  # and so many times as much as the column
 WAIT = 600  # or that waits so long
 FOUND, SURVIVED = 1, 0
-KINDS = ("properties", "agreement")  # of tests that a row has
+UNSEEN = ("survived", "check", "unreached")  # by the vectors
+TESTS = {  # of a row, by column
+    "reference": (
+        *("properties/test_reference.py", "properties/test_{}.py"),
+        "agreement/test_{}.py",
+    ),
+    "torch": ("properties/test_torch_{}.py", "agreement/test_{}.py"),
+    "cupy": ("cuda/test_{}.py",),
+}
 OTHER: dict[type[ast.AST], type[Any]] = {
     **{ast.Lt: ast.LtE, ast.LtE: ast.Lt, ast.Gt: ast.GtE, ast.GtE: ast.Gt},
     **{ast.Eq: ast.NotEq, ast.NotEq: ast.Eq, ast.Is: ast.IsNot, ast.IsNot: ast.Is},
@@ -91,9 +99,11 @@ def main() -> int:
 
 def report(total: Counter[str]) -> None:
     """Print the sums."""
+    total["found"] += total["survived, law"]
     asked = total["found"] + total["survived"]
     print(
-        f"{total['found']} of {asked} found ({total['found'] / max(asked, 1):.2%}); "
+        f"{total['found']} of {asked} found ({total['found'] / max(asked, 1):.2%}), "
+        f"{total['survived, law']} by tests alone; "
         f"{total['listed']} survive with a reason. Checks of arguments that survive: "
         f"{total['check, law']} found by tests, {total['check']} not. Lines that no "
         f"vector runs: {total['unreached, law']} found by tests, "
@@ -152,11 +162,11 @@ def module(
             kind = "found" if found else "check" if line in checks else "survived"
         if kind == "survived" and (at, said) in listed:
             kind = "listed"
-        if laws and kind in ("check", "unreached"):
+        if laws and kind in UNSEEN:
             broken = fork(partial(tested, of, mutant), longer) == FOUND
             kind = f"{kind}, law" if broken else kind
         count[kind] += 1
-        if kind == "survived" or (laws and kind in ("check", "unreached")):
+        if kind == "survived" or (laws and kind in UNSEEN):
             print(f"{kind}: {of.name}:{line}: {at}: {said}", flush=True)
     print(f"{of.name}: {dict(count)}", flush=True)
     return count
@@ -354,11 +364,12 @@ def put(of: Module, tree: ast.Module) -> None:
 def tested(of: Module, tree: ast.Module) -> int:
     """Run the laws of the module's functions, and of its row, until one is broken."""
     put(of, tree)
-    general = ROOT / "tests" / "properties" / "test_reference.py"
-    own = [ROOT / "tests" / kind / f"test_{of.name}.py" for kind in KINDS]
     options = ["-q", "-x", "-o", "addopts="]
     options += ["-o", "filterwarnings=", "-p", "no:cacheprovider"]
-    files = [str(path) for path in (general, *own) if path.exists()]
+    paths = (ROOT / "tests" / p.format(of.name) for p in TESTS[of.column.name])
+    files = [str(path) for path in paths if path.exists()]
+    if not files:
+        return SURVIVED
     chosen = f"{of.name}. or test_{of.name}"  # functions of the row, its own files
     return FOUND if pytest.main([*options, *files, "-k", chosen]) else SURVIVED
 

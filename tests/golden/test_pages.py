@@ -2,6 +2,7 @@
 
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -51,7 +52,7 @@ def project(folder, last):
             path = folder / title
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(text)
-        elif language == "sh" and title != "in your project":
+        elif language == "sh" and title != "in your project" and has_programs(text):
             done = shell(folder, text)
             said = done.stdout
             assert f"exit code {done.returncode}" == title, text + said + done.stderr
@@ -59,6 +60,11 @@ def project(folder, last):
             said = (folder / title).read_text() if title else said
             assert text.strip() in said
     return done
+
+
+def has_programs(text):
+    """Tell whether Node is here, where a command needs it; in CI it is."""
+    return "node " not in text or shutil.which("node") or os.environ.get("CI")
 
 
 @pytest.mark.usefixtures("commands")

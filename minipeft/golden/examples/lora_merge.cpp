@@ -1,7 +1,7 @@
 // LoRA's merge, verified in one process:
 //   g++ -std=c++17 -O2 -o lora_merge lora_merge.cpp
 //   minipeft verify --exec ./lora_merge --persistent
-// The loader minipeft_vectors.hpp comes with the vectors (make vectors).
+// The loader minipeft_vectors.hpp comes with the vectors: python -m minipeft.golden.archive --out .
 #include <cmath>
 #include <cstdio>
 #include <cstring>

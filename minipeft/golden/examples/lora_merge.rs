@@ -1,7 +1,7 @@
 // LoRA's merge, verified in one process:
 //   rustc -O lora_merge.rs
 //   minipeft verify --exec ./lora_merge --persistent
-// The loader minipeft_vectors.rs comes with the vectors (make vectors).
+// The loader minipeft_vectors.rs comes with the vectors: python -m minipeft.golden.archive --out .
 #[path = "minipeft_vectors.rs"]
 mod minipeft_vectors;
 use minipeft_vectors::{bytes, Json, Read, Result, Tensor};
