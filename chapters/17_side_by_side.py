@@ -582,7 +582,7 @@ if as_in_the_book:
 # - **A short run.** {=full["steps"]=} steps do not show who would win in the end. A method with few parameters may need more of them: prompt tuning takes tens of thousands in its paper [@lester2021].
 # - **One dataset, one base.** The task is to change manner, which needs little new knowledge. That may favour small adapters; nothing here tests it.
 # - **One size each.** A prefix of 100 tokens or a bottleneck of 64 would give other numbers.
-# - **32 bits on a CPU.** Times are those of this machine. QLoRA's step pays for decoding each weight twice, in the forward and in the backward pass, here as on a GPU ([chapter 18](18_gpu_four_bits.md)).
+# - **32 bits on a CPU.** Times are those of this machine. The long run timed an older, slower decoding of four bits; *this build* times the present one. QLoRA's step pays for decoding each weight twice, in the forward and in the backward pass, here as on a GPU ([chapter 18](18_gpu_four_bits.md)).
 #
 # ## What goes wrong in practice
 #
