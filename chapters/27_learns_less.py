@@ -404,25 +404,25 @@ chapter.show(
 # *Persuasion* is a novel that this base was not trained on either, and by another author.
 
 # %%
-second = LongRun(RESULTS / f"{chapter.name}_glassllm.json", "glassllm, ")
-WHOLE, *LORAS = second.methods
-best, there = second.at, {n: second.beside(n, second.rates[n]) for n in LORAS}
+glass = LongRun(RESULTS / f"{chapter.name}_glassllm.json", "glassllm, ")
+WHOLE, *LORAS = glass.methods
+best, there = glass.at, {n: glass.beside(n, glass.rates[n]) for n in LORAS}
 apart = [statistics.mean(there[name][2]) for name in LORAS]
 rows = [["glassllm", *HEAD, "loss of the novel, full fine-tuning at that gain"]]
-rows += [[*second.row(WHOLE), ""]]
-rows += [[*second.row(n), results.spread(there[n][1])] for n in LORAS]
-second_table = results.table(rows)
-gentle = max(rate for rate in second.sweeps[WHOLE] if rate < second.rates[WHOLE])
-print(results.origin(second.full))
+rows += [[*glass.row(WHOLE), ""]]
+rows += [[*glass.row(n), results.spread(there[n][1])] for n in LORAS]
+glass_table = results.table(rows)
+gentle = max(rate for rate in glass.sweeps[WHOLE] if rate < glass.rates[WHOLE])
+print(results.origin(glass.full))
 
 # %% [markdown]
-# {=second_table=}
+# {=glass_table=}
 #
 # **"Learns less" replicates**, here for rank 64 too: every LoRA gains less than full fine-tuning, with every seed.
 #
-# **Nothing is forgotten**: at the best rates the loss of the novel *falls*, from {=f"{second.full['before']['novel']:.2f}"=} nats. A base that has read only Carroll reads Austen better after some definitions. With LoRA it falls more than with full fine-tuning, with every seed: in this sense "forgets less" holds at the best rates. And again not at equal gain: there full fine-tuning lowers it more than each LoRA does, with every seed, by {=f"{apart[0]:.2f}"=} nats at rank 1, {=f"{apart[1]:.2f}"=} at rank 8 and {=f"{apart[2]:.2f}"=} at rank 64, so **at equal gain it did not replicate**, as on `tiny`, and the smaller the rank, the larger the difference. At {=f"{gentle:g}"=}, the next smaller rate, full fine-tuning gains {=f"{second.mean(WHOLE, gentle, 'gain'):.2f}"=} nats and lowers the loss of the novel by {=f"{-second.mean(WHOLE, gentle, 'forgotten'):.2f}"=}, more than any LoRA in both.
+# **Nothing is forgotten**: at the best rates the loss of the novel *falls*, from {=f"{glass.full['before']['novel']:.2f}"=} nats. A base that has read only Carroll reads Austen better after some definitions. With LoRA it falls more than with full fine-tuning, with every seed: in this sense "forgets less" holds at the best rates. And again not at equal gain: there full fine-tuning lowers it more than each LoRA does, with every seed, by {=f"{apart[0]:.2f}"=} nats at rank 1, {=f"{apart[1]:.2f}"=} at rank 8 and {=f"{apart[2]:.2f}"=} at rank 64, so **at equal gain it did not replicate**, as on `tiny`, and the smaller the rank, the larger the difference. At {=f"{gentle:g}"=}, the next smaller rate, full fine-tuning gains {=f"{glass.mean(WHOLE, gentle, 'gain'):.2f}"=} nats and lowers the loss of the novel by {=f"{-glass.mean(WHOLE, gentle, 'forgotten'):.2f}"=}, more than any LoRA in both.
 #
-# **The ranks and the intruders are like those of `tiny`**: {=f"{second.mean(WHOLE, second.rates[WHOLE], 'rank'):.0f}"=} directions against {=f"{statistics.mean(best('r = 8', 'rank')):.1f}"=} at rank 8, and more intruders with LoRA, here of every rank. Full fine-tuning has {=f"{second.mean(WHOLE, max(second.sweeps[WHOLE]), 'intruders'):.1f}"=} at its largest rate.
+# **The ranks and the intruders are like those of `tiny`**: {=f"{glass.mean(WHOLE, glass.rates[WHOLE], 'rank'):.0f}"=} directions against {=f"{statistics.mean(best('r = 8', 'rank')):.1f}"=} at rank 8, and more intruders with LoRA, here of every rank. Full fine-tuning has {=f"{glass.mean(WHOLE, max(glass.sweeps[WHOLE]), 'intruders'):.1f}"=} at its largest rate.
 #
 # So the order at equal gain is not a property of `tiny` alone. Both bases are small.
 
@@ -499,9 +499,9 @@ if as_in_the_book:
     )
     chapter.claim(
         "glassllm: at its next smaller rate full fine-tuning is ahead of every LoRA in both",
-        min(second.values(WHOLE, gentle, "gain"))
+        min(glass.values(WHOLE, gentle, "gain"))
         > max(max(best(n, "gain")) for n in LORAS)
-        and max(second.values(WHOLE, gentle, "forgotten"))
+        and max(glass.values(WHOLE, gentle, "forgotten"))
         < min(min(best(n, "forgotten")) for n in LORAS),
         control="LoRA of every rank at its own best rate",
     )

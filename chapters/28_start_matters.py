@@ -284,18 +284,18 @@ PISSA, LORA = rates["PiSSA"], rates["LoRA"]
 # Steps, seeds and the search for the rates are those of the long run above.
 
 # %%
-second = LongRun(RESULTS / f"{chapter.name}_glassllm.json", "glassllm, ")
-there, found = second.mean, second.at
-ahead = second.lead()
-second_table = results.table(second.rows(shown))
-print(results.origin(second.full))
+glass = LongRun(RESULTS / f"{chapter.name}_glassllm.json", "glassllm, ")
+there, found = glass.mean, glass.at
+ahead = glass.lead()
+glass_table = results.table(glass.rows(shown))
+print(results.origin(glass.full))
 for rate, by in ahead.items():
     print(f"glassllm at {rate:<7g} PiSSA ahead by {by:+.3f}, first seed")
 
 # %% [markdown]
-# {=second_table=}
+# {=glass_table=}
 #
-# *PiSSA.* LoRA is lower at every step after the start, and ends {=f"{there['PiSSA', END] - there['LoRA', END]:.3f}"=} nats lower, less than its own seeds lie apart ({=f"{second.widest('LoRA', END):.3f}"=}). That PiSSA converges faster **did not replicate** here either. At its best rate, {=f"{second.rates['PiSSA']:g}"=}, PiSSA is {=f"{ahead[second.rates['PiSSA']]:.3f}"=} nats ahead of LoRA, and at {=f"{second.rates['LoRA']:g}"=}, LoRA's, {=f"{-ahead[second.rates['LoRA']]:.3f}"=} behind: the reversal is that of `tiny`, at the same two rates.
+# *PiSSA.* LoRA is lower at every step after the start, and ends {=f"{there['PiSSA', END] - there['LoRA', END]:.3f}"=} nats lower, less than its own seeds lie apart ({=f"{glass.widest('LoRA', END):.3f}"=}). That PiSSA converges faster **did not replicate** here either. At its best rate, {=f"{glass.rates['PiSSA']:g}"=}, PiSSA is {=f"{ahead[glass.rates['PiSSA']]:.3f}"=} nats ahead of LoRA, and at {=f"{glass.rates['LoRA']:g}"=}, LoRA's, {=f"{-ahead[glass.rates['LoRA']]:.3f}"=} behind: the reversal is that of `tiny`, at the same two rates.
 #
 # *DoRA* ends {=f"{there['LoRA', END] - there['DoRA', END]:.3f}"=} nats below LoRA, with every seed in the same order, but by less than the seeds differ.
 #
@@ -352,19 +352,19 @@ if as_in_the_book:
     )
     chapter.claim(
         "glassllm: LoRA is lower than PiSSA at every step after the start, at the end by less than its seeds",
-        all(there["LoRA", step] < there["PiSSA", step] for step in second.seen[1:])
-        and there["PiSSA", END] - there["LoRA", END] < second.widest("LoRA", END),
+        all(there["LoRA", step] < there["PiSSA", step] for step in glass.seen[1:])
+        and there["PiSSA", END] - there["LoRA", END] < glass.widest("LoRA", END),
         control="PiSSA at its own best rate, the mean of three seeds",
     )
     chapter.claim(
         "glassllm: at PiSSA's rate PiSSA is ahead, at LoRA's it is behind",
-        ahead[second.rates["PiSSA"]] > 0 > ahead[second.rates["LoRA"]],
+        ahead[glass.rates["PiSSA"]] > 0 > ahead[glass.rates["LoRA"]],
         control="LoRA at the same rate",
     )
     chapter.claim(
         "glassllm: DoRA ends lower than LoRA with every seed, by less than they differ",
         all(
-            0 < lora - dora < second.widest("LoRA", END)
+            0 < lora - dora < glass.widest("LoRA", END)
             for lora, dora in zip(found("LoRA", END), found("DoRA", END), strict=True)
         ),
         control="LoRA with the same seed; its best and its worst seed",
@@ -382,7 +382,7 @@ if as_in_the_book:
     chapter.claim(
         "glassllm: two and four bits mixed end no lower than two by more than the seeds",
         there["LoftQ, 2 bits", END] - there["LoftQ, 2 and 4 bits", END]
-        < second.widest("LoftQ, 2 and 4 bits", END),
+        < glass.widest("LoftQ, 2 and 4 bits", END),
         control="LoftQ with two bits in every layer, and its own seeds",
     )
 
