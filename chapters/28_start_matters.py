@@ -295,7 +295,7 @@ for rate, by in ahead.items():
 # %% [markdown]
 # {=glass_table=}
 #
-# *PiSSA.* LoRA is lower at every step after the start, and ends {=f"{there['PiSSA', END] - there['LoRA', END]:.3f}"=} nats lower, less than its own seeds lie apart ({=f"{glass.widest('LoRA', END):.3f}"=}). That PiSSA converges faster **did not replicate** here either. At its best rate, {=f"{glass.rates['PiSSA']:g}"=}, PiSSA is {=f"{ahead[glass.rates['PiSSA']]:.3f}"=} nats ahead of LoRA, and at {=f"{glass.rates['LoRA']:g}"=}, LoRA's, {=f"{-ahead[glass.rates['LoRA']]:.3f}"=} behind: the reversal is that of `tiny`, at the same two rates.
+# *PiSSA.* LoRA is lower at every validation after the start, and ends {=f"{there['PiSSA', END] - there['LoRA', END]:.3f}"=} nats lower, less than its own seeds lie apart ({=f"{glass.widest('LoRA', END):.3f}"=}). That PiSSA converges faster **did not replicate** here either. At its best rate, {=f"{glass.rates['PiSSA']:g}"=}, PiSSA is {=f"{ahead[glass.rates['PiSSA']]:.3f}"=} nats ahead of LoRA, and at {=f"{glass.rates['LoRA']:g}"=}, LoRA's, {=f"{-ahead[glass.rates['LoRA']]:.3f}"=} behind: the reversal is that of `tiny`, at the same two rates.
 #
 # *DoRA* ends {=f"{there['LoRA', END] - there['DoRA', END]:.3f}"=} nats below LoRA, with every seed in the same order, but by less than the seeds differ.
 #
@@ -351,7 +351,7 @@ if as_in_the_book:
         control="the same model before training",
     )
     chapter.claim(
-        "glassllm: LoRA is lower than PiSSA at every step after the start, at the end by less than its seeds",
+        "glassllm: LoRA is lower than PiSSA at every validation after the start, at the end by less than its seeds",
         all(there["LoRA", step] < there["PiSSA", step] for step in glass.seen[1:])
         and there["PiSSA", END] - there["LoRA", END] < glass.widest("LoRA", END),
         control="PiSSA at its own best rate, the mean of three seeds",
