@@ -272,5 +272,5 @@ assert mixed  # with none, the adapter could have been merged after all
 # %% [markdown]
 # ## References
 #
-# The adapters are by Houlsby and others [@houlsby2019], the lighter placement by Pfeiffer and others [@pfeiffer2020], the parallel one and the common view of adapters,
+# The adapters are by Houlsby and others [@houlsby2019], the lighter placement was the best of a search by Pfeiffer and others [@pfeiffer2020], the parallel one and the common view of adapters,
 # prefixes and LoRA by He and others [@he2021].

@@ -130,7 +130,7 @@ def pfeiffer(
 ) -> Stream:
     """Run a block with one serial adapter, behind feed-forward.
 
-    Source: Pfeiffer et al. (arXiv:2005.00247), section 3.
+    Source: Pfeiffer et al. (arXiv:2005.00247), appendix A.2.
     """
     attention, feedforward = _check_block(x, sublayers)
     x = _add(x, attention(x))
