@@ -20,6 +20,7 @@ from minipeft.interop.gguf_names import turn, turn_back
 from minipeft.interop.tensors import open_tensors
 from minipeft.interop.update import Update, merged
 from minipeft.lab import models, reading_gguf
+from tests.first_order import EXP, LOG, Recorded
 from tests.interop.folders import InMemory
 from tests.tolerance import gamma
 
@@ -58,6 +59,9 @@ def log_probabilities(model, lora=None):
     params.n_ctx, params.warmup, params.cpuparams.n_threads = 64, False, 1
     params.verbosity = -1
     params.cache_type_k = params.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
+    # Scores, softmax and sums one after another, as `explained` counts them.
+    off = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
+    params.flash_attn_type = off
     if lora is not None:
         params.lora_adapters = [xllamacpp.CommonAdapterLoraInfo(str(lora), 1.0)]
     question = {"prompt": PROMPT, "max_tokens": 1, "temperature": 0, "n_probs": 50}
@@ -66,8 +70,8 @@ def log_probabilities(model, lora=None):
     return {entry["id"]: entry["logprob"] for entry in first}
 
 
-def ours(tensors, adapter=None):
-    """Return our log-probabilities of the same token, with the weights of a file."""
+def filled(tensors, adapter=None):
+    """Return the tiny model with the weights of a file, merged with an adapter."""
     loaded = models.load("tiny")
     state = loaded.model.state_dict()
     with torch.no_grad():
@@ -75,8 +79,14 @@ def ours(tensors, adapter=None):
             W = tensors.read(name).float()
             update = adapter.updates.get(name) if adapter else None
             state[name].copy_(merged(W, update) if update else W)
-        ids = loaded.tokenizer(PROMPT, return_tensors="pt").input_ids
-        return loaded.model(ids).logits[0, -1].log_softmax(-1)
+    return loaded.model, loaded.tokenizer(PROMPT, return_tensors="pt").input_ids
+
+
+@torch.no_grad()
+def ours(tensors, adapter=None):
+    """Return our log-probabilities of the same token, with the weights of a file."""
+    model, ids = filled(tensors, adapter)
+    return model(ids).logits[0, -1].log_softmax(-1)
 
 
 def slack(x, kind):
@@ -89,39 +99,71 @@ def slack(x, kind):
 
 
 def explained(tensors, kind, tokens, adapter=None):
-    """Bound the difference of log-probabilities that the file's dtype explains.
+    """Bound the difference of log-probabilities that roundings explain.
 
-    The bound is of first order: it uses the gradients at each input of a linear layer,
-    which is rounded, and at each output, which is a sum in some order.
+    All roundings of float32 are counted at their worst, on both sides: llama.cpp has
+    the operations of transformers, and sums in another order. The inputs of linear
+    layers are also rounded to the dtype of the file. Slopes carry both errors to the
+    result, to first order.
     """
-    loaded, seen = models.load("tiny"), []
-    state = loaded.model.state_dict()
-    with torch.no_grad():
-        for name in tensors.about:
-            W, update = (
-                tensors.read(name).float(),
-                adapter and adapter.updates.get(name),
-            )
-            state[name].copy_(merged(W, update) if update else W)
-    for module in loaded.model.modules():
+    model, ids = filled(tensors, adapter)
+    model.set_attn_implementation("eager")
+    model.get_input_embeddings().weight.requires_grad_(True)
+    record, inputs = Recorded(), []
+    model.model.rotary_emb.register_forward_hook(
+        lambda m, x, y: turned_by(m, torch.arange(ids.shape[1]), y, record)
+    )
+    for name, module in model.named_modules():
         if isinstance(module, torch.nn.Linear):
-            module.register_forward_hook(lambda m, x, y: seen.append((m, x[0], y)))
-    loaded.model.get_input_embeddings().weight.requires_grad_(True)
-    ids = loaded.tokenizer(PROMPT, return_tensors="pt").input_ids
-    found = loaded.model(ids).logits[0, -1].log_softmax(-1)
-    places = [x for _, x, _ in seen] + 2 * [y for *_, y in seen]
-    # Each side adds up n products, with at most n roundings: an error of gamma(n) times
-    # the sum of absolute products for llama.cpp, and another one for us. The roundings
-    # between linear layers are not counted: they are few beside these worst cases.
-    sums = [gamma(x.shape[-1]) * (x.abs() @ m.weight.abs().T) for m, x, _ in seen]
-    errors = [slack(x, kind) for _, x, _ in seen] + sums + sums
-    largest = 0.0
+            module.register_forward_pre_hook(lambda m, x: inputs.append(x[0]))
+            if adapter and (update := adapter.updates.get(f"{name}.weight")):
+                W = tensors.read(f"{name}.weight").float()
+                module.register_forward_hook(apart(W, update, record))
+    with record:
+        found = model(ids).logits[0, -1].log_softmax(-1)
+    errors, largest = [slack(x, kind) for x in inputs], 0.0
     for token in tokens:
-        slopes = torch.autograd.grad(found[token], places, retain_graph=True)
+        slopes = torch.autograd.grad(found[token], inputs, retain_graph=True)
         pairs = zip(slopes, errors, strict=True)
         total = sum(float((g * e.detach()).double().square().sum()) for g, e in pairs)
-        largest = max(largest, math.sqrt(total))
-    return DEVIATIONS * largest
+        together, squares = record.carried(found[token])
+        single = DEVIATIONS * math.sqrt(total + 2 * squares)
+        largest = max(largest, single + 2 * together)
+    return largest
+
+
+def turned_by(rotary, positions, found, record):
+    """Count the roundings of cosines and sines, which have no gradients of their own.
+
+    transformers computes an angle as p / base^(2k/d), llama.cpp as p times a power of
+    base, multiplied k times. The rounded exponent is worth log(base) roundings of
+    either power. A power is as accurate as exp.
+    """
+    k = torch.arange(len(rotary.inv_freq)).repeat(2)
+    base = CONFIG["rope_parameters"]["rope_theta"]
+    count = math.ceil(math.log(base)) + EXP + 2 + k * (EXP + 1)
+    angles = positions[..., None] * rotary.inv_freq.repeat(2)
+    off = torch.tensor([gamma(int(n)) for n in count]) * angles
+    cos, sin = (value.abs() for value in found)
+    kept = [value.clone().requires_grad_() for value in found]
+    record.note(kept[0], gamma(LOG) * cos + off * sin, together=True)
+    record.note(kept[1], gamma(LOG) * sin + off * cos, together=True)
+    return tuple(kept)
+
+
+def apart(W, update, record):
+    """Count that one side adds s B (A x) to W x, where the other adds s B A to W.
+
+    Each term has a rounding for the scaled B, one for each of r products and one for
+    each of n, and two sums.
+    """
+    size = W.abs() + abs(update.scaling) * update.B.abs() @ update.A.abs()
+    n, r = W.shape[1], update.r
+
+    def hook(module, x, y):
+        record.note(y, gamma(1 + r + n + 2) * (x[0].detach().abs() @ size.T))
+
+    return hook
 
 
 def differs(theirs, ours):

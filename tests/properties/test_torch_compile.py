@@ -18,8 +18,10 @@ NEEDS_COMPILER = pytest.mark.skipif(
 @pytest.fixture(scope="module")
 def report():
     command = [sys.executable, "-m", "tests.properties.compiled"]
-    # Without trying the compiler on the instructions of each generation of processors.
-    environment = {**os.environ, "TORCHINDUCTOR_VEC_ISA_OK": "1"}
+    # Without trying the compiler on the instructions of each generation of processors,
+    # and without a process of workers, each of which imports torch.
+    settings = {"TORCHINDUCTOR_VEC_ISA_OK": "1", "TORCHINDUCTOR_COMPILE_THREADS": "1"}
+    environment = {**os.environ, **settings}
     return subprocess.run(
         command, env=environment, capture_output=True, text=True, check=False
     )
