@@ -18,16 +18,22 @@ def agree(n: int, dtype: str, bits: int, steps: int = 3) -> None:
     """Take steps with the launchers and with the reference, and compare all bytes."""
     W = expected_W = gaussian(n, dtype)
     state, expected = gpu.init(W, bits), reference.init(W, bits)
+    agreeing(state, expected)
     for t in range(steps):
         grad = slope(n, dtype, t)
         W, state = gpu.step(W, grad, state, gpu.AdamW(**CONFIG))
         expected_W, expected = reference.step(
             expected_W, grad, expected, reference.AdamW(**CONFIG)
         )
-        assert state.t == expected.t
         assert_bits(W, expected_W)
-        for moment in ("m", "v"):
-            same(getattr(state, moment), getattr(expected, moment))
+        agreeing(state, expected)
+
+
+def agreeing(state, expected) -> None:
+    """Compare the steps taken and all bytes of both moments."""
+    assert state.t == expected.t
+    for moment in ("m", "v"):
+        same(getattr(state, moment), getattr(expected, moment))
 
 
 def same(moment, expected) -> None:

@@ -71,6 +71,9 @@ def test_what_does_not_fit_is_refused():
             gpu.step(W, W[:4000], state, CONFIG)
         with pytest.raises(InputError, match="m of the state has shape"):
             gpu.step(W[:4000], W[:4000], state, CONFIG)
+        coded = gpu.init(W[:4096].reshape(64, 64), 8)
+        with pytest.raises(InputError, match=r"m of the state has shape \(64, 64\)"):
+            gpu.step(W[:4096], W[:4096], coded, CONFIG)
         with pytest.raises(InputError, match="W is float64; give one of"):
             gpu.init(W.astype(np.float64))
         m = state.m.astype(np.float16)
