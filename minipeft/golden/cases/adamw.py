@@ -33,7 +33,7 @@ def files() -> Iterator[File]:
         operation="adamw_step",
         header=formula,
         source="minipeft.reference.adamw.step",
-        specs=[*_plain()],
+        specs=[*_plain(), _spoiled_at_first()],
     )
     yield File(
         operation="adamw8_step",
@@ -81,6 +81,13 @@ def _refusals(first: dict[str, Array], grad: Array) -> Iterator[Spec]:
         yield refused(fine, f"{bad}", "NotFinite", grad=spoiled)
     for name, value in {"lr": -0.1, "beta2": 1.0}.items():
         yield refused(fine, f"{name} is {value}", "OutOfRange", **{name: value})
+
+
+def _spoiled_at_first() -> Spec:
+    inputs = {name: np.ones((3, 5), np.float32) for name in ("W", "grad", "m", "v")}
+    inputs["grad"][0, 0] = np.nan
+    fine = _spec("", "", inputs, _settings(0))
+    return refused(fine, "nan in the first place", "NotFinite")
 
 
 def _later_refusals(fine: Spec) -> Iterator[Spec]:
