@@ -209,11 +209,11 @@ def sizes(name):
 def step_seconds(rounds):
     """Return the median CPU time of a step; the methods take turns, round by round."""
     times = {name: [] for name in METHODS}
-    for _ in range(rounds):
-        for name in METHODS:
-            step = one_step(name)[0]
-            step()  # what is made once and kept
-            times[name].append(timing.cost(chapter.device, step))
+    for _, name in itertools.product(range(rounds), METHODS):
+        step = one_step(name)[0]
+        step()  # what is made once and kept
+        times[name].append(timing.cost(chapter.device, step))
+        del step  # it holds the base
     return {name: statistics.median(t) for name, t in times.items()}
 
 

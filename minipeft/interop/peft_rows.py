@@ -39,7 +39,7 @@ class BiasedLoRA(LoRA):
         super().__init__(A, B, update.scaling, update.dropout)
         self.c = nn.Parameter(c)
 
-    def forward(self, product: Product) -> Output:
+    def forward(self, product: Product) -> Output:  # type: ignore[override]
         """Return the change of the output."""
         return super().forward(product) + self.scaling * self.c
 

@@ -29,7 +29,9 @@ from minipeft.values import check_kind
 Rows = Float[Tensor, " out_features"]
 
 ROWS = 512
-"""Rows of W that are converted and squared at a time; this limits the memory used."""
+"""Rows of W that a CPU converts and squares at a time: they stay in its cache."""
+VALUES = 2**23
+"""As many values of W another device takes at a time: each slice is five launches."""
 
 
 class DoRA(LoRA):
@@ -59,7 +61,7 @@ class DoRA(LoRA):
             dtype: of the output; None: the dtype of the frozen layer's output.
         """
         check_fits(product.form, self)
-        z = product.y + super().forward(product)
+        z = super().forward(product, torch.promote_types(product.y.dtype, self.A.dtype))
         norm = row_norm(product.W, self)
         return _rescale(z, self.magnitude, norm, product.bias, dtype or product.y.dtype)
 
@@ -86,9 +88,14 @@ def squared_row_norm(W: Weight, update: LoRA) -> Rows:
     wide = torch.promote_types(W.dtype, torch.float32)
     A, B, s = update.A.to(wide), update.B.to(wide), update.scaling
     with full_precision(W.device):
-        blocks = [_with_rows(rows.to(wide), A) for rows in torch.split(W, ROWS)]
+        slices = torch.split(W, _at_a_time(W))
+        blocks = [_with_rows(rows.to(wide), A) for rows in slices]
         square, thin = (torch.cat(part) for part in zip(*blocks, strict=True))
         return square + ((2 * s * thin + s * s * (B @ (A @ A.T))) * B).sum(dim=1)
+
+
+def _at_a_time(W: Weight) -> int:
+    return ROWS if W.device.type == "cpu" else max(1, VALUES // max(1, W.shape[1]))
 
 
 def _with_rows(
@@ -114,7 +121,7 @@ def over_norm(values: Rows, norm: Rows) -> Rows:
     """Return values / norm; for a zero row, whose direction is zero, return 0."""
     check_tensors({"norm": (norm, "out_features"), "values": (values, "out_features")})
     zero = norm == 0
-    return torch.where(zero, 0, values / torch.where(zero, 1, norm))
+    return torch.where(zero, 0, values / norm.masked_fill(zero, 1))
 
 
 def _rescale(
@@ -150,25 +157,14 @@ class _Rescale(torch.autograd.Function):
     SMALL = 2.0**-4
 
     @staticmethod
-    def forward(
-        z: Tensor,
-        magnitude: Tensor,
-        norm: Tensor,
-        bias: Tensor | None,
-        dtype: torch.dtype,
-    ) -> tuple[Tensor, Tensor]:
+    def forward(ctx: Any, *operands: Any) -> tuple[Tensor, Tensor]:
+        z, magnitude, norm, bias, dtype = operands
         g = over_norm(magnitude, norm)
-        y = _rescaled(z, g, bias).to(dtype)
-        return y, z[..., _Rescale._small(g)] if _looks(z) else z.view_as(z).to(dtype)
-
-    @staticmethod
-    def setup_context(
-        ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]
-    ) -> None:
-        z, magnitude, norm, bias, _ = inputs
-        y = output[0] if _looks(z) else None
+        y, looks = _rescaled(z, g, bias).to(dtype), _looks(z)
+        kept = z[..., _Rescale._small(g)] if looks else z.view_as(z).to(dtype)
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(y, output[1], magnitude, norm, bias)
+        ctx.save_for_backward(y if looks else None, kept, magnitude, norm, bias)
+        return y, kept
 
     @staticmethod
     def backward(

@@ -18,7 +18,7 @@ from minipeft.values import check_kind, check_number
 class HiRA(LoRA):
     """The trained factor of one weight: scaling * B A, multiplied entry by entry."""
 
-    def forward(self, product: Product) -> Output:
+    def forward(self, product: Product) -> Output:  # type: ignore[override]
         r"""Return the change of the output, $s\,x (W \odot B A)^T$.
 
         It costs as much time as the frozen product, and the memory of another W.

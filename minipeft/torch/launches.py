@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
@@ -43,6 +44,44 @@ writing it and reading it again; on an RTX 2080 Ti, two to three times.
 """
 
 
+@dataclass(frozen=True)
+class Ready:
+    """A quantized weight on a GPU whose parts have been checked.
+
+    Args:
+        weight: its tensors, as `operators.parts` lists them.
+        layout: its sizes, likewise.
+        sizes: the same with names.
+        bits: of a code.
+        facts: of the tensors.
+    """
+
+    weight: list[Tensor]
+    layout: list[int]
+    sizes: Layout
+    bits: int
+    facts: list[Facts]
+
+    def holds(self, weight: Sequence[Tensor]) -> bool:
+        """Tell whether these tensors are the checked ones and lie where they lay."""
+        pairs = zip(self.weight, weight, self.facts, strict=True)
+        return all(a is b and b.data_ptr() == f.address for a, b, f in pairs)
+
+
+def ready(weight: Sequence[Tensor], layout: Sequence[int]) -> Ready:
+    """Check the parts of a quantized weight.
+
+    Raises:
+        InputError: at the first part that a kernel would misread.
+    """
+    facts, sizes = list(map(_facts, weight)), layout_of(weight, layout)
+    packed, *scales, codebook = facts
+    bits = checks.check_codes(packed, scales[0], codebook, sizes)
+    if len(scales) > 1:
+        checks.check_nested(scales[1], scales[2], sizes, codebook.device)
+    return Ready(list(weight), list(layout), sizes, bits, facts)
+
+
 def available(*tensors: Tensor) -> bool:
     """Tell whether kernels can read these tensors, and a compiler is there."""
     first = tensors[0]
@@ -62,17 +101,22 @@ def dequantize(
     weight: Sequence[Tensor], layout: Sequence[int], dtype: torch.dtype
 ) -> Tensor:
     """Launch `dequantize`, or `dequantize_nested` if the scales are codes too."""
+    return decode(ready(weight, layout), dtype)
+
+
+def decode(W: Ready, dtype: torch.dtype) -> Tensor:
+    """Launch as `dequantize` does, for a weight that was checked."""
     if _name(dtype) not in kernels.CTYPES:
         raise InputError(
             f"the kernels write no {_name(dtype)}; choose one of "
             f"{list(kernels.CTYPES)}, or call minipeft.torch.blockwise.dequantize."
         )
-    sizes, bits = _check_weight(weight, layout)
-    packed, *scales, codebook = weight
-    out = packed.new_empty(sizes.shape, dtype=dtype)
-    kernel = kernels.DEQUANTIZE_NESTED if len(scales) > 1 else kernels.DEQUANTIZE
-    args = [packed, *_scales(scales, sizes), codebook, out]
-    _launch(kernel, dtype, [*args, sizes.size, log2_blocksize(sizes.blocksize), bits])
+    sizes, packed, codebook = W.sizes, W.facts[0], W.facts[-1]
+    out = W.weight[0].new_empty(sizes.shape, dtype=dtype)
+    nested = sizes.nested_blocksize is not None
+    kernel = kernels.DEQUANTIZE_NESTED if nested else kernels.DEQUANTIZE
+    args = [packed, *_scales(W), codebook, out]
+    _launch(kernel, dtype, [*args, sizes.size, log2_blocksize(sizes.blocksize), W.bits])
     return out
 
 
@@ -103,12 +147,16 @@ def matmul_4bit(
     x: Tensor, weight: Sequence[Tensor], layout: Sequence[int], bias: Tensor | None
 ) -> Tensor:
     """For few rows launch `product`; for more, decode once and call cuBLAS."""
-    rows = x.reshape(-1, x.shape[-1])
-    sizes, bits = _check_weight(weight, layout)
-    if len(rows) > _shared(x.dtype, x.device) or bits != 4 or not _for_few_rows(sizes):
-        return linear(x, dequantize(weight, layout, x.dtype), bias)
-    y = _product(_readable(rows), weight, sizes, bias)
-    return y.view(*x.shape[:-1], sizes.shape[0])
+    return multiply(x, ready(weight, layout), bias)
+
+
+def multiply(x: Tensor, W: Ready, bias: Tensor | None) -> Tensor:
+    """Multiply as `matmul_4bit` does, by a weight that was checked."""
+    n = x.numel() // max(x.shape[-1], 1)
+    if n > _shared(x.dtype, x.device) or W.bits != 4 or not _for_few_rows(W.sizes):
+        return linear(x, decode(W, x.dtype), bias)
+    y = _product(_readable(x.reshape(-1, x.shape[-1])), W, bias)
+    return y.view(*x.shape[:-1], W.sizes.shape[0])
 
 
 def _shared(dtype: torch.dtype, device: torch.device) -> int:
@@ -128,21 +176,19 @@ def _readable(rows: Tensor) -> Tensor:
     return rows.clone() if rows.data_ptr() % 16 else rows
 
 
-def _product(
-    rows: Tensor, weight: Sequence[Tensor], sizes: Layout, bias: Tensor | None
-) -> Tensor:
-    out_features, in_features = sizes.shape
-    packed, *scales, codebook = weight
-    x = check("x", _facts(rows), kernels.CTYPES, _facts(packed).device)
-    checks.check_product(x, sizes, codebook.numel())
+def _product(rows: Tensor, W: Ready, bias: Tensor | None) -> Tensor:
+    out_features, in_features = W.sizes.shape
+    packed, *scales, codebook = W.facts
+    x = check("x", _facts(rows), kernels.CTYPES, packed.device)
+    checks.check_product(x, W.sizes, codebook.size)
     if bias is not None:
         bias = bias.contiguous()
         _check_bias(bias, x, out_features)
     y = rows.new_empty(len(rows), out_features)
     kernel = kernels.PRODUCT_NESTED if len(scales) > 1 else kernels.PRODUCT_4BIT
     numbers = [len(rows), in_features, out_features, 0, None]
-    args = [packed, *_scales(scales, sizes), codebook, rows, bias, None, None, y]
-    log2 = log2_blocksize(sizes.blocksize)
+    args = [packed, *_scales(W), codebook, rows, bias, None, None, y]
+    log2 = log2_blocksize(W.sizes.blocksize)
     _launch(kernel, rows.dtype, [*args, *numbers, log2])
     return y
 
@@ -232,23 +278,13 @@ def layout_of(weight: Sequence[Tensor], layout: Sequence[int]) -> Layout:
     return Layout(tuple(layout[1:]), layout[0])
 
 
-def _check_weight(
-    weight: Sequence[Tensor], layout: Sequence[int]
-) -> tuple[Layout, int]:
-    packed, *scales, codebook = map(_facts, weight)
-    sizes = layout_of(weight, layout)
-    bits = checks.check_codes(packed, scales[0], codebook, sizes)
-    if len(scales) > 1:
-        checks.check_nested(scales[1], scales[2], sizes, codebook.device)
-    return sizes, bits
-
-
-def _scales(scales: Sequence[Tensor], sizes: Layout) -> list[Any]:
-    if sizes.nested_blocksize is None:
-        return [scales[0]]
+def _scales(W: Ready) -> list[Any]:
+    _, *scales, _ = W.facts
+    if W.sizes.nested_blocksize is None:
+        return scales
     codes, nested, offset = scales
-    values = _dynamic_map(codes.device)
-    return [codes, nested, values, offset, log2_blocksize(sizes.nested_blocksize)]
+    values = _dynamic_map(W.weight[0].device)
+    return [codes, nested, values, offset, log2_blocksize(W.sizes.nested_blocksize)]
 
 
 def _check_step(W: Tensor, grad: Tensor) -> Facts:
@@ -269,6 +305,7 @@ def _check_moment(
 
 
 def _launch(kernel: kernels.Kernel, dtype: torch.dtype, args: Sequence[Any]) -> None:
+    # An output is among the arguments, as a tensor.
     device = next(a.device for a in args if isinstance(a, Tensor))
     facts = [_facts(a) if isinstance(a, Tensor) else a for a in args]
     driver.launch(kernel, _name(dtype), facts, _stream(device))
@@ -280,6 +317,7 @@ def _facts(t: Tensor) -> Facts:
     return Facts(_name(t.dtype), tuple(t.shape), *where)
 
 
+@cache
 def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 

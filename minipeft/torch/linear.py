@@ -249,6 +249,25 @@ class Product:
         """Return $x A^T$ in the dtype of A; in training, first drop entries of x."""
         return self.view.project(self.layer, self.x, A, p if self.training else 0.0)
 
+    def adds(self, A: Shaped[Tensor, "r in_features"], p: float = 0.0) -> bool:
+        """Tell whether `added` can compute here what `project` and a sum would."""
+        plain = type(self.view).project is WeightView.project
+        dropped = p and self.training
+        sharded = hasattr(self.x, "placements")
+        trained = A.requires_grad and not sharded
+        return plain and not dropped and trained and _eager(self.x)
+
+    def added(
+        self,
+        A: Shaped[Tensor, "r in_features"],
+        B: Shaped[Tensor, "out_features r"],
+        scaling: float,
+        dtype: torch.dtype,
+    ) -> Output:
+        """Return $y + s (x A^T) B^T$, computed in the dtype of A and rounded once."""
+        added = _Added.apply(self.y, self.x, A, B, scaling, dtype)  # type: ignore[no-untyped-call]
+        return cast(Tensor, added)
+
     def rows(self, index: Tensor, of: int) -> "Product":
         """Return the product of some rows of a batch; its y is not computed again.
 
@@ -307,8 +326,47 @@ class _Widened(torch.autograd.Function):
         grad_x = (grad_h @ A).to(x.dtype) if ctx.needs_input_grad[0] else None
         if not ctx.needs_input_grad[1]:
             return grad_x, None
-        rows, G = x[None].flatten(0, -2), grad_h[None].flatten(0, -2)
-        return grad_x, G.T @ rows.to(A.dtype)
+        return grad_x, _rows(grad_h).T @ _rows(x).to(A.dtype)
+
+
+class _Added(torch.autograd.Function):
+    r"""$y + s (x A^T) B^T$ in one node of the graph, rounded once.
+
+    The same bits as autograd's. Its backward passes the gradient of y on as it is;
+    autograd would widen it to the dtype of the sum and narrow it again. As `_Widened`
+    does, it keeps x in its own dtype. Not offered: forward-mode differentiation.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, *operands: Any) -> Tensor:
+        y, x, A, B, s, to = operands
+        h = s * linear(x.to(A.dtype), A)
+        change = linear(h, B)
+        ctx.save_for_backward(x, A, B, h)
+        ctx.s, ctx.dtype = s, y.dtype
+        wide = torch.promote_types(y.dtype, change.dtype) == change.dtype
+        return cast(Tensor, (change.add_(y) if wide else y + change).to(to))
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, A, B, h = ctx.saved_tensors
+        of_y, of_x, of_A, of_B, *_ = ctx.needs_input_grad
+        if torch.is_grad_enabled():  # a derivative of this derivative goes through h
+            h = ctx.s * linear(x.to(A.dtype), A)
+        G = grad.to(A.dtype)
+        grad_h = ctx.s * (G @ B)
+        return (
+            grad.to(ctx.dtype) if of_y else None,
+            (grad_h @ A).to(x.dtype) if of_x else None,
+            _rows(grad_h).T @ _rows(x).to(A.dtype) if of_A else None,
+            _rows(G).T @ _rows(h) if of_B else None,
+            None,
+            None,
+        )
+
+
+def _rows(x: Tensor) -> Tensor:
+    return x[None].flatten(0, -2)
 
 
 def transformed() -> bool:

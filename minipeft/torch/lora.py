@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 from math import sqrt
-from typing import ClassVar
+from typing import ClassVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -49,11 +49,17 @@ class LoRA(nn.Module):
         self.A, self.B = nn.Parameter(A), nn.Parameter(B)
         self.scaling, self.dropout = scaling, dropout
 
-    def forward(self, product: Product) -> Output:
-        """Return the change of the output, $s (x A^T) B^T$, in the dtype of A."""
+    def forward(self, product: Product, dtype: torch.dtype | None = None) -> Output:
+        """Return the change of the output, $s (x A^T) B^T$, in the dtype of A.
+
+        With a dtype, return the sum of the frozen output and the change, rounded to it.
+        """
         check_fits(product.form, self)
+        if dtype is not None and product.adds(self.A, self.dropout):
+            return product.added(self.A, self.B, self.scaling, dtype)
         h = product.project(self.A, self.dropout)
-        return linear(self.scaling * h, self.B)
+        change = linear(self.scaling * h, self.B)
+        return change if dtype is None else (product.y + change).to(dtype)
 
 
 def scaling(alpha: float, r: int, rank_stabilized: bool = False) -> float:
@@ -158,6 +164,15 @@ class LoRALinear(Adapted[LoRA]):
         if type(adapter).forward is not LoRA.forward:
             kind = type(adapter).__name__
             raise InputError(f"the adapter is a {kind}; wrap it in a {kind}Linear.")
+
+    def adapt(self, product: Product) -> Output:
+        """Return the output; a single adapter with the share 1 adds to it itself."""
+        if list(self.active.values()) != [1]:
+            return super().adapt(product)
+        ((_, adapter),) = self.shares()
+        if type(adapter).forward is not LoRA.forward:
+            return super().adapt(product)
+        return cast(Tensor, adapter(product, product.y.dtype))
 
     def change(self, adapter: LoRA, W: Weight) -> Weight:
         r"""Return $\Delta W = s B A$."""

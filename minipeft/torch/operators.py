@@ -14,7 +14,7 @@ A quantized weight is a list of tensors and a list of sizes, from `parts`:
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -25,6 +25,7 @@ from minipeft.torch import blockwise, double_quant, launches
 from minipeft.torch.blockwise import Blockwise
 from minipeft.torch.codebook import dynamic_map
 from minipeft.torch.double_quant import Nested
+from minipeft.torch.linear import transformed
 
 LAUNCHES: dict[str, Callable[..., Any]] = {}
 """What each operator does on a GPU, by its name."""
@@ -122,6 +123,38 @@ def _grad_matmul_4bit(ctx: Any, grad_y: Tensor) -> tuple[Any, ...]:
     decode = dequantize_nested if len(weight) == 5 else dequantize
     W = decode(list(weight), ctx.layout, grad_y.dtype)
     return grad_y @ W, [None] * len(weight), None, None
+
+
+def direct(x: Tensor) -> bool:
+    """Tell whether plain eager code on a GPU runs, that no tool traces or records.
+
+    It may launch without torch's dispatcher. There an operator with a list of tensors
+    and a backward in Python costs the host several times as much as the launch.
+    """
+    plain = type(x) is Tensor and x.device.type in launches.GPUS
+    return plain and not transformed() and not torch._C._len_torch_dispatch_stack()
+
+
+def launched(x: Tensor, weight: launches.Ready, bias: Tensor | None) -> Tensor:
+    """Run `matmul_4bit` without the dispatcher, by a weight that was checked."""
+    if torch.is_grad_enabled() and x.requires_grad:
+        return cast(Tensor, _Launched.apply(x, weight, bias))  # type: ignore[no-untyped-call]
+    return launches.multiply(x, weight, bias)
+
+
+class _Launched(torch.autograd.Function):
+    """`matmul_4bit` for autograd: backward decodes the weight again."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: launches.Ready, bias: Tensor | None
+    ) -> Tensor:
+        ctx.weight = weight
+        return launches.multiply(x, weight, bias)
+
+    @staticmethod
+    def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor, None, None]:
+        return grad_y @ launches.decode(ctx.weight, grad_y.dtype), None, None
 
 
 # The optimizer

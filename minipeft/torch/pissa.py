@@ -186,7 +186,7 @@ class PiSSA(LoRA):
         self.register_buffer("A_0", A)
         self.register_buffer("B_0", B)
 
-    def forward(self, product: Product) -> Output:
+    def forward(self, product: Product) -> Output:  # type: ignore[override]
         """Return the change of the output, computed with four thin products."""
         h_0 = product.project(self.A_0)
         return super().forward(product) - linear(self.scaling * h_0, self.B_0)

@@ -20,17 +20,23 @@ from tests.properties import modules, on_a_device
 # These launch a kernel; tests/cuda/test_operators.py and test_wired.py run them on a
 # pretended device with the CPU build of the kernels.
 LAUNCHES = (
+    "launches.Ready.holds",
     "launches.adamw_",
     "launches.adamw_8bit_",
     "launches.check_indices",
+    "launches.decode",
     "launches.decodes",
     "launches.dequantize",
     "launches.dora_row_norm",
     "launches.layout_of",
     "launches.lora_batched",
     "launches.matmul_4bit",
+    "launches.multiply",
     "launches.quantize",
+    "launches.ready",
+    "operators.launched",
     "operators.parts",
+    "qlora.QuantizedLinear.ready",
 )
 
 # Experts of a model: tests/agreement/test_experts.py runs them, on the CPU only.
@@ -58,6 +64,7 @@ EXPERTS = (
     "linear.Stacked.names",
     "linear.Stacked.one",
     "linear.Stacked.plain",
+    "linear.without_hooks",
     "qlora.QuantizedExperts.forward",
     "qlora.QuantizedExperts.from_experts",
     "qlora.QuantizedExperts.stack",

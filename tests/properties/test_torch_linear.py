@@ -7,7 +7,7 @@ from hypothesis import given
 from torch import nn
 from torch.nn.functional import linear
 
-from minipeft.torch.linear import WeightView
+from minipeft.torch.linear import WeightView, _Added
 from minipeft.torch.lora import LoRA, LoRALinear
 from tests.strategies import gaussian_layers
 
@@ -121,3 +121,58 @@ def test_autocast_computes_in_its_own_precision():
     assert h.dtype == torch.bfloat16
     h.sum().backward()
     assert A.grad.dtype == torch.float32
+
+
+# --- the sum of the frozen output and the change --------------------------------------
+
+
+def sums(dtype, to):
+    """Return operands, and two ways to compute $y + s (x A^T) B^T$ from them."""
+    generator = torch.Generator().manual_seed(1)
+    y, x = (torch.randn(3, 4, n, generator=generator).to(dtype) for n in (9, 6))
+    A, B = (torch.randn(*s, generator=generator) for s in ((2, 6), (9, 2)))
+
+    def one_node(y, x, A, B):
+        return _Added.apply(y, x, A, B, 0.3, to)
+
+    def by_autograd(y, x, A, B):
+        return (y + linear(0.3 * linear(x.to(A.dtype), A), B)).to(to)
+
+    return (y, x, A, B), one_node, by_autograd
+
+
+@pytest.mark.parametrize("dtype", [*HALF, torch.float32])
+@pytest.mark.parametrize("wide", [False, True], ids=["rounded", "wide"])
+def test_no_bit_of_a_sum_in_one_node_differs_from_autograd_s_own(dtype, wide):
+    to = torch.float32 if wide else dtype
+    operands, *ways = sums(dtype, to)
+    found = []
+    for way in ways:
+        leaves = [t.clone().requires_grad_() for t in operands]
+        z = way(*leaves)
+        grad = torch.linspace(-1, 1, z.numel()).view(z.shape).to(to)
+        found.append([z.detach(), *torch.autograd.grad(z, leaves, grad)])
+    for mine, right in zip(*found, strict=True):
+        assert mine.dtype == right.dtype
+        assert torch.equal(mine, right)
+
+
+def test_gradients_of_gradients_of_a_sum_are_those_of_autograd():
+    operands, *ways = sums(torch.float32, torch.float32)
+    found = []
+    for way in ways:
+        leaves = [t.clone().requires_grad_() for t in operands]
+        z = way(*leaves).square().sum()
+        first = torch.autograd.grad(z, leaves, create_graph=True)
+        total = sum(g.square().sum() for g in first)
+        found.append(torch.autograd.grad(total, leaves))
+    for mine, right in zip(*found, strict=True):
+        assert torch.allclose(mine, right, rtol=2**-16)
+
+
+def test_what_is_frozen_in_a_sum_gets_no_gradient():
+    (y, x, A, B), one_node, _ = sums(torch.bfloat16, torch.bfloat16)
+    B.requires_grad_()
+    one_node(y, x, A, B).sum().backward()
+    assert B.grad is not None
+    assert y.grad is x.grad is A.grad is None
