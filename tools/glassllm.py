@@ -8,8 +8,10 @@ float16, trained on Lewis Carroll. Chapters 27 and 28 take the folder as `--mode
 """
 
 import argparse
+import importlib
 import io
 import json
+import sys
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -21,7 +23,7 @@ import torch
 import transformers
 
 from minipeft.errors import InputError
-from minipeft.lab.data import sha256
+from minipeft.lab.data import HELD_OUT, austen, sha256
 
 SHA256 = "1611801c031d0fc300dc89d3c07cd6be56dc1784e38e24422b2242d0761a333b"
 PARTS = {
@@ -143,10 +145,35 @@ def convert(wheel: Path, folder: Path) -> None:
     tokenizer(words, sizes["max_len"]).save_pretrained(folder)
 
 
+def difference(wheel: Path, folder: Path) -> float:
+    """Return the largest difference of a logit from glassllm's own NumPy model.
+
+    The tokens of the same text must be the same.
+    """
+    sys.path.insert(0, str(wheel))  # a wheel is a zip file of pure Python
+    theirs = [importlib.import_module(f"glassllm.{m}") for m in ("model", "tokenizer")]
+    with zipfile.ZipFile(wheel) as archive:
+        file = io.BytesIO(archive.read("glassllm/weights/en.npz"))
+        words = json.loads(archive.read("glassllm/weights/en.tokenizer.json"))
+    own = theirs[1].Tokenizer(words["alphabet"], words["merges"])
+    ours = transformers.AutoTokenizer.from_pretrained(folder)
+    text = austen(HELD_OUT)[:4000]
+    ids = own.encode(text)
+    assert ours.encode(text, add_special_tokens=False) == ids
+    first = ids[: ours.model_max_length]
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder).eval()
+    with torch.no_grad():
+        logits = model(torch.tensor([first])).logits.numpy()
+    return float(abs(logits - theirs[0].GlassLM.load(file)(first).data).max())
+
+
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("wheel", type=Path)
     parser.add_argument("folder", type=Path)
     chosen = parser.parse_args()
     convert(chosen.wheel, chosen.folder)
-    print(f"{chosen.folder} is written; give it as --model {chosen.folder}")
+    apart = difference(chosen.wheel, chosen.folder)
+    print(
+        f"{chosen.folder} is written: the tokens of glassllm, logits within {apart:.0e}"
+    )
