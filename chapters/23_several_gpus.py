@@ -30,7 +30,7 @@ chapter = start("23_several_gpus", steps=1, model=None)
 # %% [markdown]
 # ## The problem
 #
-# There are two ways to use $N$ cards. In **DDP** each card holds the whole model and takes its share of the batch; after each step the cards average their gradients. That is faster, and it saves no memory. In **FSDP** [@zhao2023] each card also keeps only its $N$-th part of every tensor. Before a block computes, the cards send each
+# There are two ways to use $N$ cards. In **DDP** each card holds the whole model and takes its share of the batch; after each backward pass the cards average their gradients. That is faster, and it saves no memory. In **FSDP** [@zhao2023] each card also keeps only its $N$-th part of every tensor. Before a block computes, the cards send each
 # other its parts; afterwards they drop them again.
 
 # %%
@@ -265,12 +265,12 @@ assert sixteen > 3 * two
 # %% [markdown]
 # With checkpointing, the forward pass is computed again within the backward pass, from the weights that this pass gathers anyway. The bytes do not depend on the number of tokens. So a card should take as many tokens in a pass as fit. Adding up gradients over several passes does not save weights: each pass sends them again.
 #
-# What changes on $N$ cards, then: the batch is $N$ times larger, unless each card gets fewer rows; memory for weights falls as $1/N$, for activations it does not; the gradient is the same up to rounding; and a checkpoint has $N$ parts, which any other number of cards can read.
+# What changes on $N$ cards, then: the batch is $N$ times larger, unless each card gets fewer rows; memory for weights falls as $1/N$, but for the gathered copies, and for activations it does not; the gradient is the same up to rounding; and a checkpoint has $N$ parts, which any other number of cards can read.
 #
 # ## What goes wrong in practice
 #
 # - **Buffers are not sharded.** A 4-bit model whose codes are buffers runs under FSDP, and every card holds all of them. Nothing fails but the memory. `shard` refuses such a model.
-# - **Codes in a dtype that FSDP1 refuses.** FSDP1 flattens the parameters of a block into one tensor, so all must have one dtype. bitsandbytes therefore stores its codes in a floating-point dtype (`quant_storage`), which has to be that of the rest of the model. FSDP2 takes integers as they are.
+# - **Codes in a dtype that FSDP1 refuses.** FSDP1 flattens the parameters of a block into one tensor, so all must have one dtype. bitsandbytes can therefore store its codes in a floating-point dtype (`quant_storage`), which has to be that of the rest of the model. FSDP2 takes integers as they are.
 # - **The mean of means.** If cards have different numbers of labels, the mean of their mean losses is not the mean over all labels. Sum the losses, and divide by the number of labels on all cards.
 # - **Merging a sharded model.** A card has only its part of the weight. Gather first: our `merge` says so and refuses.
 # - **Saving on one card.** A state dict that the first process alone asks for never arrives, because the others must send their parts: all processes call `save`.

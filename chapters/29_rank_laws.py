@@ -46,7 +46,7 @@ chapter = start("29_rank_laws", steps=24, model="tiny")
 # @source minipeft.lab.power_law.fit
 # @source minipeft.lab.power_law.resampled
 #
-# The band is a *bootstrap* [@efron1979]: at each $x$ three seeds are drawn from the three with replacement, a law is fitted to their means, and 95 % of such laws lie in the band. It shows what the seeds leave open. It does not show whether the form is right; a prediction does, of a point that the fit has not seen.
+# The band is a *bootstrap* [@efron1979]: at each $x$ three seeds are drawn from the three with replacement, a law is fitted to their means, and at each $x$ 95 % of such laws lie in the band. It shows what the seeds leave open. It does not show whether the form is right; a prediction does, of a point that the fit has not seen.
 #
 # On losses that follow a law exactly, the fit finds it again, and the seeds leave nothing open:
 
@@ -64,7 +64,7 @@ assert max(high - low) < 1e-6
 #
 # `tiny` learns *The Devil's Dictionary*. A run sees each of its definitions once, in batches of 8, so more data are more steps too. Unless a row says otherwise, LoRA of rank 8 with $\alpha = 16$ stands on every linear layer and sees {=SEEN=} definitions. Where $r$ exceeds the rank that a weight can have, the weight gets its full rank, so the last row of the ranks is an adapter of full rank everywhere. rsLoRA gets the numerator with which both scalings are equal at rank 8.
 #
-# The three sizes of the base are a half, a quarter and an eighth as wide as `tiny` and are pretrained here by its recipe: the same novels, rate, batches and seed, but {=STEPS=} steps, where `tiny` had {=f"{pretrain.Recipe().steps:,}"=}. Rates lie a factor of $\sqrt{10}$ apart. The search uses one seed and a hundred definitions that serve nothing else, and ends when the best rate has a worse one on both sides; two more seeds follow at the best rate. All losses are on other, unseen definitions.
+# The three sizes of the base are a half, a quarter and an eighth as wide as `tiny` and are pretrained here by its recipe: the same novels, rate, batches and seed, but {=STEPS=} steps, where `tiny` had {=f"{pretrain.Recipe().steps:,}"=}. Rates lie a factor of $\sqrt{10}$ apart. The search uses one seed and a hundred definitions that serve nothing else, and ends when the best rate has a worse one on both sides; two more seeds follow at the best rate. All losses but those of the search are on other, unseen definitions.
 
 # %%
 base = chapter.load()
@@ -329,7 +329,7 @@ chapter.show(
 #
 # ### What twice as much of each brings
 #
-# To compare the three, take the usual run and double one of them: the rank, the definitions (and with them the steps), or the size of the base.
+# To compare the three, double one of them: the rank or the definitions (and with them the steps) from half of those of the usual run, or the size of the base between the two larger of the three.
 
 # %%
 HALVES = {
@@ -443,7 +443,7 @@ def behind(rows_):
 #
 # *Layers.* With as many trained numbers, adapters on the attention alone end {=f"{mean['attention, r = 22'] - mean[USUAL]:.3f}"=} nats above adapters on all layers, with every seed: **that replicates**. The feed-forward alone is as good as all layers, {=f"{mean[USUAL] - mean['feed-forward, r = 13']:.3f}"=} lower on average, which is less than the seeds differ.
 #
-# *Batches.* With batches of 8 LoRA ends {=results.spread(behind(8))=} nats above full fine-tuning, with batches of 32 {=results.spread(behind(32))=}: the gap grows with every seed, and **the claim replicates**. Both lose by the larger batch, since the same definitions make a quarter of the steps. The best rate of full fine-tuning rises with the batch and that of LoRA does not, so the ratio of the two is {=f"{rates['LoRA, batches of 32'] / rates['full fine-tuning, batches of 32']:.0f}"=} there: "ten times" holds at batches of 8 only.
+# *Batches.* With batches of 8 LoRA ends {=results.spread(behind(8))=} nats above full fine-tuning, with batches of 32 {=results.spread(behind(32))=}: the gap grows with every seed, and **the claim replicates**. Both lose by the larger batch, with which the same definitions make a quarter of the steps. The best rate of full fine-tuning rises with the batch and that of LoRA does not, so the ratio of the two is {=f"{rates['LoRA, batches of 32'] / rates['full fine-tuning, batches of 32']:.0f}"=} there: "ten times" holds at batches of 8 only.
 #
 # *LoRA+.* At tuned rates it ends {=f"{mean['LoRA+, r = 8'] - mean[USUAL]:.3f}"=} nats above LoRA, with every seed. **No gain replicated** on this narrow model; the argument is about wide ones, and [chapter 20](20_hira_miss.md) found the same with one seed.
 #

@@ -62,7 +62,7 @@ ESTIMATES = ("Gaussian", "CLUB", "variational")
 #
 # ## The proof
 #
-# On Gaussians all three are known. If $V = \rho U + \sqrt{1 - \rho^2}\,\varepsilon$ in each of $k$ coordinates, then $I = -\frac k2 \log(1 - \rho^2)$, which the Gaussian value and the variational bound reach, since $U$ is all that $V$ depends on. CLUB is $k \rho^2 / (1 - \rho^2)$: near $I$ for small $\rho$, and far above it near 1, where it grows like one over the variance of the noise and $I$ like its logarithm.
+# On Gaussians all three are known. If $V = \rho U + \sqrt{1 - \rho^2}\,\varepsilon$ in each of $k$ coordinates, then $I = -\frac k2 \log(1 - \rho^2)$, which the Gaussian value and the variational bound reach, since $U$ is all that $V$ depends on. CLUB is $k \rho^2 / (1 - \rho^2)$: twice $I$ for small $\rho$, and far above it near 1, where it grows like one over the variance of the noise and $I$ like its logarithm.
 
 # %%
 torch.manual_seed(0)
@@ -335,8 +335,8 @@ chapter.show(
 #
 # Every estimate but one rises with the rank: an adapter of more directions has more to tell, and so more about the base. For each direction the values fall (right panel), and those of the random adapter too: more directions share one update.
 #
-# Where $U$ determines $V$, the Gaussian value and the variational bound agree, as they must: all that $V$ says about the input it says about $U$. CLUB is {=f"{above[-1]:,.0f}"=} times as large there at rank {=RANKS[-1]=}, and {=f"{above[0]:,.0f}"=} times at rank {=RANKS[0]=}. It is a valid bound and says little: with so little noise the density $q(v|u)$ is so narrow that a wrong pair is unlikely beyond measure. Where $U$ has lost a part of the input, CLUB lies within a factor
-# of {=f"{max(statistics.mean(value(f'r = {r}', 'CLUB', kind=LOST)) / statistics.mean(value(f'r = {r}', 'Gaussian', kind=LOST)) for r in RANKS):.0f}"=} of the Gaussian value, and still above the variational bound, which knows nothing of $U$.
+# Where $U$ determines $V$, the Gaussian value and the variational bound agree, as they must: all that $V$ says about the input it says about $U$. CLUB is {=f"{above[-1]:,.0f}"=} times as large there at rank {=RANKS[-1]=}, and {=f"{above[0]:,.0f}"=} times at rank {=RANKS[0]=}. It is a valid bound and says little: with so little noise the density $q(v|u)$ is so narrow that a wrong pair is unlikely beyond measure. Where $U$ has lost a part of the input, CLUB is at most about
+# {=f"{max(statistics.mean(value(f'r = {r}', 'CLUB', kind=LOST)) / statistics.mean(value(f'r = {r}', 'Gaussian', kind=LOST)) for r in RANKS):.0f}"=} times the Gaussian value, and on average still above the variational bound, which knows nothing of $U$.
 #
 # The control says how much of this is the adapter's doing. A random adapter of rank {=RANKS[0]=} tells about as much as a trained one. At rank {=RANKS[-1]=} a random one tells *more*, {=f"{statistics.mean(value(last, 'Gaussian', what='control')):.0f}"=} nats a layer against {=f"{ends[last]:.0f}"=}: training has put most of the update into few directions ([chapter 27](27_learns_less.md) counts them).
 #
@@ -482,7 +482,7 @@ for estimate in ("Gaussian", "variational"):
 # ## What goes wrong in practice
 #
 # - **Mutual information without noise.** Of continuous inputs it is infinite here, and an estimator returns a finite number all the same: it depends on the number of samples and on rounding.
-# - **A loose bound read as a value.** CLUB grew to hundreds of thousands of nats where the true value is below {=f"{max(v[-1] for v in [sorted(value(last, 'variational', kind=DETERMINED))]):.0f}"=}.
+# - **A loose bound read as a value.** CLUB grew to hundreds of thousands of nats where the true value is below {=math.ceil(max(value(last, 'variational', kind=DETERMINED)))=}.
 # - **No control.** Without the random adapter one would credit training with what any matrix does.
 #
 # ## Exercises

@@ -69,7 +69,7 @@ every = [x / row[0] for rows in FOUR_BITS.values() for row in rows for x in row[
 assert not any(BAND[0] <= x <= BAND[1] for x in every)
 
 # %% [markdown]
-# The published times of four bits contain the whole range from a saving to more than twice the time, and no value between 15 and 30 %. So a percentage without a card, a model and a number of requests says little.
+# The published times of four bits run from a saving to more than twice the time, and none lies between 15 and 30 % more. So a percentage without a card, a model and a number of requests says little.
 #
 # ## The ways
 #
@@ -609,12 +609,12 @@ chapter.claim(
 #
 # - **A GPU.** On a CPU a 4-bit layer decodes its weight to 32 bits and multiplies; a kernel on a GPU decodes inside the product and reads an eighth of the bytes. `--device cuda` times the same ways there.
 # - **A compiled model.** Python starts every operation here. A server records them once as a graph.
-# - **Long contexts.** The cache holds {=full["models"]["tiny"]["length"]=} tokens or fewer. The longer it is, the smaller is the share of the layers, and of what stands beside them.
+# - **Long contexts.** A prompt has {=full["models"]["tiny"]["length"]=} tokens or fewer. The longer the cache is, the smaller is the share of the layers, and of what stands beside them.
 # - **A queue.** A request also waits for those before it. That is [chapter 22](22_many_adapters.md)'s subject.
 #
 # ## What goes wrong in practice
 #
-# - **One run each.** With one copy and one round, merged would have been faster or slower than the base by up to {=f"{max(abs(r.largest - 1) for r in [quick['merged'], quick['the base again']]):.0%}"=} in this build, by chance.
+# - **One run each.** With one copy, merged or the base again would have been faster or slower than the base by up to {=f"{max(max(r.largest - 1, 1 - r.smallest) for r in [quick['merged'], quick['the base again']]):.0%}"=} in this build, by chance.
 # - **The percentage of another card.** The same four bits save time on one card and double it on another.
 # - **The prompt for the token.** A share of the prompt's time says little about a token: a pass over many tokens does more arithmetic for each operation that is started, and for each weight that is decoded.
 # - **Adapters left unmerged by accident.** With one adapter for all requests nothing is gained by leaving it beside the base.

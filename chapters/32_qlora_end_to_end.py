@@ -1,7 +1,7 @@
 # %% [markdown]
 # # QLoRA, end to end
 #
-# QLoRA has five parts: NF4, double quantization, LoRA on every linear layer, AdamW with states of eight bits, and pages for these states. Each has [a chapter](06_qlora.md) of its own. Here they run together, added one by one: what does each cost in loss, what does it save in bytes,
+# QLoRA has four parts: NF4, double quantization, LoRA on every linear layer, and pages for the states of AdamW, which have 32 bits in the authors' script. States of eight bits are an older part that is often added. Each has [a chapter](06_qlora.md) of its own. Here they run together, added one by one: what does each cost in loss, what does it save in bytes,
 # and what happens when one batch is four times as long as the others?
 
 # %%
@@ -298,7 +298,7 @@ for name in WAYS:
 # %% [markdown]
 # ## The spike
 #
-# Now one definition a step, cut to {=LENGTH=} tokens. In step {=SPIKE=} comes the longest entry of the dictionary, with {=spike["labels"].numel()=} tokens. The card has room for the weights, the adapters, the longest pass, and *half* of the states:
+# Now one definition a step, cut to {=LENGTH=} tokens. In step {=SPIKE=} comes the longest example of the training set, cut to {=spike["labels"].numel()=} tokens. The card has room for the weights, the adapters, the longest pass, and *half* of the states:
 #
 # @source minipeft.lab.card.Card.takes
 #
@@ -456,7 +456,7 @@ chapter.show(
 
 
 # %% [markdown]
-# The first part does the most: NF4 makes the longest sequence {=f"{1 + gained['NF4']:.1f}"=} times as long. The last does the least, because pages can free only what the part before has left: in eight bits the states of this adapter take {=f"{small.optimizer / 1e9:.2f}"=} GB of {=f"{small.total / 1e9:.1f}"=} with 512 tokens, and pages for them add {=f"{tokens['paged'] - tokens['8-bit AdamW']}"=} tokens to the longest sequence.
+# The first part does the most: NF4 makes the longest sequence {=f"{1 + gained['NF4']:.1f}"=} times as long. The last does little, because pages can free only what the part before has left: in eight bits the states of this adapter take {=f"{small.optimizer / 1e9:.2f}"=} GB of {=f"{small.total / 1e9:.1f}"=} with 512 tokens, and pages for them add {=f"{tokens['paged'] - tokens['8-bit AdamW']}"=} tokens to the longest sequence.
 #
 # Is that "critical"? The paper says so of 33 billion parameters on 24 GB and of 65 on 48. Here are both, with checkpointing:
 
@@ -519,13 +519,13 @@ chapter.show(
 
 # %% [markdown]
 # At 33 billion, by our formulas, not even one token fits with torch's AdamW in 32 bits, for want of {=f"{lacking / 1e9:.1f}"=} GB: while it steps, it copies the second moments, which takes {=f"{one.transient / 1e9:.1f}"=} GB. Without this copy, as in the kernels of bitsandbytes and with torch's `fused=True`, sequences of {=f"{fits[MIDDLE, '32 bits']:,}"=} tokens fit without pages, and longer ones need pages or states in eight bits. At 65 billion
-# every way fits sequences of {=f"{fits[LARGE, '32 bits, torch']:,}"=} tokens or more. So pages are critical for long sequences at 33 billion with states in 32 bits, and not elsewhere here. Pages and eight bits are two remedies for the same bytes, and whoever has one of them gains little by the other.
+# every way fits sequences of {=f"{fits[LARGE, '32 bits, torch']:,}"=} tokens or more. So pages are critical for long sequences at 33 billion with states in 32 bits, and not elsewhere here. Pages and eight bits are two remedies for the same bytes, and whoever has one of them gains much less by the other.
 #
-# And the time? The paper reports the same speed with and without pages at 65 billion parameters and batches of 16, and leaves other cases open [@dettmers2023, section 4]. In a benchmark that was proposed to bitsandbytes ([pull request 1908](https://github.com/bitsandbytes-foundation/bitsandbytes/pull/1908)), on an A100 and with all weights of a model with 0.6 billion parameters trained, 8-bit AdamW has 0.95 of the speed of torch's AdamW in 32 bits, and paged 0.88.
+# And the time? The paper reports the same speed with and without pages at 65 billion parameters and batches of 16, and leaves other cases open [@dettmers2023, section 4]. In a benchmark in the repository of bitsandbytes ([pull request 1908](https://github.com/bitsandbytes-foundation/bitsandbytes/pull/1908)), on an A100 and with all weights of a model with 0.6 billion parameters trained, 8-bit AdamW has 0.95 of the speed of torch's AdamW in 32 bits, and paged 8-bit AdamW 0.88.
 #
 # ## This build
 #
-# The short setting repeats LoRA and the whole of QLoRA with {=chapter.steps=} steps and two seeds.
+# The short setting repeats LoRA and QLoRA with 8-bit states, but without pages, with {=chapter.steps=} steps and two seeds.
 
 # %%
 use = judges(25)
