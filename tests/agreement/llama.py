@@ -32,7 +32,8 @@ def logit_bound(model, logits):
     """Bound the difference of logits that are the same sums in another order.
 
     Normalized states have norm sqrt(width), so a logit is at most that times the norm
-    of its row; each block adds two branches of a few sums of `width` terms.
+    of its row; each block adds two branches of a few sums of `width` terms. A test
+    compares this with the sum of the bounds of all operations, which is a little less.
     """
     config = model.config
     terms = config.num_hidden_layers * 8 * (config.hidden_size + logits.shape[1])

@@ -23,8 +23,9 @@ from minipeft.torch.qlora import QuantizedLinear, quantize_linears
 from tests.agreement.llama import TEXT, llama
 from tests.agreement.on_torch import codes, lora, module, tensor
 from tests.parametrizations import ROWS, quantized
+from tests.properties.test_qlora import sixteen_bits
 from tests.strategies import seeds
-from tests.tolerance import assert_bits, assert_sums, assert_within, gamma
+from tests.tolerance import assert_bits, assert_sums, assert_within
 
 QLORA = next(row for row in ROWS if row.name == "qlora")
 nested = st.booleans()
@@ -46,8 +47,7 @@ def test_sixteen_bits_agree_up_to_their_rounding(seed, double):
     absolute = reference_lora.LoRA(abs(A), abs(B), 2.0)
     W = abs(reference.dequantize(q))
     size = reference_lora.forward(abs(x), W, absolute).astype(np.float64)
-    # Both sides err by the bound of the reference's own law.
-    bound = 2 * gamma(16, "bfloat16") * size
+    bound = 2 * sixteen_bits(W.shape[1], "bfloat16") * size  # both sides err
     actual = y.detach().float().numpy()
     assert_within(actual, expected.astype(np.float32), bound)
 

@@ -81,8 +81,10 @@ def test_a_stack_is_merged_expert_by_expert(turned, tmp_path):
         change = 5 / R * B[:, e::E] @ A[e * R : (e + 1) * R]
         W = own[key][e].mT if turned else own[key][e]
         expected = (W + change).mT if turned else W + change
-        size = float(W.abs().max() + 2 * change.abs().max())
-        assert_within(found[e].numpy(), expected.numpy(), gamma(R + 2) * size)
+        size = W.abs() + 5 / R * B[:, e::E].abs() @ A[e * R : (e + 1) * R].abs()
+        # R products and their sum, the scaling, and the sum with W; on both sides.
+        bound = 2 * gamma(R + 2) * (size.mT if turned else size).double().numpy()
+        assert_within(found[e].numpy(), expected.numpy(), bound)
     findings = [*audit(InMemory(own), adapter, open_tensors(tmp_path / "merged"))]
     assert {f.verdict for f in findings} == {EXACT}
     assert sum(f.adapted for f in findings) == 4

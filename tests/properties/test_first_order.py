@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch.nn import functional
 
+from tests.agreement.llama import TEXT, llama, logit_bound
 from tests.first_order import ROUNDED, Recorded
 from tests.tolerance import assert_within
 
@@ -60,6 +61,25 @@ def test_the_errors_of_all_operations_are_carried_to_the_result():
         # All errors at their worst are at most this many times the root of the squares.
         count = sum(output.numel() for output, *_ in record.places)
         assert 0 < float(off[i, i].detach()) <= (count * squares) ** 0.5
+
+
+def test_the_bound_of_a_llama_s_logits_is_about_that_of_all_its_operations():
+    model = llama()
+    model.set_attn_implementation("eager")
+    model.get_input_embeddings().weight.requires_grad_(True)
+    with Recorded() as record:
+        logits = model(TEXT).logits
+    outputs, bounds, _ = zip(*record.places, strict=True)
+    last = logits[:, -1].flatten()
+    every = torch.autograd.grad(
+        last, outputs, torch.eye(len(last)), is_grads_batched=True
+    )
+    pairs = zip(every, bounds, strict=True)
+    worst = sum((slope.abs() * bound).flatten(1).sum(1) for slope, bound in pairs)
+    both = 2 * worst.reshape(2, -1).amax(0).double().numpy()
+    found = logit_bound(model, logits)
+    assert (both < found).all()
+    assert (found < 3 * both).all()
 
 
 def test_an_operation_without_a_rule_stops_the_run():

@@ -48,6 +48,13 @@ def test_in_sixteen_bits_weight_and_bias_are_rounded_to_them(t, double, dtype):
     assert_bits(gradients.B, expected.B)
 
 
+def sixteen_bits(columns, name):
+    """Return the relative error that 16 bits may cost a layer of so many columns."""
+    # x and W are rounded; their product is rounded after a sum of one term a column;
+    # the result is rounded. The roundings of float32 add up to less than one more.
+    return gamma(2 + columns + 1 + 1, name)
+
+
 @given(seeds, nested, st.sampled_from([np.float16, bfloat16]))
 def test_sixteen_bits_cost_what_their_roundings_allow(seed, double, dtype):
     rng = np.random.default_rng(seed)
@@ -61,9 +68,7 @@ def test_sixteen_bits_cost_what_their_roundings_allow(seed, double, dtype):
     absolute = lora.LoRA(abs(A), abs(B), 2.0)
     size = lora.forward(abs(x), abs(qlora.dequantize(q)), absolute)
     name = np.dtype(dtype).name
-    # x and W are rounded; their product is rounded after a sum of 12 terms; the result
-    # is rounded. The roundings of float32 add up to less than one more.
-    bound = gamma(2 + 12 + 1 + 1, name) * size.astype(np.float64)
+    bound = sixteen_bits(W.shape[1], name) * size.astype(np.float64)
     tiny = 50 * 2.0**-24 if dtype is np.float16 else 0  # subnormal float16
     assert_within(actual, exact, bound + tiny)
 
