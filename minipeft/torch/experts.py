@@ -1,10 +1,11 @@
 """LoRA on the experts of a model: stacks of weights, as in transformers 5."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch._compile import _disable_dynamo
 from torch.nn.functional import linear
 from torch.overrides import TorchFunctionMode
 
@@ -131,6 +132,14 @@ class LoRAExperts(Adapted[ExpertsLoRA]):
             InputError: if `torch.fx` traces the module, something now computes a stack,
                 or the module does not use a stack by torch's functions.
         """
+        # Within a compiled graph torch loses its function modes where a graph breaks,
+        # as it does at a `Stack`; so a compiler calls the experts as they are.
+        call = _uncompiled if torch.compiler.is_compiling() else LoRAExperts.call
+        y: Output = call(self, args, kwargs)
+        return y
+
+    def call(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Output:
+        """Call the module, as `forward` does, with its operands."""
         given = [*args, *kwargs.values()]
         for operand in given:
             check_no_proxy(operand)
@@ -301,6 +310,13 @@ class _WithStacks(TorchFunctionMode):
             return operand
         self.met.add(name)
         return self.layer.stack(name)
+
+
+@_disable_dynamo
+def _uncompiled(
+    layer: LoRAExperts, args: Sequence[Any], kwargs: Mapping[str, Any]
+) -> Output:
+    return layer.call(args, kwargs)
 
 
 def init(

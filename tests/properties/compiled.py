@@ -15,7 +15,7 @@ from torch import nn
 from minipeft.torch import blockwise, codebook
 from minipeft.torch.dora import DoRALinear
 from minipeft.torch.experts import Experts
-from minipeft.torch.inject import inject
+from minipeft.torch.inject import inject, trainable_parameters
 from minipeft.torch.linear import frozen
 from minipeft.torch.lora import LoRAConfig, LoRALinear
 from minipeft.torch.qlora import QuantizedLinear
@@ -202,6 +202,26 @@ def lora_on_experts():
     assert all(map(torch.equal, ours, right))
 
 
+def lora_on_the_experts_of_mixtral():
+    """Inside of them a graph breaks, and there torch would lose its function modes."""
+    from tests.lab.architectures import build
+
+    block = build("MixtralForCausalLM").model.layers[0].mlp
+    inject(block, LoRAConfig(2, 4.0), ["experts"])
+    x = torch.linspace(-1, 1, 160).reshape(1, 5, -1)
+    with torch.no_grad():
+        for parameter in trainable_parameters(block):
+            parameter += 0.1
+    found = []
+    torch.compiler.reset()
+    for call in (block, torch.compile(block, backend="eager")):
+        block.zero_grad()
+        y = call(x)
+        y.square().sum().backward()
+        found.append([y.detach(), *(p.grad for p in trainable_parameters(block))])
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
 def dora_on_layers_in_a_row():
     """Chain layers whose weights have rows of length two: every norm is exact."""
     weights = [rows_of_length_two(*shape) for shape in ((4, 8), (6, 4))]
@@ -227,6 +247,7 @@ CHECKS: list[Callable[[], None]] = [
     lora_on_an_embedding_with_dropout,
     lora_on_four_bits,
     lora_on_experts,
+    lora_on_the_experts_of_mixtral,
     dora_on_layers_in_a_row,
     *EXAMPLES,
 ]
