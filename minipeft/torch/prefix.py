@@ -228,7 +228,10 @@ def _pairs(model: Any, tokens: Sequence[int]) -> list[Pair]:
     with undisturbed(model):
         cache = getattr(model(input_ids=text, use_cache=True), "past_key_values", None)
     if cache is None:
-        raise InputError(f"{name} keeps no keys and values; give a causal model.")
+        raise InputError(
+            f"{name} keeps no keys and values for a prefix to stand before; use a "
+            "prompt instead."
+        )
     pairs = []
     for i, layer in enumerate(cache.layers):
         K, V = (getattr(layer, part, None) for part in ("keys", "values"))

@@ -113,6 +113,13 @@ MORE_CAUSAL = {
         "sliding_window": 8,
         "layer_types": ["sliding_attention", "full_attention"],
     },
+    "MambaForCausalLM": {
+        "vocab_size": 64,
+        "hidden_size": 32,
+        "state_size": 4,
+        "num_hidden_layers": 2,
+        "time_step_rank": 4,
+    },
     "Lfm2ForCausalLM": {**SMALL, "layer_types": ["conv", "full_attention"]},
     "Qwen2MoeForCausalLM": {
         **SMALL,
