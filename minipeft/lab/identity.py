@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from minipeft.values import check_kind
+
 # Settings that a run may change without changing the model's function.
 NOT_THE_FUNCTION = {
     "_name_or_path",
@@ -41,6 +43,7 @@ class Identity:
     """
 
     def __init__(self, model: nn.Module):
+        check_kind("model", model, nn.Module)
         self.facts: Facts = dict(_facts(model))
         self._versions = {n: b._version for n, b in model.named_buffers()}
 

@@ -24,6 +24,7 @@ from torch import nn
 from minipeft.errors import InputError
 from minipeft.lab.data import sha256
 from minipeft.shapes import Float
+from minipeft.values import check_kind
 
 TINY = Path(__file__).with_name("base") / "tiny"
 
@@ -199,6 +200,7 @@ def check_name(name: str, offered: Sequence[str] = NAMES) -> None:
     Raises:
         InputError: No such model on this machine.
     """
+    check_kind("name", name, str)
     if name in WHEELS:
         if not cached(name).is_dir():
             raise InputError(

@@ -7,6 +7,7 @@ index, so the seed determines a run, and a run can be continued from any step.
 import contextlib
 import json
 import math
+import os
 import signal
 import threading
 import time
@@ -39,7 +40,13 @@ from minipeft.lab.identity import Identity
 from minipeft.lab.memory.measured import StepMemory, step_memory
 from minipeft.lab.memory_peak import unwatched
 from minipeft.lab.progress import Bar, bar
-from minipeft.values import check_integer, check_number
+from minipeft.values import (
+    check_calls,
+    check_flag,
+    check_integer,
+    check_kind,
+    check_number,
+)
 
 Batch = Mapping[str, torch.Tensor]
 Batches = Callable[[int], Batch]
@@ -121,6 +128,11 @@ class Checkpoint:
     every: int = 100
     resume: bool = False
 
+    def __post_init__(self) -> None:
+        check_kind("path", self.path, str, os.PathLike)
+        check_integer("every", self.every, 1)
+        check_flag("resume", self.resume)
+
 
 @dataclass(frozen=True)
 class History:
@@ -189,6 +201,10 @@ def train(
             nothing trains; the checkpoint does not fit, cannot be written, or is
             another process's.
     """
+    check_kind("model", model, nn.Module)
+    check_calls("batches", batches)
+    check_kind("config", config, TrainConfig)
+    check_kind("checkpoint", checkpoint, Checkpoint, type(None))
     if not trainable(model):
         raise InputError("no parameter requires gradients; inject an adapter first")
     claim = claimed(checkpoint.path) if checkpoint else contextlib.nullcontext()

@@ -465,6 +465,18 @@ def check_no_forward(layer: nn.Module, other: str) -> None:
         )
 
 
+def check_values(layer: nn.Module) -> None:
+    """Refuse to quantize a layer that is elsewhere, or not finite."""
+    for name, weight in ((n, p) for n, p in layer._parameters.items() if p is not None):
+        if weight.is_meta:
+            raise InputError(
+                "the weight is on the device meta, and has no values to quantize; load "
+                "it first, or bring it back if it is offloaded."
+            )
+        if not torch.isfinite(weight).all():
+            raise InputError(f"the {name} is not finite; repair it first.")
+
+
 @singledispatch
 def weight_view(layer: nn.Module) -> WeightView:
     """Return how this layer stores its weight; other modules may register theirs.

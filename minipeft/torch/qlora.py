@@ -33,6 +33,7 @@ from minipeft.torch.linear import (
     autocast,
     check_no_forward,
     check_shape,
+    check_values,
     frozen,
     hooked_as,
     transformed,
@@ -581,7 +582,7 @@ def _to_quantize(model: nn.Module, skip: Sequence[str]) -> dict[str, nn.Module]:
     for name, layer in found.items():
         with naming(name):
             check_no_forward(layer, "a quantized one")
-            _check_values(layer)
+            check_values(layer)
     return found
 
 
@@ -595,17 +596,6 @@ def _why_none(named: Mapping[str, nn.Module], choices: Mapping[str, nn.Module]) 
     if any(isinstance(m, (QuantizedLinear, QuantizedExperts)) for m in named.values()):
         return "the model is quantized already; give the original one."
     return "the model has no linear layer to quantize inside it; give another one."
-
-
-def _check_values(layer: nn.Module) -> None:
-    for name, weight in ((n, p) for n, p in layer._parameters.items() if p is not None):
-        if weight.is_meta:
-            raise InputError(
-                "the weight is on the device meta, and has no values to quantize; load "
-                "it first, or bring it back if it is offloaded."
-            )
-        if not torch.isfinite(weight).all():
-            raise InputError(f"the {name} is not finite; repair it first.")
 
 
 def _is_plain(module: nn.Module) -> bool:

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystemReader
@@ -41,6 +41,7 @@ from minipeft.torch.double_quant import Nested
 from minipeft.torch.linear import Bias
 from minipeft.torch.qlora import QuantizedLinear
 from minipeft.torch.targets import replace
+from minipeft.values import check_kind
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -100,6 +101,7 @@ def shardable(model: Model) -> Model:
     Raises:
         InputError: if no layer is quantized, or the model has adapters.
     """
+    check_kind("model", model, nn.Module)
     for name, module in model.named_modules():
         if isinstance(module, Adapted):
             raise InputError(
@@ -126,6 +128,7 @@ def shard(model: Model, mesh: DeviceMesh | None = None) -> Model:
     Raises:
         InputError: if a 4-bit layer keeps its codes in buffers, which would stay whole.
     """
+    check_kind("model", model, nn.Module)
     for name, module in model.named_modules():
         if type(module) is QuantizedLinear:
             raise InputError(
@@ -142,7 +145,21 @@ def replicate(model: nn.Module) -> DistributedDataParallel:
     """Return the model in DDP: every process holds all of it.
 
     Buffers are frozen here, so they are not sent again in each pass.
+
+    Raises:
+        InputError: if nothing in the model is trained, or no process group is there.
     """
+    check_kind("model", model, nn.Module)
+    if not distributed.is_initialized():
+        raise InputError(
+            "there is no process group; start the processes with torchrun, and call "
+            "torch.distributed.init_process_group() in each."
+        )
+    if not any(p.requires_grad for p in model.parameters()):
+        raise InputError(
+            "nothing in the model is trained, so there is no gradient to average; "
+            "inject an adapter first."
+        )
     known = signature(DistributedDataParallel).parameters  # torch 2.13 renames it
     new = "forward_sync_buffers" in known
     name = "forward_sync_buffers" if new else "broadcast_buffers"

@@ -25,7 +25,12 @@ def test_the_page_is_drawn_from_its_outcomes():
 
 def test_linear_methods_work_on_every_class_but_where_a_sentence_says_why():
     refused = {k: s for k, s in WRITTEN.items() if s not in (WORKS, NONE)}
-    assert {method for method, _ in refused} == {"DoRA", "bottleneck", "prefix", "prompt"}
+    assert {method for method, _ in refused} == {
+        "DoRA",
+        "bottleneck",
+        "prefix",
+        "prompt",
+    }
     assert all(sentence.endswith(".") for sentence in refused.values())
 
 

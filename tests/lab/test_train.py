@@ -80,6 +80,28 @@ def test_only_what_requires_gradients_moves(toy):
     assert moved == {n for n in before if "q_proj" in n}
 
 
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"model": "tiny"}, "model is of type str; give one of type Module"),
+        ({"batches": [1]}, "batches is of type list; give a function"),
+        ({"config": {"steps": 1}}, "config is of type dict; give one of type TrainC"),
+        ({"checkpoint": "run.safetensors"}, "checkpoint is of type str; give one of"),
+    ],
+)
+def test_operands_of_another_type_are_refused(toy, changes, sentence):
+    given = {"model": toy, "batches": BATCHES, "config": settings(toy, steps=1)}
+    with annotations_off(), pytest.raises(InputError, match=sentence):
+        train(**{**given, **changes})
+
+
+@pytest.mark.parametrize("fields", [{"every": 0}, {"every": 1.5}, {"resume": "no"}])
+def test_a_checkpoint_that_could_not_be_kept_is_refused(tmp_path, fields):
+    (name,) = fields
+    with annotations_off(), pytest.raises(InputError, match=f"{name} is"):
+        Checkpoint(tmp_path / "run.safetensors", **fields)
+
+
 def test_nothing_to_train_is_said(toy):
     freeze_all_but(toy, "no such part")
     with pytest.raises(InputError, match="no parameter requires gradients"):

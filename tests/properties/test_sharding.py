@@ -11,7 +11,15 @@ from minipeft.errors import InputError
 from minipeft.torch.inject import inject, trainable_parameters
 from minipeft.torch.lora import LoRAConfig
 from minipeft.torch.qlora import QuantizedLinear, quantize_linears
-from minipeft.torch.sharding import ByteLinear, resume, save, shard, shardable
+from minipeft.torch.sharding import (
+    ByteLinear,
+    replicate,
+    resume,
+    save,
+    shard,
+    shardable,
+)
+from tests.operands import annotations_off
 from tests.properties import over_processes as program
 from tests.tolerance import assert_within, gamma
 
@@ -151,6 +159,14 @@ def test_what_cannot_be_sharded_is_refused():
         shard(model)
     with pytest.raises(InputError, match="0 has adapters"):
         shardable(inject(model, LoRAConfig(2, 4.0), ["0"]))
+    with pytest.raises(InputError, match="there is no process group; start the proc"):
+        replicate(model)
+    for act in (shardable, shard, replicate):
+        with (
+            annotations_off(),
+            pytest.raises(InputError, match=r"^model is of type str"),
+        ):
+            act("tiny")
 
 
 def test_a_checkpoint_of_another_model_is_refused(tmp_path):
