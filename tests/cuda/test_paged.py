@@ -43,6 +43,15 @@ def test_a_gradient_too_large_for_eight_bits_touches_no_page():
         assert not paged.gather(p, 0).m.absmax.any()
 
 
+def test_the_state_of_another_tensor_touches_no_page():
+    W = gaussian(4096)
+    with use(CpuExecutor()):
+        p = paged.init([adamw.init(W)], 256, 2)
+        with pytest.raises(InputError, match=r"m of the state has shape \(4096,\)"):
+            paged.step(p, 0, W[:3840], W[:3840], adamw.AdamW())
+        assert not p.device
+
+
 def test_what_is_out_of_range_is_refused():
     W = np.zeros(4096, np.float32)
     with use(CpuExecutor()):
