@@ -406,6 +406,17 @@ def autocast(device: torch.device) -> bool:
     return torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
 
 
+def as_autocast(x: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """Return the operands in the dtype that autocast chooses for a product.
+
+    It knows torch's own products, not the kernels; it leaves float64 alone.
+    """
+    if not autocast(x.device) or x.dtype == torch.float64:
+        return x, bias
+    dtype = torch.get_autocast_dtype(x.device.type)
+    return x.to(dtype), None if bias is None else bias.to(dtype)
+
+
 def check_shape(name: str, operand: Shaped[Tensor, "..."], *shape: int) -> None:
     """Refuse an operand of another layer; torch would broadcast it."""
     if operand.shape != shape:

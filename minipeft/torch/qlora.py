@@ -30,7 +30,7 @@ from minipeft.torch.linear import (
     Stacked,
     Weight,
     WeightView,
-    autocast,
+    as_autocast,
     check_no_forward,
     check_shape,
     check_values,
@@ -252,21 +252,13 @@ def quantized_linear(
         weight = weight.dequantize(x.dtype)
     if isinstance(weight, Tensor):
         return linear(x, weight.to(x.dtype), bias)
-    x, bias = _as_autocast(x, bias)
+    x, bias = as_autocast(x, bias)
     if operators.direct(x) and (ready := weight.ready(x.dtype)):
         return operators.launched(x, ready, bias)
     if weight.runs_kernels(x.dtype):
         on_gpu: Output = operators.matmul_4bit(x, *operators.parts(weight.q), bias)
         return on_gpu
     return cast(Tensor, _Frozen.apply(x, weight.decoded, bias))  # type: ignore[no-untyped-call]
-
-
-def _as_autocast(x: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    # Autocast knows torch's own products, not the kernels; it leaves float64 alone.
-    if not autocast(x.device) or x.dtype == torch.float64:
-        return x, bias
-    dtype = torch.get_autocast_dtype(x.device.type)
-    return x.to(dtype), None if bias is None else bias.to(dtype)
 
 
 class _Frozen(torch.autograd.Function):
