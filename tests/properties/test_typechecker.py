@@ -221,3 +221,29 @@ def test_every_function_of_the_package_is_checked_this_way():
     assert lora.forward.__code__.co_filename == typechecker.__file__
     with pytest.raises(TypeCheckError):
         lora.delta(W)
+
+
+def test_functions_of_one_def_share_their_checks_and_run_their_own_code():
+    made = []
+
+    def asking(function):
+        made.append(function)
+        return check(function)
+
+    def adding(n, annotation=int):
+        def add(x: annotation) -> annotation:
+            return add(x - 1) + n if x == 3 else x + n
+
+        return once(add, asking)
+
+    one, two = adding(1), adding(2)
+    assert (one(1), two(1), one(3), two(3), two(True)) == (2, 3, 4, 6, 3)
+    assert len(made) == 2  # the parameters, and with the result
+    for call in (one, two):
+        with pytest.raises(TypeCheckError, match=r"parameters of .*add"):
+            call("1")
+    assert not typechecker.checker_of(one.__wrapped__, asking).running.next
+    assert (one(1), two(1)) == (2, 3)
+    assert adding("!", str)("1") == "1!"  # of other annotations
+    with pytest.raises(TypeCheckError, match=r"parameters of .*add"):
+        adding("!", str)(1)
