@@ -60,10 +60,10 @@ def _step(
     (weight,) = optimizer.param_groups[0]["params"]
     weight.grad = to_torch(grad)
     optimizer.fill_qmap()
-    maps = optimizer.name2qmap
-    codes = {"qmap1": maps["dynamic"], "qmap2": maps["udynamic"]}
+    named = {"qmap1": "dynamic", "qmap2": "udynamic"}
+    maps = {k: optimizer.name2qmap[n].to(weight.device) for k, n in named.items()}
     state = {name: to_torch(array.copy()) for name, array in arrays.items()}
-    optimizer.state[weight] = {"step": t, **codes, **state}
+    optimizer.state[weight] = {"step": t, **maps, **state}
     optimizer.initialized = True
     optimizer.step()
     return to_numpy(weight), *(to_numpy(tensor) for tensor in state.values())

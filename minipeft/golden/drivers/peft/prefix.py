@@ -6,7 +6,7 @@ import torch
 from peft import PrefixTuningConfig
 from torch.nn.functional import pad, scaled_dot_product_attention
 
-from minipeft.golden.drivers.bridge import to_numpy, to_torch
+from minipeft.golden.drivers.bridge import DEVICE, to_numpy, to_torch
 from minipeft.golden.drivers.peft.virtual import TASK, around
 from minipeft.golden.errors import Unsupported
 from minipeft.golden.tensors import Array
@@ -53,6 +53,6 @@ def prefix_expand(
 def _cache(
     d: int, config: PrefixTuningConfig, state: dict[str, torch.Tensor], texts: int
 ) -> Any:
-    model = around(torch.zeros(1, d), config)
+    model = around(torch.zeros(1, d, device=DEVICE), config)
     model.prompt_encoder["default"].load_state_dict(state)
-    return model(inputs_embeds=torch.zeros(texts, 1, d))[1]
+    return model(inputs_embeds=torch.zeros(texts, 1, d, device=DEVICE))[1]

@@ -10,7 +10,7 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 from transformers import PreTrainedTokenizerFast
 
-from minipeft.golden.drivers.bridge import to_numpy, to_torch
+from minipeft.golden.drivers.bridge import DEVICE, to_numpy, to_torch
 from minipeft.golden.drivers.peft.virtual import TASK, around
 from minipeft.golden.errors import Unsupported
 from minipeft.golden.tensors import Array
@@ -59,7 +59,7 @@ def prompt_backward(grad_y: Array, P: Array) -> tuple[Array, Array]:
 
 def _model(P: Array) -> Any:
     config = PromptTuningConfig(task_type=TASK, num_virtual_tokens=len(P))
-    model = around(torch.zeros(1, P.shape[1]), config)
+    model = around(torch.zeros(1, P.shape[1], device=DEVICE), config)
     encoder = model.prompt_encoder["default"]
     encoder.load_state_dict({"embedding.weight": to_torch(P)})
     return model

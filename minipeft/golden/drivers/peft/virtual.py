@@ -7,13 +7,15 @@ from peft import PeftConfig, get_peft_model
 from torch import nn
 from transformers import PretrainedConfig
 
+from minipeft.golden.drivers.bridge import DEVICE
+
 TASK = "FEATURE_EXTRACTION"
 
 
 class Shown(nn.Module):
     """A model of one layer that returns its embedded text and its cache."""
 
-    device = torch.device("cpu")
+    device = torch.device(DEVICE)
 
     def __init__(self, E: torch.Tensor) -> None:
         super().__init__()
