@@ -27,7 +27,7 @@ class Blockwise:
 def quantize(W: Any, codebook: np.ndarray = NF4, blocksize: int = 64) -> Blockwise:
     r"""Round every value to the nearest code of its scaled block.
 
-    $q_i = \arg\min_k |c_k - W_i / a|$ with $a = \max_{j \in \text{block}} |W_j|$.
+    $c_i = \arg\min_k |q_k - W_i / a|$ with $a = \max_{j \in \text{block}} |W_j|$.
 
     Args:
         W: float32, float16 or bfloat16 on a device, of any shape, C-contiguous.
@@ -63,7 +63,7 @@ def quantize(W: Any, codebook: np.ndarray = NF4, blocksize: int = 64) -> Blockwi
 
 
 def dequantize(q: Blockwise, dtype: Any = np.float32) -> Array:
-    r"""Replace every code by its value: $\hat W_i = c_{q_i} \cdot a$.
+    r"""Replace every code by its value: $\hat W_i = q_{c_i} \cdot a$.
 
     The product is rounded to float32, and once more to `dtype`.
 

@@ -36,7 +36,7 @@ def dynamic_map(signed: bool = True) -> np.ndarray:
     Powers of ten times the midpoints of even steps from 0.1 to 1, twice as many at each
     power, of both signs or of one; then 0 and 1. Every operation rounds to float32.
 
-    Source: 8-bit optimizers (arXiv:2110.02861), section 1.3.
+    Source: 8-bit optimizers (arXiv:2110.02861), sections 1.3 and 2.2.
     """
     values = [np.zeros(1, np.float32), np.ones(1, np.float32)]
     for exponent in range(-6, 1):

@@ -69,7 +69,7 @@ def quantize(
 def dequantize(q: Nested, dtype: Any = np.float32) -> Array:
     r"""Decode the scales and the weights in one pass.
 
-    $\hat W_i = c_{q_i} \cdot (d_s \cdot a_2 + \bar a)$, each operation rounded to
+    $\hat W_i = q_{c_i} \cdot (q'_{c'} \cdot a' + \bar a)$, each operation rounded to
     float32, the result once more to `dtype`.
 
     Args:

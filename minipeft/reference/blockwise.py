@@ -39,7 +39,7 @@ class Blockwise:
 def quantize(W: Values, codebook: Codebook = NF4, blocksize: int = 64) -> Blockwise:
     r"""Round every value to the nearest code of its scaled block.
 
-    $q_i = \arg\min_k |c_k - W_i / a|$ with $a = \max_{j \in \text{block}} |W_j|$.
+    $c_i = \arg\min_k |q_k - W_i / a|$ with $a = \max_{j \in \text{block}} |W_j|$.
 
     Args:
         W: any shape; read row by row, so blocks run across rows. The last may be short.
@@ -68,7 +68,7 @@ def quantize(W: Values, codebook: Codebook = NF4, blocksize: int = 64) -> Blockw
 
 
 def dequantize(q: Blockwise, dtype: DTypeLike = np.float32) -> Values:
-    r"""Replace every code by its value: $\hat W_i = c_{q_i} \cdot a$.
+    r"""Replace every code by its value: $\hat W_i = q_{c_i} \cdot a$.
 
     Args:
         q: what `quantize` returned.

@@ -42,7 +42,7 @@ BOF4_S: Codebook = np.array(
 def quantize(W: Values, blocksize: int = 64) -> Blockwise:
     r"""Scale a block by its largest value, sign included, and round to the codebook.
 
-    $q_i = \arg\min_k |c_k - W_i / a|$ with $a = W_m$, $m = \arg\max_j |W_j|$: the first
+    $c_i = \arg\min_k |q_k - W_i / a|$ with $a = W_m$, $m = \arg\max_j |W_j|$: the first
     of the largest. W_m itself is always the code of 1, so that no code is spent on -1.
     `blockwise.dequantize` decodes it; its `absmax` may be negative.
 

@@ -88,7 +88,7 @@ def dynamic_map(signed: bool = True) -> Codebook:
     Returns:
         256 values, computed in float32 as published.
 
-    Source: 8-bit optimizers (arXiv:2110.02861), section 1.3.
+    Source: 8-bit optimizers (arXiv:2110.02861), sections 1.3 and 2.2.
     """
     check_flag("signed", signed)
     values = [np.float32(0), np.float32(1)]

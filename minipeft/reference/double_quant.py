@@ -71,9 +71,9 @@ def quantize(
 def dequantize(q: Nested, dtype: DTypeLike = np.float32) -> Values:
     r"""Decode the scales, then the weights.
 
-    $\hat W_i = c_{q_i} \cdot \hat a$ with $\hat a = d_s \cdot a_2 + \bar a$, where $d$
-    is the dynamic map, s the code of the scale and $a_2$ the nested scale. The product
-    is rounded to float32, then the sum.
+    $\hat W_i = q_{c_i} \cdot \hat a$ with $\hat a = q'_{c'} \cdot a' + \bar a$, where
+    $q'$ is the dynamic map, $c'$ the code of the scale and $a'$ the nested scale. The
+    product is rounded to float32, then the sum.
 
     Args:
         q: what `quantize` returned.

@@ -68,8 +68,8 @@ def init(
 ) -> LoRA:
     r"""Start at zero update: A random, B zero.
 
-    $A \sim U(-1/\sqrt{k}, 1/\sqrt{k})$ with k = in_features, the Kaiming-uniform choice
-    of every implementation in use (the paper writes a Gaussian); $B = 0$.
+    $A \sim U(-1/\sqrt{k}, 1/\sqrt{k})$ with k = in_features, the Kaiming-uniform
+    default of loralib, peft and torchtune (the paper writes a Gaussian); $B = 0$.
 
     Args:
         rng: the source of A.

@@ -48,7 +48,7 @@ class NVFP4:
 def quantize_mxfp4(W: Weights) -> MXFP4:
     r"""Scale 32 values by a power of two, round them to E2M1.
 
-    $X = 2^{\lfloor \log_2 \max_j |W_j| \rfloor - 2}$, $q_i = \mathrm{E2M1}(W_i / X)$:
+    $X = 2^{\lfloor \log_2 \max_j |W_j| \rfloor - 2}$, $c_i = \mathrm{E2M1}(W_i / X)$:
     ties go to the even code, and values above 6 become 6. X is stored as its exponent
     plus 127; a block of zeros gets the smallest, 0.
 
@@ -69,7 +69,7 @@ def quantize_mxfp4(W: Weights) -> MXFP4:
 
 
 def dequantize_mxfp4(mx: MXFP4, dtype: DTypeLike = np.float32) -> Weights:
-    r"""Replace every code by its value: $\hat W_i = \mathrm{E2M1}_{q_i} \cdot X$.
+    r"""Replace every code by its value: $\hat W_i = \mathrm{E2M1}_{c_i} \cdot X$.
 
     Args:
         mx: what `quantize_mxfp4` returned.
@@ -93,7 +93,7 @@ def quantize_nvfp4(W: Weights) -> NVFP4:
     r"""Scale each 16 values by a number in E4M3, all by one number; round to E2M1.
 
     $s = \max |W| / (6 \cdot 448)$, $e = \mathrm{E4M3}(\max_j |W_j| / (6 s))$ in each
-    block, $q_i = \mathrm{E2M1}(W_i / (e s))$. Products and quotients are rounded to
+    block, $c_i = \mathrm{E2M1}(W_i / (e s))$. Products and quotients are rounded to
     float32; ties go to the even code; where $e s$ is zero, so are the codes.
 
     Args:
@@ -113,7 +113,7 @@ def quantize_nvfp4(W: Weights) -> NVFP4:
 
 
 def dequantize_nvfp4(nv: NVFP4, dtype: DTypeLike = np.float32) -> Weights:
-    r"""Replace every code by its value: $\hat W_i = \mathrm{E2M1}_{q_i} (e s)$.
+    r"""Replace every code by its value: $\hat W_i = \mathrm{E2M1}_{c_i} (e s)$.
 
     Args:
         nv: what `quantize_nvfp4` returned.

@@ -59,8 +59,8 @@ def backward(grad_y: Output, x: Input, q: Base, adapter: LoRA) -> LoRAGradients:
 def merge(q: Base, adapter: LoRA) -> Weight:
     r"""Return the float32 weight with the same output: $W' = \hat W + s B A$.
 
-    This is the function that was trained, in eight times the bytes. (W + s B A avoids
-    the rounding of $\hat W$, but the adapter was not trained on W.)
+    This is the function that was trained, in 32 bits a weight. (W + s B A avoids the
+    rounding of $\hat W$, but the adapter was not trained on W.)
 
     Raises:
         InputError: if the adapter has another layer's shape.

@@ -78,7 +78,7 @@ def dynamic_map(signed: bool = True) -> Codebook:
 
     Formula and arguments: `reference.codebook.dynamic_map`.
 
-    Source: 8-bit optimizers (arXiv:2110.02861), section 1.3.
+    Source: 8-bit optimizers (arXiv:2110.02861), sections 1.3 and 2.2.
     """
     check_flag("signed", signed)
     values = [table([0.0, 1.0])]

@@ -604,9 +604,9 @@ def _is_plain(module: nn.Module) -> bool:
 def merge(layer: LoRALinear) -> nn.Linear:
     r"""Return the plain layer of $\hat W + s B A$: the function that was trained.
 
-    Its weight takes eight times the bytes. (To merge into the original W, load W,
-    inject the adapter and merge there. That avoids the rounding of $\hat W$, but the
-    adapter was trained on $\hat W$.)
+    Its weight is no longer quantized and has the dtype of the base. (To merge into the
+    original W, load W, inject the adapter and merge there. That avoids the rounding of
+    $\hat W$, but the adapter was trained on $\hat W$.)
 
     Args:
         layer: LoRA on a `QuantizedLinear`; this layer does not change.
