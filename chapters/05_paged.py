@@ -327,7 +327,7 @@ print(f"budget 12 of {PAGES}: {backwards} faults a step instead of {per_step[12]
 assert backwards == PAGES - 12
 
 # %% [markdown]
-# 3. *Clean and dirty.* Fill the device by touching, then by stepping, and evict everything. How many bytes go back to the host in each case?
+# 3. *Clean and dirty.* Touch one page, then take a step, and evict everything after each of the two. How many bytes go back to the host in each case?
 
 # %% tags=["solution"]
 touched = paged.touch(paged.init([adamw.init(W)], PAGE, 4), 0)
