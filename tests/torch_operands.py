@@ -67,7 +67,7 @@ STEPS = {
     ),
     *("adamw.wide", "blockwise.encode", "blockwise.on_cpu"),
     *("adamw.refuse_capture", "blockwise.decode_to", "blockwise.decodes_in_slices"),
-    *("blockwise.check_finite", "codebook.table"),
+    *("blockwise.check_finite", "blockwise.width_of", "codebook.table"),
     *("dora.squared_row_norm", "inject.freeze", "vera.kaiming_uniform"),
     *("loftq.alternate", "pissa.principal", "pissa.principal_randomized"),
     *("experts.init", "qlora.quantized_linear", "qlora.quantizable"),
