@@ -530,7 +530,7 @@ assert low * 1e9 < kept_too < CARD < exact
 #
 # ## What goes wrong in practice
 #
-# - **The template is applied twice, or not at all.** A template writes the begin token itself, and a tokenizer that adds its own puts two of them in front. Here a prompt that begins with the begin token gets no second one.
+# - **The template is applied twice, or not at all.** Many templates write the begin token themselves, and a tokenizer that adds its own puts two of them in front. Here a prompt that begins with the begin token gets no second one.
 # - **The model never stops.** If the end of an answer is not among the labels, it is not learned. The pad token is often the end token too, and a loop that masks every pad token by its id masks the end too. Here padding is masked by its position.
 # - **Loss on the prompt.** A template's own words are easy to predict and the same in each example: they make the mean loss smaller, and they need not be learned.
 # - **The mean of means.** Until October 2024 the `Trainer` averaged the losses of accumulated batches without regard to their numbers of labels ([transformers 34198](https://github.com/huggingface/transformers/pull/34198)).
