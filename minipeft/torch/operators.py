@@ -125,18 +125,36 @@ def _grad_matmul_4bit(ctx: Any, grad_y: Tensor) -> tuple[Any, ...]:
     return grad_y @ W, [None] * len(weight), None, None
 
 
-def direct(x: Tensor) -> bool:
-    """Tell whether plain eager code on a GPU runs, that no tool traces or records.
+def on_kernels(x: Tensor, layer: Any, bias: Tensor | None) -> Tensor | None:
+    """Multiply by the weight of a quantized layer; None where no kernel can.
 
-    It may launch without torch's dispatcher. There an operator with a list of tensors
-    and a backward in Python costs the host several times as much as the launch.
+    Plain eager code launches without torch's dispatcher. There an operator with a list
+    of tensors and a backward in Python costs the host several times as much as the
+    launch.
     """
+    if _direct(x) and (weight := _ready(layer, x.dtype)):
+        return _launched(x, weight, bias)
+    if not layer.runs_kernels(x.dtype):
+        return None
+    return cast(Tensor, matmul_4bit(x, *parts(layer.q), bias))
+
+
+def _ready(layer: Any, dtype: torch.dtype) -> launches.Ready | None:
+    tensors = [layer._buffers[name] for name in layer.tensors]
+    if layer.ready is None or not layer.ready.holds(tensors):
+        usable = launches.available(*tensors)
+        layer.ready = launches.ready(*parts(layer.q)) if usable else None
+    known: launches.Ready | None = layer.ready
+    return known if known and launches.decodes(known.weight[-1], dtype) else None
+
+
+def _direct(x: Tensor) -> bool:
+    # What traces or records operations must see the operator.
     plain = type(x) is Tensor and x.device.type in launches.GPUS
     return plain and not transformed() and not torch._C._len_torch_dispatch_stack()
 
 
-def launched(x: Tensor, weight: launches.Ready, bias: Tensor | None) -> Tensor:
-    """Run `matmul_4bit` without the dispatcher, by a weight that was checked."""
+def _launched(x: Tensor, weight: launches.Ready, bias: Tensor | None) -> Tensor:
     if torch.is_grad_enabled() and x.requires_grad:
         return cast(Tensor, _Launched.apply(x, weight, bias))  # type: ignore[no-untyped-call]
     return launches.multiply(x, weight, bias)

@@ -108,7 +108,7 @@ class QuantizedLinear(nn.Module):
         for name in self.tensors:
             # A copy: loading a state dict writes into it and must not change NF4.
             self.register_buffer(name, parts[name].clone())
-        self._ready: launches.Ready | None = None
+        self.ready: launches.Ready | None = None
         self.bias = None if bias is None else nn.Parameter(bias.detach().clone(), False)
         self.register_load_state_dict_pre_hook(_check_loaded)  # type: ignore[no-untyped-call]
 
@@ -156,8 +156,7 @@ class QuantizedLinear(nn.Module):
         nested = isinstance(q, Nested)
         if self.runs_kernels(dtype):
             decode = operators.dequantize_nested if nested else operators.dequantize
-            W: Tensor = decode(*operators.parts(q), dtype)
-            return W
+            return cast(Tensor, decode(*operators.parts(q), dtype))
         if isinstance(q, Nested):
             return double_quant.dequantize(q, dtype)
         return blockwise.dequantize(q, dtype)
@@ -196,15 +195,6 @@ class QuantizedLinear(nn.Module):
         weight, _ = operators.parts(self.q)
         return launches.available(*weight) and launches.decodes(weight[-1], dtype)
 
-    def ready(self, dtype: torch.dtype) -> launches.Ready | None:
-        """Return the weight, checked for the kernels; None if none decodes it."""
-        tensors = [cast(Tensor, self._buffers[name]) for name in self.tensors]
-        if self._ready is None or not self._ready.holds(tensors):
-            on_gpu = launches.available(*tensors)
-            self._ready = launches.ready(*operators.parts(self.q)) if on_gpu else None
-        known = self._ready
-        return known if known and launches.decodes(known.weight[-1], dtype) else None
-
     def _apply(
         self, fn: Callable[[Tensor], Tensor], recurse: bool = True
     ) -> "QuantizedLinear":
@@ -212,7 +202,7 @@ class QuantizedLinear(nn.Module):
         exact = {n: b for n, b in self._buffers.items() if b is not None}
         probe = torch.empty(0, dtype=self.dtype, device=self.device)
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        self._ready = None  # would keep what lies on the old device
+        self.ready = None  # would keep what lies on the old device
         self.dtype = fn(probe).dtype
         for name, tensor in exact.items():
             if not tensor.is_meta:
@@ -253,10 +243,7 @@ def quantized_linear(
     if isinstance(weight, Tensor):
         return linear(x, weight.to(x.dtype), bias)
     x, bias = as_autocast(x, bias)
-    if operators.direct(x) and (ready := weight.ready(x.dtype)):
-        return operators.launched(x, ready, bias)
-    if weight.runs_kernels(x.dtype):
-        on_gpu: Output = operators.matmul_4bit(x, *operators.parts(weight.q), bias)
+    if (on_gpu := operators.on_kernels(x, weight, bias)) is not None:
         return on_gpu
     return cast(Tensor, _Frozen.apply(x, weight.decoded, bias))  # type: ignore[no-untyped-call]
 

@@ -42,12 +42,12 @@ def test_parts_that_were_exchanged_are_checked_again(monkeypatch):
     monkeypatch.setattr(launches, "GPUS", {"cpu"})
     monkeypatch.setattr(launches, "_compiler_is_here", lambda: True)
     layer = qlora.QuantizedLinear.from_linear(torch.nn.Linear(64, 24))
-    known = layer.ready(torch.float32)
-    assert layer.ready(torch.bfloat16) is known
-    assert layer.ready(torch.float64) is None
+    known = operators._ready(layer, torch.float32)
+    assert operators._ready(layer, torch.bfloat16) is known
+    assert operators._ready(layer, torch.float64) is None
     layer.packed = layer.packed[:-16].clone()
     with pytest.raises(InputError, match="packed has 752 values where"):
-        layer.ready(torch.float32)
+        operators._ready(layer, torch.float32)
     layer.packed = known.weight[0]
-    assert layer.ready(torch.float32)
-    assert layer.bfloat16()._ready is None, "it would keep memory of another device"
+    assert operators._ready(layer, torch.float32)
+    assert layer.bfloat16().ready is None, "it would keep memory of another device"

@@ -34,9 +34,7 @@ LAUNCHES = (
     "launches.multiply",
     "launches.quantize",
     "launches.ready",
-    "operators.launched",
     "operators.parts",
-    "qlora.QuantizedLinear.ready",
 )
 
 # Experts of a model: tests/agreement/test_experts.py runs them, on the CPU only.
