@@ -134,12 +134,11 @@ class LoRAExperts(Adapted[ExpertsLoRA]):
         """
         # Within a compiled graph torch loses its function modes where a graph breaks,
         # as it does at a `Stack`; so a compiler calls the experts as they are.
-        call = _uncompiled if torch.compiler.is_compiling() else LoRAExperts.call
+        call = _uncompiled if torch.compiler.is_compiling() else LoRAExperts._call
         y: Output = call(self, args, kwargs)
         return y
 
-    def call(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Output:
-        """Call the module, as `forward` does, with its operands."""
+    def _call(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Output:
         given = [*args, *kwargs.values()]
         for operand in given:
             check_no_proxy(operand)
@@ -316,7 +315,7 @@ class _WithStacks(TorchFunctionMode):
 def _uncompiled(
     layer: LoRAExperts, args: Sequence[Any], kwargs: Mapping[str, Any]
 ) -> Output:
-    return layer.call(args, kwargs)
+    return layer._call(args, kwargs)
 
 
 def init(
