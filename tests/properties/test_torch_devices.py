@@ -43,7 +43,6 @@ EXPERTS = (
     "experts.ExpertsLoRA.forward",
     "experts.LoRAExperts.add",
     "experts.LoRAExperts.W",
-    "experts.LoRAExperts.call",
     "experts.LoRAExperts.change",
     "experts.LoRAExperts.check_fits",
     "experts.LoRAExperts.forward",
