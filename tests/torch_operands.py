@@ -65,7 +65,7 @@ STEPS = {
         "adamw.rehearse",
         "adamw.moments",
     ),
-    *("adamw.wide", "blockwise.encode", "blockwise.on_cpu"),
+    *("adamw.wide", "blockwise.encode", "blockwise.on_cpu", "blockwise.width_of"),
     *("adamw.refuse_capture", "blockwise.decode_to", "blockwise.decodes_in_slices"),
     *("blockwise.check_finite", "blockwise.width_of", "codebook.table"),
     *("dora.squared_row_norm", "inject.freeze", "vera.kaiming_uniform"),

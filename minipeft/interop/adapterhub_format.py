@@ -231,9 +231,9 @@ def _sizes(found: Mapping[str, Bottleneck], there: set[int]) -> dict[str, Any]:
 
 
 def _factor(features: int, bottleneck: int) -> float:
-    """Return the factor of which the library computes this bottleneck."""
+    """Return the reduction factor from which the library gets this bottleneck."""
     factor = features / bottleneck
-    # The library takes features // factor, which a factor rounded up would lessen.
+    # The library takes features // factor, one less if this was rounded up.
     return factor if int(features // factor) == bottleneck else nextafter(factor, -inf)
 
 

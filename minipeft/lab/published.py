@@ -1,4 +1,4 @@
-"""A printed number against a count: equal, truncated, off, or unexplained."""
+"""Compare a printed number with a count: equal, truncated, off, or unexplained."""
 
 from collections.abc import Mapping
 from decimal import ROUND_DOWN, ROUND_HALF_UP, Decimal

@@ -114,10 +114,10 @@ def merge_bias(bias: Bias, adapter: IA3) -> Bias:
         InputError: if l scales the output and the bias has another length.
     """
     check_kind("the adapter", adapter, IA3)
+    side = "in_features" if adapter.side == "input" else "out_features"
+    check_shapes({"l": (adapter.l, side), "bias": (bias, "out_features")})
     if adapter.side == "input":
-        check_shapes({"bias": (bias, "out_features")})
         return bias.copy()
-    check_shapes({"l": (adapter.l, "out_features"), "bias": (bias, "out_features")})
     return adapter.l * bias
 
 

@@ -25,6 +25,7 @@ from minipeft.torch.linear import (
     Product,
     Stored,
     Weight,
+    check_shape,
     full_precision,
     has_forward,
     weight_view,
@@ -187,6 +188,7 @@ class Adapted(nn.Module, ABC, Generic[Adapter]):
 
     def delta(self) -> Weight:
         """Return the active update, $W' - W$, in float32 or wider."""
+        self._check_fits()
         W = self.W
         with full_precision(W.device):
             return self._delta(W)
@@ -202,9 +204,10 @@ class Adapted(nn.Module, ABC, Generic[Adapter]):
         check_here(self.base)
         weight_view(self.base)  # raises if something else now computes its weight
         with torch.inference_mode(False), torch.no_grad():
-            W = self.W
+            W, own = self.W, getattr(self.base, "bias", None)
+            if own is not None:
+                check_shape("bias", own, len(W))
             merged, bias = self._merged(W).detach(), self.bias
-            own = getattr(self.base, "bias", None)
             new_bias = None if bias is own else cast(Tensor, bias).detach()
             check_finite("the weight", W, merged)
             if new_bias is not None:
@@ -294,9 +297,13 @@ class Adapted(nn.Module, ABC, Generic[Adapter]):
             total = total + share * self.change(adapter, W)
         return total
 
-    def _merged(self, W: Weight) -> Weight:
+    def _check_fits(self) -> None:
+        # A program can exchange the tensors of an adapter after it was added.
         for _, adapter in self.shares():
             self.check_fits(self.view.form(self.base), adapter)
+
+    def _merged(self, W: Weight) -> Weight:
+        self._check_fits()
         with full_precision(W.device):
             return self.adapt_weight(W).to(W.dtype)
 

@@ -18,6 +18,7 @@ from minipeft.torch.linear import (
     Product,
     Weight,
     check_shape,
+    rows_of,
     weight_view,
 )
 from minipeft.torch.operands import check_generator, check_tensors
@@ -130,7 +131,7 @@ class Serial(Adapted[Bottleneck]):
     def check_fits(form: Form, adapter: Bottleneck) -> None:
         """Refuse a network of another width."""
         check_kind("adapter", adapter, Bottleneck)
-        bottleneck = len(adapter.down)
+        bottleneck = rows_of(adapter.down)
         check_shape("down", adapter.down, bottleneck, form.out_features)
         check_shape("up", adapter.up, form.out_features, bottleneck)
         check_shape("down_bias", adapter.down_bias, bottleneck)
@@ -206,6 +207,7 @@ class Parallel(nn.Module):
         super().__init__()
         check_kind("base", base, nn.Module)
         check_kind("adapter", adapter, Bottleneck)
+        adapter.check_fits()
         freeze_all_but_adapters(base)
         self.base = base
         self.adapter = adapter

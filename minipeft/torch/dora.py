@@ -46,7 +46,8 @@ class DoRA(LoRA):
 
     def __init__(self, update: LoRA, magnitude: Rows):
         check_kind("update", update, LoRA)
-        check_tensors({"magnitude": (magnitude, "out_features")})
+        rows = (magnitude, "out_features")
+        check_tensors({"B": (update.B, "out_features r"), "magnitude": rows})
         A, B = update.A.detach(), update.B.detach()
         super().__init__(A, B, update.scaling, update.dropout)
         self.magnitude = nn.Parameter(magnitude)

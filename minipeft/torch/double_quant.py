@@ -108,28 +108,20 @@ def unnest(q: Nested) -> Blockwise:
 
 
 def check_stored(q: Nested | Blockwise) -> None:
-    """Refuse parts that no quantized tensor has; their number is not compared.
+    """Refuse parts that are not those of one quantized tensor.
 
     Raises:
         InputError: names the part, and what it is.
     """
     check_kind("q", q, Nested, Blockwise)
-    check_sizes("shape", q.shape)
-    blockwise.check_blocksize(q.blocksize)
-    check_bytes("packed", q.packed)
-    code_bits(q.codebook)
-    if isinstance(q, Blockwise):
-        check_tensors({"absmax": (q.absmax, "blocks")})
-        return
-    blockwise.check_blocksize(q.nested_blocksize)
-    check_bytes("the scales", q.absmax_codes)
-    check_tensors({"absmax of the scales": (q.nested_absmax, "blocks")})
-    _check_offset(q.offset)
+    blockwise.check_parts(unnest(q) if isinstance(q, Nested) else q)
 
 
 def bits_per_parameter(q: Nested | Blockwise) -> float:
     """Return the stored bits per weight, as the reference counts them."""
     check_stored(q)
+    if not prod(q.shape):
+        raise InputError(f"q has shape {q.shape} and no weight; give at least one.")
     parts = [q.packed]
     if isinstance(q, Nested):
         parts += [q.absmax_codes, q.nested_absmax, q.offset]

@@ -64,6 +64,8 @@ class Experts(nn.Module):
         Raises:
             InputError: unless `chosen` holds one existing expert for each token.
         """
+        W = (self.W, "experts out_features in_features")
+        check_tensors({"W": W, "bias": (self.bias, "? experts out_features")})
         experts, rows = len(self.W), self.W.shape[1]
         check_shape("chosen", chosen, *x.shape[:-1])
         wrong = chosen[(chosen < 0) | (chosen >= experts)]
@@ -103,6 +105,8 @@ class StackLoRA(nn.Module):
 
     def delta(self) -> Shaped[Tensor, "experts out_features in_features"]:
         r"""Return the updates, $s B_e A_e$, in float32 or wider."""
+        shapes = {"A": (self.A, "experts r in_features")}
+        check_tensors({**shapes, "B": (self.B, "experts out_features r")})
         wide = torch.promote_types(self.A.dtype, torch.float32)
         return self.scaling * (self.B.to(wide) @ self.A.to(wide))
 
@@ -174,7 +178,7 @@ class LoRAExperts(Adapted[ExpertsLoRA]):
         if self.merged_weight is not None:
             return self._buffers[f"merged_{name}"]
         stack = held if isinstance(held, Stack) else Stack(held)
-        for share, adapter in self.shares():
+        for share, adapter in self._shares_of(name):
             stack = adapter(name, stack, share, self._view.turned)
         return stack
 
@@ -261,14 +265,18 @@ class LoRAExperts(Adapted[ExpertsLoRA]):
                     "parametrization, pruning); make it permanent first."
                 )
 
+    def _shares_of(self, name: str) -> list[tuple[float, ExpertsLoRA]]:
+        found = [(share, a) for share, a in self.shares() if name in a]
+        for _, adapter in found:
+            check_fits(*self._view.one(self.base, name), cast(StackLoRA, adapter[name]))
+        return found
+
     def _merged_stack(self, name: str) -> Weights:
         held = getattr(self.base, name)
         W = held.whole() if isinstance(held, Stack) else held
         with full_precision(W.device):
             total = torch.zeros(W.shape, dtype=torch.float32, device=W.device)
-            for share, adapter in self.shares():
-                if name not in adapter:
-                    continue
+            for share, adapter in self._shares_of(name):
                 delta = cast(StackLoRA, adapter[name]).delta()
                 total = total + share * (delta.mT if self._view.turned else delta)
             merged = (W + total).to(W.dtype).detach()

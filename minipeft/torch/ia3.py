@@ -103,6 +103,7 @@ class IA3Linear(Adapted[IA3]):
 
     def adapt_bias(self, bias: Bias) -> Bias:
         """Return the bias, which l scales together with the output."""
+        check_shape("bias", bias, self.view.form(self.base).out_features)
         return self._scaled(bias, "output")
 
     def add(self, name: str, adapter: IA3) -> None:

@@ -426,6 +426,11 @@ def check_shape(name: str, operand: Shaped[Tensor, "..."], *shape: int) -> None:
         )
 
 
+def rows_of(operand: Shaped[Tensor, "..."]) -> int:
+    """Return the length of the first axis; 1 for a number, which fits no layer."""
+    return len(operand) if operand.dim() else 1
+
+
 def frozen(W: Weight, bias: Bias | None = None) -> nn.Linear:
     """Return a frozen `nn.Linear` that uses this weight and bias without copying them.
 

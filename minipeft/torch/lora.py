@@ -22,6 +22,7 @@ from minipeft.torch.linear import (
     Stacked,
     Weight,
     check_shape,
+    rows_of,
     weight_view,
 )
 from minipeft.torch.operands import check_generator, check_tensors
@@ -115,6 +116,8 @@ def init(
 def delta(adapter: LoRA) -> Weight:
     r"""Return the update $\Delta W = s B A$ in float32 or wider."""
     check_kind("adapter", adapter, LoRA)
+    A, B = (adapter.A, "r in_features"), (adapter.B, "out_features r")
+    check_tensors({"A": A, "B": B})
     wide = torch.promote_types(adapter.A.dtype, torch.float32)
     return adapter.scaling * (adapter.B.to(wide) @ adapter.A.to(wide))
 
@@ -137,7 +140,7 @@ def check_fits(form: Form, adapter: LoRA) -> None:
     Like `reference.lora.check_fits`, it allows a rank above the rank of W.
     """
     check_kind("adapter", adapter, LoRA)
-    r = len(adapter.A)
+    r = rows_of(adapter.A)
     if r < 1:
         raise InputError("r is 0; give A at least one row and B at least one column.")
     check_shape("A", adapter.A, r, form.in_features)

@@ -160,9 +160,14 @@ def forward(
 def _check_batch(x: Tensor, y: Tensor, adapters: Adapters, indices: Tensor) -> None:
     check_kind("adapters", adapters, Adapters)
     thin = {"A": (adapters.A, "n r in_features"), "B": (adapters.B, "n out_features r")}
-    check_tensors({**thin, "scaling": (adapters.scaling, "n")})
-    check_tensors({"A": thin["A"], "x": (x, "... in_features")})
-    check_tensors({"B": thin["B"], "y": (y, "... out_features")})
+    check_tensors(
+        {
+            **thin,
+            "scaling": (adapters.scaling, "n"),
+            "x": (x, "... in_features"),
+            "y": (y, "... out_features"),
+        }
+    )
     check_indices("indices", indices)
 
 

@@ -17,6 +17,7 @@ from minipeft.torch.linear import (
     Product,
     Weight,
     check_shape,
+    rows_of,
     weight_view,
 )
 from minipeft.torch.lora import check_dropout
@@ -68,6 +69,7 @@ def init(in_features: int, out_features: int, r: int) -> MiSS:
 def delta(adapter: MiSS, in_features: int) -> Weight:
     r"""Return the update, $\Delta W_{oi} = D_{i \bmod r,\,o}$, in float32 or wider."""
     check_kind("adapter", adapter, MiSS)
+    check_tensors({"D": (adapter.D, "r out_features")})
     check_integer("in_features", in_features, 0)
     wide = torch.promote_types(adapter.D.dtype, torch.float32)
     return _repeated(adapter.D, in_features).T.to(wide)
@@ -76,7 +78,7 @@ def delta(adapter: MiSS, in_features: int) -> Weight:
 def check_fits(form: Form, adapter: MiSS) -> None:
     """Refuse a matrix of another layer; torch would broadcast a single column."""
     check_kind("adapter", adapter, MiSS)
-    r = len(adapter.D)
+    r = rows_of(adapter.D)
     if r < 1:
         raise InputError("r is 0; give D at least one row.")
     check_shape("D", adapter.D, r, form.out_features)

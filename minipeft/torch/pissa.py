@@ -20,6 +20,7 @@ from minipeft.torch.linear import (
     Weight,
     check_shape,
     full_precision,
+    rows_of,
     weight_of,
 )
 from minipeft.torch.lora import LoRA, check_dropout
@@ -188,6 +189,7 @@ class PiSSA(LoRA):
 
     def forward(self, product: Product) -> Output:  # type: ignore[override]
         """Return the change of the output, computed with four thin products."""
+        check_fits(product.form, self)
         h_0 = product.project(self.A_0)
         return super().forward(product) - linear(self.scaling * h_0, self.B_0)
 
@@ -201,7 +203,7 @@ def check_fits(form: Form, adapter: PiSSA) -> None:
     """Refuse matrices of another layer; torch would broadcast a single row."""
     check_kind("adapter", adapter, PiSSA)
     lora.check_fits(form, adapter)
-    r = len(adapter.A_0)
+    r = rows_of(adapter.A_0)
     check_shape("A_0", adapter.A_0, r, form.in_features)
     check_shape("B_0", adapter.B_0, form.out_features, r)
 

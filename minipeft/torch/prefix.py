@@ -13,6 +13,7 @@ from minipeft.errors import InputError
 from minipeft.shapes import Inexact
 from minipeft.torch import attention
 from minipeft.torch.attention import Head, Mixed
+from minipeft.torch.linear import check_shape
 from minipeft.torch.operands import check_tensors
 from minipeft.torch.virtual import (
     VirtualTokens,
@@ -57,7 +58,20 @@ class Reparametrization(nn.Module):
             nn.init.zeros_(layer.bias)
 
     def forward(self) -> Inexact[Tensor, "num_virtual_tokens both"]:
-        """Return the keys and the values, side by side."""
+        """Return the keys and the values, side by side.
+
+        Raises:
+            InputError: if a part of another network was put in.
+        """
+        check_tensors(
+            {
+                "P": (self.P, "num_virtual_tokens d"),
+                "the weight of down": (self.down.weight, "hidden d"),
+                "the bias of down": (self.down.bias, "hidden"),
+                "the weight of up": (self.up.weight, "both hidden"),
+                "the bias of up": (self.up.bias, "both"),
+            }
+        )
         rows: Tensor = self.up(torch.tanh(self.down(self.P)))
         return rows
 
@@ -176,9 +190,11 @@ class PrefixModel(VirtualTokens):
 
     def prefix(self) -> Inexact[Tensor, "layers 2 heads num_virtual_tokens d"]:
         """Return the keys and values of every head of every layer."""
-        if self.network is None:
-            return self.P
         layers, heads, d = self.sizes
+        if self.network is None:
+            n = self.P.shape[3] if self.P.dim() > 3 else 1
+            check_shape("P", self.P, layers, 2, heads, n, d)
+            return self.P
         rows = self.network().view(-1, 2, layers, heads, d)
         return rows.permute(2, 1, 3, 0, 4)
 

@@ -18,6 +18,7 @@ from minipeft.torch.linear import (
     Product,
     Weight,
     check_shape,
+    rows_of,
     weight_view,
 )
 from minipeft.torch.lora import MatrixA, MatrixB, check_dropout
@@ -111,6 +112,7 @@ class VeRA(nn.Module):
     ):
         super().__init__()
         check_kind("the pair", pair, Projections)
+        _check_pair(pair)
         check_tensors({"d": (d, "r"), "b": (b, "out_features")})
         check_dropout(dropout)
         self.d, self.b = nn.Parameter(d), nn.Parameter(b)
@@ -176,7 +178,7 @@ def init(pair: Projections, out_features: int, d_initial: float = 0.1) -> VeRA:
     check_kind("the pair", pair, Projections)
     check_integer("out_features", out_features, 0)
     check_number("d_initial", d_initial)
-    d = pair.A.new_full((len(pair.A),), d_initial)
+    d = pair.A.new_full((rows_of(pair.A),), d_initial)
     return VeRA(d, pair.A.new_zeros(out_features), pair)
 
 
@@ -184,6 +186,7 @@ def delta(adapter: VeRA, in_features: int) -> Weight:
     r"""Return the update: $\Delta W = \Lambda_b B \Lambda_d A$, diagonal Lambdas."""
     check_kind("adapter", adapter, VeRA)
     check_integer("in_features", in_features, 0)
+    check_tensors({"b": (adapter.b, "out_features")})
     form = Form(len(adapter.b), in_features, adapter.b.dtype, adapter.b.device)
     check_fits(form, adapter)
     A, B = adapter.projections(in_features, len(adapter.b))
@@ -194,6 +197,7 @@ def check_fits(form: Form, adapter: VeRA) -> None:
     """Refuse vectors of another layer; torch would broadcast a single number."""
     check_kind("adapter", adapter, VeRA)
     check_shape("b", adapter.b, form.out_features)
+    _check_pair(adapter.projections)
     _, r, widest, tallest = adapter.projections.drawn
     check_shape("d", adapter.d, r)
     if form.in_features > widest or form.out_features > tallest:
@@ -201,6 +205,12 @@ def check_fits(form: Form, adapter: VeRA) -> None:
             f"the projections serve weights up to ({tallest}, {widest}); draw them for "
             f"the largest layer, here {form.shape}."
         )
+
+
+def _check_pair(pair: Projections) -> None:
+    _, r, widest, tallest = pair.drawn
+    check_shape("A of the pair", pair.A, r, widest)
+    check_shape("B of the pair", pair.B, tallest, r)
 
 
 class VeRALinear(Adapted[VeRA]):

@@ -11,6 +11,8 @@ from hypothesis import example, given
 
 from minipeft.errors import InputError
 from minipeft.reference import codebook
+from minipeft.torch import double_quant as torch_double_quant
+from minipeft.torch.qlora import QuantizedLinear
 from tests.agreement.on_torch import codes
 from tests.codecs import CODEBOOKS, CODECS, codebooks
 from tests.strategies import anything_finite, blocksizes, weights
@@ -119,6 +121,10 @@ def test_a_part_of_another_size_is_refused_in_the_same_words(codec):
         with pytest.raises(InputError) as mine:
             column(codec).dequantize(codes(wrong))
         assert str(mine.value) == str(theirs.value)
+        for hold in (QuantizedLinear, torch_double_quant.bits_per_parameter):
+            with pytest.raises(InputError) as held:
+                hold(codes(wrong))
+            assert str(held.value) == str(theirs.value)
 
 
 @each

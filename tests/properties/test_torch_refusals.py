@@ -7,12 +7,13 @@ from torch.nn import utils
 from torch.nn.utils import parametrizations, prune
 
 from minipeft.errors import InputError
-from minipeft.torch import dora, ia3, linear, lora, vera
+from minipeft.torch import dora, experts, ia3, linear, lora, miss, prefix, vera
 from minipeft.torch.dora import DoRA, DoRALinear
 from minipeft.torch.ia3 import IA3, IA3Config
 from minipeft.torch.inject import adapted, inject, merge, unload
 from minipeft.torch.linear import frozen
 from minipeft.torch.lora import LoRA, LoRAConfig, LoRALinear
+from minipeft.torch.pissa import PiSSAConfig
 from minipeft.torch.qlora import QuantizedLinear
 from minipeft.torch.vera import Projections, VeRA
 from tests.agreement.on_torch import CONFIGS
@@ -23,16 +24,36 @@ from tests.tolerance import assert_sums
 IN, OUT, R = 6, 5, 2
 
 
+def make_pair():
+    return Projections(0, R, IN, OUT)
+
+
 def make_vera(d, b):
-    return VeRA(d, b, Projections(0, R, IN, OUT))
+    return VeRA(d, b, make_pair())
 
 
-ROWS = CONFIGS | {"ia3": IA3Config(), "ia3 input": IA3Config(["0"])}
+def network():
+    return prefix.Reparametrization(2, 3, 6, 10)
+
+
+def with_part(module, name, part):
+    """Return the module with another tensor in place of one of its own."""
+    (dict(module.named_parameters()) | dict(module.named_buffers()))[name].data = part
+    return module
+
+
+ROWS = CONFIGS | {
+    "ia3": IA3Config(),
+    "ia3 input": IA3Config(["0"]),
+    "pissa": PiSSAConfig(R, 4.0),
+}
 DAMAGES = {
     "one row": lambda part: part[:1],
     "one too many": lambda part: torch.cat([part, part[:1]]),
     "one column": lambda part: part[..., :1] if part.dim() > 1 else part[None, :1],
     "transposed": lambda part: part.T if part.dim() > 1 else part[:, None],
+    "one axis": lambda part: part.flatten()[:1] if part.dim() > 1 else part[None],
+    "a number": lambda part: part.flatten()[0],
 }
 
 
@@ -41,41 +62,54 @@ def base():
 
 
 def new_adapter(row):
-    return ROWS[row].adapters({"0": base()})["0"]
+    torch.manual_seed(0)
+    return ROWS[row].adapters({"0": frozen(torch.randn(OUT, IN), torch.ones(OUT))})["0"]
+
+
+def floats(adapter):
+    """Return the parameters of an adapter, and the tensors that stay as they are."""
+    parts = dict(adapter.named_parameters()) | dict(adapter.named_buffers())
+    return {name: part for name, part in parts.items() if part.is_floating_point()}
 
 
 def cases():
     """Yield the parts to damage; r is free where a single matrix has that axis."""
     for row in ROWS:
-        parts = dict(new_adapter(row).named_parameters())
+        parts = floats(new_adapter(row))
         for name, part in parts.items():
             free = ("one row", "one too many") if len(parts) < part.dim() else ()
-            yield from ((row, name, damage) for damage in DAMAGES if damage not in free)
+            for damage, change in DAMAGES.items():
+                if damage not in free and change(part).shape != part.shape:
+                    yield row, name, damage
 
 
 each_case = pytest.mark.parametrize(("row", "name", "damage"), list(cases()))
 
 
 def damaged(row, name, damage):
-    """Return a correct layer of the row and a wrong part that no annotation checks."""
+    """Return a correct layer of the row, and then exchange a part of its adapter."""
     adapter = new_adapter(row)
     layer = ROWS[row].wrapper(base(), adapter)
-    part = DAMAGES[damage](getattr(adapter, name).detach())
-    return layer, adapter, nn.Parameter(part)
+    part = floats(adapter)[name]
+    part.data = DAMAGES[damage](part.detach()).clone()
+    return layer, adapter
 
 
 @each_case
 def test_a_part_of_another_layer_is_refused_in_every_way_in(row, name, damage):
-    layer, adapter, part = damaged(row, name, damage)
-    setattr(adapter, name, part)
+    layer, adapter = damaged(row, name, damage)
     for attempt in (
         lambda: layer(torch.ones(3, IN)),
         layer.merged,
         layer.merge,
+        layer.delta,
         lambda: layer.add("other", adapter),
         lambda: type(layer)(base(), adapter),
     ):
-        with pytest.raises(InputError, match=r"has shape \(.*it must be \("):
+        with (
+            annotations_off(),
+            pytest.raises(InputError, match=r"has shape \(.*it must be \("),
+        ):
             attempt()
 
 
@@ -87,6 +121,12 @@ def test_a_part_of_another_layer_is_refused_in_every_way_in(row, name, damage):
         lambda W, wrong: dora.over_norm(torch.ones(OUT), torch.ones(1)),
         lambda W, wrong: vera.delta(make_vera(torch.ones(1), torch.ones(OUT)), IN),
         lambda W, wrong: frozen(W, torch.ones(1)),
+        lambda W, wrong: DoRA(LoRA(torch.ones(R, IN), W[:, :R], 2.0), torch.ones(1)),
+        lambda W, wrong: lora.delta(with_part(wrong, "B", torch.ones(OUT))),
+        lambda W, wrong: miss.delta(with_part(miss.MiSS(W), "D", torch.ones(OUT)), IN),
+        lambda W, wrong: vera.init(with_part(make_pair(), "B", torch.ones(1, R)), OUT),
+        lambda W, wrong: prefix.expand(with_part(network(), "down.bias", W[0, :1])),
+        lambda W, wrong: prefix.expand(with_part(network(), "up.weight", W)),
     ],
 )
 def test_functions_refuse_what_is_not_their_layer_s(attempt):
@@ -98,11 +138,37 @@ def test_functions_refuse_what_is_not_their_layer_s(attempt):
 def test_a_bias_that_would_broadcast_is_refused():
     layer = LoRALinear(base(), new_adapter("lora"))
     layer.base.bias = nn.Parameter(torch.ones(1))
-    with pytest.raises(InputError, match=r"bias has shape \(1,\)"):
-        layer(torch.ones(3, IN))
+    for attempt in (lambda: layer(torch.ones(3, IN)), layer.merge):
+        with pytest.raises(InputError, match=r"bias has shape \(1,\)"):
+            attempt()
     q = QuantizedLinear.from_linear(base(), blocksize=2).q
     with annotations_off(), pytest.raises(InputError, match=r"bias has shape \(1,\)"):
         QuantizedLinear(q, torch.ones(1))
+
+
+def some_experts():
+    A, B = torch.ones(3, R, IN), torch.ones(3, OUT, R)
+    base = experts.Experts(torch.ones(3, OUT, IN), torch.ones(3, OUT))
+    update = experts.ExpertsLoRA({"W": experts.StackLoRA(A, B, 2.0)})
+    return experts.LoRAExperts(base, update)
+
+
+@pytest.mark.parametrize(
+    "damage", ["one row", "one too many", "one column", "a number"]
+)
+@pytest.mark.parametrize(
+    "name", ["adapters.default.W.A", "adapters.default.W.B", "base.bias"]
+)
+def test_a_part_of_other_experts_is_refused_in_every_way_in(name, damage):
+    layer, x = some_experts(), torch.ones(4, IN)
+    part = dict(layer.named_parameters())[name]
+    part.data = DAMAGES[damage](part.detach()).clone()
+    attempts = [lambda: layer(x, torch.tensor([0, 1, 2, 1]))]
+    if "adapters" in name:
+        attempts += [layer.merge, layer.merged_stacks]
+    for attempt in attempts:
+        with annotations_off(), pytest.raises(InputError, match=r"has shape \(|r is 0"):
+            attempt()
 
 
 @pytest.mark.parametrize("side", ["inside", True])

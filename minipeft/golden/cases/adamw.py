@@ -189,7 +189,7 @@ def _state(W: Array, state: adamw.State) -> dict[str, Array]:
 def _exact(
     comment: str, flags: str, inputs: dict[str, Array], settings: dict[str, Any]
 ) -> Spec:
-    """Codes and scales in bytes, the weight with a bound."""
+    """Return a case with exact codes and scales, and a bound for the weight."""
     outputs = dict(reference("adamw8_step", inputs, settings))
     m = adamw.from_arrays({"t": np.array(0), **_only(inputs)})
     plain = {

@@ -117,9 +117,9 @@ def _cancelling(inputs: Named) -> dict[str, Array]:
 
 
 def _normal(operation: str) -> Iterator[Spec]:
-    """Compared with a bound: the products of a sum, then the output in the vector.
+    """Yield cases whose bound counts a rounding a product, and one for the output.
 
-    Forward the bias adds a rounding; the gradient of the bias multiplies nothing.
+    In forward the bias adds a rounding; the gradient of the bias has no products.
     """
     for sizes, rows in (((15, 8), 4), ((7, 18), 3)):
         shapes = dict(_shapes(operation, sizes, (rows,)))

@@ -60,14 +60,14 @@ class Measurement:
     """The measurements of a pair.
 
     Args:
-        name: of what was done.
-        against: whom.
+        name: of the operation that was measured.
+        against: the name of the other library.
         ours: milliseconds.
         theirs: milliseconds, or why there is no such number.
         ratio: median of the turns' ours / theirs; its smallest and its largest.
         our_peak: bytes allocated at one time beyond what lives before the turn.
         their_peak: likewise.
-        note: what else was found.
+        note: other findings.
     """
 
     name: str

@@ -114,49 +114,49 @@ class Recorder:
         again()
 
     def adopt(self, array: Any) -> Array:
-        """Pass on."""
+        """Call the executor."""
         return self._gpu.adopt(array)
 
     def facts(self, array: Array) -> Facts:
-        """Pass on."""
+        """Call the executor."""
         return self._gpu.facts(array)
 
     def empty(self, shape: tuple[int, ...], dtype: str, device: int) -> Array:
-        """Pass on."""
+        """Call the executor."""
         return self._gpu.empty(shape, dtype, device)
 
     def full(
         self, shape: tuple[int, ...], dtype: str, value: int, device: int
     ) -> Array:
-        """Pass on."""
+        """Call the executor."""
         return self._gpu.full(shape, dtype, value, device)
 
     def upload(self, host: np.ndarray, device: int) -> Array:
-        """Pass on."""
+        """Call the executor."""
         return self._gpu.upload(host, device)
 
     def download(self, array: Array) -> np.ndarray:
-        """Pass on."""
+        """Call the executor."""
         return self._gpu.download(array)
 
     def stream(self, device: int) -> int:
-        """Pass on."""
+        """Call the executor."""
         return self._gpu.stream(device)
 
     def home(
         self, shape: tuple[int, ...], dtype: str, value: int, device: int
     ) -> Array:
-        """Pass on."""
+        """Call the executor."""
         return self._gpu.home(shape, dtype, value, device)
 
     def managed(self, array: Array) -> Array:
-        """Pass on."""
+        """Call the executor."""
         return self._gpu.managed(array)
 
     def move(self, array: Array, device: int) -> None:
-        """Pass on."""
+        """Call the executor."""
         self._gpu.move(array, device)
 
     def arrived(self, device: int) -> None:
-        """Pass on."""
+        """Call the executor."""
         self._gpu.arrived(device)

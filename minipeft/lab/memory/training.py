@@ -100,7 +100,7 @@ class Peak:
 
     @property
     def total(self) -> float:
-        """The sum of the six."""
+        """The sum of the six parts."""
         kept = self.weights + self.gradients + self.optimizer + self.activations
         return kept + self.logits + self.transient
 
