@@ -105,8 +105,11 @@ def f32(*shape: int) -> np.ndarray:
     return np.random.default_rng(len(shape)).standard_normal(shape).astype(np.float32)
 
 
-def new_adapter(row) -> object:
-    return row.start(np.random.default_rng(0), f32(4, 5), 2)[2]
+def trained_adapter(row) -> object:
+    # The update of a new one is zero: adding it in place would not show.
+    new = row.start(np.random.default_rng(0), f32(4, 5), 2)[2]
+    held = {name: f32(*a.shape) for name, a in vars(new).items() if hasattr(a, "shape")}
+    return replace(new, **held)
 
 
 @cache
@@ -158,7 +161,7 @@ def operands(row: ModuleType) -> dict[str, object]:
     small = bottleneck.Bottleneck(f32(2, 5), f32(2), f32(5, 2), f32(5), 0.5)
     mask = attention.causal(3, 4)
     own: dict[ModuleType, dict[str, object]] = {
-        **{row.module: {"adapter": new_adapter(row)} for row in PARAMETRIZATIONS},
+        **{row.module: {"adapter": trained_adapter(row)} for row in PARAMETRIZATIONS},
         bottleneck: {"adapter": small, "grad_y": f32(3, 5), "adapters": (small, small)},
         loftq: {"q": q},
         adapter_files: {"config": {"r": 2, "lora_alpha": 4}},

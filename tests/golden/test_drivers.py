@@ -13,7 +13,7 @@ OURS = [
     for column in ("reference", "torch", "cupy")
     for path in sorted(DRIVERS.glob(f"{column}/*.py"))
 ]
-SIZES = ("shape", "ndim", "size", "len(")
+SIZES = ("shape", "ndim", "size", "len(", ".dim(", "numel", "nelement")
 RANKS = {"r", "rank", "axis", "axes", "experts", "in_features", "out_features"}
 
 
@@ -47,6 +47,8 @@ def test_a_check_is_found():
         "assert x",
         "raise ValueError(x)",
         "A.shape == B.shape",
+        "A.numel() == B.numel()",
+        "A.dim() > 1",
         "r < 1",
         "0 <= axis",
         "lora.check_rank(r)",
