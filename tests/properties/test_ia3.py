@@ -7,8 +7,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from minipeft.errors import InputError
 from minipeft.reference import ia3
 from tests.exact import equal
+from tests.operands import annotations_off
 from tests.strategies import (
     rational_layers,
     rationals,
@@ -62,3 +64,10 @@ def test_merging_small_values_is_the_product_and_nothing_else(l):  # noqa: E741
     W = np.array([[3.0, 5.0, 7.0]], np.float32)
     a = ia3.IA3(np.array([l], np.float32), side="output")
     assert_bits(ia3.merge(W, a), np.float32(l) * W)
+
+
+@pytest.mark.parametrize("side", ["output", "input"])
+def test_a_bias_is_not_merged_with_a_vector_of_two_axes(side):
+    l, bias = np.ones((1, 4), np.float32), np.ones(4, np.float32)  # noqa: E741
+    with annotations_off(), pytest.raises(InputError, match=r"^l has shape \(1, 4\)"):
+        ia3.merge_bias(bias, ia3.IA3(l, side))
