@@ -160,14 +160,8 @@ def forward(
 def _check_batch(x: Tensor, y: Tensor, adapters: Adapters, indices: Tensor) -> None:
     check_kind("adapters", adapters, Adapters)
     thin = {"A": (adapters.A, "n r in_features"), "B": (adapters.B, "n out_features r")}
-    check_tensors(
-        {
-            **thin,
-            "scaling": (adapters.scaling, "n"),
-            "x": (x, "... in_features"),
-            "y": (y, "... out_features"),
-        }
-    )
+    rows = {"x": (x, "... in_features"), "y": (y, "... out_features")}
+    check_tensors({**thin, "scaling": (adapters.scaling, "n"), **rows})
     check_indices("indices", indices)
 
 
