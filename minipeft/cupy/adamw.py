@@ -114,10 +114,14 @@ def parts(gpu: Executor, state: State, W: Facts) -> list[Array]:
 
     These are m and v; in eight bits, the codes of both, then the scales of both.
     """
-    if not isinstance(state.m, Blockwise):
-        arrays = [("m", state.m), ("v", state.v)]
-        return [_part(gpu, n, a, ("float32", W.shape), W.device) for n, a in arrays]
     moments = [("m", state.m), ("v", state.v)]
+    if len({isinstance(moment, Blockwise) for _, moment in moments}) > 1:
+        raise InputError(
+            "one moment of the state is in 8 bits and the other is not; pass what "
+            "`init` or the last step returned for this W."
+        )
+    if not isinstance(state.m, Blockwise):
+        return [_part(gpu, n, a, ("float32", W.shape), W.device) for n, a in moments]
     for name, moment in moments:
         _check_shape(name, tuple(moment.shape), W.shape)
     codes, scales = (W.size,), (-(-W.size // BLOCKSIZE),)

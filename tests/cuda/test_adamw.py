@@ -1,5 +1,7 @@
 """The AdamW kernels, run on this CPU through their launchers."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -59,6 +61,16 @@ def test_a_gradient_too_large_for_eight_bits_is_named():
         state = gpu.init(W, 8)
         with pytest.raises(InputError, match="at index 300, whose square no moment"):
             gpu.step(W, grad, state, CONFIG)
+
+
+@pytest.mark.parametrize("part", ["m", "v"])
+def test_a_state_with_one_moment_in_eight_bits_is_refused(part):
+    W, grad = gaussian(5000), slope(5000, "float32", 0)
+    with use(CpuExecutor()):
+        coded, plain = gpu.init(W, 8), gpu.init(W, 32)
+        mixed = replace(plain, **{part: getattr(coded, part)})
+        with pytest.raises(InputError, match="one moment of the state is in 8 bits"):
+            gpu.step(W, grad, mixed, CONFIG)
 
 
 def test_what_does_not_fit_is_refused():
