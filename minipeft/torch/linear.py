@@ -306,8 +306,8 @@ class _Widened(torch.autograd.Function):
     """$x A^T$ in the dtype of A; backward keeps x in the dtype in which x came.
 
     Without this function autograd would keep x in the wider dtype of A: over a base of
-    16 bits a copy of twice the size, once for each layer that reads the same x. Not
-    offered: forward-mode differentiation.
+    16 bits a copy of twice the size, once for each layer that reads the same x. In
+    forward mode `transformed` leads around this function.
     """
 
     generate_vmap_rule = True
@@ -334,7 +334,7 @@ class _Added(torch.autograd.Function):
 
     The same bits as autograd's. Its backward passes the gradient of y on as it is;
     autograd would widen it to the dtype of the sum and narrow it again. As `_Widened`
-    does, it keeps x in its own dtype. Not offered: forward-mode differentiation.
+    does, it keeps x in its own dtype, and is left out in forward mode.
     """
 
     @staticmethod
@@ -370,12 +370,26 @@ def _rows(x: Tensor) -> Tensor:
 
 
 def transformed() -> bool:
-    """Tell whether a compiler, a tracer, or a transform such as `vmap` runs the code.
+    """Tell whether a compiler, a tracer, `vmap` or forward mode runs the code.
 
     These know only torch's own operations, and decide themselves what to keep.
     """
     tracing = torch._C._get_tracing_state() is not None
-    return torch.compiler.is_compiling() or tracing or under_torch_func()
+    return (
+        torch.compiler.is_compiling()
+        or tracing
+        or under_torch_func()
+        or in_forward_mode()
+    )
+
+
+def in_forward_mode() -> bool:
+    """Tell whether the code runs in a `dual_level` of forward-mode differentiation.
+
+    Torch has no public name for this. Where it lacks the private one, torch itself
+    refuses forward mode through the functions that are written for backward mode.
+    """
+    return bool(getattr(torch.autograd.forward_ad, "_current_level", -1) >= 0)
 
 
 def under_torch_func() -> bool:

@@ -16,6 +16,7 @@ from itertools import product
 import pytest
 import torch
 from torch import nn
+from torch.autograd import forward_ad
 from torch.nn.utils import parametrize
 
 from minipeft.errors import InputError
@@ -416,6 +417,25 @@ def exported(model, x):
 def test_a_transform_computes_what_the_model_computes(row, reads):
     x, model = torch.linspace(-1, 1, 18).reshape(3, 6).double(), make(row).double()
     same_up_to_float64(reads(model, x), model(x))
+
+
+def in_a_dual_level(model, x, along):
+    with forward_ad.dual_level():
+        return forward_ad.unpack_dual(model(forward_ad.make_dual(x, along))).tangent
+
+
+def by_torch_func(model, x, along):
+    return torch.func.jvp(model, (x,), (along,))[1]
+
+
+@pytest.mark.parametrize("slope", [in_a_dual_level, by_torch_func])
+@each_row
+def test_forward_mode_gives_the_slope_that_backward_mode_gives(row, slope):
+    x, model = torch.linspace(-1, 1, 18).reshape(3, 6).double(), make(row).double()
+    along = torch.linspace(2, -1, 18).reshape(3, 6).double()
+    columns = torch.autograd.functional.jacobian(model, x)
+    expected = torch.tensordot(columns, along, 2)
+    same_up_to_float64(slope(model, x, along), expected)
 
 
 @each_row
