@@ -7,7 +7,7 @@ from torch.nn import utils
 from torch.nn.utils import parametrizations, prune
 
 from minipeft.errors import InputError
-from minipeft.torch import dora, experts, ia3, linear, lora, miss, prefix, vera
+from minipeft.torch import dora, experts, ia3, linear, lora, prefix, vera
 from minipeft.torch.dora import DoRA, DoRALinear
 from minipeft.torch.ia3 import IA3, IA3Config
 from minipeft.torch.inject import adapted, inject, merge, unload
@@ -123,7 +123,6 @@ def test_a_part_of_another_layer_is_refused_in_every_way_in(row, name, damage):
         lambda W, wrong: frozen(W, torch.ones(1)),
         lambda W, wrong: DoRA(LoRA(torch.ones(R, IN), W[:, :R], 2.0), torch.ones(1)),
         lambda W, wrong: lora.delta(with_part(wrong, "B", torch.ones(OUT))),
-        lambda W, wrong: miss.delta(with_part(miss.MiSS(W), "D", torch.ones(OUT)), IN),
         lambda W, wrong: vera.init(with_part(make_pair(), "B", torch.ones(1, R)), OUT),
         lambda W, wrong: prefix.expand(with_part(network(), "down.bias", W[0, :1])),
         lambda W, wrong: prefix.expand(with_part(network(), "up.weight", W)),
