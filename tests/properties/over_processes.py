@@ -175,6 +175,7 @@ def main(folder):
     distributed.init_process_group("gloo")
     for way, bits in CASES:
         case(folder, way, bits)
+    distributed.barrier()  # a process that ends first can abort the other
     distributed.destroy_process_group()
 
 
