@@ -176,7 +176,7 @@ def efficiency(first, width):
 
 lane = np.arange(32)
 READS = {
-    "ours: lane i takes the i-th 16 bytes": (16 * lane, 16),
+    "lane i takes the i-th 16 bytes": (16 * lane, 16),
     "lane i takes the i-th byte": (lane, 1),
     "lane i takes 16 bytes of its own row": (2048 * lane, 16),
     "lane i takes a byte of its own block": (32 * lane, 1),
@@ -219,7 +219,7 @@ chapter.show(
     figure,
     "sectors",
     alt=f"Five ways to read packed codes, as rows of boxes, one for each sector, filled as far as its bytes are wanted. {'; '.join(f'{n}: {u.size} of {lane.size} boxes, {u.mean():.0%} full' for n, u in shares.items())}.",
-    caption=f"Of the bytes that a warp fetches it wants {shares['ours: lane i takes the i-th 16 bytes'].mean():.0%} if neighbours load neighbouring bytes, {shares['lane i takes 16 bytes of its own row'].mean():.0%} if each loads from its own row, and {shares['lane i takes a byte of its own block'].mean():.0%} if each loads a byte of its own block.",
+    caption=f"Of the bytes that a warp fetches it wants {shares['lane i takes the i-th 16 bytes'].mean():.0%} if neighbours load neighbouring bytes, {shares['lane i takes 16 bytes of its own row'].mean():.0%} if each loads from its own row, and {shares['lane i takes a byte of its own block'].mean():.0%} if each loads a byte of its own block.",
 )
 
 # %% [markdown]
@@ -236,7 +236,7 @@ neighbours, _ = efficiency(16 * lane, 16)
 print(f"stores: its own values {own:.0%}, neighbouring values {neighbours:.0%}")
 
 # %% [markdown]
-# Each store touches half of each of 32 sectors, where neighbouring stores fill 16: four stores either way, but every sector is visited twice. So our kernel exchanges the codes between lanes, after loading and before storing, in *shared memory*: lane $i$ loads the $i$-th 16 bytes, and later stores the $i$-th 16 bytes, of other values.
+# Each store touches half of each of 32 sectors, where neighbouring stores fill 16: four stores either way, but every sector is visited twice. In a whole tile of 4-bit codes our kernel avoids this: lane $i$ loads the $i$-th four bytes, whose eight values are one store. In other tiles it exchanges the codes between lanes, after loading and before storing, in *shared memory*: lane $i$ loads the $i$-th 16 bytes, and later stores the $i$-th 16 bytes, of other values.
 #
 # ## The code
 #
@@ -245,7 +245,7 @@ print(f"stores: its own values {own:.0%}, neighbouring values {neighbours:.0%}")
 # @source minipeft.kernels.unpack:unpack
 # @source minipeft.kernels.unpack:unpack_whole
 #
-# `dequantize` decodes a scale by reading it. `dequantize_nested` decodes it from eight bits on the way, and differs in nothing else.
+# `dequantize` decodes a scale by reading it. `dequantize_nested` decodes it from eight bits on the way, and computes all else alike.
 #
 # @source minipeft.kernels.blockwise:dequantize
 #
@@ -413,7 +413,7 @@ chapter.show(
 # Each thin line is a kernel on an H100, and the height at which it meets the roof is the largest number of its instructions that can be issued in a second. Under the slope a kernel's time is the time of its bytes: it should move no byte twice, and read and write neighbouring bytes together. Beyond the ridge only fewer instructions help.
 #
 # **Why the norms and the product use tensor cores.** At rank {=slots.RANK=} the products of DoRA's norms are {=slots.RANK=} instructions a weight by ordinary units, and an H100 has time for {=2 * ridge_h100 * 32:.0f=} while it reads two bytes; loading, widening and squaring come on top. One instruction of the tensor cores does 16 ranks of four weights of a thread.
-# The 4-bit product looks up, scales and rounds a weight; widening it to float32 and adding would be two instructions more for each row of $x$. Tensor cores take the rounded weight as it is, eight rows at a time.
+# The 4-bit product looks up, scales and rounds a weight; widening it to float32 and adding would be two instructions more for one row of $x$, and at least one more for each further row. Tensor cores take the rounded weight as it is, eight rows at a time.
 #
 # **Why three kernels stay above the ridge.** `quantize` searches among the boundaries for each value, and runs once in the life of a model. An H100 has time for {=per_weight["product"] * ridge_h100 * 32:.1f=} instructions while it reads a weight of 4.5 bits. Finding its place in the table, adding the table's address, looking it up, scaling, and half a rounding are 4.5, and what is left are loads and loops. AdamW with states of eight bits has time for {=per_weight["adamw_8bit"] * ridge_h100 * 32:.0f=} a value, and two searches
 # of eight levels, four instructions each, are 64; two divisions and a root, rounded as IEEE 754 says, are about 40, and decoding, scaling and the updates are the rest. All of it is needed for the same bits as the reference. In its tables of 256 values lanes also wait for banks, {=waited:.1f=} cycles a value, and the memory pipe stays below the other limits because the midpoints are stored as a tree: in a sorted table all lanes of the first steps read one bank.
@@ -559,7 +559,7 @@ chapter.show(
 #
 # - **One token**: the bytes give the bound, and 4.5 bits against 16 are a factor of {=gain["A100"]:.2f=}. On a device with faster memory, such as an H100, decoding takes longer than the bytes, as the table of instructions says, and the factor is smaller.
 #   And it holds only if the kernel is fused: dequantizing first takes {=slower["A100"]:.1f=} times as long as float16, since the weight is read, written and read again.
-# - **Tens of tokens**: the fused kernel keeps the gain as long as one decoding serves all tokens and tensor cores have time to spare: on an A100 up to {=best_below["A100"]=} tokens by these bounds, on an RTX 4090 up to {=best_below["RTX 4090"]=}. Ours takes 64 at a time; with more, the torch column dequantizes once and calls the library's product.
+# - **Tens of tokens**: on an A100 the gain is {=bounds["A100"]["float16"][15] / bounds["A100"]["fused"][15]:.1f=} at 16 tokens and {=bounds["A100"]["float16"][63] / bounds["A100"]["fused"][63]:.1f=} at 64, where reading the tokens is the bound. Fused is ahead up to {=best_below["A100"]=} by these bounds, on an RTX 4090 up to {=best_below["RTX 4090"]=}. Ours takes 64 at a time; with more, the torch column dequantizes once and calls the library's product.
 # - **From {=busy["A100"]=} tokens on**, as in training, an A100 is busy calculating, and the width of the weights no longer matters. Dequantizing is then overhead: {=f"{late['dequantize, multiply'] / late['float16'] - 1:.0%}"=} of the layer at {=T[-1]=} tokens. QLoRA saves memory in training, and pays for it in time.
 #
 # For a whole model the first regime reads like this. Generating one token means reading every weight of the linear layers once:

@@ -224,7 +224,7 @@ if not NO_GXX:
 
 # %% [markdown]
 # Each missing barrier gives another picture. **Between the maxima**, the reduction compares halves that are not ready, and {=f"{wrong['no barrier between the maxima'].mean():.0%}" if wrong else 'most'=} of the bytes are wrong, because a wrong scale divides the weights. **Before packing**, either thread of a pair may run first, and {=f"{wrong['no barrier before packing'].mean():.0%}" if wrong else 'about half'=} of the bytes are wrong. **Before the maxima** only {=f"{wrong['no barrier before the maxima'].mean():.0%}" if wrong else 'a few'=} of the bytes are wrong: what is read too early is what the block before left in
-# shared memory, and that is seldom larger than the true maximum. A test of a single block can pass. (The real tests fill shared memory with a pattern before each block, so that a value left over is never plausible.) On a GPU the threads of a warp mostly advance together, so all three mistakes may show rarely, or only on the next generation.
+# shared memory, and a scale is wrong only if that is larger than the true maximum, or if the maximum itself came too late. A test of a single block can pass. (The real tests fill shared memory with a pattern before each block, so that a value left over is never plausible.) On a GPU the threads of a warp mostly advance together, so all three mistakes may show rarely, or only on the next generation.
 #
 # ## The third check: sanitizers
 #
@@ -340,7 +340,7 @@ def tests(which, *files):
 tests("refused", "test_interpreter.py")
 
 # %% [markdown]
-# The interpreter does not find races: it lets all threads advance together, so it computes what a GPU computes if no race shows.
+# The interpreter does not look for races: it lets all threads advance together, so it computes what a GPU computes if no race shows.
 #
 # ## The fifth check: the widths of arguments
 #

@@ -246,7 +246,7 @@ chapter.show(
 # %% [markdown]
 # ### What eight programs make of the file
 #
-# Now the adapter's own two files. Each program computes its scale from some of the numbers in the configuration. The rules were read in the source of each program and stand in one file, with the place where they were read. Where no source was read for a feature, the answer is "not known".
+# Now the adapter's own two files. Each program computes its scale from some of the numbers in the configuration. The rules were read in the programs' sources or in threads about them, and stand in one file, with the place where they were read. Where no source was read for a feature, the answer is "not known".
 
 # %%
 contents = parts.read(folder / "adapter")
@@ -280,9 +280,9 @@ assert set(before) < set(after)
 #
 # - **A server ignores `use_rslora`** ([vLLM 6909](https://github.com/vllm-project/vllm/pull/6909), mended there in 2024): every update is divided by $\sqrt r$ once too often.
 # - **A converter writes `lora_alpha` alone.** llama.cpp's file format has no place for patterns, and its converter does not read them.
-# - **Mixed ranks get the alpha of the first layer** ([diffusers 14409](https://github.com/huggingface/diffusers/pull/14409), mended there in 2026), where a file has no alphas: most layers of a published adapter were loaded with a quarter of their scale.
+# - **Mixed ranks get the rank of the first layer as alpha** ([diffusers 14409](https://github.com/huggingface/diffusers/pull/14409), mended there in 2026), where a file has no alphas: most layers of a published adapter were loaded with a quarter of their scale.
 # - **An adapter with magnitudes is refused**: vLLM, SGLang and llama.cpp say so. A refusal is the better outcome: merge first.
-# - **Another base.** If more than half of the weights that the adapter leaves alone differ from the base's, or if some differ and no known mistake explains any weight that the adapter changes, `minipeft audit` reports one mistake, "wrong base", and no other.
+# - **Another base.** If more than half of the weights that the adapter leaves alone differ from the base's, or if some differ and every weight that the adapter changes is unexplained, `minipeft audit` reports one mistake, "wrong base", and no other.
 #
 # ## Exercises
 #
