@@ -207,7 +207,7 @@ chapter.claim(
 # shows how far two measurements of the same work lie apart.
 #
 # Why so much, for so few multiplications? An adapter of this size has {=f"{100 * part_of_a_block:.0f}"=} % of the weights of a block. But a model this small
-# spends its time on starting operations, not on arithmetic, and an adapter starts five more: two products, the ReLU, the scaling and the sum. On a GPU it is similar as long as the batch is small: Hu and others [@hu2021, table 1] measured 20.7 % and 30.3 % more time for
+# spends its time on starting operations, not on arithmetic, and a parallel adapter starts five more: two products, the ReLU, the scaling and the sum. A serial one starts six, for it is also multiplied by its share, here 1. On a GPU it is similar as long as the batch is small: Hu and others [@hu2021, table 1] measured 20.7 % and 30.3 % more time for
 # two kinds of adapters in GPT-2 medium for one text of 128 tokens, and 2.2 % and 3.0 % for 32 texts of 512. A parallel adapter could run at the same time as its sublayer; nothing here arranges that.
 #
 # `merge` raises an error for such a model, and the message gives the reason:
