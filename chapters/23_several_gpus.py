@@ -30,7 +30,7 @@ chapter = start("23_several_gpus", steps=1, model=None)
 # %% [markdown]
 # ## The problem
 #
-# There are two ways to use $N$ cards. In **DDP** each card holds the whole model and takes its share of the batch; after each backward pass the cards average their gradients. That is faster, and it saves no memory. In **FSDP** [@zhao2023] each card also keeps only its $N$-th part of every tensor. Before a block computes, the cards send each
+# There are two ways to use $N$ cards. In **DDP** each card holds the whole model and takes its share of the batch; in each backward pass the cards average their gradients. That is faster, and it saves no memory. In **FSDP** [@zhao2023] each card also keeps only its $N$-th part of every tensor. Before a block computes, the cards send each
 # other its parts; afterwards they drop them again.
 
 # %%

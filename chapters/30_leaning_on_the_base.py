@@ -45,7 +45,7 @@ ESTIMATES = ("Gaussian", "CLUB", "variational")
 # is zero if they are independent, and larger the more the one says about the other; in nats, like a loss. Let $x$ be what reaches a layer at one token, $U = Wx$ and $V = s\,BAx$. Neither has any randomness of its own. Where $W$ has as many outputs as inputs or more, $U$ determines $x$ and so $V$. If $x$ has a density, $I(U; V)$ is then *infinite*, whatever the adapter has learned.
 # This is known of deterministic networks with continuous inputs [@goldfeld2019]; the remedy is to add noise of a stated size. We measure $I(U; V + \sigma\varepsilon)$ with Gaussian $\varepsilon$ and two sizes:
 #
-# - **of bf16**: $\sigma$ is $2^{-8}$ of the root mean square of $U$. Rounding a number to bf16 changes it by at most this share of its size, so where $U$ is kept in bf16, less than $\sigma$ is lost in the root mean square.
+# - **of bf16**: $\sigma$ is $2^{-8}$ of the root mean square of $U$; a $U$ with more numbers than $x$ is first turned into as many as $x$ has. Rounding a number to bf16 changes it by at most this share of its size, so where $U$ is kept in bf16, less than $\sigma$ is lost in the root mean square.
 # - **a tenth**: $\sigma$ is a tenth of the size of $V$ itself, in the directions that $B$ can reach. The size of the adapter's output then cancels.
 #
 # ## The three estimators
@@ -393,7 +393,7 @@ directions = results.table(rows)
 # - **Data.** It depends on the noise. With that of bf16 all three rise; measured against the size of $V$ itself, the Gaussian value and the variational bound fall from the smallest to the largest value, though from {=COUNTS[2]=} to {=COUNTS[3]=} definitions they rise. Training on more data makes $V$ larger, and that alone lifts it out of a fixed noise. With the size of $V$ cancelled, the Gaussian value falls by {=f"{statistics.mean(value(AXES['definitions'][0], 'Gaussian', TENTH)) - statistics.mean(value(AXES['definitions'][-1], 'Gaussian', TENTH)):.1f}"=} nats of {=f"{statistics.mean(value(AXES['definitions'][0], 'Gaussian', TENTH)):.0f}"=}.
 # - **Size of the base.** All rise, with every seed and both noises: **did not replicate**. The bases here were pretrained for {=STEPS=} steps only.
 #
-# CLUB over the rank moves in opposite ways under the two noises, and in the layers where $U$ has lost a part of the input it rises. An average of values that lie thousands of times apart is that of a few layers.
+# CLUB over the rank moves in opposite ways under the two noises, and in the layers where $U$ has lost a part of the input it rises. With the noise of bf16 it is hundreds of times larger or more where $U$ determines $V$, so the average is that of these layers.
 #
 # So the sign of such a law depends on what is divided by what, and on the noise. A measure of how much an adapter leans on its base needs both to be stated.
 #

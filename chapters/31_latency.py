@@ -509,7 +509,7 @@ chapter.show(
 
 # %% [markdown]
 # On a CPU four bits save no time: each pass decodes all weights, whatever the number of tokens. So a token of one request pays most, {=f"{of('tiny', 'token', '4 bits', 1).mean:.1f}"=} times the time of the base on `tiny` and {=f"{of(LARGEST, 'token', '4 bits', 1).mean:.1f}"=} on SmolLM2, and the prompts of {=COUNTS[-1]=} requests pay least, {=f"{of('tiny', 'prompt', '4 bits', COUNTS[-1]).mean:.2f}"=} on `tiny`. **"15 to 30 %" did not replicate.** Of {=len(fours)=} cells
-# {=sum(inside)=} lies in that range: it is the one with the most tokens in a pass. On the published cards the direction is the other one. There one request can be faster in four bits, because it reads fewer bytes, and many requests are slower.
+# {=sum(inside)=} lies in that range: it is the one with the most tokens in a pass. On the published cards the direction from 1 request to 8 is the other one. There one request can be faster in four bits, because it reads fewer bytes, and many requests are slower.
 #
 # ## What stands beside the base
 #

@@ -246,7 +246,7 @@ if as_in_the_book:
 # %% [markdown]
 # ## What each part saves in bytes
 #
-# Here every way takes one step on `tiny` with eight definitions of {=LENGTH=} tokens. *Measured* is the peak of torch's allocator, with weights and states, *predicted* that of [the formulas](24_costs.md). Of the paged states, the pages on the device are counted: at most as many as the optimizer's table may hold while the loss is computed, here one.
+# Here every way makes one pass, forward and backward, on `tiny` with eight definitions of {=LENGTH=} tokens. *Measured* is the peak of torch's allocator, with weights and states, *predicted* that of [the formulas](24_costs.md). Of the paged states, the pages on the device are counted: at most as many as the optimizer's table may hold while the loss is computed, here one.
 
 # %%
 LENGTH, RATE = 64, ways["paged"]["rate"]
@@ -403,7 +403,7 @@ short_of = unpaged[SPIKE] - SIZE / 1e6
 chapter.show(
     figure,
     "spike",
-    alt="Measured bytes over the steps as stacked areas: weights and adapters, a thin band of optimizer states, and activations with gradients, which are flat but for one step with a tall spike. At the spike the band of states is gone and the stack ends below the line of the card; a dotted line without pages crosses it, with a cross on top.",
+    alt="Measured bytes over the steps as stacked areas: weights and adapters, a thin band of optimizer states, and activations with gradients, with a tall spike in one step. At the spike the band of states is gone and the stack ends below the line of the card; a dotted line without pages crosses it, with a cross on top.",
     caption=f"In step {SPIKE} the run without pages is {short_of:.2f} MB short of the card's {SIZE / 1e6:.1f}. With pages, {(held_states[0] - held_states[SPIKE]) / 1e6:.2f} MB of states leave, and the step fits.",
 )
 
@@ -547,7 +547,7 @@ chapter.claim(
 # %% [markdown]
 # ## What this does not show
 #
-# - **A real card.** The bytes are those of torch's allocator on a CPU. On a GPU the allocator takes memory in pieces of 2 MB and keeps what was freed, and the limit applies to what it keeps. On `tiny` one such piece is more than pages free: in the run on an H200 both runs ended at the spike, with pages and without.
+# - **A real card.** The bytes are those of torch's allocator on a CPU. On a GPU the allocator takes memory in pieces of 2 MB or more and keeps what was freed, and the limit applies to what it keeps. On `tiny` one such piece is more than pages free: in the run on an H200 both runs ended at the spike, with pages and without.
 # - **A large base.** The cost of four bits depends on the model. `--model` with `--full` repeats the first part on another one; do not take `smollm2` for it, because its file holds four bits already.
 # - **Unified memory.** QLoRA lets the driver move pages when memory runs out. Here the training loop says when: it must know that a batch is long *before* the pass.
 # - **Gradient checkpointing on `tiny`.** With it the spike is lower, and the states are a larger part of it.
