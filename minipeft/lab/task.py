@@ -102,7 +102,9 @@ def dictionary() -> Task:
 
 
 def from_file(path: Path) -> Task:
-    """Return the examples of a JSONL file; one in ten, by its hash, is held out.
+    """Return the examples of a JSONL file; one in ten, by hash, is held out.
+
+    All examples of a prompt are on one side. At least one is on each.
 
     Args:
         path: UTF-8, an object a line: see `FORMS`. Each answer of the assistant in
@@ -111,7 +113,7 @@ def from_file(path: Path) -> Task:
 
     Raises:
         InputError: The file cannot be read, a line is none of these, there are fewer
-            than `FEWEST` examples.
+            than `FEWEST` examples, or all have the same prompt.
     """
     try:
         lines = path.read_text("utf-8").splitlines()
@@ -119,24 +121,44 @@ def from_file(path: Path) -> Task:
         raise InputError(f"there is no file {path}; check the path") from None
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{path} cannot be read as UTF-8 text ({error})") from None
-    sides: dict[bool, dict[Pair, None]] = {True: {}, False: {}}
+    rows: list[tuple[bytes, Pair]] = []
     chats: dict[Pair, chat.Messages] = {}
-    count = 0
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
         found = [*_examples(line, f"line {number} of {path}")]
-        first = found[0][0]
-        digest = hashlib.sha256(first[0].encode() or first[1].encode()).digest()
-        sides[digest[0] < 26] |= {pair: None for pair, _ in found}
+        digest = _digest(line, found[0][0])
+        rows += [(digest, pair) for pair, _ in found]
         chats |= {pair: messages for pair, messages in found if messages}
-        count += len(found)
-    if count < FEWEST or not sides[True]:
+    if len(rows) < FEWEST:
+        raise InputError(f"{path} holds {len(rows)} examples; give at least {FEWEST}")
+    train, held = _sides(rows, path)
+    return Task(train, held, chats=chats)
+
+
+def _sides(rows: list[tuple[bytes, Pair]], path: Path) -> tuple[list[Pair], list[Pair]]:
+    """Return what is trained on and what is held out; neither is empty."""
+    digests = {digest for digest, _ in rows}
+    if len(digests) < 2:
         raise InputError(
-            f"{path} holds {count} examples, {len(sides[True])} of them held out; "
-            f"give at least {FEWEST}"
+            f"all {len(rows)} examples of {path} have the same prompt or text, and "
+            "such examples stay together; give two different ones or more"
         )
-    return Task([*sides[False]], [*sides[True]], chats=chats)
+    chosen = {digest for digest in digests if digest[0] < 26} or {min(digests)}
+    chosen -= {max(digests)}  # one side cannot take all
+    train = dict.fromkeys(pair for digest, pair in rows if digest not in chosen)
+    held = dict.fromkeys(pair for digest, pair in rows if digest in chosen)
+    return [*train], [*held]
+
+
+def _digest(line: str, first: Pair) -> bytes:
+    """Return the hash of a line's prompt, or of a whole text.
+
+    Many texts begin with the same word, so that word does not choose their side.
+    """
+    text, whole = json.loads(line).get("text"), "".join(first)
+    is_text = isinstance(text, str) and text.strip() == whole
+    return hashlib.sha256((whole if is_text else first[0] or whole).encode()).digest()
 
 
 def _examples(line: str, where: str) -> Iterator[tuple[Pair, chat.Messages | None]]:

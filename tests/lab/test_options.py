@@ -314,11 +314,34 @@ def test_a_bad_line_is_one_sentence(tmp_path, line, sentence):
     assert "\n" not in str(caught.value)
 
 
+def test_texts_that_begin_alike_are_split_and_a_prompt_is_not(tmp_path):
+    path = tmp_path / "mine.jsonl"
+    sides = task.from_file(written(path, [{"text": f"The {i}"} for i in range(200)]))
+    assert 5 < len(sides.validation) < 50
+    prompts = [{"prompt": "ab"[i % 2], "completion": f"{i}"} for i in range(40)]
+    sides = task.from_file(written(path, prompts))
+    assert len(sides.train) == len(sides.validation) == 20
+    assert {p for p, _ in sides.train} != {p for p, _ in sides.validation}
+    with pytest.raises(
+        InputError, match=r"^all 40 examples of .* have the same prompt"
+    ):
+        task.from_file(written(path, prompts[::2] * 2))
+
+
+def test_every_forty_examples_have_both_sides(tmp_path):
+    path = tmp_path / "mine.jsonl"
+    for first in range(0, 40 * 200, 40):
+        lines = [{"prompt": f"{first + i}", "completion": "c"} for i in range(40)]
+        sides = task.from_file(written(path, lines))
+        assert sides.train
+        assert sides.validation
+
+
 def test_a_file_that_is_absent_or_short_is_one_sentence(tmp_path):
     with pytest.raises(InputError, match=r"^there is no file \S*absent.jsonl; "):
         task.from_file(tmp_path / "absent.jsonl")
     with pytest.raises(InputError, match="cannot be read as UTF-8 text"):
         task.from_file(tmp_path)
     short = written(tmp_path / "short.jsonl", [{"text": "one more"}])
-    with pytest.raises(InputError, match=r"holds 1 examples, .*; give at least 40"):
+    with pytest.raises(InputError, match=r"holds 1 examples; give at least 40"):
         task.from_file(short)
