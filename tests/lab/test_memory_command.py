@@ -142,6 +142,7 @@ def test_checkpointing_and_attention_move_the_peak_as_they_should(method):
     ("arguments", "sentence"),
     [
         (("--method", "lorra"), "there is no method 'lorra'; choose full, lora"),
+        (("--method", "qlora"), "choose the method lora and the base nf4-double"),
         (("--base", "int3"), "there is no base 'int3'; choose float32, bfloat16"),
         (("--optimizer", "lion"), "there is no optimizer 'lion'; choose adamw"),
         (("--attention", "flash"), "there is no attention 'flash'; choose from fused"),
@@ -225,5 +226,9 @@ def test_no_such_file_is_one_sentence(tmp_path, capsys):
     code, _, err = ran(capsys, str(tmp_path / "none.json"))
     assert code == 2
     assert "give a model's config.json" in err
+    (tmp_path / "notes.txt").write_text("no configuration")
+    code, _, err = ran(capsys, str(tmp_path / "notes.txt"))
+    assert code == 2
+    assert "notes.txt is no configuration of a model; give its config.json" in err
     with pytest.raises(InputError, match="there is no model"):
         named("no-such-model")

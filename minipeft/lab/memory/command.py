@@ -47,7 +47,8 @@ def _add_method(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--method",
         default="lora",
-        help="full, a method of the map, or prefix, prompt (default: %(default)s)",
+        help="full or a method of the book; qlora is lora with --base nf4-double "
+        "(default: %(default)s)",
     )
     parser.add_argument(
         "-r",

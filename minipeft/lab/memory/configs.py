@@ -207,6 +207,10 @@ def _file(name: str) -> Path:
 
     path = Path(name)
     if path.suffix != ".json":
+        if path.is_file():
+            raise InputError(
+                f"{name} is no configuration of a model; give its config.json"
+            )
         models.check_name(name)
         if name == "smollm2":
             return models.cached(name) / models.WHEELS[name].files[0]

@@ -93,6 +93,11 @@ class Options:
     adapt_experts: bool = False
 
     def __post_init__(self) -> None:
+        if self.method == "qlora":
+            raise InputError(
+                "qlora is lora over a base of four bits; choose the method lora and "
+                "the base nf4-double"
+            )
         _choose("method", self.method, METHODS)
         _choose("base", self.base, tuple(BASES))
         _choose("optimizer", self.optimizer, tuple(OPTIMIZERS))
