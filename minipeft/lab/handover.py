@@ -21,8 +21,8 @@ from minipeft.torch.virtual import VirtualTokens
 ROOMS = {
     "base": "the model without the adapter, 4-bit weights decoded",
     "adapter": "what was trained, in the file format of its method",
-    "lora": "the same update as LoRA's two matrices, for the commands of minipeft; it "
-    "names base as its base",
+    "lora": "the same update as LoRA's two matrices, in DoRA with a magnitude, for the "
+    "commands of minipeft; it names base as its base",
     "merged": "base and lora in one model, for any program",
 }
 """What the folders of a run hold."""

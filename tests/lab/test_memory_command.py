@@ -222,6 +222,14 @@ def test_a_name_that_is_too_long_is_one_sentence(capsys, name):
     assert "cannot be read (File name too long)" in err
 
 
+def test_of_a_model_that_sees_the_part_that_writes_is_counted(config, capsys):
+    code, alone, err = ran(capsys, config(model_type="gemma3_text"))
+    assert (code, err) == (0, "")
+    code, out, err = ran(capsys, config(model_type="gemma3"))
+    assert (code, out) == (0, alone)
+    assert err.startswith("counted: the part that writes text, and not what reads")
+
+
 def test_no_such_file_is_one_sentence(tmp_path, capsys):
     code, _, err = ran(capsys, str(tmp_path / "none.json"))
     assert code == 2

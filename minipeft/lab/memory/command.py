@@ -5,6 +5,7 @@ Exit code 0: counted; 2: the input was wrong, and one sentence on stderr says wh
 
 import argparse
 import json
+import sys
 from collections.abc import Iterator
 from dataclasses import asdict
 from typing import Any
@@ -19,6 +20,7 @@ STAYS = {
     "experts": "stacks, which most loaders do not quantize",
 }
 """Why a quantized base leaves these parts exact."""
+TEXT_ALONE = "counted: the part that writes text, and not what reads images or sound"
 UNITS = {"G": (1e9, 2**30), "M": (1e6, 2**20)}
 """Bytes of the units of a table, decimal and binary."""
 
@@ -109,7 +111,7 @@ def _add_step(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Count, and print."""
-    from minipeft.lab.memory import named
+    from minipeft.lab.memory.configs import configuration, of_config
     from minipeft.lab.memory.options import Options
 
     asked = Options(
@@ -125,7 +127,10 @@ def run(options: argparse.Namespace) -> int:
         experts=not options.exact_experts,
         adapt_experts=options.adapt_experts,
     )
-    model = named(options.config)
+    config = configuration(options.config)
+    model = of_config(config)
+    if hasattr(config, "text_config"):
+        print(TEXT_ALONE, file=sys.stderr)
     if options.json:
         print(json.dumps(as_json(model, asked), indent=2))
     else:
