@@ -317,7 +317,7 @@ chapter.show(
 # pretraining. And rank 8 is enough for
 # {=f"{100 * share:.0f}"=} % of what {=chapter.steps=} steps of training all weights add. It does not show *how* the update works, nor that LoRA would keep up in a longer run.
 #
-# And the definitions? The prompts are words that no run was trained on.
+# And the definitions? The prompts are words whose definitions no run was trained on.
 
 # %%
 adapted = made["LoRA, r = 8"]
@@ -448,7 +448,7 @@ assert apart < moved / 100
 #
 # - **The scaling.** `scale = alpha` instead of `alpha / r` is $r$ times too much
 #   ([mlx-vlm 841](https://github.com/Blaizzy/mlx-vlm/issues/841)). Libraries whose default is `alpha = r` have a scaling of exactly 1, and a merge
-#   that leaves it out, as peft's did for a bias, passes their tests ([peft 2489](https://github.com/huggingface/peft/pull/2489)). No test of an adapter in this project has a scaling of 0 or 1.
+#   that leaves it out, as peft's did for a bias, passes their tests ([peft 2489](https://github.com/huggingface/peft/pull/2489)). The laws of LoRA are tested here with scalings other than 0 and 1.
 # - **Which is A?** Two conventions are in use: $A$ as (r, in) with $B$ as (out, r), and $A$ as (in, r) with $B$ as (r, out). [litgpt](https://github.com/Lightning-AI/litgpt/blob/main/litgpt/lora.py) draws the second and
 #   computes with the first. On a square layer a loader that goes by shapes takes one for the other without an error, and gets the transpose of the update. So the tests draw layers that are not square.
 # - **Merge and unmerge by addition and subtraction** loses bits, in bfloat16 many. [The chapter on merging](16_merging.md) measures the drift over 1,000

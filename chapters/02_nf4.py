@@ -309,7 +309,7 @@ chapter.show(
 #
 # ## The experiment, on real weights
 #
-# Normal numbers are a model of weights. Here are weights: the {=len(weights)=} linear layers of
+# Normal numbers are a model of weights. Here are weights: the {=len(weights)=} linear layers in the blocks of
 # all-MiniLM-L6-v2, a sentence encoder kept in true float32. Six layers, six matrices
 # each; the figure shows what fraction of each matrix is lost.
 

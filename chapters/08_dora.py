@@ -25,8 +25,8 @@ chapter = start("08_dora", steps=40, model="tiny")
 # %% [markdown]
 # ## The problem
 #
-# Take one row $w$ of a weight, and let training add $u$ to it. Unless $u$ is orthogonal to $w$, the row gets longer or shorter while it
-# turns. The authors of DoRA
+# Take one row $w$ of a weight, and let training add $u$ to it. In general the row gets longer or shorter while it
+# turns: its length stays to first order only if $u$ is orthogonal to $w$. The authors of DoRA
 # measured both changes for the queries and the values of a model. Over the layers and steps of a
 # run, full fine-tuning has *large* changes of direction where the changes of length are *small*, and the reverse; with
 # LoRA the two grow together. The experiment below measures it again.
@@ -383,14 +383,14 @@ assert np.allclose(np.linalg.norm(right, axis=1), turned.magnitude)
 # - **The norm of $W$ alone** instead of $W + s\,BA$ ([ComfyUI 15458](https://github.com/Comfy-Org/ComfyUI/pull/15458)): right at the start, and further off
 #   with every step.
 # - **A magnitude of shape (out,) broadcast along the wrong side** gives no error on square weights
-#   ([ComfyUI 13011](https://github.com/Comfy-Org/ComfyUI/pull/13011)). No weight in our tests is square, except where this mistake itself is tested.
+#   ([ComfyUI 13011](https://github.com/Comfy-Org/ComfyUI/pull/13011)). The laws of DoRA draw weights that are not square, except where this mistake itself is tested.
 # - **A scaled bias.** Code that multiplies the output of the base layer multiplies its bias as well.
 # - **A zero row** divides zero by zero. Pruned models have such rows.
 # - **Two adapters on one layer**, merged in turn, where the second took its norm from the already merged weight ([peft 3608](https://github.com/huggingface/peft/issues/3608)).
 #
 # ## Exercises
 #
-# 1. Every row of the merged weight has the length $|m_i|$, whatever $A$ and $B$ are. Show it on random numbers, and break it by dividing by $\|W_i\|$.
+# 1. Every row of the merged weight has the length $|m_i|$, whatever $A$ and $B$ are, unless $V_i$ is zero. Show it on random numbers, and break it by dividing by $\|W_i\|$.
 
 # %% tags=["solution"]
 W, A, B = (rng.standard_normal(shape) for shape in ((4, 7), (2, 7), (4, 2)))

@@ -83,7 +83,7 @@ def dequantize(q: Blockwise, dtype: DTypeLike = np.float32) -> Values:
     size = check_parts(q)
     codes = unpack(q.packed, code_bits(q.codebook), size)
     absmax = np.repeat(q.absmax.astype(np.float32), min(q.blocksize, size))[:size]
-    with np.errstate(over="ignore"):  # above 65504 float16 is inf
+    with np.errstate(over="ignore"):  # from 65520 on float16 is inf
         return (q.codebook[codes] * absmax).astype(dtype).reshape(q.shape)
 
 
@@ -115,7 +115,7 @@ def scale(blocks: Blocks, absmax: Scales) -> Blocks:
         InputError: if there are scales too few or too many.
     """
     check_shapes({"blocks": (blocks, "blocks n"), "absmax": (absmax, "blocks")})
-    # The reciprocal of a subnormal overflows. To multiply both by 2**64 first is exact.
+    # The reciprocal of a subnormal may overflow; to multiply both by 2**64 is exact.
     lift = np.where(np.abs(absmax) < 2.0**-126, np.float32(2**64), np.float32(1))
     inverse = np.float32(1) / np.where(absmax == 0, np.float32(1), absmax * lift)
     return (blocks * lift[:, None]) * inverse[:, None]

@@ -37,7 +37,7 @@ def quantize(
     r"""Quantize the weights, then their scales around the mean scale.
 
     $\bar a = \operatorname{mean}(a)$; the differences $a - \bar a$ are quantized
-    blockwise. All scales are positive, so without subtracting the mean the negative
+    blockwise. No scale is negative, so without subtracting the mean the negative
     codes would not be used.
 
     Args:

@@ -172,7 +172,7 @@ def _unpack(packed: Codes, blocksize: int) -> Blocks:
 
 def _rows(blocks: Blocks, dtype: DTypeLike) -> Weights:
     lead, (count, size) = blocks.shape[:-2], blocks.shape[-2:]
-    with np.errstate(over="ignore"):  # above 65504 float16 is inf
+    with np.errstate(over="ignore"):  # from 65520 on float16 is inf
         return blocks.reshape(*lead, count * size).astype(dtype)
 
 

@@ -312,7 +312,7 @@ def scale(
 ) -> Float[Tensor, "blocks blocksize"]:
     """Multiply each block by the reciprocal of its scale; leave a block of scale 0."""
     check_tensors({"blocks": (blocks, "blocks n"), "absmax": (absmax, "blocks")})
-    # The reciprocal of a subnormal overflows. To multiply both by 2**64 first is exact.
+    # The reciprocal of a subnormal may overflow; to multiply both by 2**64 is exact.
     # (`where` would give two plain numbers torch's default dtype.)
     one = torch.ones_like(absmax)
     lift = torch.where(
