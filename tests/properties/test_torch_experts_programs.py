@@ -152,13 +152,20 @@ def test_under_autocast_they_follow_the_module(kind):
         assert y.dtype == bare(x_of()).dtype
     y.float().square().sum().backward()
     assert all(p.grad.dtype == torch.float32 for p in trainable_parameters(model))
-    # x, the weight, the factors and three results are rounded to bfloat16: a few times
-    # 2**-8 of sums of 8 products, which are no larger than 8 times the largest product.
-    assert_within(
-        y.detach().float().numpy(),
-        exact.numpy(),
-        2.0**-8 * 8 * float(exact.abs().max()),
-    )
+    # On the longest way x, A, x A^T, its product with s, B, the change and its sum with
+    # y are rounded to bfloat16. The roundings to float32 are together less than one.
+    bound = gamma(8, "bfloat16") * absolute(model, bare)
+    assert_within(y.detach().float().numpy(), exact.numpy(), bound.numpy())
+
+
+@torch.no_grad()
+def absolute(model, bare):
+    """Return the sum of the absolute values of all products in `model(x_of())`."""
+    x, nothing = x_of(), bare(torch.zeros(4, 8))
+    products = [(bare(x * unit) - nothing).abs() for unit in torch.eye(8)]
+    A, B = (p.detach().abs()[CHOSEN] for p in trainable_parameters(model))
+    change = CONFIG.alpha / CONFIG.r * torch.einsum("tor,tri,ti->to", B, A, x.abs())
+    return nothing.abs() + sum(products) + change
 
 
 @each_kind

@@ -19,7 +19,7 @@ from minipeft.torch.vera import Projections, VeRA
 from tests.agreement.on_torch import CONFIGS
 from tests.agreement.test_dora import reversing, rows_of_length_two
 from tests.operands import annotations_off
-from tests.tolerance import assert_sums
+from tests.tolerance import assert_sums, assert_within, gamma
 
 IN, OUT, R = 6, 5, 2
 
@@ -306,5 +306,8 @@ def test_forward_mode_holds_the_norm_of_dora_constant_as_backward_does():
 
     gradient = torch.func.grad(loss)(start)
     _, forward = torch.func.jvp(loss, (start,), (along,))
-    backward = [(gradient[n] * along[n]).sum() for n in start]
-    torch.testing.assert_close(forward, torch.stack(backward).sum())
+    products = torch.cat([(gradient[n] * along[n]).flatten() for n in start])
+    # A float64 has 2**29 times the resolution of a float32, so the few hundred
+    # roundings on both sides are less than one of a float32.
+    bound = gamma(1) * float(products.abs().sum())
+    assert_within(float(forward), float(products.sum()), bound)
