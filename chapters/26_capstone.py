@@ -12,7 +12,7 @@
 # ```
 # python chapters/26_capstone.py --model smollm2 --data mine.jsonl --method dora
 # python chapters/26_capstone.py --model path/to/Llama-3.1-8B --data mine.jsonl \
-#     --method qlora --dtype bfloat16 --recompute --checkpoint kept
+#     --method qlora --dtype bfloat16 --recompute --checkpoint build/kept
 # ```
 #
 # This page ran on `tiny`, and shows a committed run on SmolLM2 beside it.
@@ -290,7 +290,7 @@ if SMALL and COUNTED:
 # %% [markdown]
 # ## The files
 #
-# The adapter is written in the file format of its method, with the base's fingerprint, a hash of the data and the seed. The commands of `minipeft` need these files and nothing else: `inspect` describes the adapter, `merge` adds it to the base, `audit` compares the merged file with base + adapter bit by bit, and `export` writes GGUF for llama.cpp and Ollama. An update of another method is written a second time as LoRA's two matrices, for these commands.
+# The adapter is written in the file format of its method, with the base's fingerprint, a hash of the data and the seed. The commands of `minipeft` need these files and nothing else: `inspect` describes the adapter, `merge` adds it to the base, `audit` compares the merged file with base + adapter bit by bit, and `export` writes GGUF for llama.cpp and Ollama. An update of another method is written a second time as LoRA's two matrices, in DoRA with its magnitude, for these commands.
 
 # %%
 folder = chapter.out / use.method
