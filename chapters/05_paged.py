@@ -78,7 +78,7 @@ for tokens in (256, 512, 1024, 2048):
 #
 # @source minipeft.reference.paged.resize
 #
-# The step of the optimizer is a loop over pages around [AdamW](04_adamw.md). The update of a weight needs only that weight's state, so nothing changes:
+# The step of the optimizer is a loop over pages around [AdamW](04_adamw.md). The update of a weight needs only the state in that weight's page, so nothing changes:
 #
 # @source minipeft.reference.paged.step
 # @source minipeft.torch.paged.PagedAdamW
@@ -300,7 +300,7 @@ chapter.show(
 # - **Resuming.** A state dict taken while pages are dirty on the device must contain *them*, not the host's stale copies. Ours writes back first; a law saves with one size of page and loads with another.
 #   With the paged AdamW of bitsandbytes, resuming has [ended with an error](https://github.com/axolotl-ai-cloud/axolotl/issues/864).
 # - **Copies in the wrong order.** Our torch version copies on streams of its own. The copy out waits for the computation, a copy in for the last copy out of its page, the computation for the copy in, and memory is not reused before all of them have finished. If
-#   one of these four is missing, the result is wrong now and then. A test runs this code on pretended streams; only the tests marked `gpu` run it on those of a device. They ran once on a GPU, an H200, and passed.
+#   one of these four is missing, the result is wrong now and then. A test runs this code on pretended streams; only tests marked `gpu` run it on those of a device; these ran once on a GPU, an H200, and passed.
 #
 # ## Exercises
 #
@@ -327,7 +327,7 @@ print(f"budget 12 of {PAGES}: {backwards} faults a step instead of {per_step[12]
 assert backwards == PAGES - 12
 
 # %% [markdown]
-# 3. *Clean and dirty.* Touch one page, then take a step, and evict everything after each of the two. How many bytes go back to the host in each case?
+# 3. *Clean and dirty.* Touch one page, then take a step, and evict everything after each of the two. How many bytes do these evictions copy to the host?
 
 # %% tags=["solution"]
 touched = paged.touch(paged.init([adamw.init(W)], PAGE, 4), 0)

@@ -69,7 +69,7 @@ chapter.show(
 # @source minipeft.reference.qlora.backward
 # @source minipeft.torch.qlora._Frozen
 #
-# In torch, any adapter can be put on a `QuantizedLinear`. This function replaces the linear layers of a model:
+# In torch, any adapter but LoftQ's, which quantizes the layer itself, can be put on a `QuantizedLinear`. This function replaces the linear layers of a model:
 #
 # @source minipeft.torch.qlora.quantize_linears
 #

@@ -363,7 +363,7 @@ assert in_tiny > larger
 # ## What goes wrong in practice
 #
 # - **The wrong axis.** The norm belongs to the *row*, over the inputs. The paper calls it column-wise, because [its $W$ is transposed](https://github.com/nbasyl/DoRA/issues/1), and several
-#   implementations took that literally ([dora-from-scratch 3](https://github.com/rasbt/dora-from-scratch/issues/3),
+#   implementations took that literally ([dora-from-scratch](https://github.com/rasbt/dora-from-scratch),
 #   [LyCORIS 216](https://github.com/KohakuBlueleaf/LyCORIS/issues/216)). On a square weight nothing fails:
 
 # %%

@@ -44,7 +44,7 @@ class Tied(NamedTuple):
 def scaling(alpha: float, r: int, rank_stabilized: bool = False) -> float:
     r"""Return $\alpha / r$, or rsLoRA's $\alpha / \sqrt r$.
 
-    With $\alpha / \sqrt r$ the update and its gradient keep their size as r grows.
+    With $\alpha / \sqrt r$, gradient descent keeps the update's size as r grows.
 
     Raises:
         InputError: if r is below 1, or alpha is not finite.

@@ -206,7 +206,7 @@ class PageTable:
 class PagedAdamW(AdamW):
     """AdamW whose states are stored on the host; its results have the bits of `AdamW`.
 
-    A step that has to be computed twice reads the states from the host twice.
+    A step that has to be computed twice reads the states from the host once more.
 
     Args:
         params: as for `AdamW`.
