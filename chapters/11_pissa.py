@@ -87,7 +87,7 @@ chapter.show(
 #
 # An SVD of a large matrix takes long, and all but $r$ of its values are thrown away. The randomized version multiplies $W$ by a few
 # random vectors, multiplies the result by $W W^T$ again and again, so that the directions of the largest singular values grow, and takes the SVD of what $W$ is within the span of these products: a matrix
-# not much wider than the adapter. Each multiplication adds a block, and all blocks are kept, which is more accurate than
+# of at most $3\,(r + 4)$ rows at the default settings. Each multiplication adds a block, and all blocks are kept, which is more accurate than
 # keeping the last one [@musco2015; @halko2011]. A start that depends on random numbers must have a seed, or it cannot be repeated: `Sketch` has one.
 #
 # @source minipeft.reference.pissa.Sketch

@@ -210,7 +210,7 @@ chapter.claim(
 # spends its time on starting operations, not on arithmetic, and a parallel adapter starts five more: two products, the ReLU, the scaling and the sum. A serial one starts six, for it is also multiplied by its share, here 1. On a GPU it is similar as long as the batch is small: Hu and others [@hu2021, table 1] measured 20.7 % and 30.3 % more time for
 # two kinds of adapters in GPT-2 medium for one text of 128 tokens, and 2.2 % and 3.0 % for 32 texts of 512. A parallel adapter could run at the same time as its sublayer; nothing here arranges that.
 #
-# `merge` raises an error for such a model, and the message gives the reason:
+# `merge` raises an error for a serial adapter, and the message gives the reason:
 
 # %%
 from minipeft.errors import InputError

@@ -413,8 +413,8 @@ chapter.show(
 # - **Unmerge by subtraction** drifts in bfloat16. [trl 6688](https://github.com/huggingface/trl/issues/6688) reports growth over a thousand cycles of peft's merge with one adapter: the second of the four ways above.
 # - **Merging twice.** A second call adds the update again, unless the layer keeps a record that it is merged. Here merging starts from the base each time.
 # - **The update in sixteen bits before the sum**: two roundings. In peft `safe_merge=True` and `False` differ in this. For one merge the careful setting is the less exact one. Over many cycles it is the better one, because `unmerge` rounds the update as well.
-# - **A bias that is merged without the scaling** ([peft 2489](https://github.com/huggingface/peft/pull/2489)). It passed every test, because the default has $s = 1$. The tests of this book never use $s = 1$.
-# - **A merged checkpoint with tied embeddings**: the update of the input table reached the output layer too, or was lost. Tied layers are refused here.
+# - **A bias that is merged without the scaling** ([peft 2489](https://github.com/huggingface/peft/pull/2489)). It passed every test, because the default has $s = 1$. The random layers on which this book tests the merge of LoRA never have $s = 1$.
+# - **A merged checkpoint with tied embeddings**: the update of the input table reached the output layer too, or was lost. `inject` refuses tied layers, and the merge of files gives the head a weight of its own ([chapter 21](21_files.md)).
 # - **Merged into the wrong base.** $W$, $\hat W$ and $\hat W$ quantized again are three models. If the file of an adapter does not name its base, it will be merged into one of the others.
 #
 # ## Exercises

@@ -57,7 +57,7 @@ chapter = start("17_side_by_side", steps=10, model="tiny")
 #   that the base had learned.
 #
 # The rules cost more time than a build has, so they have two settings. The results of the long one (`--full`) are committed, and this page shows them. Each build repeats a
-# short one, and claims the same for both.
+# short one, and makes three claims of both.
 #
 # ## Who takes part
 #
@@ -589,7 +589,7 @@ if as_in_the_book:
 # - **One rate for all.** Schulman and others find that the best rate of LoRA is about ten times that of full fine-tuning [@schulman2025]. In this sweep it is {=f"{rates['LoRA'] / rates['full fine-tuning']:.0f}"=} times, on a grid whose neighbours differ by a factor of 3; for VeRA it is {=f"{rates['VeRA'] / rates['full fine-tuning']:.0f}"=} times and for the prompt {=f"{rates['prompt'] / rates['full fine-tuning']:.0f}"=}. The best rates range
 #   from {=f"{min(rates.values()):g}"=} to {=f"{max(rates.values()):g}"=}: to fix one rate for all is to choose the winner.
 # - **A best rate at the edge of the sweep** is not a best rate: one beyond the edge may be better. In this book the chapter fails where one is.
-# - **One loss to choose and to report.** If the rate is taken where the reported loss is lowest, the methods with the most trials win. Here the rate is chosen on a hundred definitions, and the loss reported on others.
+# - **One loss to choose and to report.** If the rate is taken where the reported loss is lowest, the methods with the most trials gain most from chance. Here the rate is chosen on a hundred definitions, and the loss reported on others.
 # - **"Forgets less" without "learned as much".** Compare along the lines of the figure, not at one point each: a rate too small forgets nothing.
 # - **Files that hold what a seed gives again.** By default peft stores VeRA's projections with the adapter (`save_projection=True`): safe against a changed generator, and
 #   many times as large.

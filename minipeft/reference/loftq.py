@@ -55,7 +55,7 @@ def alternate(
     r"""Yield $Q_t = q(W - s B_{t-1} A_{t-1})$, then $s B_t A_t = SVD_r(W - Q_t)$.
 
     For a given Q, the SVD finds the best adapter. For a given adapter, quantization
-    does not find the best Q: a larger absmax in a block makes all its errors larger.
+    does not find the best Q: a larger absmax in a block makes all its steps coarser.
     So the error may rise from one step to the next.
     """
     s = pissa.checked_scaling(W, r, alpha)

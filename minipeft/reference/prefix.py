@@ -56,7 +56,7 @@ def init(rng: np.random.Generator, num_virtual_tokens: int, d: int) -> Prefix:
 def init_reparametrized(
     rng: np.random.Generator, num_virtual_tokens: int, d: int, hidden: int
 ) -> Reparametrization:
-    r"""Start the network: $P \sim N(0, 1)$, weights $U(\pm 1/\sqrt{fan\_in})$, no bias.
+    r"""Start the network: $P \sim N(0, 1)$, weights $U(\pm 1/\sqrt{fan\_in})$, bias 0.
 
     Source: Prefix-tuning (arXiv:2101.00190), section 4.3.
     """

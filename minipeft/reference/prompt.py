@@ -60,7 +60,7 @@ def init(
 
 
 def init_random(rng: np.random.Generator, num_virtual_tokens: int, d: int) -> Prompt:
-    """Start from U(-0.5, 0.5), the paper's baseline; it needs more training steps."""
+    """Start from U(-0.5, 0.5), the simplest of the paper's three starts."""
     check_kind("rng", rng, np.random.Generator)
     check_integer("num_virtual_tokens", num_virtual_tokens, 1)
     check_integer("d", d, 1)

@@ -72,7 +72,7 @@ def requantize(q: Base, adapter: LoRA) -> Base:
     r"""Return a base of the same kind with nearly the same output: $q(\hat W + s B A)$.
 
     Where the update is smaller than half the distance of two codebook values, it is
-    lost.
+    lost, but for the largest weight of each block, which sets the scale.
 
     Raises:
         InputError: if the adapter has another layer's shape.

@@ -73,7 +73,7 @@ def weights(head: Head) -> Shares:
 
 
 def forward(head: Head) -> Mixed:
-    """Return the mixed values $Y = P V$; the fused operation never stores P.
+    """Return the mixed values $Y = P V$; a fused kernel of torch does not store P.
 
     Raises:
         InputError: if the shapes of the parts contradict each other.

@@ -57,8 +57,9 @@ def alternate(
 ) -> Iterator[tuple[Blockwise, LoRA]]:
     """Yield $Q_t = q(W - s B_{t-1} A_{t-1})$, then $s B_t A_t = SVD_r(W - Q_t)$.
 
-    The SVD is the randomized one. The error of a quantizer has nearly equal singular
-    values, so r approximate directions remove almost as much as the r exact ones.
+    The SVD is the randomized one. The singular values of a quantizer's error fall
+    slowly, as those of a random matrix do, so r approximate directions remove almost as
+    much as the r exact ones.
     Quantizing is no projection, so the error may rise from one step to the next.
     """
     s = pissa.checked_scaling(W, r, alpha)

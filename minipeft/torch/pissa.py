@@ -212,8 +212,9 @@ class PiSSALinear(Adapted[PiSSA]):
     """A layer with its residual: $y = x W^T + b + s (x A^T) B^T - s (x A_0^T) B_0^T$.
 
     This equals $x W_{res}^T + b + s (x A^T) B^T$, but $W_{res}$ is never formed. The
-    base keeps its bits, at the cost of two more thin products. A new adapter changes no
-    bit of the output. The subtracted part belongs to the base, so it gets no dropout.
+    base keeps its bits, at the cost of two more thin products. Without dropout, a new
+    adapter changes no bit of the output. The subtracted part belongs to the base, so it
+    gets no dropout.
     """
 
     check_fits = staticmethod(check_fits)

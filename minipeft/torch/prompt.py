@@ -51,7 +51,7 @@ def init(E: Shaped[Tensor, "vocabulary d"], tokens: Integer[Tensor, " n"]) -> Pr
 
 
 def init_random(generator: torch.Generator, num_virtual_tokens: int, d: int) -> Prompt:
-    """Start from U(-0.5, 0.5), the paper's baseline; it needs more training steps."""
+    """Start from U(-0.5, 0.5), the simplest of the paper's three starts."""
     check_generator(generator)
     check_count(num_virtual_tokens)
     check_integer("d", d, 0)
