@@ -481,7 +481,7 @@ for estimate in ("Gaussian", "variational"):
 #
 # ## What goes wrong in practice
 #
-# - **Mutual information without noise.** Of continuous inputs it is infinite here, and an estimator returns a finite number all the same: it depends on the number of samples and on rounding.
+# - **Mutual information without noise.** Of continuous inputs it is infinite where $U$ determines $V$, and an estimator returns a finite number all the same: it depends on the number of samples and on rounding.
 # - **A loose bound read as a value.** CLUB grew to hundreds of thousands of nats where the true value is below {=math.ceil(max(value(last, 'variational', kind=DETERMINED)))=}.
 # - **No control.** Without the random adapter one would credit training with what any matrix does.
 #
