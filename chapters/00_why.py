@@ -191,8 +191,8 @@ chapter.show(
 # Of QLoRA's {=f"{qlora / 1e9:.1f}"=} GB, {=f"{ways['QLoRA: LoRA on 4 bits'].activations / qlora:.0%}"=} are activations. A method of their own
 # makes those smaller: keep only some of them and compute the others again in the backward pass (gradient checkpointing).
 #
-# These sums are lower bounds. They leave out what lives only inside one operation, which [another chapter](24_costs.md)
-# counts, what the allocator loses between its blocks, and the few hundred megabytes that the driver takes.
+# These sums are not the peak, which [another chapter](24_costs.md) counts: what lives only inside one operation comes on top, but gradients grow
+# while activations shrink. They also leave out what the allocator loses between its blocks, and the few hundred megabytes that the driver takes.
 #
 # ## The published number
 #
@@ -215,7 +215,7 @@ assert 65e9 * (2 + 2 + 8) == 780e9
 #
 # ## Exercises
 #
-# 1. From what sequence length on do the activations of LoRA outweigh the 16-bit weights, at batch 1?
+# 1. From what sequence length on do the activations of LoRA on 16 bits outweigh the weights, at batch 1?
 
 # %% tags=["solution"]
 weights = ways["LoRA on 16 bits"].weights

@@ -439,7 +439,7 @@ assert apart < moved / 100
 
 # %% [markdown]
 # {=f"{in_experts / everything:.0%}"=} of Mixtral's weights lie in its experts: who quantizes only linear layers leaves that much in 16 bits. `quantize_linears` quantizes each
-# expert for itself, and `unquantized` lists what it leaves: the embeddings, the head and the routers.
+# expert for itself, and `unquantized` lists the matrices that it leaves: the embeddings, the head and the routers.
 #
 # Files differ here. peft stores one $A$ of shape (experts · r, in), in which the $r$ rows of an expert lie together, and one $B$ of shape (out, r · experts), in which the columns of an expert lie apart, one in each group of experts. A loader that reads both in one
 # order mixes the experts without an error, because the sizes are the same; the golden vectors of `experts_merge` have a case for it.

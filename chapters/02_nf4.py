@@ -165,7 +165,7 @@ assert np.ptp(as_meant) < np.ptp(share) / 3
 # @source minipeft.kernels.blockwise:dequantize
 #
 # The rounding itself is a search among fifteen midpoints, and one decision: a value exactly on
-# a midpoint goes to the lower code.
+# a midpoint goes to the lower value.
 #
 # @source minipeft.reference.blockwise.nearest
 #
@@ -200,14 +200,14 @@ print("back   ", " ".join(f"{w:.4f}" for w in blockwise.dequantize(q).flat))
 #
 # ## The proof
 #
-# The tests draw tensors at random, with subnormal numbers and the largest floats among them, and check three laws. Below, $W_i$ is a weight, $\hat W_i$ is
+# The tests draw tensors at random and check three laws, the first and the last also on subnormal numbers and the largest floats. Below, $W_i$ is a weight, $\hat W_i$ is
 # what dequantizing returns for it, and $a$ is the absmax of its block.
 #
 # - **The error is at most half a gap.** $|W_i - \hat W_i| \le \tfrac12 \, a \max_k (q_{k+1} - q_k)$,
 #   up to five roundings, which the bound counts.
 # - **Quantizing again changes nothing.** The values that came back have the same codes.
 # - **All columns give the same bytes.** NumPy, torch and the CUDA kernel, which the tests run on a CPU, give the same packed bytes and the same
-#   scales. For whole blocks so does bitsandbytes on a CPU.
+#   scales. For whole blocks whose absmax is 0 or at least $10^{-38}$ so does bitsandbytes on a CPU.
 
 # %%
 back = blockwise.dequantize(blockwise.quantize(normal))

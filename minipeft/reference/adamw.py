@@ -190,7 +190,7 @@ def from_arrays(arrays: Mapping[str, np.ndarray]) -> State:
 
 
 def check_fits(W: Weight, grad: Weight, m: Weight, v: Weight) -> None:
-    """Refuse a gradient or a moment that has another shape or is not finite."""
+    """Refuse a gradient or moment of another shape, and a gradient not finite."""
     check_shapes(
         {"W": (W, "..."), "grad": (grad, "..."), "m": (m, "..."), "v": (v, "...")}
     )

@@ -174,8 +174,8 @@ def following(
     """Return the next weights, in the dtype of the moments, and the next moments.
 
     The formula and roundings are those of `reference.adamw.step`; t is the number of
-    this step. The divisors are tensors, because torch divides by a plain number by
-    multiplying with its rounded reciprocal.
+    this step. The divisors are tensors, because on a GPU torch divides by a plain
+    number by multiplying with its rounded reciprocal.
     """
     (m, v), (beta1, beta2), lr = before, group["betas"], group["lr"]
     del before  # frees the memory of the old moments for the new ones
@@ -210,7 +210,7 @@ def wide(W: Weight) -> torch.dtype:
     """Return the dtype of states and arithmetic: float32, or that of W if wider.
 
     bitsandbytes does the same. torch's own AdamW keeps the dtype of W: in bfloat16,
-    beta2 = 0.999 rounds to 1, and most steps are too small to change a weight.
+    0.999 v rounds to v, and most steps are too small to change a weight.
     """
     return torch.promote_types(W.dtype, torch.float32)
 
