@@ -452,7 +452,7 @@ print("every byte once, every sector whole: 1 to 4 bits in, 2 and 4 bytes out")
 # 2. **dequantize, then multiply**: read the codes, write float16, read it again, multiply on tensor cores;
 # 3. **fused**: our `product`. It reads the codes once for 64 tokens, decodes them, and multiplies on tensor cores, eight tokens at a time.
 #
-# Each has a bound; the third one's decoding is counted in instructions. And for each 16 outputs it reads its tokens anew from the L2 cache: at 64 tokens that is {=2 * 64 / 16:.0f=} bytes a weight, many more than the codes. NVIDIA says how much an A100's L2 delivers in a cycle [@nvidia2020], and nothing of the RTX 4090's, for which these bytes are left out. The instructions are those of the code for an A100, for both devices. (A T4 has no such instruction of the tensor cores; its lanes would have to exchange the numbers.) Bounds are no timings. But no kernel is faster than its bound.
+# Each has a bound; the third one's decoding is counted in instructions. And for each 16 outputs it reads its tokens anew from the L2 cache: at 64 tokens that is {=2 * 64 / 16:.0f=} bytes a weight, many more than the codes. NVIDIA says how much an A100's L2 delivers in a cycle [@nvidia2020], and nothing of the RTX 4090's, for which these bytes are left out. The instructions are those of the code for an A100, for both devices. (A T4 has no such instruction of the tensor cores; in our kernel its lanes exchange the numbers.) Bounds are no timings. But no kernel is faster than its bound.
 
 
 # %%

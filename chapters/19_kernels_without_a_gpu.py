@@ -473,7 +473,7 @@ if not NO_NVRTC:
 # %% [markdown]
 # ## What these checks cannot show
 #
-# Plainly: these checks run no kernel on a GPU. One run on an H200 came after them, on 26 November 2026. It was not complete; in all that it compared, every byte was the one that these checks had promised. [Chapter 18](18_gpu_four_bits.md) shows what passed and what failed. What the five checks say about a GPU, and what they do not:
+# Plainly: these checks run no kernel on a GPU. One run on an H200 came after them, on 26 November 2026. It was not complete; every byte that its report compared was the one that these checks had promised, and no golden vector failed. [Chapter 18](18_gpu_four_bits.md) shows what passed and what failed. What the five checks say about a GPU, and what they do not:
 #
 # - **Speed.** Nothing here takes the time that it takes there. Counts of registers and of wide loads are hints. The rooflines of the [last chapter](18_gpu_four_bits.md) are upper bounds of the speed.
 # - **Approximate maths.** `__expf`, `rsqrtf` and their like are hardware; no CPU has their bits. The kernels here use none, and a test looks for them in the PTX.
@@ -507,7 +507,7 @@ if not NO_NVRTC:
 #   [wrong with debugging on](https://github.com/proteneer/timemachine/issues/344).
 # - **A barrier in a branch.** llama.cpp mended a race with a barrier that [only some of the warps reached](https://github.com/ggml-org/llama.cpp/pull/13469): warps then waited for each other at different places, and long contexts came out wrong.
 # - **A race with a pattern.** Packing 4-bit codes by `|=` from eight threads into one word kept [one code of eight](https://github.com/Blaizzy/mlx-vlm/pull/967). The symptom was that 4 bits came out *worse* than 2. The tests used the other path.
-# - **The right code, the wrong width.** A Python float given to a CUDA parameter of type `float` is [read as garbage](https://github.com/cupy/cupy/issues/8485), a 64-bit count in an `int` [overflows](https://github.com/bitsandbytes-foundation/bitsandbytes/pull/1784), and only in the largest tensors.
+# - **The right code, the wrong width.** A Python float given to a CUDA parameter of type `float` is [read as garbage](https://github.com/cupy/cupy/issues/8485), an index in an `int` [overflows](https://github.com/bitsandbytes-foundation/bitsandbytes/pull/1784), and only in the largest tensors.
 # - **Between blocks.** An output zeroed by *some* blocks while others already add to it ([sglang 29749](https://github.com/sgl-project/sglang/pull/29749)). A barrier orders one block only. This is on the list of what would slip through here, unless the shuffled order of blocks happens to show it.
 #
 # ## Exercises

@@ -184,7 +184,7 @@ chapter.claim(
 )
 
 # %% [markdown]
-# How far is each file from the right merge? Distances are given in units of the bound: another order of the sums can move a weight by 1 at most. Each dot stands for one adapted matrix, at the distance of its farthest weight. The control is the right merge in another order.
+# How far is each file from the right merge? The right merge is computed in float64 here, and distances are given in units of the bound: another order of the sums can move a weight by 1 at most. Each dot stands for one adapted matrix, at the distance of its farthest weight. The control is the right merge in another order.
 
 # %%
 MAKERS = {}  # two mistakes that differ in the base's scales have one name
@@ -297,7 +297,7 @@ assert {f.mistake for f in wrong} == {"another layer's alpha"}
 assert all("q_proj" in f.tensor for f in wrong)
 
 # %% [markdown]
-# 2. Compute the norm of one update with the product $BA$ and without it. How many multiplications does each need?
+# 2. Compute the norm of one update with the product $BA$ and without it. How many multiplications do the products of matrices need each time?
 
 # %% tags=["solution"]
 update = adapter.updates["model.layers.0.mlp.up_proj.weight"]

@@ -403,7 +403,7 @@ chapter.claim(
 #
 # ## What a token costs, predicted for a GPU
 #
-# A GPU that generates one token a request waits for memory (see [chapter 18](18_gpu_four_bits.md)). So we count bytes, for the 7-billion model in 16 bits on an A100: {=A100 / 1e9:.0f=} GB a second from its memory, {=PCIE / 1e9:.1f=} from the host [@nvidia2020]. Nothing here is measured: the bytes give the least time of a step, and so the most tokens a second. The keys and values of the context are left out. The 32 requests of a batch come from
+# A GPU that generates one token a request waits for memory (see [chapter 18](18_gpu_four_bits.md)). So we count bytes, for the 7-billion model in 16 bits on an A100: {=A100 / 1e9:.0f=} GB a second from its memory, {=PCIE / 1e9:.1f=} from the host [@nvidia2020]. Nothing here is measured: the bytes give the least time of a step, and so the most tokens a second. The keys and values of the context are left out; the whole embedding is counted, {=f"{2 * LLAMA_7B.vocabulary * LLAMA_7B.width / whole_bytes:.1%}"=} of the base's bytes, though a step reads few of its rows. The 32 requests of a batch come from
 # $D$ different tenants:
 
 # %%
@@ -497,7 +497,7 @@ assert gain < 0.01
 #   refused like that.
 # - **Padding to the largest rank.** Where each place on the device is as large as the highest rank allowed, an adapter of rank 8 beside one of rank 256 takes 32 times its bytes. Our pool stores adapters as they are and pads only the stack of the batch.
 # - **An adapter that is removed while it is used.** The next step would read memory that is free, or belongs to another tenant. The pool refuses and names the request.
-# - **Methods that change the base.** PiSSA and LoftQ train on a base of their own, so their adapters cannot share one. PiSSA's difference from the original weight is a LoRA of twice the rank (see [its chapter](11_pissa.md)), and that can be served.
+# - **Methods that change the base.** PiSSA and LoftQ train on a base of their own, so their adapters do not fit the original one. PiSSA's difference from the original weight is a LoRA of twice the rank (see [its chapter](11_pissa.md)), and that can be served.
 # - **DoRA costs more than LoRA.** Its norms depend on the frozen weight and on the adapter. Our layer computes them again in each pass; a server would keep them.
 #
 # ## Exercises
