@@ -271,7 +271,7 @@ assert sixteen > 3 * two
 #
 # - **Buffers are not sharded.** A 4-bit model whose codes are buffers runs under FSDP, and every card holds all of them. Nothing fails but the memory. `shard` refuses such a model.
 # - **Codes in a dtype that FSDP1 refuses.** FSDP1 flattens the parameters of a block into one tensor, so all must have one dtype. bitsandbytes can therefore store its codes in a floating-point dtype (`quant_storage`), which has to be that of the rest of the model. FSDP2 takes integers as they are.
-# - **The mean of means.** If cards have different numbers of labels, the mean of their mean losses is not the mean over all labels. Sum the losses, and divide by the number of labels on all cards.
+# - **The mean of means.** If cards have different numbers of labels, the mean of their mean losses is not the mean over all labels. Sum the losses of a card, divide by the number of labels on all cards, and multiply by $N$, because the cards average their gradients.
 # - **Merging a sharded model.** A card has only its part of the weight. Gather first: our `merge` says so and refuses.
 # - **Saving on one card.** A state dict that the first process alone asks for never arrives, because the others must send their parts: all processes call `save`.
 #

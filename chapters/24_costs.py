@@ -34,7 +34,7 @@ chapter = start("24_costs", steps=1, model="tiny")
 #
 # ## Predicted and measured
 #
-# Here every method of the book takes a training step on the sizes of `tiny`, with and without gradient checkpointing. *Measured* is the peak of what torch's allocator hands out, weights and states included.
+# Here every method of the book takes a training step on the sizes of `tiny`, with and without gradient checkpointing (the prefix without it only). *Measured* is the peak of what torch's allocator hands out, weights and states included.
 
 # %%
 config = chapter.load().model.config
@@ -242,7 +242,7 @@ assert 35 < small["70B", "QLoRA"] < 48
 #
 # - **Full, 7B and 32B**: 16 bytes a parameter, as ours: 2 for the weight, 2 for the gradient, 12 for the master copy and Adam's two states. **13B**: {=f"{180e9 / parameters['13B']:.1f}"=} to {=f"{200e9 / parameters['13B']:.1f}"=} bytes, a little less than that. **70B**: {=f"{1400e9 / parameters['70B']:.0f}"=} to {=f"{1800e9 / parameters['70B']:.0f}"=} bytes.
 #   Float32 gradients beside those of 16 bits make 20. We know no sum that gives 26 and leaves activations out.
-# - **LoRA, 7B**: the quoted range holds our second setting, where nothing is checkpointed. **13B**: it begins {=f"{48 - book['13B', 'LoRA']:.0f}"=} GB above that. With checkpointing little more than half is needed. **32B**: the weights in 16 bits, which are {=f"{2 * parameters['32B'] / 1e9:.0f}"=} GB, and a little. **70B**: 280 GB are 4 bytes a
+# - **LoRA, 7B**: the quoted range holds our second setting, where nothing is checkpointed. **13B**: it begins {=f"{48 - book['13B', 'LoRA']:.0f}"=} GB above that. With checkpointing {=f"{small['13B', 'LoRA']:.0f}"=} GB are needed. **32B**: the weights in 16 bits, which are {=f"{2 * parameters['32B'] / 1e9:.0f}"=} GB, and a little. **70B**: 280 GB are 4 bytes a
 #   parameter. In 16 bits the same run needs {=f"{small['70B', 'LoRA']:.0f}"=} GB.
 # - **QLoRA**: weights of about half a byte, and what the sequences ask for. At 7B, 13B and 32B the range lies between our two settings; at 70B it holds the first.
 #
