@@ -291,7 +291,7 @@ chapter.show(
     figure,
     "speed",
     alt=f"Step length against relative gradient, both axes logarithmic. The line of 32 bits is flat at {speed[32].mean():.0f}. The line of 8 bits stays near it, within {speed[8][quiet].min():.2f} to {speed[8][quiet].max():.2f}, for gradients above {LARGE:g} of the largest, jumps up below {cliff:.0e} of it, to {speed[8].max():.0f} at most, and goes up and down further left.",
-    caption=f"With 8-bit states, weights whose gradient is below {cliff:.0e} of the largest in their block take steps up to {speed[8].max():.0f} times too long in step 400.",
+    caption=f"With 8-bit states, weights whose gradient is below {cliff:.0e} of the largest in their block take steps up to {speed[8].max():.0f} times too long in the last step.",
 )
 
 # %% [markdown]
