@@ -186,7 +186,9 @@ class PrefixModel(VirtualTokens):
     @property
     def num_virtual_tokens(self) -> int:
         """The number of virtual tokens before the text."""
-        return self.P.shape[3] if self.network is None else len(self.network.P)
+        if self.network is not None:
+            return len(self.network.P)
+        return self.prefix().shape[3]
 
     def prefix(self) -> Inexact[Tensor, "layers 2 heads num_virtual_tokens d"]:
         """Return the keys and values of every head of every layer."""

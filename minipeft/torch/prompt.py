@@ -124,6 +124,7 @@ class PromptModel(VirtualTokens):
     @property
     def num_virtual_tokens(self) -> int:
         """The number of virtual tokens before the text."""
+        check_tensors({"the prompt's P": (self.P, "num_virtual_tokens d")})
         return len(self.P)
 
     def enter(self, call: dict[str, Any]) -> int:

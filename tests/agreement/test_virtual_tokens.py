@@ -12,6 +12,7 @@ from minipeft.errors import InputError
 from minipeft.torch.prefix import PrefixConfig, PrefixModel
 from minipeft.torch.prompt import PromptConfig, PromptModel
 from tests.agreement.architectures import SAY, WORK, build, causal
+from tests.agreement.llama import TEXT, llama
 from tests.operands import annotations_off
 from tests.tolerance import assert_within, gamma
 
@@ -335,3 +336,21 @@ def test_operands_of_another_text_are_refused(kind):
     ):
         with annotations_off(), pytest.raises(InputError, match=sentence):
             ours(AFTER, **wrong)
+
+
+@pytest.mark.parametrize("spoil", ["sum", "narrow", "deep", "flat"])
+@pytest.mark.parametrize(
+    ("model", "config"),
+    [(PromptModel, PromptConfig(3)), (PrefixModel, PrefixConfig(num_virtual_tokens=3))],
+)
+def test_a_replaced_P_of_another_shape_is_refused(model, config, spoil):
+    adapted = model(llama(), config)
+    ways = {
+        "sum": lambda P: P.sum(),
+        "narrow": lambda P: P[..., :1],
+        "deep": lambda P: P[..., None],
+        "flat": lambda P: P[0],
+    }
+    adapted.P = torch.nn.Parameter(ways[spoil](adapted.P.detach()))
+    with annotations_off(), pytest.raises(InputError, match=r"P has shape \("):
+        adapted(TEXT)
