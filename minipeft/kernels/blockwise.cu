@@ -1,21 +1,21 @@
 // Blockwise quantization to a codebook of 2, 4, 8 or 16 values, and back.
 //
-//   quantize    a_b = max |W_i| over block b, q_i = the code nearest to W_i * (1 / a_b)
-//   dequantize  W_i = float32(c[q_i]) * a_b, rounded once to the output's dtype
+//   quantize    a = max |W_i| over a block, c_i = the k of the q_k nearest to W_i * (1 / a)
+//   dequantize  W_i = float32(q[c_i]) * a, rounded once to the output's dtype
 //
 // Codes are packed one after another, the first in the HIGH bits.
 //
-// Bytes moved a value (s = bytes of its dtype, b = bits of a code, B = block size):
-//   quantize    s read, b/8 + 4/B written; its second read comes from L1 or L2
-//   dequantize  b/8 + 4/B read, s written
+// Bytes moved a value (s = bytes of its dtype, b = bits of a code, N = block size):
+//   quantize    s read, b/8 + 4/N written; its second read comes from L1 or L2
+//   dequantize  b/8 + 4/N read, s written
 // Operations a value: quantize 1 maximum, 1 product, 4 comparisons; dequantize 1 product.
 //
 // Roofline: under 3 operations a byte. A GPU computes 10 and more while it moves a byte, so
-// memory bounds both. NF4, B = 64, float16 moves 2.5625 bytes a value: at 1.5 TB/s that is at
+// memory bounds both. NF4, N = 64, float16 moves 2.5625 bytes a value: at 1.5 TB/s that is at
 // most 585 billion values a second, or 1.7 microseconds for a million.
 //
 // Launch: 256 threads.
-//   quantize    a CUDA block takes max(B, 2048) values, a thread 8 neighbours at a time
+//   quantize    a CUDA block takes max(N, 2048) values, a thread 8 neighbours at a time
 //   dequantize  a CUDA block takes 8192 values
 #include "scale.cuh"
 #include "unpack.cuh"

@@ -1,23 +1,23 @@
 // Double quantization: the scales of the blocks are stored in eight bits.
 //
-//   nest               s_b = the code of the dynamic map nearest to
-//                      (a_b - mean a) * (1 / a2), a2 = max |a_b - mean a| over B2 scales
-//   dequantize_nested  W_i = c[q_i] * (d[s_b] * a2 + mean a), the scales decoded on the way
+//   nest               c'_j = the k of the q'_k, values of the dynamic map, nearest to
+//                      (a_j - mean a) * (1 / a'), a' = max |a_j - mean a| over N' scales
+//   dequantize_nested  W_i = q[c_i] * (q'[c'_j] * a' + mean a), scales decoded on the way
 //
-// Bytes moved a value (s = bytes of its dtype, b = bits of a code, B and B2 = block sizes):
-//   nest               a scale: 4 read, 1 + 4/B2 written; a B-th of that for each weight
-//   dequantize_nested  b/8 + 1/B + 4/(B B2) read, s written; separate kernels for the
-//                      scales and the weights would write and read 8/B more
+// Bytes moved a value (s = bytes of its dtype, b = bits of a code, N and N' = block sizes):
+//   nest               a scale: 4 read, 1 + 4/N' written; an N-th of that for each weight
+//   dequantize_nested  b/8 + 1/N + 4/(N N') read, s written; separate kernels for the
+//                      scales and the weights would write and read 8/N more
 // Operations:
 //   nest               a scale: 2 differences, 1 maximum, 1 product, 8 comparisons
 //   dequantize_nested  a value: 1 product; its scale: a product and a sum for every thread
 //                      that uses it, 1/8 each
 //
-// Roofline: under one operation a byte, so memory bounds it. NF4, B = 64, B2 = 256, float16
+// Roofline: under one operation a byte, so memory bounds it. NF4, N = 64, N' = 256, float16
 // moves 2.516 bytes a value: 2 % less than with plain scales, in time too.
 //
 // Launch: 256 threads.
-//   nest               a CUDA block takes the B2 scales of one nested block
+//   nest               a CUDA block takes the N' scales of one nested block
 //   dequantize_nested  a CUDA block takes 8192 values
 #include "scale.cuh"
 #include "unpack.cuh"

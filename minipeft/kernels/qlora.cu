@@ -1,17 +1,17 @@
 // A frozen base of 4 bits times a few rows of x, plus LoRA: the step of decoding.
 //
-//   y_t = W x_t + bias + s B h_t,   W_oj = c[q] * a rounded to the dtype of x,   h = A x
+//   y_t = W x_t + bias + s B h_t,   W_oj = q[c] * a rounded to the dtype of x,   h = A x
 //
 // The weight is decoded in registers and never written. h comes from `shrink` of
 // lora_batched. All terms are summed in float32 and rounded once. `product_nested` decodes
 // the scales too, where they are codes of eight bits.
 //
-// Bytes moved a weight (s = bytes of the dtype of x): 1/2 + 4/B of its code and scale
-// (1/2 + 1/B when nested), read once for up to 4 rows of x in float32, up to 64 in 16 bits.
-// For each 16 outputs a CUDA block reads its rows of x anew, from L2: s/16 a weight and row.
-// Flops: 2 a weight and row, and the decoding: a shift, a mask, a product.
+// Bytes moved a weight (s = bytes of the dtype of x, N = block size): 1/2 + 4/N of its code
+// and scale (1/2 + 1/N when nested), read once for up to 4 rows of x in float32, up to 64 in
+// 16 bits. For each 16 outputs a CUDA block reads its rows of x anew, from L2: s/16 a weight
+// and row. Flops: 2 a weight and row, and the decoding: a shift, a mask, a product.
 //
-// Roofline: 9 operations a byte for one row, and the 0.5625 bytes a weight (B = 64) are 3.6
+// Roofline: 9 operations a byte for one row, and the 0.5625 bytes a weight (N = 64) are 3.6
 // times fewer than in float16. A 4096 x 4096 layer: 9.4 MB, 6.3 microseconds at 1.5 TB/s. But
 // the instructions of a weight of 4 bits take longer than its bytes: they extract the code,
 // look it up, scale it, and round two weights at once. Ordinary units need two more, to widen

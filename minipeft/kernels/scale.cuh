@@ -1,7 +1,7 @@
 // How a block is scaled before its codes are looked up.
 #include "common.cuh"
 
-// Multiplies by 1 / absmax. The reciprocal of a subnormal overflows; lifting value and
+// Multiplies by 1 / absmax. The reciprocal of a subnormal may overflow; lifting value and
 // absmax by 2^64 first is exact. A zero block is scaled to zeros.
 struct Scale {
   float lift, inverse;

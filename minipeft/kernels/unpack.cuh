@@ -40,8 +40,8 @@ __device__ __forceinline__ void unpack_whole(const byte* __restrict__ packed,
 }
 
 // Any other tile. Neighbouring threads load neighbouring 16 bytes, and store neighbouring
-// 16 bytes. One load holds 32 codes and one store 4 or 8 values, so threads exchange the
-// codes through shared memory.
+// 16 bytes. One load holds 128 bits of codes and one store 4 or 8 values, so threads
+// exchange the codes through shared memory.
 template <int THREADS, class T, class ScaleOf>
 __device__ __forceinline__ void unpack_any(const byte* staged, const float* value,
                                            T* __restrict__ out, int left, i64 block,
