@@ -121,7 +121,7 @@ print(
 # ## The same count at 7 billion
 #
 # Now the sizes of Llama 2 7B, a batch of four sequences of 512 tokens, and four ways to train it. The adapters are LoRA
-# of rank 64 on every linear layer, in 32 bits. Every count of this model in the book uses this setting, unless it says
+# of rank 64 on every linear layer of the blocks, in 32 bits. Every count of this model in the book uses this setting, unless it says
 # otherwise.
 
 # %%
@@ -186,7 +186,7 @@ chapter.show(
 # - **LoRA** trains {=f"{memory.adapter_parameters(llama, adapter) / 1e6:.0f}"=} million numbers instead of
 #   {=f"{llama.parameters / 1e9:.2f}"=} billion. Their gradients and states take
 #   {=f"{(ways['LoRA on 16 bits'].gradients + ways['LoRA on 16 bits'].optimizer) / 1e9:.1f}"=} GB. Weights and activations are what remains.
-# - **QLoRA** keeps the frozen weights of the linear layers in {=f"{8 * nested:.3f}"=} bits each instead of 16.
+# - **QLoRA** keeps the frozen weights of the blocks' linear layers in {=f"{8 * nested:.3f}"=} bits each instead of 16.
 #
 # Of QLoRA's {=f"{qlora / 1e9:.1f}"=} GB, {=f"{ways['QLoRA: LoRA on 4 bits'].activations / qlora:.0%}"=} are activations. A method of their own
 # makes those smaller: keep only some of them and compute the others again in the backward pass (gradient checkpointing).

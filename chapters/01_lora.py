@@ -1,9 +1,9 @@
 # %% [markdown]
 # # LoRA: train a thin product
 #
-# A weight matrix of a large model has millions of entries. What fine-tuning *changes* about it can be
-# described with far fewer: two thin matrices whose product is added to the frozen weight. That is LoRA
-# [@hu2021]. This chapter goes from its formula to a trained model, and asks what the frozen weights contribute.
+# A weight matrix of a large model has millions of entries. LoRA [@hu2021] describes with far fewer numbers what
+# fine-tuning *changes* about it: by two thin matrices whose product is added to the frozen weight.
+# This chapter goes from its formula to a trained model, and asks what the frozen weights contribute.
 
 # %%
 import copy

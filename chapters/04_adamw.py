@@ -299,7 +299,7 @@ chapter.show(
 # less than {=f"{cliff:.0e}"=} of the largest in its block, its $v$ is rounded to zero. In the next step only the newest gradient contributes to the root:
 # $\sqrt{(1 - \beta_2)\, g^2} = {=f"{np.sqrt(1e-3):.3f}"=}\,|g|$, which is divided by $\sqrt{1 - \beta_2^t}$, {=f"{np.sqrt(1 - 0.999**400):.2f}"=} in step 400. So this step is about {=f"{np.sqrt((1 - 0.999**400) / 1e-3):.0f}"=} times too long, and one after thousands of steps
 # $1/{=f"{np.sqrt(1e-3):.3f}"=} \approx$ {=f"{1 / np.sqrt(1e-3):.0f}"=} times. The coarse grid of $m$ for such small values changes that by factors from {=f"{speed[8][SIZES <= cliff].min() / np.sqrt((1 - 0.999**400) / 1e-3):.1f}"=} to {=f"{speed[8].max() / np.sqrt((1 - 0.999**400) / 1e-3):.1f}"=}.
-# Embeddings are the risky case, since rows of rare words share blocks with rows of frequent ones. The paper has an embedding layer of its own, against the uneven gradients of rare and frequent words, and its states keep 32 bits [@dettmers2021, section 2.3]; the authors' library calls it `StableEmbedding`. Smaller blocks help too, because fewer weights share a scale.
+# Embeddings are at risk where a block reaches from one row into the next, as in `tiny`: there rows of rare words share a scale with rows of frequent ones. The paper has an embedding layer of its own, against the uneven gradients of rare and frequent words, and its states keep 32 bits [@dettmers2021, section 2.3]; the authors' library calls it `StableEmbedding`. Smaller blocks help too, because fewer weights share a scale.
 #
 # ## What goes wrong in practice
 
