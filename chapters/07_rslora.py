@@ -171,8 +171,8 @@ assert abs(adam_stable[0] - 0.5) < 0.15
 
 # %% [markdown]
 # So in the first steps with Adam, $\alpha/r$ is the scaling under which the learning rate need not change with the rank. Schulman reports the same from large models
-# [@schulman2025]. The theorem and this observation do not contradict each other. The theorem is about the size of gradients, which Adam divides out; the observation is about the size of
-# Adam's steps.
+# [@schulman2025]. The theorem and this observation do not contradict each other. The theorem is about gradient descent, whose steps grow with the gradients; the observation is about Adam,
+# which divides the size of the gradients out.
 #
 # The paper's own runs, of Llama 2, use AdamW at one learning rate. With $\alpha/r$ all ranks from 4 to 2,048 end at about the same loss; with $\alpha/\sqrt r$ the larger ranks end lower. Are their steps only longer? As a control the paper tries other rates for
 # $\alpha/r$ at rank 4: the best reaches a perplexity of 1.863, and $\alpha/\sqrt r$ at rank 2,048 one of 1.836. Our control is another: a larger rate at the *larger* rank.

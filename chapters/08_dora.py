@@ -75,7 +75,7 @@ chapter = start("08_dora", steps=40, model="tiny")
 # ### One tensor less to keep
 #
 # The gradient of $m$ needs the output before it was scaled, which would be one more tensor to keep for every layer. But dividing the scaled output by $g$ gives the unscaled one back, and the scaled
-# output is often kept anyway, because the next operation needs its input: another linear layer, a nonlinearity. So the torch column keeps the scaled output.
+# output is often kept anyway, because the next operation needs its input: another linear layer, a nonlinearity. So on a CPU the torch column keeps the scaled output.
 # Where the next operation is a sum, as behind a block's last layer, no other operation keeps it, and DoRA costs one tensor more. Both cases are measured below.
 #
 # @source minipeft.torch.dora._Rescale

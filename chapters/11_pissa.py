@@ -35,7 +35,7 @@ chapter = start("11_pissa", steps=32, model="tiny")
 # $$ A = \sqrt{S_r / s}\; V_r^T, \qquad B = U_r \sqrt{S_r / s}, \qquad W_{res} = W - s\,B A. $$
 #
 # The frozen base is now $W_{res}$, and $W_{res} + s\,BA = W$: training begins exactly at the base model, as with LoRA. But neither $A$ nor $B$ is zero, so both have a gradient from the
-# first step. The split is right for every $\alpha$ only because of the division by $s$ under the root; without it, only for $\alpha = r$.
+# first step. The product $s\,BA$ is $U_r S_r V_r^T$ for every $\alpha$ only because of the division by $s$ under the root; without it, only for $\alpha = r$.
 #
 # Nothing of rank $r$ is nearer to $W$ than $U_r S_r V_r^T$: the theorem of Eckart and Young [@eckart1936]. What the adapter holds is therefore
 # the largest part of $W$ that an adapter of this rank *can* hold.

@@ -78,7 +78,7 @@ chapter = start("14_prefix", steps=40, model="tiny")
 #
 # ### The network that is thrown away
 #
-# The authors found that training keys and values directly is sensitive to the learning rate and to the start. So they trained a small network whose *output* is the
+# The authors found that training keys and values directly is sensitive to the learning rate and to the start. So they trained a network whose *output* is the
 # prefix. After training this network is run once more, its output kept, and the network dropped. It costs nothing afterwards, even if it has many times as many numbers as the prefix.
 #
 # @source minipeft.reference.prefix.Reparametrization
@@ -298,7 +298,7 @@ for name, seconds in cost.items():
 #
 # ## What goes wrong in practice
 #
-# - **The mask.** The prefix must be visible to every query. A causal mask that is aligned at the wrong end leaves out the prefix, or lets in tokens of the future. Here the mask is the text's own, and ones stand before it.
+# - **The mask.** The prefix must be visible to every query. A causal mask that is aligned at the first key instead of the last hides every query's own token. Here the mask is the text's own, and ones stand before it.
 # - **Positions.** With rotary embeddings the cached keys are already turned. The text begins at position $n$. If it begins at 0, its distance to every virtual token is wrong.
 # - **Gradient checkpointing switches the cache off**, and with it the prefix. transformers 5.23 says so in its log only, and then stops at a mask that is too long, an error that does not name the cause. Here the error names it.
 # - **A random start.** From $N(0, 1)$ the model above lost {=f"{lost:.2f}"=} nats before training, and from random numbers of the size of real keys and values {=f"{matched - without:.2f}"=}. From real text it lost {=f"{tuned['from text'].before - without:.3f}"=}.

@@ -22,7 +22,7 @@ class Prefix:
 
 @dataclass(frozen=True)
 class Reparametrization:
-    """A small network whose output is the prefix; training it is more stable."""
+    """A network whose output is the prefix; training it is more stable."""
 
     P: Shaped[np.ndarray, "num_virtual_tokens width"]
     W_down: Shaped[np.ndarray, "hidden width"]

@@ -34,7 +34,7 @@ class Prefix:
 
 
 class Reparametrization(nn.Module):
-    r"""A small network whose output is the prefix; training it is more stable.
+    r"""A network whose output is the prefix; training it is more stable.
 
     $[K, V] = \tanh(P W_\downarrow^T + b) W_\uparrow^T + b$, with one hidden layer for
     all heads of all layers.
