@@ -236,7 +236,7 @@ chapter.show(
 # %% [markdown]
 # ## What it costs
 #
-# A prompt has $n \cdot d$ numbers to train and keep. With ten tokens that is {=f"{N * width:,}"=} here, fewer than the 2,048 of [IA3](10_ia3.md) and the 5,120 of a [prefix](14_prefix.md) of ten; with twenty it is more than IA3's. But $n$ more tokens are computed, in every layer, for every request,
+# A prompt has $n \cdot d$ numbers to train and keep. With ten tokens that is {=f"{N * width:,}"=} here, fewer than the 2,048 of [IA3](10_ia3.md) and the 5,120 of a [prefix](14_prefix.md) of ten; with twenty it is more than IA3's. But $n$ more tokens are computed in every layer, for every request unless their keys and values are kept,
 # and the context has $n$ places fewer for text. Beside a short text a long prompt is most of what is computed, so there the price is highest. The times are medians of nine turns in which all take part.
 
 # %%

@@ -577,7 +577,7 @@ if as_in_the_book:
 # Of methods with equally many numbers, take the one that suits the purpose: memory of a large base (QLoRA), small files (IA3, prompt, prefix; VeRA where layers are wide), merging (the relatives of LoRA), no change to any layer (prefix, prompt). Then
 # tune its rate. That is what this page supports. It does not support a ranking, for these reasons:
 #
-# - **A tiny model.** With a million parameters, activations are most of the memory and the embedding is a good part of the weights. Full fine-tuning needs {=f"{memory['full fine-tuning'] / memory['QLoRA']:.1f}"=} times the memory of QLoRA here, and over ten times at 7 billion
+# - **A tiny model.** With a million parameters, activations are most of the memory and the embedding is a good part of the weights. Full fine-tuning needs {=f"{memory['full fine-tuning'] / memory['QLoRA']:.1f}"=} times the memory of QLoRA here, and about seven times at 7 billion
 #   ([chapter 0](00_why.md) counts it), where a rank of 8 is 0.3 % of the parameters, not {=f"{100 * trained['LoRA'] / trained['full fine-tuning']:.0f}"=} %.
 # - **A short run.** {=full["steps"]=} steps do not show who would win in the end. A method with few parameters may need more of them: prompt tuning takes tens of thousands in its paper [@lester2021].
 # - **One dataset, one base.** The task is to change manner, which needs little new knowledge. That may favour small adapters; nothing here tests it.

@@ -180,7 +180,7 @@ READS = {
     "lane i takes the i-th byte": (lane, 1),
     "lane i takes 16 bytes of its own row": (2048 * lane, 16),
     "lane i takes a byte of its own block": (32 * lane, 1),
-    "each scale in front of its codes": (20 * lane + 4, 4),
+    "each scale in front of its codes": (20 * (lane // 4) + 4 + 4 * (lane % 4), 4),
 }
 print("load                                    bytes wanted   sectors   efficiency")
 shares = {}
@@ -226,7 +226,7 @@ chapter.show(
 # - **Neighbours take neighbouring 16 bytes**: everything fetched is wanted, and one instruction moves 512 bytes. 16 bytes are the most that a lane of these devices can load at once.
 # - **A byte each** wastes nothing either, but needs sixteen instructions and sixteen addresses for the same bytes.
 # - **Each lane its own row, or its own block**, is how one would write it for a CPU. Half of what is fetched is wanted, or a thirty-second part. The next load of the same lane may find the rest in a cache, if nothing has displaced it.
-# - **Each scale in front of its codes** is the layout of many files: in GGUF's `Q4_1`, four bytes for scale and offset, then 16 of codes, for every 32 weights. A CPU reads it well. On a GPU a block begins at every 20th byte, so the codes of only one block in four begin at a multiple of 16, as a load of 16 bytes must, and a load of four bytes by each lane wants {=f"{shares['each scale in front of its codes'].mean():.0%}"=} of the bytes that are fetched.
+# - **Each scale in front of its codes** is the layout of many files: in GGUF's `Q4_1`, four bytes for scale and offset, then 16 of codes, for every 32 weights. A CPU reads it well. On a GPU a block begins at every 20th byte, so the codes of only one block in four begin at a multiple of 16, as a load of 16 bytes must, and neighbouring lanes with four bytes of codes each want {=f"{shares['each scale in front of its codes'].mean():.0%}"=} of the bytes that are fetched.
 #
 # Stores obey the same law, with one more difficulty. A lane that loaded 16 bytes holds 32 codes, which become 64 bytes of float16: four stores. If each lane stores its own, then in each of the four the lanes are 64 bytes apart.
 
@@ -416,7 +416,7 @@ chapter.show(
 # The 4-bit product looks up, scales and rounds a weight; widening it to float32 and adding would be two instructions more for one row of $x$, and at least one more for each further row. Tensor cores take the rounded weight as it is, eight rows at a time.
 #
 # **Why three kernels stay above the ridge.** `quantize` searches among the boundaries for each value, and runs once in the life of a model. An H100 has time for {=per_weight["product"] * ridge_h100 * 32:.1f=} instructions while it reads a weight of 4.5 bits. Finding its place in the table, adding the table's address, looking it up, scaling, and half a rounding are 4.5, and what is left are loads and loops. AdamW with states of eight bits has time for {=per_weight["adamw_8bit"] * ridge_h100 * 32:.0f=} a value, and two searches
-# of eight levels, four instructions each, are 64; two divisions and a root, rounded as IEEE 754 says, are about 40, and decoding, scaling and the updates are the rest. All of it is needed for the same bits as the reference. In its tables of 256 values lanes also wait for banks, {=waited:.1f=} cycles a value, and the memory pipe stays below the other limits because the midpoints are stored as a tree: in a sorted table all lanes of the first steps read one bank.
+# of eight levels, at most four instructions each, are 60; two divisions and a root, rounded as IEEE 754 says, are about 30, and decoding, scaling and the updates are the rest. All of it is needed for the same bits as the reference. In its tables of 256 values lanes also wait for banks, {=waited:.1f=} cycles a value, and the memory pipe stays below the other limits because the midpoints are stored as a tree: in a sorted table all lanes of the first steps read one bank.
 #
 # ## The proof
 #

@@ -14,8 +14,8 @@
 // Operations a value: 14, with a division and a square root; in eight bits 16 comparisons
 // more.
 //
-// Roofline: at most 3 operations a byte, so memory bounds both. A billion parameters in
-// float32 at 1.5 TB/s: 18.7 ms a step, and 10.7 ms with states of eight bits.
+// Roofline: at most 3 operations a byte, so by operations memory bounds both. A billion
+// parameters in float32 at 1.5 TB/s: 18.7 ms a step, and 10.7 ms with states of eight bits.
 //
 // Launch: 256 threads.
 //   adamw       a thread takes 4 neighbours at a time, so that a warp reads and writes

@@ -11,8 +11,8 @@
 // Operations a value: quantize 1 maximum, 1 product, 4 comparisons; dequantize 1 product.
 //
 // Roofline: under 3 operations a byte. A GPU computes 10 and more while it moves a byte, so
-// memory bounds both. NF4, N = 64, float16 moves 2.5625 bytes a value: at 1.5 TB/s that is at
-// most 585 billion values a second, or 1.7 microseconds for a million.
+// by operations memory bounds both. NF4, N = 64, float16 moves 2.5625 bytes a value: at
+// 1.5 TB/s at most 585 billion values a second, or 1.7 microseconds for a million.
 //
 // Launch: 256 threads.
 //   quantize    a CUDA block takes max(N, 2048) values, a thread 8 neighbours at a time
