@@ -77,7 +77,7 @@ print(f"{W.size} weights, {packed.size} bytes, {absmax.size} scales")
 # %% [markdown]
 # ## The first check: compile it for what you do not have
 #
-# NVRTC compiles for any GPU on any machine. That shows whether the source is valid CUDA, for an old generation and for a new one, and what it will use there. **Registers** decide how many threads fit, and too few of them
+# NVRTC compiles for a GPU on a machine that has none. That shows whether the source is valid CUDA, for an old generation and for a new one, and what it will use there. **Registers** decide how many threads fit, and too few of them
 # means **spilling**: values wait in memory instead. The [last chapter](18_gpu_four_bits.md) reads such numbers; here they are a test. A file holds them for each kernel, and a change that makes one worse must change the file too.
 
 

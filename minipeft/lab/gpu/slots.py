@@ -2,7 +2,7 @@
 
 A multiprocessor has four schedulers, and each issues one instruction of one warp a
 cycle. By bytes alone, memory limits nearly every kernel; but decoding a weight takes
-ten instructions, and these take time too.
+seven to nine instructions, and these take time too.
 
 Of all ways through a kernel's machine code that do the work of a thread, the cheapest
 is looked for. What counts as the work is a sequence of instructions that no way can do
