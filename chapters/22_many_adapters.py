@@ -76,7 +76,7 @@ assert whole_bytes > 100 * adapter_bytes
 #
 # @source minipeft.reference.lora_batched.check_fits
 #
-# Any other method goes through its own layer, once for all rows that share an adapter; the base is not computed again:
+# Any other method goes through its own layer, once for all rows that share an adapter:
 #
 # @source minipeft.torch.lora_batched.BatchedLinear.adapt
 #

@@ -151,14 +151,14 @@ assert round(4 * lora(GPT2_L, 4) / 2**20, 1) == 2.8  # and that of GPT-2 L 2.3
 assert round(lora(DEBERTA, 8) / 1e6, 1) == 2.4
 
 # %% [markdown]
-# The file that the authors published for GPT-2 M has about 1.5 MiB. That is 393,216 numbers of four bytes, 1.57 million bytes; 350,000 numbers would be 1.40 million. That of GPT-2 L is said to have 2.3 MB, which fits neither the count nor the printed number. FourierFT's table 1 has LoRA beside it, and prints both 350 K and 393 K for the shape of GPT-2 M. Its columns of LoRA:
+# The file that the authors published for GPT-2 M has about 1.5 MiB. That is 393,216 numbers of four bytes, 1.57 million bytes; 350,000 numbers would be 1.40 million. That of GPT-2 L is said to have 2.3 MB, which fits neither the count nor the printed number. FourierFT's table 1 has LoRA beside it, and prints 350 K for GPT-2 M and 393 K for RoBERTa-large, which has the same shape. Its columns of LoRA:
 
 # %%
 again(
     "FourierFT, LoRA's columns",
     [
         ("GPT-2 M, q, v, r = 4", "350 K", lora(GPT2_M, 4), "unexplained", ""),
-        ("GPT-2 M, q, v, r = 4, again", "393 K", lora(GPT2_M, 4), "equal", ""),
+        ("RoBERTa-large, q, v, r = 4", "393 K", lora(LARGE, 4), "equal", ""),
         ("Llama 2 7B, q, v, r = 16", "8.39 M", lora(LLAMA_7B, 16), "equal", ""),
         ("Llama 2 7B, q, v, r = 64", "33.5 M", lora(LLAMA_7B, 64), "truncated", ""),
         ("Llama 2 13B, q, v, r = 16", "13.1 M", lora(LLAMA_13B, 16), "equal", ""),

@@ -34,13 +34,13 @@ chapter = start("28_start_matters", steps=15, model="tiny")
 # 1. PiSSA converges faster than LoRA, and ends lower, "under identical experimental setups" [@meng2024].
 # 2. In two bits LoftQ converges on Llama 2, and QLoRA does not [@li2023].
 #
-# "Identical setup" includes the learning rate. But the starts do not move alike at one rate: LoRA's $B$ is zero, so in the first step only $B$ changes the product $BA$, in proportion to the entries of $A$, which are small. PiSSA's $A$ and $B$ hold the largest singular values of
+# On text generation "identical setup" includes the learning rate. But the starts do not move alike at one rate: LoRA's $B$ is zero, so in the first step only $B$ changes the product $BA$, in proportion to the entries of $A$, which are small. PiSSA's $A$ and $B$ hold the largest singular values of
 # the weight, and each changes the product in proportion to the other. So this chapter also asks what a common rate does to the comparison.
 #
 # ## The setting
 #
 # `tiny` learns *The Devil's Dictionary*. Adapters have rank 8 and $\alpha = 16$ on every linear layer. Rates lie on a grid of half decades, a factor of $\sqrt{10}$ apart. For each start the search begins at 0.01 and ends when the best rate has a worse one on both sides, with one seed, judged on fifty definitions
-# that are used for nothing else. The curves are on fifty others. `tiny` has 0.92 million parameters; the papers' models have 184 million to 70 billion.
+# that no run is trained on. The curves are on fifty others. `tiny` has 0.92 million parameters; the papers' models have 184 million to 70 billion.
 
 # %%
 base = chapter.load()
@@ -254,7 +254,7 @@ chapter.show(
 #
 # ## At one rate
 #
-# The sweeps contain the published comparison too: one rate for both. Here is the first seed, at each rate that both tried, judged on the definitions on which rates are chosen.
+# The sweeps also compare the two at one rate. Here is the first seed, at each rate that both tried, judged on the definitions on which rates are chosen.
 
 # %%
 tried = {name: dict(starts[name]["tried"]) for name in ("LoRA", "PiSSA")}
@@ -433,7 +433,7 @@ if two_bits:
 #
 # - **A small model and a short run.** {=full["steps"]=} steps of 8 definitions on a model of a million parameters. PiSSA's paper has models of 184 million to 70 billion parameters, and trains on far more text.
 # - **A grid of half decades, searched with one seed.** A finer grid could improve each start a little.
-# - **One rank and one scaling.** Rank 8 and $\alpha / r = 2$, for LoRA and for PiSSA. PiSSA's paper takes $\alpha = r$, and another scaling may have other best rates.
+# - **One rank and one scaling.** Rank 8 and $\alpha / r = 2$, for LoRA and for PiSSA. PiSSA's paper takes $\alpha = r$ on text generation, and another scaling may have other best rates.
 # - **Two models of one size.** Both have about a million parameters. `--model` with `--full` repeats the chapter on another one. SmolLM2's file holds four bits already, so there only the starts in full precision are compared.
 #
 # ## What goes wrong in practice
