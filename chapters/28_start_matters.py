@@ -273,7 +273,7 @@ PISSA, LORA = rates["PiSSA"], rates["LoRA"]
 # %% [markdown]
 # ## On a second base
 #
-# Others trained *glassllm*: on novels by Lewis Carroll, with a tokenizer of its own, in float16 and not quantized ([its package](https://pypi.org/project/glassllm/), MIT licence). With 0.85 million parameters it is about as large as `tiny`. Three commands make it a folder for `--model` and repeat the long run on it, in float32:
+# Others trained *glassllm*: on books by Lewis Carroll, with a tokenizer of its own, in float16 and not quantized ([its package](https://pypi.org/project/glassllm/), MIT licence). With 0.85 million parameters it is about as large as `tiny`. Three commands make it a folder for `--model` and repeat the long run on it, in float32:
 #
 # ```
 # pip download --no-deps glassllm==0.1.0
