@@ -223,11 +223,10 @@ def _progress(header: dict[str, Any]) -> Progress:
     if found.keys() != known:
         odd = ", ".join(sorted(found.keys() ^ known))
         raise ValueError(f"progress has other fields than expected: {odd}")
-    validation = [(int(step), _loss(loss)) for step, loss in found.pop("validation")]
+    validation = [(_step(step), _loss(loss)) for step, loss in found.pop("validation")]
     losses = [_loss(loss) for loss in found.pop("losses")]
-    step, seconds, settings = (found[k] for k in ("step", "seconds", "settings"))
-    if type(step) is not int or step < 0:
-        raise ValueError(f"step is {step!r}")
+    step = _step(found["step"])
+    seconds, settings = found["seconds"], found["settings"]
     # A whole number may lie beyond every float.
     if type(seconds) not in (int, float) or not 0 <= seconds <= sys.float_info.max:
         raise ValueError(f"seconds is {seconds!r}")
@@ -236,6 +235,12 @@ def _progress(header: dict[str, Any]) -> Progress:
     ):
         raise ValueError(f"settings is {settings!r}")
     return Progress(step, losses, validation, float(seconds), settings)
+
+
+def _step(value: Any) -> int:
+    if type(value) is not int or value < 0:
+        raise ValueError(f"a step is {value!r:.60}, not a whole number from 0")
+    return value
 
 
 def _loss(value: Any) -> float:

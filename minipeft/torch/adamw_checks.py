@@ -98,8 +98,10 @@ def check_parts(
             f"{', '.join(['step', *parts])}; {AGAIN}"
         )
     t = state["step"]
-    if type(t) is not int or t < 0:
-        raise InputError(f"the state of {name} has step {t}; it counts from 0. {AGAIN}")
+    if type(t) is not int or not 0 <= t <= LARGEST:
+        raise InputError(
+            f"the state of {name} has step {t!r:.60}; it counts from 0. {AGAIN}"
+        )
     for key, (shape, dtype) in parts.items():
         value = state[key]
         fits = isinstance(value, Tensor) and value.dtype == dtype

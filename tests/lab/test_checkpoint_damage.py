@@ -2,6 +2,7 @@
 
 import copy
 import json
+import math
 import os
 import random
 import signal
@@ -84,6 +85,20 @@ FORGERIES = {
         {**h, "progress": {**h["progress"], "step": -1}},
         t,
     ),
+    **{
+        f"a validation at step {at}": lambda h, t, at=at: (
+            {**h, "progress": {**h["progress"], "validation": [[at, 1.5]]}},
+            t,
+        )
+        for at in (math.inf, math.nan, 1.5, -1, True, "3", None)
+    },
+    **{
+        f"a step of a state is {at!r:.9}": lambda h, t, at=at: (
+            {**h, "numbers": {name: at for name in h["numbers"]}},
+            t,
+        )
+        for at in (math.inf, math.nan, 1.5, -1, True, "3", None, 10**400)
+    },
     "seconds are a word": lambda h, t: (
         {**h, "progress": {**h["progress"], "seconds": "("}},
         t,
