@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from book import BookError, Folders, font, maths, shelf
+from book import BookError, Folders, bugs, font, maths, shelf
 from book.prose import expand
 from generate import ROOT, Book, generate, hand_written
 from mkdocs.exceptions import PluginError
@@ -38,6 +38,8 @@ def on_page_markdown(markdown: str, page: Any, config: Any, files: Any) -> str:
     if where.startswith("api/"):
         return markdown
     try:
+        if where == "bugs.md":
+            markdown = bugs.page(markdown, book.layout)
         if not where.startswith("book/"):
             markdown = expand(markdown, hand_written(book, where))
     except BookError as error:

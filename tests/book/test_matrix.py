@@ -166,7 +166,7 @@ def result(version, failed, **more):
 
 def test_a_page_shows_counts_the_least_case_and_what_changed(tmp_path):
     (tmp_path / "lib").mkdir()
-    for version, failed in {"1.9": [3, 4], "1.10": [4, 5]}.items():
+    for version, failed in {"1.9": [3, 4], "1.10": [4, 5, 12]}.items():
         path = tmp_path / "lib" / f"{version}.json"
         path.write_text(json.dumps(result(version, failed)))
     (tmp_path / "gone").mkdir()
@@ -179,14 +179,15 @@ def test_a_page_shows_counts_the_least_case_and_what_changed(tmp_path):
     )
     table = matrix.table(tmp_path)
     assert "[lib 1.10](#lib)" in table
-    assert "| `nf4_quantize` | 9 of 11 |" in table
+    assert "| `nf4_quantize` | 9 of 12 |" in table
     details = matrix.details(tmp_path)
     assert "tcId 4, odd: `packed [0] is 0x01` (OddLength)" in details
     assert "<https://example.org/1>" in details
     assert "- odd (difference): It counts from 1. `nf4_quantize` 4–5, 7" in details
-    assert "Since 1.9: newly failing: `nf4_quantize:5`; mended: `nf4_quantize:3`." in (
-        details
-    )
+    assert (  # 1.9 had 11 cases
+        "Since 1.9: newly failing: `nf4_quantize:5`; mended: `nf4_quantize:3`; "
+        "failing in cases that are new: `nf4_quantize:12`."
+    ) in details
     assert "Not run on 2026-01-02: `no wheel`" in details
 
 

@@ -8,6 +8,8 @@ source        the source of a symbol, found by name
 page          one chapter as a Markdown page, with its figures
 notebook      the same chapter as a notebook
 shelf         bibliography and glossary, from their data files
+matrix        what the vectors found in other libraries, from the committed results
+bugs, reproduce  which of the bugs this build sees itself, in what is installed
 vectors       the operations of the golden vectors, from the vectors
 api, methods  the reference pages and the table of methods, from the files that exist
 maths, font   formulas to MathML, and the font that draws them

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 Found = dict[str, Any]
+STATUSES = ("pass", "fail", "policy", "skip")
 
 
 def read(folder: Path) -> dict[str, list[Found]]:
@@ -124,20 +125,37 @@ def spans(numbers: list[int]) -> str:
 
 
 def changes(new: Found, old: Found) -> str:
-    """Name the cases that fail in one of two versions alone."""
-    failing = [
-        {
-            f"{op}:{number}"
-            for op, count in found.get("operations", {}).items()
-            for number in count.get("failed", ())
-        }
-        for found in (new, old)
-    ]
-    worse, better = failing[0] - failing[1], failing[1] - failing[0]
+    """Name the cases that fail in one of two versions alone.
+
+    A later case, that the older version was never asked, is told apart.
+    """
+    fail, failed = failing(new), failing(old)
+    unasked = {case for case in fail - failed if is_later(case, old)}
     said = [
         f"{what}: {', '.join(f'`{case}`' for case in sorted(cases))}"
-        for what, cases in (("newly failing", worse), ("mended", better))
+        for what, cases in (
+            ("newly failing", fail - failed - unasked),
+            ("mended", failed - fail),
+            ("failing in cases that are new", unasked),
+        )
         if cases
     ]
     before = old.get("version", "the last attempt")
     return f"Since {before}: {'; '.join(said) or 'no other failure'}."
+
+
+def failing(found: Found) -> set[str]:
+    """Return the cases that fail, each as operation:tcId."""
+    return {
+        f"{operation}:{number}"
+        for operation, count in found.get("operations", {}).items()
+        for number in count.get("failed", ())
+    }
+
+
+def is_later(case: str, found: Found) -> bool:
+    """Tell whether a case was appended after the result: its number is too high."""
+    operation, _, number = case.partition(":")
+    count = found.get("operations", {}).get(operation, {})
+    asked = sum(n for status, n in count.items() if status in STATUSES)
+    return int(number) > asked > 0
