@@ -232,6 +232,18 @@ def test_a_weighted_sum_computes_what_its_merged_weight_computes(two):
     assert torch.equal(two(x), two.merge()(x))
 
 
+@pytest.mark.parametrize("share", [2.0, 0.5, -1.0])
+def test_a_share_scales_the_update_of_a_single_adapter(two, share):
+    for parameter in two.parameters():
+        with torch.no_grad():
+            parameter.uniform_(-8, 8).round_()  # small integers, so every sum is exact
+    two.adapters["default"].scaling = 4.0
+    x = torch.randint(-8, 9, (5, 12)).float()
+    base, once = two.base(x), two(x)
+    two.activate({"default": share})
+    assert torch.equal(two(x), base + share * (once - base))
+
+
 def test_switching_back_is_exact(two):
     x = inputs(two.base)
     first = two(x)
