@@ -94,6 +94,7 @@ TRAFFIC = {
     "adamw_8bit": 3 * half + 2 * state,
     "shrink and expand": lora,
     "row_norm": half,
+    "row_norm_mixed": half,
 }
 print("kernel               bytes a weight")
 for name, moved in TRAFFIC.items():
@@ -298,6 +299,7 @@ CHOSEN = [
     (kernels.ADAMW, "float32"),
     (kernels.ADAMW_8BIT, "float32"),
     (kernels.ROW_NORM, "float16"),
+    (kernels.ROW_NORM_MIXED, "float16"),
 ]
 if not UNREAD:
     print(
@@ -324,15 +326,7 @@ if not UNREAD:
 
 
 # %%
-COUNTED = (
-    kernels.QUANTIZE,
-    kernels.DEQUANTIZE,
-    kernels.DEQUANTIZE_NESTED,
-    kernels.ADAMW,
-    kernels.ADAMW_8BIT,
-    kernels.PRODUCT_4BIT,
-    kernels.ROW_NORM,
-)
+COUNTED = list(dict.fromkeys(kernel for kernel, _ in CHOSEN))
 GPUS, waited = {"A100": slots.A100, "H100": slots.H100}, banks.waits("adamw_8bit")
 caps, intensity = {}, {}
 if not UNREAD:
@@ -352,7 +346,7 @@ if not UNREAD:
         print(
             f"{name:17s}  {issued}   {reached['A100']:4.0%}  {reached['H100']:4.0%}    {limit}"
         )
-    memory_bound = ("dequantize", "dequantize_nested", "adamw", "row_norm")
+    memory_bound = set(caps) - {"quantize", "product", "adamw_8bit"}
     repeated = [reached["A100"] for n, reached in caps.items() if n != "quantize"]
     least = min([*repeated, *(caps[name]["H100"] for name in memory_bound)])
     slower = caps["adamw_8bit"]["H100"], caps["product"]["H100"]
@@ -413,6 +407,7 @@ chapter.show(
 # Each thin line is a kernel on an H100, and the height at which it meets the roof is the largest number of its instructions that can be issued in a second. Under the slope a kernel's time is the time of its bytes: it should move no byte twice, and read and write neighbouring bytes together. Beyond the ridge only fewer instructions help.
 #
 # **Why the norms and the product use tensor cores.** At rank {=slots.RANK=} the products of DoRA's norms are {=slots.RANK=} instructions a weight by ordinary units, and an H100 has time for {=2 * ridge_h100 * 32:.0f=} while it reads two bytes; loading, widening and squaring come on top. One instruction of the tensor cores does 16 ranks of four weights of a thread.
+# In training $W$ has 16 bits and $A$ and $B$ are float32 (`row_norm_mixed`). A float32 number is the sum of three of bfloat16; six of the nine products of two such sums are as exact as a product in float32, and take six instructions.
 # The 4-bit product looks up, scales and rounds a weight; widening it to float32 and adding would be two instructions more for one row of $x$, and at least one more for each further row. Tensor cores take the rounded weight as it is, eight rows at a time.
 #
 # **Why three kernels stay above the ridge.** `quantize` searches among the boundaries for each value, and runs once in the life of a model. An H100 has time for {=per_weight["product"] * ridge_h100 * 32:.1f=} instructions while it reads a weight of 4.5 bits. Finding its place in the table, adding the table's address, looking it up, scaling, and half a rounding are 4.5, and what is left are loads and loops. AdamW with states of eight bits has time for {=per_weight["adamw_8bit"] * ridge_h100 * 32:.0f=} a value, and two searches

@@ -3,7 +3,7 @@
 from typing import Any
 
 from minipeft.cupy.executor import Array, current
-from minipeft.kernels import CTYPES, ROW_NORM
+from minipeft.kernels import CTYPES, ROW_NORM, ROW_NORM_MIXED
 from minipeft.kernels.checks import check, check_low_rank
 
 
@@ -14,8 +14,8 @@ def row_norm(W: Any, A: Any, B: Any, scaling: float) -> Array:
 
     Args:
         W: (out_features, in_features), float32, float16 or bfloat16, C-contiguous.
-        A: (r, in_features), of the dtype of W.
-        B: (out_features, r), of the dtype of W.
+        A: (r, in_features), of the dtype of W, or float32.
+        B: (out_features, r), of the dtype of A.
         scaling: the factor of B A.
 
     Raises:
@@ -26,8 +26,10 @@ def row_norm(W: Any, A: Any, B: Any, scaling: float) -> Array:
     gpu = current()
     W, A, B = gpu.adopt(W), gpu.adopt(A), gpu.adopt(B)
     facts = check("W", gpu.facts(W), CTYPES)
-    out_features, in_features, r = check_low_rank(facts, gpu.facts(A), gpu.facts(B))
+    factor = gpu.facts(A)
+    out_features, in_features, r = check_low_rank(facts, factor, gpu.facts(B))
     norm = gpu.empty((out_features,), "float32", facts.device)
     args = [W, A, B, norm, in_features, out_features, r, scaling]
-    gpu.launch(ROW_NORM, facts.dtype, args)
+    kernel = ROW_NORM if factor.dtype == facts.dtype else ROW_NORM_MIXED
+    gpu.launch(kernel, facts.dtype, args)
     return norm

@@ -283,20 +283,29 @@ PRODUCT_NESTED = Kernel(
     },
     _of_few_rows,
 )
+NORM = {
+    "W": POINTER,
+    "A": POINTER,
+    "B": POINTER,
+    "norm": POINTER,
+    "in_features": "int32",
+    "out_features": "int32",
+    "r": "int32",
+    "scaling": "float32",
+}
 ROW_NORM = Kernel(
     "dora",
     "row_norm",
-    {
-        "W": POINTER,
-        "A": POINTER,
-        "B": POINTER,
-        "norm": POINTER,
-        "in_features": "int32",
-        "out_features": "int32",
-        "r": "int32",
-        "scaling": "float32",
-    },
+    NORM,
     lambda a, dtype: -(-a["out_features"] * SIZES[dtype] // 64),
+)
+# W in 16 bits, A and B in float32.
+ROW_NORM_MIXED = Kernel(
+    "dora",
+    "row_norm_mixed",
+    NORM,
+    _tiles("out_features", 32),
+    dtypes=("float16", "bfloat16"),
 )
 
 KERNELS = (
@@ -305,7 +314,8 @@ KERNELS = (
     *(ADAMW, ADAMW_8BIT),
     *(SHRINK, EXPAND),
     *(PRODUCT_4BIT, PRODUCT_NESTED),
-    *(ROW_NORM, FIRST_BAD),
+    *(ROW_NORM, ROW_NORM_MIXED),
+    *(FIRST_BAD,),
 )
 
 

@@ -200,9 +200,15 @@ def check_adapters(
 
 
 def check_low_rank(W: Facts, A: Facts, B: Facts) -> tuple[int, int, int]:
-    """Return out_features, in_features and rank; refuse A and B of another layer."""
-    for name, part in (("A", A), ("B", B)):
-        check(name, part, [W.dtype], W.device)
+    """Return out_features, in_features and rank; refuse A and B of another layer.
+
+    Args:
+        W: the weight.
+        A: of the dtype of W, or float32.
+        B: of the dtype of A.
+    """
+    check("A", A, sorted({W.dtype, "float32"}), W.device)
+    check("B", B, [A.dtype], W.device)
     fits = len(W.shape) == len(A.shape) == len(B.shape) == 2
     if not fits or (B.shape[0], A.shape[1], B.shape[1]) != (*W.shape, A.shape[0]):
         raise InputError(

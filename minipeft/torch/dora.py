@@ -20,6 +20,7 @@ from minipeft.torch.linear import (
     check_shape,
     full_precision,
     transformed,
+    under_torch_func,
     weight_of,
 )
 from minipeft.torch.lora import LoRA, LoRAConfig, MatrixA
@@ -110,7 +111,9 @@ def row_norm(W: Weight, update: LoRA) -> Rows:
     check_tensors({"W": (W, "out_features in_features")})
     check_kind("update", update, LoRA)
     A, B = update.A.detach(), update.B.detach()
-    if W.dtype == A.dtype == B.dtype and launches.available(W, A, B):
+    if not W.dtype == A.dtype == B.dtype:  # a kernel takes float32 beside any W
+        A, B = (t.to(torch.promote_types(t.dtype, torch.float32)) for t in (A, B))
+    if not under_torch_func() and launches.available(W, A, B):
         norm: Tensor = operators.dora_row_norm(W.detach(), A, B, update.scaling)
         return norm
     # Rounding can make the squared norm of a zero row slightly negative.

@@ -232,11 +232,12 @@ def adamw_8bit_(
 
 
 def dora_row_norm(W: Tensor, A: Tensor, B: Tensor, scaling: float) -> Tensor:
-    """Launch `row_norm`."""
+    """Launch `row_norm`, or `row_norm_mixed` if W has 16 bits and A and B have 32."""
     facts = check("W", _facts(W), kernels.CTYPES)
     rows, columns, r = checks.check_low_rank(facts, _facts(A), _facts(B))
     norm = W.new_empty(rows, dtype=torch.float32)
-    _launch(kernels.ROW_NORM, W.dtype, [W, A, B, norm, columns, rows, r, scaling])
+    kernel = kernels.ROW_NORM if A.dtype == W.dtype else kernels.ROW_NORM_MIXED
+    _launch(kernel, W.dtype, [W, A, B, norm, columns, rows, r, scaling])
     return norm
 
 

@@ -68,6 +68,19 @@ def norms(there):
     return [(4 * norm.square()).round()]  # torch's root may be off by the last bit
 
 
+def norms_in_training(there):
+    """A frozen weight has 16 bits, an adapter 32, and dora.init makes the magnitude."""
+    W, adapter = whole(24, 64).to(there), lora.LoRA(whole(2, 64), whole(24, 2), 0.5)
+    adapter = adapter.to(there)
+    found = [
+        dora.row_norm(W.to(kind), adapter) for kind in (torch.bfloat16, torch.half)
+    ]
+    with torch.autocast("cpu", torch.bfloat16):
+        found.append(dora.row_norm(W.bfloat16(), adapter))
+    found.append(dora.row_norm(W, adapter.bfloat16()))
+    return [(4 * norm.square()).round() for norm in found]
+
+
 def many_adapters(there, tokens=1):
     """One token a request goes through the kernels; a prompt is a batched product."""
     base = nn.Linear(64, 24, bias=False)
@@ -97,6 +110,7 @@ RECIPES = {
     "many adapters": (many_adapters, {"shrink", "expand"}),
     "many adapters, prompts": (lambda there: many_adapters(there, 9), set()),
     "norms": (norms, {"row_norm"}),
+    "norms in training": (norms_in_training, {"row_norm", "row_norm_mixed"}),
 }
 
 

@@ -156,11 +156,17 @@ def qlora_small(dtypes: Collection[str] = tuple(DTYPES)) -> None:
 # dora
 
 
-def dora_agrees(s: Sizes, dtype: str, draw, seed: int = 0) -> None:
+def dora_agrees(s: Sizes, dtype: str, draw, seed: int = 0, mixed: bool = False) -> None:
+    """Compare norms; `mixed`: of A and B in float32."""
     rng = np.random.default_rng(seed)
+    factors = "float32" if mixed else dtype
     W, A, B = (
-        draw(rng, *shape).astype(DTYPES[dtype])
-        for shape in ((s.d, s.k), (s.r, s.k), (s.d, s.r))
+        draw(rng, *shape).astype(DTYPES[kind])
+        for kind, shape in (
+            (dtype, (s.d, s.k)),
+            (factors, (s.r, s.k)),
+            (factors, (s.d, s.r)),
+        )
     )
     if draw is gaussians:
         W[0] = 0
@@ -174,7 +180,12 @@ def dora_agrees(s: Sizes, dtype: str, draw, seed: int = 0) -> None:
         return
     # The norm of a row changes by at most the norm of the row's change; then come the
     # norm's own sums.
-    moved = gamma(roundings(s.r + 2, dtype)) * (abs(W) + 0.5 * abs(B) @ abs(A))
+    # Of factors that are split, six of nine products are added for each rank: their
+    # absolute values add up to less than 7/6 of the product of the numbers, and the
+    # other three to 2**-23 of it, two roundings and a little.
+    sums, left_out = (7 * s.r, 3) if mixed else (s.r, 0)
+    n = roundings(sums + 2, dtype) + left_out
+    moved = gamma(n) * (abs(W) + 0.5 * abs(B) @ abs(A))
     row = np.sqrt((moved * moved).sum(axis=1))
     assert_within(got, exact, row + gamma(s.k + 2) * (exact + row))
 
@@ -182,8 +193,9 @@ def dora_agrees(s: Sizes, dtype: str, draw, seed: int = 0) -> None:
 def dora_small(dtypes: Collection[str] = tuple(DTYPES)) -> None:
     for dtype in dtypes:
         for draw in (integers, gaussians):
-            dora_agrees(Sizes(0, 264, 11, 4), dtype, draw)
-            dora_agrees(Sizes(0, 77, 9, 3), dtype, draw)  # no vectors
+            for mixed in (False, True)[: 1 + (dtype != "float32")]:
+                dora_agrees(Sizes(0, 264, 11, 4), dtype, draw, mixed=mixed)
+                dora_agrees(Sizes(0, 77, 9, 3), dtype, draw, mixed=mixed)  # no vectors
 
 
 # Mistakes

@@ -21,6 +21,7 @@ from tests.cuda.product_cases import (
     qlora_agrees,
 )
 from tests.cuda.toolchain import compile_cpu, needs_cpu_build
+from tests.tolerance import assert_bits
 
 pytestmark = needs_cpu_build
 DTYPE = pytest.mark.parametrize("dtype", DTYPES)
@@ -63,6 +64,8 @@ def test_qlora(s, draw, dtype):
 def test_dora_row_norm(s, draw, dtype):
     with use(CpuExecutor()):
         dora_agrees(s, dtype, draw, seed=s.d)
+        if dtype != "float32":
+            dora_agrees(s, dtype, draw, seed=s.d, mixed=True)
 
 
 SIXTEEN = pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
@@ -74,7 +77,40 @@ def test_more_ranks_and_rows_than_one_product_of_tensor_cores(draw, dtype):
     with use(CpuExecutor()):
         dora_agrees(Sizes(0, 136, 40, 80), dtype, draw)
         dora_agrees(Sizes(0, 77, 33, 70), dtype, draw)
+        dora_agrees(Sizes(0, 77, 33, 70), dtype, draw, mixed=True)
         qlora_agrees(Sizes(70, 264, 19, 4), dtype, draw)
+
+
+def all_bits_agree(dtype: str, r: int) -> None:
+    """Make each norm one entry of A or of B, with every bit of its three parts."""
+    rng = np.random.default_rng(r)
+    W = np.zeros((70, 40), DTYPES[dtype])
+    for entries in (rng.standard_normal(70, np.float32), np.float32(0.1)):
+        A, B = np.zeros((r, 40), np.float32), np.zeros((70, r), np.float32)
+        k, j, one = rng.integers(0, r), rng.integers(0, 40), np.float32(1)
+        A[k, j], B[:, k] = (one, entries) if np.ndim(entries) else (entries, one)
+        assert_bits(
+            dora.row_norm(W, A, B, 1.0), np.zeros(70, np.float32) + abs(entries)
+        )
+
+
+@SIXTEEN
+@pytest.mark.parametrize("r", [1, 80])
+def test_a_float32_factor_beside_16_bits_keeps_all_its_bits(r, dtype):
+    with use(CpuExecutor()):
+        all_bits_agree(dtype, r)
+
+
+def test_factors_of_two_dtypes_are_refused():
+    W, A, B = (np.zeros(s, np.float16) for s in [(5, 6), (2, 6), (5, 2)])
+    wide = A.astype(np.float32)
+    with use(CpuExecutor()):
+        with pytest.raises(
+            InputError, match=r"B is float16; give one of \['float32'\]"
+        ):
+            dora.row_norm(W, wide, B, 1.0)
+        with pytest.raises(InputError, match=r"A is float16; give .* \['float32'\]"):
+            dora.row_norm(W.astype(np.float32), A, B, 1.0)
 
 
 # The mistakes of `rows` are planted in float32 code; these in code for tensor cores.
@@ -84,6 +120,12 @@ MISTAKES = {
         "swapped ranks": ("a[0].at[i], a[1].at[i]", "a[1].at[i], a[0].at[i]"),
         "other rows of B": ("row = g + 8 * (i % 2)", "row = g + 8 * (i / 2)"),
         "a lane too few in the sum": (SHUFFLED, "0.0f"),
+    },
+    "dora, mixed": {
+        "a part too few": ("least = PIECES - 1", "least = PIECES - 2"),
+        "a part twice": ("a[least - p]", "a[least]"),
+        "the rows of B from the other half": ("TILE_ROWS * m + g", "TILE_ROWS - g"),
+        "other columns of W": ("w[h].at[4 * s + i]", "w[h].at[s + 2 * i]"),
     },
     "qlora": {
         "rows and columns change places": ("i % 2 * 2 + h", "h * 2 + i % 2"),
@@ -95,17 +137,23 @@ MISTAKES = {
 
 @pytest.mark.parametrize("row", MISTAKES)
 def test_mistakes_on_tensor_cores_are_seen(row):
-    text = kernels.source(row)
+    file, *mixed = row.split(", ")
+    text = kernels.source(file)
     mutants = {
         name: Mutation(name, old, new, 1, ()).apply(text)
         for name, (old, new) in MISTAKES[row].items()
     }
-    built = compile_cpu(row, "values", mutants, ["float16"])
-    agrees = {"dora": dora_agrees, "qlora": qlora_agrees}[row]
+    built = compile_cpu(file, "values", mutants, ["float16"])
     seen = pytest.raises(AssertionError, match=r"differ, first at|off by")
     for name in mutants:
-        with use(CpuExecutor("values", 0, {row: (built, name)})), seen:
-            agrees(Sizes(9, 1032, 40, 16), "float16", integers)
+        with use(CpuExecutor("values", 0, {file: (built, name)})), seen:
+            if file == "qlora":
+                qlora_agrees(Sizes(9, 1032, 40, 16), "float16", integers)
+            else:
+                dora_agrees(
+                    Sizes(9, 1032, 40, 16), "float16", integers, mixed=bool(mixed)
+                )
+                all_bits_agree("float16", 1)
 
 
 def adapter(k=64, d=32, r=4):

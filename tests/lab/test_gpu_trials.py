@@ -41,9 +41,13 @@ class Watching(CpuExecutor):
 
 
 @cache
-def launched(name: str, dtype: str = "float32") -> tuple[Trial, Launch, set[str]]:
-    """Run a trial; return its launch and the arguments that the kernel changed."""
+def launched(name: str, dtype: str | None = None) -> tuple[Trial, Launch, set[str]]:
+    """Run a trial; return its launch and the arguments that the kernel changed.
+
+    Without a dtype: the first of the kernel's.
+    """
     kernel, note, build = trials.TABLE[NAMES.index(name)]
+    dtype = dtype or next(iter(kernel.dtypes), "float32")
     cpu = Watching()
     recorder = Recorder(cpu)
     with use(recorder):
@@ -133,6 +137,10 @@ BYTES: dict[str, tuple[str, Count]] = {
         "s read from DRAM",
         lambda s: N * s + s * r * (IN + OUT) + 4 * OUT,  # A and B, norm
     ),
+    "row_norm_mixed": (
+        "of A, from L2, f r / 16 where W is float32 and f r / 32 where it has 16 bits",
+        lambda s: N * s + 4 * r * (IN + OUT) + 4 * OUT,
+    ),
 }
 OPERATIONS: dict[str, tuple[str, float]] = {
     "quantize NF4": ("quantize 1 maximum, 1 product, 4 comparisons", 6 * N),
@@ -157,6 +165,7 @@ OPERATIONS: dict[str, tuple[str, float]] = {
     ),
     "product_nested": ("`product_nested` decodes the scales too", (2 + 3) * N),
     "row_norm": ("Flops: 2 r + 3", (2 * r + 3) * N),
+    "row_norm_mixed": ("are float32 beside W of 16 bits", (2 * r + 3) * N),
 }
 
 

@@ -64,6 +64,10 @@ def _product(a: Mapping[str, Any]) -> float:
     return weights * (3 + 2 * a["tokens"]) + update
 
 
+def _norms(a: Mapping[str, Any]) -> float:
+    return float((2 * a["r"] + 3) * a["in_features"] * a["out_features"])
+
+
 # A fused multiply-add is two operations.
 OPERATIONS: dict[str, Callable[[Mapping[str, Any]], float]] = {
     "quantize": lambda a: 6 * a["n"],
@@ -77,7 +81,8 @@ OPERATIONS: dict[str, Callable[[Mapping[str, Any]], float]] = {
     "expand": lambda a: 2 * a["tokens"] * a["r"] * a["out_features"],
     "product": _product,
     "product_nested": _product,
-    "row_norm": lambda a: (2 * a["r"] + 3) * a["in_features"] * a["out_features"],
+    "row_norm": _norms,
+    "row_norm_mixed": _norms,
 }
 
 

@@ -224,11 +224,13 @@ def work_of(kernel: Kernel, dtype: str, size: Size = USUAL) -> Work | None:
     vector, (columns, r, _) = 16 // SIZES[dtype], size
     product = _product_work(vector, size)
     # A turn of `row_norm`, 32 values of a thread: four warps share the columns. In 16
-    # bits tensor cores make 8 products of 16 ranks.
+    # bits tensor cores make 8 products of 16 ranks, with float32 A and B six times as
+    # many.
     turn: tuple[tuple[str, int], ...] = (("HMMA", 8 * -(-r // 16)), ("FFMA", 64))
     if vector == 4:
         turn = (("FFMA", 32 * r), ("LDG.E.128", 8), ("FFMA", 8))
     turns = max(1, columns // (4 * machine_code.WARP * (4 if vector == 4 else 2)))
+    mixed = (("HMMA", 48 * -(-r // 16)), ("FFMA", 64))
     groups = vector // 4
     return {
         "quantize": Work((("LDG.E.128", 8 // vector), ("LDS", 4 * 8), ("STG", 1)), 8),
@@ -241,6 +243,7 @@ def work_of(kernel: Kernel, dtype: str, size: Size = USUAL) -> Work | None:
         "product": product,
         "product_nested": product,
         "row_norm": Work(turn * turns, 32 * turns),
+        "row_norm_mixed": Work(mixed * turns, 32 * turns),
     }.get(kernel.template)
 
 

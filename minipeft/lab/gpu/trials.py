@@ -30,6 +30,7 @@ from minipeft.kernels import (
     PRODUCT_NESTED,
     QUANTIZE,
     ROW_NORM,
+    ROW_NORM_MIXED,
     SHRINK,
     Kernel,
 )
@@ -341,10 +342,19 @@ def _base_there(q: Any) -> Any:
 
 
 def _row_norm(sizes: Sizes, dtype: str) -> Built:
+    return _norms(sizes, dtype, dtype)
+
+
+def _row_norm_mixed(sizes: Sizes, dtype: str) -> Built:
+    return _norms(sizes, dtype, "float32")
+
+
+def _norms(sizes: Sizes, dtype: str, factors: str) -> Built:
     rng = np.random.default_rng(8)
     W, lora = _integers(rng, *sizes.weights), _lora(rng, sizes)
     norm = _exact(ref_dora.row_norm(W, lora), "float32")
-    there, A, B = (_up(part.astype(numpy_dtype(dtype))) for part in (W, lora.A, lora.B))
+    there = _up(W.astype(numpy_dtype(dtype)))
+    A, B = (_up(part.astype(numpy_dtype(factors))) for part in (lora.A, lora.B))
     return lambda: dora.row_norm(there, A, B, SCALING), {"norm": norm}
 
 
@@ -362,4 +372,5 @@ TABLE: tuple[tuple[Kernel, str, Callable[[Sizes, str], Built]], ...] = (
     (PRODUCT_4BIT, "and LoRA", _adapted),
     (PRODUCT_NESTED, "", _product_nested),
     (ROW_NORM, "", _row_norm),
+    (ROW_NORM_MIXED, "", _row_norm_mixed),
 )
