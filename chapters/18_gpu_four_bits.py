@@ -326,7 +326,7 @@ if not UNREAD:
 
 
 # %%
-COUNTED = list(dict.fromkeys(kernel for kernel, _ in CHOSEN))
+COUNTED = [kernel for kernel, _ in CHOSEN[1:]]  # each once
 GPUS, waited = {"A100": slots.A100, "H100": slots.H100}, banks.waits("adamw_8bit")
 caps, intensity = {}, {}
 if not UNREAD:
