@@ -12,9 +12,18 @@ import time
 from pathlib import Path
 
 import torch
-from torch import nn
 
-from minipeft.lab import memory, plots, results, task, text, train
+from minipeft.lab import (
+    blocks,
+    caching,
+    memory,
+    plots,
+    results,
+    spike,
+    task,
+    text,
+    train,
+)
 from minipeft.lab.card import Card, demand, on_device
 from minipeft.lab.chapter import start
 from minipeft.lab.files import write_atomic
@@ -23,7 +32,7 @@ from minipeft.lab.memory.measured import predicted
 from minipeft.lab.memory.options import Options
 from minipeft.lab.memory_peak import held
 from minipeft.torch.adamw import MIN_8BIT_SIZE, AdamW
-from minipeft.torch.inject import adapter_state_dict, inject, trainable_parameters
+from minipeft.torch.inject import inject, trainable_parameters
 from minipeft.torch.lora import LoRAConfig
 from minipeft.torch.paged import PagedAdamW, Paging
 from minipeft.torch.qlora import quantize_linears
@@ -258,30 +267,15 @@ def ready(name):
     """A model and its optimizer, whose states have been made."""
     model = prepared(name, seed=0)
     optimizer = WAYS[name][1](model, train.TrainConfig(chapter.steps, RATE))
-    for parameter in trainable_parameters(model):
-        parameter.grad = torch.zeros_like(parameter)
-    optimizer.step()  # makes the states; a gradient of zero changes no weight
-    optimizer.zero_grad()
+    spike.ready(model, optimizer)
     return model, optimizer
-
-
-def one_page(optimizer):
-    """Let all states but one page leave, where they are paged."""
-    if isinstance(optimizer, PagedAdamW):
-        optimizer.table.resize(1)
-
-
-def every_page(optimizer):
-    """Let all pages come back when the optimizer needs them."""
-    if isinstance(optimizer, PagedAdamW):
-        optimizer.table.resize(PAGING.budget)
 
 
 peaks = {}
 for name in WAYS:
     model, optimizer = ready(name)
     batch = train.on_device_of(model, eight)
-    one_page(optimizer)
+    spike.resize(optimizer, 1)
     states = on_device(model, optimizer) - held(model)
     need = demand(model, batch, chapter.device) + states
     counted = predicted(model, optimizer, batch)
@@ -298,93 +292,78 @@ for name in WAYS:
 # %% [markdown]
 # ## The spike
 #
-# Now one definition a step, cut to {=LENGTH=} tokens. In step {=SPIKE=} comes the longest example of the training set, cut to {=spike["labels"].numel()=} tokens. The card has room for the weights, the adapters, the longest pass, and *half* of the states:
+# Now one definition a step, cut to {=LENGTH=} tokens. In step {=SPIKE=} comes the longest example of the training set, cut to {=course.long["labels"].numel()=} tokens. The card has room for the weights, the adapters, the longest pass, and *half* of the states:
 #
 # @source minipeft.lab.card.Card.takes
 #
-# Before a batch that is longer than usual all pages but one leave the device. When its backward pass is done, the activations are gone, and the pages come back as the optimizer touches them. On a CPU the card is counted: its size is compared with the allocator's peak. With `--device cuda` torch itself gets a limit and raises the error.
+# Before a batch that is longer than usual all pages but one leave the device. When its backward pass is done, the activations are gone, and the pages come back as the optimizer touches them. On a CPU the card is counted: its size is compared with the allocator's peak.
 
 # %%
 SPIKE = chapter.steps * 5 // 8
-usual = text.examples(tokenizer, entries, (1, LENGTH), 0)
-spike = text.example_batches(tokenizer, rows_of[:1], (1, min(most_tokens, 4 * LENGTH)))
-spike = spike[0]
-
-
-def step(model, optimizer, batch, card):
-    """Take a step; return its loss, bytes of states during the pass, its peak."""
-    batch = train.on_device_of(model, batch)
-    if batch["labels"].numel() > LENGTH:
-        one_page(optimizer)
-    kept = on_device(model, optimizer)
-    with card.takes(kept) as passing:
-        loss = model(**batch).loss
-        loss.backward()
-    nn.utils.clip_grad_norm_(trainable_parameters(model), 1.0)
-    every_page(optimizer)
-    with card.takes(on_device(model, optimizer)) as stepping:
-        optimizer.step()
-        optimizer.zero_grad()
-    return loss.item(), kept - held(model), max(*passing, *stepping)
+LARGE, PAGES = blocks.Blocks(), Paging(budget=1000)
+ways_to_hold = ("8-bit AdamW", "paged")
+if chapter.device == "cpu":
+    long = min(most_tokens, 4 * LENGTH)
+    course = spike.Course(
+        text.examples(tokenizer, entries, (1, LENGTH), 0),
+        text.example_batches(tokenizer, rows_of[:1], (1, long))[0],
+        SPIKE,
+        chapter.steps,
+    )
+    makers = [lambda name=name: ready(name) for name in ways_to_hold]
+else:  # a card, whose allocator cannot tell the few bytes of `tiny` apart
+    course = LARGE.course(chapter.steps, SPIKE)
+    makers = [LARGE.ready(pages, chapter.device) for pages in (None, PAGES)]
 
 
 def attempt(name, size):
     """Train on a card of this size, to the end or as far as it has room."""
-    model, optimizer = ready(name)
-    log = []
-    try:
-        with Card(size, chapter.device) as card:
-            for k in range(chapter.steps):
-                batch = spike if k == SPIKE else usual(k)
-                log.append(step(model, optimizer, batch, card))
-        print(f"{name}: finished all {len(log)} steps")
-    except torch.OutOfMemoryError as error:
-        print(f"{name}: ends in step {len(log)}\n  {error}")
-    return log, model, optimizer
+    make = makers[ways_to_hold.index(name)]
+    found = spike.attempt(make, course, Card(size, chapter.device))
+    ended = f"ends in step {len(found.log)}\n  {found.error}"
+    finished = f"finished all {len(found.log)} steps"
+    print(f"{name}: {ended if found.error else finished}")
+    return found
 
 
-model, optimizer = ready("8-bit AdamW")
-fixed = held(model)
-STATES = on_device(model, optimizer) - fixed
-NEEDED = demand(model, train.on_device_of(model, spike), chapter.device)
-del model, optimizer
-SIZE = NEEDED + STATES / 2
+budget = spike.budget(*makers, course, chapter.device)
+fixed, STATES, NEEDED = budget
+SIZE = budget.size
 print(f"weights and adapters {fixed:,} bytes, states in 8 bits {STATES:,}")
 print(f"the longest pass without states {NEEDED:,}, the card {SIZE:,.0f}")
 
 # %%
-free, alone, _ = attempt("8-bit AdamW", 2**50)
+free = attempt("8-bit AdamW", 2**50)
 print("on the card:")
-short, _, _ = attempt("8-bit AdamW", SIZE)
-paged, with_pages, optimizer = attempt("paged", SIZE)
+short = attempt("8-bit AdamW", SIZE)
+paged = attempt("paged", SIZE)
 print("on a card without room for any state:")
-smaller, _, _ = attempt("paged", NEEDED - 1)
+smaller = attempt("paged", NEEDED - (1 if chapter.device == "cpu" else STATES))
 chapter.claim(
     "without pages the run ends at the spike, with pages it goes on to the end",
-    len(short) == SPIKE and len(paged) == chapter.steps,
+    len(short.log) == SPIKE and len(paged.log) == chapter.steps,
     control="both on one card; without a limit the unpaged run goes on to the end too",
 )
-same = adapter_state_dict(with_pages), adapter_state_dict(alone)
 chapter.claim(
     "the losses of all steps and the adapters at the end are equal, bit for bit",
-    [loss for loss, *_ in paged] == [loss for loss, *_ in free]
-    and all(torch.equal(same[0][key], same[1][key]) for key in same[1]),
+    [step.loss for step in paged.log] == [step.loss for step in free.log]
+    and all(torch.equal(paged.adapters[k], v) for k, v in free.adapters.items()),
     control="the run without pages on a card without a limit",
 )
 chapter.claim(
     "pages do not help where the pass alone does not fit",
-    len(smaller) == SPIKE,
+    len(smaller.log) == SPIKE,
     control="the same run on a card with room for half of the states",
 )
-traffic = optimizer.table.traffic
+traffic = paged.traffic
 print(f"pages moved: {traffic.bytes_in:,} bytes in, {traffic.bytes_out:,} out")
 
 # %% tags=["fold"]
 figure, ax = plots.axes(x="step", y="MB on the device", size=(6.4, 3.8))
 at = range(chapter.steps)
-held_states = [states for _, states, _ in paged]
-layers = [[fixed] * len(paged), held_states]
-layers.append([most - fixed - states for _, states, most in paged])
+held_states = [states for _, states, _ in paged.log]
+layers = [[fixed] * len(paged.log), held_states]
+layers.append([most - fixed - states for _, states, most in paged.log])
 ax.stackplot(
     at,
     [[part / 1e6 for part in layer] for layer in layers],
@@ -392,7 +371,7 @@ ax.stackplot(
     labels=["weights, adapters", "states on the device", "activations, gradients"],
     colors=[plots.FAINT, plots.PALETTE[0], plots.PALETTE[4]],
 )
-unpaged = [most / 1e6 for *_, most in free]
+unpaged = [most / 1e6 for *_, most in free.log]
 ax.step(at, unpaged, ":", where="mid", color=plots.INK, lw=1, label="without pages")
 ax.axhline(SIZE / 1e6, color=plots.PALETTE[1])
 ax.text(0.1, 1.02 * SIZE / 1e6, "the card", color=plots.PALETTE[1], weight="bold")
@@ -406,6 +385,35 @@ chapter.show(
     alt="Measured bytes over the steps as stacked areas: weights and adapters, a thin band of optimizer states, and activations with gradients, with a tall spike in one step. At the spike the band of states is gone and the stack ends below the line of the card; a dotted line without pages crosses it, with a cross on top.",
     caption=f"In step {SPIKE} the run without pages is {short_of:.2f} MB short of the card's {SIZE / 1e6:.1f}. With pages, {(held_states[0] - held_states[SPIKE]) / 1e6:.2f} MB of states leave, and the step fits.",
 )
+
+# %% [markdown]
+# ## The same on a card's allocator
+#
+# On a GPU torch takes memory in segments of 2 MB, of 20 MB or of a large tensor's own size, and gives one back only when nothing in it is in use. A limit applies to what is taken. The states of `tiny` are smaller than one segment, so there pages gain nothing. With `--device cuda` the same command therefore takes {=LARGE.count=} blocks of Llama 2 70B with random weights in place of `tiny`, batches of {=LARGE.usual=} tokens and one of {=LARGE.long=}; it finds the
+# smallest limit with which the run with pages ends, adds half of the states, and sets it for torch, which raises the error.
+#
+# What will happen there is counted here: both passes run on the device `meta`, where nothing is computed, and every tensor that comes or goes is replayed by the rules of the allocator.
+#
+# @source minipeft.lab.caching.CachingAllocator.allocate
+
+# %%
+counted = blocks.counted(LARGE)
+LEAST = [counted.least(page) for page in (None, PAGES.page_size)]
+BYTES = sum(counted.states())
+LIMIT = LEAST[1] + BYTES // 2
+ended = [counted.finished(LIMIT, page) for page in (None, PAGES.page_size)]
+over, room = LEAST[0] - LIMIT, LIMIT - LEAST[1]
+print(f"states {BYTES / 1e6:.0f} MB, the limit {LIMIT / 1e6:,.0f} MB")
+for name, least, steps in zip(ways_to_hold, LEAST, ended, strict=True):
+    print(f"{name:12s} needs {least / 1e6:,.0f} MB, ends {steps} of 3 steps")
+chapter.claim(
+    "by the allocator's rules the run without pages ends at the long batch, with pages it goes on; both by more than three of its segments",
+    ended == [1, 3] and min(over, room) > 3 * caching.LARGE_SEGMENT,
+    control="the same storages, under the same limit",
+)
+
+# %% [markdown]
+# Without pages the run is {=f"{over / 1e6:.0f}"=} MB short, with pages it has {=f"{room / 1e6:.0f}"=} MB to spare, and segments that are partly free make the difference larger than the states. This is counted, and has not run on a card: it leaves out what kernels and cuBLAS take for themselves, which both runs take alike.
 
 # %% [markdown]
 # ## What each part buys on a large model
@@ -547,7 +555,7 @@ chapter.claim(
 # %% [markdown]
 # ## What this does not show
 #
-# - **A real card.** The bytes are those of torch's allocator on a CPU. On a GPU the allocator takes memory in pieces of 2 MB or more and keeps what was freed, and the limit applies to what it keeps. On `tiny` one such piece is more than pages free: in the run on an H200 both runs ended at the spike, with pages and without.
+# - **A real card.** The bytes are those of torch's allocator on a CPU, or counted by the rules of the one for CUDA. In the only run on a card, an H200, `tiny` was under the limit, and both runs ended at the spike, with pages and without. The blocks of the larger model have not run on one.
 # - **A large base.** The cost of four bits depends on the model. `--model` with `--full` repeats the first part on another one; do not take `smollm2` for it, because its file holds four bits already.
 # - **Unified memory.** QLoRA lets the driver move pages when memory runs out. Here the training loop says when: it must know that a batch is long *before* the pass.
 # - **Gradient checkpointing on `tiny`.** With it the spike is lower, and the states are a larger part of it.
@@ -556,7 +564,7 @@ chapter.claim(
 #
 # - **Eight bits for nothing.** Tensors of fewer than {=f"{MIN_8BIT_SIZE:,}"=} values keep states in 32 bits, in bitsandbytes as here. At rank 8 every matrix of this adapter is smaller than that, and "8-bit AdamW" would save no byte.
 # - **Pages against the wrong spike.** Pages free states. If the activations of the longest batch alone do not fit, shorten it, checkpoint, or split the batch.
-# - **The average for the peak.** The run above needs {=f"{statistics.median(most for *_, most in free) / 1e6:.1f}"=} MB in its median step and {=f"{max(most for *_, most in free) / 1e6:.1f}"=} in one. Sort the data by length first and try the longest batch before a long run.
+# - **The average for the peak.** The run above needs {=f"{statistics.median(most for *_, most in free.log) / 1e6:.1f}"=} MB in its median step and {=f"{max(most for *_, most in free.log) / 1e6:.1f}"=} in one. Sort the data by length first and try the longest batch before a long run.
 #
 # ## Exercises
 #

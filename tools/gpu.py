@@ -216,6 +216,7 @@ def stages() -> dict[str, list[Step]]:
             Step("vectors, cupy", (*verify, "cupy")),
         ],
         "sanitizers": _sanitizers(),
+        "spike": [Step("spike", (PYTHON, "-m", "minipeft.lab.blocks"))],
         **_chapters(),
         **{f"report-{size}": [_report(size)] for size in SIZES},
         **{f"bench-{name}": steps for name, steps in _bench().items()},

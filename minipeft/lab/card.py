@@ -1,5 +1,6 @@
 """Train as on a card of a stated size: a step that needs more does not survive."""
 
+import gc
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import TracebackType
@@ -34,6 +35,7 @@ class Card:
 
     def __enter__(self) -> "Card":
         if self.device.startswith("cuda"):
+            gc.collect()  # what an earlier run left would count
             torch.cuda.empty_cache()
             _, total = torch.cuda.mem_get_info(self.device)
             torch.cuda.set_per_process_memory_fraction(min(1.0, self.size / total))

@@ -365,6 +365,14 @@ def reproducible(seed: int, threads: int = 1) -> None:
     torch.set_num_threads(threads)
 
 
+AFTER = {
+    None: "",
+    True: "; run the same command with --resume",
+    False: "; with --checkpoint FOLDER a run keeps what --resume goes on from",
+}
+"""What the message about an interrupted run adds, by whether it kept its state."""
+
+
 def _calm(
     kind: type[BaseException], error: BaseException, trace: TracebackType | None
 ) -> None:
@@ -372,7 +380,8 @@ def _calm(
     sys.stdout.flush()
     if issubclass(kind, KeyboardInterrupt):
         number = getattr(error, "signal", signal.SIGINT)
-        _end(str(error) or "stopped; nothing is half-written", 128 + number)
+        sentence = str(error) or "stopped; nothing is half-written"
+        _end(sentence + AFTER[getattr(error, "kept", None)], 128 + number)
     if issubclass(kind, InputError):
         _end(str(error), 2)
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):

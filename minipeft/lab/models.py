@@ -215,6 +215,11 @@ def check_name(name: str, offered: Sequence[str] = NAMES) -> None:
             f"{name} holds an adapter and no model; load its base, and put the adapter "
             "on it with minipeft.interop.peft_model.load"
         )
+    if Path(name).is_dir():
+        raise InputError(
+            f"the folder {name} has no config.json, so it is no model; give the folder "
+            f"of one, {' or '.join(offered)}"
+        )
     raise InputError(
         f"there is no model {name!r} on this machine; choose {', '.join(offered)}, a "
         "folder with a config.json, or the id of a Hugging Face model you have "

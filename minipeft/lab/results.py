@@ -10,22 +10,31 @@ from typing import Any
 from minipeft.lab.chapter import Chapter
 
 LIBRARIES = ("minipeft", "numpy", "torch", "transformers")
-BASES = {"tiny": "", "build/glassllm": "_glassllm"}
-"""The models with committed results, and what is added to the name of their file."""
+BASES = {
+    ("tiny", None): "",
+    ("build/glassllm", None): "_glassllm",
+    ("smollm2", 16): "_smollm2",
+}
+"""The model and `--held-out` of committed results, and the end of their file's name.
+
+A model that is judged in a time and not on a number of examples gives other results on
+another machine, so the number is a part of the command.
+"""
 
 
 def place(chapter: Chapter, folder: Path) -> Path:
     """Return where a long run writes: its committed file, or one beside the figures.
 
-    A model of `BASES` with the chapter's data, layers and dtype has a committed file.
+    What is in `BASES`, with the chapter's data, layers and dtype, has a committed file.
 
     Args:
         chapter: from `start`.
         folder: of the committed results.
     """
-    chosen = (chapter.data, chapter.targets, chapter.length, chapter.held_out)
-    if chapter.model in BASES and not any(chosen) and chapter.dtype == "float32":
-        return folder / f"{chapter.name}{BASES[chapter.model]}.json"
+    chosen = (chapter.data, chapter.targets, chapter.length)
+    base = (chapter.model, chapter.held_out)
+    if base in BASES and not any(chosen) and chapter.dtype == "float32":
+        return folder / f"{chapter.name}{BASES[base]}.json"
     return chapter.out / "full.json"
 
 

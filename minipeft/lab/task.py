@@ -131,7 +131,8 @@ def from_file(path: Path) -> Task:
         rows += [(digest, pair) for pair, _ in found]
         chats |= {pair: messages for pair, messages in found if messages}
     if len(rows) < FEWEST:
-        raise InputError(f"{path} holds {len(rows)} examples; give at least {FEWEST}")
+        count = "1 example" if len(rows) == 1 else f"{len(rows)} examples"
+        raise InputError(f"{path} holds {count}; give at least {FEWEST}")
     train, held = _sides(rows, path)
     return Task(train, held, chats=chats)
 

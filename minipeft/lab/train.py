@@ -168,9 +168,15 @@ class History:
 
 
 class Interrupted(KeyboardInterrupt):
-    """SIGINT or SIGTERM, after the current step; the message says what was kept."""
+    """SIGINT or SIGTERM, after the current step; the message says what was kept.
+
+    Attributes:
+        signal: its number.
+        kept: whether a checkpoint holds the state.
+    """
 
     signal: int = signal.SIGINT
+    kept: bool | None = None
 
 
 class ResumeWarning(UserWarning):
@@ -385,7 +391,7 @@ class _Run:
             else f"continue from {self.checkpoint.path}"
         )
         interrupted = Interrupted(f"{done}; {where}")
-        interrupted.signal = number
+        interrupted.signal, interrupted.kept = number, self.checkpoint is not None
         return interrupted
 
 

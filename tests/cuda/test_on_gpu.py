@@ -123,6 +123,7 @@ def test_the_stages_hold_what_only_a_device_can_show(gpu):
         " ".join(("pytest -q -m gpu", *gpu.MARKED)),
         "minipeft.cli verify cupy",
         "minipeft.cli verify torch --device cuda",
+        "-m minipeft.lab.blocks",
         *(
             f"/cuda/sanitizer --error-exitcode 1 --report-api-errors no --tool {tool} "
             f"{gpu.PYTHON} -m tests.cuda.on_gpu"

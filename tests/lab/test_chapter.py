@@ -157,6 +157,23 @@ def test_expected_ends_are_one_line(error, code, sentence, capsys):
     assert line.startswith(sentence)
 
 
+@pytest.mark.parametrize(
+    ("kept", "says"),
+    [
+        (True, "stopped after step 4; run the same command with --resume"),
+        (False, "stopped after step 4; with --checkpoint FOLDER a run keeps what "),
+    ],
+)
+def test_an_interrupted_run_names_the_option_that_goes_on(kept, says, capsys):
+    start("00_test", steps=3, arguments=[])
+    error = Interrupted("stopped after step 4")
+    error.kept = kept
+    with pytest.raises(SystemExit) as caught:
+        sys.excepthook(Interrupted, error, None)
+    assert caught.value.code == 130
+    assert capsys.readouterr().err.startswith(says)
+
+
 @pytest.mark.parametrize("error", [ZeroDivisionError("a defect"), OSError(5, "I/O")])
 def test_defects_keep_their_traceback(error, capsys):
     start("00_test", steps=3, arguments=[])

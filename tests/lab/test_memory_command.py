@@ -238,5 +238,8 @@ def test_no_such_file_is_one_sentence(tmp_path, capsys):
     code, _, err = ran(capsys, str(tmp_path / "notes.txt"))
     assert code == 2
     assert "notes.txt is no configuration of a model; give its config.json" in err
+    code, _, err = ran(capsys, str(tmp_path))
+    assert code == 2
+    assert f"the folder {tmp_path} has no config.json, so it is no model" in err
     with pytest.raises(InputError, match="there is no model"):
         named("no-such-model")

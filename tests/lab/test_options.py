@@ -343,5 +343,7 @@ def test_a_file_that_is_absent_or_short_is_one_sentence(tmp_path):
     with pytest.raises(InputError, match="cannot be read as UTF-8 text"):
         task.from_file(tmp_path)
     short = written(tmp_path / "short.jsonl", [{"text": "one more"}])
-    with pytest.raises(InputError, match=r"holds 1 examples; give at least 40"):
+    with pytest.raises(
+        InputError, match=r"short.jsonl holds 1 example; give at least 40"
+    ):
         task.from_file(short)

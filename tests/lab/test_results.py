@@ -50,8 +50,9 @@ def test_results_say_how_they_were_made(path):
     result = json.loads(path.read_text())
     (chapter,) = (c for c in CHAPTERS.glob("*.py") if path.stem.startswith(c.stem))
     added = path.stem.removeprefix(chapter.stem)
-    (model,) = (model for model, name in BASES.items() if name == added)
+    ((model, held_out),) = (base for base, name in BASES.items() if name == added)
     options = f" --model {model}" if added else ""
+    options += f" --held-out {held_out}" if held_out else ""
     assert result["command"] == f"python chapters/{chapter.name}{options} --full"
     assert result.get("model", model) == model or not added
     assert "chapter.full" in chapter.read_text()

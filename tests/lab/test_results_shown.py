@@ -45,6 +45,11 @@ def test_what_else_was_chosen_is_named_in_the_command(chapter):
         ([], "chapters/27_learns_less.json"),
         (["--model", "build/glassllm"], "chapters/27_learns_less_glassllm.json"),
         (["--model", "smollm2"], "own/full.json"),
+        (
+            ["--model", "smollm2", "--held-out", "16"],
+            "chapters/27_learns_less_smollm2.json",
+        ),
+        (["--model", "smollm2", "--held-out", "17"], "own/full.json"),
         (["--held-out", "16"], "own/full.json"),
         (["--model", "build/other"], "own/full.json"),
         (["--model", "build/tiny"], "own/full.json"),

@@ -135,7 +135,8 @@ def test_ctrl_c_keeps_the_last_complete_step(tmp_path):
     assert process.returncode == 130
     last = err.strip().splitlines()[-1]
     steps = 4 + out.count("step ")  # the running step was finished
-    assert last == f"stopped after step {steps} of 10000; continue from {path}"
+    done = f"stopped after step {steps} of 10000; continue from {path}"
+    assert last == f"{done}; run the same command with --resume"
     assert "Traceback" not in err
     with safetensors.safe_open(path, framework="pt") as file:
         progress = json.loads(file.metadata()["minipeft"])["progress"]
@@ -198,6 +199,7 @@ def test_a_signal_anywhere_in_a_step_keeps_whole_steps(
     ) as caught:
         train(toy, batches, config, VALIDATION[:1], checkpoint)
     assert caught.value.signal == number
+    assert caught.value.kept
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
     monkeypatch.undo()
     train(toy, BATCHES, config, VALIDATION[:1], Checkpoint(path, every=1, resume=True))

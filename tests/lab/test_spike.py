@@ -1,0 +1,70 @@
+"""A batch that is longer than the others: counted, and by the rules of an allocator."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from minipeft.lab import blocks, caching, spike
+from minipeft.lab.blocks import Blocks
+from minipeft.lab.card import Card
+from minipeft.torch.paged import Paging
+
+SMALL = Blocks(1, 128, 256, 4, 2, vocabulary=64, r=32, usual=8, long=64)
+PAGING = Paging(page_size=1024, budget=1000)
+
+
+@pytest.fixture(scope="module")
+def makers():
+    return [SMALL.ready(pages, "cpu") for pages in (None, PAGING)]
+
+
+@pytest.mark.parametrize(("least", "start"), [(7, 1), (7, 50), (12, 12), (1, 5)])
+def test_the_smallest_number_that_is_enough_is_found(least, start):
+    found = spike.smallest(lambda n: n >= 3 * least, start, grain=3)
+    assert found == 3 * least
+
+
+def test_pages_save_a_run_on_a_card_with_room_for_half_of_the_states():
+    real, said = blocks.trial(SMALL, PAGING, "cpu")
+    assert real
+    assert "without pages 1 of 3 steps (out of memory" in said
+    assert said.endswith("with pages 3")
+
+
+def test_the_bits_do_not_depend_on_pages(makers):
+    course = SMALL.course(steps=3, at=1)
+    whole, paged = (spike.attempt(make, course, Card(2**40)) for make in makers)
+    assert [step.loss for step in whole.log] == [step.loss for step in paged.log]
+    assert all(torch.equal(paged.adapters[k], v) for k, v in whole.adapters.items())
+    assert whole.traffic is None
+    assert paged.traffic.evictions > 0
+    assert paged.log[1].states < paged.log[0].states == whole.log[0].states
+
+
+def test_a_trial_says_when_pages_save_nothing():
+    one = Paging(page_size=2**20, budget=1000)  # a page holds all of a parameter
+    real, said = blocks.trial(replace(SMALL, usual=64), one, "cpu")
+    assert not real  # no batch is longer, and half of the states have no room before it
+    assert "without pages 0 of 3 steps" in said
+
+
+def test_on_a_large_model_pages_are_more_than_the_allocators_segments():
+    """What the next card should show: three blocks of Llama 2 70B."""
+    counted, page = blocks.counted(Blocks(count=3)), Paging().page_size
+    states = sum(counted.states())
+    assert states == sum(counted.states(page)) > 2 * sum(counted.trained)
+    with_pages = counted.least(page)
+    limit = with_pages + states // 2
+    assert [counted.finished(limit, kept) for kept in (None, page)] == [1, 3]
+    margin = min(counted.least() - limit, limit - with_pages)
+    assert margin > caching.LARGE_SEGMENT
+    assert counted.finished(with_pages - caching.ROUND, page) < 3
+
+
+def test_on_a_model_as_small_as_tiny_pages_free_no_segment():
+    """As on the H200, where both runs ended at the spike."""
+    tiny = Blocks(4, 128, 384, 4, 2, 1024, usual=64, long=256)
+    counted = blocks.counted(tiny)
+    assert sum(counted.states()) < caching.SMALL_SEGMENT
+    assert counted.least(8192) >= counted.least()
