@@ -215,7 +215,7 @@ def check_name(name: str, offered: Sequence[str] = NAMES) -> None:
             f"{name} holds an adapter and no model; load its base, and put the adapter "
             "on it with minipeft.interop.peft_model.load"
         )
-    if Path(name).is_dir():
+    if name and Path(name).is_dir():
         raise InputError(
             f"the folder {name} has no config.json, so it is no model; give the folder "
             f"of one, {' or '.join(offered)}"
