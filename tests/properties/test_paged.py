@@ -1,6 +1,7 @@
 """Laws of paging: it changes no value, and every copy is counted."""
 
 import numpy as np
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import (
@@ -10,6 +11,7 @@ from hypothesis.stateful import (
     rule,
 )
 
+from minipeft.errors import InputError
 from minipeft.reference import adamw, paged
 from minipeft.reference.adamw import AdamW
 from tests.states import SHAPES, assert_same, page_sizes
@@ -158,3 +160,11 @@ def test_a_changed_page_is_written_back_once():
     t = p.traffic
     assert (t.faults, t.evictions, t.write_backs) == (2, 2, 1)
     assert (t.bytes_in, t.bytes_out) == (2 * 2048, 2048)
+
+
+@pytest.mark.parametrize("config", [None, {}, 1e-3])
+def test_a_step_on_a_tensor_without_values_wants_a_config_too(config):
+    empty = np.zeros((0, 3), np.float32)  # no page, for which the optimizer would ask
+    p = paged.init([adamw.init(empty)], 256, 1)
+    with pytest.raises(InputError, match="the config is of type"):
+        paged.step(p, 0, empty, empty, config)
