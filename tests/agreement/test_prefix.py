@@ -108,6 +108,16 @@ def test_the_network_fills_every_head_of_every_layer():
         assert torch.equal(V, expanded.V[:, own])
 
 
+def test_a_network_starts_with_weights_on_both_sides_and_no_bias():
+    network = prefix.Reparametrization(3, d=16, hidden=24, both=40)
+    for layer in (network.down, network.up):
+        bound = layer.in_features**-0.5
+        least, most = layer.weight.min().item(), layer.weight.max().item()
+        assert -bound <= least < -bound / 2
+        assert bound / 2 < most <= bound
+        assert not layer.bias.any()
+
+
 def test_the_network_is_dropped_without_a_trace():
     adapted = PrefixModel(llama(), PrefixConfig(num_virtual_tokens=3, hidden=16))
     with torch.no_grad():
