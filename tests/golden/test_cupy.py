@@ -1,7 +1,9 @@
 """The CUDA kernels pass the vectors: compiled for the CPU, and on a GPU if present."""
 
+import json
 import subprocess
 import sys
+import time
 from dataclasses import replace
 
 import pytest
@@ -15,6 +17,8 @@ from tests.cuda import mutation_runs
 from tests.cuda.executors import CpuExecutor
 from tests.cuda.rows import ROWS
 from tests.cuda.toolchain import needs_cpu_build
+from tests.golden.commands import ROOT
+from tests.golden.test_verify import SLOWNESS
 
 # The column does not train or merge and makes no tables. Its kernels take no rows of
 # another length than a multiple of 8 codes, no tables of a caller, and no bias.
@@ -29,6 +33,7 @@ MISTAKES = {
     "adamw": "v from the new gradient only",
     "qlora": "swapped nibbles",
 }
+SECONDS = 15  # for all cases of a column
 ALL = [*MISTAKES, "paged", "codebook", "lora_batched"]
 
 
@@ -86,8 +91,19 @@ def test_the_kernels_pass_on_a_gpu():
     if missing():
         pytest.skip(str(missing()))
     command = [sys.executable, "-m", "minipeft.cli", "verify", "cupy"]
+    begun = time.perf_counter()
     done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert time.perf_counter() - begun < SECONDS * SLOWNESS
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_the_run_on_a_gpu_that_is_recorded_took_seconds():
+    steps = json.loads((ROOT / "chapters/results/gpu/gpu.json").read_text())["steps"]
+    page = " ".join((ROOT / "site/verify.md").read_text("utf-8").split())
+    took = [steps[f"vectors, {column}"]["seconds"] for column in ("cupy", "torch")]
+    assert took[0] < SECONDS
+    assert f"CuPy's column took {took[0]:.1f} s, and torch's" in page
+    assert f"`--device cuda` {took[1]:.1f} s." in page
 
 
 @pytest.mark.no_gpu
