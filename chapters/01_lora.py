@@ -359,7 +359,7 @@ print("unmerged: every weight and every logit as before, bit for bit")
 # %% [markdown]
 # ## Models with experts
 #
-# In some models each token uses only a part of the weights. A *router* chooses a few *experts* for each token, and only these compute. `transformers` keeps the weights of all
+# In some models each token uses only a part of the weights. A *router* chooses a few *experts* for each token, and only these compute. `transformers` usually keeps the weights of all
 # experts of a layer in two tensors of shape (experts, out, in), one for the gate and the way up and one for the way down; some models, such as gpt-oss, exchange out and in. Each expert gets an $A$ and a $B$ of its own, so $A$ is (experts, r, in) and $B$ is (experts, out, r). A token with the
 # expert $e$ gets
 #

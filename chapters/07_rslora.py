@@ -174,7 +174,7 @@ assert abs(adam_stable[0] - 0.5) < 0.15
 # [@schulman2025]. The theorem and this observation do not contradict each other. The theorem is about gradient descent, whose steps grow with the gradients; the observation is about Adam,
 # which divides the size of the gradients out.
 #
-# The paper's own runs, of Llama 2, use AdamW at one learning rate. With $\alpha/r$ all ranks from 4 to 2,048 end at about the same loss; with $\alpha/\sqrt r$ the larger ranks end lower. Are their steps only longer? As a control the paper tries other rates for
+# The paper's main runs, of Llama 2, use AdamW at one learning rate. With $\alpha/r$ all ranks from 4 to 2,048 end at about the same loss; with $\alpha/\sqrt r$ the larger ranks end lower. Are their steps only longer? As a control the paper tries other rates for
 # $\alpha/r$ at rank 4: the best reaches a perplexity of 1.863, and $\alpha/\sqrt r$ at rank 2,048 one of 1.836. Our control is another: a larger rate at the *larger* rank.
 #
 # ### On a model

@@ -277,7 +277,7 @@ chapter.show(
 # a $B$ that is not zero; this experiment does not separate the two. The rest, {=f"{slow['random directions'] - slow['PiSSA']:.3f}"=} nats, is what the directions are worth here.
 #
 # At the best rate of each it is {=f"{at_best['PiSSA']:.3f}"=} for PiSSA
-# (rate {=f"{best['PiSSA']:g}"=}) and {=f"{at_best['LoRA']:.3f}"=} for LoRA (rate {=f"{best['LoRA']:g}"=}): on this model LoRA, tuned, is ahead. This is one seed and {=chapter.steps=} steps on a model of one million parameters, while the paper's claim of faster convergence concerns models
+# (rate {=f"{best['PiSSA']:g}"=}) and {=f"{at_best['LoRA']:.3f}"=} for LoRA (rate {=f"{best['LoRA']:g}"=}): on this model LoRA, tuned, is ahead. This is one seed and {=chapter.steps=} steps on a model of one million parameters, while the paper's claim of faster convergence mostly concerns models
 # thousands of times as large. [Chapter 17](17_side_by_side.md) repeats the comparison with more steps and three seeds. What carries over is the caution: compare starts at *their own* best rates.
 #
 # The base is still there:
