@@ -75,3 +75,23 @@ def test_steps_of_adamw_give_the_same_bits(bits):
         results.append([p.detach(), *list(optimizer.state[p].values())[1:]])
     for here, there in zip(*results, strict=True):
         assert torch.equal(there.cpu(), here)
+
+
+@pytest.mark.parametrize(
+    "build", [modules.quantized, modules.dora], ids=lambda build: build.__name__
+)
+def test_a_graph_repeats_forward_and_backward_on_other_inputs(build):
+    torch.manual_seed(0)
+    example, side = build("cuda"), torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):  # compiles the kernels
+        modules.run(example)
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = modules.run(example)
+    for x in example.inputs.values():
+        x.copy_(modules.integers(*x.shape))
+    graph.replay()
+    for ours, theirs in zip(captured, modules.run(example), strict=True):
+        assert torch.equal(ours, theirs)
