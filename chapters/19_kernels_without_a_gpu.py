@@ -488,13 +488,13 @@ if not NO_NVRTC:
 #
 # | what | compiled | run | on a GPU |
 # |:--|:--|:--|:--|
-# | every kernel, NVRTC 13.5 | `sm_75`, `sm_80`, `sm_90`, `sm_100` by the tests; `sm_120` on 26 November 2026 | their PTX, instruction by instruction, in a model; their source, on a CPU | on an H200, compiled by NVRTC 13.0 |
+# | every kernel, NVRTC 13.5 | `sm_75`, `sm_80`, `sm_90`, `sm_100` by the tests; `sm_120` on 26 November 2026 | their PTX, instruction by instruction, in a model; their source, on a CPU | on an H200, compiled by NVRTC 13.0; `row_norm_mixed` is newer than that run |
 # | every kernel, NVRTC 12.9 | `sm_75`, `sm_90`, `sm_120` by `make cuda12`, 26 November 2026 | no | no |
 # | registers, spills, machine code | `sm_75` to `sm_100` | counted | no |
 # | torch's operators that launch them | with NVRTC 13.5 | on a pretended device, whose kernels are the CPU's | the vectors, on an H200 |
 # | the chapters, with `--device cuda` | | on a pretended device that refuses mixed tensors: `make devices` | on an H200; which ones passed is in chapter 18 |
 # | CuPy's column, streams, pages | | on stand-ins for arrays and for the driver | the vectors, pages and streams, on an H200 |
-# | CUDA graphs | | nothing | no |
+# | CUDA graphs | | a test counts where the host would wait; `make gpu` captures and repeats one | no |
 # | any timing | | instruction counts and bounds only | one run, in chapter 18 |
 #
 # How to find out is one command on a machine that has a GPU: `make gpu` runs the tests, the vectors and the sanitizers on it, checks and times every kernel (`minipeft gpu-report`), runs every chapter there, and writes a folder of results; without a GPU it says so.
