@@ -51,7 +51,7 @@ chapter = start("17_side_by_side", steps=10, model="tiny")
 #
 # - **one base and one task**: `tiny`, which has read Jane Austen, learns *The Devil's Dictionary*;
 # - **one budget**: equally many steps, and for each seed the same batches in the same order, so the same tokens;
-# - **a rate for each method**, chosen on a hundred definitions that are used for nothing else;
+# - **a rate for each method**, chosen on a hundred definitions that no run is trained on;
 # - **three seeds**. A seed decides the order of the examples and the random start, where a method has one. A difference smaller than that between seeds shows nothing;
 # - **two losses** after training: on definitions of words that no run has seen, and on *Persuasion*, a novel of Austen's that the base has not seen. The first says what was learned, the second what was forgotten of the manner
 #   that the base had learned.

@@ -339,7 +339,7 @@ for name in NAMES:
     merged_model = inject.unload(inject.merge(copy.deepcopy(loop_model)))
     states.append(copy.deepcopy(merged_model.state_dict()))
 plain = copy.deepcopy(loaded.model).eval()
-copied_bytes = sum(t.nbytes for t in plain.state_dict().values())
+copied_bytes = sum(p.nbytes for p in plain.parameters())
 length = 1
 
 

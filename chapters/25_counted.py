@@ -146,12 +146,12 @@ again(
         ("GPT-2 L, q, v, r = 4", ".77 M", lora(GPT2_L, 4), "unexplained", ""),
     ],
 )
-assert round(4 * lora(GPT2_M, 4) / 1e6, 2) == 1.57  # the published file has 1.5 MiB
-assert round(4 * lora(GPT2_L, 4) / 2**20, 1) == 2.8  # and that of GPT-2 L 2.3
+assert 4 * lora(GPT2_M, 4) == 1.5 * 2**20  # their file is listed with 1.5 MB
+assert round(4 * lora(GPT2_L, 4) / 2**20, 1) == 2.8  # and that of GPT-2 L with 2.3
 assert round(lora(DEBERTA, 8) / 1e6, 1) == 2.4
 
 # %% [markdown]
-# The file that the authors published for GPT-2 M has about 1.5 MiB. That is 393,216 numbers of four bytes, 1.57 million bytes; 350,000 numbers would be 1.40 million. That of GPT-2 L is said to have 2.3 MB, which fits neither the count nor the printed number. FourierFT's table 1 has LoRA beside it, and prints 350 K for GPT-2 M and 393 K for RoBERTa-large, which has the same shape. Its columns of LoRA:
+# The authors list their file for GPT-2 M with 1.5 MB. In powers of two that is 393,216 numbers of four bytes; 350,000 numbers would be 1.3. That of GPT-2 L is listed with 2.3 MB, which fits neither the count nor the printed number. FourierFT's table 1 has LoRA beside it, and prints 350 K for GPT-2 M and 393 K for RoBERTa-large, which has the same shape. Its columns of LoRA:
 
 # %%
 again(

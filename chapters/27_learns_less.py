@@ -594,7 +594,7 @@ for strength in (0.1, 1.0, 10.0):
     print(f"an update of size {strength} brings {brought} intruders of 10")
 assert brought > 1  # the new direction mixes with several old ones
 least = METHODS[1]
-few = max(values(least, rate, "intruders")[0] for rate in sweeps[least])
+few = max(max(values(least, rate, "intruders")) for rate in sweeps[least])
 print(f"{NAMES[least]}: at most {few:.2f} a matrix were found")
 
 # %% [markdown]

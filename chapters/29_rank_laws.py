@@ -64,7 +64,7 @@ assert max(high - low) < 1e-6
 #
 # `tiny` learns *The Devil's Dictionary*. A run sees each of its definitions once, in batches of 8, so more data are more steps too. Unless a row says otherwise, LoRA of rank 8 with $\alpha = 16$ stands on every linear layer and sees {=SEEN=} definitions. Where $r$ exceeds the rank that a weight can have, the weight gets its full rank, so the last row of the ranks is an adapter of full rank everywhere. rsLoRA gets the numerator with which both scalings are equal at rank 8.
 #
-# The three sizes of the base are a half, a quarter and an eighth as wide as `tiny` and are pretrained here by its recipe: the same novels, rate, batches and seed, but {=STEPS=} steps, where `tiny` had {=f"{pretrain.Recipe().steps:,}"=}. Rates lie a factor of $\sqrt{10}$ apart. The search uses one seed and a hundred definitions that serve nothing else, and ends when the best rate has a worse one on both sides; two more seeds follow at the best rate. All losses but those of the search are on other, unseen definitions.
+# The three sizes of the base are a half, a quarter and an eighth as wide as `tiny` and are pretrained here by its recipe: the same novels, rate, batches and seed, but {=STEPS=} steps, where `tiny` had {=f"{pretrain.Recipe().steps:,}"=}. Rates lie a factor of $\sqrt{10}$ apart. The search uses one seed and a hundred definitions that no run is trained on, and ends when the best rate has a worse one on both sides; two more seeds follow at the best rate. All losses but those of the search are on other, unseen definitions.
 
 # %%
 base = chapter.load()
