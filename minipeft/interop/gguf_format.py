@@ -357,6 +357,10 @@ def _writing(path: str | Path, arch: str) -> Iterator[gguf.GGUFWriter]:
             os.unlink(temporary)
 
 
+LAYERS = 512  # llama.cpp loads no more
+HEADS = 10_000
+
+
 class GgufTensors:
     """The tensors of a GGUF model by transformers' names, decoded to float32.
 
@@ -379,7 +383,7 @@ class GgufTensors:
                 f"{path} holds a model of the family {self.arch!r}; only "
                 f"{', '.join(sorted(FAMILIES_READ))} are read"
             )
-        layers = self._count("block_count")
+        layers = self._count("block_count", LAYERS)
         ours = {theirs: name for name, theirs in names(self.arch, layers).items()}
         self.stored = [tensor.name for tensor in self._reader.tensors]
         if odd := set(self.stored) - ours.keys() - {FACTORS}:
@@ -394,13 +398,13 @@ class GgufTensors:
             for name, t in self._found.items()
         }
 
-    def _count(self, key: str) -> int:
+    def _count(self, key: str, most: int = HEADS) -> int:
         """Return a number of layers or heads."""
         text = self.metadata.get(f"{self.arch}.{key}", "none")
-        if not text.isdecimal() or int(text) > MOST:
+        if not text.isdecimal() or int(text) > most:
             raise InputError(
-                f"{self.path} says {text!r} for {self.arch}.{key}, which is no count; "
-                "get the file again"
+                f"{self.path} says {text!r:.60} for {self.arch}.{key}, which is no "
+                f"count from 0 to {most}; get the file again"
             )
         return int(text)
 
@@ -448,7 +452,6 @@ ROUNDINGS: dict[gguf.GGMLQuantizationType, Rounding] = {
     TYPES["Q8_0"]: Q8(),
 }
 FAMILIES_READ = {"llama", "qwen2", "qwen3"}
-MOST = 10_000  # layers or heads
 FACTORS = "rope_freqs.weight"
 
 

@@ -347,6 +347,18 @@ def test_a_damaged_file_is_one_sentence(tmp_path, base, keep):
         GgufTensors(tmp_path / "none.gguf")
 
 
+def test_more_layers_than_llama_cpp_loads_are_refused(tmp_path, base):
+    path = tmp_path / "model.gguf"
+    gguf_format.write_model(path, base, models.TINY, kind="F16")
+    key, stored = b"llama.block_count", path.read_bytes()
+    at = stored.index(key) + len(key) + 4  # the number follows its kind in 4 bytes
+    layers = int.from_bytes(stored[at : at + 4], "little")
+    assert layers == CONFIG["num_hidden_layers"]
+    path.write_bytes(stored[:at] + (8193).to_bytes(4, "little") + stored[at + 4 :])
+    with pytest.raises(InputError, match=r"'8193' for llama\.block_count, .* 512"):
+        GgufTensors(path)
+
+
 @pytest.mark.parametrize("name", ["blk.9.attn_q.weight", "rope_freqs.weight"])
 def test_a_tensor_that_a_loaded_model_has_no_place_for_is_refused(tmp_path, name):
     path = tmp_path / "model.gguf"
