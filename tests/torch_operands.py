@@ -44,7 +44,16 @@ from tests.properties import modules
 # Files for the column's own use; their callers have checked the operands.
 INSIDE = (
     *("adamw_checks", "adapted", "bins", "copies", "deferred", "launches", "linear"),
-    *("operands", "operators", "saving", "slices", "stack", "targets", "virtual"),
+    *(
+        "loading",
+        "operands",
+        "operators",
+        "saving",
+        "slices",
+        "stack",
+        "targets",
+        "virtual",
+    ),
 )
 # Operands are processes, folders and meshes; test_sharding runs these.
 PROCESSES = ("sharding",)

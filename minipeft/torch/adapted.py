@@ -16,6 +16,7 @@ from torch.fx import Proxy
 from torch.overrides import TorchFunctionMode
 
 from minipeft.errors import InputError
+from minipeft.torch import loading
 from minipeft.torch.deferred import Deferred
 from minipeft.torch.linear import (
     Bias,
@@ -33,14 +34,6 @@ from minipeft.torch.linear import (
 from minipeft.values import check_kind, check_number
 
 Adapter = TypeVar("Adapter", bound=nn.Module)
-
-HOOKS = (
-    "_forward_pre_hooks",
-    "_forward_hooks",
-    "_backward_pre_hooks",
-    "_backward_hooks",
-)
-"""Where torch keeps the hooks of a module's calls."""
 
 
 class Adapted(nn.Module, ABC, Generic[Adapter]):
@@ -79,6 +72,7 @@ class Adapted(nn.Module, ABC, Generic[Adapter]):
         self.active: dict[str, float] = {}
         self.register_buffer("merged_weight", None, persistent=False)
         self.register_buffer("merged_bias", None, persistent=False)
+        loading.watch(self)
         self.register_load_state_dict_pre_hook(_before_load)  # type: ignore[no-untyped-call]
         self.register_load_state_dict_post_hook(_after_load)  # type: ignore[no-untyped-call]
         self.base = base
@@ -287,6 +281,19 @@ class Adapted(nn.Module, ABC, Generic[Adapter]):
         """Return what is trained here, active or not."""
         return list(self.adapters.values())
 
+    def check_load(self, state: Mapping[str, Any], prefix: str, assign: bool) -> None:
+        """Refuse tensors that are not finite, or that a merged layer cannot merge.
+
+        Args:
+            state: of `load_state_dict`.
+            prefix: of the layer's names in the state.
+            assign: whether the tensors replace those of the layer.
+        """
+        loading.check_values(self.adapters, state, f"{prefix}adapters.")
+        if self.merged_weight is not None:
+            with naming(prefix.rstrip(".")):
+                loading.twin(self, state, prefix, assign).merge()
+
     def shares(self) -> list[tuple[float, Adapter]]:
         """Return the active adapters as pairs (share, adapter)."""
         return [(s, cast(Adapter, self.adapters[n])) for n, s in self.active.items()]
@@ -486,7 +493,7 @@ def check_finite(name: str, before: Tensor, merged: Tensor) -> None:
 
 def check_no_hooks(layer: nn.Module) -> None:
     """Refuse to put a layer away together with hooks that a program registered."""
-    hooks = [hook for name in HOOKS for hook in getattr(layer, name).values()]
+    hooks = [hook for name in loading.HOOKS for hook in getattr(layer, name).values()]
     if hooks:
         name = getattr(hooks[0], "__qualname__", type(hooks[0]).__name__)
         raise InputError(

@@ -10,7 +10,7 @@ from torch.nn.functional import linear, relu
 
 from minipeft.errors import InputError
 from minipeft.shapes import Float
-from minipeft.torch import saving
+from minipeft.torch import loading, saving
 from minipeft.torch.adapted import Adapted, freeze_all_but_adapters, naming
 from minipeft.torch.linear import (
     Form,
@@ -211,6 +211,7 @@ class Parallel(nn.Module):
         freeze_all_but_adapters(base)
         self.base = base
         self.adapter = adapter
+        loading.watch(self)
         self.train(base.training)
 
     def forward(self, x: Stream) -> Stream:
@@ -231,6 +232,16 @@ class Parallel(nn.Module):
     def own_adapters(self) -> list[nn.Module]:
         """Return what is trained here."""
         return [self.adapter]
+
+    def check_load(self, state: Mapping[str, Any], prefix: str, assign: bool) -> None:
+        """Refuse tensors of the adapter that are not finite.
+
+        Args:
+            state: of `load_state_dict`.
+            prefix: of the module's names in the state.
+            assign: not used.
+        """
+        loading.check_values(self.adapter, state, f"{prefix}adapter.")
 
     def __getattr__(self, name: str) -> Any:
         """Return an attribute of the sublayer; refuse its weights, without f."""
@@ -279,6 +290,7 @@ def place_beside(
     replace(model, beside)
     freeze_all_but_adapters(model)
     saving.refuse(model, REMEDY)
+    loading.watch(model)
     return model
 
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from minipeft.errors import InputError
-from minipeft.torch import saving
+from minipeft.torch import loading, saving
 from minipeft.torch.adapted import (
     Adapted,
     check_no_hooks,
@@ -323,26 +323,23 @@ def load_adapter_state_dict(
             + "; inject with the configuration it was saved from."
         )
     layers = {k: m for k, m in adapted(model).items() if name in m.adapters}
-    merged = any(layer.merged_weight is not None for layer in layers.values())
-    before = {key: tensor.clone() for key, tensor in own.items() if merged}
-    try:
-        _load(layers, name, tensors)
-    except InputError:  # a merged layer cannot be merged with the new tensors
-        _load(layers, name, before)
-        raise
+    parts = {key: _part(layer, key, name, tensors) for key, layer in layers.items()}
+    for key, layer in layers.items():
+        loaded = {f"adapters.{name}.{k}": tensor for k, tensor in parts[key].items()}
+        with naming(key):
+            layer.check_load(loaded, "", assign=False)
+    for key, layer in layers.items():
+        layer.adapters[name].load_state_dict(parts[key])
+        if layer.merged_weight is not None:
+            layer.merge()
     return model
 
 
-def _load(
-    layers: Mapping[str, Layer], name: str, tensors: Mapping[str, Tensor]
-) -> None:
-    for key, layer in layers.items():
-        adapter, prefix = layer.adapters[name], f"{key}." if key else ""
-        keys = adapter.state_dict()
-        adapter.load_state_dict({k: tensors[prefix + k] for k in keys})
-        if layer.merged_weight is not None:
-            with naming(key):
-                layer.merge()
+def _part(
+    layer: Layer, key: str, name: str, tensors: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    prefix = f"{key}." if key else ""
+    return {k: tensors[prefix + k] for k in layer.adapters[name].state_dict()}
 
 
 def _wrapper(config: Config, layer: nn.Module) -> type[Layer]:
@@ -377,6 +374,7 @@ def _check_no_nan(layer: nn.Module) -> None:
 
 
 def _allow_saving(model: nn.Module) -> None:
+    loading.unwatch(model)
     if not adapted(model):
         saving.allow(model, REMEDY)
 
@@ -384,6 +382,7 @@ def _allow_saving(model: nn.Module) -> None:
 def freeze(model: nn.Module) -> None:
     """Train only adapters; refuse `save_pretrained`, which would lose them."""
     saving.refuse(model, REMEDY)
+    loading.watch(model)
     freeze_all_but_adapters(model)
 
 
@@ -402,21 +401,11 @@ def _odd_shapes(tensors: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> lis
 def _odd_values(tensors: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> list[str]:
     problems = []
     for key in (key for key in own if key in tensors):
-        dtype = tensors[key].dtype
-        if dtype.is_floating_point != own[key].dtype.is_floating_point:
-            problems.append(f"{key} has dtype {dtype}, not {own[key].dtype}")
-        elif tensors[key].layout != own[key].layout:
-            problems.append(f"{key} is {tensors[key].layout}, not {own[key].layout}")
-        elif tensors[key].is_meta and not own[key].is_meta:
+        if tensors[key].is_meta and not own[key].is_meta:
             problems.append(f"{key} is on the device meta and has no values")
-        elif not tensors[key].is_meta and not _finite(tensors[key], own[key]):
-            problems.append(f"{key} is not finite")
+        elif wrong := loading.odd(tensors[key], own[key]):
+            problems.append(f"{key} {wrong}")
     return problems
-
-
-def _finite(tensor: Tensor, own: Tensor) -> bool:
-    # Also in the dtype that the adapter has: 1e300 would become infinite there.
-    return bool(tensor.to(own.dtype).isfinite().all())
 
 
 def _other_constants(

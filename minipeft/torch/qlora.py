@@ -14,7 +14,7 @@ from torch.overrides import handle_torch_function, has_torch_function_unary
 
 from minipeft.errors import InputError
 from minipeft.shapes import Float, Shaped
-from minipeft.torch import blockwise, double_quant, launches, operators, saving
+from minipeft.torch import blockwise, double_quant, launches, loading, operators, saving
 from minipeft.torch.adapted import Adapted, naming
 from minipeft.torch.bins import MEMORY
 from minipeft.torch.blockwise import Blockwise
@@ -110,7 +110,7 @@ class QuantizedLinear(nn.Module):
             self.register_buffer(name, parts[name].clone())
         self.ready: launches.Ready | None = None
         self.bias = None if bias is None else nn.Parameter(bias.detach().clone(), False)
-        self.register_load_state_dict_pre_hook(_check_loaded)  # type: ignore[no-untyped-call]
+        loading.watch(self)
 
     @classmethod
     def from_linear(
@@ -187,6 +187,18 @@ class QuantizedLinear(nn.Module):
                 "trace a module that holds the layer, such as nn.Sequential(layer)."
             )
         return quantized_linear(input, self, self.bias if bias is None else bias)
+
+    def check_load(self, state: Mapping[str, Any], prefix: str, assign: bool) -> None:
+        """Refuse scales and codes' values that are not finite.
+
+        A pass on a GPU does not read them, so that the host need not wait; this does.
+
+        Args:
+            state: of `load_state_dict`.
+            prefix: of the layer's names in the state.
+            assign: not used.
+        """
+        loading.check_values(self, state, prefix, self.tensors)
 
     def runs_kernels(self, dtype: torch.dtype) -> bool:
         """Tell whether a GPU kernel can decode the weight to this dtype."""
@@ -440,21 +452,8 @@ def quantize_linears(
             replace(model, {id(layer): done[id(layer)]})
     _say_what_stays(model)
     saving.refuse(model, REMEDY)
+    loading.watch(model)
     return model
-
-
-def _check_loaded(
-    layer: nn.Module, state: Mapping[str, Any], prefix: str, *_: object
-) -> None:
-    # A pass on a GPU reads no scale, so that the host need not wait; this does.
-    for name in ("absmax", "nested_absmax", "offset"):
-        held = state.get(prefix + name)
-        if not isinstance(held, Tensor) or held.is_meta or torch.isfinite(held).all():
-            continue
-        raise InputError(
-            f"{prefix}{name} is not finite; load another file, or quantize the weight "
-            "again."
-        )
 
 
 def _check_codec(

@@ -1,9 +1,9 @@
 """VeRA: one frozen random pair for all layers, and two trained vectors per layer."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from math import sqrt
-from typing import ClassVar
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -11,7 +11,7 @@ from torch.nn.functional import linear
 
 from minipeft.errors import InputError
 from minipeft.shapes import Float, Shaped
-from minipeft.torch.adapted import Adapted
+from minipeft.torch.adapted import Adapted, naming
 from minipeft.torch.linear import (
     Form,
     Output,
@@ -207,6 +207,15 @@ def check_fits(form: Form, adapter: VeRA) -> None:
         )
 
 
+def _check_drawn(drawn: Sequence[int], now: Sequence[int], form: Form, r: int) -> None:
+    if list(drawn) != list(now):
+        seed, directions, widest, tallest = drawn
+        check_integer("the seed", seed, 0, 2**32 - 1)
+        check_integer("r", directions, r, r)
+        check_integer("in_features", widest, form.in_features)
+        check_integer("out_features", tallest, form.out_features)
+
+
 def _check_pair(pair: Projections) -> None:
     _, r, widest, tallest = pair.drawn
     check_shape("A of the pair", pair.A, r, widest)
@@ -220,6 +229,22 @@ class VeRALinear(Adapted[VeRA]):
     """
 
     check_fits = staticmethod(check_fits)
+
+    def check_load(self, state: Mapping[str, Any], prefix: str, assign: bool) -> None:
+        """Refuse also four numbers of which no pair for this layer can be drawn.
+
+        Args:
+            state: of `load_state_dict`.
+            prefix: of the layer's names in the state.
+            assign: whether the tensors replace those of the layer.
+        """
+        for name, adapter in cast(Mapping[str, VeRA], self.adapters).items():
+            drawn = state.get(f"{prefix}adapters.{name}.drawn")
+            if drawn is not None and not drawn.is_meta:
+                form, r = self.view.form(self.base), rows_of(adapter.d)
+                with naming(f"{prefix}adapters.{name}.drawn"):
+                    _check_drawn(drawn.tolist(), adapter.projections.drawn, form, r)
+        super().check_load(state, prefix, assign)
 
     def change(self, adapter: VeRA, W: Weight) -> Weight:
         r"""Return $\Delta W = \Lambda_b B \Lambda_d A$."""

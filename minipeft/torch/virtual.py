@@ -17,6 +17,7 @@ from torch.nn.functional import pad
 
 from minipeft.errors import InputError
 from minipeft.shapes import Integer
+from minipeft.torch import loading
 from minipeft.values import check_integer, check_kind
 
 IGNORE = -100  # torch's cross-entropy ignores this label
@@ -49,12 +50,24 @@ class VirtualTokens(nn.Module, ABC):
         self.model = model
         self.register_state_dict_post_hook(_leave_out_tied)  # type: ignore[no-untyped-call]
         self.register_load_state_dict_pre_hook(_fill_in_tied)  # type: ignore[no-untyped-call]
+        loading.watch(self)
         self.takes_positions = "position_ids" in signature(model.forward).parameters
 
     def freeze(self) -> None:
         """Train nothing of the model, and follow its mode: when nothing is refused."""
         self.model.requires_grad_(False)
         self.train(self.model.training)
+
+    def check_load(self, state: Mapping[str, Any], prefix: str, assign: bool) -> None:
+        """Refuse trained tensors that are not finite.
+
+        Args:
+            state: of `load_state_dict`.
+            prefix: of the module's names in the state.
+            assign: not used.
+        """
+        trained = [n for n, _ in self.named_parameters() if not n.startswith("model.")]
+        loading.check_values(self, state, prefix, trained)
 
     @property
     def device(self) -> torch.device:

@@ -89,14 +89,13 @@ def test_a_state_dict_brings_its_own_pair():
 
 
 def test_a_pair_that_was_drawn_for_smaller_layers_is_refused():
-    small, large = nn.Sequential(nn.Linear(6, 9)), nn.Sequential(nn.Linear(6, 9))
-    inject(small, VeRAConfig(r=3), ["0"])
-    inject(large, VeRAConfig(r=3), ["0"])
-    state = adapter_state_dict(small)
-    state["0.drawn"] = torch.tensor([0, 3, 5, 9])
-    load_adapter_state_dict(large, state)
+    model = inject(nn.Sequential(nn.Linear(6, 9)), VeRAConfig(r=3), ["0"])
+    state = {**adapter_state_dict(model), "0.drawn": torch.tensor([0, 3, 5, 9])}
+    with pytest.raises(InputError, match="drawn: in_features is 5; choose 6 or more"):
+        load_adapter_state_dict(model, state)
+    model[0].adapters["default"].projections.draw((0, 3, 5, 9), torch.device("cpu"))
     with pytest.raises(InputError, match=r"up to \(9, 5\).*here \(9, 6\)"):
-        large(torch.ones(6))
+        model(torch.ones(6))
 
 
 @pytest.mark.parametrize(

@@ -319,6 +319,18 @@ def beside_a_sublayer(there):
     return model(torch.randn(2, 6).to(there)), *model.parameters()
 
 
+def loaded(there):
+    """What is loaded is checked where it lies, also in merged layers."""
+    model = nn.Sequential(nn.Sequential(nn.Linear(8, 8)), nn.Linear(8, 8)).to(there)
+    qlora.quantize_linears(model, ["0"], blocksize=4)
+    bottleneck.place_beside(model, bottleneck.BottleneckConfig(3), ["0.0"], 8)
+    inject.merge(inject.inject(model, lora.LoRAConfig(2, 4.0), ["1"]))
+    model.load_state_dict(model.state_dict())
+    soft = prompt.PromptModel(llama().to(there), prompt.PromptConfig(2))
+    soft.load_state_dict(soft.state_dict())
+    return *model.state_dict().values(), model[1].merged_weight, soft.P
+
+
 def example(build):
     def recipe(there):
         made = build(there)
@@ -338,7 +350,7 @@ RECIPES: list[Callable[[Any], Any]] = [
     *(adamw_with_states_of_32_bits, adamw_with_states_of_8_bits, paged_adamw),
     one_tensor_of_adamw,
     *(attended, attended_with_a_prefix, a_prompt_before_a_text, generated),
-    *(four_bits, many_adapters_at_once, beside_a_sublayer, two_rates),
+    *(four_bits, many_adapters_at_once, beside_a_sublayer, two_rates, loaded),
     *(adapted(config, ALL) for row, config in CONFIGS.items() if row != "ia3"),
     adapted(ia3.IA3Config(["down"]), ALL),
     adapted(pissa.PiSSAConfig(2, 4.0), ALL),

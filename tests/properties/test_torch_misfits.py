@@ -221,18 +221,6 @@ def test_four_bits_keep_hooks_and_refuse_a_forward_that_they_would_not_run():
     assert list(adapted(model)) == ["0", "2"]
 
 
-def test_a_state_dict_that_cannot_be_merged_is_loaded_and_named():
-    """Torch loads what fits, and names the rest at the end: so does a merged layer."""
-    model, other = merge(make("lora")), make("lora")
-    huge = {key: torch.full_like(t, 3e38) for key, t in other[0].state_dict().items()}
-    state = {**other.state_dict(), **{f"0.{k}": t for k, t in huge.items()}}
-    with pytest.raises(RuntimeError, match=r"0: merging would.*The layer is unmerged"):
-        model.load_state_dict(state)
-    assert all(torch.equal(t, state[key]) for key, t in model.state_dict().items())
-    assert model[0].merged_weight is None
-    assert torch.equal(model[2].merged_weight, merge(other)[2].merged_weight)
-
-
 def test_a_quantized_layer_is_traced_inside_a_model_and_not_alone():
     layer, x = QuantizedLinear.from_linear(nn.Linear(8, 8)), torch.ones(2, 8)
     with annotations_off():
