@@ -36,6 +36,47 @@ def check_batch(batch: Mapping[str, torch.Tensor], step: int) -> None:
             )
 
 
+def check_ids(model: nn.Module, batch: Mapping[str, torch.Tensor], where: str) -> None:
+    """Refuse token ids and labels that the model has no row for.
+
+    Torch would stop with an IndexError, and on a GPU with a failed assertion in a
+    kernel, which names neither the id nor the batch.
+
+    Args:
+        model: of transformers, or around one; others have no table to compare with.
+        batch: the model's arguments.
+        where: the name of the batch in the message.
+    """
+    rows = {"input_ids": _rows(model, "get_input_embeddings")}
+    rows["labels"] = _rows(model, "get_output_embeddings") or _classes(model)
+    for name, count in rows.items():
+        ids = batch.get(name)
+        whole = isinstance(ids, torch.Tensor) and not ids.is_floating_point()
+        if count is None or ids is None or not whole:
+            continue
+        kept = ids[ids != IGNORE] if name == "labels" else ids
+        strange = kept[(kept < 0) | (kept >= count)]
+        if strange.numel():
+            raise InputError(
+                f"{name} in {where} holds {int(strange[0])}, and the model knows "
+                f"{count} of them, 0 to {count - 1}; use the tokenizer and labels that "
+                "belong to the model, or enlarge it: model.resize_token_embeddings"
+            )
+
+
+def _rows(model: nn.Module, method: str) -> int | None:
+    """Return the rows of the table that the first module with this method returns."""
+    owner = next((m for m in model.modules() if hasattr(type(m), method)), None)
+    weight = getattr(getattr(owner, method)(), "weight", None) if owner else None
+    return None if weight is None or weight.dim() != 2 else int(weight.shape[0])
+
+
+def _classes(model: nn.Module) -> int | None:
+    # With one class, transformers fits a number.
+    count = getattr(model, "num_labels", 1)
+    return count if isinstance(count, int) and count > 1 else None
+
+
 def checked_labels(batch: Mapping[str, torch.Tensor], step: int) -> int:
     """Return how many labels of a batch count.
 

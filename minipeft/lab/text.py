@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from minipeft.errors import InputError
-from minipeft.lab.diagnosis import IGNORE
+from minipeft.lab.diagnosis import IGNORE, check_ids
 from minipeft.lab.train import Batch, Batches
 
 
@@ -164,9 +164,13 @@ def generate(
     """Return what a causal model continues a prompt with, without the prompt.
 
     The same seed gives the same text; torch's own random state is left alone.
+
+    Raises:
+        InputError: A token of the prompt is none of the model's.
     """
     use = sampling or Sampling()
     ids = torch.tensor([prompt_ids(tokenizer, prompt)], device=model.device)
+    check_ids(model, {"input_ids": ids}, "the prompt")
     settings: dict[str, Any] = {"do_sample": False}
     if use.temperature > 0:
         settings = {

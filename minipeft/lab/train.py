@@ -31,6 +31,7 @@ from minipeft.lab.diagnosis import (
     bad_gradient,
     bad_loss,
     check_batch,
+    check_ids,
     check_reached,
     checked_labels,
     predicted,
@@ -203,7 +204,8 @@ def train(
         Interrupted: Ctrl-C or SIGTERM. The model is as the last complete step left it,
             and the checkpoint, if any, holds exactly that. A second signal stops at
             once and leaves the checkpoint before it.
-        InputError: The loss or a gradient is no longer finite; a batch has no label;
+        InputError: The loss or a gradient is no longer finite; a batch has no label, or
+            an id that is none of the model's;
             nothing trains; the checkpoint does not fit, cannot be written, or is
             another process's.
     """
@@ -289,6 +291,7 @@ class _Run:
         batches = [self.batches(first + i) for i in range(self.config.accumulate)]
         for batch in batches:
             check_batch(batch, self.step)
+            check_ids(self.model, batch, f"the batch of step {self.step + 1}")
         self.note_settings(batches[0])
         self.set_rates()
         try:
@@ -424,13 +427,14 @@ def loss(model: nn.Module, batches: Iterable[Batch]) -> float:
     """Return the mean loss in nats per predicted label, without gradients or dropout.
 
     Raises:
-        InputError: There is no label to predict.
+        InputError: There is no label to predict; an id is none of the model's.
     """
     was_training = model.training
     model.eval()
     total, count = 0.0, 0
     with torch.no_grad():
-        for batch in batches:
+        for number, batch in enumerate(batches, start=1):
+            check_ids(model, batch, f"batch {number}")
             labels = predicted(batch["labels"])
             total += float(model(**on_device_of(model, batch)).loss) * labels
             count += labels

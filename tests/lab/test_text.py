@@ -120,3 +120,11 @@ def test_no_chapter_is_judged_on_what_it_trains_on(tiny):
     assert shared.training(tokenizer, rows=3)(0)["input_ids"].shape[0] == 3
     longest = max(batch["input_ids"].shape[1] for batch in batches)
     assert longest == task.LENGTH
+
+
+def test_a_prompt_of_another_tokenizer_is_refused(toy, tiny):
+    said = (
+        r"^input_ids in the prompt holds \d+, and the model knows 31 of them, 0 to 30;"
+    )
+    with pytest.raises(InputError, match=said):
+        generate(toy, tiny.tokenizer, "It was")

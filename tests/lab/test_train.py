@@ -17,6 +17,8 @@ from minipeft.lab.train import (
     loss,
     train,
 )
+from minipeft.torch.prefix import PrefixConfig, PrefixModel
+from tests.lab.architectures import build, operands
 from tests.operands import annotations_off
 
 TEXT = torch.arange(400) * 7 % 29 + 2
@@ -253,6 +255,40 @@ def test_a_batch_that_no_model_can_learn_from_is_named_as_the_cause(toy):
     ):
         with annotations_off(), pytest.raises(InputError, match=sentence):
             train(toy, lambda step, batch=batch: batch, TrainConfig(1))
+
+
+@pytest.mark.parametrize("name", ["input_ids", "labels"])
+@pytest.mark.parametrize("strange", [29 + 99, -1])
+def test_an_id_that_the_model_has_no_row_for_is_named(toy, name, strange):
+    size = toy.config.vocab_size
+    before = weights(toy)
+
+    def spoilt(step):
+        batch = {key: t.clone() for key, t in BATCHES(step).items()}
+        batch[name][-1, 5] = strange
+        return batch
+
+    said = rf"^{name} in .* {strange}, and the model knows {size} of them, 0 to "
+    with pytest.raises(InputError, match=said + rf"{size - 1}; use the tokenizer"):
+        train(toy, spoilt, TrainConfig(2))
+    with pytest.raises(InputError, match=rf"^{name} in batch 2 holds {strange}"):
+        loss(toy, [BATCHES(0), spoilt(0)])
+    around = PrefixModel(toy, PrefixConfig(2))  # has no table of its own
+    with pytest.raises(InputError, match=rf"^{name} in .* of step 1 holds {strange}"):
+        train(around, spoilt, TrainConfig(2))
+    assert_same(weights(toy), before)
+
+
+def test_a_label_beyond_the_classes_is_named():
+    model = build("BertForSequenceClassification")
+    batch = {
+        **operands("BertForSequenceClassification"),
+        "labels": torch.tensor([0, 2]),
+    }
+    with pytest.raises(
+        InputError, match=r"^labels in .* holds 2, and the model knows 2"
+    ):
+        train(model, lambda step: batch, TrainConfig(1))
 
 
 def test_an_empty_batch_is_named_as_the_cause(toy):
