@@ -51,7 +51,9 @@ class VirtualTokens(nn.Module, ABC):
         self.register_state_dict_post_hook(_leave_out_tied)  # type: ignore[no-untyped-call]
         self.register_load_state_dict_pre_hook(_fill_in_tied)  # type: ignore[no-untyped-call]
         loading.watch(self)
-        self.takes_positions = "position_ids" in signature(model.forward).parameters
+        taken = signature(model.forward).parameters
+        self.takes_positions = "position_ids" in taken
+        self.recurrent = "state" in taken or "cache_params" in taken
 
     def freeze(self) -> None:
         """Train nothing of the model, and follow its mode: when nothing is refused."""
@@ -105,6 +107,8 @@ class VirtualTokens(nn.Module, ABC):
         check_text(input_ids, attention_mask, labels)
         text = {"input_ids": input_ids, "attention_mask": attention_mask}
         call, n = self.ahead(text)
+        if self.recurrent:  # some write to their state, which no gradient survives
+            call["use_cache"] = False
         if labels is not None:
             call["labels"] = pad(
                 predicted(labels, attention_mask), (n, 0), value=IGNORE
@@ -146,6 +150,8 @@ class VirtualTokens(nn.Module, ABC):
                 "a cache of fixed size has no room for virtual tokens; leave out "
                 "cache_implementation, or choose 'dynamic'."
             )
+        if _has_read(call):  # such a state needs no mask and no positions
+            return call, 0
         past = 0 if cache is None else cache.get_seq_length()
         mask = call.get("attention_mask")
         if mask is None:
@@ -168,6 +174,15 @@ class VirtualTokens(nn.Module, ABC):
             yield
         finally:
             handle.remove()
+
+
+def _has_read(call: Mapping[str, Any]) -> bool:
+    """Tell whether the state of a recurrent model contains a text already."""
+    if call.get("state") is not None:  # RWKV has one from its first call on
+        return True
+    cache = call.get("cache_params")  # Mamba and xLSTM are given an empty one
+    known = getattr(cache, "has_previous_state", lambda: False)
+    return bool(known()) or int(getattr(cache, "seqlen_offset", 0)) > 0
 
 
 def _later_names(module: nn.Module) -> dict[str, str]:

@@ -13,6 +13,7 @@ from minipeft.torch.prefix import PrefixConfig, PrefixModel
 from minipeft.torch.prompt import PromptConfig, PromptModel
 from tests.agreement.architectures import SAY, WORK, build, causal
 from tests.agreement.llama import TEXT, llama
+from tests.lab import architectures as tiny
 from tests.operands import annotations_off
 from tests.tolerance import assert_within, gamma
 
@@ -256,6 +257,26 @@ def test_a_prompt_works_beside_layers_that_keep_another_state():
     model = build("Lfm2ForCausalLM", SAY["Lfm2ForCausalLM"][0])
     out = adapted("prompt", model)(AFTER)
     assert_same_logits(out.logits, model(whole(AFTER)).logits[:, N:])
+
+
+@pytest.mark.parametrize(
+    "name", ["MambaForCausalLM", "RwkvForCausalLM", "xLSTMForCausalLM"]
+)
+def test_a_recurrent_model_reads_a_prompt_once(name):
+    """Its state, which has other names than a cache, holds the prompt from then on."""
+    model = tiny.build(name, use_cache=True)
+    torch.manual_seed(2)
+    with torch.no_grad():
+        for p in model.parameters():  # as trained ones: each step needs the state
+            p.copy_(torch.randn_like(p) * 0.3 if p.dim() > 1 else p)
+    settings = {"max_new_tokens": 6, "do_sample": False}
+    expected = model.generate(whole(AFTER), **settings)[:, N + AFTER.shape[1] :]
+    ours = adapted("prompt", model)
+    found = ours.generate(AFTER, **settings)[:, AFTER.shape[1] :]
+    assert found.tolist() == expected.tolist()
+    assert len(set(found.flatten().tolist())) > 3
+    ours(AFTER, labels=AFTER).loss.backward()  # in eval mode a cache would be in use
+    assert ours.P.grad.abs().sum() > 0
 
 
 def test_a_prefix_cannot_do_without_a_cache():

@@ -120,6 +120,57 @@ MORE_CAUSAL = {
         "num_hidden_layers": 2,
         "time_step_rank": 4,
     },
+    "RwkvForCausalLM": {
+        "vocab_size": 64,
+        "hidden_size": 32,
+        "attention_hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "context_length": 64,
+        "rescale_every": 0,  # else `eval()` divides weights in place
+        "use_cache": False,  # else `eval()` writes to a state that gradients need
+    },
+    "xLSTMForCausalLM": {
+        "vocab_size": 64,
+        "hidden_size": 128,  # a multiple of what the class rounds widths to
+        "num_hidden_layers": 2,
+        "num_blocks": 2,
+        "num_heads": 4,
+        "chunk_size": 8,
+    },
+    "RecurrentGemmaForCausalLM": {
+        **SMALL,
+        "num_key_value_heads": 1,
+        "lru_width": 32,
+        "attention_window_size": 16,
+        "block_types": ["recurrent", "attention"],
+    },
+    "Zamba2ForCausalLM": {
+        **SMALL,
+        "num_key_value_heads": 4,
+        "mamba_d_state": 4,
+        "mamba_headdim": 8,
+        "n_mamba_heads": 8,
+        "num_mem_blocks": 1,
+        "hybrid_layer_ids": [1],
+        "layers_block_type": ["mamba", "hybrid"],
+        "adapter_rank": 4,
+        "chunk_size": 8,
+    },
+    "DbrxForCausalLM": {
+        "vocab_size": 64,
+        "d_model": 32,
+        "n_heads": 4,
+        "n_layers": 2,
+        "max_seq_len": 64,
+        "attn_config": {"kv_n_heads": 2, "clip_qkv": 8.0, "rope_theta": 1e4},
+        "ffn_config": {
+            "hidden_size": 32,
+            "ffn_hidden_size": 48,
+            "moe_num_experts": 4,
+            "moe_top_k": 2,
+        },
+    },
     "Lfm2ForCausalLM": {**SMALL, "layer_types": ["conv", "full_attention"]},
     "Qwen2MoeForCausalLM": {
         **SMALL,
