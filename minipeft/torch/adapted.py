@@ -70,8 +70,7 @@ class Adapted(nn.Module, ABC, Generic[Adapter]):
         self.view = weight_view(base)
         self.adapters = nn.ModuleDict()
         self.active: dict[str, float] = {}
-        self.register_buffer("merged_weight", None, persistent=False)
-        self.register_buffer("merged_bias", None, persistent=False)
+        self.hold(None, None)
         loading.watch(self)
         self.register_load_state_dict_pre_hook(_before_load)  # type: ignore[no-untyped-call]
         self.register_load_state_dict_post_hook(_after_load)  # type: ignore[no-untyped-call]
@@ -208,14 +207,25 @@ class Adapted(nn.Module, ABC, Generic[Adapter]):
                 check_finite("the bias", cast(Tensor, own), new_bias)
             # Stored as the base stores W, so that an unloaded layer rounds alike.
             stored = self.view.turn(merged).contiguous()
-            self.merged_weight = self.view.turn(stored)
-            self.merged_bias = new_bias
+            self.hold(self.view.turn(stored), new_bias)
         return self
 
     def unmerge(self) -> "Adapted[Adapter]":
         """Compute with the base and the adapters again; the base has not changed."""
-        self.merged_weight = self.merged_bias = None
+        self.hold(None, None)
         return self
+
+    def hold(self, weight: Tensor | None, bias: Tensor | None) -> None:
+        """Hold what is merged, outside the state dict; None: the layer is not merged.
+
+        Args:
+            weight: the merged weight, or stack of weights.
+            bias: the merged bias, or None for the base's.
+        """
+        for name, tensor in (("merged_weight", weight), ("merged_bias", bias)):
+            # Without a tensor the name is not marked: accelerate would ask for its
+            # device.
+            self.register_buffer(name, tensor, persistent=tensor is None)
 
     def unload(self) -> nn.Module:
         """Return a plain layer: with $W'$ if merged, else the base as it was before.

@@ -202,14 +202,15 @@ class LoRAExperts(Adapted[ExpertsLoRA]):
         self.unmerge()
         for name, stack in merged.items():
             self.register_buffer(f"merged_{name}", stack, persistent=False)
-            self.merged_weight = stack
+            self.hold(stack, None)
         return self
 
     def unmerge(self) -> "LoRAExperts":
         """Compute with the base and the adapters again; the base has not changed."""
         super().unmerge()
         for name in self.names:
-            self._buffers.pop(f"merged_{name}", None)
+            if f"merged_{name}" in self._buffers:
+                delattr(self, f"merged_{name}")
         return self
 
     def unload(self) -> nn.Module:

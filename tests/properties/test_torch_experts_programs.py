@@ -108,6 +108,10 @@ def test_offloaded_experts_come_in_for_a_call(kind):
         if kind == "plain":
             with pytest.raises(InputError, match="is offloaded and comes in for a"):
                 merge(model)
+    for ready in (merge(make(kind)), unmerge(merge(make(kind)))):
+        y = ready(x_of()).detach()
+        with offloaded(ready) as model, torch.no_grad():
+            assert torch.equal(model(x_of()), y)
 
 
 def test_sharded_experts_compute_and_train_alike():

@@ -1,5 +1,7 @@
 """Layers in unfit programs: NaN, overflow, hooks, names of inputs, tracers."""
 
+from itertools import product
+
 import pytest
 import torch
 from torch import nn
@@ -186,12 +188,8 @@ def test_an_offloaded_layer_is_merged_and_unloaded_after_it_came_back(row):
     accelerate = pytest.importorskip("accelerate", reason="needs accelerate")
     x = torch.linspace(-1, 1, 18).reshape(3, 6)
     expected = merge(make(row))(x)
-    # accelerate offloads no buffer of a merged layer: some of them are None.
-    for model, act, buffers in (
-        (merge(make(row)), unload, False),
-        (make(row), merge, False),
-        (make(row), merge, True),
-    ):
+    for merged, buffers in product((False, True), (False, True)):
+        model, act = (merge(make(row)), unload) if merged else (make(row), merge)
         accelerate.cpu_offload(model, "cpu", offload_buffers=buffers)
         with pytest.raises(InputError, match="comes in for a call alone; bring the"):
             act(model)

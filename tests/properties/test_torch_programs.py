@@ -230,9 +230,10 @@ def test_a_merged_model_may_be_offloaded(row):
     x = torch.linspace(-1, 1, 18).reshape(3, 6)
     expected = merge(make(row))(x)
     accelerate = pytest.importorskip("accelerate", reason="needs accelerate")
-    model = accelerate.cpu_offload(merge(make(row)), execution_device="cpu")
-    with torch.no_grad():
-        assert torch.equal(model(x), expected)
+    for buffers in (False, True):
+        model = accelerate.cpu_offload(merge(make(row)), "cpu", offload_buffers=buffers)
+        with torch.no_grad():
+            assert torch.equal(model(x), expected)
 
 
 # --- hooks and forwards of the wrapped layer -----------------------------------------
