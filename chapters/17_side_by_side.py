@@ -485,7 +485,7 @@ chapter.show(
 # %% [markdown]
 # ## This build
 #
-# The short setting takes the rates from the long one: one seed, {=chapter.steps=} steps, half of the definitions, a few pages of the novel.
+# The short setting takes the rates from the long one: one seed, {=chapter.steps=} steps, fifty of the definitions, a few pages of the novel.
 
 # %%
 use = judges(examples=50, windows=12)

@@ -45,7 +45,8 @@ class MachineCode:
         Args:
             warps: of a block.
 
-        Source: NVIDIA A100 architecture, white paper, 2020.
+        Source: NVIDIA A100 architecture, white paper, 2020; for the 1 KB, CUDA's Ampere
+            tuning guide; for the units, CUDA's occupancy calculator.
         """
         of_a_warp = -(-self.registers * WARP // 256) * 256
         by_registers = 65536 // of_a_warp // warps
