@@ -497,7 +497,7 @@ if not NO_NVRTC:
 # | CUDA graphs | | a test counts where the host would wait; `make gpu` captures and repeats one | no |
 # | any timing | | instruction counts and bounds only | one run, in chapter 18 |
 #
-# How to find out is one command on a machine that has a GPU: `make gpu` runs the tests, the vectors and the sanitizers on it, checks and times every kernel (`minipeft gpu-report`), runs every chapter there, and writes a folder of results; without a GPU it says so.
+# How to find out is one command on a machine that has a GPU: `make gpu` runs the tests, the vectors and the sanitizers on it, tries whether pages save a run there, checks and times every kernel (`minipeft gpu-report`), runs every chapter there, and writes a folder of results; without a GPU it says so.
 #
 # ## What goes wrong in practice
 #

@@ -5,12 +5,16 @@ from dataclasses import replace
 import pytest
 import torch
 
-from minipeft.lab import blocks, caching, spike
+from minipeft.lab import blocks, caching, memory, spike
 from minipeft.lab.blocks import Blocks
 from minipeft.lab.card import Card
+from minipeft.lab.memory.options import Options
+from minipeft.lab.storages import live
 from minipeft.torch.paged import Paging
 
 SMALL = Blocks(1, 128, 256, 4, 2, vocabulary=64, r=32, usual=8, long=64)
+FORMULAS = 0.05
+"""The band that the formulas of memory promise on models that are not tiny."""
 PAGING = Paging(page_size=1024, budget=1000)
 
 
@@ -51,7 +55,13 @@ def test_a_trial_says_when_pages_save_nothing():
 
 def test_on_a_large_model_pages_are_more_than_the_allocators_segments():
     """What the next card should show: three blocks of Llama 2 70B."""
-    counted, page = blocks.counted(Blocks(count=3)), Paging().page_size
+    three = Blocks(count=3)
+    counted, page = blocks.counted(three), Paging().page_size
+    shape = memory.Architecture(3, 8192, 28672, 64, 8, 32000, 128, tied=False)
+    how = {"r": 64, "base": "nf4-double", "attention": "eager"}
+    formula = Options(**how, optimizer="paged-adamw8", sequence=three.long).peak(shape)
+    in_use = sum(counted.weights) + live(counted.long[0])[0]
+    assert abs(in_use / formula.total - 1) < FORMULAS
     states = sum(counted.states())
     assert states == sum(counted.states(page)) > 2 * sum(counted.trained)
     with_pages = counted.least(page)
