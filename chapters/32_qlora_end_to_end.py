@@ -300,7 +300,7 @@ for name in WAYS:
 
 # %%
 SPIKE = chapter.steps * 5 // 8
-LARGE, PAGES = blocks.Blocks(), Paging(budget=1000)
+CUT, PAGES = blocks.Blocks(), Paging(budget=1000)
 ways_to_hold = ("8-bit AdamW", "paged")
 if chapter.device == "cpu":
     long = min(most_tokens, 4 * LENGTH)
@@ -312,8 +312,8 @@ if chapter.device == "cpu":
     )
     makers = [lambda name=name: ready(name) for name in ways_to_hold]
 else:  # a card, whose allocator cannot tell the few bytes of `tiny` apart
-    course = LARGE.course(chapter.steps, SPIKE)
-    makers = [LARGE.ready(pages, chapter.device) for pages in (None, PAGES)]
+    course = CUT.course(chapter.steps, SPIKE)
+    makers = [CUT.ready(pages, chapter.device) for pages in (None, PAGES)]
 
 
 def attempt(name, size):
@@ -389,7 +389,7 @@ chapter.show(
 # %% [markdown]
 # ## The same on a card's allocator
 #
-# On a GPU torch takes memory in segments of 2 MB, of 20 MB or of a large tensor's own size, and gives one back only when nothing in it is in use. A limit applies to what is taken. The states of `tiny` are smaller than one segment, so there pages gain nothing. With `--device cuda` the same command therefore takes {=LARGE.count=} blocks of Llama 2 70B with random weights in place of `tiny`, batches of {=LARGE.usual=} tokens and one of {=LARGE.long=}; it finds the
+# On a GPU torch takes memory in segments of 2 MB, of 20 MB or of a large tensor's own size, and gives one back only when nothing in it is in use. A limit applies to what is taken. The states of `tiny` are smaller than one segment, so there pages gain nothing. With `--device cuda` the same command therefore takes {=CUT.count=} blocks of Llama 2 70B with random weights in place of `tiny`, batches of {=CUT.usual=} tokens and one of {=CUT.long=}; it finds the
 # smallest limit with which the run with pages ends, adds half of the states, and sets it for torch, which raises the error.
 #
 # What will happen there is counted here: both passes run on the device `meta`, where nothing is computed, and every tensor that comes or goes is replayed by the rules of the allocator.
@@ -397,23 +397,23 @@ chapter.show(
 # @source minipeft.lab.caching.CachingAllocator.allocate
 
 # %%
-counted = blocks.counted(LARGE)
+counted = blocks.counted(CUT)
 LEAST = [counted.least(page) for page in (None, PAGES.page_size)]
 BYTES = sum(counted.states())
 LIMIT = LEAST[1] + BYTES // 2
 ended = [counted.finished(LIMIT, page) for page in (None, PAGES.page_size)]
-over, room = LEAST[0] - LIMIT, LIMIT - LEAST[1]
+over, spare = LEAST[0] - LIMIT, LIMIT - LEAST[1]
 print(f"states {BYTES / 1e6:.0f} MB, the limit {LIMIT / 1e6:,.0f} MB")
 for name, least, steps in zip(ways_to_hold, LEAST, ended, strict=True):
     print(f"{name:12s} needs {least / 1e6:,.0f} MB, ends {steps} of 3 steps")
 chapter.claim(
     "by the allocator's rules the run without pages ends at the long batch, with pages it goes on; both by more than three of its segments",
-    ended == [1, 3] and min(over, room) > 3 * caching.LARGE_SEGMENT,
+    ended == [1, 3] and min(over, spare) > 3 * caching.LARGE_SEGMENT,
     control="the same storages, under the same limit",
 )
 
 # %% [markdown]
-# Without pages the run is {=f"{over / 1e6:.0f}"=} MB short, with pages it has {=f"{room / 1e6:.0f}"=} MB to spare, and segments that are partly free make the difference larger than the states. This is counted, and has not run on a card: it leaves out what kernels and cuBLAS take for themselves, which both runs take alike.
+# Without pages the run is {=f"{over / 1e6:.0f}"=} MB short, with pages it has {=f"{spare / 1e6:.0f}"=} MB to spare, and segments that are partly free make the difference larger than the states. This is counted, and has not run on a card: it leaves out what kernels and cuBLAS take for themselves, which both runs take alike.
 
 # %% [markdown]
 # ## What each part buys on a large model

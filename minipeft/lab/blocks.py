@@ -63,8 +63,9 @@ class Blocks:
     long: int = 512
 
     def model(self, device: str) -> Any:
-        """Return the model with adapters, in bfloat16 and four bits."""
+        """Return the model with adapters, bfloat16 over four bits; always the same."""
         config = self.config()
+        torch.manual_seed(0)
         with torch.device("meta"), no_init_weights():
             model = transformers.LlamaForCausalLM(config).to(torch.bfloat16)
         for name, layer in all_linear(model).items():
@@ -75,7 +76,6 @@ class Blocks:
             for name, parameter in list(module._parameters.items()):
                 if parameter is not None and parameter.is_meta:
                     setattr(module, name, _random(parameter, device))
-        torch.manual_seed(0)
         with torch.device(device):
             return inject(model, LoRAConfig(self.r, 16), ALL_LINEAR).train()
 

@@ -38,6 +38,7 @@ def test_pages_save_a_run_on_a_card_with_room_for_half_of_the_states():
 
 def test_the_bits_do_not_depend_on_pages(makers):
     course = SMALL.course(steps=3, at=1)
+    torch.manual_seed(1)  # whatever was drawn before
     whole, paged = (spike.attempt(make, course, Card(2**40)) for make in makers)
     assert [step.loss for step in whole.log] == [step.loss for step in paged.log]
     assert all(torch.equal(paged.adapters[k], v) for k, v in whole.adapters.items())
