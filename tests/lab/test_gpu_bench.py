@@ -8,7 +8,7 @@ import pytest
 
 from minipeft.lab.gpu import bench
 
-pytest.importorskip("torch")
+torch = pytest.importorskip("torch")
 SIZES = bench.Sizes(width=64, inner=160, heads=4, blocks=1, vocabulary=64)
 SHORT = {"qlora-512": bench.qlora_step(16), "qlora-2048": bench.qlora_step(24)}
 
@@ -72,6 +72,13 @@ def test_the_command_writes_the_row(tmp_path, monkeypatch, capsys):
 def test_an_unknown_pair_is_one_sentence(capsys):
     assert bench.main(["nothing"]) == 2
     assert "there is no pair 'nothing'; choose of ['nf4-" in capsys.readouterr().err
+
+
+def test_without_a_gpu_it_is_one_sentence(capsys, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert bench.main(["dora-step"]) == 2
+    said = "bench: torch sees no CUDA device here; use --device cpu\n"
+    assert capsys.readouterr().err == said
 
 
 def test_the_committed_run_is_summed_up():

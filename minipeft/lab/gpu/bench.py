@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from minipeft.errors import InputError
 from minipeft.lab import memory_peak, timing
 from minipeft.lab.files import write_atomic
+from minipeft.lab.models import pick_device
 from minipeft.lab.timing import Clock, Pair, Turn
 from minipeft.torch import adamw, blockwise, operators, qlora
 from minipeft.torch.codebook import NF4
@@ -357,9 +358,9 @@ def summary(folder: Path) -> str:
     """Tell what `make gpu` wrote to a folder: the machine, each verdict, the ratios."""
     ran = json.loads((folder / "gpu.json").read_text("utf-8"))
     said = [f"{name}: {fact}" for name, fact in ran["facts"].items()]
-    for verdict in ("passed", "failed", "unfinished"):
+    for verdict in ("passed", "failed", "left out", "unfinished"):
         of_it = [n for n, step in ran["steps"].items() if step["verdict"] == verdict]
-        said += ["", f"{verdict}: {', '.join(of_it)}"]
+        said += ["", f"{verdict}: {', '.join(of_it)}"] if of_it else []
     files = [folder / f"bench-{name}.json" for name in PAIRS]
     found = [json.loads(f.read_text("utf-8")) for f in files if f.is_file()]
     return "\n".join([*said, "", table([Measurement(**row) for row in found])])
@@ -381,11 +382,11 @@ def run(name: str, device: str, sizes: Sizes | None = None) -> Measurement:
     """Build and measure one pair.
 
     Raises:
-        InputError: if there is no such pair.
+        InputError: if there is no such pair, or no such device.
     """
     if name not in PAIRS:
         raise InputError(f"there is no pair {name!r}; choose of {list(PAIRS)}")
-    made = PAIRS[name](sizes or Sizes(), torch.device(device))
+    made = PAIRS[name](sizes or Sizes(), torch.device(pick_device(device)))
     clock = timing.events if device.startswith("cuda") else timing.wall
     return replace(measure(made, device, clock), name=made.name)
 
