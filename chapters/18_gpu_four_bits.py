@@ -57,8 +57,8 @@ A100 = DEVICES["A100"]
 ridge = A100.tensor / A100.bandwidth
 
 # %% [markdown]
-# While an A100 fetches one weight of two bytes, its tensor cores could do {=2 * ridge:.0f=} operations. Multiplying one token with that weight needs two. So a GPU that generates text for one user waits for memory
-# {=f"{1 - 1 / ridge:.1%}"=} of the time at least, and a weight of half a byte instead of two shortens the wait. With a thousand tokens for each weight it calculates all the time and does not wait for memory.
+# While an A100 fetches one weight of two bytes, its tensor cores could do {=2 * ridge:.0f=} operations. Multiplying one token with that weight needs two. So at these rates an A100 that generates text for one user waits for memory
+# {=f"{1 - 1 / ridge:.1%}"=} of the time, and a weight of half a byte instead of two shortens the wait. With a thousand tokens for each weight it calculates all the time and does not wait for memory.
 #
 # ## The formula
 #
