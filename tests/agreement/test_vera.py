@@ -18,7 +18,7 @@ from minipeft.torch.inject import (
     load_adapter_state_dict,
     trainable_parameters,
 )
-from minipeft.torch.vera import VeRAConfig
+from minipeft.torch.vera import Projections, VeRAConfig
 from tests.agreement.llama import llama
 from tests.strategies import seeds
 from tests.tolerance import assert_bits
@@ -70,6 +70,12 @@ def test_one_pair_serves_every_layer_wherever_it_goes():
     rows = sum(a.W.shape[0] for a in adapted(model).values())
     assert sum(p.numel() for p in trained) == 8 * layers + rows
     assert not any(key.endswith(("A", "B")) for key in adapter_state_dict(model))
+
+
+def test_a_pair_that_was_given_is_not_saved_either():
+    pair = Projections.given(torch.ones(3, 8), torch.ones(5, 3))
+    assert {name for name, _ in pair.named_buffers()} == {"A", "B"}
+    assert not pair.state_dict()
 
 
 def test_a_state_dict_brings_its_own_pair():
