@@ -76,6 +76,7 @@ def test_a_pair_that_was_given_is_not_saved_either():
     pair = Projections.given(torch.ones(3, 8), torch.ones(5, 3))
     assert {name for name, _ in pair.named_buffers()} == {"A", "B"}
     assert not pair.state_dict()
+    assert pair.drawn == (-1, 3, 8, 5)  # by no seed
 
 
 def test_a_state_dict_brings_its_own_pair():

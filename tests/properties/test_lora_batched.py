@@ -37,6 +37,7 @@ from tests.tolerance import assert_within
 pytestmark = pytest.mark.slow
 
 NAMES = ("a", "b", "c", "d", "e", "f")
+VERA = VeRAConfig(8, dropout=0.5)
 STEPS = st.sampled_from(["switch", "remove", "evict"])
 SHARES = st.sampled_from([-1.0, 0.5, 1.0, 2.0])
 
@@ -174,11 +175,12 @@ class Expected:
 
     def __init__(self, sizes, budget):
         self.sizes, self.budget = sizes, budget
-        self.held, self.hits, self.moved = [], 0, 0
+        self.held, self.hits, self.loads, self.moved = [], 0, 0, 0
 
     def serve(self, requests):
         names = list(dict.fromkeys(n for r in requests for n in r))
         self.hits += sum(n in self.held for n in names)
+        self.loads += sum(n not in self.held for n in names)
         self.moved += sum(self.sizes[n] for n in names if n not in self.held)
         while sum(self.sizes[n] for n in {*self.held, *names}) > self.budget:
             self.held.remove(next(n for n in self.held if n not in names))
@@ -233,8 +235,8 @@ def test_adapters_come_and_go_while_requests_are_served(seed, data):
                 drop(pool, expected, current, step, name)
             assert list(pool.resident) == expected.held
             assert sum(map(pool.nbytes, pool.resident)) <= budget
-            assert pool.traffic[0] == expected.hits
-            assert pool.traffic.moved == expected.moved
+            counted = pool.traffic._replace(evictions=0)
+            assert counted == (expected.hits, expected.loads, expected.moved, 0)
             apart = [outputs(i, *request.items()) for i, request in enumerate(current)]
             assert torch.equal(model(x), torch.cat(apart))
 
@@ -293,8 +295,10 @@ def test_an_embedding_serves():
         pool.add(name, own)
     with torch.no_grad(), pool.serve(["b", None, {"a": 2.0}]):
         y = model(ids)
+        single = model(ids[:, 0])  # one token a request
     rows = torch.tensor([2 * 2 * 0.5, 0, 2 * 0.5]).view(3, 1, 1)
     assert torch.equal(y, table(ids) + rows)
+    assert torch.equal(single, y[:, 0])
 
 
 def test_pissa_is_refused_with_its_remedy():
@@ -336,6 +340,22 @@ def test_what_is_served_is_a_copy_in_evaluation():
     assert not [p for p in model.parameters() if p.requires_grad]
     inject.unload(model)
     assert [type(m) for m in model] == [nn.Linear, nn.ReLU, nn.Linear]
+
+
+@pytest.mark.parametrize("config", [LoRAConfig(2, 4.0, dropout=0.5), VERA], ids=repr)
+def test_training_is_the_mode_of_the_base_and_drops_nothing_of_an_adapter(config):
+    model, x = nn.Sequential(nn.Linear(6, 4)), torch.randn(2, 6)
+    tuned = inject.inject(deepcopy(model), config, "all-linear", "a")
+    with torch.no_grad():
+        for p in inject.trainable_parameters(tuned):
+            p.copy_(torch.randn_like(p))
+    pool = Pool(model)
+    pool.add("a", inject.adapters_of(tuned, "a"))
+    with torch.no_grad(), pool.serve(["a", "a"]):
+        quiet = model.eval()(x)
+        assert not model[0].base.training
+        assert all(torch.equal(model.train()(x), quiet) for _ in range(4))
+        assert model[0].base.training
 
 
 def test_rows_without_an_adapter_keep_every_bit():

@@ -91,6 +91,12 @@ def test_what_cannot_be_is_refused_in_a_sentence_and_changes_nothing(case, plain
         assert state(pool) == before
 
 
+def test_a_vector_is_no_batch_of_as_many_requests_as_it_has_values():
+    pool, _ = served()
+    with pool.serve([None] * 6), pytest.raises(InputError, match=r"shape \(6,\) and 6"):
+        pool.layers["0"](torch.ones(6))
+
+
 @pytest.mark.parametrize("requests", ["a", [], (), None, {"a": 1}])
 def test_a_list_of_requests_is_needed(requests, plainly):
     pool, _ = served()
