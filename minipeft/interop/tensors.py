@@ -247,7 +247,9 @@ def is_finite(values: Tensor) -> bool:
 
 def bytes_of(tensor: Tensor) -> memoryview:
     """Return the bytes of a tensor in C order, without a copy where it lies so."""
-    plain = tensor.detach().cpu().contiguous().reshape(-1)
+    plain = tensor.detach().cpu().contiguous()
+    # One value may keep a step of any size, which torch cannot view as bytes.
+    plain = plain.as_strided((plain.numel(),), (1,))
     data: memoryview = plain.view(torch.uint8).numpy().data
     return data
 

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from minipeft.errors import InputError
+from minipeft.interop.tensors import bytes_of
 from minipeft.lab import generators
 from minipeft.lab.files import write_atomic
 from minipeft.lab.identity import Identity, difference, fingerprint
@@ -205,9 +206,9 @@ def _read(path: Path) -> tuple[dict[str, Any], Tensors]:
 def _checksum(text: str, tensors: Mapping[str, Tensor]) -> str:
     digest = hashlib.sha256(text.encode())
     for name in sorted(tensors):
-        tensor = tensors[name].contiguous()
+        tensor = tensors[name]
         digest.update(f"\n{name} {tensor.dtype} {[*tensor.shape]}\n".encode())
-        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
+        digest.update(bytes_of(tensor))
     return digest.hexdigest()
 
 

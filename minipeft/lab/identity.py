@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from minipeft.interop.tensors import bytes_of
 from minipeft.values import check_kind
 
 # Settings that a run may change without changing the model's function.
@@ -143,8 +144,7 @@ def _about(tensor: Tensor, values: bool) -> Facts:
 
 
 def _digest(tensor: Tensor) -> str:
-    plain = tensor.detach().cpu().contiguous().reshape(-1)
-    return hashlib.sha256(plain.view(torch.uint8).numpy().tobytes()).hexdigest()
+    return hashlib.sha256(bytes_of(tensor)).hexdigest()
 
 
 def _plain(value: Any) -> Iterator[Any]:

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from minipeft.errors import InputError
+from minipeft.interop.tensors import bytes_of
 from minipeft.lab import checkpoint as checkpoints
 from minipeft.lab import files, generators
 from minipeft.lab.checkpoint import (
@@ -209,6 +210,29 @@ def test_running_statistics_are_state(tmp_path):
     for name, tensor in whole.state_dict().items():
         assert torch.equal(second.state_dict()[name], tensor), name
     assert int(second.calls) == 6
+
+
+@pytest.mark.parametrize(
+    "part",
+    [
+        torch.arange(6.0).reshape(2, 3)[:1, 1],
+        torch.full((1, 1), 2.0)[:, 0].expand(1),
+        torch.empty(0, 3)[:, 1],
+    ],
+    ids=["of a column", "expanded", "empty"],
+)
+def test_a_part_of_one_value_may_lie_anyhow_in_memory(tmp_path, part):
+    model, optimizer = small()
+    model.register_buffer("part", part)
+    step(model, optimizer)
+    path = tmp_path / "run.safetensors"
+    save_checkpoint(path, model, optimizer, Progress(1))
+    assert bytes_of(part) == bytes_of(part.clone(memory_format=torch.contiguous_format))
+    load_checkpoint(path, model, optimizer)
+    model.part = part + 1
+    if part.numel():
+        with pytest.raises(InputError, match="part"):
+            load_checkpoint(path, model, optimizer)
 
 
 def test_every_generator_goes_on_where_it_was(tmp_path):
