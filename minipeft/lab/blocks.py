@@ -16,9 +16,11 @@ import transformers
 from torch import Tensor, nn
 from transformers.initialization import no_init_weights
 
+from minipeft.errors import InputError
 from minipeft.lab import spike
 from minipeft.lab.caching import ROUND, CachingAllocator, Part
 from minipeft.lab.card import Card
+from minipeft.lab.models import pick_device
 from minipeft.lab.spike import Course, Ready, smallest
 from minipeft.lab.storages import Event, Recorder
 from minipeft.lab.train import Batch
@@ -298,6 +300,10 @@ def trial(blocks: Blocks, paging: Paging, device: str) -> tuple[bool, str]:
 
 
 if __name__ == "__main__":
-    real, said = trial(Blocks(), Paging(budget=1000), "cuda")
+    try:
+        card = pick_device("cuda")
+    except InputError as error:
+        sys.exit(str(error))
+    real, said = trial(Blocks(), Paging(budget=1000), card)
     print(said)
     sys.exit(0 if real else 1)

@@ -47,6 +47,20 @@ def test_the_bits_do_not_depend_on_pages(makers):
     assert paged.log[1].states < paged.log[0].states == whole.log[0].states
 
 
+def test_on_cuda_sizes_are_tried_on_three_steps(monkeypatch):
+    tried = []
+
+    def run(model, optimizer, course, card):
+        tried.append((course.steps, course.at, card.device))
+        return [], "" if card.size >= 5e9 else "out of memory"
+
+    monkeypatch.setattr(spike, "_run", run)
+    course = SMALL.course(steps=12, at=7)
+    least = spike.least(SMALL.ready(PAGING, "cpu"), course, "cuda")
+    assert 0 <= least - 5e9 < spike.GRAIN
+    assert set(tried) == {(3, 1, "cuda")}
+
+
 def test_a_trial_says_when_pages_save_nothing():
     one = Paging(page_size=2**20, budget=1000)  # a page holds all of a parameter
     real, said = blocks.trial(replace(SMALL, usual=64), one, "cpu")
