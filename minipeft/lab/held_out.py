@@ -66,8 +66,8 @@ def sized(
     if count is not None:
         if not 1 <= count <= every:
             raise InputError(
-                f"--held-out is {count}; the data hold {every} such examples, give 1 "
-                f"to {every}"
+                f"--held-out is {count}, and of these data at most {every} can be held "
+                f"out; give 1 to {every}"
             )
         return HeldOut(task.judged_by(count), every, None)
     probe = task.judged_by(ROWS)

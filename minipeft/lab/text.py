@@ -50,7 +50,10 @@ def windows(
     """
     rows, length = size
     if len(tokens) < length:
-        raise InputError(f"the text has {len(tokens)} tokens; a window needs {length}")
+        raise InputError(
+            f"a window needs {length} tokens, and the text has {len(tokens)}; give a "
+            "longer text"
+        )
 
     def batch(step: int) -> Batch:
         generator = torch.Generator().manual_seed(seed * 1_000_003 + step)
@@ -68,7 +71,8 @@ def consecutive(tokens: torch.Tensor, size: tuple[int, int], bos: int) -> list[B
     count = len(tokens) // (length - 1)
     if count == 0:
         raise InputError(
-            f"the text has {len(tokens)} tokens; a window needs {length - 1}"
+            f"a window needs {length - 1} tokens, and the text has {len(tokens)}; give "
+            "a longer text"
         )
     body = tokens[: count * (length - 1)].reshape(count, length - 1)
     ids = torch.cat([torch.full((count, 1), bos), body], dim=1)

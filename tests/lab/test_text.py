@@ -43,7 +43,9 @@ def test_consecutive_holds_each_token_once():
 @pytest.mark.parametrize("make", [windows, consecutive])
 def test_too_short_a_text_is_refused(make):
     extra = {"seed": 0} if make is windows else {}
-    with pytest.raises(InputError, match="the text has 3 tokens"):
+    with pytest.raises(
+        InputError, match=r"a window needs \d+ tokens, and the text has 3; give"
+    ):
         make(TOKENS[:3], (1, 8), bos=1, **extra)
 
 
