@@ -118,6 +118,18 @@ def test_the_randomized_split_is_exact_too_and_reproducible(t, seed):
     assert best - rounding(W) <= norm(base.numpy()) <= norm(W) + rounding(W)
 
 
+def test_the_seed_chooses_the_directions_that_are_tried():
+    # Without W W^T every direction of an identity is as good as any other.
+    found = [
+        lora.delta(pissa.init_randomized(torch.eye(6), 2, 2.0, Sketch(seed, 0, 0))[1])
+        for seed in (0, 1, 0, 2)
+    ]
+    assert torch.equal(found[0], found[2])
+    assert not torch.equal(found[0], found[1])
+    assert not torch.equal(found[1], found[3])
+    assert all(abs(d).max() < 1 for d in found)  # no direction is an axis
+
+
 @given(problems())
 def test_both_factors_carry_the_same_share(t):
     W, r, alpha = t
