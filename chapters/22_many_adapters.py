@@ -295,7 +295,7 @@ formula = {load: [predicted(load, c) for c in SIZES] for load in LOADS}
 worst = max(np.abs(np.subtract(simulated[n], formula[n])).max() for n in LOADS)
 sampling = 0.5 / np.sqrt(2 / 3 * REQUESTS)
 print(f"formula and simulation differ by {worst:.3f} at most")
-print(f"(one standard error of a simulated rate is up to {sampling:.4f})")
+print(f"(with independent hits, one standard error would be {sampling:.4f} at most)")
 chapter.claim(
     "the formula gives the simulated hit rate to 0.015",
     worst < 0.015,

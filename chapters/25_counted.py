@@ -42,7 +42,7 @@ def again(paper, rows):
 
 
 def square(layers, width):
-    """The attention of a model whose four matrices are square, which is all we need."""
+    """A model with four square matrices in the attention and an MLP four times as wide."""
     return Architecture(layers, width, 4 * width, 1, 1, 1, width)
 
 
