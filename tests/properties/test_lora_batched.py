@@ -358,6 +358,12 @@ def test_training_is_the_mode_of_the_base_and_drops_nothing_of_an_adapter(config
         assert model[0].base.training
 
 
+def test_layers_that_no_adapter_changes_are_frozen_too():
+    model = nn.Sequential(nn.Linear(6, 4), nn.LayerNorm(4))
+    Pool(model, ["0"])
+    assert not any(p.requires_grad for p in model.parameters())
+
+
 def test_rows_without_an_adapter_keep_every_bit():
     torch.manual_seed(0)
     x, y = torch.randn(4, 6), torch.randn(4, 4)
