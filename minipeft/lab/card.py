@@ -38,7 +38,9 @@ class Card:
             gc.collect()  # what an earlier run left would count
             torch.cuda.empty_cache()
             _, total = torch.cuda.mem_get_info(self.device)
-            torch.cuda.set_per_process_memory_fraction(min(1.0, self.size / total))
+            # torch takes whole bytes of the product, which may be one too few
+            part = (self.size + 0.5) / total
+            torch.cuda.set_per_process_memory_fraction(min(1.0, part))
         return self
 
     def __exit__(

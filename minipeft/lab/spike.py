@@ -134,15 +134,25 @@ def least(make: Ready, course: Course, device: str) -> int:
         make: of a paged optimizer.
         course: of the run.
         device: `cpu` or `cuda`.
+
+    Raises:
+        OutOfMemoryError: all of the device is too small.
     """
     model, optimizer = make()
     if device == "cpu":
         resize(optimizer, 1)
         return demand(model, dict(on_device_of(model, course.long)), device)
     short = replace(course, at=1, steps=3)
+    _, total = torch.cuda.mem_get_info(device)
 
     def enough(size: int) -> bool:
-        return not _run(model, optimizer, short, Card(size, device))[1]
+        error = _run(model, optimizer, short, Card(size, device))[1]
+        if error and size >= total:  # no larger size would be another card
+            raise torch.OutOfMemoryError(
+                f"out of memory: a run with pages needs more than all "
+                f"{total / 1e6:,.0f} MB of the device"
+            )
+        return not error
 
     return smallest(enough, held(model), GRAIN)
 

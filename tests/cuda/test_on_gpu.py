@@ -266,6 +266,23 @@ def test_a_chapter_whose_weights_are_not_here_is_left_out(gpu, monkeypatch, tmp_
     assert gpu.missing(measured[0]) is None
 
 
+def test_a_step_that_was_left_out_runs_once_its_needs_are_met(
+    gpu, started, monkeypatch
+):
+    assert gpu.main([]) == 0
+    results = gpu.Results.read(dict(FACTS))
+    results.records["agreement"] = gpu.Record("left out", said=["pytest is not there"])
+    results.write()
+    ran = len(started.names)
+    monkeypatch.setattr(gpu, "missing", lambda step: "pytest is not installed")
+    gpu.main([])
+    assert started.names[ran:] == []
+    monkeypatch.setattr(gpu, "missing", lambda step: None)
+    gpu.main([])
+    assert started.names[ran:] == ["agreement"]
+    assert set(written(gpu).values()) == {"passed"}
+
+
 # Under a sanitizer
 
 

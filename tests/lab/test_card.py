@@ -40,6 +40,26 @@ def test_a_card_has_bytes(size):
         Card(size)
 
 
+@pytest.mark.parametrize("total", [15_835_660_288, 42_297_786_368, 85_018_279_936])
+def test_the_limit_on_cuda_is_the_size_to_the_byte(monkeypatch, total):
+    """Torch takes a part of the device, and the whole bytes of the product."""
+    limits = []
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (0, total))
+    monkeypatch.setattr(
+        torch.cuda,
+        "set_per_process_memory_fraction",
+        lambda part: limits.append(int(part * total)),
+    )
+    monkeypatch.setattr("gc.collect", lambda: None)
+    sizes = range(2**24, total, 2**24)
+    for size in [*sizes, total, 2 * total]:
+        with Card(size, "cuda"):
+            pass
+    assert limits[::2] == [*sizes, total, total]
+    assert set(limits[1::2]) == {total}
+
+
 def trained(make):
     """Return a layer and its optimizer after one step."""
     layer = nn.Linear(64, 64, bias=False)

@@ -81,6 +81,22 @@ def test_without_a_gpu_it_is_one_sentence(capsys, monkeypatch):
     assert capsys.readouterr().err == said
 
 
+def test_a_gpu_that_is_chosen_is_measured_as_a_gpu(monkeypatch):
+    """By events and the GPU's allocator; the host's clock would time the launches."""
+    seen = []
+
+    def measure(made, device, clock):
+        seen.append((device, clock))
+        return bench.Measurement("a", "b", 1.0, "not installed")
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    made = bench.Bench("a", "b", int, "not installed")
+    monkeypatch.setattr(bench, "PAIRS", {"a": lambda sizes, place: made})
+    monkeypatch.setattr(bench, "measure", measure)
+    bench.run("a", "auto")
+    assert seen == [("cuda", bench.timing.events)]
+
+
 def test_the_committed_run_is_summed_up():
     folder = Path(__file__).parents[2] / "chapters" / "results" / "gpu"
     said = bench.summary(folder)

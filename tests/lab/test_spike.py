@@ -55,10 +55,19 @@ def test_on_cuda_sizes_are_tried_on_three_steps(monkeypatch):
         return [], "" if card.size >= 5e9 else "out of memory"
 
     monkeypatch.setattr(spike, "_run", run)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda *_: (0, 2**36))
     course = SMALL.course(steps=12, at=7)
     least = spike.least(SMALL.ready(PAGING, "cpu"), course, "cuda")
     assert 0 <= least - 5e9 < spike.GRAIN
     assert set(tried) == {(3, 1, "cuda")}
+
+
+def test_a_device_that_is_too_small_for_the_model_is_an_error(monkeypatch):
+    monkeypatch.setattr(spike, "_run", lambda *_: ([], "CUDA out of memory"))
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda *_: (0, 2**33))
+    course, make = SMALL.course(steps=3, at=1), SMALL.ready(PAGING, "cpu")
+    with pytest.raises(torch.OutOfMemoryError, match="all 8,590 MB of the device"):
+        spike.least(make, course, "cuda")
 
 
 def test_a_trial_says_when_pages_save_nothing():

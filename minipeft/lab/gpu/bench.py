@@ -386,8 +386,9 @@ def run(name: str, device: str, sizes: Sizes | None = None) -> Measurement:
     """
     if name not in PAIRS:
         raise InputError(f"there is no pair {name!r}; choose of {list(PAIRS)}")
-    made = PAIRS[name](sizes or Sizes(), torch.device(pick_device(device)))
-    clock = timing.events if device.startswith("cuda") else timing.wall
+    device = pick_device(device)
+    made = PAIRS[name](sizes or Sizes(), torch.device(device))
+    clock = timing.events if device == "cuda" else timing.wall
     return replace(measure(made, device, clock), name=made.name)
 
 
