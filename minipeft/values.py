@@ -1,14 +1,28 @@
-"""Checks of operands that are no arrays: whole numbers, numbers, flags, parts.
+"""Checks of operands that are no arrays: whole numbers, numbers, flags, kinds.
 
 Each refuses in one sentence that names the operand, before anything is computed.
 """
 
+import re
 from collections.abc import Callable
 from fractions import Fraction
+from functools import cache, wraps
+from inspect import signature
 from math import inf, isfinite
 from numbers import Integral, Real
 from reprlib import repr as shortened
-from typing import SupportsFloat
+from types import UnionType
+from typing import (
+    Any,
+    Literal,
+    ParamSpec,
+    SupportsFloat,
+    TypeVar,
+    Union,
+    get_args,
+    get_origin,
+    get_type_hints,
+)
 
 from minipeft.errors import InputError
 
@@ -19,8 +33,13 @@ __all__ = [
     "check_kind",
     "check_number",
     "check_sizes",
+    "checked",
 ]
 
+Given = ParamSpec("Given")
+Result = TypeVar("Result")
+
+NUMBERS = {int: Integral, float: Real}  # NumPy's own too
 LARGEST = 2**63 - 1  # the last index of an array
 
 
@@ -108,6 +127,58 @@ def check_calls(name: str, value: Callable[..., object]) -> None:
     """
     if not callable(value):
         raise InputError(f"{name} is of type {type(value).__name__}; give a function.")
+
+
+def checked(function: Callable[Given, Result]) -> Callable[Given, Result]:
+    """Let a function refuse arguments of other types than its annotations name.
+
+    For functions that a reader calls from a notebook: one text where a list of texts is
+    meant would be read letter by letter, and None ends in an AttributeError elsewhere.
+    Which other texts, numbers and shapes fit is left to the function.
+    """
+    form, hints = signature(function), cache(lambda: get_type_hints(function))
+
+    @wraps(function)
+    def call(*args: Given.args, **kwargs: Given.kwargs) -> Result:
+        for name, value in form.bind(*args, **kwargs).arguments.items():
+            hint = hints().get(name, Any)
+            if not _fits(value, hint):
+                wanted = hint.__name__ if isinstance(hint, type) else str(hint)
+                wanted = re.sub(r"\b(\w+\.)+", "", wanted).replace("NoneType", "None")
+                raise InputError(
+                    f"{name} is {_said(value)}; give one of type {wanted}."
+                )
+        return function(*args, **kwargs)
+
+    return call
+
+
+def _fits(value: object, hint: Any) -> bool:
+    hint = getattr(hint, "array_type", hint)  # of an annotation with a shape
+    inner, kind = get_args(hint), get_origin(hint) or hint
+    if kind in (Union, UnionType):
+        return any(_fits(value, one) for one in inner)
+    if kind is Literal:
+        return any(value is one or value == one for one in inner)
+    if kind is Any or not isinstance(kind, type):
+        return True
+    if kind in NUMBERS:
+        return isinstance(value, NUMBERS[kind]) and not isinstance(value, bool)
+    if isinstance(value, str) and kind is not object:
+        return kind is str
+    if kind is tuple and isinstance(value, tuple | list) and ... not in inner:
+        pairs = zip(value, inner, strict=False)
+        return len(value) == len(inner) and all(_fits(*pair) for pair in pairs)
+    return isinstance(value, kind) and _hold(value, inner)
+
+
+def _hold(value: Any, inner: tuple[Any, ...]) -> bool:
+    if not inner or not isinstance(value, list | tuple | dict):
+        return True
+    if isinstance(value, dict):
+        keys, values = inner
+        return all(_fits(k, keys) and _fits(v, values) for k, v in value.items())
+    return all(_fits(one, inner[0]) for one in value)
 
 
 def _said(value: object) -> str:

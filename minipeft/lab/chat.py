@@ -10,10 +10,12 @@ from typing import Any
 import jinja2
 
 from minipeft.errors import InputError
+from minipeft.values import checked
 
 Messages = Sequence[Mapping[str, str]]
 
 
+@checked
 def answers(messages: Messages) -> list[Messages]:
     """Return, for each answer of the assistant, the conversation up to it.
 
@@ -23,6 +25,7 @@ def answers(messages: Messages) -> list[Messages]:
     return [messages[: end + 1] for end in ends or [len(messages) - 1]]
 
 
+@checked
 def lines(messages: Messages) -> tuple[str, str]:
     """Return (prompt, answer) without a template: `role: content`, line by line."""
     *before, last = messages
@@ -30,6 +33,7 @@ def lines(messages: Messages) -> tuple[str, str]:
     return f"{prompt}{last['role']}:", f" {last['content']}"
 
 
+@checked
 def written(tokenizer: Any, messages: Messages) -> tuple[str, str]:
     """Return (prompt, answer) in the tokenizer's template; the last message is answer.
 

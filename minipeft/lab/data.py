@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Literal
 
 from minipeft.errors import InputError
+from minipeft.values import checked
 
 DATA = Path(__file__).with_name("data")
 
@@ -57,6 +58,7 @@ class Entry:
         return "validation" if share < VALIDATION_SHARE else "train"
 
 
+@checked
 def austen(novel: str) -> str:
     """Return a novel as text, one paragraph a line.
 
@@ -72,6 +74,7 @@ def austen(novel: str) -> str:
     return _read(f"{novel}.txt.xz")
 
 
+@checked
 def devils_dictionary(split: Split | None = None) -> list[Entry]:
     """Return the entries of one side of the split, or all, in the order of the book.
 

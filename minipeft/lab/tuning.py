@@ -20,6 +20,7 @@ from minipeft.lab.train import (
     loss,
     train,
 )
+from minipeft.values import checked
 
 FARTHEST = 4
 """The most half decades that a sweep of rates moves from its start."""
@@ -58,6 +59,7 @@ class Run:
         return self.history.validation[-1][1]
 
 
+@checked
 def lesson(
     task: Task,
     tokenizer: Any,
@@ -76,6 +78,7 @@ def lesson(
     return Lesson(task.train, batches, held_out, kept)
 
 
+@checked
 def tune(
     model: nn.Module, learn: Lesson, steps: int, lr: float, checks: int = 5
 ) -> Run:
@@ -100,6 +103,7 @@ def tune(
     return Run(model, count, before, history)
 
 
+@checked
 def sweep(
     make: Callable[[], nn.Module],
     learn: Lesson,

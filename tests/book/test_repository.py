@@ -37,6 +37,7 @@ WIDER = {
     "minipeft/torch/qlora.py:forward": "hands on what the wrapped module takes",
     "minipeft/torch/stack.py:_to": "hands on what `Tensor.to` takes",
     "minipeft/torch/saving.py:__call__": "refuses whatever transformers' own takes",
+    "minipeft/values.py:call": "hands on what the checked function takes",
 }
 # Here a function's parameters are the inputs of a golden vector, by name.
 VECTOR_FUNCTIONS = ("minipeft/golden/drivers/", "minipeft/golden/cases/")

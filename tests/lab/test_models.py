@@ -121,7 +121,10 @@ def test_an_absent_wheel_says_how_to_get_it(own_cache, name):
 
 
 def test_a_name_that_is_no_text_is_refused():
-    with annotations_off(), pytest.raises(InputError, match="name is of type int"):
+    with (
+        annotations_off(),
+        pytest.raises(InputError, match="name is 5; give one of type str"),
+    ):
         models.load(5)
     with annotations_off(), pytest.raises(InputError, match="model is of type str"):
         fingerprint("tiny")
