@@ -269,7 +269,7 @@ hook.remove()
 share = torch.cat(states).float().mean(dim=0)
 mixed = int(((share > 0.01) & (share < 0.99)).sum())
 print(f"{mixed} of {len(share)} units are on for some tokens and off for others")
-assert mixed  # with none, the adapter could have been merged after all
+assert mixed
 
 # %% [markdown]
 # ## References

@@ -399,7 +399,7 @@ chapter.claim(
 
 # %% [markdown]
 # The mixed batch took {=f"{median['mixed batch'] / median['base alone']:.1f}"=} times the base alone here, and the loop {=f"{median['loop'] / median['base alone']:.1f}"=} times. These ratios are those of a small model, in which calling a layer from Python can take a good part of the time; no cell separates the two. Copying a whole
-# model of {=copied_bytes / 1e6:.1f=} MB took only {=f"{median['copy a merged model each'] / median['loop']:.1f}"=} times as long as the loop. At 7 billion parameters the bytes are {=f"{whole_bytes / copied_bytes:,.0f}"=} times as many; the next section counts them.
+# model of {=copied_bytes / 1e6:.1f=} MB for each tenant took only {=f"{median['copy a merged model each'] / median['loop']:.1f}"=} times as long as the loop. At 7 billion parameters the bytes are {=f"{whole_bytes / copied_bytes:,.0f}"=} times as many; the next section counts them.
 #
 # ## What a token costs, predicted for a GPU
 #
@@ -489,7 +489,7 @@ print(f"from then on it saves {gain:.2%} of the bytes of each step")
 assert gain < 0.01
 
 # %% [markdown]
-# The gain is small because the adapter is. What a real unmerged layer costs besides is two more launches for each layer, which a count of bytes does not see.
+# The gain is small because the adapter is. What a real unmerged layer costs besides is more launches, which a count of bytes does not see.
 #
 # ## What goes wrong in practice
 #

@@ -169,7 +169,7 @@ again(
 # %% [markdown]
 # ## VeRA
 #
-# VeRA [@kopiczko2023] trains $r + d_{out}$ for each adapted matrix, and its text gives $L_{tuned}\,(d_{model} + r)$. Its table 1 adapts queries and keys, which in these models count like queries and values. Of the last three lines of the table, for GPT-3, those with $r = 16$ and $256$ agree with the count only if the shared frozen matrices, $2dr$, are counted too, and that with $r = 1$ agrees either way; those of RoBERTa do not count them.
+# VeRA [@kopiczko2023] trains $r + d_{out}$ for each adapted matrix, and its text gives $L_{tuned}\,(d_{model} + r)$. Its table 1 adapts queries and keys, which in these models count like queries and values. Of the last three lines of the table, for GPT-3, those with $r = 16$ and $256$ agree with the count only if the shared frozen matrices, $2dr$, are counted too, and the 2.4 million of $r = 1$ agree either way; those of RoBERTa do not count them.
 
 # %%
 
