@@ -390,7 +390,7 @@ chapter.show(
 # ## The same on a card's allocator
 #
 # On a GPU torch takes memory in segments of 2 MB, of 20 MB or of a large tensor's own size, and gives one back only when nothing in it is in use. A limit applies to what is taken. The states of `tiny` are smaller than one segment, so there pages gain nothing. With `--device cuda` the same command therefore takes {=CUT.count=} blocks of Llama 2 70B with random weights in place of `tiny`, batches of {=CUT.usual=} tokens and one of {=CUT.long=}; it finds the
-# smallest limit with which the run with pages ends, adds half of the states, and sets it for torch, which raises the error.
+# smallest limit with which the run with pages goes on to the end, adds half of the states, and sets it for torch, which raises the error.
 #
 # What will happen there is counted here: both passes run on the device `meta`, where nothing is computed, and every tensor that comes or goes is replayed by the rules of the allocator.
 #
