@@ -1,6 +1,7 @@
 """Errors in a batch, a loss or a gradient, each with its cause in one sentence."""
 
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from torch import nn
@@ -47,15 +48,15 @@ def check_ids(model: nn.Module, batch: Mapping[str, torch.Tensor], where: str) -
         batch: the model's arguments.
         where: the name of the batch in the message.
     """
-    rows = {"input_ids": _rows(model, "get_input_embeddings")}
-    rows["labels"] = _rows(model, "get_output_embeddings") or _classes(model)
-    for name, count in rows.items():
-        ids = batch.get(name)
-        whole = isinstance(ids, torch.Tensor) and not ids.is_floating_point()
-        if count is None or ids is None or not whole:
+    for name, count in _known(model, batch).items():
+        ids = batch[name]
+        if count is None or ids.is_floating_point() or ids.is_meta:
             continue
-        kept = ids[ids != IGNORE] if name == "labels" else ids
+        # Not in the ids' own dtype: in uint8, -100 would be 156.
+        kept = ids.long()[ids.long() != IGNORE] if name == "labels" else ids.long()
         strange = kept[(kept < 0) | (kept >= count)]
+        for other in _other_inputs(model) if name == "input_ids" else ():
+            strange = strange[strange != other]
         if strange.numel():
             raise InputError(
                 f"{name} in {where} holds {int(strange[0])}, and the model knows "
@@ -64,17 +65,46 @@ def check_ids(model: nn.Module, batch: Mapping[str, torch.Tensor], where: str) -
             )
 
 
+def _known(model: nn.Module, batch: Mapping[str, Any]) -> dict[str, int | None]:
+    """Return how many ids the model knows of each kind in the batch; None: any."""
+    ids, labels = batch.get("input_ids"), batch.get("labels")
+    known = {}
+    if isinstance(ids, torch.Tensor):
+        known["input_ids"] = _rows(model, "get_input_embeddings")
+    if isinstance(labels, torch.Tensor):
+        known["labels"] = _rows(model, "get_output_embeddings")
+        # One label for several texts is the number of a text; a map has its own marks.
+        choices = isinstance(ids, torch.Tensor) and ids.dim() > 2
+        if known["labels"] is None and not choices and labels.dim() < 3:
+            known["labels"] = _classes(model)
+    return known
+
+
 def _rows(model: nn.Module, method: str) -> int | None:
     """Return the rows of the table that the first module with this method returns."""
     owner = next((m for m in model.modules() if hasattr(type(m), method)), None)
-    weight = getattr(getattr(owner, method)(), "weight", None) if owner else None
+    try:
+        weight = getattr(getattr(owner, method)(), "weight", None) if owner else None
+    except NotImplementedError:  # transformers knows no table of sounds or characters
+        return None
     return None if weight is None or weight.dim() != 2 else int(weight.shape[0])
 
 
+def _other_inputs(model: nn.Module) -> list[int]:
+    # Where an image or a sound comes in, some models have an id beyond their table.
+    configs = (getattr(m, "config", None) for m in model.modules())
+    config = next((c for c in configs if c is not None), None)
+    kinds = (f"{kind}_token_id" for kind in ("image", "video", "audio"))
+    ids = (getattr(config, kind, None) for kind in kinds)
+    return [one for one in ids if isinstance(one, int)]
+
+
 def _classes(model: nn.Module) -> int | None:
-    # With one class, transformers fits a number.
+    # With one class, or where it is told to, transformers fits a number.
     count = getattr(model, "num_labels", 1)
-    return count if isinstance(count, int) and count > 1 else None
+    problem = getattr(getattr(model, "config", None), "problem_type", None)
+    fits = problem == "regression" or not isinstance(count, int) or count < 2
+    return None if fits else count
 
 
 def checked_labels(batch: Mapping[str, torch.Tensor], step: int) -> int:

@@ -11,6 +11,7 @@ missing and unexpected tensors at the end, when the others are loaded
 its own tensors, and those of the children before the model, before the hook runs.
 """
 
+from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from copy import deepcopy
 from typing import Any, TypeVar
@@ -32,6 +33,9 @@ HOOKS = (
 ON_LOAD = "_load_state_dict_pre_hooks"
 # What belongs to calls; a twin is not called.
 CALLS = (*HOOKS, "forward", "_old_forward", "_hf_hook", "ready")
+# What belongs to saving and loading.
+AFTER_LOAD = "_load_state_dict_post_hooks"
+FILES = (ON_LOAD, AFTER_LOAD, "_state_dict_hooks", "_state_dict_pre_hooks")
 
 
 def watch(module: nn.Module) -> None:
@@ -89,15 +93,22 @@ def twin(
 ) -> Module:
     """Return an unmerged copy of a layer with the tensors that a load would give it.
 
-    All other tensors are shared; so are hooks, as the copy is not called.
+    All other tensors are shared; so are hooks of calls, as the copy is not called.
+    Hooks on its state dict stay out of it, but those by which an adapter loads.
     """
     shared: list[Any] = [*layer.parameters(), *layer.buffers()]
-    shared += [vars(m)[n] for m in layer.modules() for n in CALLS if n in vars(m)]
+    aside = (*CALLS, *FILES)
+    shared += [vars(m)[n] for m in layer.modules() for n in aside if n in vars(m)]
     new = deepcopy(layer, {id(one): one for one in shared})
+    for module in new.modules():
+        after = {} if module is new else getattr(module, AFTER_LOAD)
+        ours = {k: h for k, h in after.items() if _name(h).startswith("minipeft.")}
+        vars(module).update({name: OrderedDict() for name in FILES})
+        setattr(module, AFTER_LOAD, OrderedDict(ours))
     new.unmerge()  # type: ignore[operator]
     loaded = {}
-    for name, own in layer.state_dict().items():
-        if prefix + name in state:
+    for name, own in new.state_dict().items():
+        if prefix + name in state and not state[prefix + name].is_meta:
             held = state[prefix + name].detach().reshape(own.shape)
             loaded[name] = held if assign else held.to(own.device, own.dtype)
     new.load_state_dict(loaded, strict=False, assign=True)
@@ -109,8 +120,11 @@ def _check(
     state: Mapping[str, Any],
     prefix: str,
     metadata: Mapping[str, Any],
-    *_: object,
+    *rest: object,
 ) -> None:
+    errors = rest[-1]  # one list for all modules that are loaded at once
+    if vars(module).pop("_checked", None) is errors:
+        return
     parts = list(_loaded_as_they_are(module, prefix))
     problems = [p for part, at in parts for p in _misfits(part, state, at)]
     if problems:
@@ -123,6 +137,9 @@ def _check(
     for part, at in parts:
         if hasattr(type(part), "check_load"):
             part.check_load(state, at, assign)  # type: ignore[operator]
+    for part, _ in parts[1:]:
+        if _of_ours(part):
+            vars(part)["_checked"] = errors
 
 
 def _loaded_as_they_are(

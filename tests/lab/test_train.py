@@ -6,9 +6,17 @@ import pytest
 import safetensors
 import safetensors.torch
 import torch
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    CanineConfig,
+    CanineForSequenceClassification,
+    DebertaV2Config,
+    DebertaV2ForMultipleChoice,
+)
 
 from minipeft.errors import InputError
-from minipeft.lab.diagnosis import IGNORE, predicted
+from minipeft.lab.diagnosis import IGNORE, check_ids, predicted
 from minipeft.lab.text import consecutive, windows
 from minipeft.lab.train import (
     Checkpoint,
@@ -277,6 +285,38 @@ def test_an_id_that_the_model_has_no_row_for_is_named(toy, name, strange):
     with pytest.raises(InputError, match=rf"^{name} in .* of step 1 holds {strange}"):
         train(around, spoilt, TrainConfig(2))
     assert_same(weights(toy), before)
+
+
+def test_only_what_a_model_looks_up_in_a_table_is_compared_with_it():
+    small = {
+        "hidden_size": 16,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "intermediate_size": 16,
+        "vocab_size": 50,
+    }
+    canine = CanineConfig(**small, num_hash_buckets=40)  # a character is no row
+    choices = DebertaV2Config(**small, num_labels=2)
+    numbers = BertConfig(**small, num_labels=3, problem_type="regression")
+    row = torch.arange(8)[None]
+    known = {
+        CanineForSequenceClassification(canine): (row + 70_000, torch.tensor([1])),
+        DebertaV2ForMultipleChoice(choices): (row.view(1, 4, 2), torch.tensor([3])),
+        BertForSequenceClassification(numbers): (row, torch.tensor([[0, 7, 1]])),
+    }
+    for model, (ids, labels) in known.items():
+        check_ids(model, {"input_ids": ids, "labels": labels}, "a batch")
+    model = BertForSequenceClassification(numbers)
+    model.config.image_token_id = 50  # replaced before the table is read
+    check_ids(model, {"input_ids": torch.tensor([[50, 1]])}, "a batch")
+    with pytest.raises(InputError, match=r"^input_ids in a batch holds 51"):
+        check_ids(model, {"input_ids": torch.tensor([[50, 51]])}, "a batch")
+    # Seen as uint8, -100 is 156; and a map has marks of its own.
+    ids = torch.tensor([156], dtype=torch.uint8)
+    with pytest.raises(InputError, match=r"^labels in a batch holds 156"):
+        check_ids(build("LlamaForCausalLM"), {"labels": ids}, "a batch")
+    model = build("BertForSequenceClassification")
+    check_ids(model, {"labels": torch.full((1, 2, 2), 255)}, "a batch")
 
 
 def test_a_label_beyond_the_classes_is_named():

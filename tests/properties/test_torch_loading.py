@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+import threading
 
 import pytest
 import torch
@@ -240,3 +241,45 @@ def test_what_torch_tells_no_hook_is_left_to_torch():
         around.load_state_dict({**state, f"1.{B}": torch.full((8, 2), torch.nan)})
     assert_untouched(model, before)
     assert around[0].weight == 0
+
+
+def test_checking_a_merged_layer_leaves_hooks_of_other_programs_alone():
+    """They may hold a file or a lock, which no copy of the layer can hold too."""
+    model, seen = merge(lora()), []
+
+    class Recorder:
+        def __init__(self):
+            self.lock = threading.Lock()
+
+        def __call__(self, *given):
+            seen.append(given)
+
+        def note(self, *given):
+            seen.append(given)
+
+    for part in (model[3], model[3].base, model[3].adapters["default"]):
+        part.register_load_state_dict_post_hook(Recorder().note)
+    model[3].base.register_state_dict_pre_hook(Recorder())
+    state = {key: t + 1 for key, t in model.state_dict().items()}
+    seen.clear()
+    model.load_state_dict(state)
+    assert len(seen) == 3
+    assert model[3].base.weight.equal(state["3.base.weight"])
+
+
+def test_each_layer_is_checked_once_a_load(monkeypatch):
+    model, asked = merge(lora()), []
+    own = type(model[0]).check_load
+
+    def check(layer, state, prefix, assign):
+        asked.append(prefix)
+        own(layer, state, prefix, assign)
+
+    monkeypatch.setattr(type(model[0]), "check_load", check)
+    state = model.state_dict()
+    for _ in range(2):
+        model.load_state_dict(state)
+        assert asked == ["0.", "3."]
+        asked.clear()
+    model[3].load_state_dict(model[3].state_dict())
+    assert asked == [""]
