@@ -25,7 +25,7 @@ from minipeft.torch import blockwise, double_quant, launches
 from minipeft.torch.blockwise import Blockwise
 from minipeft.torch.codebook import dynamic_map
 from minipeft.torch.double_quant import Nested
-from minipeft.torch.linear import transformed
+from minipeft.torch.linear import full_precision, transformed
 
 LAUNCHES: dict[str, Callable[..., Any]] = {}
 """What each operator does on a GPU, by its name."""
@@ -255,7 +255,8 @@ def dora_row_norm(W: Tensor, A: Tensor, B: Tensor, scaling: float) -> Tensor:
 
     Source: DoRA (arXiv:2402.09353), equation 5 and section 4.3.
     """
-    V = W.float() + scaling * (B.float() @ A.float())
+    with full_precision(W.device):
+        V = W.float() + scaling * (B.float() @ A.float())
     # On a CPU torch's float32 root may err in the last bit; the rounded float64 root
     # does not.
     return V.square().sum(dim=1).double().sqrt().float()

@@ -47,6 +47,14 @@ def test_opcheck_of_two_dtypes():
     opcheck(operators.dora_row_norm, mixed())
 
 
+def test_autocast_rounds_no_norm_of_the_operator():
+    """A kernel does not see it; the code for other devices must not either."""
+    operands = mixed()
+    norm = operators.dora_row_norm(*operands)
+    with torch.autocast("cpu", torch.bfloat16):
+        same_bits(operators.dora_row_norm(*operands), norm)
+
+
 def test_a_norm_is_a_constant():
     W, A, B = drawn(8, 64), drawn(2, 64).requires_grad_(), drawn(8, 2)
     norm = operators.dora_row_norm(W, A, B, 0.5)
