@@ -14,21 +14,37 @@ def one(gain, lost, tuning):
 
 
 @pytest.fixture
-def run(tmp_path):
+def edge():
+    return 5  # the tuning loss of the smallest rate
+
+
+@pytest.fixture
+def made(tmp_path, edge):
     whole = [[0.1, [one(1, 0.5, 4)]], [0.2, [one(2, 1.5, 3)]], [0.3, [one(1, 9, 5)]]]
-    lora = [[0.1, [one(1, 0.6, 4)]], [0.2, [one(1.5, 2, 2)]], [0.3, [one(0, 9, 5)]]]
+    lora = [[0.1, [one(1, 0.6, edge)]], [0.2, [one(1.5, 2, 2)]], [0.3, [one(0, 9, 5)]]]
     sweeps = {"full fine-tuning": {"sweep": whole}, "r = 8": {"sweep": lora}}
     kept = {"methods": sweeps, "seeds": [0], "steps": 8, "before": {}}
     kept["before"] = {"definitions": 5, "novel": 3}
     (tmp_path / "run.json").write_text(json.dumps(kept))
     chapter = start("27_learns_less", steps=3, arguments=[])
-    return LongRun(chapter, tmp_path / "run.json", "a model, ")
+    return lambda: LongRun(chapter, tmp_path / "run.json", "a model, ")
+
+
+@pytest.fixture
+def run(made):
+    return made()
 
 
 def test_the_rate_is_the_best_on_the_definitions_for_tuning(run, capsys):
     assert run.rates == {"full fine-tuning": 0.2, "r = 8": 0.2}
     assert run.at("r = 8", "gain") == [1.5]
     assert run.at("r = 8", "forgotten") == [2]
+
+
+@pytest.mark.parametrize("edge", [1])
+def test_a_best_rate_at_the_edge_of_its_sweep_is_refused(made):
+    with pytest.raises(AssertionError, match=r"a model, LoRA, r = 8, 8 steps"):
+        made()
 
 
 def test_equal_gain_lies_between_two_rates_of_full_fine_tuning(run):
