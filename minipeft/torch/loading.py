@@ -134,7 +134,8 @@ def _check(
             "one that was saved, with its adapters and bits (nothing was loaded)."
         )
     assign = bool(metadata.get("assign_to_params_buffers"))
-    for part, at in parts:
+    # Another program's hook here may still change names, but no NaN becomes a number.
+    for part, at in parts or [(module, prefix)]:
         if hasattr(type(part), "check_load"):
             part.check_load(state, at, assign)  # type: ignore[operator]
     for part, _ in parts[1:]:

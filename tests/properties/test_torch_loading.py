@@ -222,6 +222,14 @@ def test_a_hook_of_another_program_may_change_what_is_loaded():
 
     model[2].register_load_state_dict_pre_hook(reshape)
     model.load_state_dict(older)
+    for layer in (quantize_linears(net(), blocksize=8)[0], lora()[0]):
+        layer.register_load_state_dict_pre_hook(lambda *_: None)
+        state = {key: t.clone() for key, t in layer.state_dict().items()}
+        layer.load_state_dict(state)
+        key = "adapters.default.B" if "adapters.default.B" in state else "offset"
+        state[key].fill_(torch.nan)
+        with pytest.raises(InputError, match=rf"^{key} is not finite"):
+            layer.load_state_dict(state)
 
 
 def test_what_torch_tells_no_hook_is_left_to_torch():
