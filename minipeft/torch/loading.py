@@ -9,6 +9,8 @@ What remains is torch's: it tells no hook whether `strict` was given, so it name
 missing and unexpected tensors at the end, when the others are loaded
 (`inject.load_adapter_state_dict` refuses them before). A module around the model loads
 its own tensors, and those of the children before the model, before the hook runs.
+Below a module where another program changes what is loaded, by a hook or a method of
+the class, each layer checks for itself when its turn comes.
 """
 
 from collections import OrderedDict
@@ -71,9 +73,7 @@ def check_values(
         if not names or name in names:
             new = state.get(prefix + name)
             if isinstance(new, Tensor) and (wrong := odd(new, own)):
-                raise InputError(
-                    f"{prefix}{name} {wrong}; load another file (nothing was loaded)."
-                )
+                raise InputError(f"{prefix}{name} {wrong}; load another file.")
 
 
 def odd(new: Tensor, own: Tensor) -> str | None:
@@ -131,7 +131,7 @@ def _check(
         more = f", and {len(problems) - 1} more" * (len(problems) > 1)
         raise InputError(
             f"the state dict does not fit: {problems[0]}{more}; build the model as the "
-            "one that was saved, with its adapters and bits (nothing was loaded)."
+            "one that was saved, with its adapters and bits."
         )
     assign = bool(metadata.get("assign_to_params_buffers"))
     # Another program's hook here may still change names, but no NaN becomes a number.
