@@ -227,7 +227,7 @@ except InputError as error:
 #   A library that leaves this bias unscaled trains as well, and gives wrong outputs with weights from another library.
 # - **A start that is not the base model.** If the up projection starts random as well, every block adds noise in the first step. It must be zero or very small; Houlsby and others draw it with a deviation of $10^{-2}$.
 # - **Which input does a parallel adapter read?** BART and RoBERTa normalize *behind* a sublayer, so that adapter and sublayer read the same $x$. In a Llama the norm stands in
-#   *front*, as in mBART, the third model of He et al. Our torch column reads what the module reads, the normalized $x$. In [their program](https://github.com/jxhe/unify-parameter-efficient-tuning) the parallel adapter of mBART reads the $x$ before the norm; earlier versions had an option for either, `hi_lnbefore`.
+#   *front*, as in mBART, the third model of He et al. Our torch column reads what the module reads, the normalized $x$. In [their program](https://github.com/jxhe/unify-parameter-efficient-tuning) the adapter parallel to mBART's feed-forward layer reads the $x$ before the norm; earlier versions had an option for either, `hi_lnbefore`.
 # - **"It has few parameters, so it is fast."** Parameters are not latency. Measure it.
 #
 # ## Exercises

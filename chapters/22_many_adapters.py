@@ -403,7 +403,7 @@ chapter.claim(
 #
 # ## What a token costs, predicted for a GPU
 #
-# A GPU that generates one token a request waits for memory (see [chapter 18](18_gpu_four_bits.md)). So we count bytes, for the 7-billion model in 16 bits on an A100: {=A100 / 1e9:.0f=} GB a second from its memory, {=PCIE / 1e9:.1f=} from the host [@nvidia2020]. Nothing here is measured: the bytes give the least time of a step, and so the most tokens a second. The keys and values of the context are left out; the whole embedding is counted, {=f"{2 * LLAMA_7B.vocabulary * LLAMA_7B.width / whole_bytes:.1%}"=} of the base's bytes, though a step reads few of its rows. The 32 requests of a batch come from
+# A GPU that generates one token a request waits for memory (see [chapter 18](18_gpu_four_bits.md)). So we count bytes, for the 7-billion model in 16 bits on an A100: {=A100 / 1e9:.0f=} GB a second from its memory, {=PCIE / 1e9:.1f=} from the host [@nvidia2020]. Nothing here is measured: the bytes give the least time of a step, and so the most tokens a second, if a model is copied whole before it is read. The keys and values of the context are left out; the whole embedding is counted, {=f"{2 * LLAMA_7B.vocabulary * LLAMA_7B.width / whole_bytes:.1%}"=} of the base's bytes, though a step reads few of its rows. The 32 requests of a batch come from
 # $D$ different tenants:
 
 # %%
