@@ -376,7 +376,7 @@ print(results.origin(smol.full))
 # **"Learns less" did not replicate here**: LoRA gains more than full fine-tuning, with both seeds, and more than that gains at any of its rates. **Nothing is forgotten**: at the best rates the loss of the novel falls, and with LoRA it falls more. At equal gain too: there is no full fine-tuning with the gain of LoRA's best rate, so take the next smaller one, {=f"{lower:g}"=}, where LoRA lowers the loss of the novel by {=f"{-max(at_lower):.3f}"=} to {=f"{-min(at_lower):.3f}"=} nats more. {=smol.full["steps"] * LONG["smollm2"]["rows"]=} examples
 # are few, and here the order at equal gain is not that of the two small bases.
 #
-# **The ranks replicate**: full fine-tuning spreads its update over {=f"{times:.0f}"=} times as many directions as LoRA of rank 8, and these matrices are large enough for "10 to 100 times". No method has an intruder: at the best rates an update has, on average over the matrices, at most {=f"{max(ours['size'] + theirs['size']):.1%}"=} of the size of its weight.
+# **The ranks replicate** in the two blocks that were compared: full fine-tuning spreads its update over {=f"{times:.0f}"=} times as many directions as LoRA of rank 8, and the smaller side of each of these matrices is more than 10 times 8. No method has an intruder there: at the best rates an update has, on average over these matrices, at most {=f"{max(ours['size'] + theirs['size']):.1%}"=} of the size of its weight.
 
 # %% [markdown]
 # ## The claims, checked

@@ -49,7 +49,7 @@ class StepLog(NamedTuple):
 
 
 class Budget(NamedTuple):
-    """Bytes: of weights and adapters, of states, and what a run with pages needs."""
+    """Bytes: of weights and adapters, of states, and those that `least` returns."""
 
     fixed: int
     states: int
@@ -79,7 +79,7 @@ class Attempt:
 
 
 def ready(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    """Make the states of an optimizer; a gradient of zero changes no weight."""
+    """Make the states of an optimizer without weight decay; no weight changes."""
     for parameter in trainable_parameters(model):
         parameter.grad = torch.zeros_like(parameter)
     optimizer.step()
@@ -127,8 +127,8 @@ def budget(whole: Ready, paged: Ready, course: Course, device: str) -> Budget:
 def least(make: Ready, course: Course, device: str) -> int:
     """Return the bytes of a card on which a run with pages just ends.
 
-    On a CPU they are those of the longest pass with one page. On CUDA, where what is
-    taken counts and not what is in use, sizes are tried, on three steps.
+    On a CPU those of the longest pass, without the one page that stays. On CUDA, where
+    what is taken counts and not what is in use, sizes are tried, on three steps.
 
     Args:
         make: of a paged optimizer.
