@@ -87,25 +87,26 @@ def test_one_wrong_bit_is_seen_in_any_of_it(name):
 
 
 # The counts in the head of each file, as numbers: bytes of all arrays and operations of
-# a launch. s: bytes of the dtype, B = 64, B2 = 256, b = 4.
+# a launch. s: bytes of the dtype, b = 4. In the heads N is a block size, here 64, and
+# N' the nested one, here 256; the N of the formulas counts weights.
 Count = Callable[[int], float]
 r, t = SIZES.r, SIZES.adapters
 IN, OUT = SIZES.in_features, SIZES.out_features
 BYTES: dict[str, tuple[str, Count]] = {
     "quantize NF4": (
-        "s read, b/8 + 4/B written",
+        "s read, b/8 + 4/N written",
         lambda s: N * (s + 4 / 8 + 4 / 64),
     ),
     "dequantize NF4": (
-        "b/8 + 4/B read, s written",
+        "b/8 + 4/N read, s written",
         lambda s: N * (4 / 8 + 4 / 64 + s),
     ),
     "nest": (
-        "a scale: 4 read, 1 + 4/B2 written",
+        "a scale: 4 read, 1 + 4/N' written",
         lambda s: N / 64 * (4 + 1 + 4 / 256),
     ),
     "dequantize_nested NF4": (
-        "b/8 + 1/B + 4/(B B2) read, s written",
+        "b/8 + 1/N + 4/(N N') read, s written",
         lambda s: N * (4 / 8 + 1 / 64 + 4 / (64 * 256) + s),
     ),
     "adamw": (
@@ -126,11 +127,11 @@ BYTES: dict[str, tuple[str, Count]] = {
         lambda s: t * (s * r * OUT + 4 * r + 2 * s * OUT),
     ),
     "product": (
-        "1/2 + 4/B of its code and scale",
+        "1/2 + 4/N of its code and scale",
         lambda s: N * (1 / 2 + 4 / 64) + s * (IN + OUT),  # x and y
     ),
     "product_nested": (
-        "(1/2 + 1/B when nested)",
+        "(1/2 + 1/N when nested)",
         lambda s: N * (1 / 2 + 1 / 64 + 4 / (64 * 256)) + s * (IN + OUT),
     ),
     "row_norm": (
