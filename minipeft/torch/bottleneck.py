@@ -21,7 +21,11 @@ from minipeft.torch.linear import (
     rows_of,
     weight_view,
 )
-from minipeft.torch.operands import check_generator, check_tensors
+from minipeft.torch.operands import (
+    check_generator,
+    check_in_memory,
+    check_tensors,
+)
 from minipeft.torch.targets import check_names, chosen, replace
 from minipeft.values import check_integer, check_kind, check_number
 
@@ -279,6 +283,8 @@ def place_beside(
     check_names("targets", targets)
     modules = {name: module for name, module in model.named_modules() if name}
     found = {name: modules[name] for name in chosen(modules, targets)}
+    tensors = ((name, next(one.parameters(), None)) for name, one in found.items())
+    check_in_memory(model, {n: p.device for n, p in tensors if p is not None})
     adapters = {}
     for name, module in found.items():
         with naming(name):

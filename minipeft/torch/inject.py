@@ -27,7 +27,7 @@ from minipeft.torch.adapted import (
     training_as_before,
 )
 from minipeft.torch.linear import Stacked, weight_view
-from minipeft.torch.operands import check_generator
+from minipeft.torch.operands import check_generator, check_in_memory
 from minipeft.torch.targets import check_inside, replace
 from minipeft.torch.targets import layers as layers_of
 from minipeft.values import check_kind, check_number
@@ -84,6 +84,7 @@ def inject(
         with naming(key):
             _check_offered(config, layer)
             _check_no_nan(layer)
+    check_in_memory(model, _places(found))
     with torch.inference_mode(False):
         adapters = config.adapters(found, generator)
     wrapped = {}
@@ -118,6 +119,7 @@ def add(
         with naming(key):
             layer.check_new(name)
     bases = {key: layer.base for key, layer in layers.items()}
+    check_in_memory(model, _places(bases))
     with torch.inference_mode(False):
         adapters = config.adapters(bases, generator)
     try:
@@ -360,6 +362,10 @@ def _check_offered(config: Config, layer: nn.Module) -> None:
     view = weight_view(layer)
     if isinstance(view, Stacked) and not hasattr(config, "stacked"):
         view.form(layer)  # raises: the module has several matrices
+
+
+def _places(layers: Mapping[str, nn.Module]) -> dict[str, torch.device]:
+    return {name: weight_view(one).form(one).device for name, one in layers.items()}
 
 
 def _check_no_nan(layer: nn.Module) -> None:

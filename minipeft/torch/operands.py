@@ -6,7 +6,7 @@ Each refuses in one sentence that names the operand, before anything is computed
 from collections.abc import Mapping
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from minipeft.errors import InputError
 from minipeft.shapes import check_floats, check_shapes
@@ -89,3 +89,25 @@ def check_tensors(operands: Mapping[str, tuple[Tensor | None, str]]) -> None:
         if tensor is not None or not axes.startswith("?"):
             check_kind(name, tensor, Tensor)
     check_shapes(operands)
+
+
+def check_in_memory(model: nn.Module, places: Mapping[str, torch.device]) -> None:
+    """Refuse to make adapters for layers that accelerate has offloaded.
+
+    Args:
+        model: which may have accelerate's hooks anywhere.
+        places: where the weights lie for which adapters are made, by name.
+
+    Raises:
+        InputError: names the first one whose weight comes in for a call alone.
+    """
+    hooks = [vars(module).get("_hf_hook") for module in model.modules()]
+    inner = [one for hook in hooks for one in (hook, *getattr(hook, "hooks", ()))]
+    if not any(getattr(hook, "offload", False) for hook in inner):
+        return
+    for name, device in places.items():
+        if device.type == "meta":
+            raise InputError(
+                f"{name} is offloaded: its weight comes in for a call alone, and new "
+                "adapters would lie nowhere; adapt the model first and offload it then."
+            )

@@ -18,6 +18,7 @@ from torch.nn.functional import pad
 from minipeft.errors import InputError
 from minipeft.shapes import Integer
 from minipeft.torch import loading
+from minipeft.torch.operands import check_in_memory
 from minipeft.values import check_integer, check_kind
 
 IGNORE = -100  # torch's cross-entropy ignores this label
@@ -47,6 +48,7 @@ class VirtualTokens(nn.Module, ABC):
     def __init__(self, model: Any) -> None:
         super().__init__()
         check_causal(model)
+        check_in_memory(model, {type(model).__name__: model.device})
         self.model = model
         self.register_state_dict_post_hook(_leave_out_tied)  # type: ignore[no-untyped-call]
         self.register_load_state_dict_pre_hook(_fill_in_tied)  # type: ignore[no-untyped-call]
