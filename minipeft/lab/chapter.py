@@ -85,6 +85,11 @@ class Chapter(Claims):
                 f"{self.model} is a {type(loaded.model).__name__}, which does not "
                 "write text; give a causal language model"
             )
+        if getattr(loaded.model.config, "is_encoder_decoder", False):
+            raise InputError(
+                f"{self.model} is a {type(loaded.model).__name__}, which answers one "
+                "text by another; give a causal language model"
+            )
         vars(self).setdefault("task", self._task_for(loaded))
         return loaded
 

@@ -124,10 +124,18 @@ def load_checkpoint(
     model: nn.Module,
     optimizer: Optimizer | None = None,
     identity: Identity | None = None,
+    steps: int | None = None,
 ) -> Progress:
     """Put a checkpoint into `model` (and `optimizer`, and the random generators).
 
     If a part does not fit, nothing is changed.
+
+    Args:
+        path: of the file.
+        model: with the adapters that the file holds.
+        optimizer: of the run; None leaves it and the generators alone.
+        identity: of the model, where it was computed before.
+        steps: of the run that goes on; None for any number.
 
     Raises:
         InputError: The file is absent, damaged, from another program or version, or
@@ -144,6 +152,11 @@ def load_checkpoint(
     with _naming(path):
         _check_kinds(header)
         progress = _progress(header)
+        if steps is not None and progress.step > steps:
+            raise InputError(
+                f"it was saved after step {progress.step}, and the run has {steps} "
+                "steps"
+            )
         own = _own(model, identity or Identity(model), header, tensors)
         if optimizer is not None:
             state = _fitting_state(optimizer, model, header, tensors)

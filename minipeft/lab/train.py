@@ -254,7 +254,9 @@ class _Run:
         self.resumed = checkpoint is not None and checkpoint.resume
         if checkpoint is not None and checkpoint.resume:
             path = checkpoint.path
-            start = load_checkpoint(path, model, self.optimizer, self.identity)
+            start = load_checkpoint(
+                path, model, self.optimizer, self.identity, config.steps
+            )
             self.settings = start.settings
         self.step, self.losses, self.fresh = start.step, list(start.losses), 0
         self.validation, self.seconds = list(start.validation), start.seconds

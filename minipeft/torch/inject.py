@@ -353,6 +353,9 @@ def _wrapper(config: Config, layer: nn.Module) -> type[Layer]:
 
 
 def _check_start(config: Config, name: str, generator: torch.Generator | None) -> None:
+    if isinstance(config, type):
+        name = config.__name__
+        raise InputError(f"config is the class {name}; give one, such as {name}(...).")
     check_kind("config", config, Config)
     check_kind("name", name, str)
     check_generator(generator)

@@ -13,6 +13,7 @@ from unittest import mock
 
 import pytest
 import torch
+import transformers
 
 from minipeft.errors import InputError
 from minipeft.lab import chapter as chapters
@@ -212,6 +213,16 @@ def test_a_chapter_without_a_model_takes_none():
 def test_a_model_that_writes_no_text_is_refused(minilm_folder):
     chapter = start("01_lora", 30, arguments=["--model", str(minilm_folder)])
     with pytest.raises(InputError, match="is a BertModel, which does not write text"):
+        chapter.load()
+
+
+def test_a_model_of_two_texts_is_refused_before_a_step(tmp_path):
+    sizes = {"d_model": 8, "d_kv": 4, "d_ff": 8, "num_layers": 1, "num_heads": 2}
+    config = transformers.T5Config(vocab_size=1024, **sizes)
+    transformers.T5ForConditionalGeneration(config).save_pretrained(tmp_path)
+    models.load("tiny").tokenizer.save_pretrained(tmp_path)
+    chapter = start("01_lora", 30, arguments=["--model", str(tmp_path)])
+    with pytest.raises(InputError, match="which answers one text by another; give a"):
         chapter.load()
 
 

@@ -152,6 +152,19 @@ def test_a_run_that_goes_on_with_another_batch_size_says_so(toy, tmp_path):
         train(toy, half, settings(toy, steps=3), (), Checkpoint(path, resume=True))
 
 
+def test_a_run_that_has_fewer_steps_than_its_checkpoint_is_refused(toy, tmp_path):
+    path = tmp_path / "run.safetensors"
+    start = copy.deepcopy(toy)
+    train(toy, BATCHES, settings(toy, steps=3), VALIDATION, Checkpoint(path))
+    before = copy.deepcopy(weights(start))
+    resumed = Checkpoint(path, resume=True)
+    with pytest.raises(InputError, match="after step 3, and the run has 2 steps; use"):
+        train(start, BATCHES, settings(start, steps=2), VALIDATION, resumed)
+    assert_same(weights(start), before)
+    ended = train(start, BATCHES, settings(start, steps=3), VALIDATION, resumed)
+    assert [step for step, _ in ended.validation] == [3]
+
+
 def test_a_second_run_on_the_same_checkpoint_is_refused(toy, tmp_path):
     path = tmp_path / "run.safetensors"
 

@@ -293,6 +293,11 @@ def test_the_same_seed_gives_the_same_adapters():
     assert all(torch.equal(first[key], second[key]) for key in first)
 
 
+def test_a_class_is_no_config():
+    with pytest.raises(InputError, match=r"the class LoRAConfig; give one, such as"):
+        inject(nn.Sequential(nn.Linear(2, 2)), LoRAConfig, ["0"])
+
+
 def test_a_layer_by_itself_is_told_what_to_do():
     layer = LoRALinear(nn.Linear(5, 4), CONFIG.adapters({"": nn.Linear(5, 4)})[""])
     with pytest.raises(InputError, match=r"call its own unload\(\)"):
