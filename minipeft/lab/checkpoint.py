@@ -152,11 +152,7 @@ def load_checkpoint(
     with _naming(path):
         _check_kinds(header)
         progress = _progress(header)
-        if steps is not None and progress.step > steps:
-            raise InputError(
-                f"it was saved after step {progress.step}, and the run has {steps} "
-                "steps"
-            )
+        _check_goes_on(progress.step, steps)
         own = _own(model, identity or Identity(model), header, tensors)
         if optimizer is not None:
             state = _fitting_state(optimizer, model, header, tensors)
@@ -249,6 +245,13 @@ def _progress(header: dict[str, Any]) -> Progress:
     ):
         raise ValueError(f"settings is {settings!r}")
     return Progress(step, losses, validation, float(seconds), settings)
+
+
+def _check_goes_on(step: int, steps: int | None) -> None:
+    if steps is not None and step > steps:
+        raise InputError(
+            f"it was saved after step {step}, and the run has {steps} steps"
+        )
 
 
 def _step(value: Any) -> int:

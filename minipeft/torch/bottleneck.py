@@ -284,7 +284,7 @@ def place_beside(
     modules = {name: module for name, module in model.named_modules() if name}
     found = {name: modules[name] for name in chosen(modules, targets)}
     tensors = ((name, next(one.parameters(), None)) for name, one in found.items())
-    check_in_memory(model, {n: p.device for n, p in tensors if p is not None})
+    check_in_memory(model, ((n, p.device) for n, p in tensors if p is not None))
     adapters = {}
     for name, module in found.items():
         with naming(name):

@@ -9,7 +9,8 @@ Models are changed in place and returned. A function that raises an error raises
 before it changes anything.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import chain
 from numbers import Real
 from typing import Any, ClassVar, Protocol, TypeVar, runtime_checkable
 
@@ -367,8 +368,14 @@ def _check_offered(config: Config, layer: nn.Module) -> None:
         view.form(layer)  # raises: the module has several matrices
 
 
-def _places(layers: Mapping[str, nn.Module]) -> dict[str, torch.device]:
-    return {name: weight_view(one).form(one).device for name, one in layers.items()}
+def _places(layers: Mapping[str, nn.Module]) -> Iterator[tuple[str, torch.device]]:
+    for name, layer in layers.items():
+        view = weight_view(layer)
+        if isinstance(view, Stacked):
+            held = next(chain(layer.parameters(), layer.buffers()))
+            yield name, held.device
+        else:
+            yield name, view.form(layer).device
 
 
 def _check_no_nan(layer: nn.Module) -> None:

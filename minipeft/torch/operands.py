@@ -3,7 +3,7 @@
 Each refuses in one sentence that names the operand, before anything is computed.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -91,12 +91,14 @@ def check_tensors(operands: Mapping[str, tuple[Tensor | None, str]]) -> None:
     check_shapes(operands)
 
 
-def check_in_memory(model: nn.Module, places: Mapping[str, torch.device]) -> None:
+def check_in_memory(
+    model: nn.Module, places: Iterable[tuple[str, torch.device]]
+) -> None:
     """Refuse to make adapters for layers that accelerate has offloaded.
 
     Args:
         model: which may have accelerate's hooks anywhere.
-        places: where the weights lie for which adapters are made, by name.
+        places: names of weights for which adapters are made, and where they lie.
 
     Raises:
         InputError: names the first one whose weight comes in for a call alone.
@@ -105,7 +107,7 @@ def check_in_memory(model: nn.Module, places: Mapping[str, torch.device]) -> Non
     inner = [one for hook in hooks for one in (hook, *getattr(hook, "hooks", ()))]
     if not any(getattr(hook, "offload", False) for hook in inner):
         return
-    for name, device in places.items():
+    for name, device in places:
         if device.type == "meta":
             raise InputError(
                 f"{name} is offloaded: its weight comes in for a call alone, and new "

@@ -48,7 +48,7 @@ class VirtualTokens(nn.Module, ABC):
     def __init__(self, model: Any) -> None:
         super().__init__()
         check_causal(model)
-        check_in_memory(model, {type(model).__name__: model.device})
+        check_in_memory(model, [(type(model).__name__, model.device)])
         self.model = model
         self.register_state_dict_post_hook(_leave_out_tied)  # type: ignore[no-untyped-call]
         self.register_load_state_dict_pre_hook(_fill_in_tied)  # type: ignore[no-untyped-call]

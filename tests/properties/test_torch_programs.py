@@ -21,12 +21,11 @@ from torch.nn.utils import parametrize
 
 from minipeft.errors import InputError
 from minipeft.torch.adapted import Adapted
-from minipeft.torch.bottleneck import BottleneckConfig, place_beside
+from minipeft.torch.bottleneck import BottleneckConfig
 from minipeft.torch.ia3 import IA3Config
 from minipeft.torch.inject import (
     adapted,
     adapter_state_dict,
-    add,
     inject,
     load_adapter_state_dict,
     merge,
@@ -37,8 +36,6 @@ from minipeft.torch.inject import (
 from minipeft.torch.linear import transformed
 from minipeft.torch.lora import LoRAConfig
 from minipeft.torch.pissa import PiSSAConfig
-from minipeft.torch.prefix import PrefixConfig, PrefixModel
-from minipeft.torch.prompt import PromptConfig, PromptModel
 from minipeft.torch.qlora import QuantizedLinear, quantize_linears
 from tests.agreement.on_torch import CONFIGS
 from tests.tolerance import assert_within, gamma
@@ -237,49 +234,6 @@ def test_a_merged_model_may_be_offloaded(row):
         model = accelerate.cpu_offload(merge(make(row)), "cpu", offload_buffers=buffers)
         with torch.no_grad():
             assert torch.equal(model(x), expected)
-
-
-@pytest.mark.parametrize("buffers", [False, True])
-@each_row
-def test_a_layer_that_is_offloaded_gets_no_adapter_that_lies_nowhere(row, buffers):
-    accelerate = pytest.importorskip("accelerate", reason="needs accelerate")
-    x = torch.linspace(-1, 1, 18).reshape(3, 6)
-    model = plain(row)
-    expected = model(x).detach()
-    accelerate.cpu_offload(model, "cpu", offload_buffers=buffers)
-    if "bits" in row and not buffers:  # the codes are buffers and stay
-        start(model, row)
-        assert not any(p.is_meta for p in trainable_parameters(model))
-    else:
-        with pytest.raises(InputError, match=r"^0 is offloaded: .* offload it then"):
-            start(model, row)
-        assert not adapted(model)
-    assert torch.equal(model(x), expected)
-
-
-def test_another_adapter_and_one_beside_need_memory_too():
-    accelerate = pytest.importorskip("accelerate", reason="needs accelerate")
-    model = accelerate.cpu_offload(make("lora"), "cpu")
-    with pytest.raises(InputError, match=r"^0 is offloaded"):
-        add(model, ROWS["lora"], "second")
-    assert [[*layer.adapters] for layer in adapted(model).values()] == [["default"]] * 2
-    model = accelerate.cpu_offload(Model(), "cpu")
-    with pytest.raises(InputError, match=r"^0 is offloaded"):
-        place_beside(model, BottleneckConfig(3), ["0"], 6)
-    assert type(model[0]) is nn.Linear
-
-
-@pytest.mark.parametrize("config", [PromptConfig(3), PrefixConfig(3)])
-def test_virtual_tokens_need_memory_too(config):
-    accelerate = pytest.importorskip("accelerate", reason="needs accelerate")
-    transformers = pytest.importorskip("transformers", reason="needs transformers")
-    sizes = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1}
-    heads = {"num_attention_heads": 2, "num_key_value_heads": 2, "vocab_size": 11}
-    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes, **heads))
-    accelerate.cpu_offload(model, "cpu")
-    around = PromptModel if isinstance(config, PromptConfig) else PrefixModel
-    with pytest.raises(InputError, match=r"^LlamaForCausalLM is offloaded"):
-        around(model, config)
 
 
 # --- hooks and forwards of the wrapped layer -----------------------------------------
