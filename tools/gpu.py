@@ -2,6 +2,7 @@
 
     python tools/gpu.py                  every stage, as often as it takes
     python tools/gpu.py STAGE [STAGE …]  one go at each of these
+    python tools/gpu.py --help           this text, and the stages
 
 A stage is a list of steps, each a program of its own: a fault of one spoils no other.
 What a step said is written to `chapters/results/gpu/` as soon as it ends. What stands
@@ -112,15 +113,14 @@ class Results:
 
 def main(names: Sequence[str]) -> int:
     """Return 0 if all passed or there is no GPU, 1 if a step failed, 2 if none ran."""
-    if reason := executor.missing():
-        print(f"gpu: nothing ran. {reason}")
-        return 0
     all_stages = stages()
-    unknown = [name for name in names if name not in all_stages]
-    reason = f"There is no stage {unknown[0]!r}." if unknown else too_old()
+    if {"-h", "--help"} & {*names}:
+        print(f"{__doc__}\nStages:\n\n{_listed(all_stages)}")
+        return 0
+    reason, code = _refusal(names, all_stages)
     if reason:
-        print(f"gpu: nothing ran. {reason} Stages: {', '.join(all_stages)}.")
-        return 2
+        print(f"gpu: nothing ran. {reason}")
+        return code
     results = Results.read(facts())
     for name in names or all_stages:
         steps = all_stages[name]
@@ -131,6 +131,28 @@ def main(names: Sequence[str]) -> int:
         while not names and any(not _record(results, s).ended for s in steps):
             go(name, steps, results)
     return _verdict(results, [s for n in names or all_stages for s in all_stages[n]])
+
+
+def _refusal(
+    names: Sequence[str], all_stages: Mapping[str, Sequence[Step]]
+) -> tuple[str | None, int]:
+    """Return why nothing can run, None if it can, and the exit code."""
+    if unknown := [name for name in names if name not in all_stages]:
+        listed = f"Stages:\n\n{_listed(all_stages)}"
+        return f"There is no stage {unknown[0]!r}. {listed}", 2
+    if reason := executor.missing():
+        return reason, 0
+    return too_old(), 2
+
+
+def _listed(all_stages: Mapping[str, Sequence[Step]]) -> str:
+    """Return a line of each stage: its name, first and last step, and their number."""
+    lines = []
+    for stage, steps in all_stages.items():
+        between = " to " if len(steps) > 2 else "; "
+        ends = dict.fromkeys((steps[0].name, steps[-1].name))  # one step has one end
+        lines.append(f"  {stage:14}{between.join(ends)} ({len(steps)})")
+    return "\n".join(lines)
 
 
 def _verdict(results: Results, steps: Sequence[Step]) -> int:

@@ -98,10 +98,26 @@ def test_what_is_missing_is_one_sentence(monkeypatch, gpu, package, found, sente
     assert sentence in tool.too_old()
 
 
-def test_a_stage_that_is_not_there_names_those_that_are(gpu, started, capsys):
-    assert gpu.main(["bench"]) == 2
-    said = capsys.readouterr().out
-    assert "There is no stage 'bench'. Stages: tests, vectors, sanitizers," in said
+@pytest.mark.parametrize("missing", [None, "There is no GPU."], ids=["gpu", "none"])
+def test_a_stage_that_is_not_there_is_refused_and_the_stages_are_listed(
+    gpu, started, monkeypatch, capsys, missing
+):
+    monkeypatch.setattr(gpu.executor, "missing", lambda: missing)
+    assert gpu.main(["--help"]) == 0
+    text, listed = capsys.readouterr().out.split("Stages:\n\n")
+    assert text.startswith(gpu.__doc__)
+    stages = gpu.stages()
+    assert [line.split()[0] for line in listed.splitlines()] == [*stages]
+    for line, steps in zip(listed.splitlines(), stages.values(), strict=True):
+        assert steps[0].name in line
+        assert line.endswith(f" {steps[-1].name} ({len(steps)})")
+        assert len(line) <= 88
+    for wrong in (["bench"], ["tests", "bench"]):
+        assert gpu.main(wrong) == 2
+        said = capsys.readouterr().out
+        assert said == (
+            f"gpu: nothing ran. There is no stage 'bench'. Stages:\n\n{listed}"
+        )
     assert started.names == []
 
 
