@@ -86,13 +86,13 @@ def _short(monkeypatch):
     monkeypatch.setattr(device, "WARM_UPS", 1)
     monkeypatch.setattr(device, "CupyDevice", FakeDevice)
     monkeypatch.setattr(trials, "Sizes", lambda *of: SIZES)
-    monkeypatch.setattr(examination, "isolated", here)
+    monkeypatch.setattr(examination, "in_turn", here)
     monkeypatch.setattr(machine_code, "disassemble", toolchain.disassemble)
 
 
-def here(task):
+def here(tasks):
     """Examine in this process, on the stand-ins."""
-    return examination.examined(task, FakeDevice())
+    return (examination.examined(task, FakeDevice()) for task in tasks)
 
 
 def made(folder, executor):
@@ -191,7 +191,8 @@ def test_too_little_memory_for_one_kernel_is_its_verdict(tmp_path, monkeypatch):
 
 SAYS_A_ROW = """
 import json, sys
-task = json.load(sys.stdin)
+task = json.loads(sys.stdin.readline())
+assert sys.stdin.readline() == "go\\n"
 if task["dtype"] == "float16":
     print("cudaErrorIllegalAddress", file=sys.stderr)
     sys.exit(134)
@@ -225,22 +226,95 @@ def test_a_kernel_that_kills_its_process_spoils_no_other(tmp_path, monkeypatch):
     assert [k["wrong"] for k in found] == verdicts * 2
 
 
+NOTES_ITS_TIMES = """
+import json, os, pathlib, sys, time
+folder = pathlib.Path(sys.argv[1])
+task = json.loads(sys.stdin.readline())
+(folder / str(os.getpid())).touch()
+print("x" * 10**6, file=sys.stderr)  # more than a pipe holds
+sys.stdin.readline()
+times = [time.monotonic()]
+while len(list(folder.iterdir())) < 3:
+    time.sleep(0.01)
+times.append(time.monotonic())
+print(json.dumps({"kernel": json.dumps(times), "dtype": task["dtype"]}))
+"""
+
+
+@pytest.fixture
+def _three_at_once(monkeypatch, tmp_path):
+    """Workers that have the device until three of them have begun."""
+    monkeypatch.undo()
+    worker = (sys.executable, "-c", NOTES_ITS_TIMES, str(tmp_path))
+    monkeypatch.setattr(examination, "WORKER", worker)
+    monkeypatch.setattr(examination, "AT_ONCE", 3)
+
+
+TASKS = [
+    examination.Task(0, dtype, SIZES, Ceilings(1e12, {})) for dtype in ("a", "b", "c")
+]
+
+
+@pytest.mark.usefixtures("_three_at_once")
+def test_several_processes_prepare_and_one_uses_the_device():
+    rows = list(examination.in_turn(TASKS))
+    assert [(row.dtype, row.wrong) for row in rows] == [
+        (task.dtype, None) for task in TASKS
+    ]
+    times = [t for row in rows for t in json.loads(row.kernel)]
+    assert times == sorted(times)
+
+
+@pytest.mark.usefixtures("_three_at_once")
+def test_processes_that_wait_end_with_the_report(monkeypatch):
+    begun, start = [], subprocess.Popen
+    monkeypatch.setattr(
+        subprocess, "Popen", lambda *a, **k: begun.append(start(*a, **k)) or begun[-1]
+    )
+    rows = examination.in_turn(TASKS)
+    next(rows)
+    rows.close()
+    assert [process.returncode for process in begun] == [0, -9, -9]
+
+
+def test_the_host_is_done_before_the_device_is_asked_for():
+    """Nothing of a trial touches the device before its turn."""
+
+    class Refusing(CpuExecutor):
+        def __getattribute__(self, name):
+            if name in {"upload", "empty", "full", "launch", "adopt", "home"}:
+                raise AssertionError(name)
+            return super().__getattribute__(name)
+
+    class TurnError(Exception):
+        pass
+
+    def stop():
+        raise TurnError
+
+    with use(Refusing()):
+        for task in examination.tasks(SIZES, Ceilings(1e12, {})):
+            with pytest.raises(TurnError):
+                examination.examined(task, FakeDevice(), stop)
+
+
 def test_a_report_goes_on_where_it_stopped(tmp_path, monkeypatch):
     table = [row for row in TABLE if row[0].template in ("shrink", "expand")]
     monkeypatch.setattr(examination, "TABLE", table)
     asked = []
 
-    def examine(task):
-        asked.append(task.dtype)
-        if len(asked) == 4:
-            raise KeyboardInterrupt
-        return Checked(task.name, task.dtype, seconds=TICK)
+    def examine(tasks):
+        for task in tasks:
+            asked.append(task.dtype)
+            if len(asked) == 4:
+                raise KeyboardInterrupt
+            yield Checked(task.name, task.dtype, seconds=TICK)
 
     def rows(**how):
         gpu_report.run(tmp_path, FakeDevice(), **how)
         return json.loads((tmp_path / "gpu-report.json").read_text())["kernels"]
 
-    monkeypatch.setattr(examination, "isolated", examine)
+    monkeypatch.setattr(examination, "in_turn", examine)
     with pytest.raises(KeyboardInterrupt):
         rows(sizes=SIZES)
     assert len(rows(sizes=SIZES, resume=True)) == 6
@@ -284,14 +358,15 @@ def test_the_process_gets_the_task_and_gives_the_row(monkeypatch, capsys):
     import io
 
     task = examination.Task(3, "float16", SIZES, Ceilings(1e12, {"float32": 1e13}))
-    given = io.StringIO(json.dumps(asdict(task)))
+    given = io.StringIO(json.dumps(asdict(task)) + "\ngo\n")
     monkeypatch.setattr(sys, "stdin", given)
     row, seen = Checked("a", "float16", seconds=1e-6), []
     monkeypatch.setattr(examination, "examined", lambda *a: (seen.append(a), row)[1])
     examination.main()
-    ((same, where),) = seen
+    ((same, where, turn),) = seen
     assert same == task
     assert isinstance(where, FakeDevice)
+    assert turn() == "go\n"
     assert Checked(**json.loads(capsys.readouterr().out)) == row
 
 

@@ -1,19 +1,25 @@
 """One kernel on the device: checked, timed, beside its peer, in a process of its own.
 
-python -m minipeft.lab.gpu.examination < task.json     one trial, its row as JSON
+python -m minipeft.lab.gpu.examination     a task on stdin, then a line: its row
 
 After an access outside of memory, CUDA runs nothing more in that process. So each trial
-has a process of its own, and the report continues after a crash.
+has a process of its own, and the report continues after a crash. What the host does
+takes longest: it imports, reads machine code, computes the reference. So several
+processes prepare at the same time, but one alone uses the device.
 """
 
 import json
+import os
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 
 from minipeft.cupy.executor import current, use
 from minipeft.errors import InputError
+from minipeft.kernels import Kernel
 from minipeft.lab import machine_code
 from minipeft.lab.gpu import device as devices
 from minipeft.lab.gpu import peers, slots
@@ -24,10 +30,12 @@ from minipeft.lab.gpu.trials import TABLE, Sizes, Trial, difference
 COPIED = 512 * 2**20
 MATRIX = 8192
 MATRIX_DTYPES = ("float32", "tf32", "float16", "bfloat16")
+GO = "go"
 WORKER = (sys.executable, "-m", "minipeft.lab.gpu.examination")
 TENSOR_CORES = ("dora", "qlora")  # rows whose kernels of 16 bits multiply there
 LAYERS = 4  # in a row, as in a model
-LIMIT = 300  # seconds of a trial, compiling included
+LIMIT = 300  # seconds of a trial on the device, compiling included
+AT_ONCE = min(4, max(1, (os.cpu_count() or 1) // 4))  # processes: NumPy uses threads
 
 
 @dataclass(frozen=True)
@@ -160,34 +168,89 @@ def tasks(sizes: Sizes, ceilings: Ceilings) -> list[Task]:
     ]
 
 
-def isolated(task: Task) -> Checked:
-    """Examine in a process of its own; a crash becomes the result of the row."""
-    message = json.dumps(asdict(task))
+def in_turn(tasks: Sequence[Task]) -> Iterator[Checked]:
+    """Examine each in a process of its own; a crash becomes the result of the row."""
+    begun: deque[Examination] = deque()
+    left = deque(tasks)
     try:
-        done = subprocess.run(
-            WORKER, input=message, capture_output=True, text=True, timeout=LIMIT
+        while left or begun:
+            while left and len(begun) < AT_ONCE:
+                begun.append(Examination(left.popleft()))
+            row = begun[0].row()
+            begun.popleft()
+            yield row
+    finally:
+        for examination in begun:
+            examination.stop()
+
+
+class Examination:
+    """A process that prepares a trial, and waits until it may use the device."""
+
+    def __init__(self, task: Task) -> None:
+        self._task = task
+        self._process = subprocess.Popen(
+            WORKER,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
         )
-    except subprocess.TimeoutExpired:
-        return Checked(task.name, task.dtype, f"does not end within {LIMIT} seconds")
-    try:
-        return Checked(**json.loads(done.stdout.splitlines()[-1]))
-    except (ValueError, TypeError, IndexError):
-        said = (done.stderr.strip().splitlines() or ["without a word"])[-1]
-        wrong = f"does not run: its process ended with {done.returncode}: {said}"
-        return Checked(task.name, task.dtype, wrong)
+        assert self._process.stdin is not None
+        with suppress(BrokenPipeError):  # its row says how it ended
+            self._process.stdin.write(json.dumps(asdict(task)) + "\n")
+            self._process.stdin.flush()
+
+    def row(self) -> Checked:
+        """Give the device to the process, and wait for its row."""
+        name, dtype = self._task.name, self._task.dtype
+        try:
+            said, failed = self._process.communicate(f"{GO}\n", timeout=LIMIT)
+        except subprocess.TimeoutExpired:
+            self.stop()
+            return Checked(name, dtype, f"does not end within {LIMIT} seconds")
+        try:
+            return Checked(**json.loads(said.splitlines()[-1]))
+        except (ValueError, TypeError, IndexError):
+            said = (failed.strip().splitlines() or ["without a word"])[-1]
+            code = self._process.returncode
+            wrong = f"does not run: its process ended with {code}: {said}"
+            return Checked(name, dtype, wrong)
+
+    def stop(self) -> None:
+        """End the process; nothing of it is read any more."""
+        self._process.kill()
+        self._process.communicate()
 
 
-def examined(task: Task, device: Device) -> Checked:
-    """Examine in this process."""
+def examined(
+    task: Task, device: Device, may_begin: Callable[[], object] = lambda: None
+) -> Checked:
+    """Examine in this process.
+
+    Args:
+        task: one trial.
+        device: that times it.
+        may_begin: returns when this process may use the device.
+    """
     kernel, note, build = TABLE[task.index]
     recorder = Recorder(current())
     try:
         with use(recorder):
             trial = Trial(kernel, task.dtype, note, *build(task.sizes, task.dtype))
+            _prepare(kernel, task.ceilings, device)
+            may_begin()
             return examine(recorder, trial, device, task.ceilings)
     except MemoryError as error:
         wrong = f"does not run: too little free memory ({_first_line(error)})"
         return Checked(task.name, task.dtype, wrong)
+
+
+def _prepare(kernel: Kernel, ceilings: Ceilings, device: Device) -> None:
+    """Import the peer and read the machine code, which needs no turn."""
+    peers.missing(device.place)
+    if ceilings.slots and not machine_code.missing():
+        slots.disassembled(kernel.row, slots.alike(ceilings.architecture))
 
 
 def measure_ceilings(device: Device) -> Ceilings:
@@ -272,11 +335,15 @@ def _first_line(error: Exception) -> str:
 
 
 def main() -> None:
-    """Read a task from stdin, examine it on the first CUDA device, print the row."""
-    given = json.load(sys.stdin)
+    """Examine a task, the first line of stdin, and print its row.
+
+    The second line says that this process may use the first CUDA device.
+    """
+    given = json.loads(sys.stdin.readline())
     sizes, ceilings = Sizes(**given["sizes"]), Ceilings(**given["ceilings"])
     task = Task(given["index"], given["dtype"], sizes, ceilings)
-    print(json.dumps(asdict(examined(task, devices.CupyDevice()))))
+    row = examined(task, devices.CupyDevice(), sys.stdin.readline)
+    print(json.dumps(asdict(row)))
 
 
 if __name__ == "__main__":

@@ -43,7 +43,8 @@ def run(
 
     Args:
         folder: of `gpu-report.md` and `gpu-report.json`.
-        device: measured for its ceilings; each kernel runs in a process of its own.
+        device: measured for its ceilings; each kernel runs in a process of its own,
+            one at a time.
         sizes: of the tensors.
         resume: go on with the report in the folder, if it is of this device and sizes.
 
@@ -62,8 +63,8 @@ def run(
         ) from error
     about = dict(device.facts()) | _described(sizes or Sizes())
     rows = _written(folder, about) if resume else []
-    for task in tasks(sizes or Sizes(), ceilings)[len(rows) :]:
-        row = examination.isolated(task)
+    left = tasks(sizes or Sizes(), ceilings)[len(rows) :]
+    for row in examination.in_turn(left):
         verdict = "WRONG" if row.wrong else f"{1e6 * row.seconds:.1f} µs"
         print(f"{row.kernel} {row.dtype}: {verdict}", file=sys.stderr)
         rows.append(row)

@@ -76,7 +76,7 @@ class Trial:
         kernel: the kernel under test.
         dtype: of its instance.
         note: the difference from other trials of the kernel.
-        run: calls the launcher.
+        run: copies the inputs to the device and calls the launcher.
         expected: the correct results, by the name of the argument.
     """
 
@@ -169,8 +169,11 @@ def _dequantize(codebook: np.ndarray) -> Callable[[Sizes, str], Built]:
     def build(sizes: Sizes, dtype: str) -> Built:
         q = ref_blockwise.quantize(_normal(sizes, "float32"), codebook)
         values = ref_blockwise.dequantize(q, numpy_dtype(dtype))
-        parts = _parts(blockwise.Blockwise, q)
-        return lambda: blockwise.dequantize(parts, dtype), {"out": values}
+
+        def run() -> object:
+            return blockwise.dequantize(_parts(blockwise.Blockwise, q), dtype)
+
+        return run, {"out": values}
 
     return build
 
@@ -185,8 +188,11 @@ def _nest(sizes: Sizes, dtype: str) -> Built:
 def _dequantize_nested(sizes: Sizes, dtype: str) -> Built:
     q = ref_double_quant.quantize(_normal(sizes, "float32"))
     values = ref_double_quant.dequantize(q, numpy_dtype(dtype))
-    parts = _parts(double_quant.Nested, q)
-    return lambda: double_quant.dequantize(parts, dtype), {"out": values}
+
+    def run() -> object:
+        return double_quant.dequantize(_parts(double_quant.Nested, q), dtype)
+
+    return run, {"out": values}
 
 
 # The optimizer
@@ -199,9 +205,13 @@ def _adamw(bits: int) -> Callable[[Sizes, str], Built]:
         state = ref_adamw.State(STEPS, _like(zero.m, m), _like(zero.v, m * m))
         after, expected = ref_adamw.step(W, grad, state, SETTINGS)
         found = {"W_out": after, "bad": _none_bad(W.size)} | _moments(expected)
-        there = adamw.State(STEPS, _moment(state.m), _moment(state.v))
         config = adamw.AdamW(**vars(SETTINGS))
-        return lambda: adamw.step(_up(W), _up(grad), there, config), found
+
+        def run() -> object:
+            there = adamw.State(STEPS, _moment(state.m), _moment(state.v))
+            return adamw.step(_up(W), _up(grad), there, config)
+
+        return run, found
 
     return build
 
@@ -259,9 +269,12 @@ class _Batch:
         return self.y + np.stack(updates)
 
     def forward(self, dtype: str) -> Callable[[], object]:
-        x, y = (_up(part.astype(numpy_dtype(dtype))) for part in (self.x, self.y))
-        adapters = lora_batched.stack(self.loras, dtype, DEVICE)
-        return lambda: lora_batched.forward(x, y, adapters, self.indices)
+        def run() -> object:
+            x, y = (_up(part.astype(numpy_dtype(dtype))) for part in (self.x, self.y))
+            adapters = lora_batched.stack(self.loras, dtype, DEVICE)
+            return lora_batched.forward(x, y, adapters, self.indices)
+
+        return run
 
 
 def _batch(sizes: Sizes) -> _Batch:
@@ -317,19 +330,27 @@ def _product_nested(sizes: Sizes, dtype: str) -> Built:
 
 def _decode(sizes: Sizes, dtype: str, q: Any) -> Built:
     """Multiply one row by the base alone, as in decoding."""
-    row, parts, W = _row(sizes), _base_there(q), qlora.dequantize(q, np.float64)
-    x = _up(row.astype(numpy_dtype(dtype)))
+    row, W = _row(sizes), qlora.dequantize(q, np.float64)
     y = _exact(linear.forward(row, W), dtype)
-    return lambda: gpu_qlora.forward(x, parts), {"y": y}
+
+    def run() -> object:
+        x = _up(row.astype(numpy_dtype(dtype)))
+        return gpu_qlora.forward(x, _base_there(q))
+
+    return run, {"y": y}
 
 
 def _adapted(sizes: Sizes, dtype: str) -> Built:
     """Multiply one row by the base and the adapter beside it."""
     row, q, lora = _row(sizes), _base(sizes), _lora(np.random.default_rng(9), sizes)
-    x, parts = _up(row.astype(numpy_dtype(dtype))), _base_there(q)
-    adapter = lora_batched.stack([lora], dtype, DEVICE)
     y = _exact(qlora.forward(row, q, lora), dtype)
-    return lambda: gpu_qlora.forward(x, parts, adapter), {"y": y}
+
+    def run() -> object:
+        x = _up(row.astype(numpy_dtype(dtype)))
+        adapter = lora_batched.stack([lora], dtype, DEVICE)
+        return gpu_qlora.forward(x, _base_there(q), adapter)
+
+    return run, {"y": y}
 
 
 def _row(sizes: Sizes) -> np.ndarray:
@@ -353,9 +374,12 @@ def _norms(sizes: Sizes, dtype: str, factors: str) -> Built:
     rng = np.random.default_rng(8)
     W, lora = _integers(rng, *sizes.weights), _lora(rng, sizes)
     norm = _exact(ref_dora.row_norm(W, lora), "float32")
-    there = _up(W.astype(numpy_dtype(dtype)))
-    A, B = (_up(part.astype(numpy_dtype(factors))) for part in (lora.A, lora.B))
-    return lambda: dora.row_norm(there, A, B, SCALING), {"norm": norm}
+
+    def run() -> object:
+        A, B = (_up(part.astype(numpy_dtype(factors))) for part in (lora.A, lora.B))
+        return dora.row_norm(_up(W.astype(numpy_dtype(dtype))), A, B, SCALING)
+
+    return run, {"norm": norm}
 
 
 TABLE: tuple[tuple[Kernel, str, Callable[[Sizes, str], Built]], ...] = (
