@@ -352,7 +352,7 @@ print(f"T0-11B: {ia3(4096, 10240):,} parameters; T0-3B: {ia3(2048, 5120):,}")
 # ## QLoRA
 #
 # QLoRA [@dettmers2023] counts bits and bytes. Its memory figure has rows for adapters and for Adam's states, in MB that are MiB; so are the 26 MB of its section 2. The lines below agree with $r = 64$ and $18\,d$ numbers a layer and rank, which is a block with four square matrices and an MLP of *two* matrices of width $4d$.
-# LLaMA's MLP has three, so that the same adapters on LLaMA-7B train 159.9 million parameters and not 151.0. The figure's rows for the adapters of 7B and 33B are left out: we have seen them only in a copy of the numbers, which does not agree with the formula.
+# LLaMA's MLP has three, so that the same adapters on LLaMA-7B train 159.9 million parameters and not 151.0. We have seen the figure only in a copy of its numbers. Its rows for the adapters of 7B and 33B are left out: the copy does not agree with the formula there.
 
 # %%
 nested = memory.quantized_bits(4, 64, 256)

@@ -529,7 +529,7 @@ chapter.show(
 # At 33 billion, by our formulas, not even one token fits with torch's AdamW in 32 bits, for want of {=f"{lacking / 1e9:.1f}"=} GB: while it steps, it copies the second moments, which takes {=f"{one.transient / 1e9:.1f}"=} GB. Without this copy, as in the kernels of bitsandbytes and with torch's `fused=True`, sequences of {=f"{fits[MIDDLE, '32 bits']:,}"=} tokens fit without pages, and longer ones need pages or states in eight bits. At 65 billion
 # every way fits sequences of {=f"{fits[LARGE, '32 bits, torch']:,}"=} tokens or more. So pages are critical for long sequences at 33 billion with states in 32 bits, and not elsewhere here. Pages and eight bits are two remedies for the same bytes, and whoever has one of them gains much less by the other.
 #
-# And the time? The paper reports the same speed with and without pages at 65 billion parameters and batches of 16, and leaves other cases open [@dettmers2023, section 4]. In a benchmark in the repository of bitsandbytes ([pull request 1908](https://github.com/bitsandbytes-foundation/bitsandbytes/pull/1908)), on an A100 and with all weights of a model with 0.6 billion parameters trained, 8-bit AdamW has 0.95 of the speed of torch's AdamW in 32 bits, and paged 8-bit AdamW 0.88.
+# And the time? The paper reports the same speed with and without pages at 65 billion parameters and batches of 16, and leaves other cases open [@dettmers2023, section 4]. In a benchmark proposed to bitsandbytes ([pull request 1908](https://github.com/bitsandbytes-foundation/bitsandbytes/pull/1908)), on an A100 and with all weights of a model with 0.6 billion parameters trained, 8-bit AdamW has 0.95 of the speed of torch's AdamW in 32 bits, and paged 8-bit AdamW 0.88.
 #
 # ## This build
 #
