@@ -221,8 +221,8 @@ def _cause(values: list[float], at: int, name: str, dtype: torch.dtype) -> str:
         )
     if not v_new:
         return (
-            f"the second moment of {name} is 0 at index {at}, and nothing is added to "
-            "its root; choose a larger eps."
+            f"the second moment of {name} is 0 at index {at}, so eps alone divides "
+            "the step; choose a larger eps."
         )
     return (
         f"the step takes {name} from {W} to {W_new} at index {at}, beyond "

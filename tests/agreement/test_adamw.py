@@ -13,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from minipeft.errors import InputError
+from minipeft.reference import adamw as reference
 from minipeft.reference.adamw import AdamW
 from minipeft.torch import adamw
 from tests.bounds import Counted, assert_both_within, bound
@@ -34,6 +35,13 @@ def descend(p, optimizer, grads):
     for grad in grads:
         p.grad = torch.from_numpy(grad.copy())
         optimizer.step()
+
+
+@pytest.mark.parametrize("n", [4095, 4096, 4097])
+def test_eight_bits_begin_at_one_size(n):
+    state = reference.init(np.zeros(n, np.float32), 8)
+    in_eight_bits = "m_codes" in adamw.init(torch.zeros(n), 8)
+    assert in_eight_bits == (not isinstance(state.m, np.ndarray)) == (n >= 4096)
 
 
 @given(seeds, SETTINGS, st.integers(1, 5))

@@ -18,7 +18,7 @@ from minipeft.torch import adamw, slices
 from minipeft.torch.adamw import AdamW
 from minipeft.torch.paged import PagedAdamW, Paging
 from tests.properties.ambient import STATES
-from tests.tolerance import assert_bits
+from tests.tolerance import assert_bits, assert_within, gamma
 
 SIZE = 5000  # small tensors have no 8-bit states
 KINDS = {
@@ -134,6 +134,47 @@ def test_a_weight_that_leaves_its_dtype_is_named_and_nothing_changes(kind):
         first.grad[17] = -60000.0
 
     refused(ours, up, "beyond float16; lower the learning rate")
+
+
+@kinds
+def test_the_first_step_is_checked_as_the_first(kind):
+    # It moves a weight by lr = 20, the second by less than 15: 65,519 is still rounded
+    # to the largest float16, 65,504.
+    p = nn.Parameter(torch.full((1,), 65504.0, dtype=torch.float16))
+    ours = kind([p], lr=20.0, weight_decay=0.0)
+    p.grad = -torch.ones_like(p)
+    with pytest.raises(InputError, match="beyond float16; lower the learning rate"):
+        ours.step()
+    assert p.item() == 65504
+
+
+@kinds
+@both_widths
+def test_a_step_after_a_large_gradient_is_computed_before_it_is_written(kind, bits):
+    # m = 5e20 over eps, with settings that suffice where no gradient was large.
+    p = nn.Parameter(torch.zeros(SIZE))
+    ours = kind([p], lr=0.0, betas=(0.0, 0.999), weight_decay=0.0, bits=bits)
+    p.grad = torch.full_like(p, 5e20)
+    ours.step()
+    ours.param_groups[0].update(lr=1.9e5, betas=(0.9, 0.0), eps=1e-12)
+    p.grad = torch.zeros_like(p)
+    before = copy.deepcopy([p, ours.state_dict()["state"]])
+    with pytest.raises(InputError, match="is 0 at index 0, so eps alone divides the"):
+        ours.step()
+    assert same(before, [p, ours.state_dict()["state"]])
+
+
+@kinds
+def test_a_weight_of_float64_is_computed_in_float64(kind):
+    rng = np.random.default_rng(0)
+    W, grad = rng.standard_normal((2, SIZE))
+    p = nn.Parameter(torch.from_numpy(W.copy()))
+    p.grad = torch.from_numpy(grad)
+    kind([p]).step()
+    right, _ = reference.step(W, grad, reference.init(W), reference.AdamW())
+    # Six roundings after the moments in each column; torch's root may err by two.
+    allowed = 2 * gamma(7, "float64") * (abs(W) + abs(right - W))
+    assert_within(p.detach().numpy(), right, allowed)
 
 
 @kinds
@@ -325,6 +366,20 @@ def test_slices_do_not_change_a_bit(bits, extra):
         args = (expected, grad.numpy(), state, reference.AdamW())
         expected, state = reference.step(*args)
     assert_bits(results[0][0].contiguous().numpy(), expected)
+
+
+@both_widths
+def test_a_page_may_be_longer_than_a_slice(bits):
+    torch.manual_seed(0)
+    W, grad = torch.randn(4 * slices.SLICE), torch.randn(4 * slices.SLICE)
+    results = []
+    for kind in (AdamW, partial(PagedAdamW, paging=Paging(2 * slices.SLICE, 1))):
+        p = nn.Parameter(W.clone())
+        ours = kind([p], bits=bits)
+        p.grad = grad
+        ours.step()
+        results.append([p, ours.state_dict()["state"]])
+    assert same(*results)
 
 
 def transient(call):
