@@ -24,6 +24,7 @@ from matplotlib.figure import Figure
 
 from minipeft.errors import InputError
 from minipeft.lab import held_out, plots, task
+from minipeft.lab.checkpoint import check_unused
 from minipeft.lab.claims import Claims
 from minipeft.lab.files import write_atomic
 from minipeft.lab.models import (
@@ -261,6 +262,9 @@ def _check_model(name: str) -> None:
     check_name(name, CAUSAL)
 
 
+ANEW = "go on with --resume, choose another folder, or empty this one"
+
+
 def _check(options: argparse.Namespace) -> None:
     for number in ("steps", "threads", "held_out", "length"):
         value = getattr(options, number)
@@ -269,6 +273,9 @@ def _check(options: argparse.Namespace) -> None:
             raise InputError(f"--{option} is {value}; give at least 1")
     if options.resume and not options.checkpoint:
         raise InputError("--resume needs --checkpoint FOLDER, where the runs were kept")
+    if options.checkpoint and not options.resume:
+        for run in sorted(options.checkpoint.glob("run-*.safetensors")):
+            check_unused(run, ANEW)
 
 
 def _parser(name: str, steps: int, model: str | None) -> argparse.ArgumentParser:
@@ -354,7 +361,8 @@ def _add_states(parser: argparse.ArgumentParser) -> None:
         "--checkpoint",
         type=Path,
         metavar="FOLDER",
-        help="where each run keeps its last good state: run-001.safetensors, …",
+        help="where each run keeps its last good state: run-001.safetensors, …; one "
+        "that holds a run is refused without --resume",
     )
     parser.add_argument(
         "--resume",

@@ -30,6 +30,7 @@ from minipeft.values import check_kind
 
 __all__ = [
     "Progress",
+    "check_unused",
     "fingerprint",
     "load_checkpoint",
     "save_checkpoint",
@@ -108,6 +109,41 @@ def save_checkpoint(
     text = json.dumps(header)
     metadata = {"minipeft": text, "sha256": _checksum(text, plain)}
     write_atomic(path, safetensors.torch.save(plain, metadata=metadata))
+
+
+def check_unused(path: Path, remedy: str) -> None:
+    """Refuse a file that the first save of a new run would replace.
+
+    Args:
+        path: of the file.
+        remedy: for a checkpoint, how to go on from it or start without it.
+
+    Raises:
+        InputError: The file holds a checkpoint, whose step the message names, or other
+            content; or the path is a folder.
+    """
+    if not path.exists() or (path.is_file() and not path.stat().st_size):
+        return
+    step = _saved_step(path)
+    if step is None:
+        raise InputError(
+            f"{path} exists and is no checkpoint of this program, and a run would "
+            "replace it; choose another path"
+        )
+    raise InputError(
+        f"{path} holds a run after step {step}, and a new run would replace it; "
+        f"{remedy}"
+    )
+
+
+def _saved_step(path: Path) -> int | None:
+    """Return the step of a checkpoint, by its header alone; None: it is none."""
+    try:
+        with safetensors.safe_open(path, framework="pt") as file:
+            header = json.loads((file.metadata() or {})["minipeft"])
+        return _step(header["progress"]["step"]) if header["format"] == FORMAT else None
+    except (safetensors.SafetensorError, ValueError, OSError, KeyError, TypeError):
+        return None
 
 
 def _check_finite(path: Path, tensors: Tensors) -> None:

@@ -23,6 +23,7 @@ from torch import nn
 from minipeft.errors import InputError
 from minipeft.lab.checkpoint import (
     Progress,
+    check_unused,
     load_checkpoint,
     save_checkpoint,
     trainable,
@@ -125,7 +126,10 @@ def _are_decays(betas: object) -> bool:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """The file for the last good state of a run, and the steps between two writes."""
+    """The file for the last good state of a run, and the steps between two writes.
+
+    A run that resumes starts from the file; any other refuses one that is there.
+    """
 
     path: Path
     every: int = 100
@@ -182,6 +186,9 @@ class Interrupted(KeyboardInterrupt):
     kept: bool | None = None
 
 
+ANEW = "go on from it with resume=True, choose another path, or remove the file"
+
+
 class ResumeWarning(UserWarning):
     """A run continues with other settings than at its start."""
 
@@ -208,8 +215,8 @@ def train(
             once and leaves the checkpoint before it.
         InputError: The loss or a gradient is no longer finite; a batch has no label, or
             an id that is none of the model's;
-            nothing trains; the checkpoint does not fit, cannot be written, or is
-            another process's.
+            nothing trains; the checkpoint does not fit, cannot be written, is
+            another process's, or is there though the run does not resume.
     """
     check_kind("model", model, nn.Module)
     check_calls("batches", batches)
@@ -219,6 +226,8 @@ def train(
         raise InputError("no parameter requires gradients; inject an adapter first")
     claim = claimed(checkpoint.path) if checkpoint else contextlib.nullcontext()
     with claim:
+        if checkpoint and not checkpoint.resume:
+            check_unused(Path(checkpoint.path), ANEW)
         run = _Run(model, batches, config, validation, checkpoint)
         model.train()
         try:

@@ -341,6 +341,7 @@ def test_other_files_and_versions_are_refused(toy, tmp_path, monkeypatch):
     path = tmp_path / "run.safetensors"
     path.write_bytes(safetensors.torch.save({"a": torch.zeros(2)}))
     assert_refused(toy, path, "not a checkpoint of this program")
+    path.unlink()
     monkeypatch.setattr(checkpoints, "VERSION", 3)
     saved(toy, path)
     monkeypatch.undo()

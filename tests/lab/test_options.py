@@ -99,6 +99,14 @@ def test_a_chapter_takes_every_option_and_goes_on_from_its_runs(tmp_path, tiny, 
     assert kept
     assert f"{model} in bfloat16, loss on the held-out examples: " in first
     capsys.readouterr()
+    states = {path: path.read_bytes() for path in kept}
+    with pytest.raises(InputError) as refused:
+        run_chapter(line)
+    assert str(refused.value) == (
+        f"{kept[0]} holds a run after step 1, and a new run would replace it; go on "
+        "with --resume, choose another folder, or empty this one"
+    )
+    assert {path: path.read_bytes() for path in kept} == states
     again = run_chapter([*line, "--resume"])
     assert "step 1/1" in ran.stderr
     assert "step 1/1" not in capsys.readouterr().err  # every run was at its end

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import re
 import signal
 import subprocess
 import sys
@@ -33,6 +34,7 @@ from tests.lab.test_train import (
     settings,
     weights,
 )
+from tests.operands import annotations_off
 
 pytestmark = pytest.mark.slow
 
@@ -174,7 +176,48 @@ def test_a_second_run_on_the_same_checkpoint_is_refused(toy, tmp_path):
         return BATCHES(step)
 
     train(toy, second, settings(toy, steps=1), (), Checkpoint(path))
-    train(toy, BATCHES, settings(toy, steps=1), (), Checkpoint(path))
+    again = Checkpoint(path, resume=True)  # the lock is gone with the run
+    train(toy, BATCHES, settings(toy, steps=2), (), again)
+
+
+def no_batches(step):
+    raise AssertionError("a step was taken")
+
+
+@pytest.mark.parametrize("kept", [2, 3], ids=["amid", "at its end"])
+def test_a_new_run_replaces_no_checkpoint(toy, tmp_path, kept):
+    path = tmp_path / "run.safetensors"
+    path.write_bytes(b"")  # as `tempfile` leaves it: nothing is lost
+    train(toy, BATCHES, settings(toy, steps=kept), (), Checkpoint(path))
+    held, before = path.read_bytes(), copy.deepcopy(weights(toy))
+    refused = (
+        f"run.safetensors holds a run after step {kept}, and a new run would replace "
+        "it; go on from it with resume=True, choose another path, or remove the file"
+    )
+    for place in (path, str(path)):
+        with annotations_off(), pytest.raises(InputError, match=re.escape(refused)):
+            train(toy, no_batches, settings(toy, steps=3), (), Checkpoint(place))
+    assert path.read_bytes() == held
+    assert_same(weights(toy), before)
+    found = train(
+        toy, BATCHES, settings(toy, steps=3), (), Checkpoint(path, resume=True)
+    )
+    assert len(found.losses) == 3
+
+
+def test_a_new_run_replaces_no_other_file(toy, tmp_path):
+    strangers = tmp_path / "weights.safetensors"
+    safetensors.torch.save_file({"w": torch.ones(2)}, strangers)
+    other = tmp_path / "other.safetensors"
+    metadata = {"minipeft": json.dumps({"format": "another", "progress": {"step": 1}})}
+    safetensors.torch.save_file({"w": torch.ones(2)}, other, metadata=metadata)
+    text = tmp_path / "notes.txt"
+    text.write_text("of value")
+    for path in (strangers, other, text, tmp_path):
+        with pytest.raises(InputError, match="exists and is no checkpoint of this pro"):
+            train(toy, no_batches, settings(toy), (), Checkpoint(path))
+    assert text.read_text() == "of value"
+    assert set(safetensors.torch.load_file(strangers)) == {"w"}
 
 
 POINTS = ("batch", "forward", "backward", "step", "validate", "save")
