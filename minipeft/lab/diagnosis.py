@@ -1,17 +1,20 @@
 """Errors in a batch, a loss or a gradient, each with its cause in one sentence."""
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
 from minipeft.errors import InputError
 from minipeft.lab.checkpoint import trainable
+from minipeft.torch.inject import adapted
 from minipeft.values import check_kind
 
 IGNORE = -100
 """The label that the loss ignores, as in torch."""
+GROWTH = 100
+"""How many times larger than at the start, or than 1, no trained weight should get."""
 
 
 def predicted(labels: torch.Tensor) -> int:
@@ -127,31 +130,127 @@ def checked_labels(batch: Mapping[str, torch.Tensor], step: int) -> int:
     return count
 
 
-def bad_loss(model: nn.Module, value: float, lr: float) -> str:
-    """Tell why a loss is not finite: a bad weight, or too large a step."""
-    for name, parameter in model.named_parameters():
-        if parameter.is_floating_point() and not bool(parameter.isfinite().all()):
-            cause = (
-                f"lower the learning rate (it is {lr:g})"
-                if parameter.requires_grad
-                else "the base is damaged: load it again"
-            )
-            return f"the loss became {value}, since {name} is not finite; {cause}"
+class Start(NamedTuple):
+    """What a run began with: the step, the rate, the largest trained number."""
+
+    step: int
+    lr: float
+    largest: float
+
+
+def start_of(model: nn.Module, step: int, lr: float) -> Start:
+    """Note the start of a run, for the cause of what goes wrong in it."""
+    return Start(step, lr, _largest(model))
+
+
+def _largest(model: nn.Module) -> float:
+    return max((float(p.detach().abs().max()) for p in _filled(model)), default=0.0)
+
+
+def _filled(model: nn.Module) -> list[nn.Parameter]:
+    return [p for p in trainable(model).values() if p.numel() and not p.is_meta]
+
+
+def _grown(model: nn.Module, start: Start) -> str:
+    """Say how the trained weights grew, if that is beyond what training does."""
+    largest = _largest(model)
+    if not largest > GROWTH * max(start.largest, 1.0):
+        return ""
     return (
-        f"the loss became {value} from finite weights; lower the learning rate (it is "
-        f"{lr:g}), or use a dtype with a wider range"
+        f"the largest trained weight went from {start.largest:.3g} to {largest:.3g}; "
+        f"lower the learning rate (it is {start.lr:g})"
     )
 
 
-def bad_gradient(model: nn.Module, norm: float) -> str:
-    """Name the gradient that is not finite."""
+def bad_loss(model: nn.Module, value: float, step: int, start: Start) -> str:
+    """Tell why a loss is not finite: a bad weight, too large a step, or the model.
+
+    Args:
+        model: that has this loss.
+        value: of the loss.
+        step: of the run, from 0; the first has changed no weight yet.
+        start: of the run.
+    """
+    untrained = step == 0
+    for name, parameter in model.named_parameters():
+        if parameter.is_floating_point() and not bool(parameter.isfinite().all()):
+            if not parameter.requires_grad:
+                cause = "the base is damaged: load it again"
+            elif untrained:
+                cause = "it was so before the first step: load or inject it again"
+            else:
+                cause = f"lower the learning rate (it is {start.lr:g})"
+            return f"the loss became {value}, since {name} is not finite; {cause}"
+    if untrained:
+        return (
+            f"the loss is {value} before anything was trained, and every weight is "
+            "finite; use a dtype with a wider range, or look for a division by zero in "
+            "the model"
+        )
+    if grown := _grown(model, start):
+        return f"the loss became {value}: {grown}"
+    return (
+        f"the loss became {value} from finite weights; lower the learning rate (it is "
+        f"{start.lr:g}), or use a dtype with a wider range"
+    )
+
+
+def bad_gradient(model: nn.Module, norm: float, start: Start) -> str:
+    """Name the gradient that is not finite, and the cause."""
     for name, parameter in trainable(model).items():
         if parameter.grad is not None and not bool(parameter.grad.isfinite().all()):
-            return (
-                f"the gradient of {name} is not finite though the loss is; look for a "
-                "division by zero or a root of zero in the model"
+            cause = _grown(model, start) or (
+                "look for a division by zero or a root of zero in the model"
             )
+            return f"the gradient of {name} is not finite though the loss is; {cause}"
     return f"the norm of the gradient is {norm}, beyond its dtype; scale the loss down"
+
+
+def check_trains(model: nn.Module) -> None:
+    """Refuse, before the first step, a model of which nothing or not all would train.
+
+    Raises:
+        InputError: Gradients are off; everything is frozen; a layer is merged; the
+            adapters that train are not active.
+    """
+    if not torch.is_grad_enabled():
+        raise InputError(
+            "gradients are off here; call train outside of torch.no_grad() and "
+            "torch.inference_mode()"
+        )
+    layers, trained = adapted(model), {id(p) for p in trainable(model).values()}
+    if not trained:
+        raise InputError(
+            "the adapters of the model are frozen, as all of it is; make them "
+            "trainable: for part in adapters_of(model).values(): "
+            "part.requires_grad_(True)"
+            if layers
+            else "no parameter requires gradients; inject an adapter first"
+        )
+    for name, layer in layers.items():
+        merged = layer.merged_weight is not None
+        if merged and any(id(p) in trained for p in layer.parameters()):
+            raise InputError(
+                f"{name} is merged: it computes with one weight, and its adapter would "
+                "not train; call unmerge(model) first"
+            )
+    _check_active(layers, trained)
+
+
+def _check_active(layers: Mapping[str, Any], trained: set[int]) -> None:
+    idle, rest = {}, trained
+    for layer in layers.values():
+        for name, adapter in layer.adapters.items():
+            mine = {id(p) for p in adapter.parameters()} & trained
+            if mine and not layer.active.get(name):
+                rest = rest - mine
+                idle[name] = "has share 0" if name in layer.active else "is not active"
+    if idle and not rest:
+        name, how = next(iter(idle.items()))
+        raise InputError(
+            f"the adapter {name!r} {how}, so nothing would train; call "
+            f"activate(model, {name!r}) first"
+        )
 
 
 def check_reached(model: nn.Module, again: Callable[[], object]) -> None:
@@ -171,27 +270,59 @@ def check_reached(model: nn.Module, again: Callable[[], object]) -> None:
     grads = {p: p.grad for p in trainable(model).values()}
     if all(grad is not None for grad in grads.values()):
         return
+    for parameter in grads:
+        parameter.grad = None  # else what is added would stay
+    called = _watched(model, again, {p for p in grads if grads[p] is not None})
+    for parameter, grad in grads.items():
+        parameter.grad = grad
+    if lost := [name for name, with_gradients in called.items() if not with_gradients]:
+        raise InputError(_reentrant(lost))
+
+
+def no_gradient(model: nn.Module, batch: Mapping[str, Any]) -> str:
+    """Tell why a loss depends on nothing that trains.
+
+    Args:
+        model: is called once more, to be watched.
+        batch: that it is called with.
+    """
+    called = _watched(model, lambda: model(**batch), set())
+    if lost := [name for name, with_gradients in called.items() if not with_gradients]:
+        return _reentrant(lost)
+    first = next(iter(called or trainable(model)))
+    how = (
+        "is called; look for detach() or torch.no_grad() in the model"
+        if called
+        else "belongs to no module that is called; train what the loss is computed with"
+    )
+    return f"the loss does not depend on the trainable parameters: {first} {how}"
+
+
+def _watched(
+    model: nn.Module, again: Callable[[], object], reached: set[nn.Parameter]
+) -> dict[str, bool]:
+    """Return the called modules that train, and whether gradients were on for one."""
     called: dict[str, bool] = {}
     hooks = []
     for name, module in model.named_modules():
         own = [p for p in module.parameters(recurse=False) if p.requires_grad]
-        if own and all(grads[p] is None for p in own):
+        if own and not reached.intersection(own):
             hooks.append(module.register_forward_pre_hook(_note(called, name)))
-    for parameter in grads:
-        parameter.grad = None  # else what is added would stay
-    with torch.random.fork_rng():
-        again()
-    for hook in hooks:
-        hook.remove()
-    for parameter, grad in grads.items():
-        parameter.grad = grad
-    lost = [name for name, with_gradients in called.items() if not with_gradients]
-    if lost:
-        raise InputError(
-            f"{lost[0]} gets no gradient{_more(lost)}: it is computed under reentrant "
-            "checkpointing, and no input of its block requires a gradient; pass "
-            "use_reentrant=False, or call model.enable_input_require_grads()"
-        )
+    try:
+        with torch.random.fork_rng():
+            again()
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return called
+
+
+def _reentrant(lost: list[str]) -> str:
+    return (
+        f"{lost[0]} gets no gradient{_more(lost)}: it is computed under reentrant "
+        "checkpointing, and no input of its block requires a gradient; pass "
+        "use_reentrant=False, or call model.enable_input_require_grads()"
+    )
 
 
 def _note(called: dict[str, bool], name: str) -> Callable[..., None]:

@@ -34,8 +34,11 @@ from minipeft.lab.diagnosis import (
     check_batch,
     check_ids,
     check_reached,
+    check_trains,
     checked_labels,
+    no_gradient,
     predicted,
+    start_of,
 )
 from minipeft.lab.files import claimed, write_atomic
 from minipeft.lab.identity import Identity
@@ -104,10 +107,19 @@ class TrainConfig:
             raise InputError(f"betas are {self.betas!r}; choose both in [0, 1)")
         if not self.clip > 0:
             raise InputError(f"clip is {self.clip}; give a positive norm, or math.inf")
+        self._check_schedule()
+
+    def _check_schedule(self) -> None:
         if not (0 <= self.floor <= 1 and self.warmup >= 0 and self.weight_decay >= 0):
             raise InputError(
                 f"floor is {self.floor}, warmup {self.warmup}, weight decay "
                 f"{self.weight_decay}; floor lies in [0, 1], the others at or above 0"
+            )
+        if self.lr * self.weight_decay > 1:
+            raise InputError(
+                f"weight decay {self.weight_decay:g} times the learning rate "
+                f"{self.lr:g} is above 1, so a step would turn the sign of every "
+                "weight; lower one of them"
             )
 
     def factor(self, step: int) -> float:
@@ -214,16 +226,15 @@ def train(
             and the checkpoint, if any, holds exactly that. A second signal stops at
             once and leaves the checkpoint before it.
         InputError: The loss or a gradient is no longer finite; a batch has no label, or
-            an id that is none of the model's;
-            nothing trains; the checkpoint does not fit, cannot be written, is
-            another process's, or is there though the run does not resume.
+            an id that is none of the model's; nothing trains, or a layer is merged; the
+            checkpoint does not fit, cannot be written, is another process's, or is
+            there though the run does not resume.
     """
     check_kind("model", model, nn.Module)
     check_calls("batches", batches)
     check_kind("config", config, TrainConfig)
     check_kind("checkpoint", checkpoint, Checkpoint, type(None))
-    if not trainable(model):
-        raise InputError("no parameter requires gradients; inject an adapter first")
+    check_trains(model)
     claim = claimed(checkpoint.path) if checkpoint else contextlib.nullcontext()
     with claim:
         if checkpoint and not checkpoint.resume:
@@ -270,6 +281,7 @@ class _Run:
         self.step, self.losses, self.fresh = start.step, list(start.losses), 0
         self.validation, self.seconds = list(start.validation), start.seconds
         self.peak: StepMemory | None = None
+        self.start = start_of(model, self.step, config.lr)
 
     def advance(self, shown: Bar) -> None:
         """Take one step, then validate and save if it is time."""
@@ -327,14 +339,11 @@ class _Run:
                 loss = loss * (count / sum(labels))
             value += float(loss.detach())
             if not math.isfinite(value):
-                raise InputError(
-                    f"{bad_loss(self.model, value, self.config.lr)} {self.at}"
-                )
+                cause = bad_loss(self.model, value, self.step, self.start)
+                raise InputError(f"{cause} {self.at}")
             if not loss.requires_grad:
                 raise InputError(
-                    "the loss does not depend on the trainable parameters; with "
-                    "gradient checkpointing pass use_reentrant=False, or call "
-                    "model.enable_input_require_grads()"
+                    no_gradient(self.model, on_device_of(self.model, batch))
                 )
             loss.backward()
         return value
@@ -344,7 +353,7 @@ class _Run:
         parameters = trainable(self.model).values()
         norm = float(nn.utils.clip_grad_norm_(parameters, self.config.clip))
         if not math.isfinite(norm):
-            raise InputError(f"{bad_gradient(self.model, norm)} {self.at}")
+            raise InputError(f"{bad_gradient(self.model, norm, self.start)} {self.at}")
 
     @property
     def at(self) -> str:
@@ -356,6 +365,13 @@ class _Run:
         factor = self.config.factor(self.step)
         for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
             group["lr"] = rate * factor
+            if not math.isfinite(
+                float(torch.tensor(rate / (1 - self.config.betas[0])))
+            ):
+                raise InputError(
+                    f"the learning rate {rate:g} is beyond what float32 can step by; "
+                    "lower the learning rate"
+                )
             if rate and not float(torch.tensor(rate * factor)):
                 raise InputError(
                     f"the learning rate {rate:g} times the schedule's {factor:g} is 0 "

@@ -1,6 +1,7 @@
 """A run by its settings, and the folders that it writes, for every method."""
 
 import argparse
+import ast
 import json
 from pathlib import Path
 from types import SimpleNamespace
@@ -135,6 +136,27 @@ def test_the_capstone_shows_the_committed_run_beside_the_same_recipe(
     said = capsys.readouterr().out
     assert said.startswith("the committed run on SmolLM2, not the one") == shown
     assert ("SmolLM2 has learned" in said) == shown
+
+
+@pytest.mark.parametrize(
+    ("predicted", "said"),
+    [(100.0, ["False"]), (104.0, ["True"]), (None, [])],
+    ids=["far", "near", "no formula"],
+)
+def test_the_capstone_claims_no_prediction_where_no_formula_is(predicted, said, capsys):
+    script = Path(__file__).parents[2] / "chapters" / "26_capstone.py"
+    parts = [
+        part
+        for part in ast.parse(script.read_text("utf-8")).body
+        if isinstance(part, ast.If) and "history.peak" in ast.unparse(part.test)
+    ]
+    peak = StepMemory(106.0, predicted)
+    chapter = SimpleNamespace(claim=lambda _, holds, control: print(holds))
+    given = {"history": SimpleNamespace(peak=peak), "chapter": chapter}
+    exec(compile(ast.Module(parts, []), str(script), "exec"), given)
+    first, *rest = capsys.readouterr().out.splitlines()
+    assert ("predicted by no formula" in first) == (predicted is None)
+    assert rest == said
 
 
 @pytest.mark.parametrize("option", ["--rank", "--batch", "--accumulate"])
