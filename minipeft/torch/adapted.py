@@ -287,9 +287,9 @@ class Adapted(nn.Module, ABC, Generic[Adapter]):
             self.active = before
             raise
 
-    def own_adapters(self) -> list[nn.Module]:
+    def own_parameters(self) -> list[nn.Parameter]:
         """Return what is trained here, active or not."""
-        return list(self.adapters.values())
+        return list(self.adapters.parameters())
 
     def check_load(self, state: Mapping[str, Any], prefix: str, assign: bool) -> None:
         """Refuse tensors that are not finite, or that a merged layer cannot merge.
@@ -412,12 +412,11 @@ def mixed(
 
 
 def freeze_all_but_adapters(model: nn.Module) -> None:
-    """Let nothing train but adapters, of whatever kind they are."""
+    """Let nothing train but adapters and virtual tokens, of whatever kind they are."""
     kept = {
         id(parameter)
         for module in model.modules()
-        for adapter in getattr(module, "own_adapters", list)()
-        for parameter in adapter.parameters()
+        for parameter in getattr(module, "own_parameters", list)()
     }
     for parameter in model.parameters():
         if id(parameter) not in kept:

@@ -233,9 +233,9 @@ class Parallel(nn.Module):
             )
         return cast(Tensor, (h + change).to(h.dtype))
 
-    def own_adapters(self) -> list[nn.Module]:
+    def own_parameters(self) -> list[nn.Parameter]:
         """Return what is trained here."""
-        return [self.adapter]
+        return list(self.adapter.parameters())
 
     def check_load(self, state: Mapping[str, Any], prefix: str, assign: bool) -> None:
         """Refuse tensors of the adapter that are not finite.

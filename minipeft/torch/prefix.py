@@ -42,6 +42,8 @@ class Reparametrization(nn.Module):
     Source: Prefix-tuning (arXiv:2101.00190), section 4.3.
     """
 
+    adapted_whole = True  # its layers are trained, and are no targets of adapters
+
     def __init__(self, num_virtual_tokens: int, d: int, hidden: int, both: int) -> None:
         super().__init__()
         check_count(num_virtual_tokens)

@@ -409,6 +409,9 @@ class _QuantizedStacks(Stacked):
         return hooked_as(layer, super().plain(copy(layer.base), W))
 
 
+QUANTIZED = (QuantizedLinear, QuantizedExperts)
+
+
 @weight_view.register
 def _(layer: QuantizedExperts) -> WeightView:
     return _QuantizedStacks(layer.turned)
@@ -516,12 +519,14 @@ def prepare(model: Model) -> Model:
         model: changed in place and returned; not yet adapted.
 
     Raises:
-        InputError: if no layer is quantized, or the model has adapters.
+        InputError: if no layer is quantized, or the model has adapters or virtual
+            tokens.
     """
     check_kind("model", model, nn.Module)
     for name, module in model.named_modules():
-        if isinstance(module, Adapted):
-            raise InputError(f"{name} has adapters; prepare first, then inject.")
+        if hasattr(type(module), "own_parameters"):  # virtual tokens have them too
+            where = name or type(module).__name__
+            raise InputError(f"{where} trains parameters; prepare first, then adapt.")
     layers = [m for m in model.modules() if isinstance(m, QuantizedLinear)]
     if not layers:
         raise InputError("no layer is quantized; call quantize_linears(model) first.")
@@ -551,12 +556,13 @@ def _to_quantize(model: nn.Module, skip: Sequence[str]) -> dict[str, nn.Module]:
     named = dict(outside_adapters(model))
     wanted = {**all_linear(model), **experts(model)}
     choices = {n: m for n, m in named.items() if _is_plain(m)}
+    done = {n: m for n, m in named.items() if isinstance(m, QUANTIZED)}
     with naming("skip"):
-        left = {id(named[name]) for name in chosen(choices, skip)}
+        left = {id(named[name]) for name in chosen({**choices, **done}, skip)}
     left |= {id(named[name]) for name in tied(model) if name}
     found = {n: m for n, m in choices.items() if n in wanted and id(m) not in left}
     if not found:
-        raise InputError(_why_none(named, choices))
+        raise InputError(_why_none(done, choices))
     for name, layer in found.items():
         with naming(name):
             check_no_forward(layer, "a quantized one")
@@ -564,27 +570,29 @@ def _to_quantize(model: nn.Module, skip: Sequence[str]) -> dict[str, nn.Module]:
     return found
 
 
-def _why_none(named: Mapping[str, nn.Module], choices: Mapping[str, nn.Module]) -> str:
+def _why_none(done: Mapping[str, nn.Module], choices: Mapping[str, nn.Module]) -> str:
+    if done:
+        return (
+            f"the model is quantized already ({', '.join(list(done)[:4])}), and the "
+            "rest is skipped, a head, a router or tied; give the original model."
+        )
     if choices:
         return (
             "every layer is skipped, a head, a router or tied ("
             f"{', '.join(list(choices)[:4])}); "
             "leave one of them out of `skip`, or give another model."
         )
-    if any(isinstance(m, (QuantizedLinear, QuantizedExperts)) for m in named.values()):
-        return "the model is quantized already; give the original one."
     return "the model has no linear layer to quantize inside it; give another one."
 
 
 def _is_plain(module: nn.Module) -> bool:
     """Tell whether a module holds weights that are not quantized yet."""
-    if isinstance(module, (QuantizedLinear, QuantizedExperts)):
-        return False
     try:
         view = weight_view(module)
     except InputError:
         return False
-    return view.linear or isinstance(view, Stacked)
+    few = isinstance(module, QUANTIZED)
+    return not few and (view.linear or isinstance(view, Stacked))
 
 
 def merge(layer: LoRALinear) -> nn.Linear:

@@ -101,8 +101,8 @@ def all_linear(model: nn.Module) -> dict[str, nn.Module]:
 def outside_adapters(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """Yield each module by each of its names, except those inside adapted layers.
 
-    Modules inside quantized experts are not yielded either: they are adapted as a
-    whole.
+    Modules inside quantized experts are not yielded either, as they are adapted as a
+    whole, nor those inside the network of a prefix, which is trained itself.
     """
     inside: tuple[str, ...] = ()
     for name, module in model.named_modules(remove_duplicate=False):
@@ -204,17 +204,26 @@ def _choices(modules: Mapping[str, nn.Module]) -> list[str]:
 
 
 def _heads(model: nn.Module) -> set[int]:
-    ask = getattr(model, "get_output_embeddings", lambda: None)
-    heads = {id(ask())}
-    base = getattr(model, "base_model", model)
-    if isinstance(base, nn.Module) and base is not model:
-        body = {id(module) for module in base.modules()}
-        heads |= {id(module) for module in model.modules()} - body
+    heads = set()
+    for owner in _outermost(model) or [model]:
+        ask = getattr(owner, "get_output_embeddings", lambda: None)
+        heads.add(id(ask()))
+        base = getattr(owner, "base_model", owner)
+        if isinstance(base, nn.Module) and base is not owner:
+            body = {id(module) for module in base.modules()}
+            heads |= {id(module) for module in owner.modules()} - body
     modules = dict(model.named_modules())
     for name, others in tied(model).items():
         if any(isinstance(modules.get(other), nn.Embedding) for other in others):
             heads.add(id(modules[name]))
     return heads
+
+
+def _outermost(model: nn.Module) -> list[nn.Module]:
+    """Return the model if transformers made it, else such models inside it."""
+    if hasattr(type(model), "get_output_embeddings"):
+        return [model]
+    return [owner for child in model.children() for owner in _outermost(child)]
 
 
 def _routers(modules: Mapping[str, nn.Module]) -> set[int]:

@@ -6,10 +6,10 @@ when the model is called: its mask and positions are extended there.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from inspect import signature
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -17,10 +17,16 @@ from torch.nn.functional import pad
 
 from minipeft.errors import InputError
 from minipeft.shapes import Integer
-from minipeft.torch import loading
+from minipeft.torch import loading, saving
+from minipeft.torch.adapted import freeze_all_but_adapters
 from minipeft.torch.operands import check_in_memory
 from minipeft.values import check_integer, check_kind
 
+REMEDY = (
+    "virtual tokens have no place in a model that from_pretrained builds; save "
+    "model.state_dict() and load it into the same PromptModel or PrefixModel; "
+    "model.model.save_pretrained saves the model without them."
+)
 IGNORE = -100  # torch's cross-entropy ignores this label
 Ids = Integer[Tensor, "batch tokens"]
 
@@ -28,7 +34,6 @@ Ids = Integer[Tensor, "batch tokens"]
 TAKEN = {
     "past_key_values": "the cache begins with the virtual tokens",
     "inputs_embeds": "the text is given by its token ids",
-    "inputs": "the text is given as input_ids",
     "position_ids": "the positions follow from the mask",
     "assistant_model": "a second model would not see the virtual tokens",
     "prompt_lookup_num_tokens": "candidates are checked by a length without them",
@@ -58,8 +63,8 @@ class VirtualTokens(nn.Module, ABC):
         self.recurrent = "state" in taken or "cache_params" in taken
 
     def freeze(self) -> None:
-        """Train nothing of the model, and follow its mode: when nothing is refused."""
-        self.model.requires_grad_(False)
+        """Train only adapters of the model, and follow its mode; nothing is refused."""
+        freeze_all_but_adapters(self.model)
         self.train(self.model.training)
 
     def check_load(self, state: Mapping[str, Any], prefix: str, assign: bool) -> None:
@@ -70,8 +75,21 @@ class VirtualTokens(nn.Module, ABC):
             prefix: of the module's names in the state.
             assign: not used.
         """
-        trained = [n for n, _ in self.named_parameters() if not n.startswith("model.")]
-        loading.check_values(self, state, prefix, trained)
+        loading.check_values(self, state, prefix, [*self._own()])
+
+    def own_parameters(self) -> list[nn.Parameter]:
+        """Return what is trained here, without the adapters of the model."""
+        return list(self._own().values())
+
+    @property
+    def config(self) -> Any:
+        """The config of the model, which knows no virtual tokens."""
+        return self.model.config
+
+    @property
+    def save_pretrained(self) -> Callable[..., None]:
+        """Refuse, unless a program keeps its state: see `saving`."""
+        return saving.Refusal(self, (REMEDY,))
 
     @property
     def device(self) -> torch.device:
@@ -120,13 +138,18 @@ class VirtualTokens(nn.Module, ABC):
         return out
 
     def generate(
-        self, input_ids: Ids, attention_mask: Ids | None = None, **settings: Any
+        self,
+        input_ids: Ids | None = None,
+        attention_mask: Ids | None = None,
+        **settings: Any,
     ) -> Any:
         """Continue a text; `settings` are those of transformers' `generate`.
 
         Raises:
-            InputError: for a setting that does not work with virtual tokens.
+            InputError: for a setting that does not work with virtual tokens; unless
+                one text is given, as `input_ids` or by transformers' name `inputs`.
         """
+        input_ids = _one_text(input_ids, settings.pop("inputs", None))
         ruled = settings.get("generation_config") or self.model.generation_config
         for name, why in TAKEN.items():
             value = settings.get(name, getattr(ruled, name, None))
@@ -166,6 +189,10 @@ class VirtualTokens(nn.Module, ABC):
             call["position_ids"] = positions[:, -(read + ids.shape[1]) :]
         return call, read
 
+    def _own(self) -> dict[str, nn.Parameter]:
+        named = self.named_parameters()
+        return {n: p for n, p in named if not n.startswith("model.")}
+
     @contextmanager
     def _entering(self) -> Iterator[None]:
         def hook(_: Any, args: Any, call: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
@@ -176,6 +203,13 @@ class VirtualTokens(nn.Module, ABC):
             yield
         finally:
             handle.remove()
+
+
+def _one_text(input_ids: Ids | None, inputs: Ids | None) -> Ids:
+    if (input_ids is None) == (inputs is None):
+        given = "twice, as input_ids and as inputs" if inputs is not None else "nowhere"
+        raise InputError(f"the text is given {given}; give its token ids as input_ids.")
+    return cast(Tensor, inputs if input_ids is None else input_ids)
 
 
 def _has_read(call: Mapping[str, Any]) -> bool:

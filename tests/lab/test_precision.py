@@ -181,5 +181,5 @@ def test_preparing_keeps_in_float32_what_is_not_quantized(toy):
 def test_preparing_is_refused_where_there_is_nothing_to_prepare(toy):
     with pytest.raises(InputError, match="no layer is quantized"):
         prepare(toy)
-    with pytest.raises(InputError, match=r"has adapters; prepare first"):
+    with pytest.raises(InputError, match=r"trains parameters; prepare first"):
         prepare(adapted(quantize_linears(toy)))

@@ -94,7 +94,7 @@ NOT_ON_A_DEVICE = {
     "qlora.prepare": "casts parameters where they are",
     "qlora.quantizable": "reads a weight where it is",
     "codebook.normal_float": "makes a table on the CPU; quantize moves it",
-    "adapted.Adapted.own_adapters": "lists modules where they are",
+    "adapted.Adapted.own_parameters": "lists them where they are",
     "adapted.Adapted.change": "has no body; each row has its own",
     "adapted.Adapted.check_fits": "has no body; each row has its own",
     "inject.Config.adapters": "a protocol; each method has its own",

@@ -197,8 +197,32 @@ def test_a_model_with_nothing_to_quantize_hears_why():
     model = nn.Sequential(nn.Linear(8, 8))
     with pytest.raises(InputError, match=r"every layer is skipped.*\(0\)"):
         quantize_linears(model, skip=["0"])
-    with pytest.raises(InputError, match="the model is quantized already"):
-        quantize_linears(quantize_linears(model))
+    quantize_linears(model)
+    for skip in ([], ["0"], ["*"]):
+        with pytest.raises(InputError, match=r"^the model is quantized already \(0\)"):
+            quantize_linears(model, skip)
+
+
+def test_what_an_earlier_call_has_skipped_is_quantized_by_a_later_one():
+    model = LlamaForCausalLM(llama())
+    quantize_linears(model, ["mlp.*", "lm_head"], blocksize=8)
+    with pytest.raises(InputError, match=r"'upp' matches nothing; choose from down"):
+        quantize_linears(model, ["upp"], blocksize=8)
+    quantize_linears(model, ["q_proj"], blocksize=8)
+    again = ["lm_head"]  # a layer that could still be skipped
+    with pytest.raises(InputError, match=r"^the model is quantized already"):
+        quantize_linears(model, again, blocksize=8)
+
+
+@pytest.mark.parametrize("depth", [1, 2])
+def test_heads_are_known_where_a_model_of_transformers_is_a_part(depth):
+    model = AutoModelForSequenceClassification.from_config(llama())
+    expected = set(all_linear(model))
+    around = model
+    for _ in range(depth):
+        around = nn.ModuleDict({"part": around, "own": nn.Linear(4, 4)})
+    found = {n for n in all_linear(around) if not n.endswith("own")}
+    assert found == {"part." * depth + name for name in expected}
 
 
 def test_an_adapted_model_is_not_quantized():

@@ -7,12 +7,16 @@ import pytest
 import safetensors.torch
 import torch
 
+from minipeft.errors import InputError
 from minipeft.torch.bottleneck import BottleneckConfig, place_beside
-from minipeft.torch.inject import trainable_parameters
+from minipeft.torch.ia3 import IA3Config
+from minipeft.torch.inject import adapted, inject, trainable_parameters
+from minipeft.torch.lora import LoRAConfig
 from minipeft.torch.prefix import PrefixConfig, PrefixModel
 from minipeft.torch.prompt import PromptConfig, PromptModel
+from minipeft.torch.qlora import prepare, quantize_linears
 from tests.agreement.llama import TEXT, llama
-from tests.properties.test_torch_programs import AMBIENT
+from tests.properties.test_torch_programs import AMBIENT, ROWS
 
 
 def beside(model):
@@ -136,3 +140,71 @@ def test_a_tied_weight_is_in_a_file_once_and_comes_back(kind, assign):
     again.load_state_dict(whole)  # a file with both names
     with pytest.raises(RuntimeError, match=r"Missing key.*embed_tokens"):
         again.load_state_dict({k: v for k, v in whole.items() if "embed" not in k})
+
+
+# --- together with adapters of other rows --------------------------------------------
+
+
+OTHERS = {row: (config, ["o_proj"]) for row, config in ROWS.items()} | {
+    "ia3": (IA3Config(["down_proj"]), ["k_proj", "down_proj"]),
+    "lora on every layer": (LoRAConfig(2, 4.0), "all-linear"),
+    "bottleneck beside": (None, []),
+}
+
+
+def adapt(model, row):
+    config, targets = OTHERS[row]
+    if row == "bottleneck beside":
+        return beside(model)
+    if "bits" in row:
+        quantize_linears(model, blocksize=8)
+    return inject(model, config, targets, generator=torch.Generator().manual_seed(4))
+
+
+@pytest.mark.parametrize("row", list(OTHERS))
+@pytest.mark.parametrize("kind", ["prefix with a network", "prompt"])
+def test_virtual_tokens_and_adapters_train_together_in_either_order(kind, row):
+    alone = {n for n, p in make(kind).named_parameters() if p.requires_grad}
+    adapters = {
+        f"model.{n}"
+        for n, p in adapt(llama(), row).named_parameters()
+        if p.requires_grad
+    }
+    first, second = adapt(make(kind), row), make(kind, adapt(llama(), row))
+    for model in (first, second):
+        wanted = {n for n, p in model.named_parameters() if p.requires_grad}
+        assert wanted == alone | adapters
+        trained(model)(TEXT, labels=TEXT).loss.backward()
+        grads = {n for n, p in model.named_parameters() if p.grad is not None}
+        assert grads == wanted
+        assert not any("lm_head" in name for name in adapted(model))
+    second.load_state_dict(first.state_dict())
+    assert torch.equal(first(TEXT).logits, second(TEXT).logits)
+
+
+@pytest.mark.parametrize("kind", ["prefix with a network", "prompt"])
+def test_virtual_tokens_are_not_frozen_by_a_late_preparation(kind):
+    model = make(kind, quantize_linears(llama(), blocksize=8))
+    with pytest.raises(InputError, match=r"^P\w+Model trains parameters; prepare firs"):
+        prepare(model)
+    assert trainable_parameters(model)
+
+
+@pytest.mark.parametrize("kind", ["prefix with a network", "prompt"])
+def test_virtual_tokens_answer_as_the_model_does_or_refuse(kind, tmp_path):
+    model = make(kind)
+    assert model.config is model.model.config
+    with pytest.raises(InputError, match="virtual tokens have no place in a model"):
+        model.save_pretrained(tmp_path)
+    assert not [*tmp_path.iterdir()]
+    text = model.generate(TEXT, max_new_tokens=3)
+    assert torch.equal(model.generate(inputs=TEXT, max_new_tokens=3), text)
+    for texts, where in (
+        ({}, "nowhere"),
+        ({"input_ids": TEXT, "inputs": TEXT}, "twic"),
+    ):
+        with pytest.raises(InputError, match=f"^the text is given {where}"):
+            model.generate(**texts)
+    model.save_pretrained(tmp_path, state_dict=model.state_dict())
+    with pytest.raises(Exception, match=r"load_state_dict|type `minipeft`"):
+        type(model.model).from_pretrained(tmp_path)
