@@ -210,8 +210,8 @@ def check_trains(model: nn.Module) -> None:
     """Refuse, before the first step, a model of which nothing or not all would train.
 
     Raises:
-        InputError: Gradients are off; everything is frozen; a layer is merged; the
-            adapters that train are not active.
+        InputError: Gradients are off; everything is frozen; what trains is offloaded;
+            a layer is merged; the adapters that train are not active.
     """
     if not torch.is_grad_enabled():
         raise InputError(
@@ -227,6 +227,13 @@ def check_trains(model: nn.Module) -> None:
             if layers
             else "no parameter requires gradients; inject an adapter first"
         )
+    for name, parameter in trainable(model).items():
+        if parameter.is_meta:
+            raise InputError(
+                f"{name} is a placeholder on the device meta, which gets no gradient; "
+                "bring an offloaded model back first (accelerate: "
+                "remove_hook_from_submodules), or load its weights"
+            )
     for name, layer in layers.items():
         merged = layer.merged_weight is not None
         if merged and any(id(p) in trained for p in layer.parameters()):

@@ -53,6 +53,8 @@ def check_parameter(p: Tensor, name: str) -> None:
     why = None
     if is_lazy(p):
         why = "has no values yet; run the model once before building the optimizer."
+    elif p.is_meta:
+        why = "is a placeholder on the device meta; load it, or bring it back first."
     elif p.dtype not in DTYPES:
         why = f"is {_dtype(p)}; train float16, bfloat16, float32 or float64."
     elif p.layout != torch.strided or hasattr(p, "to_local"):

@@ -31,6 +31,7 @@ from minipeft.torch.linear import (
     has_forward,
     weight_view,
 )
+from minipeft.torch.operands import has_values
 from minipeft.values import check_kind, check_number
 
 Adapter = TypeVar("Adapter", bound=nn.Module)
@@ -299,7 +300,8 @@ class Adapted(nn.Module, ABC, Generic[Adapter]):
             prefix: of the layer's names in the state.
             assign: whether the tensors replace those of the layer.
         """
-        loading.check_values(self.adapters, state, f"{prefix}adapters.")
+        at = f"{prefix}adapters."
+        loading.check_values(self.adapters, state, at, assign=assign)
         if self.merged_weight is not None:
             with naming(prefix.rstrip(".")):
                 loading.twin(self, state, prefix, assign).merge()
@@ -487,7 +489,7 @@ def _after_load(layer: Any, keys: object) -> None:
 
 def check_finite(name: str, before: Tensor, merged: Tensor) -> None:
     """Refuse a merge that turns a finite value into an infinite one or NaN."""
-    if merged.is_meta or bool(merged.isfinite().all()):
+    if not has_values(merged) or bool(merged.isfinite().all()):
         return
     lost = torch.nonzero(before.isfinite() & ~merged.isfinite())
     if len(lost):

@@ -243,9 +243,10 @@ class Parallel(nn.Module):
         Args:
             state: of `load_state_dict`.
             prefix: of the module's names in the state.
-            assign: not used.
+            assign: whether the tensors replace those of the layer.
         """
-        loading.check_values(self.adapter, state, f"{prefix}adapter.")
+        at = f"{prefix}adapter."
+        loading.check_values(self.adapter, state, at, assign=assign)
 
     def __getattr__(self, name: str) -> Any:
         """Return an attribute of the sublayer; refuse its weights, without f."""

@@ -24,7 +24,7 @@ from minipeft.torch.linear import (
     weight_of,
 )
 from minipeft.torch.lora import LoRA, LoRAConfig, MatrixA
-from minipeft.torch.operands import check_tensors
+from minipeft.torch.operands import check_tensors, has_values
 from minipeft.values import check_kind
 
 Rows = Float[Tensor, " out_features"]
@@ -234,7 +234,7 @@ class _Rescale(torch.autograd.Function):
 
 def _looks(values: Tensor) -> bool:
     # To read a number that a device computes, the host waits for the device.
-    return values.device.type == "cpu"
+    return values.device.type == "cpu" and has_values(values)
 
 
 def _over_positions(values: Float[Tensor, "... n"]) -> Float[Tensor, " n"]:

@@ -9,10 +9,12 @@ Models are changed in place and returned. A function that raises an error raises
 before it changes anything.
 """
 
+import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import chain
+from math import prod
 from numbers import Real
-from typing import Any, ClassVar, Protocol, TypeVar, runtime_checkable
+from typing import Any, ClassVar, Protocol, TypeVar, cast, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -27,12 +29,24 @@ from minipeft.torch.adapted import (
     naming,
     training_as_before,
 )
+from minipeft.torch.experts import experts
 from minipeft.torch.linear import Stacked, weight_view
-from minipeft.torch.operands import check_generator, check_in_memory
-from minipeft.torch.targets import check_inside, replace
+from minipeft.torch.operands import (
+    check_generator,
+    check_in_memory,
+    check_trains_in_memory,
+    has_values,
+)
+from minipeft.torch.targets import (
+    ALL_LINEAR,
+    check_inside,
+    outside_adapters,
+    replace,
+)
 from minipeft.torch.targets import layers as layers_of
 from minipeft.values import check_kind, check_number
 
+logger = logging.getLogger(__name__)
 Model = TypeVar("Model", bound=nn.Module)
 REMEDY = (
     "the model holds adapters, under names that from_pretrained does not know; save "
@@ -70,7 +84,8 @@ def inject(
         model: changed in place.
         config: the method and its hyperparameters, such as `LoRAConfig(r=8, alpha=16)`.
         targets: full names, last parts of names, patterns with `*`, `?`, `[]`, or
-            `"all-linear"`: every linear layer except output heads and routers.
+            `"all-linear"`: every linear layer except output heads and routers; where
+            this leaves experts as they are, a logged warning counts them.
         name: of the new adapters.
         generator: for their random start, on the CPU; None for torch's own.
 
@@ -84,8 +99,10 @@ def inject(
     for key, layer in found.items():
         with naming(key):
             _check_offered(config, layer)
-            _check_no_nan(layer)
     check_in_memory(model, _places(found))
+    for key, layer in found.items():
+        with naming(key):
+            _check_no_nan(layer)
     with torch.inference_mode(False):
         adapters = config.adapters(found, generator)
     wrapped = {}
@@ -94,7 +111,10 @@ def inject(
             with naming(key):
                 wrapped[key] = _wrapper(config, layer)(layer, adapters[key], name)
     freeze(model)
+    left = _experts_left(model, targets, found)
     replace(model, {id(found[n]): wrapped[n] for n in found})
+    if left:
+        logger.warning(left)
     return model
 
 
@@ -257,9 +277,15 @@ def adapters_of(model: nn.Module, name: str = "default") -> dict[str, nn.Module]
 
 
 def trainable_parameters(model: nn.Module) -> list[nn.Parameter]:
-    """Return the parameters that are trained, as an optimizer takes them."""
+    """Return the parameters that are trained, as an optimizer takes them.
+
+    Raises:
+        InputError: if one of them is offloaded: an optimizer would change nothing.
+    """
     check_kind("model", model, nn.Module)
-    return [p for p in model.parameters() if p.requires_grad]
+    trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    check_trains_in_memory(model, trained)
+    return list(trained.values())
 
 
 def adapter_state_dict(model: nn.Module, name: str = "default") -> dict[str, Tensor]:
@@ -362,6 +388,28 @@ def _check_start(config: Config, name: str, generator: torch.Generator | None) -
     check_generator(generator)
 
 
+def _experts_left(
+    model: nn.Module, targets: Sequence[str] | str, found: Mapping[str, nn.Module]
+) -> str:
+    """Return what "all-linear" leaves of a model of experts, and how to adapt it."""
+    if ALL_LINEAR not in ([targets] if isinstance(targets, str) else targets):
+        return ""
+    outside, sizes = dict(outside_adapters(model)), {}
+    for name, module in experts(model).items():
+        if name in outside and name not in found:
+            view = cast(Stacked, weight_view(module))
+            stacks = [view.one(module, one) for one in view.names(module)]
+            sizes[name] = sum(n * prod(form.shape) for n, form in stacks)
+    if not sizes:
+        return ""
+    last = sorted({name.rpartition(".")[2] for name in sizes})
+    return (
+        f"{ALL_LINEAR!r} leaves experts as they are, {sum(sizes.values())} weights "
+        f"(modules: {len(sizes)}, the first: {next(iter(sizes))}); to adapt them too, "
+        f"give LoRAConfig and the targets {[ALL_LINEAR, *last]}"
+    )
+
+
 def _check_offered(config: Config, layer: nn.Module) -> None:
     view = weight_view(layer)
     if isinstance(view, Stacked) and not hasattr(config, "stacked"):
@@ -381,9 +429,10 @@ def _places(layers: Mapping[str, nn.Module]) -> Iterator[tuple[str, torch.device
 def _check_no_nan(layer: nn.Module) -> None:
     # Infinite values may be meant: a bias that rules out a token.
     for name, held in (*layer.named_parameters(), *layer.named_buffers()):
-        elsewhere = held.is_meta or hasattr(held, "placements")
         floats = held.is_floating_point() and held.dtype.itemsize > 1
-        if elsewhere or not floats or not held.numel():
+        if hasattr(held, "placements") or not floats or not held.numel():
+            continue
+        if not has_values(held):
             continue
         if held.detach().amin().isnan():  # a minimum is NaN where one value is
             raise InputError(f"the {name} holds NaN; load it again or repair it first.")

@@ -20,6 +20,7 @@ from torch.nn.utils import parametrize
 
 from minipeft.errors import InputError
 from minipeft.shapes import Shaped
+from minipeft.torch.operands import has_values
 
 Weight = Shaped[Tensor, "out_features in_features"]
 Stored = Shaped[Tensor, "_ _"]  # W, or its transpose
@@ -498,9 +499,10 @@ def check_no_forward(layer: nn.Module, other: str) -> None:
 def check_values(layer: nn.Module) -> None:
     """Refuse to quantize a layer that is elsewhere, or not finite."""
     for name, weight in ((n, p) for n, p in layer._parameters.items() if p is not None):
-        if weight.is_meta:
+        if not has_values(weight):
+            where = "on the device meta" if weight.is_meta else "in a FakeTensorMode"
             raise InputError(
-                "the weight is on the device meta, and has no values to quantize; load "
+                f"the {name} is {where}, and has no values to quantize; load "
                 "it first, or bring it back if it is offloaded."
             )
         if not torch.isfinite(weight).all():

@@ -8,9 +8,14 @@ register a hook on it, which asks all its layers first.
 What remains is torch's: it tells no hook whether `strict` was given, so it names
 missing and unexpected tensors at the end, when the others are loaded
 (`inject.load_adapter_state_dict` refuses them before). A module around the model loads
-its own tensors, and those of the children before the model, before the hook runs.
+its own tensors, and those of the children before the model, before the hook runs; so
+does a graph that `torch.fx` or `torch.export` makes of a model, as it keeps the layers
+and not the hook of their root.
 Below a module where another program changes what is loaded, by a hook or a method of
-the class, each layer checks for itself when its turn comes.
+the class, each layer checks for itself when its turn comes, and takes whole numbers for
+floats as torch does: the hook may run after the check.
+Of a sharded tensor (DTensor) each process checks its own part: to ask the others would
+wait forever where one of them does not load. In a `FakeTensorMode` there are no values.
 """
 
 from collections import OrderedDict
@@ -22,6 +27,7 @@ from torch import Tensor, nn
 from torch.overrides import is_tensor_like
 
 from minipeft.errors import InputError
+from minipeft.torch.operands import has_values
 
 Module = TypeVar("Module", bound=nn.Module)
 HOOKS = (
@@ -59,7 +65,11 @@ def unwatch(model: nn.Module) -> None:
 
 
 def check_values(
-    layer: nn.Module, state: Mapping[str, Any], prefix: str, names: Sequence[str] = ()
+    layer: nn.Module,
+    state: Mapping[str, Any],
+    prefix: str,
+    names: Sequence[str] = (),
+    assign: bool = False,
 ) -> None:
     """Refuse tensors that are not finite, or no floats where the layer has floats.
 
@@ -68,24 +78,27 @@ def check_values(
         state: all that is loaded.
         prefix: of the layer's names in the state.
         names: of the tensors to check; none given: all.
+        assign: whether the tensors replace those of the layer, and keep their dtype.
     """
     for name, own in layer.state_dict().items():
         if not names or name in names:
             new = state.get(prefix + name)
-            if isinstance(new, Tensor) and (wrong := odd(new, own)):
+            if isinstance(new, Tensor) and (wrong := odd(new, own, assign)):
                 raise InputError(f"{prefix}{name} {wrong}; load another file.")
 
 
-def odd(new: Tensor, own: Tensor) -> str | None:
+def odd(new: Tensor, own: Tensor, assign: bool = False) -> str | None:
     """Return what is wrong with the values of a tensor that replaces another."""
     if new.is_floating_point() != own.is_floating_point():
         return f"has dtype {new.dtype}, not {own.dtype}"
     if new.layout != own.layout:
         return f"is {new.layout}, not {own.layout}"
-    if new.is_meta or hasattr(new, "placements"):  # its values are elsewhere
+    here: Tensor = new.to_local() if hasattr(new, "to_local") else new  # sharded
+    # In the dtype in which the layer will have it: 1e300 may become infinite there.
+    here = here if assign else here.to(own.dtype)
+    if not has_values(here) or bool(here.isfinite().all()):
         return None
-    # Also in the dtype that the layer has: 1e300 would become infinite there.
-    return None if bool(new.to(own.dtype).isfinite().all()) else "is not finite"
+    return "is not finite"
 
 
 def twin(
@@ -137,7 +150,7 @@ def _check(
     # Another program's hook here may still change names, but no NaN becomes a number.
     for part, at in parts or [(module, prefix)]:
         if hasattr(type(part), "check_load"):
-            part.check_load(state, at, assign)  # type: ignore[operator]
+            part.check_load(_as_it_comes(part, state, at), at, assign)  # type: ignore[operator]
     for part, _ in parts[1:]:
         if _of_ours(part):
             vars(part)["_checked"] = errors
@@ -146,15 +159,33 @@ def _check(
 def _loaded_as_they_are(
     module: nn.Module, prefix: str
 ) -> Iterator[tuple[nn.Module, str]]:
-    # Others' hooks, and a method of a class, may change names and shapes on the way.
-    hooks = getattr(module, ON_LOAD).values()
-    others = [h for h in hooks if not _name(h).startswith("minipeft.")]
-    own = type(module)._load_from_state_dict is not nn.Module._load_from_state_dict
-    if not others and not own:
+    if not _changes_what_comes(module):
         yield module, prefix
         for name, child in module._modules.items():
             if child is not None:
                 yield from _loaded_as_they_are(child, f"{prefix}{name}.")
+
+
+def _changes_what_comes(module: nn.Module) -> bool:
+    # Others' hooks, and a method of a class, may change names, shapes and dtypes.
+    hooks = getattr(module, ON_LOAD).values()
+    others = any(not _name(hook).startswith("minipeft.") for hook in hooks)
+    own = type(module)._load_from_state_dict is not nn.Module._load_from_state_dict
+    return others or own
+
+
+def _as_it_comes(
+    part: nn.Module, state: Mapping[str, Any], prefix: str
+) -> Mapping[str, Any]:
+    """Leave out whole numbers that another program may turn into floats."""
+    named = [n for n, module in part.named_modules() if _changes_what_comes(module)]
+    below = tuple(f"{prefix}{name}." if name else prefix for name in named)
+
+    def may_change(key: str, new: Any) -> bool:
+        whole = isinstance(new, Tensor) and not new.is_floating_point()
+        return whole and key.startswith(below)
+
+    return {k: t for k, t in state.items() if not may_change(k, t)} if below else state
 
 
 def _misfits(module: nn.Module, state: Mapping[str, Any], prefix: str) -> list[str]:

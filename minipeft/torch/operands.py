@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 
 from minipeft.errors import InputError
 from minipeft.shapes import check_floats, check_shapes
@@ -91,25 +92,57 @@ def check_tensors(operands: Mapping[str, tuple[Tensor | None, str]]) -> None:
     check_shapes(operands)
 
 
+def has_values(tensor: Tensor) -> bool:
+    """Tell whether the values can be read: not on meta, nor in a `FakeTensorMode`."""
+    return not tensor.is_meta and not isinstance(tensor, FakeTensor)
+
+
 def check_in_memory(
     model: nn.Module, places: Iterable[tuple[str, torch.device]]
 ) -> None:
-    """Refuse to make adapters for layers that accelerate has offloaded.
+    """Refuse to make adapters that would lie nowhere: beside offloaded layers.
 
     Args:
         model: which may have accelerate's hooks anywhere.
         places: names of weights for which adapters are made, and where they lie.
 
     Raises:
-        InputError: names the first one whose weight comes in for a call alone.
+        InputError: names the first one whose weight comes in for a call alone; in a
+            `FakeTensorMode`, where torch itself moves no module.
     """
-    hooks = [vars(module).get("_hf_hook") for module in model.modules()]
-    inner = [one for hook in hooks for one in (hook, *getattr(hook, "hooks", ()))]
-    if not any(getattr(hook, "offload", False) for hook in inner):
-        return
-    for name, device in places:
+    if isinstance(torch.empty(0), FakeTensor):
+        raise InputError(
+            "a FakeTensorMode is active, in which no adapter gets values; adapt the "
+            "model outside it."
+        )
+    for name, device in places if _offloads(model) else ():
         if device.type == "meta":
             raise InputError(
                 f"{name} is offloaded: its weight comes in for a call alone, and new "
                 "adapters would lie nowhere; adapt the model first and offload it then."
             )
+
+
+def check_trains_in_memory(model: nn.Module, trained: Mapping[str, Tensor]) -> None:
+    """Refuse to hand out parameters that accelerate has offloaded.
+
+    Args:
+        model: which may have accelerate's hooks anywhere.
+        trained: what an optimizer is given, by name.
+
+    Raises:
+        InputError: names the first one that is a placeholder.
+    """
+    for name, parameter in trained.items() if _offloads(model) else ():
+        if parameter.is_meta:
+            raise InputError(
+                f"{name} is offloaded: what is here is a placeholder, which gets no "
+                "gradient; bring the model back before it is trained (accelerate: "
+                "remove_hook_from_submodules)."
+            )
+
+
+def _offloads(model: nn.Module) -> bool:
+    hooks = [vars(module).get("_hf_hook") for module in model.modules()]
+    inner = [one for hook in hooks for one in (hook, *getattr(hook, "hooks", ()))]
+    return any(getattr(hook, "offload", False) for hook in inner)

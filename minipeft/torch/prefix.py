@@ -13,7 +13,7 @@ from minipeft.errors import InputError
 from minipeft.shapes import Inexact
 from minipeft.torch import attention
 from minipeft.torch.attention import Head, Mixed
-from minipeft.torch.linear import check_shape
+from minipeft.torch.linear import autocast, check_shape
 from minipeft.torch.operands import check_tensors
 from minipeft.torch.virtual import (
     VirtualTokens,
@@ -226,7 +226,8 @@ class PrefixModel(VirtualTokens):
         if call.get("past_key_values") is None:
             call["past_key_values"] = DynamicCache(config=self.model.config)
         batch = len(call["input_ids"])
-        rows = self.prefix().to(_computing(self.model))
+        rows = self.prefix()
+        rows = rows.to(_computing(self.model, rows.device))
         for i, (pair, widths) in enumerate(zip(rows, self.widths, strict=True)):
             # A layer that is narrower than the widest uses only the first features.
             parts = [p[..., :d] for p, d in zip(pair, widths, strict=True)]
@@ -284,11 +285,10 @@ def _stack(pairs: list[Pair]) -> Inexact[Tensor, "layers 2 heads tokens d"]:
     return wide(torch.stack(padded))
 
 
-def _computing(model: Any) -> torch.dtype:
+def _computing(model: Any, device: torch.device) -> torch.dtype:
     """Return the dtype in which the model's attention computes."""
-    kind = model.device.type
-    if torch.is_autocast_enabled(kind):
-        return torch.get_autocast_dtype(kind)
+    if autocast(device):  # an offloaded model is on the device meta
+        return torch.get_autocast_dtype(device.type)
     dtype: torch.dtype = model.dtype
     return dtype
 

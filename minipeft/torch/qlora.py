@@ -196,9 +196,9 @@ class QuantizedLinear(nn.Module):
         Args:
             state: of `load_state_dict`.
             prefix: of the layer's names in the state.
-            assign: not used.
+            assign: whether the tensors replace those of the layer.
         """
-        loading.check_values(self, state, prefix, self.tensors)
+        loading.check_values(self, state, prefix, self.tensors, assign)
 
     def runs_kernels(self, dtype: torch.dtype) -> bool:
         """Tell whether a GPU kernel can decode the weight to this dtype."""

@@ -22,7 +22,7 @@ from minipeft.torch.linear import (
     weight_view,
 )
 from minipeft.torch.lora import MatrixA, MatrixB, check_dropout
-from minipeft.torch.operands import check_tensors
+from minipeft.torch.operands import check_tensors, has_values
 from minipeft.values import check_integer, check_kind, check_number
 
 
@@ -132,9 +132,10 @@ class VeRA(nn.Module):
 
 def _draw_what_was_loaded(adapter: VeRA, keys: object) -> None:
     pair, device = adapter.projections, adapter.drawn.device
-    if adapter.drawn.is_meta:
+    drawn = adapter.drawn.clone()  # in a FakeTensorMode the numbers cannot be read
+    if not has_values(drawn):
         return
-    seed, r, k, d = (int(number) for number in adapter.drawn)
+    seed, r, k, d = (int(number) for number in drawn)
     if pair.drawn != (seed, r, k, d) or pair.A.is_meta:
         pair.draw((seed, r, k, d), device)
 
@@ -240,7 +241,7 @@ class VeRALinear(Adapted[VeRA]):
         """
         for name, adapter in cast(Mapping[str, VeRA], self.adapters).items():
             drawn = state.get(f"{prefix}adapters.{name}.drawn")
-            if drawn is not None and not drawn.is_meta:
+            if drawn is not None and has_values(drawn):
                 form, r = self.view.form(self.base), rows_of(adapter.d)
                 with naming(f"{prefix}adapters.{name}.drawn"):
                     _check_drawn(drawn.tolist(), adapter.projections.drawn, form, r)

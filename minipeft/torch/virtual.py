@@ -73,9 +73,9 @@ class VirtualTokens(nn.Module, ABC):
         Args:
             state: of `load_state_dict`.
             prefix: of the module's names in the state.
-            assign: not used.
+            assign: whether the tensors replace those of the layer.
         """
-        loading.check_values(self, state, prefix, [*self._own()])
+        loading.check_values(self, state, prefix, [*self._own()], assign)
 
     def own_parameters(self) -> list[nn.Parameter]:
         """Return what is trained here, without the adapters of the model."""
@@ -133,7 +133,8 @@ class VirtualTokens(nn.Module, ABC):
             call["labels"] = pad(
                 predicted(labels, attention_mask), (n, 0), value=IGNORE
             )
-        out = self.model(**call)
+        with self._finding_tied():
+            out = self.model(**call)
         out.logits = out.logits[:, n:]
         return out
 
@@ -159,7 +160,7 @@ class VirtualTokens(nn.Module, ABC):
         check_text(input_ids, attention_mask, None)
         if attention_mask is not None:
             settings["attention_mask"] = attention_mask
-        with self._entering():
+        with self._entering(), self._finding_tied():
             return self.model.generate(input_ids, **settings)
 
     def ahead(self, call: Mapping[str, Any]) -> tuple[dict[str, Any], int]:
@@ -170,6 +171,9 @@ class VirtualTokens(nn.Module, ABC):
         """
         call, n = dict(call), self.num_virtual_tokens
         ids, cache = call["input_ids"], call.get("past_key_values")
+        for name, parameter in self._parameters.items():
+            if parameter is not None and parameter.is_meta and not ids.is_meta:
+                raise _offload_inside(name, "comes in only for a call of the whole")
         if getattr(cache, "is_compileable", False):
             raise InputError(
                 "a cache of fixed size has no room for virtual tokens; leave out "
@@ -194,6 +198,18 @@ class VirtualTokens(nn.Module, ABC):
         return {n: p for n, p in named if not n.startswith("model.")}
 
     @contextmanager
+    def _finding_tied(self) -> Iterator[None]:
+        # accelerate looks for what the state dict has left out.
+        try:
+            yield
+        except KeyError as error:
+            if error.args[0] in dict(self.named_parameters(remove_duplicate=False)):
+                raise _offload_inside(
+                    error.args[0], "is tied, and saved once"
+                ) from None
+            raise
+
+    @contextmanager
     def _entering(self) -> Iterator[None]:
         def hook(_: Any, args: Any, call: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
             return args, self.ahead(call)[0]
@@ -203,6 +219,13 @@ class VirtualTokens(nn.Module, ABC):
             yield
         finally:
             handle.remove()
+
+
+def _offload_inside(name: str, why: str) -> InputError:
+    return InputError(
+        f"{name} is offloaded, and {why}; offload the model inside alone (`.model`), "
+        "and leave the virtual tokens where they are."
+    )
 
 
 def _one_text(input_ids: Ids | None, inputs: Ids | None) -> Ids:

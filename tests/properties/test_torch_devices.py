@@ -100,6 +100,9 @@ NOT_ON_A_DEVICE = {
     "inject.Config.adapters": "a protocol; each method has its own",
     "paged.Lanes.computing": "runs on pretended streams, in on_streams",
     "paged.Lanes.on": "runs on pretended streams, in on_streams",
+    "virtual.VirtualTokens.config": "reads an attribute of the model",
+    "virtual.VirtualTokens.own_parameters": "lists them where they are",
+    "virtual.VirtualTokens.save_pretrained": "refuses, and reads no tensor",
     "virtual.VirtualTokens.enter": "has no body; each row has its own",
     "virtual.VirtualTokens.num_virtual_tokens": "has no body; each row has its own",
 }

@@ -2,16 +2,19 @@
 
 import copy
 import pickle
+import re
 import threading
 
 import pytest
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from minipeft.errors import InputError
 from minipeft.torch.bottleneck import BottleneckConfig, place_beside
 from minipeft.torch.experts import Experts
 from minipeft.torch.inject import (
+    adapted,
     adapter_state_dict,
     inject,
     load_adapter_state_dict,
@@ -24,6 +27,15 @@ from minipeft.torch.prompt import PromptConfig, PromptModel
 from minipeft.torch.qlora import quantize_linears
 from minipeft.torch.vera import VeRAConfig
 from tests.lab.architectures import build
+from tests.operands import annotations_off
+from tests.properties.test_torch_programs import (
+    MERGE,
+    ROWS,
+    WRAPPERS,
+    Model,
+    make,
+    start,
+)
 
 LORA = LoRAConfig(2, 4.0)
 
@@ -169,7 +181,7 @@ def test_what_is_refused_anywhere_is_refused_before_the_first_tensor_is_written(
     for way in (lambda m: m, copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))):
         model = way(original)
         state, before = damaged(model, parts), held(model)
-        for assign in (False, True):
+        for assign in (False, True)[: 1 if "dtype cannot hold" in what else 2]:
             for strict in (False, True):
                 with pytest.raises(InputError, match=sentence):
                     model.load_state_dict(state, strict=strict, assign=assign)
@@ -291,3 +303,125 @@ def test_each_layer_is_checked_once_a_load(monkeypatch):
         asked.clear()
     model[3].load_state_dict(model[3].state_dict())
     assert asked == [""]
+
+
+SMALLER = {
+    "lora": (lora, B),
+    "experts": (experts, LAST),
+    "a network beside": (DAMAGED["a network beside a module"][0], "3.adapter.up"),
+    "a soft prompt": (DAMAGED["a soft prompt"][0], "P"),
+}
+
+
+@pytest.mark.parametrize("kind", list(SMALLER))
+def test_what_replaces_a_tensor_is_judged_in_its_own_dtype(kind):
+    """1e5 is no number in float16, and 1e300 none in float32."""
+    make, name = SMALLER[kind]
+    for dtype, value in ((torch.float32, 1e5), (torch.float64, 1e300)):
+        model = make()
+        state = {key: tensor.clone() for key, tensor in model.state_dict().items()}
+        if value == 1e5:
+            for parameter in model.parameters():
+                if parameter.requires_grad:
+                    parameter.data = parameter.data.half()
+        state[name] = torch.full_like(state[name], value, dtype=dtype)
+        with pytest.raises(InputError, match=f"{name} is not finite"):
+            model.load_state_dict(state)
+        model.load_state_dict(state, assign=True)
+        assert torch.equal(model.state_dict()[name], state[name])
+        state[name][0] = torch.nan
+        with pytest.raises(InputError, match=f"{name} is not finite"):
+            model.load_state_dict(state, assign=True)
+
+
+def test_each_process_refuses_its_own_part_of_a_sharded_file():
+    with WRAPPERS["sharded"](lora()) as model:
+        before = held(model)
+        state = {key: tensor.clone() + 1 for key, tensor in model.state_dict().items()}
+        model.load_state_dict(state)
+        assert torch.equal(model[3].adapters["default"].B.to_local(), torch.ones(8, 2))
+        state[B].to_local()[0, 0] = torch.nan
+        before = held(model)
+        with pytest.raises(InputError, match=rf"^{re.escape(B)} is not finite"):
+            model.load_state_dict(state)
+        for key, (identity, value) in held(model).items():
+            assert identity == before[key][0]
+            ours, right = (
+                getattr(t, "_local_tensor", t) for t in (value, before[key][1])
+            )
+            assert torch.equal(ours, right)
+
+
+def test_a_graph_of_a_model_is_loaded_layer_by_layer():
+    """Its root has no hook, so the layers before the refused one are written."""
+    with annotations_off():
+        graph = torch.fx.symbolic_trace(quantize_linears(net(), blocksize=8))
+    state = {
+        key: tensor + 1 if tensor.is_floating_point() else tensor
+        for key, tensor in graph.state_dict().items()
+    }
+    state["3.nested_absmax"] = state["3.nested_absmax"] * torch.nan
+    before = held(graph)
+    with pytest.raises(InputError, match=r"^3\.nested_absmax is not finite"):
+        graph.load_state_dict(state)
+    changed = {
+        name
+        for name, (_, t) in held(graph).items()
+        if not torch.equal(t, before[name][1])
+    }
+    assert {name for name, _ in changed} == {"0", "2"}
+
+
+@pytest.mark.parametrize("place", ["3", "3.adapters", "3.adapters.default"])
+def test_whole_numbers_that_a_hook_turns_into_floats_are_no_wrong_dtype(place):
+    model = lora()
+    state = {key: tensor.clone() for key, tensor in model.state_dict().items()}
+    state[A] = torch.arange(16).reshape(2, 8)
+    with pytest.raises(
+        InputError, match=r"^3\.adapters\.default\.A has dtype torch\.in"
+    ):
+        model.load_state_dict(state)
+
+    def to_floats(module, state, *_):
+        state[A] = state[A] / 8
+
+    model.get_submodule(place).register_load_state_dict_pre_hook(to_floats)
+    for part in (model, copy.deepcopy(model), merge(model)):
+        part.load_state_dict(dict(state))
+        assert torch.equal(part.state_dict()[A], state[A] / 8)
+    state[B] = torch.full((8, 2), torch.nan)
+    with pytest.raises(InputError, match=r"^3\.adapters\.default\.B is not finite"):
+        model.load_state_dict(state)
+    state[B] = torch.ones(8, 2)
+    state["0.adapters.default.A"] = torch.ones(2, 8, dtype=torch.int64)
+    with pytest.raises(InputError, match=r"^0\.adapters\.default\.A has dtype"):
+        model.load_state_dict(state)
+
+
+@pytest.mark.parametrize("row", list(ROWS))
+def test_tensors_without_values_are_computed_with_and_loaded(row):
+    """In a `FakeTensorMode` torch asks for shapes; a value cannot be read there."""
+    model, mode = make(row), FakeTensorMode(allow_non_fake_inputs=True)
+    for merged in (False, True)[: 1 + (row in MERGE)]:
+        if merged:
+            merge(model)
+        named = (*model.named_parameters(), *model.named_buffers())
+        fake = {n: mode.from_tensor(t) for n, t in named if "projections" not in n}
+        with mode:
+            y = torch.func.functional_call(model, fake, (torch.ones(3, 6),))
+            assert type(y) is FakeTensor
+            assert y.shape == (3, 5)
+            if not merged:
+                state = {n: t for n, t in fake.items() if n in model.state_dict()}
+                model.load_state_dict(state, strict=False)
+    assert model(torch.ones(3, 6)).isfinite().all()
+
+
+@pytest.mark.parametrize("row", list(ROWS))
+def test_nothing_is_adapted_or_quantized_where_nothing_has_values(row):
+    model = Model()
+    with FakeTensorMode(), pytest.raises(InputError, match="a FakeTensorMode"):
+        start(model, row)
+    assert not adapted(model)
+    with FakeTensorMode(), pytest.raises(InputError, match=r"^0: the weight is in a F"):
+        quantize_linears(Model(), blocksize=8)

@@ -9,6 +9,7 @@ from minipeft.torch.bottleneck import BottleneckConfig, place_beside
 from minipeft.torch.inject import adapted, add, trainable_parameters
 from minipeft.torch.prefix import PrefixConfig, PrefixModel
 from minipeft.torch.prompt import PromptConfig, PromptModel
+from tests.agreement.llama import TEXT, llama
 from tests.properties.test_torch_programs import (
     ROWS,
     Model,
@@ -60,3 +61,47 @@ def test_virtual_tokens_need_memory_too(config):
     around = PromptModel if isinstance(config, PromptConfig) else PrefixModel
     with pytest.raises(InputError, match=r"^LlamaForCausalLM is offloaded"):
         around(model, config)
+
+
+VIRTUAL = {
+    "prompt": lambda model: PromptModel(model, PromptConfig(3)),
+    "prefix": lambda model: PrefixModel(model, PrefixConfig(3)),
+    "prefix with a network": lambda m: PrefixModel(m, PrefixConfig(3, hidden=5)),
+}
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("kind", list(VIRTUAL))
+def test_virtual_tokens_work_around_an_offloaded_model_or_say_how(kind, tied):
+    accelerate = pytest.importorskip("accelerate", reason="needs accelerate")
+
+    def made():
+        model = llama()
+        if tied:
+            model.lm_head.weight = model.model.embed_tokens.weight
+        torch.manual_seed(1)
+        return VIRTUAL[kind](model)
+
+    with torch.no_grad():
+        y, text = made()(TEXT).logits, made().generate(TEXT, max_new_tokens=3)
+        inside, whole = made(), made()
+        accelerate.cpu_offload(inside.model, "cpu")
+        assert torch.equal(inside(TEXT).logits, y)
+        assert torch.equal(inside.generate(TEXT, max_new_tokens=3), text)
+        with torch.autocast("cpu", torch.bfloat16):
+            assert inside(TEXT).logits.dtype == made()(TEXT).logits.dtype
+        accelerate.cpu_offload(whole, "cpu")
+        if tied:
+            with pytest.raises(
+                InputError, match=r"^model\.lm_head\.weight is offloaded"
+            ):
+                whole(TEXT)
+            with pytest.raises(InputError, match=r"is offloaded, .* inside alone"):
+                whole.generate(TEXT, max_new_tokens=3)
+            return
+        assert torch.equal(whole(TEXT).logits, y)
+        if "network" in kind:  # a module that is called
+            assert torch.equal(whole.generate(TEXT, max_new_tokens=3), text)
+        else:
+            with pytest.raises(InputError, match=r"^P is offloaded, .* inside alone"):
+                whole.generate(TEXT, max_new_tokens=3)

@@ -84,6 +84,34 @@ def test_experts_in_four_bits_are_no_linear_layers_either(kind):
     assert {name.rpartition(".")[2] for name in found} == parts
 
 
+def said(caplog, model, targets):
+    caplog.clear()
+    inject(model, LoRAConfig(2, 4.0), targets)
+    return [record.getMessage() for record in caplog.records]
+
+
+@pytest.mark.parametrize("bits", [4, 32])
+@pytest.mark.parametrize("kind", ["mixtral", "qwen with experts"])
+def test_experts_that_stay_as_they_are_are_counted_with_the_remedy(kind, bits, caplog):
+    make, _ = MODELS[kind]
+
+    def model():
+        return quantize_linears(make(), blocksize=8) if bits == 4 else make()
+
+    weights = sum(p.numel() for n, p in make().named_parameters() if ".experts." in n)
+    (sentence,) = said(caplog, model(), "all-linear")
+    assert f"leaves experts as they are, {weights} weights (modules: 1, " in sentence
+    assert sentence.endswith("the targets ['all-linear', 'experts']")
+    whole = model()
+    assert said(caplog, whole, ["all-linear", "experts"]) == []  # the remedy
+    assert any(name.endswith("experts") for name in adapted(whole))
+    assert said(caplog, model(), ["q_proj"]) == []
+    later = model()
+    assert said(caplog, later, ["experts"]) == []
+    assert said(caplog, later, "all-linear") == []  # they are adapted already
+    assert said(caplog, MODELS["llama"][0](), "all-linear") == []
+
+
 def test_a_layer_that_is_tied_to_an_embedding_is_a_head():
     model = nn.ModuleDict({"embed": nn.Embedding(8, 4), "up": nn.Linear(4, 4)})
     model["out"] = nn.Linear(4, 8, bias=False)
