@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from minipeft.errors import InputError
 from minipeft.torch import blockwise
 from minipeft.torch.bins import bins_of, pairs_of, search
 from minipeft.torch.codebook import FP4, NF4, dynamic_map, normal_float
@@ -58,6 +59,17 @@ def test_values_too_close_for_a_table_are_searched():
     assert torch.equal(blockwise.nearest(x, crowded), searched(x, crowded))
 
 
+def test_what_is_no_float32_is_searched():
+    x = torch.linspace(-1, 1, 5000, dtype=torch.float64)
+    assert torch.equal(blockwise.nearest(x, NF4), searched(x, NF4))
+
+
+@pytest.mark.parametrize("size", [15, 512])
+def test_a_search_in_no_codebook_is_refused(size):
+    with pytest.raises(InputError, match=f"the codebook has {size} values"):
+        blockwise.nearest(torch.zeros(1), torch.linspace(-1, 1, size))
+
+
 def test_pairs_are_the_values_of_a_byte():
     pairs = pairs_of(tuple(FP4.tolist())).view(torch.float32).view(256, 2)
     byte = torch.arange(256)
@@ -70,8 +82,9 @@ def test_slices_are_seamless(dtype, codebook, monkeypatch):
     W = torch.randn(96, 64, generator=torch.Generator().manual_seed(3)).to(dtype)
     whole = blockwise.quantize(W, codebook)
     decoded = blockwise.dequantize(whole, dtype)
-    for slice_ in (64, 256, 1024):
+    for slice_ in (64, 256, 1024, W.numel() // 2):
         monkeypatch.setattr(blockwise, "SLICE", slice_)
+        monkeypatch.setattr(blockwise, "DECODED", slice_)
         q = blockwise.quantize(W, codebook)
         assert torch.equal(q.packed, whole.packed)
         assert torch.equal(q.absmax, whole.absmax)

@@ -142,7 +142,7 @@ def sums(dtype, to):
     return (y, x, A, B), one_node, by_autograd
 
 
-@pytest.mark.parametrize("dtype", [*HALF, torch.float32])
+@pytest.mark.parametrize("dtype", [*HALF, torch.float32, torch.float64])
 @pytest.mark.parametrize("wide", [False, True], ids=["rounded", "wide"])
 def test_no_bit_of_a_sum_in_one_node_differs_from_autograd_s_own(dtype, wide):
     to = torch.float32 if wide else dtype
