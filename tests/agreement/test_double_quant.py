@@ -1,11 +1,14 @@
 """Details of double quantization alone: the scales, and bitsandbytes' decoding."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from minipeft.errors import InputError
 from minipeft.reference import blockwise as reference_blockwise
 from minipeft.reference import codebook
 from minipeft.reference import double_quant as reference
@@ -28,6 +31,12 @@ def test_the_offset_agrees_for_scales_of_any_range(n, seed):
     absmax = np.exp2(np.random.default_rng(seed).uniform(-60, 60, n)).astype(np.float32)
     actual = double_quant.mean(torch.from_numpy(absmax)).numpy()
     assert_bits(actual, np.asarray(reference.mean(absmax)))
+
+
+def test_scales_are_not_decoded_beside_a_codebook_that_has_no_codes():
+    q = double_quant.quantize(torch.ones(64))
+    with pytest.raises(InputError, match="the codebook has 15 values"):
+        double_quant.unnest(replace(q, codebook=q.codebook[:15]))
 
 
 def test_plain_blocks_take_the_same_bits_in_both_columns():

@@ -7,7 +7,7 @@ from hypothesis import given
 from torch import nn
 from torch.nn.functional import linear
 
-from minipeft.torch.linear import WeightView, _Added
+from minipeft.torch.linear import WeightView, _Added, frozen, has_forward
 from minipeft.torch.lora import LoRA, LoRALinear
 from tests.strategies import gaussian_layers
 from tests.tolerance import assert_within, gamma
@@ -122,6 +122,43 @@ def test_autocast_computes_in_its_own_precision():
     assert h.dtype == torch.bfloat16
     h.sum().backward()
     assert A.grad.dtype == torch.float32
+
+
+# --- which call is the product, and what is frozen -----------------------------------
+
+
+def test_a_hook_that_reads_the_weight_computes_no_product():
+    base, x = nn.Linear(6, 5), torch.randn(3, 6)
+    layer = LoRALinear(base, LoRA(torch.randn(2, 6), torch.randn(5, 2), 1))
+    expected = layer(x)
+
+    def look(base, inputs):
+        torch.mul(torch.ones(5, 6), base.weight)  # where a product has its weight
+        linear(*inputs, weight=base.weight)
+
+    base.register_forward_pre_hook(look)
+    assert torch.equal(layer(x), expected)
+
+
+def test_its_own_forward_is_none_that_a_program_set_on_a_layer():
+    layer, other = nn.Linear(6, 5), nn.Linear(6, 5)
+    assert not has_forward(layer)
+    layer.forward = layer.forward  # as accelerate leaves it behind
+    assert not has_forward(layer)
+    layer.forward = other.forward
+    assert has_forward(layer)
+
+
+def test_a_frozen_layer_holds_the_tensors_and_trains_none():
+    W, bias = torch.randn(5, 6), torch.randn(5)
+    layer = frozen(W, bias)
+    assert not layer.weight.requires_grad
+    assert not layer.bias.requires_grad
+    assert layer.weight.data_ptr() == W.data_ptr()
+    assert layer.bias.data_ptr() == bias.data_ptr()
+    plain = WeightView().plain(nn.Linear(6, 5), W)
+    assert torch.equal(plain.weight, W)
+    assert not plain.weight.requires_grad
 
 
 # --- the sum of the frozen output and the change --------------------------------------

@@ -163,6 +163,15 @@ def test_under_autocast_it_computes_in_the_dtype_that_a_linear_layer_would():
     assert x.grad.dtype == torch.float32
 
 
+def test_autocast_leaves_float64_alone_here_as_in_a_linear_layer():
+    base = nn.Linear(48, 20).double()
+    layer, x = QuantizedLinear.from_linear(base), torch.randn(3, 48).double()
+    expected = layer(x)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert base(x).dtype == torch.float64
+        assert torch.equal(layer(x), expected)
+
+
 def test_a_rank_is_checked_without_decoding_the_weight():
     layer = QuantizedLinear.from_linear(nn.Linear(48, 20))
     layer.dequantize = None
