@@ -108,8 +108,11 @@ def _with_rows(
 
 def row_norm(W: Weight, update: LoRA) -> Rows:
     """Return the norm of each output row of W + s B A, over in_features."""
-    check_tensors({"W": (W, "out_features in_features")})
     check_kind("update", update, LoRA)
+    launched = operators.row_norm_on_kernels(W, update.A, update.B, update.scaling)
+    if launched is not None:
+        return launched
+    check_tensors({"W": (W, "out_features in_features")})
     A, B = update.A.detach(), update.B.detach()
     if not W.dtype == A.dtype == B.dtype:  # a kernel takes float32 beside any W
         A, B = (t.to(torch.promote_types(t.dtype, torch.float32)) for t in (A, B))

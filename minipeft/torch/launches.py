@@ -3,8 +3,8 @@
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache
-from typing import Any
+from functools import cache, lru_cache
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -66,6 +66,16 @@ class Ready:
         """Tell whether these tensors are the checked ones and lie where they lay."""
         pairs = zip(self.weight, weight, self.facts, strict=True)
         return all(a is b and b.data_ptr() == f.address for a, b, f in pairs)
+
+
+class Place(NamedTuple):
+    """How a tensor lies, in torch's words; checks read it in the words of `Facts`."""
+
+    dtype: torch.dtype
+    shape: torch.Size
+    contiguous: bool
+    device: torch.device
+    address: int
 
 
 def ready(weight: Sequence[Tensor], layout: Sequence[int]) -> Ready:
@@ -233,12 +243,20 @@ def adamw_8bit_(
 
 def dora_row_norm(W: Tensor, A: Tensor, B: Tensor, scaling: float) -> Tensor:
     """Launch `row_norm`, or `row_norm_mixed` if W has 16 bits and A and B have 32."""
-    facts = check("W", _facts(W), kernels.CTYPES)
-    rows, columns, r = checks.check_low_rank(facts, _facts(A), _facts(B))
-    norm = W.new_empty(rows, dtype=torch.float32)
+    operands, sizes = _of_norm(_place(W), _place(A), _place(B))
+    norm = W.new_empty(W.shape[0], dtype=torch.float32)
     kernel = kernels.ROW_NORM if A.dtype == W.dtype else kernels.ROW_NORM_MIXED
-    _launch(kernel, W.dtype, [W, A, B, norm, columns, rows, r, scaling])
+    _launch(kernel, W.dtype, [*operands, norm, *sizes, scaling])
     return norm
+
+
+# In training the three lie where they lay, and the checks read nothing but this.
+@lru_cache(maxsize=4096)
+def _of_norm(W: Place, A: Place, B: Place) -> tuple[list[Facts], tuple[int, int, int]]:
+    operands = [_facts_at(place) for place in (W, A, B)]
+    check("W", operands[0], kernels.CTYPES)
+    rows, columns, r = checks.check_low_rank(*operands)
+    return operands, (columns, rows, r)
 
 
 def lora_batched(
@@ -312,10 +330,19 @@ def _launch(kernel: kernels.Kernel, dtype: torch.dtype, args: Sequence[Any]) -> 
     driver.launch(kernel, _name(dtype), facts, _stream(device))
 
 
+def _place(t: Tensor) -> Place:
+    return Place(t.dtype, t.shape, t.is_contiguous(), t.device, t.data_ptr())
+
+
 def _facts(t: Tensor) -> Facts:
-    device = (t.device.index or 0) if t.device.type in GPUS else HOST
-    where = (t.is_contiguous(), device, t.data_ptr(), t.element_size())
-    return Facts(_name(t.dtype), tuple(t.shape), *where)
+    return _facts_at(_place(t))
+
+
+def _facts_at(place: Place) -> Facts:
+    dtype, shape, contiguous, device, address = place
+    number = (device.index or 0) if device.type in GPUS else HOST
+    size = dtype.itemsize
+    return Facts(_name(dtype), tuple(shape), contiguous, number, address, size)
 
 
 @cache

@@ -18,8 +18,10 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 from torch.nn.functional import linear
 
+from minipeft.errors import InputError
 from minipeft.kernels import checks
 from minipeft.torch import blockwise, double_quant, launches
 from minipeft.torch.blockwise import Blockwise
@@ -148,10 +150,12 @@ def _ready(layer: Any, dtype: torch.dtype) -> launches.Ready | None:
     return known if known and launches.decodes(known.weight[-1], dtype) else None
 
 
-def _direct(x: Tensor) -> bool:
+def _direct(*operands: Tensor) -> bool:
     # What traces or records operations must see the operator.
-    plain = type(x) is Tensor and x.device.type in launches.GPUS
-    return plain and not transformed() and not torch._C._len_torch_dispatch_stack()
+    if transformed() or torch._C._len_torch_dispatch_stack():
+        return False
+    plain = all(type(t) in (Tensor, Parameter) for t in operands)
+    return plain and operands[0].device.type in launches.GPUS
 
 
 def _launched(x: Tensor, weight: launches.Ready, bias: Tensor | None) -> Tensor:
@@ -260,6 +264,18 @@ def dora_row_norm(W: Tensor, A: Tensor, B: Tensor, scaling: float) -> Tensor:
     # On a CPU torch's float32 root may err in the last bit; the rounded float64 root
     # does not.
     return V.square().sum(dim=1).double().sqrt().float()
+
+
+def row_norm_on_kernels(
+    W: Tensor, A: Tensor, B: Tensor, scaling: float
+) -> Tensor | None:
+    """Launch `dora_row_norm` where plain eager code can; None: elsewhere, or unfit."""
+    if not (_direct(W, A, B) and launches.available(W)):
+        return None
+    try:
+        return launches.dora_row_norm(W, A, B, scaling)
+    except InputError:  # the caller converts them, or says which does not fit
+        return None
 
 
 def _fake_dora_row_norm(W: Tensor, A: Tensor, B: Tensor, scaling: float) -> Tensor:

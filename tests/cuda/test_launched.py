@@ -8,8 +8,16 @@ import torch
 
 from minipeft.errors import InputError
 from minipeft.kernels import driver
-from minipeft.torch import blockwise, double_quant, launches, operators, qlora
-from tests.cuda.test_operators import Noting, base, same_bits, whole
+from minipeft.torch import (
+    blockwise,
+    dora,
+    double_quant,
+    launches,
+    lora,
+    operators,
+    qlora,
+)
+from tests.cuda.test_operators import Noting, base, drawn, same_bits, whole
 from tests.cuda.toolchain import needs_cpu_build
 
 
@@ -51,3 +59,88 @@ def test_parts_that_were_exchanged_are_checked_again(monkeypatch):
     layer.packed = known.weight[0]
     assert operators._ready(layer, torch.float32)
     assert layer.bfloat16().ready is None, "it would keep memory of another device"
+
+
+def adapted(monkeypatch, W: torch.Tensor, r: int = 2) -> lora.LoRA:
+    """Pretend that this CPU is a GPU; return an adapter of W in float32."""
+    monkeypatch.setattr(launches, "GPUS", {"cpu"})
+    monkeypatch.setattr(launches, "_compiler_is_here", lambda: True)
+    rows, columns = W.shape
+    return lora.LoRA(drawn(r, columns), drawn(rows, r), 0.5)
+
+
+@needs_cpu_build
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_plain_eager_code_launches_the_norm_without_the_dispatcher(monkeypatch, dtype):
+    W = drawn(24, 64).to(dtype)
+    adapter = adapted(monkeypatch, W)
+    with driver.use(Noting()) as launcher:
+        launch = operators.LAUNCHES["minipeft::dora_row_norm"]
+        A, B = adapter.A.detach(), adapter.B.detach()
+        expected = launch(W, A, B, 0.5)
+        monkeypatch.setattr(operators, "dora_row_norm", None)
+        norm = dora.row_norm(W, adapter)
+        same_bits(norm, expected)
+        assert not norm.requires_grad
+        with torch.no_grad():  # a step of an optimizer: same place, other values
+            adapter.B.mul_(2)
+        assert not torch.equal(dora.row_norm(W, adapter), expected)
+        same_bits(dora.row_norm(W, adapter), launch(W, A, B, 0.5))
+    end = "" if dtype == torch.float32 else "_mixed"
+    assert launcher.names == [f"row_norm{end}"] * 5
+
+
+@needs_cpu_build
+def test_a_norm_checks_its_operands_once_and_others_again(monkeypatch):
+    W = drawn(24, 64)
+    adapter = adapted(monkeypatch, W)
+    checked = []
+    check = launches.checks.check_low_rank
+    monkeypatch.setattr(
+        launches.checks, "check_low_rank", lambda *of: checked.append(of) or check(*of)
+    )
+    launches._of_norm.cache_clear()
+    with driver.use(Noting()):
+        for _ in range(3):
+            dora.row_norm(W, adapter)
+        assert len(checked) == 1
+        dora.row_norm(W.clone(), adapter)
+        assert len(checked) == 2
+        dora.row_norm(W[:, :32].contiguous(), adapter_of_columns(adapter, 32))
+        assert len(checked) == 3
+        launch = operators.LAUNCHES["minipeft::dora_row_norm"]
+        monkeypatch.setattr(operators, "dora_row_norm", launch)
+        for wrong in (W[:8], W.T):  # each lies where W lies
+            with pytest.raises(InputError):
+                dora.row_norm(wrong, adapter)
+        before = len(checked)
+        dora.row_norm(W, adapter)
+    assert len(checked) == before
+
+
+def adapter_of_columns(adapter: lora.LoRA, n: int) -> lora.LoRA:
+    return lora.LoRA(adapter.A.detach()[:, :n].contiguous(), adapter.B.detach(), 0.5)
+
+
+@needs_cpu_build
+def test_what_records_operations_sees_the_operator_of_the_norm(monkeypatch):
+    W = drawn(24, 64)
+    adapter = adapted(monkeypatch, W)
+    called = []
+    launch = operators.LAUNCHES["minipeft::dora_row_norm"]
+    monkeypatch.setattr(
+        operators, "dora_row_norm", lambda *of: called.append(of) or launch(*of)
+    )
+
+    class Recording(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            return function(*args, **(kwargs or {}))
+
+    with driver.use(Noting()):
+        dora.row_norm(W, adapter)
+        assert not called
+        with Recording():
+            dora.row_norm(W, adapter)
+        with torch.autograd.forward_ad.dual_level():
+            dora.row_norm(W, adapter)
+    assert len(called) == 2
