@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from minipeft import __version__
-from minipeft.errors import IN_CLONE, InputError
+from minipeft.errors import IN_CLONE, InputError, OtherBaseError
 from minipeft.golden import command as verify
 from minipeft.interop import command as files
 from minipeft.lab.memory import command as memory
@@ -29,6 +29,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     try:
         code: int = options.run(options)
+    except OtherBaseError as error:
+        anyway = ", or pass --allow-base-mismatch if you mean it"
+        flag = anyway if hasattr(options, "allow_base_mismatch") else ""
+        print(f"minipeft: {error.sentence}{flag}", file=sys.stderr)
+        return 2
     except InputError as error:
         print(f"minipeft: {error}", file=sys.stderr)
         return 2

@@ -14,6 +14,27 @@ class InputError(ValueError):
     """
 
 
+class OtherBaseError(InputError):
+    """An adapter was made for another base.
+
+    Args:
+        found: what is other here.
+        anyway: how the caller goes on all the same; the command line has its own way.
+
+    Attributes:
+        found: as given.
+        sentence: without that way.
+    """
+
+    def __init__(self, found: str, anyway: str = "") -> None:
+        self.found = found
+        self.sentence = (
+            f"the adapter was made for another base: {found}; load the base it was "
+            "made for"
+        )
+        super().__init__(f"{self.sentence}, or {anyway}" if anyway else self.sentence)
+
+
 def cannot_write(path: object, error: OSError) -> InputError:
     """Return the error for a path that cannot be written.
 

@@ -147,7 +147,7 @@ def load(
             built[key] = Bottleneck(down, up, scaling, *biases)
             Serial.check_fits(form, built[key])
     if allow_base_mismatch:
-        warn("the base was not compared: --allow-base-mismatch")
+        warn(making.NOT_COMPARED)
     else:
         warn(making.checked(contents.metadata, model))
     wrapped = {id(layers[key]): Serial(layers[key], built[key], name) for key in built}

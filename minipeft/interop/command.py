@@ -367,7 +367,7 @@ def _adapter(options: argparse.Namespace) -> "Adapter":
 
     adapter = peft_format.read(options.adapter)
     if options.allow_base_mismatch:
-        print("the base was not compared: --allow-base-mismatch", file=sys.stderr)
+        print(made.NOT_COMPARED, file=sys.stderr)
     elif fingerprint.BASE in adapter.metadata:
         saved = fingerprint.Fingerprint.from_json(adapter.metadata[fingerprint.BASE])
         base = named_as(saved.tensors, open_tensors(options.base))

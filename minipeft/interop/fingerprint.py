@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from minipeft.errors import InputError
+from minipeft.errors import InputError, OtherBaseError
 from minipeft.interop.spelling import counterpart
 from minipeft.interop.tensors import PIECE, About, Tensors, bytes_of
 
@@ -182,21 +182,19 @@ def check(saved: Fingerprint, own: Fingerprint, without: Collection[str] = ()) -
         without: names of tensors that the file contains itself.
 
     Raises:
-        InputError: a tensor differs, is missing or is new; the message names the
+        OtherBaseError: a tensor differs, is missing or is new; the message names the
             first.
     """
     first = difference(saved, own, without)
     if first is not None:
-        raise InputError(
-            f"the adapter was made for another base: {first} here; load the base it "
-            "was made for, or pass --allow-base-mismatch if you mean it"
-        )
+        what = " (its numbers, dtype or shape)" if first.endswith(" differs") else ""
+        raise OtherBaseError(f"{first} here{what}")
 
 
 def difference(
     saved: Fingerprint, own: Fingerprint, without: Collection[str] = ()
 ) -> str | None:
-    """Say which tensor differs first, is missing or is new; None if none does.
+    """Say which tensor is missing or new first, or else differs; None if none does.
 
     Checkpoints of transformers 4 and 5 name the same tensors differently.
 
@@ -215,6 +213,5 @@ def difference(
             return f"{name} is missing"
         if name not in then:
             return f"{name} is new"
-        if then[name] != now[name]:
-            return f"{name} differs"
-    return None
+    changed = sorted(name for name in then if then[name] != now[name])
+    return f"{changed[0]} differs" if changed else None

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from minipeft import __version__
+from minipeft.errors import OtherBaseError
 from minipeft.interop import fingerprint
 from minipeft.interop.adapter import Adapter
 from minipeft.interop.fingerprint import BASE, Fingerprint, of_tensor
@@ -27,6 +28,9 @@ UNKNOWN = (
     "the adapter does not say which base it was made for, so another base of the same "
     "shapes is not noticed"
 )
+
+NOT_COMPARED = "the base was not compared with the one that the adapter was made for"
+ANYWAY = "pass allow_base_mismatch=True if you mean it"
 
 
 @dataclass(frozen=True)
@@ -127,12 +131,15 @@ def checked(
         brought: names of the model's tensors that the file replaces.
 
     Raises:
-        InputError: the file was made for another base; the message names the first
+        OtherBaseError: the file was made for another base; the message names the first
             tensor that differs.
     """
     if BASE in found:
         saved = Fingerprint.from_json(found[BASE])
-        fingerprint.check(saved, of_base(model), brought)
+        try:
+            fingerprint.check(saved, of_base(model), brought)
+        except OtherBaseError as error:
+            raise OtherBaseError(error.found, ANYWAY) from None
     return about_base(found)
 
 

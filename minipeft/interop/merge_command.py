@@ -48,7 +48,7 @@ def run(options: argparse.Namespace) -> int:
     """Merge, and say into what; return the exit code."""
     import torch
 
-    from minipeft.interop import peft_format
+    from minipeft.interop import made, peft_format
     from minipeft.interop.fingerprint import BASE
     from minipeft.interop.tensors import open_tensors
 
@@ -60,7 +60,7 @@ def run(options: argparse.Namespace) -> int:
     with progress("merging", len(open_tensors(options.base).about)) as step:
         line = _merged(options, adapter, dtype, step)
     if options.allow_base_mismatch:
-        line = "the base was not compared: --allow-base-mismatch"
+        line = made.NOT_COMPARED
     print(line, file=sys.stderr)
     stacks = sum(len(parts) // 2 for parts in adapter.stacks.values())
     into = f" ({options.target})" if options.target else ""

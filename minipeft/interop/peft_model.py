@@ -6,14 +6,15 @@ save(model, Path("trained"))
 
 import re
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from minipeft.errors import InputError
+from minipeft.errors import InputError, OtherBaseError
 from minipeft.interop import made as making
 from minipeft.interop import peft_folder, peft_virtual, peft_write
 from minipeft.interop.made import Made
@@ -77,12 +78,12 @@ def load(
     parts, others = split(contents)
     own = _unwrapped(model)
     places = {key: _place(key, own) for key in parts}
-    _check_complete(contents.config, own, set(places.values()))
     brought = _brought(contents.config, others, model)
-    _check_base(contents, model, brought, allow_base_mismatch, say)
-    built = adapters(
-        contents, parts, {key: own[place] for key, place in places.items()}
-    )
+    layers = {key: own[place] for key, place in places.items()}
+    with _naming_shapes(contents, parts, layers):
+        _check_base(contents, model, brought, allow_base_mismatch, say)
+    _check_complete(contents.config, own, set(places.values()))
+    built = adapters(contents, parts, layers)
     _attach(model, {places[key]: pair for key, pair in built.items()}, name)
     with torch.no_grad():
         own_tensors = making.base_tensors(model)
@@ -178,9 +179,27 @@ def _check_base(
     say: Callable[[str], None],
 ) -> None:
     if allow_base_mismatch:
-        say("the base was not compared: --allow-base-mismatch")
+        say(making.NOT_COMPARED)
     else:
         say(making.checked(contents.metadata, model, brought))
+
+
+@contextmanager
+def _naming_shapes(
+    contents: Contents,
+    parts: Mapping[str, Mapping[str, Tensor]],
+    layers: Mapping[str, nn.Module],
+) -> Iterator[None]:
+    """Name the shapes of another base, where these do not fit either."""
+    try:
+        yield
+    except OtherBaseError as error:
+        try:
+            adapters(contents, parts, layers)
+        except InputError as misfit:
+            what = f"{error.found}, and {str(misfit).rstrip('.')}"
+            raise OtherBaseError(what) from None
+        raise
 
 
 def _unwrapped(model: nn.Module) -> dict[str, nn.Module]:
@@ -214,8 +233,9 @@ def _check_complete(
         named = named or bool(targeted(name, [*module._parameters], config))
         if named and name not in found:
             raise InputError(
-                f"the settings name {name}, and the file has no tensors for it; get "
-                "the adapter again"
+                f"the settings name {name}, and the file has no tensors for it; give "
+                "the model that it was trained on, or, if that is this one, get the "
+                "adapter again"
             )
 
 

@@ -261,9 +261,10 @@ class Adapted(nn.Module, ABC, Generic[Adapter]):
         """Refuse a name that no new adapter can have."""
         check_kind("name", name, str)
         if not name or "." in name or hasattr(self.adapters, name):
+            taken = f", other than {_listed(self.adapters)}" if self.adapters else ""
             raise InputError(
                 f"the adapter name {name!r} cannot be used here; choose one without a "
-                f"dot, other than {_listed(self.adapters)}."
+                f"dot{taken}."
             )
 
     def remove(self, name: str) -> None:
@@ -331,9 +332,12 @@ class Adapted(nn.Module, ABC, Generic[Adapter]):
 
     def _check_known(self, name: str) -> None:
         if name not in self.adapters:
-            raise InputError(
-                f"there is no adapter {name!r}; choose from {_listed(self.adapters)}."
+            choice = (
+                f"choose from {_listed(self.adapters)}"
+                if self.adapters
+                else "the layer holds none at all: add one first"
             )
+            raise InputError(f"there is no adapter {name!r}; {choice}.")
 
     def __getattr__(self, name: str) -> Any:
         """Return an attribute of the base, except names that programs set anywhere."""
@@ -552,4 +556,4 @@ def _check_here(base: nn.Module, weight: Tensor) -> None:
 
 
 def _listed(names: Iterable[str]) -> str:
-    return ", ".join(sorted(names)) or "none"
+    return ", ".join(sorted(names))

@@ -485,10 +485,12 @@ def _check_known(layers: Mapping[str, Layer], names: Iterable[str]) -> None:
     for name in names:
         check_kind("the name of an adapter", name, str)
         if name not in known:
-            raise InputError(
-                f"no layer holds an adapter {name!r}; choose from "
-                f"{', '.join(known) or 'none, and inject one first'}."
+            choice = (
+                f"choose from {', '.join(known)}"
+                if known
+                else "the model has no adapters: inject or load one first"
             )
+            raise InputError(f"no layer holds an adapter {name!r}; {choice}.")
 
 
 def _tensors(model: nn.Module, name: str) -> dict[str, Tensor]:

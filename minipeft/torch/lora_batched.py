@@ -568,10 +568,9 @@ class Pool:
 
     def _check_known(self, name: str) -> None:
         if name not in self.host:
-            raise InputError(
-                f"there is no adapter {name!r}; choose from "
-                f"{', '.join(self.host) or 'none, and add one first'}."
-            )
+            choice = f"choose from {', '.join(self.host)}"
+            choice = choice if self.host else "the pool holds none: add one first"
+            raise InputError(f"there is no adapter {name!r}; {choice}.")
 
     def _check_free(self, name: str, doing: str) -> None:
         for i, shares in enumerate(self.requests):

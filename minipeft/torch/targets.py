@@ -37,11 +37,14 @@ def chosen(names: Iterable[str], targets: Sequence[str]) -> list[str]:
     for target in targets:
         if not any(matches(name, target) for name in names):
             choices = sorted({name.rpartition(".")[2] for name in names})
-            raise InputError(
-                f"the target {target!r} matches nothing; choose from "
-                f"{', '.join(choices) or 'another model'}."
-            )
+            raise InputError(f"the target {target!r} matches nothing; {_say(choices)}.")
     return [name for name in names if any(matches(name, t) for t in targets)]
+
+
+def _say(choices: Collection[str]) -> str:
+    if choices:
+        return f"choose from {', '.join(choices)}"
+    return "the model has no layer that can be adapted, so give another model"
 
 
 def check_names(name: str, value: Collection[str]) -> None:
@@ -164,10 +167,8 @@ def _meant(
     if _is_pattern(target):  # a pattern may also match other modules
         names = [name for name in names if _is_adaptable(modules[name])]
     if not names:
-        raise InputError(
-            f"the target {target!r} matches no layer; choose from "
-            f"{', '.join(_choices(modules)) or 'another model'}."
-        )
+        said = _say(_choices(modules))
+        raise InputError(f"the target {target!r} matches no layer; {said}.")
     return names
 
 

@@ -150,6 +150,8 @@ def test_another_base_is_refused_by_name(folders, capsys):
     assert cli.main(["merge", *given, "--out", str(path / "two")]) == 2
     error = capsys.readouterr().err
     assert "another base: model.norm.weight differs here" in error
+    assert error.endswith("or pass --allow-base-mismatch if you mean it\n")
+    assert "=True" not in error
     assert not (path / "two").exists()
     allowed = [*given, "--allow-base-mismatch", "--out", str(path / "three")]
     assert cli.main(["merge", *allowed]) == 0

@@ -6,6 +6,7 @@ import shutil
 import gguf
 import pytest
 import torch
+import transformers
 
 from minipeft import cli
 from minipeft.errors import InputError
@@ -72,15 +73,19 @@ def test_another_base_is_refused_by_its_first_tensor(tmp_path):
     with torch.no_grad():
         other.model.layers[1].mlp.up_proj.weight[3, 5] += 1e-7
     said = []
-    with pytest.raises(InputError, match=r"layers\.1\.mlp\.up_proj\.weight differs"):
+    with pytest.raises(
+        InputError, match=r"layers\.1\.mlp\.up_proj\.weight differs"
+    ) as e:
         peft_model.load(other, tmp_path / "adapter", say=said.append)
+    assert str(e.value).endswith("or pass allow_base_mismatch=True if you mean it")
+    assert "--" not in str(e.value)
     assert not inject.adapted(other)
     assert said == []
     peft_model.load(
         other, tmp_path / "adapter", allow_base_mismatch=True, say=said.append
     )
     assert inject.adapted(other)
-    assert said == ["the base was not compared: --allow-base-mismatch"]
+    assert said == [made.NOT_COMPARED]
 
 
 def test_a_missing_and_a_new_tensor_are_named(tmp_path):
@@ -93,6 +98,36 @@ def test_a_missing_and_a_new_tensor_are_named(tmp_path):
         with pytest.raises(InputError, match=f"extra.bias {words}"):
             peft_model.load(inject.unload(other), folder, say=lambda line: None)
         inject.unload(one)
+
+
+def sized(width, depth):
+    config = transformers.LlamaConfig(
+        vocab_size=11,
+        hidden_size=width,
+        num_hidden_layers=depth,
+        num_attention_heads=2,
+        intermediate_size=12,
+    )
+    torch.manual_seed(0)
+    return transformers.LlamaForCausalLM(config)
+
+
+@pytest.mark.parametrize("known", [True, False], ids=["named", "not named"])
+def test_a_deeper_or_wider_base_is_told_what_differs(tmp_path, known):
+    peft_model.save(inject.inject(sized(8, 2), LORA, TARGETS), tmp_path / "full")
+    found = peft_folder.read(tmp_path / "full")
+    metadata = found.metadata if known else {}
+    contents = peft_folder.Contents(found.config, found.tensors, metadata)
+    peft_folder.write(tmp_path / "one", contents)
+    wide = r"layers\.0\.mlp\.down_proj: B has shape \(8, 3\); .* must be \(16, 3\)"
+    deep = r"the settings name model\.layers\.2\..*; give the model that it was trained"
+    if known:
+        wide = rf"another base: .* differs here .*, and model\.{wide}; load the base"
+        deep = r"another base: model\.layers\.2\..* is new here; load the base it was"
+    for model, sentence in ((sized(16, 2), wide), (sized(8, 3), deep)):
+        with pytest.raises(InputError, match=sentence):
+            peft_model.load(model, tmp_path / "one", say=lambda line: None)
+        assert not inject.adapted(model)
 
 
 def test_a_file_without_a_fingerprint_is_accepted_with_a_line(tmp_path):

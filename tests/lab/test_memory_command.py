@@ -149,6 +149,8 @@ def test_checkpointing_and_attention_move_the_peak_as_they_should(method):
         (("--batch", "0"), "batch is 0; give at least 1"),
         (("-r", "0"), "the rank is 0; it must be at least 1"),
         (("--targets", "query"), "targets are ['query']; choose from q_proj"),
+        (("--targets", "experts"), "LoRA on every expert by adapt_experts (--adapt-ex"),
+        (("--targets", "q_proj,gate_up_proj"), "by adapt_experts (--adapt-experts)"),
         (("--targets", "c_fc"), "targets are ['c_fc']; choose from q_proj"),
         (("--method", "full", "--base", "nf4"), "weights in 4 bits are not trained"),
         (("--method", "dora", "--adapt-experts"), "dora does not adapt experts"),

@@ -354,6 +354,28 @@ def test_names_that_are_taken_or_unknown_are_refused(model):
             attempt(model, "four")
 
 
+def test_where_there_is_no_adapter_the_remedy_is_to_make_one():
+    plain = nn.Sequential(nn.Linear(4, 4))
+    first = "the model has no adapters: inject or load one first"
+    for attempt in (
+        lambda: load_adapter_state_dict(plain, {}),
+        lambda: adapter_state_dict(plain),
+        lambda: activate(plain, "default"),
+        lambda: remove(plain, "default"),
+    ):
+        with pytest.raises(InputError, match=rf"no .* adapter 'default'; {first}\.$"):
+            attempt()
+    with pytest.raises(
+        InputError, match=r"'a\.b' cannot be .* choose one without a dot\.$"
+    ):
+        inject(plain, CONFIG, ["0"], "a.b")
+    with pytest.raises(
+        InputError, match=r"no layer; the model has no layer that can be"
+    ):
+        inject(nn.Sequential(nn.ReLU()), CONFIG, ["q_proj"])
+    assert not adapted(plain)
+
+
 # --- files ---------------------------------------------------------------------------
 
 

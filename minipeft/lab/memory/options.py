@@ -111,8 +111,8 @@ class Options:
             )
         if self.method == "full" and self.adapt_experts:
             raise InputError(
-                "full trains the experts without adapters; leave --adapt-experts out, "
-                "or choose lora"
+                "full trains the experts without adapters; leave adapt_experts "
+                "(--adapt-experts) out, or choose lora"
             )
         if self.method == "full" and self.base.startswith("nf4"):
             raise InputError(

@@ -119,6 +119,8 @@ RANKED = ("lora", "rslora", "pissa", "loftq", "dora", "hira")
 """The methods whose update has no higher rank than the layer."""
 
 METHODS = ("full", *ROWS, *VIRTUAL)
+EXPERTS = {"experts", "gate_up_proj", "w1", "w2", "w3"}
+"""What configurations and files call the experts of a block, and their stacks."""
 
 
 @dataclass(frozen=True)
@@ -144,6 +146,11 @@ class Adapter:
             )
         known = (*LINEARS, *GPT2)
         wanted = known if self.targets is None else self.targets
+        if {*wanted} & EXPERTS:
+            raise InputError(
+                f"targets are {[*wanted]}, and experts are no linear layer; leave them "
+                "out, and put LoRA on every expert by adapt_experts (--adapt-experts)"
+            )
         if not wanted or set(wanted) - set(known):
             raise InputError(
                 f"targets are {[*wanted]}; choose from {', '.join(LINEARS)}, or in "
@@ -180,14 +187,16 @@ class Adapter:
         """
         if self.experts and model.experts is None:
             raise InputError(
-                "this model has no experts to adapt; leave --adapt-experts out"
+                "this model has no experts to adapt; leave adapt_experts "
+                "(--adapt-experts) out"
             )
         placed = model.placed(self.names(model))
         for name in self.targets or ():
             if not {name, f"shared_expert.{name}"} & set(placed):
                 raise InputError(
                     f"the target {name} stands only inside experts here, where it "
-                    "matches nothing; leave it out, or choose --adapt-experts for them"
+                    "matches nothing; leave it out, or choose adapt_experts "
+                    "(--adapt-experts) for them"
                 )
         for name, (_, o, i) in placed.items():
             if self.method in RANKED and self.r > min(o, i):
