@@ -63,7 +63,7 @@ class DoRA(LoRA):
             dtype: of the output; None: the dtype of the frozen layer's output.
         """
         check_fits(product.form, self)
-        z = super().forward(product, torch.promote_types(product.y.dtype, self.A.dtype))
+        z = self._changed(product, torch.promote_types(product.y.dtype, self.A.dtype))
         norm = row_norm(product.W, self)
         return _rescale(z, self.magnitude, norm, product.bias, dtype or product.y.dtype)
 
@@ -127,8 +127,14 @@ def row_norm(W: Weight, update: LoRA) -> Rows:
 def over_norm(values: Rows, norm: Rows) -> Rows:
     """Return values / norm; for a zero row, whose direction is zero, return 0."""
     check_tensors({"norm": (norm, "out_features"), "values": (values, "out_features")})
+    return _over(values, norm)
+
+
+def _over(values: Rows, norm: Rows) -> Rows:
     zero = norm == 0
-    return torch.where(zero, 0, values / norm.masked_fill(zero, 1))
+    if torch.is_grad_enabled():  # the derivative of values / 0 would be NaN
+        return torch.where(zero, 0, values / norm.masked_fill(zero, 1))
+    return (values / norm).masked_fill(zero, 0)
 
 
 def _rescale(
@@ -137,7 +143,7 @@ def _rescale(
     # g (z - b) + b with g = m / |V|, the norm a constant. z includes the bias b,
     # which g must not scale. Rounded once, to `dtype`.
     if transformed() or not torch.is_grad_enabled():
-        return _rescaled(z, over_norm(magnitude, norm), bias).to(dtype)
+        return _rescaled(z, _over(magnitude, norm), bias).to(dtype)
     y, _ = _Rescale.apply(z, magnitude, norm, bias, dtype)  # type: ignore[no-untyped-call]
     return cast(Tensor, y)
 
@@ -166,31 +172,34 @@ class _Rescale(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *operands: Any) -> tuple[Tensor, Tensor]:
         z, magnitude, norm, bias, dtype = operands
-        g = over_norm(magnitude, norm)
+        g = _over(magnitude, norm)
         y, looks = _rescaled(z, g, bias).to(dtype), _looks(z)
-        kept = z[..., _Rescale._small(g)] if looks else z.view_as(z).to(dtype)
+        kept = z[..., _Rescale._small(g)] if looks else z.to(dtype)
+        kept = z.view_as(z) if kept is z else kept  # an output, and no input
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(y if looks else None, kept, magnitude, norm, bias)
+        ctx.save_for_backward(y if looks else None, kept, magnitude, norm, bias, g)
         return y, kept
 
     @staticmethod
     def backward(
         ctx: Any, grad_y: Tensor | None, grad_kept: Tensor | None
     ) -> tuple[Tensor | None, ...]:
-        y, kept, magnitude, norm, bias = _Rescale._saved(ctx)
+        y, kept, magnitude, norm, bias, g = _Rescale._saved(ctx)
+        if torch.is_grad_enabled():  # a derivative of this derivative goes through g
+            g = _over(magnitude, norm)
         wants_z, wants_magnitude, *_ = ctx.needs_input_grad
         grad_z, grad_magnitude = None, None
         if grad_y is not None:
             if wants_z:
-                grad_z = grad_y * over_norm(magnitude, norm)
+                grad_z = grad_y * g
             if wants_magnitude:
                 slope = grad_y.to(magnitude.dtype)
                 grad_magnitude = _Rescale._of_magnitude(
-                    slope, y, kept, (magnitude, norm, bias)
+                    slope, y, kept, (magnitude, norm, bias, g)
                 )
         if grad_kept is not None and wants_z:
             if y is not None:
-                small = _Rescale._small(over_norm(magnitude, norm))
+                small = _Rescale._small(g)
                 there = y.new_zeros(y.shape, dtype=grad_kept.dtype)
                 grad_kept = there.index_copy(-1, small, grad_kept)
             grad_z = grad_kept if grad_z is None else grad_z + grad_kept
@@ -201,15 +210,15 @@ class _Rescale(torch.autograd.Function):
         slope: Tensor,
         y: Tensor | None,
         kept: Tensor,
-        rows: tuple[Tensor, Tensor, Tensor | None],
+        rows: tuple[Tensor, Tensor, Tensor | None, Tensor],
     ) -> Tensor:
-        magnitude, norm, bias = rows
+        magnitude, norm, bias, g = rows
         if y is None:
             part = kept if bias is None else kept - bias
-            return over_norm(_over_positions(slope * part), norm)
-        small = _Rescale._small(over_norm(magnitude, norm))
+            return _over(_over_positions(slope * part), norm)
+        small = _Rescale._small(g)
         part = kept if bias is None else kept - bias[small]
-        few = over_norm(_over_positions(slope[..., small] * part), norm[small])
+        few = _over(_over_positions(slope[..., small] * part), norm[small])
         sums = _over_positions(slope * y)
         if bias is not None:
             sums = sums - _over_positions(slope) * bias
@@ -241,7 +250,8 @@ def _looks(values: Tensor) -> bool:
 
 
 def _over_positions(values: Float[Tensor, "... n"]) -> Float[Tensor, " n"]:
-    return values[None].flatten(0, -2).sum(dim=0)
+    matrix = values if values.dim() > 1 else values[None]
+    return matrix.flatten(0, -2).sum(dim=0)
 
 
 def merge(W: Weight, adapter: DoRA) -> Weight:

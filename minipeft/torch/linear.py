@@ -367,7 +367,7 @@ class _Added(torch.autograd.Function):
 
 
 def _rows(x: Tensor) -> Tensor:
-    return x[None].flatten(0, -2)
+    return (x if x.dim() > 1 else x[None]).flatten(0, -2)
 
 
 def transformed() -> bool:

@@ -56,6 +56,9 @@ class LoRA(nn.Module):
         With a dtype, return the sum of the frozen output and the change, rounded to it.
         """
         check_fits(product.form, self)
+        return self._changed(product, dtype)
+
+    def _changed(self, product: Product, dtype: torch.dtype | None) -> Output:
         if dtype is not None and product.adds(self.A, self.dropout):
             return product.added(self.A, self.B, self.scaling, dtype)
         h = product.project(self.A, self.dropout)
