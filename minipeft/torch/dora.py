@@ -223,7 +223,8 @@ class _Rescale(torch.autograd.Function):
         if bias is not None:
             sums = sums - _over_positions(slope) * bias
         over = magnitude.index_fill(0, small, 1)
-        return (sums / over).index_copy(0, small, few)
+        total = sums / over
+        return total.index_copy(0, small, few.to(total.dtype))
 
     @staticmethod
     def _saved(ctx: Any) -> tuple[Any, ...]:

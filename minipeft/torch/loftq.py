@@ -14,7 +14,7 @@ from minipeft.torch import blockwise, pissa
 from minipeft.torch.adapted import Adapted, naming
 from minipeft.torch.blockwise import Blockwise
 from minipeft.torch.codebook import NF2, NF4
-from minipeft.torch.linear import weight_view
+from minipeft.torch.linear import check_no_forward, full_precision, weight_view
 from minipeft.torch.lora import LoRA, LoRALinear, check_dropout
 from minipeft.torch.operands import check_tensor
 from minipeft.torch.qlora import QuantizedLinear
@@ -135,7 +135,8 @@ class LoftQLinear(LoRALinear):
         found = base
         if isinstance(adapter, LoftQ):
             bias, form = cast(Any, base.bias), weight_view(base).form(base)
-            found = QuantizedLinear(adapter.q, bias, form.dtype)
+            new = QuantizedLinear(adapter.q, bias, form.dtype)
+            found = new.in_place_of(base)
             del adapter.q
         super().__init__(found, adapter, name)
 
@@ -183,7 +184,9 @@ class LoftQConfig:
             )
         codebook = self.codebooks.get(name, self.codebook)
         W = view.turn(cast(Tensor, layer.weight)).detach().contiguous()
-        found = init(W, self.r, self.alpha, codebook, self.blocksize, self.steps)
+        check_no_forward(layer, "a quantized one")
+        with full_precision(W.device):
+            found = init(W, self.r, self.alpha, codebook, self.blocksize, self.steps)
         return LoftQ(*found, self.dropout)
 
 

@@ -24,7 +24,7 @@ from minipeft.torch.linear import (
     weight_of,
 )
 from minipeft.torch.lora import LoRA, check_dropout
-from minipeft.torch.operands import check_tensors
+from minipeft.torch.operands import check_tensors, has_values
 from minipeft.values import check_integer, check_kind, check_number
 
 
@@ -276,6 +276,10 @@ def checked_scaling(
     check_number("alpha", alpha)
     if not alpha > 0:
         raise InputError(f"alpha is {alpha}; a split of W needs a positive one.")
+    if not has_values(W):
+        raise InputError(
+            "W is on the device meta, and has no values to split; load the model first."
+        )
     if not torch.isfinite(W).all():
         i, j = (int(index) for index in torch.nonzero(~torch.isfinite(W))[0])
         raise InputError(

@@ -28,6 +28,7 @@ from minipeft.torch.linear import (
     Input,
     Output,
     Stacked,
+    Transposed,
     Weight,
     WeightView,
     as_autocast,
@@ -84,6 +85,7 @@ class QuantizedLinear(nn.Module):
     """
 
     packed: Tensor
+    original: type[nn.Module] | None = None  # a Conv1D, for the plain layer
 
     def __init__(
         self,
@@ -125,11 +127,17 @@ class QuantizedLinear(nn.Module):
         With `nested_blocksize` (256) the scales are quantized too.
         """
         W = weight_view(layer).turn(cast(Tensor, layer.weight))
-        q = _coded(W, codebook, blocksize)
+        q: Blockwise | Nested = _coded(W, codebook, blocksize)
         if nested_blocksize is not None:
-            nested = double_quant.nest(q, nested_blocksize)
-            return cls(nested, cast(Any, layer.bias), W.dtype).train(layer.training)
-        return cls(q, cast(Any, layer.bias), W.dtype).train(layer.training)
+            q = double_quant.nest(cast(Blockwise, q), nested_blocksize)
+        return cls(q, cast(Any, layer.bias), W.dtype).in_place_of(layer)
+
+    def in_place_of(self, layer: nn.Module) -> "QuantizedLinear":
+        """Take over the mode and the hooks of a layer, and remember a Conv1D."""
+        conv1d = isinstance(weight_view(layer), Transposed)
+        self.original = type(layer) if conv1d else None
+        hooked_as(layer, self)
+        return self.train(layer.training)
 
     @property
     def q(self) -> Blockwise | Nested:
@@ -305,9 +313,19 @@ class _Quantized(WeightView):
         check_no_forward(layer, "the plain layer")
 
     def plain(self, layer: Any, W: Weight) -> nn.Module:
-        merged = frozen(W.contiguous())
+        merged = _as_before(layer, W)
         merged.bias = layer.bias
         return hooked_as(layer, merged.train(layer.training))
+
+
+def _as_before(layer: Any, W: Weight) -> Any:
+    # A Conv1D adds its bias in another order, so a last bit of its output may change.
+    if layer.original is None:
+        return frozen(W.contiguous())
+    with torch.device("meta"):  # draws no random numbers
+        conv1d = layer.original(layer.out_features, layer.in_features)
+    conv1d.weight = nn.Parameter(W.T.contiguous(), requires_grad=False)
+    return conv1d
 
 
 @weight_view.register
@@ -478,9 +496,7 @@ def _quantized(
     view, hyper = weight_view(layer), (codebook, blocksize, nested_blocksize)
     if isinstance(view, Stacked):
         return QuantizedExperts.from_experts(layer, *hyper)
-    plain = frozen(view.turn(layer.weight).detach(), layer.bias)
-    new = QuantizedLinear.from_linear(plain, *hyper)
-    return hooked_as(layer, new.train(layer.training))
+    return QuantizedLinear.from_linear(layer, *hyper)
 
 
 def unquantized(model: nn.Module) -> dict[str, int]:
