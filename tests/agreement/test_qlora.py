@@ -142,7 +142,7 @@ def test_quantize_linears_leaves_what_it_is_told_to_leave():
     assert all(k is nn.Linear for n, k in kinds.items() if "layers.0" in n)
     assert all(k is QuantizedLinear for n, k in kinds.items() if "layers.1" in n)
     assert type(model.lm_head) is nn.Linear
-    with pytest.raises(InputError, match="quantized already .*the rest is skipped"):
+    with pytest.raises(InputError, match=r"quantized already .*the rest is skipped"):
         quantize_linears(model, skip=("*",))
 
 
