@@ -68,7 +68,7 @@ class Card:
         with watched(self.device) as found:
             yield found
         found[0] += kept
-        if self.device == "cpu" and found[0] > self.size:
+        if not self.device.startswith("cuda") and found[0] > self.size:
             raise torch.OutOfMemoryError(
                 f"out of memory: {found[0]:,} bytes were needed and the card has "
                 f"{self.size:,.0f}"

@@ -139,7 +139,7 @@ def least(make: Ready, course: Course, device: str) -> int:
         OutOfMemoryError: all of the device is too small.
     """
     model, optimizer = make()
-    if device == "cpu":
+    if not device.startswith("cuda"):
         resize(optimizer, 1)
         return demand(model, dict(on_device_of(model, course.long)), device)
     short = replace(course, at=1, steps=3)

@@ -123,12 +123,13 @@ class Adapted(nn.Module, ABC, Generic[Adapter]):
                 the base does not multiply by its weight.
         """
         products: list[Product] = []
-        with _Within(self, products):
-            y = self.view.call(self.base, one_input(input, x))
+        base: Any = self._modules["base"]  # `__getattr__` would take ten times as long
+        with _Within(self, base, products):
+            y = self.view.call(base, one_input(input, x))
         if not products:
-            weight_view(self.base)  # raises if something else now computes its weight
+            weight_view(base)  # raises if something else now computes its weight
             raise InputError(
-                f"this {type(self.base).__name__} did not multiply by its weight as it "
+                f"this {type(base).__name__} did not multiply by its weight as it "
                 "stands, so no adapter could act; restore the forward of its class, or "
                 "leave the layer out of the targets."
             )
@@ -136,7 +137,7 @@ class Adapted(nn.Module, ABC, Generic[Adapter]):
 
     def compute(self, product: Product) -> Output:
         """Return the product of the base, adapted or merged."""
-        if self.merged_weight is None:
+        if self._buffers["merged_weight"] is None:
             return self.adapt(product)
         return product.compute(W=self.merged_weight, bias=self.merged_bias)
 
@@ -309,7 +310,8 @@ class Adapted(nn.Module, ABC, Generic[Adapter]):
 
     def shares(self) -> list[tuple[float, Adapter]]:
         """Return the active adapters as pairs (share, adapter)."""
-        return [(s, cast(Adapter, self.adapters[n])) for n, s in self.active.items()]
+        held = cast(nn.Module, self._modules["adapters"])._modules
+        return [(s, cast(Adapter, held[n])) for n, s in self.active.items()]
 
     def _delta(self, W: Weight) -> Weight:
         total = torch.zeros(W.shape, dtype=torch.float32, device=W.device)
@@ -375,16 +377,16 @@ class _Within(TorchFunctionMode):
         | {Tensor.bfloat16, Tensor.detach, Tensor.contiguous}
     )
 
-    def __init__(self, layer: Adapted[Any], products: list[Product]):
+    def __init__(self, layer: Adapted[Any], base: Any, products: list[Product]):
         super().__init__()
-        self.layer, self.products = layer, products
+        self.layer, self.base, self.products = layer, base, products
         self.casts: list[Any] = []
 
     def __torch_function__(
         self, function: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
-        layer, kwargs = self.layer, kwargs or {}
-        view, base = layer.view, layer.base
+        layer, base, kwargs = self.layer, self.base, kwargs or {}
+        view = layer.view
         if view.is_product(base, function, args) or self._takes_a_cast(function, args):
             product = Product(view, base, args, kwargs, layer.training)
             self.products.append(product)

@@ -43,7 +43,8 @@ class Form(NamedTuple):
     @classmethod
     def of(cls, W: Weight) -> "Form":
         """Return the form of a weight."""
-        return cls(W.shape[0], W.shape[1], W.dtype, W.device)
+        out_features, in_features = W.shape
+        return cls(out_features, in_features, W.dtype, W.device)
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -341,29 +342,34 @@ class _Added(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *operands: Any) -> Tensor:
         y, x, A, B, s, to = operands
-        h = s * linear(x.to(A.dtype), A)
+        h = s * linear(_in(x, A.dtype), A)
         change = linear(h, B)
         ctx.save_for_backward(x, A, B, h)
         ctx.s, ctx.dtype = s, y.dtype
         wide = torch.promote_types(y.dtype, change.dtype) == change.dtype
-        return cast(Tensor, (change.add_(y) if wide else y + change).to(to))
+        return _in(change.add_(y) if wide else y + change, to)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, A, B, h = ctx.saved_tensors
         of_y, of_x, of_A, of_B, *_ = ctx.needs_input_grad
         if torch.is_grad_enabled():  # a derivative of this derivative goes through h
-            h = ctx.s * linear(x.to(A.dtype), A)
-        G = grad.to(A.dtype)
+            h = ctx.s * linear(_in(x, A.dtype), A)
+        G = _in(grad, A.dtype)
         grad_h = ctx.s * (G @ B)
         return (
-            grad.to(ctx.dtype) if of_y else None,
-            (grad_h @ A).to(x.dtype) if of_x else None,
-            _rows(grad_h).T @ _rows(x).to(A.dtype) if of_A else None,
+            _in(grad, ctx.dtype) if of_y else None,
+            _in(grad_h @ A, x.dtype) if of_x else None,
+            _rows(grad_h).T @ _in(_rows(x), A.dtype) if of_A else None,
             _rows(G).T @ _rows(h) if of_B else None,
             None,
             None,
         )
+
+
+def _in(x: Tensor, dtype: torch.dtype) -> Tensor:
+    # `to` of the same dtype is a call of the dispatcher, as dear as a small product.
+    return x if x.dtype == dtype else x.to(dtype)
 
 
 def _rows(x: Tensor) -> Tensor:

@@ -59,10 +59,11 @@ class LoRA(nn.Module):
         return self._changed(product, dtype)
 
     def _changed(self, product: Product, dtype: torch.dtype | None) -> Output:
-        if dtype is not None and product.adds(self.A, self.dropout):
-            return product.added(self.A, self.B, self.scaling, dtype)
-        h = product.project(self.A, self.dropout)
-        change = linear(self.scaling * h, self.B)
+        A, B = self.A, self.B
+        if dtype is not None and product.adds(A, self.dropout):
+            return product.added(A, B, self.scaling, dtype)
+        h = product.project(A, self.dropout)
+        change = linear(self.scaling * h, B)
         return change if dtype is None else (product.y + change).to(dtype)
 
 
@@ -143,11 +144,12 @@ def check_fits(form: Form, adapter: LoRA) -> None:
     Like `reference.lora.check_fits`, it allows a rank above the rank of W.
     """
     check_kind("adapter", adapter, LoRA)
-    r = rows_of(adapter.A)
+    A, B = adapter.A, adapter.B
+    r = rows_of(A)
     if r < 1:
         raise InputError("r is 0; give A at least one row and B at least one column.")
-    check_shape("A", adapter.A, r, form.in_features)
-    check_shape("B", adapter.B, form.out_features, r)
+    check_shape("A", A, r, form.in_features)
+    check_shape("B", B, form.out_features, r)
 
 
 class LoRALinear(Adapted[LoRA]):

@@ -2,7 +2,8 @@
 
 The device is pretended (tests/properties/device.py). Like a GPU it refuses an operation
 on tensors of two devices. The chapters run one after another in one process, with one
-step of training, few examples and no figures.
+step of training, few examples, small blocks in place of those of a large model, and no
+figures.
 """
 
 import contextlib
@@ -12,16 +13,19 @@ import sys
 import time
 import traceback
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from minipeft.lab import chapter, data, models, plots, timing
+from minipeft.lab import blocks, chapter, data, models, plots, timing
 from tests.properties import device
 
 CHAPTERS = Path(__file__).parents[2] / "chapters"
 EXAMPLES = 24  # of each side of the split
+SMALL = {"count": 1, "width": 256, "inner": 512, "heads": 4, "groups": 2}
+SMALL |= {"vocabulary": 512, "r": 8}  # in place of 12 GB of a large model
 TIMED: list[object] = []
 
 
@@ -37,6 +41,7 @@ def shorten(there: torch.device) -> None:
         module.pick_device = lambda asked: str(there)
     entries = data.devils_dictionary
     data.devils_dictionary = lambda split=None: entries(split)[:EXAMPLES]
+    blocks.Blocks = partial(blocks.Blocks, **SMALL)
     timing.cost = once
     plots.save = lambda figure, path: path.parent.mkdir(parents=True, exist_ok=True)
 
