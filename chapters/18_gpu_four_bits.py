@@ -15,11 +15,10 @@ import numpy as np
 from matplotlib.patches import Rectangle
 
 from minipeft import kernels
-from minipeft.cupy import executor
 from minipeft.lab import machine_code, plots
 from minipeft.lab.chapter import start
 from minipeft.lab.gpu import banks, bench, gpu_report, slots
-from minipeft.lab.gpu.device import CupyDevice
+from minipeft.lab.gpu.device import CupyDevice, unmeasured
 from minipeft.lab.machine_code import MachineCode
 from minipeft.lab.memory import LLAMA_7B, quantized_bits
 from minipeft.reference import blockwise, double_quant
@@ -583,7 +582,7 @@ assert rates == sorted(rates)
 # place of the published one.
 
 # %%
-reason = executor.missing() if chapter.device == "cuda" else "no GPU, or --device cpu"
+reason = unmeasured(chapter.device)
 if reason:
     print(f"not measured here: {reason}")
 else:

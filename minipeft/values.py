@@ -4,7 +4,7 @@ Each refuses in one sentence that names the operand, before anything is computed
 """
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from fractions import Fraction
 from functools import cache, wraps
 from inspect import signature
@@ -28,6 +28,7 @@ from minipeft.errors import InputError
 
 __all__ = [
     "check_calls",
+    "check_device",
     "check_flag",
     "check_integer",
     "check_kind",
@@ -41,6 +42,35 @@ Result = TypeVar("Result")
 
 NUMBERS = {int: Integral, float: Real}  # NumPy's own too
 LARGEST = 2**63 - 1  # the last index of an array
+
+
+def check_device(device: str, others: Sequence[str], count: int, remedy: str) -> str:
+    """Return the name of a device: one of the others, `cuda`, or `cuda:N`.
+
+    Args:
+        device: as a user wrote it.
+        others: names without a number.
+        count: of the CUDA devices that are here.
+        remedy: what to do where there is none.
+
+    Raises:
+        InputError: for another name, or a device that is not here.
+    """
+    if device in others:
+        return device
+    kind, colon, number = device.partition(":")
+    numbered = number.isascii() and number.isdecimal() and len(number) < 4
+    if kind != "cuda" or (colon and not numbered):
+        raise InputError(
+            f"there is no device {shortened(device)}; choose {', '.join(others)}, cuda "
+            "or, of several, cuda:N"
+        )
+    if not count:
+        raise InputError(f"torch sees no CUDA device here; {remedy}")
+    if colon and int(number) >= count:
+        here = "cuda:0 alone" if count == 1 else f"cuda:0 to cuda:{count - 1}"
+        raise InputError(f"torch sees no {device} here; it sees {here}")
+    return f"cuda:{int(number)}" if colon else device
 
 
 def check_integer(

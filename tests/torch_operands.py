@@ -75,7 +75,12 @@ STEPS = {
         "adamw.moments",
     ),
     *("adamw.wide", "blockwise.encode", "blockwise.on_cpu", "blockwise.width_of"),
-    *("adamw.refuse_capture", "blockwise.decode_to", "blockwise.decodes_in_slices"),
+    *(
+        "adamw.refuse_capture",
+        "launches.capturing",
+        "blockwise.decode_to",
+        "blockwise.decodes_in_slices",
+    ),
     *("blockwise.check_finite", "blockwise.width_of", "codebook.table"),
     *("dora.squared_row_norm", "inject.freeze", "vera.kaiming_uniform"),
     *("loftq.alternate", "pissa.principal", "pissa.principal_randomized"),

@@ -10,7 +10,9 @@ from minipeft.kernels.checks import check, check_low_rank
 def row_norm(W: Any, A: Any, B: Any, scaling: float) -> Array:
     r"""Return $\|V_o\|$ of each output row of V = W + s B A, in float32.
 
-    V is never stored: each element stays in a register until it is squared.
+    V is never stored: each element stays in a register until it is squared. Float32
+    factors beside W of 16 bits are split into parts of bfloat16: of a number from
+    3.396e38 on, which would be infinite there, the norm is NaN.
 
     Args:
         W: (out_features, in_features), float32, float16 or bfloat16, C-contiguous.

@@ -19,6 +19,7 @@ from minipeft.golden.operations import OPERATIONS
 from minipeft.golden.report import Run
 from minipeft.golden.runner import Outcome, implementation, judge, unasked, verify
 from minipeft.golden.vectors import VectorFile, load_all
+from minipeft.values import check_device
 
 LONGEST_TIMEOUT = 24 * 60 * 60.0
 
@@ -62,9 +63,10 @@ def _add_conditions(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--device",
-        choices=("cpu", "cuda"),
         default="cpu",
-        help="where torch and the libraries on it compute (default: cpu)",
+        metavar="NAME",
+        help="where torch and the libraries on it compute: cpu, cuda or cuda:N "
+        "(default: cpu)",
     )
 
 
@@ -214,9 +216,9 @@ def _place(options: argparse.Namespace) -> None:
     need("torch", IN_CLONE.format("torch"))
     import torch
 
-    if not torch.cuda.is_available():
-        raise InputError("torch sees no CUDA device here; leave out --device.")
-    os.environ["MINIPEFT_DEVICE"] = device  # the drivers' bridge reads it
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    found = check_device(device, ("cpu",), count, "leave out --device.")
+    os.environ["MINIPEFT_DEVICE"] = found  # the drivers' bridge reads it
 
 
 def _subject(options: argparse.Namespace) -> Implementation:

@@ -40,7 +40,7 @@ class Card:
             _, total = torch.cuda.mem_get_info(self.device)
             # torch takes whole bytes of the product, which may be one too few
             part = (self.size + 0.5) / total
-            torch.cuda.set_per_process_memory_fraction(min(1.0, part))
+            self._limit(min(1.0, part))
         return self
 
     def __exit__(
@@ -50,7 +50,11 @@ class Card:
         trace: TracebackType | None,
     ) -> None:
         if self.device.startswith("cuda"):
-            torch.cuda.set_per_process_memory_fraction(1.0)
+            self._limit(1.0)
+
+    def _limit(self, part: float) -> None:
+        at = torch.device(self.device).index  # None: of the current device
+        torch.cuda.set_per_process_memory_fraction(part, at)
 
     @contextmanager
     def takes(self, kept: int) -> Iterator[list[int]]:

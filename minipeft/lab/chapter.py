@@ -283,8 +283,9 @@ def _parser(name: str, steps: int, model: str | None) -> argparse.ArgumentParser
     parser.add_argument(
         "--device",
         default="auto",
-        choices=("auto", "cpu", "cuda"),
-        help="auto takes the GPU if there is one (default: %(default)s)",
+        metavar="NAME",
+        help="auto, cpu, cuda or cuda:N; auto takes the GPU if there is one (default: "
+        "%(default)s)",
     )
     of_a_run = "training steps of a run (default: %(default)s)"
     parser.add_argument("--steps", type=int, default=steps, metavar="N", help=of_a_run)

@@ -24,7 +24,7 @@ from torch import nn
 from minipeft.errors import InputError
 from minipeft.lab.data import sha256
 from minipeft.shapes import Float
-from minipeft.values import check_kind, checked
+from minipeft.values import check_device, check_kind, checked
 
 TINY = Path(__file__).with_name("base") / "tiny"
 
@@ -98,7 +98,7 @@ def load(
     Args:
         name: `tiny`, `minilm`, `smollm2`, a folder with a `config.json`, or the id of a
             Hugging Face model that is in the local cache.
-        device: `cpu`, `cuda` or `auto`.
+        device: `cpu`, `cuda`, `cuda:N` or `auto`.
         dtype: `float32`, `bfloat16` or `float16`, of what is not quantized.
         quantize: `nf4` or `nf4-double`: every linear layer but the output layer, as it
             is read; None: none.
@@ -254,17 +254,15 @@ def folder_of(name: str) -> Path:
 
 @checked
 def pick_device(device: str) -> str:
-    """Return `cpu` or `cuda`; `auto` is the GPU if there is one.
+    """Return `cpu`, `cuda` or `cuda:N`; `auto` is the GPU if there is one.
 
     Raises:
-        InputError: Any other word, or `cuda` where torch sees no GPU.
+        InputError: Any other word, or a GPU that torch does not see.
     """
-    if device not in ("auto", "cpu", "cuda"):
-        raise InputError(f"there is no device {device!r}; choose auto, cpu or cuda")
-    available = torch.cuda.is_available()
-    if device == "cuda" and not available:
-        raise InputError("torch sees no CUDA device here; use --device cpu")
-    return device if device != "auto" else ("cuda" if available else "cpu")
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if device == "auto":
+        return "cuda" if count else "cpu"
+    return check_device(device, ("auto", "cpu"), count, "use --device cpu")
 
 
 def cache() -> Path:

@@ -4,6 +4,7 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
@@ -61,25 +62,27 @@ def processor(run: Turn) -> float:
     return time.process_time() - began
 
 
-def events(run: Turn) -> float:
-    """Return the seconds between two events on CUDA's current stream.
+def events(run: Turn, device: str = "cuda") -> float:
+    """Return the seconds between two events on the current stream of a CUDA device.
 
     A launch returns at once, so a clock of the host would time only the launch. The
     device sleeps first, until the host has launched what is timed.
     """
-    start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
-    torch.cuda._sleep(SLEEP)  # type: ignore[no-untyped-call]
-    start.record()
-    run()
-    stop.record()
-    stop.synchronize()
+    with torch.cuda.device(device):
+        start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
+        torch.cuda._sleep(SLEEP)  # type: ignore[no-untyped-call]
+        start.record()
+        run()
+        stop.record()
+        stop.synchronize()
     milliseconds: float = start.elapsed_time(stop)
     return milliseconds / 1e3
 
 
 def cost(device: str, run: Callable[..., object], *arguments: object) -> float:
-    """Return the seconds that a call costs its device: `cpu` or `cuda`."""
-    clock = events if device.startswith("cuda") else processor
+    """Return the seconds that a call costs its device: `cpu`, `cuda` or `cuda:N`."""
+    on_cuda = device.startswith("cuda")
+    clock = partial(events, device=device) if on_cuda else processor
     return clock(lambda: run(*arguments))
 
 

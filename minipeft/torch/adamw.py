@@ -150,8 +150,7 @@ def update(
 
 def refuse_capture(devices: Iterable[torch.device]) -> None:
     """Refuse a step that a CUDA graph would repeat with the same rate and number."""
-    cuda = [device for device in devices if device.type == "cuda"]
-    if cuda and torch.cuda.is_current_stream_capturing():
+    if any(launches.capturing(device) for device in devices):
         raise InputError(
             "a CUDA graph is being captured, and each replay would repeat this step's "
             "lr and number; capture forward and backward, and call step() after them."

@@ -383,11 +383,19 @@ def _moment_maps(device: torch.device) -> Tensor:
     return _uploaded("moment_maps", device)
 
 
+def capturing(device: torch.device) -> bool:
+    """Tell whether a CUDA graph captures the current stream of the device."""
+    if device.type != "cuda":
+        return False
+    with torch.cuda.device(device):  # torch asks of the current one
+        return torch.cuda.is_current_stream_capturing()
+
+
 # One copy serves all streams of a device: from pageable memory `.to` returns when the
 # copy is complete. A table outlives the mode in which it was first needed.
 @cache
 def _uploaded(name: str, device: torch.device) -> Tensor:
-    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+    if capturing(device):
         raise InputError(
             f"a CUDA graph is being captured and the table {name} is not on {device} "
             "yet; run the same code once before capturing it."

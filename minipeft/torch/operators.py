@@ -254,8 +254,10 @@ def _nothing(*_: object) -> None:
 def dora_row_norm(W: Tensor, A: Tensor, B: Tensor, scaling: float) -> Tensor:
     r"""Return $\|W_o + s B_o A\|$ of each output row, in float32.
 
-    On a GPU, A and B have the dtype of W, or are float32. Autograd treats the norm as a
-    constant, as the paper does.
+    On a GPU, A and B have the dtype of W, or are float32. Beside W of 16 bits, that is
+    split into parts of bfloat16: a number of 3.396e38 or more, which would be infinite
+    there, makes the norm NaN. Autograd treats the norm as a constant, as the paper
+    does.
 
     Source: DoRA (arXiv:2402.09353), equation 5 and section 4.3.
     """

@@ -81,6 +81,7 @@ def test_a_launch_is_of_the_table(told):
     assert image.startswith(b"\x7fELF")
     _, library, name = told[2]
     assert library == "a library"
+    assert told[3] == ("cuDevicePrimaryCtxRetain", ARGUMENTS[0].device)
     assert b"dequantize" in name
     assert b"half" in name
     _, function, *shape, (values, kinds), extra = told[5]

@@ -1,10 +1,13 @@
 """DoRA's norms under torch: the operator, and what the layer makes of it."""
 
+import inspect
+
 import pytest
 import torch
 from torch import Tensor
 from torch.library import opcheck
 
+from minipeft.cupy import dora as cupy_dora
 from minipeft.kernels import driver
 from minipeft.torch import dora, launches, lora, operators
 from tests.cuda.test_operators import (
@@ -68,6 +71,29 @@ def adapted(monkeypatch) -> tuple[Tensor, lora.LoRA]:
     monkeypatch.setattr(launches, "_compiler_is_here", lambda: True)
     W, A, B, scaling = mixed()
     return W, lora.LoRA(A.detach(), B.detach(), scaling)
+
+
+LIMIT = (2 - 2**-8) * 2.0**127
+"""The smallest number that bfloat16 rounds to infinity, a float32 number."""
+
+
+@needs_cpu_build
+@pytest.mark.parametrize("sign", [1, -1])
+@pytest.mark.parametrize("factor", [0, 1])
+def test_factors_of_32_bits_are_split_below_the_limit_that_is_stated(factor, sign):
+    """From there on the largest part is infinite, and the rest of it NaN."""
+    for module in (operators, cupy_dora):
+        assert f"{LIMIT:.3e} ".replace("e+", "e") in inspect.getsource(module)
+    W, factors = torch.zeros(8, 64, dtype=torch.float16), [torch.zeros(2, 64)]
+    factors.append(torch.zeros(8, 2))
+    large, small = factors[factor], factors[1 - factor]
+    below = torch.tensor(LIMIT).nextafter(torch.tensor(0.0))
+    large[0, 0], small[0, 0] = sign * below, 2.0**-100
+    found = on_kernels("dora_row_norm", W, *factors, 1.0)
+    assert found[0] == below * 2.0**-100  # to the last bit: the three parts are exact
+    large[0, 0] = sign * LIMIT
+    assert on_kernels("dora_row_norm", W, *factors, 1.0)[0].isnan()
+    assert operators.dora_row_norm(W, *factors, 1.0)[0] == LIMIT * 2.0**-100
 
 
 @needs_cpu_build

@@ -1,6 +1,7 @@
 """The torch operators: eager code agrees with the kernels, which run on this CPU."""
 
 from collections.abc import Callable
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import pytest
@@ -468,22 +469,38 @@ def test_a_table_is_made_once_outside_of_inference_mode():
     assert launches._dynamic_map(torch.device("cpu")) is table
 
 
-def test_a_table_is_not_made_while_a_graph_is_captured(monkeypatch):
+@pytest.fixture
+def captured(monkeypatch):
+    """A graph is captured on the second of two GPUs; the first is the current one."""
+    current = [torch.device("cuda", 0)]
+
+    @contextmanager
+    def guard(device):
+        current.append(device)
+        yield
+        current.pop()
+
+    monkeypatch.setattr(torch.cuda, "device", guard)
+    monkeypatch.setattr(
+        torch.cuda, "is_current_stream_capturing", lambda: current[-1].index == 1
+    )
+    return torch.device("cuda", 1)
+
+
+def test_a_table_is_not_made_while_a_graph_is_captured(captured):
     launches._uploaded.cache_clear()
-    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     with pytest.raises(
-        InputError, match=r"table moment_maps is not on cuda:0 yet; run"
+        InputError, match=r"table moment_maps is not on cuda:1 yet; run"
     ):
-        launches._moment_maps(torch.device("cuda", 0))
+        launches._moment_maps(captured)
 
 
-def test_no_graph_captures_a_step_of_the_optimizer(monkeypatch):
+def test_no_graph_captures_a_step_of_the_optimizer(captured, monkeypatch):
     """A graph would freeze the rate and the step number, which the kernel is given."""
-    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
-    on_cuda, seen = torch.device("cuda", 0), []
+    on_cuda, seen = captured, []
     with pytest.raises(InputError, match=r"captured.*; capture forward and backward"):
         adamw.refuse_capture([torch.device("cpu"), on_cuda])
-    adamw.refuse_capture([torch.device("cpu")])
+    adamw.refuse_capture([torch.device("cpu"), torch.device("cuda", 0)])
     monkeypatch.setattr(adamw, "refuse_capture", seen.append)
     adamw.AdamW([torch.nn.Parameter(torch.ones(3))]).step()
     assert seen == [{torch.device("cpu")}]

@@ -4,10 +4,13 @@ import json
 import os
 import subprocess
 import sys
+from argparse import Namespace
 
 import pytest
 
 from minipeft import cli
+from minipeft.errors import InputError
+from minipeft.golden import command
 
 torch = pytest.importorskip("torch")
 
@@ -51,6 +54,18 @@ def test_what_has_one_device_is_told_so(name, capsys):
     assert f"that compute with it; leave it out for {name}." in said
 
 
+def test_the_drivers_compute_on_the_device_of_that_number(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setenv("MINIPEFT_DEVICE", "")
+    options = Namespace(device="cuda:1", program=None, implementation="torch")
+    command._place(options)
+    assert os.environ["MINIPEFT_DEVICE"] == "cuda:1"
+    options.device = "cuda:2"
+    with pytest.raises(InputError, match="sees no cuda:2 here; it sees cuda:0 to"):
+        command._place(options)
+
+
 def test_nothing_of_a_driver_stays_on_the_cpu():
     text = subprocess.check_output(
         [sys.executable, "-c", PROGRAM],
@@ -71,9 +86,9 @@ def test_nothing_of_a_driver_stays_on_the_cpu():
 @pytest.mark.no_gpu
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_without_cuda_one_sentence_says_so():
-    command = [sys.executable, "-m", "minipeft.cli"]
+    start = [sys.executable, "-m", "minipeft.cli"]
     done = subprocess.run(
-        [*command, "verify", "torch", "--device", "cuda"],
+        [*start, "verify", "torch", "--device", "cuda"],
         capture_output=True,
         text=True,
         check=False,

@@ -5,6 +5,7 @@ import json
 import math
 import subprocess
 import sys
+from contextlib import nullcontext
 from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
@@ -154,12 +155,15 @@ def test_cuda_is_timed_between_events_and_the_cpu_by_its_process(monkeypatch, cl
         Event.now += milliseconds
         clock.now += 100
 
-    slept = []
+    slept, devices = [], []
+    guard = lambda device: nullcontext(devices.append(device))  # noqa: E731
+    monkeypatch.setattr(timing.torch.cuda, "device", guard)
     monkeypatch.setattr(timing.torch.cuda, "Event", Event)
     monkeypatch.setattr(timing.torch.cuda, "_sleep", slept.append)
     monkeypatch.setattr(timing.time, "process_time", lambda: clock.now)
     assert timing.cost("cuda", run, 2.5) == 2.5e-3
     assert timing.cost("cuda:1", run, 4.0) == 4e-3
+    assert devices == ["cuda", "cuda:1"]
     assert slept == [timing.SLEEP] * 2  # so that the host is ahead of the device
     assert timing.cost("cpu", run, 2.5) == 100
 

@@ -21,10 +21,11 @@ def test_a_block_notes_its_peak_and_what_was_kept():
     assert found == [1000 + 1500 * FLOAT]
 
 
+@pytest.mark.parametrize("device", ["cpu", "pretended:0"])
 @pytest.mark.parametrize(("size", "survives"), [(7000, True), (6999, False)])
-def test_a_step_survives_exactly_what_it_needs(size, survives):
+def test_a_step_survives_exactly_what_it_needs(size, survives, device):
     def step():
-        with Card(size) as card, card.takes(1000):
+        with Card(size, device) as card, card.takes(1000):
             torch.zeros(1500)
 
     if survives:
@@ -49,15 +50,18 @@ def test_the_limit_on_cuda_is_the_size_to_the_byte(monkeypatch, total):
     monkeypatch.setattr(
         torch.cuda,
         "set_per_process_memory_fraction",
-        lambda part: limits.append(int(part * total)),
+        lambda part, index: limits.append(int(part * total) + index),
     )
     monkeypatch.setattr("gc.collect", lambda: None)
     sizes = range(2**24, total, 2**24)
     for size in [*sizes, total, 2 * total]:
-        with Card(size, "cuda"):
+        with Card(size, "cuda:0"):
             pass
     assert limits[::2] == [*sizes, total, total]
     assert set(limits[1::2]) == {total}
+    with Card(total, "cuda:1"):  # its limit, and not that of the current device
+        assert limits[-1] == total + 1
+    assert limits[-1] == total + 1
 
 
 def trained(make):

@@ -107,7 +107,7 @@ def test_help_names_every_option(capsys):
         (["--model", "minilm"], "minilm does not write text; choose tiny, smollm2, a"),
         (["--steps", "0"], "--steps is 0; give at least 1"),
         (["--steps", "many"], "invalid int value: 'many'"),
-        (["--device", "tpu"], "invalid choice: 'tpu'"),
+        (["--device", "tpu"], "there is no device 'tpu'; choose auto, cpu, cuda"),
         (["--speed"], "unrecognized arguments: --speed"),
         (["--threads", "0"], "--threads is 0; give at least 1"),
         (["--dtype", "int8"], "invalid choice: 'int8'"),

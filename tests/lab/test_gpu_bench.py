@@ -81,7 +81,8 @@ def test_without_a_gpu_it_is_one_sentence(capsys, monkeypatch):
     assert capsys.readouterr().err == said
 
 
-def test_a_gpu_that_is_chosen_is_measured_as_a_gpu(monkeypatch):
+@pytest.mark.parametrize("name", ["cuda", "cuda:1"])
+def test_a_gpu_that_is_chosen_is_measured_as_a_gpu(name, monkeypatch):
     """By events and the GPU's allocator; the host's clock would time the launches."""
     seen = []
 
@@ -90,11 +91,14 @@ def test_a_gpu_that_is_chosen_is_measured_as_a_gpu(monkeypatch):
         return bench.Measurement("a", "b", 1.0, "not installed")
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     made = bench.Bench("a", "b", int, "not installed")
     monkeypatch.setattr(bench, "PAIRS", {"a": lambda sizes, place: made})
     monkeypatch.setattr(bench, "measure", measure)
-    bench.run("a", "auto")
-    assert seen == [("cuda", bench.timing.events)]
+    bench.run("a", name)
+    ((device, clock),) = seen
+    assert device == name
+    assert (clock.func, clock.keywords) == (bench.timing.events, {"device": name})
 
 
 def test_the_committed_run_is_summed_up():

@@ -140,3 +140,13 @@ def test_what_is_asked_of_cupy_is_there():
     asked = ("getDeviceProperties", "driverGetVersion", "runtimeGetVersion")
     assert all(callable(getattr(cuda.runtime, name)) for name in asked)
     assert device._version(cuda.runtime.runtimeGetVersion()).count(".") == 1
+
+
+def test_a_report_is_of_the_first_device_and_says_so(monkeypatch):
+    monkeypatch.setattr(device, "missing", lambda: None)
+    assert device.unmeasured("cuda") is device.unmeasured("cuda:0") is None
+    said = "CUDA_VISIBLE_DEVICES=2 and --device cuda make it the first"
+    assert device.unmeasured("cuda:2").endswith(said)
+    assert device.unmeasured("cpu") == "no GPU, or --device cpu"
+    monkeypatch.setattr(device, "missing", lambda: "CuPy is not installed")
+    assert device.unmeasured("cuda") == "CuPy is not installed"

@@ -153,6 +153,41 @@ def test_devices():
         models.pick_device("tpu")
 
 
+@pytest.mark.parametrize(
+    ("asked", "count", "found"),
+    [
+        *[("auto", 2, "cuda"), ("auto", 0, "cpu"), ("cuda", 1, "cuda")],
+        *[("cuda:0", 1, "cuda:0"), ("cuda:1", 2, "cuda:1"), ("cuda:01", 2, "cuda:1")],
+    ],
+)
+def test_a_device_that_is_here_is_chosen_by_its_number(
+    asked, count, found, monkeypatch
+):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: count > 0)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
+    assert models.pick_device(asked) == found
+    torch.device(found)
+
+
+@pytest.mark.parametrize(
+    ("asked", "count", "said"),
+    [
+        ("cuda:1", 0, "torch sees no CUDA device here; use --device cpu"),
+        ("cuda:1", 1, "torch sees no cuda:1 here; it sees cuda:0 alone"),
+        ("cuda:7", 2, "torch sees no cuda:7 here; it sees cuda:0 to cuda:1"),
+        *[
+            (wrong, 2, "there is no device .* choose auto, cpu, cuda or, of several")
+            for wrong in ("cuda:", "cuda:-1", "cuda:x", "cuda:²", "cuda0", "cpu:0", "")
+        ],
+    ],
+)
+def test_a_device_that_is_not_here_is_one_sentence(asked, count, said, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: count > 0)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
+    with pytest.raises(InputError, match=said):
+        models.pick_device(asked)
+
+
 @pytest.mark.no_gpu
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
 def test_cuda_without_a_gpu_is_one_sentence():

@@ -112,9 +112,8 @@ NOT_ON_A_DEVICE = {
 FOR_CUDA_ALONE = {
     "launches._shared": "asks torch for the generation of the GPU",
     "launches._stream": "asks torch for the stream that computes",
-    "launches._uploaded": "asks torch whether a CUDA graph is being captured",
+    "launches.capturing": "asks torch whether a CUDA graph is being captured",
     "operators._register": "names the device whose kernels these are",
-    "adamw.refuse_capture": "asks torch whether a CUDA graph is being captured",
     "adamw._root": "there, torch's float32 root is rounded correctly",
     "lora_batched.Pool._on_host": "pins host memory, which needs the driver",
     "paged.PagedAdamW.placed": "pins host memory, which needs the driver",

@@ -13,6 +13,7 @@ import math
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -388,7 +389,8 @@ def run(name: str, device: str, sizes: Sizes | None = None) -> Measurement:
         raise InputError(f"there is no pair {name!r}; choose of {list(PAIRS)}")
     device = pick_device(device)
     made = PAIRS[name](sizes or Sizes(), torch.device(device))
-    clock = timing.events if device == "cuda" else timing.wall
+    on_cuda = device.startswith("cuda")
+    clock = partial(timing.events, device=device) if on_cuda else timing.wall
     return replace(measure(made, device, clock), name=made.name)
 
 

@@ -7,7 +7,7 @@ from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
-from minipeft.cupy.executor import numpy_dtype
+from minipeft.cupy.executor import missing, numpy_dtype
 from minipeft.errors import InputError
 from minipeft.lab.gpu.slots import SCHEDULERS
 
@@ -52,6 +52,23 @@ class Device(Protocol):
         Raises:
             InputError: if it cannot be had here, in half a sentence.
         """
+
+
+def unmeasured(name: str) -> str | None:
+    """Say in one sentence why no report is made on a device; None where it is.
+
+    Args:
+        name: of the device: `cpu`, `cuda` or `cuda:N`.
+    """
+    if not name.startswith("cuda"):
+        return "no GPU, or --device cpu"
+    if name not in ("cuda", "cuda:0"):
+        number = name.removeprefix("cuda:")
+        return (
+            f"the report is of cuda:0, and {name} was chosen; CUDA_VISIBLE_DEVICES="
+            f"{number} and --device cuda make it the first"
+        )
+    return missing()
 
 
 def measure(device: Device, call: Call) -> float:

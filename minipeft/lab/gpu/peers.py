@@ -42,7 +42,7 @@ def missing(place: str) -> str | None:
         import torch
     except ImportError as error:
         return f"{error.name} is not installed"
-    if place == "cuda" and not torch.cuda.is_available():
+    if place.startswith("cuda") and not torch.cuda.is_available():
         return "this torch has no CUDA"
     return None
 
