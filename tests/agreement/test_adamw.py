@@ -20,7 +20,7 @@ from tests.bounds import Counted, assert_both_within, bound
 from tests.properties.test_adamw import counted_step, tensors
 from tests.states import SETTINGS
 from tests.strategies import seeds
-from tests.tolerance import assert_within, gamma
+from tests.tolerance import assert_bits, assert_within, gamma
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -38,10 +38,12 @@ def descend(p, optimizer, grads):
 
 
 @pytest.mark.parametrize("n", [4095, 4096, 4097])
-def test_eight_bits_begin_at_one_size(n):
-    state = reference.init(np.zeros(n, np.float32), 8)
-    in_eight_bits = "m_codes" in adamw.init(torch.zeros(n), 8)
-    assert in_eight_bits == (not isinstance(state.m, np.ndarray)) == (n >= 4096)
+def test_eight_bits_begin_at_one_size_with_one_code(n):
+    ours, theirs = adamw.init(torch.zeros(n), 8), reference.init(np.zeros(n), 8)
+    coded = {m: getattr(theirs, m) for m in "mv" if f"{m}_codes" in ours}
+    assert bool(coded) == (n >= 4096)
+    for m, moment in coded.items():
+        assert_bits(ours[f"{m}_codes"].numpy(), moment.packed)
 
 
 @given(seeds, SETTINGS, st.integers(1, 5))

@@ -101,6 +101,35 @@ def test_copies_compute_and_train_alike_and_apart(kind, way):
 
 
 @each_kind
+def test_merged_experts_save_what_they_saved_before(kind):
+    model = make(kind)
+    names = set(model.state_dict())
+    assert set(merge(model).state_dict()) == names
+
+
+class Projections(nn.Module):
+    """Experts of another program, which hold a stack by a name of their own."""
+
+    num_experts, is_transposed = 3, False
+
+    def __init__(self):
+        super().__init__()
+        self.up = nn.Parameter(torch.randn(3, 5, 8))
+
+    def forward(self, x):
+        return torch.matmul(x, self.up.mT)
+
+
+def test_a_stack_that_another_program_reads_comes_with_its_update():
+    model = trained(start(nn.ModuleDict({"experts": Projections()})))
+    layer = model["experts"]
+    assert not torch.equal(x_of() @ layer.up.mT, x_of() @ layer.base.up.mT)
+    merged = merge(model)["experts"]
+    assert torch.equal(merged.up, merged.merged_stacks()["up"])
+    assert not torch.equal(merged.up, merged.base.up)
+
+
+@each_kind
 def test_offloaded_experts_come_in_for_a_call(kind):
     y = make(kind)(x_of()).detach()
     with offloaded(make(kind)) as model, torch.no_grad():
