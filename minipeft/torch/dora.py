@@ -289,7 +289,8 @@ class DoRALinear(Adapted[DoRA]):
         """Return the rescaled output."""
         one = list(self.active.values()) == [1]
         dtype = product.y.dtype if one else product.form.wide
-        y = mixed(product.y, self.shares(), lambda adapter: adapter(product, dtype))
+        shares, y = self.shares(), product.y.to(dtype)
+        y = mixed(y, shares, lambda adapter: adapter(product, dtype))
         return y.to(product.y.dtype)
 
     def adapt_weight(self, W: Weight) -> Weight:

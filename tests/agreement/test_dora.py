@@ -16,7 +16,7 @@ from minipeft.torch import dora, lora
 from minipeft.torch.adapted import Adapted
 from minipeft.torch.dora import DoRAConfig
 from minipeft.torch.inject import activate, add, inject
-from minipeft.torch.linear import frozen
+from minipeft.torch.linear import Product, WeightView, frozen
 from minipeft.torch.lora import LoRAConfig
 from tests.agreement.on_torch import module, run
 from tests.bounds import assert_both_within, counted, roundings
@@ -188,6 +188,22 @@ def test_several_adapters_merge_to_the_same_bits():
     y = layer(x).detach().numpy()
     layer.merge()
     assert_sums(layer(x).detach().numpy(), y)
+
+
+def test_the_sum_of_several_adapters_is_rounded_once():
+    torch.manual_seed(0)
+    base = nn.Linear(48, 32).bfloat16()
+    adapters = [dora.init(None, base.weight, 4, 8.0) for _ in range(2)]
+    for adapter in adapters:
+        nn.init.normal_(adapter.B)
+    layer, x = dora.DoRALinear(base, adapters[0]), torch.randn(7, 48).bfloat16()
+    layer.add("other", adapters[1])
+    layer.activate({"default": 0.5, "other": -2.0})
+    product = Product(WeightView(), base, [x, base.weight, base.bias], {})
+    one, other = (adapter(product, torch.float32) for adapter in adapters)
+    assert one.dtype == other.dtype == torch.float32
+    exact = 2.5 * product.y.float() + 0.5 * one - 2.0 * other
+    assert torch.equal(layer(x), exact.bfloat16())
 
 
 def test_dropout_spares_the_base_and_the_norm():
