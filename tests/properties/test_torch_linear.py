@@ -7,7 +7,15 @@ from hypothesis import given
 from torch import nn
 from torch.nn.functional import linear
 
-from minipeft.torch.linear import WeightView, _Added, frozen, has_forward
+from minipeft.errors import InputError
+from minipeft.torch.linear import (
+    Stacked,
+    WeightView,
+    _Added,
+    frozen,
+    has_forward,
+    of_experts,
+)
 from minipeft.torch.lora import LoRA, LoRALinear
 from tests.strategies import gaussian_layers
 from tests.tolerance import assert_within, gamma
@@ -138,6 +146,24 @@ def test_a_hook_that_reads_the_weight_computes_no_product():
 
     base.register_forward_pre_hook(look)
     assert torch.equal(layer(x), expected)
+
+
+class Held(nn.Module):
+    """A module with one parameter and a number of experts."""
+
+    def __init__(self, *shape, num_experts=3):
+        super().__init__()
+        self.W, self.num_experts = nn.Parameter(torch.randn(shape)), num_experts
+
+
+def test_a_router_and_a_convolution_hold_no_experts():
+    assert of_experts(Held(3, 8)) is None
+    assert of_experts(Held(16, 8, 4)) is None
+    with pytest.raises(InputError, match="does not say whether its stacks are"):
+        of_experts(Held(3, 8, 4))
+    plain = Stacked(False).plain(Held(3, 8, 4), {"W": torch.ones(3, 8, 4)})
+    assert torch.equal(plain.W, torch.ones(3, 8, 4))
+    assert not plain.W.requires_grad
 
 
 def test_its_own_forward_is_none_that_a_program_set_on_a_layer():
