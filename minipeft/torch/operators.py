@@ -142,7 +142,12 @@ def on_kernels(x: Tensor, layer: Any, bias: Tensor | None) -> Tensor | None:
 
 
 def _ready(layer: Any, dtype: torch.dtype) -> launches.Ready | None:
-    tensors = [layer._buffers[name] for name in layer.tensors]
+    try:
+        tensors = [layer._buffers[name] for name in layer.tensors]
+    except (
+        KeyError
+    ):  # a shard: its memory is freed, and gathered elsewhere for backward
+        return None
     if layer.ready is None or not layer.ready.holds(tensors):
         usable = launches.available(*tensors)
         layer.ready = launches.ready(*parts(layer.q)) if usable else None

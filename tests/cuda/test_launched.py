@@ -17,6 +17,7 @@ from minipeft.torch import (
     lora,
     operators,
     qlora,
+    sharding,
 )
 from minipeft.torch.inject import inject
 from tests.cuda.test_operators import Noting, base, drawn, same_bits, whole
@@ -46,6 +47,24 @@ def test_plain_eager_code_launches_without_the_dispatcher(monkeypatch, nested, r
     end = "_nested" if nested else ""
     few = f"product{end}" if rows <= launches.FEW else f"dequantize{end}"
     assert launcher.names == [few, f"dequantize{end}"]
+
+
+@needs_cpu_build
+@pytest.mark.parametrize("rows", [2, 9])
+def test_a_shard_is_read_anew_by_each_pass(monkeypatch, rows):
+    """FSDP frees its bytes after forward, and gathers them elsewhere for backward."""
+    monkeypatch.setattr(launches, "GPUS", {"cpu"})
+    monkeypatch.setattr(launches, "_compiler_is_here", lambda: True)
+    plain = qlora.QuantizedLinear.from_linear(torch.nn.Linear(64, 24, bias=False))
+    layer = sharding.ByteLinear(plain.q)
+    for name in ("matmul_4bit", "dequantize"):
+        launch = operators.LAUNCHES[f"minipeft::{name}"]
+        monkeypatch.setattr(operators, name, launch)
+    x = whole(rows, 64, dtype=torch.float32)
+    with driver.use(Noting()) as launcher:
+        same_bits(layer(x), plain(x))
+    assert len(launcher.names) == 2
+    assert layer.ready is None
 
 
 def test_parts_that_were_exchanged_are_checked_again(monkeypatch):
