@@ -351,6 +351,7 @@ def load_adapter_state_dict(
             + (f", and {len(problems) - 1} more" * (len(problems) > 1))
             + "; inject with the configuration it was saved from."
         )
+    _check_not_whole(tensors, own)
     layers = {k: m for k, m in adapted(model).items() if name in m.adapters}
     parts = {key: _part(layer, key, name, tensors) for key, layer in layers.items()}
     for key, layer in layers.items():
@@ -430,9 +431,7 @@ def _check_no_nan(layer: nn.Module) -> None:
     # Infinite values may be meant: a bias that rules out a token.
     for name, held in (*layer.named_parameters(), *layer.named_buffers()):
         floats = held.is_floating_point() and held.dtype.itemsize > 1
-        if hasattr(held, "placements") or not floats or not held.numel():
-            continue
-        if not has_values(held):
+        if not floats or not held.numel() or not has_values(held):
             continue
         if held.detach().amin().isnan():  # a minimum is NaN where one value is
             raise InputError(f"the {name} holds NaN; load it again or repair it first.")
@@ -471,6 +470,16 @@ def _odd_values(tensors: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> lis
         elif wrong := loading.odd(tensors[key], own[key]):
             problems.append(f"{key} {wrong}")
     return problems
+
+
+def _check_not_whole(tensors: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> None:
+    for key, held in own.items():
+        if hasattr(held, "placements") and not hasattr(tensors[key], "placements"):
+            raise InputError(
+                f"{key} of the model is sharded, and the one to load is whole; load "
+                "it before the model is sharded, or by set_model_state_dict of "
+                "torch.distributed.checkpoint.state_dict, with full_state_dict."
+            )
 
 
 def _other_constants(

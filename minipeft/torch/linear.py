@@ -511,6 +511,11 @@ def check_values(layer: nn.Module) -> None:
                 f"the {name} is {where}, and has no values to quantize; load "
                 "it first, or bring it back if it is offloaded."
             )
+        if hasattr(weight, "placements"):
+            raise InputError(
+                f"the {name} is sharded over processes; quantize the model first, then "
+                "distribute it."
+            )
         if not torch.isfinite(weight).all():
             raise InputError(f"the {name} is not finite; repair it first.")
 

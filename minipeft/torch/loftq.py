@@ -178,7 +178,12 @@ class LoftQConfig:
         check_dropout(self.dropout)
         check_kind("codebooks", self.codebooks, Mapping)
         view = weight_view(layer)
-        if isinstance(layer, QuantizedLinear) or not view.linear:
+        if isinstance(layer, QuantizedLinear):
+            raise InputError(
+                "this layer is quantized, and LoftQ chooses the codes together with "
+                "the adapter; inject it into the original model, and once."
+            )
+        if not view.linear:
             raise InputError(
                 f"{type(layer).__name__} cannot be quantized; leave it out."
             )

@@ -107,14 +107,22 @@ def check_in_memory(
         places: names of weights for which adapters are made, and where they lie.
 
     Raises:
-        InputError: names the first one whose weight comes in for a call alone; in a
-            `FakeTensorMode`, where torch itself moves no module.
+        InputError: names the first one whose weight comes in for a call alone; names
+            a module that is distributed over processes; in a `FakeTensorMode`, where
+            torch itself moves no module.
     """
     if isinstance(torch.empty(0), FakeTensor):
         raise InputError(
             "a FakeTensorMode is active, in which no adapter gets values; adapt the "
             "model outside it."
         )
+    for name, module in model.named_modules():
+        if how := _shared_out(module):
+            raise InputError(
+                f"{name or type(module).__name__} is {how}: each process would make "
+                "and train adapters of its own; adapt the model first, then "
+                "distribute it."
+            )
     for name, device in places if _offloads(model) else ():
         if device.type == "meta":
             raise InputError(
@@ -140,6 +148,17 @@ def check_trains_in_memory(model: nn.Module, trained: Mapping[str, Tensor]) -> N
                 "gradient; bring the model back before it is trained (accelerate: "
                 "remove_hook_from_submodules)."
             )
+
+
+def _shared_out(module: nn.Module) -> str | None:
+    """Tell how a module is distributed over processes, if it is."""
+    if any(hasattr(p, "placements") for p in module._parameters.values()):
+        return "sharded over processes"
+    # By name: to import torch's distributed part takes a second.
+    kinds = {kind.__name__ for kind in type(module).__mro__}
+    if kinds & {"FSDPModule", "FullyShardedDataParallel"}:
+        return "sharded over processes"
+    return "copied to processes" if "DistributedDataParallel" in kinds else None
 
 
 def _offloads(model: nn.Module) -> bool:

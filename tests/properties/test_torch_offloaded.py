@@ -1,14 +1,28 @@
-"""No adapters are made for layers whose weights accelerate has put elsewhere."""
+"""No adapters are made for weights that lie elsewhere: offloaded, or on processes."""
+
+from contextlib import contextmanager
 
 import pytest
 import torch
-from torch import nn
+from torch import distributed, nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    set_model_state_dict,
+)
 
 from minipeft.errors import InputError
 from minipeft.torch.bottleneck import BottleneckConfig, place_beside
-from minipeft.torch.inject import adapted, add, trainable_parameters
+from minipeft.torch.inject import (
+    adapted,
+    adapter_state_dict,
+    add,
+    inject,
+    load_adapter_state_dict,
+    trainable_parameters,
+)
 from minipeft.torch.prefix import PrefixConfig, PrefixModel
 from minipeft.torch.prompt import PromptConfig, PromptModel
+from minipeft.torch.qlora import quantize_linears
 from tests.agreement.llama import TEXT, llama
 from tests.properties.test_torch_programs import (
     ROWS,
@@ -105,3 +119,99 @@ def test_virtual_tokens_work_around_an_offloaded_model_or_say_how(kind, tied):
         else:
             with pytest.raises(InputError, match=r"^P is offloaded, .* inside alone"):
                 whole.generate(TEXT, max_new_tokens=3)
+
+
+@contextmanager
+def one_process():
+    store = distributed.HashStore()
+    distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    try:
+        yield
+    finally:
+        distributed.destroy_process_group()
+
+
+def by_columns(model):
+    from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
+
+    mesh = distributed.init_device_mesh("cpu", (1,))
+    return parallelize_module(model, mesh, {"0": ColwiseParallel()})
+
+
+def each_layer(model):
+    for layer in (model[0], model[2]):
+        fully_shard(layer)
+    return model
+
+
+def fully_shard(model):
+    from torch.distributed.fsdp import fully_shard
+
+    return fully_shard(model)
+
+
+DISTRIBUTED = {
+    "FSDP2": (fully_shard, r"^(FSDPModel|FSDPLlamaForCausalLM) is sharded over proce"),
+    "FSDP2, layer by layer": (each_layer, "^0 is sharded over processes: each process"),
+    "tensor parallel": (by_columns, "^0 is sharded over processes"),
+    "DDP": (
+        nn.parallel.DistributedDataParallel,
+        "^DistributedDataParallel is copied to processes: .* adapt the model first",
+    ),
+}
+
+
+@pytest.mark.parametrize("how", list(DISTRIBUTED))
+@each_row
+def test_a_model_that_is_distributed_is_adapted_before(row, how):
+    """Adapters made now would be each process's own, and drift apart in silence."""
+    if "bits" in row and how != "DDP":
+        return  # codes are buffers, which FSDP2 and tensor parallel leave alone
+    distribute, sentence = DISTRIBUTED[how]
+    with one_process():
+        model = plain(row)
+        model[0].bias.requires_grad_(True)  # DDP wants something that trains
+        model = distribute(model)
+        with pytest.raises(InputError, match=sentence):
+            inject(model, ROWS[row], ["0", "2"])
+        assert not adapted(model)
+        if row == "lora":
+            inner = model.module if how == "DDP" else model
+            if how != "DDP":
+                with pytest.raises(InputError, match="0: the weight is sharded over"):
+                    quantize_linears(inner)
+            with pytest.raises(InputError, match=sentence):
+                place_beside(model, BottleneckConfig(3), ["0"], 6)
+
+
+def test_adapters_that_are_distributed_get_no_other_and_no_whole_file():
+    with one_process():
+        model = make("lora")
+        saved = adapter_state_dict(make("lora"))
+        for layer in adapted(model).values():
+            fully_shard(layer.adapters["default"])
+        with pytest.raises(
+            InputError, match=r"^0\.adapters\.default is sharded over pro"
+        ):
+            add(model, ROWS["lora"], "second")
+        before = [p.to_local().clone() for p in trainable_parameters(model)]
+        with pytest.raises(
+            InputError, match=r"^0\.A of the model is sharded, and the on"
+        ):
+            load_adapter_state_dict(model, {k: t + 1 for k, t in saved.items()})
+        now = [p.to_local() for p in trainable_parameters(model)]
+        assert all(map(torch.equal, now, before))
+        whole = {f"0.adapters.default.{n}": saved[f"0.{n}"] + 1 for n in "AB"}
+        options = StateDictOptions(full_state_dict=True, strict=False)
+        set_model_state_dict(model, whole, options=options)  # the remedy
+        A = model[0].adapters["default"].A.to_local()
+        assert torch.equal(A, saved["0.A"] + 1)
+
+
+@pytest.mark.parametrize("config", [PromptConfig(3), PrefixConfig(3)])
+def test_virtual_tokens_are_made_before_a_model_is_distributed(config):
+    around = PromptModel if isinstance(config, PromptConfig) else PrefixModel
+    with one_process():
+        model = fully_shard(llama())
+        with pytest.raises(InputError, match=DISTRIBUTED["FSDP2"][1]):
+            around(model, config)
