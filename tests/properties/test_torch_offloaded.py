@@ -151,7 +151,7 @@ def fully_shard(model):
 
 
 DISTRIBUTED = {
-    "FSDP2": (fully_shard, r"^(FSDPModel|FSDPLlamaForCausalLM) is sharded over proce"),
+    "FSDP2": (fully_shard, r"^(FSDPModel|FSDPLlamaForCausalLM) is sharded over "),
     "FSDP2, layer by layer": (each_layer, "^0 is sharded over processes: each process"),
     "tensor parallel": (by_columns, "^0 is sharded over processes"),
     "DDP": (
