@@ -62,6 +62,8 @@ if committing:
     models.fetch("smollm2")
     chapter = replace(chapter, model="smollm2", steps=30, usual=False)
 use = recipe.recipe(chapter.own)
+folder = chapter.out / use.method
+handover.check_own(folder)
 
 # %% [markdown]
 # ## The examples
@@ -208,7 +210,7 @@ for prompt, first, then in zip(prompts, written_before, written_after, strict=Tr
 # %% [markdown]
 # ## Interrupted, and resumed
 #
-# With `--checkpoint FOLDER` the last good state is kept. After Ctrl-C, or SIGTERM, the signal with which a batch system stops a job, no finished step is lost, and the same command with `--resume` goes on. Without `--resume`, a folder that holds a run is refused before the first step, so that nothing is replaced. The result is the same as without an interruption: here a second model loads the state of half of the steps, takes the other half, and has the same losses and the same bits.
+# With `--checkpoint FOLDER` the last good state is kept. After Ctrl-C, or SIGTERM, the signal with which a batch system stops a job, no finished step is lost, and the same command with `--resume` goes on. Without `--resume`, a folder that holds a run is refused before the first step, so that nothing is replaced. An interrupted chapter ends with the exit code of the signal, 130 or 143; in a program of your own, `train` raises `Interrupted`, whose `code` is that number. The result is the same as without an interruption: here a second model loads the state of half of the steps, takes the other half, and has the same losses and the same bits.
 
 # %%
 SMALL = sum(p.numel() for p in model.parameters()) < 20e6  # what a second copy may be
@@ -293,7 +295,6 @@ if SMALL and COUNTED:
 # The adapter is written in the file format of its method, with the base's fingerprint, a hash of the data and the seed. The commands of `minipeft` need these files and nothing else: `inspect` describes the adapter, `merge` adds it to the base, `audit` compares the merged file with base + adapter bit by bit, and `export` writes GGUF for llama.cpp and Ollama. An update of another method is written a second time as LoRA's two matrices, in DoRA with its magnitude, for these commands.
 
 # %%
-folder = chapter.out / use.method
 shutil.rmtree(folder, ignore_errors=True)
 made = Made(data=recipe.fingerprint(lesson.train), seed=0)
 handover.write_base(model, tokenizer, folder / "base")

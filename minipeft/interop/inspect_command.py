@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 
 LISTED = 5
 """The most names that a line lists; it counts the others."""
+CHECKED = "the tensors and their metadata are as minipeft wrote them"
+UNCHECKED = "none in the file, so a damaged number is not noticed"
 TARGETS = (
     *("peft", "vLLM", "SGLang", "llama.cpp"),
     *("Ollama", "TensorRT-LLM", "diffusers", "MLX"),
@@ -89,6 +91,7 @@ def report(found: "Inspection", target: str | None = None) -> Iterator[str]:
     """Yield the lines of a report, with all loaders or one."""
     yield f"method: {found.method}; {len(found.layers)} updates"
     yield f"base: {found.base}"
+    yield f"checksum: {CHECKED if found.checksum else UNCHECKED}"
     if found.matched is not None:
         yield f"modules that fit the base: {found.matched}"
     yield from _table(found)

@@ -19,6 +19,7 @@ from minipeft.interop.fingerprint import BASE, Fingerprint
 from minipeft.interop.loaders import LOADERS, Judgement, judge
 from minipeft.interop.parts import MAGNITUDE, A, B, Parts
 from minipeft.interop.peft_experts import turned_from_file
+from minipeft.interop.peft_folder import SUM
 from minipeft.interop.peft_format import plain
 from minipeft.interop.spelling import counterpart
 from minipeft.interop.tensors import Tensors
@@ -62,6 +63,7 @@ class Inspection:
         others: tensors that belong to no pair.
         base: a line about the base.
         other_base: whether the file names another base than the one given.
+        checksum: whether the file has one, which was compared.
         loaders: a judgement for each.
     """
 
@@ -76,6 +78,7 @@ class Inspection:
     base: str
     loaders: tuple[Judgement, ...] = field(default=())
     other_base: bool = False
+    checksum: bool = False
 
     @property
     def unfit(self) -> str:
@@ -120,6 +123,7 @@ def inspect(
         line,
         tuple(judge(loader, contents) for loader in LOADERS.values()),
         other,
+        SUM in contents.file.metadata,
     )
 
 

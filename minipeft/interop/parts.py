@@ -22,6 +22,7 @@ from minipeft.interop.peft_folder import (
     PREFIX,
     WEIGHTS,
     check_holds,
+    check_sum,
     read_config,
 )
 from minipeft.interop.peft_update import matched
@@ -121,7 +122,8 @@ def read(folder: str | Path) -> Parts:
     """Open an adapter's folder.
 
     Raises:
-        InputError: the configuration or the file is absent or damaged.
+        InputError: the configuration or the file is absent or damaged, or has another
+            checksum than its own.
     """
     folder = Path(folder)
     config = read_config(folder)
@@ -129,6 +131,7 @@ def read(folder: str | Path) -> Parts:
     if config.get("peft_type") == "LORA":
         _check(folder, config)
     file = SafeTensors(folder / WEIGHTS)
+    check_sum(file)
     modules: dict[str, dict[str, str]] = {}
     others = []
     for name in file.about:

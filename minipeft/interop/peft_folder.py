@@ -4,11 +4,12 @@ Only safetensors and JSON are read and written. A folder is checked completely b
 is used. A written folder appears complete, or not at all.
 """
 
+import hashlib
 import json
 import math
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
@@ -16,12 +17,14 @@ from typing import Any, NoReturn
 from torch import Tensor
 
 from minipeft.errors import InputError, cannot_write
-from minipeft.interop.tensors import About, SafeTensors, unique, writing
+from minipeft.interop.tensors import About, SafeTensors, in_pieces, unique, writing
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 ADAPTERHUB = "adapter.safetensors"
 """The file of tensors of AdapterHub's library."""
 PREFIX = "base_model.model."
+SUM = "minipeft.sha256"
+"""The key of the metadata with the checksum of tensors and metadata."""
 LARGEST_CONFIG = 2**24
 LARGEST_WEIGHTS = 2**36
 """The largest size of the two files in bytes; a larger file is no adapter."""
@@ -51,17 +54,47 @@ def read(folder: str | Path, weights: str = WEIGHTS) -> Contents:
 
     Raises:
         InputError: a file is absent, damaged, too large to be one of an adapter, or a
-            pickle, or a number in it is not finite.
+            pickle, a number in it is not finite, or its checksum is another one.
     """
     config = read_config(folder)
     path = check_holds(folder, weights)
     file = SafeTensors(path)
+    check_sum(file)
     tensors = {name: file.read(name) for name in file.about}
     if not tensors:
         raise InputError(f"{path} holds no tensor; get the file again")
     for name, tensor in tensors.items():
         check_finite(f"{name} in {path}", tensor)
     return Contents(config, tensors, file.metadata)
+
+
+def check_sum(file: SafeTensors) -> None:
+    """Refuse a file that is not as it was written; one of peft has no checksum.
+
+    Raises:
+        InputError: a checksum is there, and it is another one.
+    """
+    named = ((name, file.about[name], file.pieces(name)) for name in sorted(file.about))
+    if SUM in file.metadata and file.metadata[SUM] != _sum(named, file.metadata):
+        raise InputError(
+            f"{file.path} is damaged, or was changed since minipeft wrote it: its "
+            f"checksum is another one; get the file again, or remove {SUM} from its "
+            "metadata if the change was meant"
+        )
+
+
+def _sum(
+    named: Iterable[tuple[str, About, Iterable[memoryview]]],
+    metadata: Mapping[str, str],
+) -> str:
+    """Return the SHA-256 of tensors, in the order of their names, and metadata."""
+    facts = {key: text for key, text in metadata.items() if key != SUM}
+    digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode())
+    for name, about, pieces in named:
+        digest.update(f"\n{name} {about.dtype} {[*about.shape]}\n".encode())
+        for piece in pieces:
+            digest.update(piece)
+    return digest.hexdigest()
 
 
 def check_holds(folder: str | Path, weights: str = WEIGHTS) -> Path:
@@ -173,7 +206,9 @@ def _write_tensors(path: Path, contents: Contents) -> None:
     names = sorted(contents.tensors)
     tensors = {n: contents.tensors[n].detach() for n in names}
     about = {n: About(t.dtype, tuple(t.shape)) for n, t in tensors.items()}
-    with writing(path, about, {"format": "pt", **contents.metadata}) as file:
+    metadata = {"format": "pt", **contents.metadata}
+    named = ((n, about[n], in_pieces(tensors[n])) for n in names)
+    with writing(path, about, {**metadata, SUM: _sum(named, metadata)}) as file:
         for name, tensor in tensors.items():
             file.write(name, tensor)
 

@@ -9,6 +9,7 @@ import safetensors.torch
 import torch
 from torch import nn
 
+from minipeft.errors import InputError
 from minipeft.interop import adapterhub_format, peft_folder, peft_model, to_lora
 from minipeft.interop.fingerprint import BASE, Fingerprint, of_tensor
 from minipeft.interop.made import Made, base_tensors
@@ -26,10 +27,31 @@ ROOMS = {
     "merged": "base and lora in one model, for any program",
 }
 """What the folders of a run hold."""
+FILES = ("adapter.gguf", "model.gguf")
+"""What lies beside them."""
 EXACT = ("lora", "rslora", "qlora", "dora", "pissa", "loftq")
 """The methods whose file is LoRA's, which other programs merge."""
 UNMERGED = ("full", "bottleneck", "prefix", "prompt")
 """The methods without an update of a weight: all weights are trained, or none."""
+
+
+def check_own(folder: Path) -> None:
+    """Refuse a folder that a run would replace and that holds more than a run writes.
+
+    Args:
+        folder: of the run; it need not be there.
+
+    Raises:
+        InputError: something else lies in it, or it is a file.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise InputError(f"{folder} is a file; choose another --out")
+    others = {path.name for path in folder.glob("*")} - {*ROOMS, *FILES}
+    if others:
+        raise InputError(
+            f"{folder} holds {min(others)}, which no run wrote and this one would "
+            "remove with the rest; move it, or choose another --out"
+        )
 
 
 def write_base(model: Any, tokenizer: Any, folder: Path) -> None:

@@ -12,11 +12,13 @@ from torch import Tensor
 
 from minipeft.errors import InputError
 from minipeft.shapes import Inexact
+from minipeft.values import checked
 
 UNEXPLAINED = 1e-12
 """The least share of a variance that is not a rounding error of float64."""
 
 
+@checked
 def gaussian(u: Inexact[Tensor, "n p"], v: Inexact[Tensor, "m q"]) -> float:
     r"""Return $-\frac12 \sum_i \log(1 - \rho_i^2)$: I(U; V), if both are Gaussian.
 
@@ -43,6 +45,7 @@ def gaussian(u: Inexact[Tensor, "n p"], v: Inexact[Tensor, "m q"]) -> float:
     return -0.5 * float(torch.log1p(-rho.square()).sum())
 
 
+@checked
 def club(
     fitted: tuple[Inexact[Tensor, "n p"], Inexact[Tensor, "n q"]],
     judged: tuple[Inexact[Tensor, "m p"], Inexact[Tensor, "m q"]],
@@ -80,6 +83,7 @@ def club(
     return float(centred.sum(0).mean())
 
 
+@checked
 def variational(
     fitted: Inexact[Tensor, "n q"], judged: Inexact[Tensor, "m q"], variance: float
 ) -> float:

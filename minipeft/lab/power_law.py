@@ -10,6 +10,7 @@ import numpy as np
 
 from minipeft.errors import InputError
 from minipeft.shapes import Float
+from minipeft.values import checked
 
 EXPONENTS = (0.01, 10.0)
 """The smallest and the largest exponent b that a fit may take."""
@@ -38,6 +39,7 @@ class PowerLaw:
         return values
 
 
+@checked
 def fit(
     x: Float[np.ndarray, " n"],
     losses: Float[np.ndarray, " losses"],
@@ -69,6 +71,7 @@ def fit(
     return PowerLaw(float(floors[best]), float(scales[best]), float(tried[best]))
 
 
+@checked
 def resampled(
     x: Float[np.ndarray, " n"],
     losses: Float[np.ndarray, "n seeds"],
@@ -98,6 +101,7 @@ def resampled(
     return [fit(x, one, floor) for one in means]
 
 
+@checked
 def band(
     laws: Sequence[PowerLaw], x: Float[np.ndarray, " n"], share: float = 0.95
 ) -> tuple[Float[np.ndarray, " n"], Float[np.ndarray, " n"]]:

@@ -7,8 +7,10 @@ from torch import Tensor
 
 from minipeft.errors import InputError
 from minipeft.shapes import Inexact
+from minipeft.values import checked
 
 
+@checked
 def rank_for(change: Inexact[Tensor, "out in"], share: float = 0.9) -> int:
     """Return the least k with σ₁² + … + σₖ² ≥ share · ‖ΔW‖².
 
@@ -34,6 +36,7 @@ def rank_for(change: Inexact[Tensor, "out in"], share: float = 0.9) -> int:
     return max(1, int((missing > (1 - share) * total).sum()))
 
 
+@checked
 def similarities(
     before: Inexact[Tensor, "out in"],
     after: Inexact[Tensor, "rows columns"],
@@ -70,6 +73,7 @@ def similarities(
     return best
 
 
+@checked
 def intruders(similar: Inexact[Tensor, " k"], threshold: float = 0.5) -> int:
     """Return the intruder dimensions: the y_j with max_i |cos(y_j, x_i)| < ε.
 

@@ -189,6 +189,10 @@ class History:
 class Interrupted(KeyboardInterrupt):
     """SIGINT or SIGTERM, after the current step; the message says what was kept.
 
+    Python ends a program that does not catch it with a traceback and exit code 1, as
+    for every exception of a class of one's own. The chapters end with `code`, and so
+    can another program: `except Interrupted as stopped: sys.exit(stopped.code)`.
+
     Attributes:
         signal: its number.
         kept: whether a checkpoint holds the state.
@@ -196,6 +200,11 @@ class Interrupted(KeyboardInterrupt):
 
     signal: int = signal.SIGINT
     kept: bool | None = None
+
+    @property
+    def code(self) -> int:
+        """The exit code by which shells and batch systems know a signal: 128 + it."""
+        return 128 + self.signal
 
 
 ANEW = "go on from it with resume=True, choose another path, or remove the file"

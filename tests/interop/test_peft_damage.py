@@ -5,8 +5,10 @@ import random
 import shutil
 
 import pytest
+import safetensors.torch
 import torch
 
+from minipeft import cli
 from minipeft.errors import InputError
 from minipeft.interop import peft_folder, peft_model
 from minipeft.torch import inject
@@ -17,6 +19,7 @@ from minipeft.torch.prefix import PrefixConfig, PrefixModel
 from minipeft.torch.prompt import PromptConfig, PromptModel
 from minipeft.torch.vera import VeRAConfig
 from tests.agreement.llama import llama
+from tests.interop import peers
 
 TARGETS = ["q_proj", "v_proj"]
 METHODS = {
@@ -98,10 +101,9 @@ def rewritten(folder, change):
     shutil.rmtree(folder)
     folder.mkdir()
     (folder / peft_folder.CONFIG).write_text(json.dumps(contents.config))
-    import safetensors.torch
-
     path = folder / peft_folder.WEIGHTS
-    safetensors.torch.save_file(changed, path, metadata=dict(contents.metadata))
+    metadata = {k: v for k, v in contents.metadata.items() if k != peft_folder.SUM}
+    safetensors.torch.save_file(changed, path, metadata=metadata)
 
 
 def not_finite(folder, draw):
@@ -292,3 +294,78 @@ def test_what_is_not_finite_is_not_written(tmp_path):
     with pytest.raises(InputError, match="is not finite"):
         peft_model.save(model, tmp_path / "adapter")
     assert list(tmp_path.iterdir()) == []
+
+
+FLIPS = 60
+"""Bits of the header, and of the data, that are flipped in each method's weights."""
+
+
+def attempt(folder):
+    """Return the contents, or None and the refusal."""
+    try:
+        return peft_folder.read(folder), ""
+    except InputError as error:
+        return None, str(error)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_flipped_bit_of_the_weights_changes_nothing_in_silence(
+    method, folders, tmp_path
+):
+    draw = random.Random(method)
+    folder = tmp_path / "flipped"
+    shutil.copytree(folders[method], folder)
+    path, sound = folder / peft_folder.WEIGHTS, peft_folder.read(folder)
+    data, loaded = path.read_bytes(), 0
+    start = 8 + int.from_bytes(data[:8], "little")
+    key = data.index(peft_folder.SUM.encode())
+    places = draw.sample(range(8, start), FLIPS)
+    places += [draw.randrange(start, len(data)) for _ in range(FLIPS)]
+    for place in [*places, key, key + 3]:
+        flipped = bytearray(data)
+        flipped[place] ^= 1 << draw.randrange(8)
+        path.write_bytes(flipped)
+        found, said = attempt(folder)
+        assert "\n" not in said
+        assert (found is None) == ("damaged" in said)
+        if found is None:
+            continue
+        loaded += 1
+        assert key <= place < key + len(peft_folder.SUM)  # it has no checksum now
+        for name, tensor in sound.tensors.items():
+            assert torch.equal(found.tensors[name], tensor)
+    assert loaded
+    path.write_bytes(data)
+    assert peft_folder.read(folder).metadata == sound.metadata
+
+
+def test_peft_and_safetensors_read_the_file_and_inspect_tells_of_the_checksum(
+    folders, tmp_path, capsys
+):
+    folder, plain = folders["LoRA"], tmp_path / "plain"
+    sound = peft_folder.read(folder)
+    mine = safetensors.torch.load_file(folder / peft_folder.WEIGHTS)
+    with peers.quiet():
+        theirs = pytest.importorskip("peft").PeftModel.from_pretrained(llama(), folder)
+        theirs.save_pretrained(plain)
+    again = peft_folder.read(plain)
+    assert peft_folder.SUM in sound.metadata
+    assert peft_folder.SUM not in again.metadata
+    assert sound.tensors.keys() == mine.keys() == again.tensors.keys()
+    for name, tensor in sound.tensors.items():
+        assert torch.equal(mine[name], tensor)
+        assert torch.equal(again.tensors[name], tensor)
+    fixed = tmp_path / "fixed"
+    for place, said in (
+        (folder, "checksum: the tensors and their metadata are as minipeft wrote them"),
+        (plain, "checksum: none in the file, so a damaged number is not noticed"),
+        (fixed, "checksum: the tensors and their metadata are as minipeft wrote them"),
+    ):
+        more = ["--fix", str(fixed)] if place == folder else []
+        assert cli.main(["inspect", str(place), *more]) == 0
+        assert said in capsys.readouterr().out.splitlines()
+    data = bytearray((fixed / peft_folder.WEIGHTS).read_bytes())
+    data[-1] ^= 1
+    (fixed / peft_folder.WEIGHTS).write_bytes(data)
+    assert cli.main(["inspect", str(fixed)]) == 2
+    assert "its checksum is another one; get the file again" in capsys.readouterr().err

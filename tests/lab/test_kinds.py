@@ -12,11 +12,23 @@ import torch
 from torch import nn
 
 from minipeft.errors import InputError
-from minipeft.lab import chat, data, models, task, text, train, tuning
+from minipeft.lab import (
+    chat,
+    data,
+    information,
+    models,
+    power_law,
+    spectra,
+    task,
+    text,
+    train,
+    tuning,
+)
 from minipeft.values import checked
 from tests.operands import annotations_off
 
 ROOMS = (chat, data, models, task, text, train, tuning)
+ROOMS += (information, power_law, spectra)  # a reader gives them numbers of their own
 # Public functions of these files that are not `checked`, with reasons.
 OTHERWISE = {
     "data.sha256": "is given bytes that were read",

@@ -1,6 +1,7 @@
 """`minipeft memory`: its output for a configuration, without a model."""
 
 import json
+import re
 
 import pytest
 
@@ -8,6 +9,7 @@ from minipeft import cli
 from minipeft.errors import InputError
 from minipeft.lab.memory import LLAMA_7B, command, named
 from minipeft.lab.memory.options import BASES, OPTIMIZERS, Options
+from tests.operands import annotations_off
 
 LLAMA = {
     "model_type": "llama",
@@ -245,3 +247,23 @@ def test_no_such_file_is_one_sentence(tmp_path, capsys):
     assert f"the folder {tmp_path} has no config.json, so it is no model" in err
     with pytest.raises(InputError, match="there is no model"):
         named("no-such-model")
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"batch": "2"}, "batch is '2'; choose a whole number"),
+        ({"sequence": 1.5}, "sequence is 1.5; choose a whole number"),
+        ({"r": True}, "r is True; choose a whole number"),
+        ({"method": None}, "method is of type NoneType; give one of type str"),
+        ({"checkpointing": "no"}, "checkpointing is 'no'; choose True or False"),
+        (
+            {"targets": "q_proj"},
+            "targets is of type str; give one of type list or tupl",
+        ),
+    ],
+    ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
+)
+def test_options_of_another_kind_are_refused_by_name(changes, sentence):
+    with annotations_off(), pytest.raises(InputError, match=re.escape(sentence)):
+        Options(**changes)

@@ -138,6 +138,19 @@ def test_the_capstone_shows_the_committed_run_beside_the_same_recipe(
     assert ("SmolLM2 has learned" in said) == shown
 
 
+def test_a_run_replaces_the_folder_of_a_run_and_nothing_else(tmp_path):
+    handover.check_own(tmp_path / "new")
+    for name in (*handover.ROOMS, *handover.FILES):
+        (tmp_path / name).mkdir()
+    handover.check_own(tmp_path)
+    (tmp_path / "mine").mkdir()
+    with pytest.raises(InputError, match=r"holds mine, which no run wrote .* move it"):
+        handover.check_own(tmp_path)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InputError, match="is a file; choose another --out"):
+        handover.check_own(tmp_path / "file")
+
+
 @pytest.mark.parametrize(
     ("predicted", "said"),
     [(100.0, ["False"]), (104.0, ["True"]), (None, [])],

@@ -255,6 +255,7 @@ def test_a_signal_anywhere_in_a_step_keeps_whole_steps(
     ) as caught:
         train(toy, batches, config, VALIDATION[:1], checkpoint)
     assert caught.value.signal == number
+    assert caught.value.code == 128 + number
     assert caught.value.kept
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
     monkeypatch.undo()

@@ -21,6 +21,7 @@ from minipeft.lab.memory.training import (
     peak,
     quantized_bits,
 )
+from minipeft.values import check_flag, check_integer, check_kind
 
 
 class Base(NamedTuple):
@@ -93,6 +94,7 @@ class Options:
     adapt_experts: bool = False
 
     def __post_init__(self) -> None:
+        self._check_kinds()
         if self.method == "qlora":
             raise InputError(
                 "qlora is lora over a base of four bits; choose the method lora and "
@@ -119,6 +121,15 @@ class Options:
                 f"the base is {self.base}, and weights in 4 bits are not trained; "
                 "choose a method with adapters, or bfloat16"
             )
+
+    def _check_kinds(self) -> None:
+        for name in ("method", "base", "optimizer", "attention"):
+            check_kind(name, getattr(self, name), str)
+        for name in ("r", "batch", "sequence"):
+            check_integer(name, getattr(self, name))
+        for name in ("checkpointing", "experts", "adapt_experts"):
+            check_flag(name, getattr(self, name))
+        check_kind("targets", self.targets, list, tuple)
 
     @property
     def adapter(self) -> Adapter | None:
