@@ -11,8 +11,10 @@ if __name__ == "__main__" and sys.path[:1] == [os.getcwd()]:
     del sys.path[0]  # `python -m` looks here first: a json.py would be taken for json
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
+from typing import Any, TextIO
 
 from minipeft import __version__
 from minipeft.errors import IN_CLONE, InputError, OtherBaseError
@@ -28,7 +30,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run a subcommand and return the exit code."""
     options = _parser().parse_args(arguments)
     try:
-        code: int = options.run(options)
+        with redirect_stdout(_Stdout(sys.stdout)) as out:
+            code: int = options.run(options)
+            out.flush()
     except OtherBaseError as error:
         anyway = ", or pass --allow-base-mismatch if you mean it"
         flag = anyway if hasattr(options, "allow_base_mismatch") else ""
@@ -46,6 +50,38 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"minipeft: {said}; run: pip install {extra}", file=sys.stderr)
         return 2
     return code
+
+
+class _Stdout:
+    """Stdout that drops the rest once its reader is gone, as `| head` is.
+
+    A command then still writes its files and returns its code.
+    """
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        """Write, or drop the text."""
+        with self._dropping():
+            self._stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        """Flush what is not dropped."""
+        with self._dropping():
+            self._stream.flush()
+
+    def __getattr__(self, name: str) -> Any:
+        """Return an attribute of the stream."""
+        return getattr(self._stream, name)
+
+    @contextmanager
+    def _dropping(self) -> Iterator[None]:
+        try:
+            yield
+        except BrokenPipeError:  # Python flushes once more at exit
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self._stream.fileno())
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -6,7 +6,6 @@ import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
-from io import TextIOWrapper
 from pathlib import Path
 from threading import current_thread, main_thread
 
@@ -304,8 +303,9 @@ def _replace(path: Path, text: str) -> None:
 
 def _print(text: str) -> None:
     """Print to stdout in any encoding, also if the reader has closed the pipe."""
-    if isinstance(sys.stdout, TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")
+    reconfigure = getattr(sys.stdout, "reconfigure", None)
+    if reconfigure:  # a stream of another kind takes any text
+        reconfigure(errors="backslashreplace")
     try:
         print(text, flush=True)
     except BrokenPipeError:  # `| head`: Python flushes stdout again at exit

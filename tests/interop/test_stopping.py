@@ -82,6 +82,21 @@ def test_what_was_written_before_is_named(tmp_path, monkeypatch, capsys):
     assert capsys.readouterr().err.endswith(f"minipeft: stopped; look at {report}\n")
 
 
+@pytest.mark.parametrize("buffering", [1, -1], ids=["line by line", "at the end"])
+def test_a_reader_that_leaves_costs_neither_the_files_nor_the_code(
+    tmp_path, monkeypatch, buffering
+):
+    adapter = write_adapter(tmp_path / "adapter", adapter_tensors())
+    reader, writer = os.pipe()
+    os.close(reader)  # as `| head` does
+    with open(writer, "w", buffering=buffering) as closed:
+        monkeypatch.setattr("sys.stdout", closed)
+        given = ["inspect", str(adapter), "--fix", str(tmp_path / "fixed")]
+        assert cli.main(given) == 0
+        monkeypatch.undo()
+    assert (tmp_path / "fixed" / "adapter_config.json").exists()
+
+
 def test_a_signal_that_the_caller_ignores_stays_ignored(tmp_path, monkeypatch):
     adapter = write_adapter(tmp_path / "adapter", adapter_tensors())
     stopping(tensors.SafeTensors, "read", signal.SIGINT, monkeypatch)
