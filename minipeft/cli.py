@@ -14,7 +14,7 @@ import argparse
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 from minipeft import __version__
 from minipeft.errors import IN_CLONE, InputError, OtherBaseError
@@ -58,7 +58,7 @@ class _Stdout:
     A command then still writes its files and returns its code.
     """
 
-    def __init__(self, stream: TextIO) -> None:
+    def __init__(self, stream: Any) -> None:
         self._stream = stream
 
     def write(self, text: str) -> int:
