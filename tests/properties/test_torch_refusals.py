@@ -289,6 +289,17 @@ def test_second_derivatives_of_dora_are_those_of_its_formula(bias, gain, monkeyp
         assert_sums(mine.numpy(), right.numpy())
 
 
+def test_second_derivatives_of_dora_are_finite_where_a_row_is_zero():
+    W = torch.ones(OUT, IN)
+    W[1] = 0
+    layer = DoRALinear(frozen(W), new_adapter("dora"))
+    parts = list(layer.adapters.parameters())
+    loss = (layer(torch.ones(3, IN)) ** 3).sum()
+    first = torch.autograd.grad(loss, parts, create_graph=True)
+    second = torch.autograd.grad(sum(slope.sum() for slope in first), parts)
+    assert all(torch.isfinite(slope).all() for slope in [*first, *second])
+
+
 def plainly(z, magnitude, norm, bias, dtype):
     return dora._rescaled(z, dora.over_norm(magnitude, norm), bias).to(dtype)
 
