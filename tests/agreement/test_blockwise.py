@@ -39,7 +39,7 @@ def test_packing(bits, data):
     assert_bits(blockwise.unpack(packed, bits, n).numpy(), codes)
 
 
-@pytest.mark.parametrize("n", [0, 1, 7, 70])
+@pytest.mark.parametrize("n", [0, 1, 7, 65, 70])
 def test_a_block_larger_than_the_tensor_takes_no_memory_for_it(n):
     W = np.random.default_rng(0).standard_normal(n).astype(np.float32)
     for ours, theirs in ((blockwise, reference), (bof4, reference_bof4)):
