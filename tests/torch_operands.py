@@ -82,7 +82,12 @@ STEPS = {
         "blockwise.decodes_in_slices",
     ),
     *("blockwise.check_finite", "blockwise.width_of", "codebook.table"),
-    *("dora.squared_row_norm", "inject.freeze", "vera.kaiming_uniform"),
+    *(
+        "dora.squared_row_norm",
+        "inject.freeze",
+        "inject.check_places",
+        "vera.kaiming_uniform",
+    ),
     *("loftq.alternate", "pissa.principal", "pissa.principal_randomized"),
     *("experts.init", "qlora.quantized_linear", "qlora.quantizable"),
     *(name for name, _ in modules.members() if name.endswith(".check_fits")),

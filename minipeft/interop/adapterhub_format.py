@@ -134,6 +134,7 @@ def load(
     scaling = _checked(contents.config)
     parts = _parts(contents.tensors)
     layers = targets.layers(model, list(parts))
+    inject.check_places(model, layers)
     built = {}
     for key, layer in layers.items():
         with naming(key):

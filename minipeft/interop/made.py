@@ -14,11 +14,12 @@ import torch
 from torch import Tensor, nn
 
 from minipeft import __version__
-from minipeft.errors import OtherBaseError
+from minipeft.errors import InputError, OtherBaseError
 from minipeft.interop import fingerprint
 from minipeft.interop.adapter import Adapter
 from minipeft.interop.fingerprint import BASE, Fingerprint, of_tensor
 from minipeft.torch.inject import adapted
+from minipeft.torch.operands import has_values
 
 METHOD, CONSTANTS = "minipeft.method", "minipeft.constants"
 DATA, SEED, VERSIONS = "minipeft.data", "minipeft.seed", "minipeft.versions"
@@ -113,8 +114,20 @@ def of_base(model: nn.Module, without: Collection[str] = ()) -> Fingerprint:
     Args:
         model: adapted or not.
         without: names of trained tensors that the file contains.
+
+    Raises:
+        InputError: a tensor is offloaded, or sharded over processes.
     """
     tensors = base_tensors(model)
+    for name, tensor in tensors.items():
+        sharded = hasattr(tensor, "placements")
+        if sharded or not has_values(tensor):
+            how = "sharded over processes" if sharded else "on the device meta"
+            raise InputError(
+                f"{name} is {how}, and its values identify the base; save and load "
+                "adapters of a model that is in memory, before it is offloaded or "
+                "distributed"
+            )
     return Fingerprint(
         {name: of_tensor(tensors[name]) for name in sorted(tensors.keys() - {*without})}
     )

@@ -297,9 +297,11 @@ def _attach(
     """Wrap the layers, or raise an error and change nothing."""
     layers = inject.adapted(model)
     if layers:
+        inject.check_places(model, {key: one.base for key, one in layers.items()})
         _add(layers, built, name)
         return
     found = targets.layers(model, list(built))
+    inject.check_places(model, found)
     kept = {p: p.requires_grad for p in model.parameters()}
     wrapped = {}
     try:

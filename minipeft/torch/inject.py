@@ -99,7 +99,7 @@ def inject(
     for key, layer in found.items():
         with naming(key):
             _check_offered(config, layer)
-    check_in_memory(model, _places(found))
+    check_places(model, found)
     for key, layer in found.items():
         with naming(key):
             _check_no_nan(layer)
@@ -140,7 +140,7 @@ def add(
         with naming(key):
             layer.check_new(name)
     bases = {key: layer.base for key, layer in layers.items()}
-    check_in_memory(model, _places(bases))
+    check_places(model, bases)
     with torch.inference_mode(False):
         adapters = config.adapters(bases, generator)
     try:
@@ -415,6 +415,11 @@ def _check_offered(config: Config, layer: nn.Module) -> None:
     view = weight_view(layer)
     if isinstance(view, Stacked) and not hasattr(config, "stacked"):
         view.form(layer)  # raises: the module has several matrices
+
+
+def check_places(model: nn.Module, layers: Mapping[str, nn.Module]) -> None:
+    """Refuse to adapt layers that are offloaded, or a model that is distributed."""
+    check_in_memory(model, _places(layers))
 
 
 def _places(layers: Mapping[str, nn.Module]) -> Iterator[tuple[str, torch.device]]:

@@ -11,6 +11,7 @@ from torch.distributed.checkpoint.state_dict import (
 )
 
 from minipeft.errors import InputError
+from minipeft.interop import adapterhub_format, peft_model
 from minipeft.torch.bottleneck import BottleneckConfig, place_beside
 from minipeft.torch.inject import (
     adapted,
@@ -215,3 +216,29 @@ def test_virtual_tokens_are_made_before_a_model_is_distributed(config):
         model = fully_shard(llama())
         with pytest.raises(InputError, match=DISTRIBUTED["FSDP2"][1]):
             around(model, config)
+
+
+@pytest.mark.parametrize("way", ["offloaded", "FSDP2"])
+def test_files_of_adapters_are_loaded_before_a_model_lies_elsewhere(way, tmp_path):
+    accelerate = pytest.importorskip("accelerate", reason="needs accelerate")
+    peft_model.save(inject(llama(), ROWS["lora"], ["q_proj"]), tmp_path / "peft")
+    serial = inject(llama(), BottleneckConfig(2), ["o_proj", "down_proj"])
+    adapterhub_format.save(serial, tmp_path / "hub")
+    sentence = {"offloaded": "is on the device meta", "FSDP2": "is sharded over"}[way]
+    unknown = {"offloaded": "is offloaded: its weight", "FSDP2": "is sharded over"}[way]
+    with one_process():
+        for load, kind in ((peft_model.load, "peft"), (adapterhub_format.load, "hub")):
+            model = llama()
+            if way == "offloaded":
+                accelerate.cpu_offload(model, "cpu")
+            else:
+                fully_shard(model)
+            before = [p.requires_grad for p in model.parameters()]
+            with pytest.raises(
+                InputError, match=f"{sentence}.*identify the base|{unknown}"
+            ):
+                load(model, tmp_path / kind)
+            with pytest.raises(InputError, match=unknown):
+                load(model, tmp_path / kind, allow_base_mismatch=True)
+            assert not adapted(model)
+            assert [p.requires_grad for p in model.parameters()] == before
