@@ -35,6 +35,7 @@ PARTS = {
     "adapter_up.weight": "up",
     "adapter_up.bias": "up_bias",
 }
+OPERANDS = ("down", "up", "down_bias", "up_bias")
 KEY = re.compile(
     r"(?P<layer>.+\.layers\.(?P<number>\d+))\.(?P<place>attention|output)_adapters"
     r"\.adapters\.(?P<name>[^.]+)\.(?P<part>adapter_(?:down\.0|up)\.(?:weight|bias))"
@@ -143,8 +144,7 @@ def load(
                 raise InputError(f"the file has no {min(missing)}; get it again")
             form = weight_view(layer).form(layer)
             own = {n: t.to(form.device, form.wide) for n, t in parts[key].items()}
-            down, up = own["down"], own["up"]
-            biases = own["down_bias"], own["up_bias"]
+            down, up, *biases = (own[n] for n in OPERANDS)
             built[key] = Bottleneck(down, up, scaling, *biases)
             Serial.check_fits(form, built[key])
     if allow_base_mismatch:

@@ -340,8 +340,6 @@ def load_adapter_state_dict(
     """
     check_kind("tensors", tensors, Mapping)
     check_kind("saved", saved, Mapping, type(None))
-    for key, constant in (saved or {}).items():
-        check_kind(f"{key} of saved", constant, Real, str)
     own = _tensors(model, name)
     problems = _odd_shapes(tensors, own) + _odd_values(tensors, own)
     problems += _other_constants({} if saved is None else saved, constants(model, name))
@@ -490,6 +488,8 @@ def _check_not_whole(tensors: Mapping[str, Tensor], own: Mapping[str, Tensor]) -
 def _other_constants(
     saved: Mapping[str, float | str], own: Mapping[str, float | str]
 ) -> list[str]:
+    for key, constant in saved.items():
+        check_kind(f"{key} of saved", constant, Real, str)
     keys = [key for key in {**own, **saved} if saved and saved.get(key) != own.get(key)]
     return [f"{key} is {saved.get(key)}, not {own.get(key)}" for key in keys]
 
