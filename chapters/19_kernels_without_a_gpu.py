@@ -473,7 +473,7 @@ if not NO_NVRTC:
 # %% [markdown]
 # ## What these checks cannot show
 #
-# Plainly: these checks run no kernel on a GPU. One run on an H200 came after them, on 26 November 2026. It was not complete; every byte that its report compared was the one that these checks had promised, and no golden vector failed. [Chapter 18](18_gpu_four_bits.md) shows what passed and what failed. What the five checks say about a GPU, and what they do not:
+# Plainly: these checks run no kernel on a GPU. One run on an H200 came after them, on 26 November 2026. Every byte that its report compared was the one that these checks had promised, and no golden vector failed; one test of 70 did, of a layer that no pretended device had tried. [Chapter 18](18_gpu_four_bits.md) shows what passed and what failed. What the five checks say about a GPU, and what they do not:
 #
 # - **Speed.** Nothing here takes the time that it takes there. Counts of registers and of wide loads are hints. The rooflines of the [last chapter](18_gpu_four_bits.md) are upper bounds of the speed.
 # - **Approximate maths.** `__expf`, `rsqrtf` and their like are hardware; no CPU has their bits. The kernels here use none, and a test looks for them in the PTX.
@@ -488,13 +488,13 @@ if not NO_NVRTC:
 #
 # | what | compiled | run | on a GPU |
 # |:--|:--|:--|:--|
-# | every kernel, NVRTC 13.5 | `sm_75`, `sm_80`, `sm_90`, `sm_100` by the tests; `sm_120` on 26 November 2026 | their PTX, instruction by instruction, in a model; their source, on a CPU | on an H200, compiled by NVRTC 13.0; `row_norm_mixed` is newer than that run |
+# | every kernel, NVRTC 13.5 | `sm_75`, `sm_80`, `sm_90`, `sm_100` by the tests; `sm_120` on 26 November 2026 | their PTX, instruction by instruction, in a model; their source, on a CPU | on an H200, compiled by NVRTC 13.0 |
 # | every kernel, NVRTC 12.9 | `sm_75`, `sm_90`, `sm_120` by `make cuda12`, 26 November 2026 | no | no |
 # | registers, spills, machine code | `sm_75` to `sm_100` | counted | no |
 # | torch's operators that launch them | with NVRTC 13.5 | on a pretended device, whose kernels are the CPU's | the vectors, on an H200 |
 # | the chapters, with `--device cuda` | | on a pretended device that refuses mixed tensors: `make devices` | on an H200; which ones passed is in chapter 18 |
 # | CuPy's column, streams, pages | | on stand-ins for arrays and for the driver | the vectors, pages and streams, on an H200 |
-# | CUDA graphs | | a test counts where the host would wait; `make gpu` captures and repeats one | no |
+# | CUDA graphs | | a test counts where the host would wait; `make gpu` captures and repeats one | on an H200 |
 # | any timing | | instruction counts and bounds only | one run, in chapter 18 |
 #
 # How to find out is one command on a machine that has a GPU: `make gpu` runs the tests, the vectors and the sanitizers on it, tries whether pages save a run there, checks and times every kernel (`minipeft gpu-report`), runs every chapter there, and writes a folder of results; without a GPU it says so.

@@ -24,7 +24,7 @@ from minipeft.lab.models import pick_device
 from minipeft.lab.spike import Course, Ready, smallest
 from minipeft.lab.storages import Event, Recorder
 from minipeft.lab.train import Batch
-from minipeft.torch import adamw, operators
+from minipeft.torch import adamw, launches, operators
 from minipeft.torch.codebook import NF4
 from minipeft.torch.double_quant import Nested
 from minipeft.torch.inject import inject, trainable_parameters
@@ -127,7 +127,16 @@ class Blocks:
 
 
 class _AsOnAGPU(QuantizedLinear):
-    """Decodes by the operator, which makes one tensor, of the weight's size."""
+    """Decodes by the operator, which makes one tensor, of the weight's size.
+
+    Attributes:
+        fused: whether the product takes the codes, as for few rows; backward decodes.
+    """
+
+    fused = False
+
+    def runs_kernels(self, dtype: torch.dtype) -> bool:
+        return self.fused
 
     def decoded(self, dtype: torch.dtype) -> Tensor:
         return operators.dequantize_nested(*operators.parts(self.q), dtype)
@@ -262,6 +271,9 @@ def counted(blocks: Blocks) -> Counted:
 
     def passed(tokens: int) -> tuple[Sequence[Event], Sequence[Event]]:
         batch = {k: v.to("meta") for k, v in blocks.batch(tokens).items()}
+        for module in model.modules():
+            if isinstance(module, _AsOnAGPU):
+                module.fused = tokens <= launches.SHARED[torch.bfloat16]
         began = len(recorder.events)
         recorder.note(batch.values())
         with recorder:

@@ -107,3 +107,7 @@ def test_the_committed_run_is_summed_up():
     assert "name: NVIDIA" in said
     assert "vectors, torch" in said.split("\npassed: ")[1].split("\n")[0]
     assert all(f"\n| {name} |" in said for name in ("NF4 quantize", "DoRA step"))
+
+
+def test_a_folder_without_results_is_told(tmp_path):
+    assert bench.summary(tmp_path) == "no results of `make gpu` are here"

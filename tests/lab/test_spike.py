@@ -78,7 +78,7 @@ def test_a_trial_says_when_pages_save_nothing():
 
 
 def test_on_a_large_model_pages_are_more_than_the_allocators_segments():
-    """What the next card should show: three blocks of Llama 2 70B."""
+    """By the rules of the allocator, three blocks of Llama 2 70B."""
     three = Blocks(count=3)
     counted, page = blocks.counted(three), Paging().page_size
     shape = memory.Architecture(3, 8192, 28672, 64, 8, 32000, 128, tied=False)

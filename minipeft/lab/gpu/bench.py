@@ -357,6 +357,8 @@ def table(rows: Sequence[Measurement]) -> str:
 
 def summary(folder: Path) -> str:
     """Tell what `make gpu` wrote to a folder: the machine, each verdict, the ratios."""
+    if not (folder / "gpu.json").is_file():
+        return "no results of `make gpu` are here"
     ran = json.loads((folder / "gpu.json").read_text("utf-8"))
     said = [f"{name}: {fact}" for name, fact in ran["facts"].items()]
     for verdict in ("passed", "failed", "left out", "unfinished"):

@@ -35,7 +35,10 @@ WORKER = (sys.executable, "-m", "minipeft.lab.gpu.examination")
 TENSOR_CORES = ("dora", "qlora")  # rows whose kernels of 16 bits multiply there
 LAYERS = 4  # in a row, as in a model
 LIMIT = 300  # seconds of a trial on the device, compiling included
-AT_ONCE = min(4, max(1, (os.cpu_count() or 1) // 4))  # processes: NumPy uses threads
+CORES = os.cpu_count() or 1
+AT_ONCE = min(4, max(1, CORES // 4))  # processes: NumPy uses threads
+# Half of the cores for all of them: the one that has the device must launch in time.
+THREADS = str(max(1, CORES // (2 * AT_ONCE)))
 
 
 @dataclass(frozen=True)
@@ -195,6 +198,7 @@ class Examination:
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
+            env={"OMP_NUM_THREADS": THREADS} | os.environ,
         )
         assert self._process.stdin is not None
         with suppress(BrokenPipeError):  # its row says how it ended
