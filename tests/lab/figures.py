@@ -77,6 +77,8 @@ def damages() -> dict[str, int]:
     )
     for name, n in each.items():
         kinds[ADAPTERS[name]] = n * len(folders.METHODS)
+    flips = folders.FLIPS * len(folders.METHODS)
+    kinds["A bit in the data of an adapter's weights is flipped."] = flips
     return kinds
 
 
