@@ -36,6 +36,7 @@ from minipeft.lab.models import (
     pick_device,
 )
 from minipeft.lab.places import TINY, Places, places
+from minipeft.lab.source import keep_source
 from minipeft.lab.train import Checkpoint
 from minipeft.torch.targets import ALL_LINEAR
 
@@ -78,8 +79,13 @@ class Chapter(Claims):
             quantize: as `models.load` takes it.
 
         Raises:
-            InputError: as `models.load`; the model does not write text.
+            InputError: as `models.load`; the model does not write text; `--data` does
+                not hold what is asked, or is not what the resumed runs learn from.
         """
+        if "_all" not in vars(self):  # said before a large model is read
+            held_out.check_count(self._all, self._held_out_count())
+            source = str(self.data) if self.data else "The Devil's Dictionary"
+            keep_source(self.checkpoint, source, self._all, self.resume)
         loaded = load(self.model, self.device, self.dtype, quantize)
         if not hasattr(loaded.model, "generate") or not loaded.model.can_generate():
             raise InputError(
@@ -98,10 +104,9 @@ class Chapter(Claims):
         """Return the task in the tokenizer's template, held out by the model's time."""
         if "task" in vars(self):
             return self.task
-        found = self._examples().written_for(loaded.tokenizer)
+        found = self._all.written_for(loaded.tokenizer)
         found = replace(found, length=self.length or found.length)
-        kept = held_out.kept_count(self.checkpoint) if self.resume else None
-        count = kept or self.held_out
+        count = self._held_out_count()
         if count is None and self.model == "tiny" and self.data is None:
             return found
         chosen = held_out.sized(found, loaded.model, loaded.tokenizer, count)
@@ -109,7 +114,12 @@ class Chapter(Claims):
         print(chosen)
         return chosen.task
 
-    def _examples(self) -> task.Task:
+    def _held_out_count(self) -> int | None:
+        kept = held_out.kept_count(self.checkpoint) if self.resume else None
+        return kept or self.held_out
+
+    @cached_property
+    def _all(self) -> task.Task:
         return task.from_file(self.data) if self.data else task.dictionary()
 
     def places(self, model: Any) -> Places:
@@ -129,7 +139,7 @@ class Chapter(Claims):
 
         In full before `load`; from then on as the model reads and judges it.
         """
-        return self._examples()
+        return task.from_file(self.data) if self.data else task.dictionary()
 
     @property
     def before(self) -> str:

@@ -63,12 +63,8 @@ def sized(
         InputError: the count is below 1, or above the number of held-out examples.
     """
     every, task = len(task.validation), replace(task, rows=ROWS)
+    check_count(task, count)
     if count is not None:
-        if not 1 <= count <= every:
-            raise InputError(
-                f"--held-out is {count}, and of these data at most {every} can be held "
-                f"out; give 1 to {every}"
-            )
         return HeldOut(task.judged_by(count), every, None)
     probe = task.judged_by(ROWS)
     size = (ROWS, task.length)
@@ -79,6 +75,24 @@ def sized(
     one = (time.perf_counter() - began) / len(probe.validation)
     count = min(every, max(FEWEST, int(seconds / one)))
     return HeldOut(task.judged_by(count), every, count * one)
+
+
+def check_count(task: Task, count: int | None) -> None:
+    """Check that a task has so many held-out examples; this needs no model.
+
+    Args:
+        task: with all examples.
+        count: of examples; None: as many as the time allows.
+
+    Raises:
+        InputError: the count is below 1, or above the number of held-out examples.
+    """
+    every = len(task.validation)
+    if count is not None and not 1 <= count <= every:
+        raise InputError(
+            f"--held-out is {count}, and of these data at most {every} can be held "
+            f"out; give 1 to {every}"
+        )
 
 
 def kept_count(folder: Path | None) -> int | None:
