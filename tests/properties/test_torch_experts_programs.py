@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn.utils import parametrize, prune
 
 from minipeft.errors import InputError
-from minipeft.torch.experts import Experts
+from minipeft.torch.experts import Experts, ExpertsLoRA
 from minipeft.torch.inject import (
     adapter_state_dict,
     constants,
@@ -105,6 +105,14 @@ def test_merged_experts_save_what_they_saved_before(kind):
     model = make(kind)
     names = set(model.state_dict())
     assert set(merge(model).state_dict()) == names
+
+
+def test_an_adapter_of_another_stack_or_of_none_is_refused():
+    layer = make("plain").experts
+    part = layer.adapters["default"]["W"]
+    for parts, said in (({"U": part}, "is of U; these"), ({}, "these experts hold W")):
+        with pytest.raises(InputError, match=said):
+            layer.add("other", ExpertsLoRA(parts))
 
 
 class Projections(nn.Module):

@@ -9,6 +9,7 @@ from torch.nn.functional import linear
 
 from minipeft.errors import InputError
 from minipeft.torch.linear import (
+    Product,
     Stacked,
     WeightView,
     _Added,
@@ -146,6 +147,14 @@ def test_a_hook_that_reads_the_weight_computes_no_product():
 
     base.register_forward_pre_hook(look)
     assert torch.equal(layer(x), expected)
+
+
+def test_a_bias_is_the_third_argument_or_a_keyword():
+    base, x = nn.Linear(6, 5), torch.randn(3, 6)
+    two = [x, base.weight]
+    assert Product(WeightView(), base, [*two, base.bias], {}).bias is base.bias
+    assert Product(WeightView(), base, two, {"bias": base.bias}).bias is base.bias
+    assert Product(WeightView(), base, two, {}).bias is None
 
 
 class Held(nn.Module):
