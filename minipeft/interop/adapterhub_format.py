@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from minipeft.errors import InputError
 from minipeft.interop import made as making
-from minipeft.interop import peft_folder
+from minipeft.interop import peft_folder, peft_virtual
 from minipeft.interop.made import Made
 from minipeft.interop.peft_folder import Contents
 from minipeft.interop.peft_model import warn
@@ -91,9 +91,10 @@ def save(
         made: what only the caller knows of the training.
 
     Raises:
-        InputError: the folder exists, a layer has no place in the format, or widths or
-            scalings differ.
+        InputError: the folder exists, a layer has no place in the format, widths or
+            scalings differ, or the model has virtual tokens too.
     """
+    peft_virtual.check_one_kind(model)
     inject.adapter_state_dict(model, name)  # refuses a name that no layer holds
     found: dict[str, Bottleneck] = {}
     for key, layer in inject.adapted(model).items():

@@ -112,8 +112,8 @@ def save(
         made: what only the caller knows of the training.
 
     Raises:
-        InputError: the folder exists, peft has no format for the adapter, or a number
-            is not finite.
+        InputError: the folder exists, peft has no format for the adapter, or for
+            adapters behind virtual tokens, or a number is not finite.
     """
     peft_folder.write(folder, contents_of(model, name, made))
 
@@ -127,7 +127,9 @@ def contents_of(
         InputError: peft has no format for the adapter.
     """
     made = made or Made()
+    peft_virtual.check_one_kind(model)
     if isinstance(model, VirtualTokens):
+        _check_all_frozen(model.model)
         return contents_with(peft_virtual.written(model), model.model, {}, made)
     inject.adapter_state_dict(model, name)  # raises if no layer has this name
     layers = inject.adapted(model)
@@ -332,6 +334,14 @@ def _add(
             layer.check_new(name)
     for key, (_, adapter) in built.items():
         layers[key].add(name, adapter)
+
+
+def _check_all_frozen(inside: nn.Module) -> None:
+    for key in trained_beside(inside):
+        raise InputError(
+            f"{key} is trained beside the virtual tokens, and their file has no place "
+            "for it; save model.state_dict(), or freeze it (requires_grad_(False))"
+        )
 
 
 def trained_beside(model: nn.Module) -> dict[str, Tensor]:

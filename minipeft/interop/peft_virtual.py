@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from minipeft.errors import InputError
 from minipeft.interop.peft_folder import Contents
 from minipeft.interop.peft_write import Written
+from minipeft.torch.inject import adapted
 from minipeft.torch.prefix import PrefixConfig, PrefixModel
 from minipeft.torch.prompt import PromptConfig, PromptModel
 from minipeft.torch.virtual import VirtualTokens
@@ -44,6 +45,23 @@ def load(contents: Contents, model: nn.Module) -> VirtualTokens:
         )
     prompt = config["peft_type"] == "PROMPT_TUNING"
     return _prompt(model, rows) if prompt else _prefix(model, rows)
+
+
+def check_one_kind(model: nn.Module) -> None:
+    """Refuse a model with virtual tokens and adapters: a file would lose one of them.
+
+    Raises:
+        InputError: names an adapted layer.
+    """
+    around = any(isinstance(module, VirtualTokens) for module in model.modules())
+    layers = adapted(model) if around else {}
+    if layers:
+        raise InputError(
+            f"the model holds virtual tokens and adapters (of {next(iter(layers))}), "
+            "and a file of adapters has a place for one of the two; save "
+            "model.state_dict(), which holds both, or save model.model, the adapters "
+            "without the virtual tokens"
+        )
 
 
 def written(model: VirtualTokens) -> Written:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from minipeft.errors import InputError
-from minipeft.interop import peft_model, peft_write
+from minipeft.interop import peft_model, peft_virtual, peft_write
 from minipeft.interop.made import Made
 from minipeft.interop.peft_folder import Contents, check_holds, read_config
 from minipeft.interop.peft_model import contents_with, target_modules, trained_beside
@@ -71,10 +71,11 @@ def to_lora(
         step: is called with the name of each layer, for progress.
 
     Raises:
-        InputError: not one of rank and share is given, one is out of range, or the
-            method changes no weight.
+        InputError: not one of rank and share is given, one is out of range, the
+            method changes no weight, or the model has virtual tokens too.
     """
     choose = _chooser(rank, share)
+    peft_virtual.check_one_kind(model)
     layers = inject.adapted(model)
     if not layers:
         raise InputError(

@@ -5,10 +5,13 @@ import json
 
 import pytest
 import torch
+from torch import nn
 
 from minipeft.errors import InputError
-from minipeft.interop import peft_folder, peft_model
+from minipeft.interop import adapterhub_format, peft_folder, peft_model
+from minipeft.interop.to_lora import to_lora
 from minipeft.torch import inject
+from minipeft.torch.bottleneck import BottleneckConfig
 from minipeft.torch.dora import DoRAConfig
 from minipeft.torch.hira import HiRAConfig
 from minipeft.torch.ia3 import IA3Config
@@ -341,3 +344,44 @@ def test_a_folder_is_never_overwritten(tmp_path):
         peft_model.save(model, tmp_path / "adapter")
     assert before == {p.name: p.read_bytes() for p in (tmp_path / "adapter").iterdir()}
     assert [p.name for p in tmp_path.iterdir()] == ["adapter"]
+
+
+@pytest.mark.parametrize("first", ["tokens", "adapters"])
+@pytest.mark.parametrize("kind", ["prompt", "prefix"])
+def test_virtual_tokens_and_adapters_are_never_saved_without_each_other(
+    kind, first, tmp_path
+):
+    around = PromptModel if kind == "prompt" else PrefixModel
+
+    def both(config):
+        targets = ["o_proj", "down_proj"]
+        if first == "adapters":
+            return around(inject.inject(llama(), config, targets), OURS[kind])
+        return inject.inject(around(llama(), OURS[kind]), config, targets)
+
+    low, serial = both(LoRAConfig(r=3, alpha=7)), both(BottleneckConfig(2))
+    for write in (
+        lambda: peft_model.save(low, tmp_path / "adapter"),
+        lambda: peft_model.save(nn.Sequential(low), tmp_path / "adapter"),
+        lambda: to_lora(low, rank=2),
+        lambda: adapterhub_format.save(serial, tmp_path / "adapter"),
+    ):
+        with pytest.raises(InputError, match=r"virtual tokens and adapters .*o_proj"):
+            write()
+        assert not [*tmp_path.iterdir()]
+    peft_model.save(low.model, tmp_path / "adapter")  # the remedies
+    mine = peft_model.load(llama(), tmp_path / "adapter", say=silent)
+    found, expected = (inject.adapter_state_dict(m) for m in (mine, low.model))
+    assert_same_tensors(found, expected)
+    adapterhub_format.save(serial.model, tmp_path / "serial")
+    again = both(LoRAConfig(r=3, alpha=7))
+    again.load_state_dict(low.state_dict())
+    assert torch.equal(peers.logits(again.eval()), peers.logits(low.eval()))
+
+
+def test_what_is_trained_beside_virtual_tokens_is_not_lost(tmp_path):
+    model = PromptModel(llama(), OURS["prompt"])
+    model.model.lm_head.requires_grad_(True)
+    with pytest.raises(InputError, match=r"lm_head\.weight is trained beside"):
+        peft_model.save(model, tmp_path / "adapter")
+    assert not [*tmp_path.iterdir()]
