@@ -216,8 +216,11 @@ def run(step: Step, seconds: float) -> Record:
     try:
         said, _ = process.communicate(timeout=seconds)
         verdict = "failed" if process.returncode else "passed"
-    except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)
+    except (subprocess.TimeoutExpired, KeyboardInterrupt) as reason:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        if isinstance(reason, KeyboardInterrupt):  # which reaches no other session
+            raise
         said, _ = process.communicate()
         verdict = "unfinished"
     kept = KEPT if verdict == "failed" else 1

@@ -20,6 +20,9 @@ from minipeft.torch.codebook import dynamic_map
 GPUS = {"cuda"}
 """The types of device on which kernels run."""
 
+WRITTEN = {getattr(torch, name) for name in kernels.CTYPES}
+"""The dtypes that kernels write."""
+
 HOST = -1
 """The number that stands for every other device in the facts about a tensor."""
 
@@ -104,7 +107,7 @@ def available(*tensors: Tensor) -> bool:
 
 def decodes(codebook: Tensor, dtype: torch.dtype) -> bool:
     """Tell whether the kernels decode codes of this codebook to this dtype."""
-    return len(codebook) in (2, 4, 8, 16) and _name(dtype) in kernels.CTYPES
+    return len(codebook) in (2, 4, 8, 16) and dtype in WRITTEN
 
 
 def dequantize(
@@ -116,7 +119,7 @@ def dequantize(
 
 def decode(W: Ready, dtype: torch.dtype) -> Tensor:
     """Launch as `dequantize` does, for a weight that was checked."""
-    if _name(dtype) not in kernels.CTYPES:
+    if dtype not in WRITTEN:
         raise InputError(
             f"the kernels write no {_name(dtype)}; choose one of "
             f"{list(kernels.CTYPES)}, or call minipeft.torch.blockwise.dequantize."
@@ -351,9 +354,12 @@ def _name(dtype: torch.dtype) -> str:
 
 
 def _fits(t: Tensor) -> bool:
-    start = t.storage_offset() * t.element_size()
     known = t.dtype in (torch.float32, torch.float16, torch.bfloat16, torch.uint8)
-    return known and t.is_contiguous() and start % 16 == 0
+    if not (known and t.is_contiguous()):
+        return False
+    if torch.compiler.is_compiling():  # it knows no offset; the launch checks addresses
+        return True
+    return t.storage_offset() * t.element_size() % 16 == 0
 
 
 def _stream(device: torch.device) -> int:

@@ -258,6 +258,23 @@ def test_when_the_time_is_over_all_that_a_program_started_ends(gpu, tmp_path):
         pytest.fail("the child lives")
 
 
+def test_a_program_ends_with_the_run_that_ctrl_c_ends(gpu, monkeypatch):
+    begun = []
+
+    class Interrupted(subprocess.Popen):
+        def communicate(self, *of, **how):
+            begun.append(self)
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(subprocess, "Popen", Interrupted)
+    said = "import time; time.sleep(60)"
+    with pytest.raises(KeyboardInterrupt):
+        gpu.run(gpu.Step("x", (sys.executable, "-c", said)), 60)
+    (process,) = begun
+    with process:
+        assert process.wait(5) == -9
+
+
 def test_a_step_whose_needs_are_not_met_is_left_out(gpu, monkeypatch):
     monkeypatch.setattr(subprocess, "Popen", None)
     record = gpu.run(gpu.Step("x", ("y",), ("sys", "no_such_module")), 60)

@@ -3,6 +3,7 @@
 Only CuPy's own calls are missing; a stand-in checks their order.
 """
 
+import io
 import json
 import subprocess
 import sys
@@ -263,6 +264,32 @@ def test_several_processes_prepare_and_one_uses_the_device():
     assert times == sorted(times)
 
 
+def test_a_process_that_dies_before_it_gets_its_task_spoils_no_other(monkeypatch):
+    monkeypatch.undo()
+    start = subprocess.Popen
+
+    def started(*of, **how):
+        process = start(*of, **how)
+        process.wait()
+        return process
+
+    monkeypatch.setattr(subprocess, "Popen", started)
+    worker = (sys.executable, "-c", "import sys; sys.exit('no memory')")
+    monkeypatch.setattr(examination, "WORKER", worker)
+    verdict = "does not run: its process ended with 1: no memory"
+    assert [row.wrong for row in examination.in_turn(TASKS)] == [verdict] * 3
+
+
+def test_a_process_whose_report_ended_does_not_use_the_device(monkeypatch, capsys):
+    """Its turn never came, and the next report may have begun."""
+    given = io.StringIO(json.dumps(asdict(TASKS[0])) + "\n")
+    monkeypatch.setattr(sys, "stdin", given)
+    monkeypatch.setattr(examination, "examined", lambda task, device, turn: turn())
+    with pytest.raises(SystemExit, match="the report ended before"):
+        examination.main()
+    assert not capsys.readouterr().out
+
+
 @pytest.mark.usefixtures("_three_at_once")
 def test_processes_that_wait_end_with_the_report(monkeypatch):
     begun, start = [], subprocess.Popen
@@ -353,8 +380,6 @@ def test_launches_in_a_row_have_arrays_of_their_own():
 
 
 def test_the_process_gets_the_task_and_gives_the_row(monkeypatch, capsys):
-    import io
-
     task = examination.Task(3, "float16", SIZES, Ceilings(1e12, {"float32": 1e13}))
     given = io.StringIO(json.dumps(asdict(task)) + "\ngo\n")
     monkeypatch.setattr(sys, "stdin", given)
@@ -364,7 +389,9 @@ def test_the_process_gets_the_task_and_gives_the_row(monkeypatch, capsys):
     ((same, where, turn),) = seen
     assert same == task
     assert isinstance(where, FakeDevice)
-    assert turn() == "go\n"
+    assert given.tell() < len(given.getvalue())
+    turn()
+    assert not given.read()
     assert Checked(**json.loads(capsys.readouterr().out)) == row
 
 

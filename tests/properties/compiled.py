@@ -6,19 +6,20 @@ of shapes that the tests put around every function.
 
 import sys
 import traceback
+import warnings
 from collections.abc import Callable
 
 import pytest
 import torch
 from torch import nn
 
-from minipeft.torch import blockwise, codebook
-from minipeft.torch.dora import DoRALinear
+from minipeft.torch import blockwise, codebook, launches
+from minipeft.torch.dora import DoRAConfig, DoRALinear
 from minipeft.torch.experts import Experts
 from minipeft.torch.inject import inject, trainable_parameters
 from minipeft.torch.linear import frozen
 from minipeft.torch.lora import LoRAConfig, LoRALinear
-from minipeft.torch.qlora import QuantizedLinear
+from minipeft.torch.qlora import QuantizedLinear, quantize_linears
 from tests.agreement.test_dora import reversing, rows_of_length_two
 from tests.properties import modules
 
@@ -234,6 +235,26 @@ def dora_on_layers_in_a_row():
         assert torch.equal(ours, theirs)
 
 
+def dora_on_four_bits_of_a_gpu():
+    """The graph of a GPU, captured here, calls the operators that launch kernels."""
+    model, called = nn.Sequential(nn.Linear(64, 24)), []
+    inject(quantize_linears(model), DoRAConfig(2, 4), "all-linear")
+
+    def noting(graph, inputs):
+        called.extend(str(node.target) for node in graph.graph.nodes)
+        return graph.forward
+
+    torch.compiler.reset()
+    run = torch.compile(model, fullgraph=True, backend=noting)
+    with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings():
+        warnings.simplefilter("error")
+        patch.setattr(launches, "GPUS", {"cpu"})
+        patch.setattr(launches, "_compiler_is_here", lambda: True)
+        assert run(integers(3, 64)).shape == (3, 24)
+    for name in ("dequantize", "dora_row_norm"):
+        assert any(f"minipeft.{name}" in target for target in called), called
+
+
 CHECKS: list[Callable[[], None]] = [
     the_compiler_is_not_imported_before_it_is_used,
     quantize_nf4,
@@ -249,6 +270,7 @@ CHECKS: list[Callable[[], None]] = [
     lora_on_experts,
     lora_on_the_experts_of_mixtral,
     dora_on_layers_in_a_row,
+    dora_on_four_bits_of_a_gpu,
     *EXAMPLES,
 ]
 

@@ -201,9 +201,10 @@ class Examination:
             env={"OMP_NUM_THREADS": THREADS} | os.environ,
         )
         assert self._process.stdin is not None
+        message = json.dumps(asdict(task)) + "\n"
         with suppress(BrokenPipeError):  # its row says how it ended
-            self._process.stdin.write(json.dumps(asdict(task)) + "\n")
-            self._process.stdin.flush()
+            # Past the buffer: what a dead process left there, `communicate` would raise
+            os.write(self._process.stdin.fileno(), message.encode())
 
     def row(self) -> Checked:
         """Give the device to the process, and wait for its row."""
@@ -338,6 +339,11 @@ def _first_line(error: Exception) -> str:
     return (str(error).splitlines() or [type(error).__name__])[0]
 
 
+def _wait_for_turn() -> None:
+    if not sys.stdin.readline():  # the report has ended, perhaps for another one
+        raise SystemExit("the report ended before this trial had its turn")
+
+
 def main() -> None:
     """Examine a task, the first line of stdin, and print its row.
 
@@ -346,7 +352,7 @@ def main() -> None:
     given = json.loads(sys.stdin.readline())
     sizes, ceilings = Sizes(**given["sizes"]), Ceilings(**given["ceilings"])
     task = Task(given["index"], given["dtype"], sizes, ceilings)
-    row = examined(task, devices.CupyDevice(), sys.stdin.readline)
+    row = examined(task, devices.CupyDevice(), _wait_for_turn)
     print(json.dumps(asdict(row)))
 
 
