@@ -1,5 +1,7 @@
 """AdamW, and its states in eight bits a value: the same bits as the reference.
 
+A weight of float64 is apart: torch's square root may differ in its last bit there.
+
 A step checks all its inputs before it writes a tensor. It works in slices, so its
 temporary memory stays small for a tensor of any size.
 """
