@@ -61,12 +61,13 @@ def run(options: argparse.Namespace) -> int:
     """Print the report; return the exit code."""
     from minipeft.interop import fixing, inspecting, parts
     from minipeft.interop.command import write_json
-    from minipeft.interop.opening import open_model
+    from minipeft.interop.opening import architecture, open_model
 
     read = parts.read(options.adapter)
     base = open_model(options.base) if options.base else None
+    kind = architecture(options.base) if options.base else ""
     with progress("inspecting", len(read.modules)) as step:
-        found = inspecting.inspect(read, base, step)
+        found = inspecting.inspect(read, base, step, kind)
     if options.json:
         write_json(options.json, plain(asdict(found)))
     for line in report(found, options.target):

@@ -93,6 +93,7 @@ def inspect(
     contents: Parts,
     base: Tensors | None = None,
     step: Callable[[str], None] = lambda name: None,
+    architecture: str = "",
 ) -> Inspection:
     """Read every tensor of an adapter once, and the weights that it changes.
 
@@ -100,6 +101,7 @@ def inspect(
         contents: of the adapter's folder.
         base: the model of the adapter, if given.
         step: is called with each module, for progress.
+        architecture: transformers' class of the base; "" where it is not known.
     """
     if base is not None and contents.config.get("target_parameters"):
         base = stacked(base)
@@ -121,7 +123,7 @@ def inspect(
         tuple(missing(contents, base)),
         contents.others,
         line,
-        tuple(judge(loader, contents) for loader in LOADERS.values()),
+        tuple(judge(x, contents, architecture) for x in LOADERS.values()),
         other,
         SUM in contents.file.metadata,
     )

@@ -58,13 +58,19 @@ class Loader:
     rules: dict[str, Rule]
 
 
-def present(contents: Parts) -> dict[str, str]:
-    """Return the features of an adapter besides plain pairs A, B: {feature: words}."""
+def present(contents: Parts, architecture: str = "") -> dict[str, str]:
+    """Return the features of an adapter besides plain pairs A, B: {feature: words}.
+
+    Args:
+        contents: of the adapter's folder.
+        architecture: transformers' class of the base; "" where it is not known.
+    """
     c = contents.config
     modules = contents.modules
     ranks = {contents.rank(module) for module in _pairs(contents)}
     parts = {part for module in modules.values() for part in module}
     found = {
+        "another architecture": _is_another(architecture, c.get("task_type")),
         "method": c.get("peft_type") != "LORA",
         "unknown method": c.get("peft_type") not in PEFT_TYPES,
         "dora": MAGNITUDE in parts or bool(c.get("use_dora")),
@@ -84,7 +90,15 @@ def present(contents: Parts) -> dict[str, str]:
     return {feature: FEATURES[feature] for feature, there in found.items() if there}
 
 
+def _is_another(architecture: str, task: object) -> bool:
+    """Tell whether the base is no causal language model, as far as files say."""
+    if architecture:
+        return not architecture.endswith(("ForCausalLM", "LMHeadModel"))
+    return task not in (None, "CAUSAL_LM")
+
+
 FEATURES = {
+    "another architecture": "an architecture that is no causal language model",
     "method": "a method other than LoRA",
     "unknown method": "a method that peft does not have",
     "dora": "DoRA's magnitudes",
@@ -303,9 +317,9 @@ class Judgement:
         return self.verdict != EXACT
 
 
-def judge(loader: Loader, contents: Parts) -> Judgement:
+def judge(loader: Loader, contents: Parts, architecture: str = "") -> Judgement:
     """Judge how a loader loads an adapter: exactly, changed, or not at all."""
-    features = present(contents)
+    features = present(contents, architecture)
     rules = {f: loader.rules[f] for f in ("any", *features) if f in loader.rules}
     refused = [rule for rule in rules.values() if rule.outcome == REFUSED]
     if refused:

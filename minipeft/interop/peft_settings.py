@@ -1,7 +1,8 @@
 """The settings of peft's files: which are read, and which change the function."""
 
+import difflib
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NoReturn
 
 from minipeft.errors import InputError
 
@@ -29,6 +30,9 @@ FIELDS = {
 PLAIN_STARTS = (True, False, None, "gaussian", "eva", "orthogonal")
 """Ways to start A and B that leave the base as it is."""
 
+ALIKE = 0.75
+"""Share of letters that two names have in common if one may be the other, damaged."""
+
 
 def check_config(config: Mapping[str, Any]) -> None:
     """Refuse a method or a setting that minipeft has no adapter for.
@@ -45,10 +49,7 @@ def check_config(config: Mapping[str, Any]) -> None:
     known = f"{COMMON} {FIELDS[kind]}".split()
     for name, value in config.items():
         if name not in known and value not in (None, False, {}, [], "", 0):
-            raise InputError(
-                f"the adapter was made with {name} = {value!r}, for which minipeft has "
-                "no method; merge it with the library that trained it"
-            )
+            _refuse(name, value, [key for key in known if key not in config])
     if config.get("bias", "none") != "none":
         raise InputError(
             f"the adapter was made with bias = {config['bias']!r} and trains biases of "
@@ -63,6 +64,19 @@ def check_config(config: Mapping[str, Any]) -> None:
             "does not hold that base; save it again with "
             "path_initial_model_for_weight_conversion"
         )
+
+
+def _refuse(name: str, value: Any, absent: list[str]) -> NoReturn:
+    """Refuse a setting; one spelled almost as an absent one is taken for damaged."""
+    if near := difflib.get_close_matches(name, absent, 1, ALIKE):
+        raise InputError(
+            f"the configuration has {name} = {value!r}, a name that minipeft does not "
+            f"know, and no {near[0]}, which is nearest to it; get the file again"
+        )
+    raise InputError(
+        f"the adapter was made with {name} = {value!r}, for which minipeft has no "
+        "method; merge it with the library that trained it"
+    )
 
 
 _LOFTQ = (

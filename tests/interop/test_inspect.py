@@ -192,6 +192,29 @@ def test_half_a_pair_is_never_loaded_exactly(tmp_path, capsys, half):
     assert cli.main(["inspect", str(tmp_path / "a")]) == 0
 
 
+@pytest.mark.parametrize("told", ["by the base", "by the adapter"])
+def test_no_loader_is_said_to_load_what_is_no_causal_model(tmp_path, capsys, told):
+    base = write_model(tmp_path / "base", base_tensors())
+    classifier = {"architectures": ["ModernBertForSequenceClassification"]}
+    causal = {"architectures": ["LlamaForCausalLM"]}
+    task = "SEQ_CLS" if told == "by the adapter" else None
+    folder = write_adapter(tmp_path / "a", adapter_tensors(), task_type=task)
+    command = ["inspect", str(folder)]
+    if told == "by the base":
+        (base / "config.json").write_text(json.dumps(causal))
+        assert cli.main([*command, "--base", str(base), "--for", "vLLM"]) == 0
+        assert "\nvLLM: loads exactly\n" in capsys.readouterr().out
+        (base / "config.json").write_text(json.dumps(classifier))
+        command += ["--base", str(base)]
+    assert cli.main(command) == 0
+    said = capsys.readouterr().out
+    for name in ("vLLM", "SGLang", "llama.cpp", "TensorRT-LLM"):
+        sentence = "not known for an architecture that is no causal language model"
+        assert f"\n{name}: {sentence}\n" in said
+    assert "\npeft: loads exactly\n" in said
+    assert cli.main([*command, "--for", "vLLM"]) == 1
+
+
 def test_every_rule_names_what_was_read():
     assert tuple(LOADERS) == TARGETS
     for loader in LOADERS.values():

@@ -268,6 +268,35 @@ def test_a_damaged_folder_is_refused_in_one_sentence(method, folders, tmp_path):
     assert "is the one" in said[0]
 
 
+@pytest.mark.parametrize(
+    ("key", "odd", "nearest"),
+    [
+        ("inference_mode", "ioference_mode", "inference_mode"),
+        ("use_rslora", "use_rs_lora", "use_rslora"),
+        ("peft_version", "use_bdlora", None),  # a setting of peft's own, use_dora there
+    ],
+)
+def test_a_setting_whose_name_is_damaged_is_not_taken_for_a_method(
+    folders, tmp_path, key, odd, nearest
+):
+    folder = shutil.copytree(folders["LoRA"], tmp_path / "a")
+    path = folder / peft_folder.CONFIG
+    config = json.loads(path.read_text())
+    config = {odd if name == key else name: value for name, value in config.items()}
+    path.write_text(json.dumps({**config, odd: True}))
+    with pytest.raises(InputError) as refused:
+        peft_model.load(llama(), folder)
+    assert f"{odd} = True, " in str(refused.value)
+    remedy = (
+        f"a name that minipeft does not know, and no {nearest}, which is nearest to "
+        "it; get the file again"
+        if nearest
+        else "for which minipeft has no method; merge it with the library that "
+        "trained it"
+    )
+    assert str(refused.value).endswith(remedy)
+
+
 def test_a_crash_while_writing_leaves_nothing(tmp_path, monkeypatch):
     contents = peft_model.contents_of(inject.inject(llama(), METHODS["LoRA"], TARGETS))
     for place in ("mkdir", "rename", "write_text", "chmod"):
