@@ -199,14 +199,11 @@ def run(step: Step, seconds: float) -> Record:
     """Run a step's program; end it, and all that it started, when the time is over."""
     if absent := missing(step):
         return Record("left out", said=[absent])
-    offline = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
-    paths = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-    environment = os.environ | offline | {"PYTHONPATH": paths}
     began = time.monotonic()
     process = subprocess.Popen(
         step.command,
         cwd=ROOT,
-        env=environment,
+        env=_environment(),
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -227,6 +224,12 @@ def run(step: Step, seconds: float) -> Record:
     said = said.replace(f"{ROOT}{os.sep}", "")  # of no use on another machine
     lines = [line.rstrip() for line in said.splitlines() if line.strip()][-kept:]
     return Record(verdict, time.monotonic() - began, said=lines)
+
+
+def _environment() -> dict[str, str]:
+    offline = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
+    paths = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    return os.environ | offline | {"PYTHONPATH": paths}
 
 
 def missing(step: Step) -> str | None:

@@ -267,6 +267,7 @@ def lora_batched(
 ) -> Tensor:
     """Launch `shrink`, then `expand`."""
     A, B, scaling = adapters
+    x = _readable(x)
     facts = check("x", _facts(x), kernels.CTYPES)
     n, out_features, r = checks.check_adapters(facts, *map(_facts, adapters))
     tokens, in_features = facts.shape

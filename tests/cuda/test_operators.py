@@ -258,6 +258,17 @@ def test_a_base_output_may_start_at_any_value():
     )
 
 
+@needs_cpu_build
+def test_rows_at_an_odd_address_are_copied_for_a_batch():
+    """A compiler that takes the operator into a graph cannot ask where they lie."""
+    x, y, adapters, indices = batch(torch.bfloat16)
+    odd = torch.cat([x.new_zeros(1), x.flatten()])[1:].view_as(x)
+    same_bits(
+        on_kernels("lora_batched", odd, y, adapters, indices),
+        operators.lora_batched(x, y, adapters, indices),
+    )
+
+
 def test_a_base_output_of_another_dtype_is_not_for_the_kernels(monkeypatch):
     monkeypatch.setattr(launches, "GPUS", {"cpu"})
     monkeypatch.setattr(launches, "_compiler_is_here", lambda: True)
