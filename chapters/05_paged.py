@@ -300,7 +300,7 @@ chapter.show(
 # - **Resuming.** A state dict taken while pages are dirty on the device must contain *them*, not the host's stale copies. Ours writes back first; a law saves with one size of page and loads with another.
 #   With the paged AdamW of bitsandbytes, resuming has [ended with an error](https://github.com/axolotl-ai-cloud/axolotl/issues/864).
 # - **Copies in the wrong order.** Our torch version copies on streams of its own. The copy out waits for the computation, a copy in for the last copy out of its page, the computation for the copy in, and memory is not reused before all of them have finished. If
-#   one of these four is missing, the result is wrong now and then. A test runs this code on pretended streams; only tests marked `gpu` run it on those of a device; these ran once on a GPU, an H200, and passed.
+#   one of these four is missing, the result is wrong now and then. A test runs this code on pretended streams; only tests marked `gpu` run it on those of a device; these ran on a GPU, an H200, and passed.
 #
 # ## Exercises
 #

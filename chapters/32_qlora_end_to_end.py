@@ -390,9 +390,9 @@ chapter.show(
 # ## The same on a card's allocator
 #
 # On a GPU torch takes memory in segments of 2 MB, of 20 MB or of a large tensor's own size, and gives one back only when nothing in it is in use. A limit applies to what is taken. The states of `tiny` are smaller than one segment, so there pages gain nothing. With `--device cuda` the same command therefore takes {=CUT.count=} blocks of Llama 2 70B with random weights in place of `tiny`, batches of {=CUT.usual=} tokens and one of {=CUT.long=}; it finds the
-# smallest limit with which the run with pages goes on to the end, adds half of the states, and sets it for torch, which raises the error.
+# smallest limit with which the run with pages goes on to the end, adds half of the states, and sets it for torch, which raises the error where a run needs more.
 #
-# What will happen there is counted here: both passes run on the device `meta`, where nothing is computed, and every tensor that comes or goes is replayed by the rules of the allocator.
+# What these rules predict is counted here: both passes run on the device `meta`, where nothing is computed, and every tensor that comes or goes is replayed by the rules of the allocator.
 #
 # @source minipeft.lab.caching.CachingAllocator.allocate
 
@@ -413,7 +413,7 @@ chapter.claim(
 )
 
 # %% [markdown]
-# Without pages the run is {=f"{over / 1e6:.0f}"=} MB short, with pages it has {=f"{spare / 1e6:.0f}"=} MB to spare: pages save {=f"{(over + spare) / 1e6:.0f}"=} MB, of {=f"{BYTES / 1e6:.0f}"=} MB of states. It leaves out what kernels and cuBLAS take for themselves.
+# Without pages the run is {=f"{over / 1e6:.0f}"=} MB short, with pages it has {=f"{spare / 1e6:.0f}"=} MB to spare: pages save {=f"{(over + spare) / 1e6:.0f}"=} MB, of {=f"{BYTES / 1e6:.0f}"=} MB of states. The count leaves out what kernels and cuBLAS take for themselves.
 #
 # **A card did otherwise.** On an H200 the run with pages needed a limit of 10,066 MB, the limit was then 10,171 MB, and under it the run without pages went on to the end too: pages saved at most 122 MB of 210 there. The count is within one percent of both numbers, and the states are two percent of all memory. So it is too coarse to predict this, and the claim of the cell is one on the rules alone.
 

@@ -2,7 +2,7 @@
 
 On CUDA they train: `python -m minipeft.lab.blocks` says whether pages save a run there.
 On the device `meta` their storages are recorded and replayed by the rules of torch's
-allocator, which says the same before any card is there.
+allocator; an H200 did not confirm the answer that they predict.
 """
 
 import sys

@@ -189,5 +189,5 @@ def test_a_step_of_dora_takes_fewer_operations_than_in_peft(monkeypatch):
         model = inject(torch.nn.Sequential(layer), dora.DoRAConfig(2, 4), ["*"])
         with Recording() as recorded:
             model(x).float().square().mean().backward()
-    in_peft = 64  # of version 0.21, counted in the same way
+    in_peft = 62  # of version 0.21.2, counted in the same way
     assert len(recorded.names) < in_peft, recorded.names
