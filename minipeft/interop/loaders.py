@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from minipeft.interop.parts import BIAS, MAGNITUDE, Parts
-from minipeft.interop.peft_settings import PLAIN_STARTS
+from minipeft.interop.peft_settings import HEADS, PLAIN_STARTS
 
 PEFT_TYPES = {
     *("ADALORA", "ADAMSS", "ADAPTION_PROMPT", "BEFT", "BOFT", "C3A"),
@@ -21,6 +21,8 @@ PEFT_TYPES = {
     *("SHIRA", "SUPERTUNING", "TINYLORA", "TRAINABLE_TOKENS", "UNILORA", "VBLORA"),
     *("VERA", "WAVEFT", "XLORA"),
 }
+WITHOUT_MODULES = ("ADAPTION_PROMPT", "TRAINABLE_TOKENS", "XLORA")
+"""Of these, those whose files hold no modules as a whole."""
 EXACT, SCALED, IGNORED, REFUSED = "exact", "scaled", "ignored", "refused"
 UNKNOWN = "not known"
 Scale = Callable[[Parts, str], float]
@@ -84,6 +86,7 @@ def present(contents: Parts, architecture: str = "") -> dict[str, str]:
         "experts": bool(c.get("target_parameters"))
         or any(".experts" in module for module in modules),
         "half pair": bool(contents.incomplete),
+        "no head": _lacks_head(contents),
         "rank pattern": len(ranks - {c.get("r")}) > 0,
         "alpha pattern": any(contents.alpha(m) != c.get("lora_alpha") for m in modules),
     }
@@ -111,9 +114,20 @@ FEATURES = {
     "transposed": "weights stored as (in, out)",
     "experts": "the updates of experts",
     "half pair": "the updates without A or without B",
+    "no head": "a task whose trained head is not in the file",
     "rank pattern": "ranks that differ",
     "alpha pattern": "alphas that differ",
 }
+
+
+def _lacks_head(contents: Parts) -> bool:
+    """Tell whether peft would look for a head that the file does not hold."""
+    heads = HEADS.get(str(contents.config.get("task_type")), ())
+    if not heads or contents.config.get("peft_type") in WITHOUT_MODULES:
+        return False
+    return not any(
+        part.endswith(heads) for name in contents.others for part in name.split(".")
+    )
 
 
 def _pairs(contents: Parts) -> list[str]:
@@ -168,6 +182,7 @@ _OLLAMA = (
 )
 
 _NO_PAIRS = "it expects pairs A, B"
+_TASKS = "peft 0.21.2: src/peft/peft_model.py, by the task"
 _LOADING = "peft 0.21.2: src/peft/utils/save_and_load.py"
 
 LOADERS = {
@@ -182,6 +197,12 @@ LOADERS = {
                 "unknown method": Rule(REFUSED, "it has no such peft_type", _TYPES),
                 "half pair": Rule(
                     IGNORED, "it leaves the missing matrix at its start", _LOADING
+                ),
+                "no head": Rule(
+                    REFUSED,
+                    "its task_type has it look for a trained head, which the file "
+                    "lacks; null leaves the head to the base",
+                    _TASKS,
                 ),
                 "changed base": Rule(
                     UNKNOWN, "whether it changes the base in the same way again", _PEFT
@@ -332,7 +353,8 @@ def judge(loader: Loader, contents: Parts, architecture: str = "") -> Judgement:
         for feature, rule in rules.items()
         if rule.outcome == IGNORED and feature != "alpha pattern"
     ]
-    unclear = [feature for feature in features if feature not in rules]
+    # A head that is not in the file comes with an architecture that is no causal one.
+    unclear = [f for f in features if f not in rules and f != "no head"]
     parts = [f"ignores {features[f]}: {rules[f].reason}" for f in lost]
     parts += [f"not known for {features[f]}" for f in unclear]
     doubts = [rule.reason for rule in rules.values() if rule.outcome == UNKNOWN]

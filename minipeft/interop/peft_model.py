@@ -21,7 +21,7 @@ from minipeft.interop.made import Made
 from minipeft.interop.peft_experts import targeted
 from minipeft.interop.peft_folder import PREFIX, Contents
 from minipeft.interop.peft_read import adapters, split
-from minipeft.interop.peft_settings import check_config
+from minipeft.interop.peft_settings import HEADS, check_config
 from minipeft.interop.peft_write import Written
 from minipeft.interop.spelling import counterpart
 from minipeft.torch import inject, targets
@@ -161,7 +161,7 @@ def contents_with(
     """
     config = {
         "base_model_name_or_path": _path_of(base),
-        "task_type": _task_of(base),
+        "task_type": _task_of(base, {_module(key) for key in trained}),
         "inference_mode": True,
         "modules_to_save": sorted({_module(key) for key in trained}) or None,
         **result.config,
@@ -377,6 +377,11 @@ def _path_of(model: nn.Module) -> str:
     return str(getattr(getattr(model, "config", None), "name_or_path", "") or "")
 
 
-def _task_of(model: nn.Module) -> str | None:
+def _task_of(model: nn.Module, saved: set[str]) -> str | None:
+    """Return the task of a model, unless peft would miss its head in the file."""
     kind = type(model).__name__
-    return next((task for end, task in TASKS.items() if kind.endswith(end)), None)
+    task = next((task for end, task in TASKS.items() if kind.endswith(end)), None)
+    if task not in HEADS:
+        return task
+    heads = {name for name, _ in model.named_modules() if name.endswith(HEADS[task])}
+    return task if heads and heads <= saved else None

@@ -29,9 +29,14 @@ FIELDS = {
 """Settings that are read, or that say nothing about the function."""
 PLAIN_STARTS = (True, False, None, "gaussian", "eva", "orthogonal")
 """Ways to start A and B that leave the base as it is."""
-
 ALIKE = 0.75
 """Share of letters that two names have in common if one may be the other, damaged."""
+HEADS = {
+    "SEQ_CLS": ("classifier", "score"),
+    "TOKEN_CLS": ("classifier", "score"),
+    "QUESTION_ANS": ("qa_outputs",),
+}
+"""Ends of the names of a task's head, which peft then expects among the tensors."""
 
 
 def check_config(config: Mapping[str, Any]) -> None:

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from minipeft.errors import InputError
-from minipeft.interop import adapterhub_format, peft_folder, peft_model
+from minipeft.interop import adapterhub_format, loaders, parts, peft_folder, peft_model
 from minipeft.interop.to_lora import to_lora
 from minipeft.torch import inject
 from minipeft.torch.bottleneck import BottleneckConfig
@@ -22,7 +22,7 @@ from minipeft.torch.pissa import PiSSAConfig
 from minipeft.torch.prefix import PrefixConfig, PrefixModel
 from minipeft.torch.prompt import PromptConfig, PromptModel
 from minipeft.torch.vera import VeRAConfig
-from tests.agreement.llama import llama, logit_bound
+from tests.agreement.llama import TEXT, llama, logit_bound
 from tests.interop import peers
 from tests.interop.peers import TARGETS
 from tests.tolerance import assert_within
@@ -385,3 +385,58 @@ def test_what_is_trained_beside_virtual_tokens_is_not_lost(tmp_path):
     with pytest.raises(InputError, match=r"lm_head\.weight is trained beside"):
         peft_model.save(model, tmp_path / "adapter")
     assert not [*tmp_path.iterdir()]
+
+
+CLASSIFIERS = {
+    "Bert, sequences": ("BertForSequenceClassification", "classifier", "SEQ_CLS"),
+    "Bert, tokens": ("BertForTokenClassification", "classifier", "TOKEN_CLS"),
+    "Bert, answers": ("BertForQuestionAnswering", "qa_outputs", "QUESTION_ANS"),
+    "Llama": ("LlamaForSequenceClassification", "score", "SEQ_CLS"),
+    "Roberta": ("RobertaForSequenceClassification", "classifier", None),
+}
+
+
+@pytest.mark.parametrize("head", ["frozen", "trained", "adapted"])
+@pytest.mark.parametrize("case", CLASSIFIERS)
+def test_peft_loads_the_adapter_of_a_classifier_with_its_head_or_without(
+    case, head, tmp_path
+):
+    import transformers
+
+    kind, name, task = CLASSIFIERS[case]
+    sizes = {"hidden_size": 16, "num_attention_heads": 2, "num_hidden_layers": 1}
+    config = getattr(transformers, kind).config_class(
+        vocab_size=64, intermediate_size=16, pad_token_id=0, **sizes
+    )
+    torch.manual_seed(0)
+    base = getattr(transformers, kind)(config).eval()
+    targets = ["q_proj"] if case == "Llama" else ["query"]
+    if head == "adapted":
+        targets += ["out_proj" if case == "Roberta" else name]
+    model = inject.inject(copy.deepcopy(base), LoRAConfig(r=2, alpha=3), targets)
+    model.get_submodule(name).requires_grad_(head != "frozen")
+    if head == "adapted":
+        inject.freeze(model)
+    for parameter in inject.trainable_parameters(model):
+        parameter.data += 0.1 * torch.randn_like(parameter)
+    folder = tmp_path / "adapter"
+    peft_model.save(model, folder)
+    said = loaders.judge(loaders.LOADERS["peft"], parts.read(folder))
+    assert said.verdict == loaders.EXACT
+    saved = peft_folder.read_config(folder)
+    assert saved["task_type"] == (task if head == "trained" else None)
+    with torch.no_grad(), peers.quiet():
+        expected = model(TEXT)[0]
+        assert not torch.equal(expected, base(TEXT)[0])
+        theirs = peft.get_peft_model_state_dict(peers.reloaded(base, folder))
+        mine = peft_model.load(copy.deepcopy(base), folder, say=silent)(TEXT)[0]
+    assert torch.equal(mine, expected)
+    assert_same_tensors(theirs, peft_folder.read(folder).tensors)
+    if head == "frozen" and task:  # as files of before, which peft refuses
+        settings = folder / peft_folder.CONFIG
+        settings.write_text(json.dumps({**saved, "task_type": task}))
+        said = loaders.judge(loaders.LOADERS["peft"], parts.read(folder))
+        assert said.verdict == loaders.REFUSED
+        assert "its task_type has it look for a trained head" in said.sentence
+        with pytest.raises(KeyError, match=name):
+            peers.reloaded(base, folder)
