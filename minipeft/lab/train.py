@@ -5,6 +5,7 @@ index, so the seed determines a run, and a run can be continued from any step.
 """
 
 import contextlib
+import hashlib
 import json
 import math
 import os
@@ -21,6 +22,7 @@ import torch
 from torch import nn
 
 from minipeft.errors import InputError
+from minipeft.interop.tensors import bytes_of
 from minipeft.lab.checkpoint import (
     Progress,
     check_unused,
@@ -54,6 +56,7 @@ from minipeft.values import (
     checked,
 )
 
+FIRST = "the data, by SHA-256 of the first batch,"
 Batch = Mapping[str, torch.Tensor]
 Batches = Callable[[int], Batch]
 
@@ -395,14 +398,20 @@ class _Run:
             "the batch size": str(len(batch["labels"])),
             "accumulate": str(self.config.accumulate),
             "the learning rate": f"{self.config.lr:g}",
+            FIRST: _digest(self.batches(0) if self.step else batch),
         }
+        if self.settings.get("the batch size", "") != now["the batch size"]:
+            self.settings.pop(FIRST, None)  # examples of another batch size differ
         changes = [
             f"{name} was {self.settings[name]} and is {value}"
             for name, value in now.items()
             if self.settings.get(name, value) != value
         ]
         if changes:
-            text = f"the run goes on with other settings: {', '.join(changes)}"
+            text = (
+                f"the run goes on with other settings: {', '.join(changes)}; stop it "
+                "and give the former ones if that was not meant"
+            )
             warnings.warn(text, ResumeWarning, stacklevel=2)
         self.settings, self.resumed = now, False
 
@@ -434,6 +443,14 @@ class _Run:
         interrupted = Interrupted(f"{done}; {where}")
         interrupted.signal, interrupted.kept = number, self.checkpoint is not None
         return interrupted
+
+
+def _digest(batch: Batch) -> str:
+    digest = hashlib.sha256()
+    for name in sorted(batch):
+        digest.update(f"{name} {[*batch[name].shape]}".encode())
+        digest.update(bytes_of(batch[name].detach().cpu()))
+    return digest.hexdigest()[:12]
 
 
 @contextlib.contextmanager

@@ -154,6 +154,23 @@ def test_a_run_that_goes_on_with_another_batch_size_says_so(toy, tmp_path):
         train(toy, half, settings(toy, steps=3), (), Checkpoint(path, resume=True))
 
 
+def test_a_run_that_goes_on_with_other_data_says_so(toy, tmp_path):
+    path = tmp_path / "run.safetensors"
+    train(toy, BATCHES, settings(toy, steps=2), (), Checkpoint(path))
+    resumed = Checkpoint(path, resume=True)
+    said = (
+        r"the data, by SHA-256 of the first batch, was \w{12} and is \w{12}; stop it "
+    )
+    other = windows(TEXT, (4, 12), bos=1, seed=4)
+    with pytest.warns(ResumeWarning, match=said):
+        train(toy, other, settings(toy, steps=3), (), resumed)
+    train(toy, other, settings(toy, steps=4), (), resumed)  # no word about the same
+    half = windows(TEXT, (2, 12), bos=1, seed=4)
+    with pytest.warns(ResumeWarning) as warned:
+        train(toy, half, settings(toy, steps=5), (), resumed)
+    assert "the data" not in str(warned[0].message)  # the batches must differ
+
+
 def test_a_run_that_has_fewer_steps_than_its_checkpoint_is_refused(toy, tmp_path):
     path = tmp_path / "run.safetensors"
     start = copy.deepcopy(toy)
