@@ -33,6 +33,7 @@ from minipeft.torch.experts import experts
 from minipeft.torch.linear import Stacked, weight_view
 from minipeft.torch.operands import (
     check_generator,
+    check_has_values,
     check_in_memory,
     check_trains_in_memory,
     has_values,
@@ -292,9 +293,12 @@ def adapter_state_dict(model: nn.Module, name: str = "default") -> dict[str, Ten
     """Return the tensors of one adapter, as `<layer>.<tensor>`; the base is left out.
 
     Raises:
-        InputError: if no layer holds an adapter of this name.
+        InputError: if no layer holds an adapter of this name; if one of its tensors is
+            offloaded, or on the device meta.
     """
-    return {key: tensor.detach() for key, tensor in _tensors(model, name).items()}
+    tensors = _tensors(model, name)
+    check_has_values(tensors)
+    return {key: tensor.detach() for key, tensor in tensors.items()}
 
 
 def constants(model: nn.Module, name: str = "default") -> dict[str, float | str]:

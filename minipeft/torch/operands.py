@@ -126,8 +126,8 @@ def check_in_memory(
     for name, device in places if _offloads(model) else ():
         if device.type == "meta":
             raise InputError(
-                f"{name} is offloaded: its weight comes in for a call alone, and new "
-                "adapters would lie nowhere; adapt the model first and offload it then."
+                f"{name} is offloaded: its tensors come in for a call alone, and new "
+                "ones would lie nowhere; adapt the model first and offload it then."
             )
 
 
@@ -147,6 +147,24 @@ def check_trains_in_memory(model: nn.Module, trained: Mapping[str, Tensor]) -> N
                 f"{name} is offloaded: what is here is a placeholder, which gets no "
                 "gradient; bring the model back before it is trained (accelerate: "
                 "remove_hook_from_submodules)."
+            )
+
+
+def check_has_values(tensors: Mapping[str, Tensor]) -> None:
+    """Refuse to hand out placeholders in the place of tensors, such as for a file.
+
+    Args:
+        tensors: by name.
+
+    Raises:
+        InputError: names the first one on the device meta.
+    """
+    for name, tensor in tensors.items():
+        if tensor.is_meta:
+            raise InputError(
+                f"{name} has no values here: it is offloaded, or was made on the "
+                "device meta; bring the model back first (accelerate: "
+                "remove_hook_from_submodules), or load it."
             )
 
 

@@ -74,7 +74,8 @@ def test_virtual_tokens_need_memory_too(config):
     model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes, **heads))
     accelerate.cpu_offload(model, "cpu")
     around = PromptModel if isinstance(config, PromptConfig) else PrefixModel
-    with pytest.raises(InputError, match=r"^LlamaForCausalLM is offloaded"):
+    sentence = r"^LlamaForCausalLM is offloaded: its tensors come in for a call alone"
+    with pytest.raises(InputError, match=sentence):
         around(model, config)
 
 
@@ -225,7 +226,7 @@ def test_files_of_adapters_are_loaded_before_a_model_lies_elsewhere(way, tmp_pat
     serial = inject(llama(), BottleneckConfig(2), ["o_proj", "down_proj"])
     adapterhub_format.save(serial, tmp_path / "hub")
     sentence = {"offloaded": "is on the device meta", "FSDP2": "is sharded over"}[way]
-    unknown = {"offloaded": "is offloaded: its weight", "FSDP2": "is sharded over"}[way]
+    unknown = {"offloaded": "is offloaded: its tens", "FSDP2": "is sharded over"}[way]
     with one_process():
         for load, kind in ((peft_model.load, "peft"), (adapterhub_format.load, "hub")):
             model = llama()
@@ -242,3 +243,33 @@ def test_files_of_adapters_are_loaded_before_a_model_lies_elsewhere(way, tmp_pat
                 load(model, tmp_path / kind, allow_base_mismatch=True)
             assert not adapted(model)
             assert [p.requires_grad for p in model.parameters()] == before
+
+
+def test_placeholders_are_never_given_out_as_adapters(tmp_path):
+    accelerate = pytest.importorskip("accelerate", reason="needs accelerate")
+    model = inject(llama(), ROWS["lora"], ["q_proj"])
+    serial = inject(llama(), BottleneckConfig(2), ["o_proj", "down_proj"])
+    before = {key: t.clone() for key, t in adapter_state_dict(model).items()}
+    tokens = PromptModel(llama(), PromptConfig(3))
+    for one in (model, serial, tokens):
+        accelerate.cpu_offload(one, "cpu")
+    sentence = r"^model\.layers\.0\..* has no values here: .* \(accelerate: remove_hook"
+    for give in (
+        lambda: adapter_state_dict(model),
+        lambda: peft_model.save(model, tmp_path / "peft"),
+        lambda: adapterhub_format.save(serial, tmp_path / "hub"),
+    ):
+        with pytest.raises(InputError, match=sentence):
+            give()
+    with pytest.raises(InputError, match="identify the base; save and load adapters"):
+        peft_model.save(tokens, tmp_path / "tokens")
+    assert not [*tmp_path.iterdir()]
+    accelerate.hooks.remove_hook_from_submodules(model)  # the remedy
+    after = adapter_state_dict(model)
+    assert after.keys() == before.keys()
+    assert all(torch.equal(after[key], before[key]) for key in before)
+    peft_model.save(model, tmp_path / "peft")
+    with torch.device("meta"):  # without a program that could bring it back
+        nowhere = inject(Model(), ROWS["lora"], ["0"])
+    with pytest.raises(InputError, match=r"^0\.A has no values here"):
+        adapter_state_dict(nowhere)
