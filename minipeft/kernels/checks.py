@@ -70,8 +70,9 @@ def check(
     """Refuse an array that a kernel would misread; otherwise return its facts.
 
     Raises:
-        InputError: at another dtype or device, gaps between the values, or an address
-            that is no multiple of `alignment` (16 where a kernel loads 16 bytes).
+        InputError: at another dtype or device, gaps between the values, memory that was
+            freed, or an address that is no multiple of `alignment` (16 where a kernel
+            loads 16 bytes).
     """
     if facts.dtype not in dtypes:
         raise InputError(f"{name} is {facts.dtype}; give one of {list(dtypes)}.")
@@ -82,6 +83,8 @@ def check(
             f"{name} is on device {facts.device}, other parts on device {device}; "
             "move them to one device."
         )
+    if not facts.address and facts.size:
+        raise InputError(f"{name} has no memory: it was freed; fill the tensor again.")
     if facts.address % alignment:
         raise InputError(
             f"{name} starts {facts.address % alignment} bytes past a multiple of "

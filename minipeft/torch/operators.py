@@ -159,7 +159,8 @@ def _direct(*operands: Tensor) -> bool:
     # What traces or records operations must see the operator.
     if transformed() or torch._C._len_torch_dispatch_stack():
         return False
-    plain = all(type(t) in (Tensor, Parameter) for t in operands)
+    # A negative view holds the values of its base; the dispatcher writes them out.
+    plain = all(type(t) in (Tensor, Parameter) and not t.is_neg() for t in operands)
     return plain and operands[0].device.type in launches.GPUS
 
 

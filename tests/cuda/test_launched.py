@@ -191,3 +191,30 @@ def test_a_step_of_dora_takes_fewer_operations_than_in_peft(monkeypatch):
             model(x).float().square().mean().backward()
     in_peft = 62  # of version 0.21.2, counted in the same way
     assert len(recorded.names) < in_peft, recorded.names
+
+
+@needs_cpu_build
+def test_a_negative_view_is_read_as_its_values(monkeypatch):
+    W = drawn(24, 64)
+    adapter = adapted(monkeypatch, W)
+    launch = operators.LAUNCHES["minipeft::dora_row_norm"]
+    monkeypatch.setattr(
+        operators, "dora_row_norm", lambda W, *rest: launch(W.resolve_neg(), *rest)
+    )
+    with driver.use(Noting()):
+        norm = dora.row_norm(torch._neg_view(W), adapter)
+        same_bits(norm, dora.row_norm(-W, adapter))
+        assert not torch.equal(norm, dora.row_norm(W, adapter))
+
+
+@needs_cpu_build
+def test_memory_that_was_freed_is_not_read(monkeypatch):
+    W = drawn(24, 64)
+    adapter = adapted(monkeypatch, W)
+    launch = operators.LAUNCHES["minipeft::dora_row_norm"]
+    monkeypatch.setattr(operators, "dora_row_norm", launch)
+    with driver.use(Noting()):
+        dora.row_norm(W, adapter)
+        W.untyped_storage().resize_(0)
+        with pytest.raises(InputError, match="W has no memory: it was freed"):
+            dora.row_norm(W, adapter)
