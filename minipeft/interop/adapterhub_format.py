@@ -20,7 +20,7 @@ from minipeft.interop import made as making
 from minipeft.interop import peft_folder, peft_virtual
 from minipeft.interop.made import Made
 from minipeft.interop.peft_folder import Contents
-from minipeft.interop.peft_model import warn
+from minipeft.interop.peft_model import check_all_frozen, warn
 from minipeft.torch import inject, targets
 from minipeft.torch.adapted import naming
 from minipeft.torch.bottleneck import Bottleneck, Serial
@@ -92,10 +92,11 @@ def save(
 
     Raises:
         InputError: the folder exists, a layer has no place in the format, widths or
-            scalings differ, or the model has virtual tokens too.
+            scalings differ, or the model has virtual tokens or trained weights too.
     """
     peft_virtual.check_one_kind(model)
     inject.adapter_state_dict(model, name)  # refuses a name that no layer holds
+    check_all_frozen(model)
     found: dict[str, Bottleneck] = {}
     for key, layer in inject.adapted(model).items():
         if name in layer.adapters:

@@ -129,7 +129,7 @@ def contents_of(
     made = made or Made()
     peft_virtual.check_one_kind(model)
     if isinstance(model, VirtualTokens):
-        _check_all_frozen(model.model)
+        check_all_frozen(model.model)
         return contents_with(peft_virtual.written(model), model.model, {}, made)
     inject.adapter_state_dict(model, name)  # raises if no layer has this name
     layers = inject.adapted(model)
@@ -336,11 +336,16 @@ def _add(
         layers[key].add(name, adapter)
 
 
-def _check_all_frozen(inside: nn.Module) -> None:
-    for key in trained_beside(inside):
+def check_all_frozen(model: nn.Module) -> None:
+    """Refuse a base that is trained too, for a format that holds no module of it.
+
+    Raises:
+        InputError: names a tensor that a file would lose.
+    """
+    for key in trained_beside(model):
         raise InputError(
-            f"{key} is trained beside the virtual tokens, and their file has no place "
-            "for it; save model.state_dict(), or freeze it (requires_grad_(False))"
+            f"{key} is trained too, and the file has no place for it; save "
+            "model.state_dict(), or freeze it (requires_grad_(False))"
         )
 
 

@@ -168,3 +168,13 @@ def test_a_pickle_is_refused(tmp_path):
     )
     with pytest.raises(InputError, match=r"pytorch_adapter\.bin, a pickle"):
         adapterhub_format.load(llama(), tmp_path / "adapter")
+
+
+def test_what_is_trained_beside_the_adapters_is_not_lost(tmp_path):
+    model = inject.inject(llama(), BottleneckConfig(2), ["o_proj", "down_proj"])
+    model.lm_head.requires_grad_(True)
+    with pytest.raises(InputError, match=r"^lm_head\.weight is trained too, and"):
+        adapterhub_format.save(model, tmp_path / "adapter")
+    assert not [*tmp_path.iterdir()]
+    model.lm_head.requires_grad_(False)
+    adapterhub_format.save(model, tmp_path / "adapter")

@@ -382,7 +382,7 @@ def test_virtual_tokens_and_adapters_are_never_saved_without_each_other(
 def test_what_is_trained_beside_virtual_tokens_is_not_lost(tmp_path):
     model = PromptModel(llama(), OURS["prompt"])
     model.model.lm_head.requires_grad_(True)
-    with pytest.raises(InputError, match=r"lm_head\.weight is trained beside"):
+    with pytest.raises(InputError, match=r"lm_head\.weight is trained too"):
         peft_model.save(model, tmp_path / "adapter")
     assert not [*tmp_path.iterdir()]
 
