@@ -289,7 +289,7 @@ def counted(blocks: Blocks) -> Counted:
 
 
 def trial(blocks: Blocks, paging: Paging, device: str) -> tuple[bool, str]:
-    """Try a spike on a card with room for half of the states.
+    """Try a spike on a card half way between what both runs need.
 
     Args:
         blocks: that train.
@@ -301,10 +301,12 @@ def trial(blocks: Blocks, paging: Paging, device: str) -> tuple[bool, str]:
     """
     course = blocks.course(steps=3, at=1)
     makers = blocks.ready(None, device), blocks.ready(paging, device)
-    size = spike.budget(*makers, course, device).size
+    budget = spike.budget(*makers, course, device)
+    size, saved = budget.size, budget.whole - budget.least
     whole, paged = (spike.attempt(make, course, Card(size, device)) for make in makers)
     ended, steps = len(whole.log), len(paged.log)
     said = (
+        f"pages save {saved / 1e6:,.1f} MB of {budget.states / 1e6:,.1f}; "
         f"limit {size / 1e6:,.0f} MB: without pages {ended} of 3 steps "
         f"({whole.error}), with pages {steps}"
     )

@@ -49,16 +49,24 @@ class StepLog(NamedTuple):
 
 
 class Budget(NamedTuple):
-    """Bytes: of weights and adapters, of states, and those that `least` returns."""
+    """Bytes that decide who has room.
+
+    Attributes:
+        fixed: of weights and adapters.
+        states: of the optimizer.
+        least: of a card on which the run with pages just ends.
+        whole: of a card on which the run without pages just ends.
+    """
 
     fixed: int
     states: int
     least: int
+    whole: int
 
     @property
     def size(self) -> float:
-        """Of a card with room for half of the states."""
-        return self.least + self.states / 2
+        """Of a card half way between both: it has room for half of what pages save."""
+        return (self.least + self.whole) / 2
 
 
 @dataclass
@@ -121,17 +129,20 @@ def budget(whole: Ready, paged: Ready, course: Course, device: str) -> Budget:
     fixed = held(model)
     states = on_device(model, optimizer) - fixed
     del model, optimizer
-    return Budget(fixed, states, least(paged, course, device))
+    paging = least(paged, course, device)
+    if not device.startswith("cuda"):
+        return Budget(fixed, states, paging, paging + states)
+    return Budget(fixed, states, paging, least(whole, course, device))
 
 
 def least(make: Ready, course: Course, device: str) -> int:
-    """Return the bytes of a card on which a run with pages just ends.
+    """Return the bytes of a card on which a run just ends.
 
     On a CPU those of the longest pass, without the one page that stays. On CUDA, where
     what is taken counts and not what is in use, sizes are tried, on three steps.
 
     Args:
-        make: of a paged optimizer.
+        make: of a paged optimizer; on CUDA of any.
         course: of the run.
         device: `cpu` or `cuda`.
 
@@ -149,7 +160,7 @@ def least(make: Ready, course: Course, device: str) -> int:
         error = _run(model, optimizer, short, Card(size, device))[1]
         if error and size >= total:  # no larger size would be another card
             raise torch.OutOfMemoryError(
-                f"out of memory: a run with pages needs more than all "
+                f"out of memory: a run needs more than all "
                 f"{total / 1e6:,.0f} MB of the device"
             )
         return not error

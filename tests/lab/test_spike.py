@@ -10,7 +10,7 @@ from minipeft.lab.blocks import Blocks
 from minipeft.lab.card import Card
 from minipeft.lab.memory.options import Options
 from minipeft.lab.storages import live
-from minipeft.torch.paged import Paging
+from minipeft.torch.paged import PagedAdamW, Paging
 
 SMALL = Blocks(1, 128, 256, 4, 2, vocabulary=64, r=32, usual=8, long=64)
 FORMULAS = 0.05
@@ -60,6 +60,21 @@ def test_on_cuda_sizes_are_tried_on_three_steps(monkeypatch):
     least = spike.least(SMALL.ready(PAGING, "cpu"), course, "cuda")
     assert 0 <= least - 5e9 < spike.GRAIN
     assert set(tried) == {(3, 1, "cuda")}
+
+
+def test_on_cuda_the_limit_is_half_way_between_what_both_runs_need(monkeypatch):
+    needs = {True: 3 * spike.GRAIN, False: 9 * spike.GRAIN}
+
+    def run(model, optimizer, course, card):
+        need = needs[isinstance(optimizer, PagedAdamW)]
+        return [], "" if card.size >= need else "out of memory"
+
+    monkeypatch.setattr(spike, "_run", run)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda *_: (0, 2**36))
+    makers = [SMALL.ready(pages, "cpu") for pages in (None, PAGING)]
+    found = spike.budget(*makers, SMALL.course(steps=3, at=1), "cuda")
+    assert (found.least, found.whole) == (needs[True], needs[False])
+    assert found.size == 6 * spike.GRAIN
 
 
 def test_a_device_that_is_too_small_for_the_model_is_an_error(monkeypatch):
