@@ -389,7 +389,7 @@ chapter.show(
 # %% [markdown]
 # ## The same on a card's allocator
 #
-# On a GPU torch takes memory in segments of 2 MB, of 20 MB or of a large tensor's own size, and gives one back only when nothing in it is in use. A limit applies to what is taken. The states of `tiny` are smaller than one segment, so there pages gain nothing. With `--device cuda` the same command therefore takes {=CUT.count=} blocks of Llama 2 70B with random weights in place of `tiny`, batches of {=CUT.usual=} tokens and one of {=CUT.long=}; it finds the
+# On a GPU torch takes memory in segments of 2 MB, of 20 MB or of a large tensor's own size, and gives one back only when nothing in it is in use. A limit applies to what is taken. The states of `tiny` are smaller than one segment, so there pages gain nothing. With `--device cuda` the same command therefore takes {=CUT.count=} blocks of Llama 2 70B with random weights in place of `tiny`, batches of {=CUT.usual=} tokens and one of {=CUT.long=}; it finds, to 16 MiB, the
 # smallest limit with which each of the two runs goes on to the end, and sets one half way between them for torch, which raises the error where a run needs more.
 #
 # What these rules predict is counted here: both passes run on the device `meta`, where nothing is computed, and every tensor that comes or goes is replayed by the rules of the allocator.
@@ -415,7 +415,7 @@ chapter.claim(
 # %% [markdown]
 # Without pages the run is {=f"{over / 1e6:.0f}"=} MB short, with pages it has {=f"{spare / 1e6:.0f}"=} MB to spare: pages save {=f"{(over + spare) / 1e6:.0f}"=} MB, of {=f"{BYTES / 1e6:.0f}"=} MB of states. The count leaves out what kernels and cuBLAS take for themselves.
 #
-# **A card did otherwise.** On an H200 the run with pages needed a limit of 10,066 MB. Half of the states more were 10,171 MB, and under that limit the run without pages went on to the end too: pages saved at most 122 MB of 210 there. What exactly the run without pages needs was not looked for then; it is now. The count is within one percent of both numbers, and the states are two percent of all memory. So it is too coarse to predict this, and the claim of the cell is one on the rules alone.
+# **A card did otherwise.** On an H200 the run with pages needed a limit of 10,066 MB, or up to 16 MiB less. Half of the states more were 10,171 MB, and under that limit the run without pages went on to the end too: pages saved at most 122 MB of 210 there. What exactly the run without pages needs was not looked for then; it is now. The count is within one percent of both numbers, and the states are two percent of all memory. So it is too coarse to predict this, and the claim of the cell is one on the rules alone.
 
 # %% [markdown]
 # ## What each part buys on a large model
