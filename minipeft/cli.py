@@ -12,7 +12,7 @@ if __name__ == "__main__" and sys.path[:1] == [os.getcwd()]:
 
 import argparse
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, redirect_stdout
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -29,10 +29,19 @@ EXTRAS = {"memory": "lab", "models": "lab", "gpu-report": "lab,cupy"}
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a subcommand and return the exit code."""
     options = _parser().parse_args(arguments)
+    with (
+        open(os.devnull, "w", encoding="utf-8") as nowhere,  # `>&-` leaves no stream
+        redirect_stdout(_Stdout(sys.stdout or nowhere)) as out,
+        redirect_stderr(sys.stderr or nowhere),
+    ):
+        code = _run(options)
+        out.flush()
+    return code
+
+
+def _run(options: argparse.Namespace) -> int:
     try:
-        with redirect_stdout(_Stdout(sys.stdout)) as out:
-            code: int = options.run(options)
-            out.flush()
+        code: int = options.run(options)
     except OtherBaseError as error:
         anyway = ", or pass --allow-base-mismatch if you mean it"
         flag = anyway if hasattr(options, "allow_base_mismatch") else ""

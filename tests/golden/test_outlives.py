@@ -11,6 +11,7 @@ from xml.etree import ElementTree
 
 import pytest
 
+from minipeft import cli
 from minipeft.golden import child, report, runner
 from minipeft.golden.errors import Late, Unsupported
 from minipeft.golden.implementations import Functions
@@ -287,6 +288,22 @@ def test_head_ends_nothing_early(tmp_path):
         assert process.stderr.read() == ""
     assert process.returncode == 0
     assert len(json.loads((tmp_path / "report.json").read_text())["cases"]) > 700
+
+
+@pytest.mark.parametrize("closed", [["stdout"], ["stderr"], ["stdout", "stderr"]])
+def test_a_closed_stream_ends_nothing(closed, tmp_path, monkeypatch, capsys):
+    name = module(tmp_path, f"{RIGHT}print('a word', file=sys.stderr)")
+    given = ["verify", name, *ONLY, "--json", "report.json"]
+    monkeypatch.chdir(tmp_path)
+    for stream in closed:
+        monkeypatch.setattr(sys, stream, None)  # as Python finds it after `>&-`
+    codes = [cli.main(a) for a in (["verify", "--list"], given, ["inspect", "nowhere"])]
+    assert codes == [0, 0, 2]
+    assert len(json.loads((tmp_path / "report.json").read_text())["cases"]) == 4
+    said = capsys.readouterr()
+    assert ("4 passed" in said.out) == ("stdout" not in closed)
+    assert ("there is no nowhere" in said.err) == ("stderr" not in closed)
+    assert "there is no nowhere" not in said.out
 
 
 def test_any_encoding_of_stdout_will_do(tmp_path, monkeypatch):
