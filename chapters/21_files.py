@@ -283,7 +283,7 @@ assert set(before) < set(after)
 # - **Mixed ranks get the rank of the first layer as alpha** ([diffusers 14409](https://github.com/huggingface/diffusers/pull/14409), mended there in 2026), where a file has no alphas: most layers of a published adapter were loaded with a quarter of their scale.
 # - **An adapter with magnitudes is refused**: vLLM, SGLang and llama.cpp say so. A refusal is the better outcome: merge first.
 # - **Another base.** If more than half of the weights that the adapter leaves alone differ from the base's, or if some differ and every weight that the adapter changes is unexplained, `minipeft audit` reports one mistake, "wrong base", and no other.
-# - **A damaged number is still a number.** The format safetensors has no checksum, so a flipped bit in the data loads as another weight. minipeft writes the SHA-256 of tensors, names and metadata into the metadata, as `minipeft.sha256`, and refuses a file that differs from it; safetensors and peft read the file as any other. A file that peft wrote has none, and `minipeft inspect` says which is the case. `adapter_config.json` is not covered, because people edit it.
+# - **A damaged number is still a number.** The format safetensors has no checksum, so a flipped bit in the data loads as another weight. minipeft writes the SHA-256 of tensors, names and its own metadata into the metadata, as `minipeft.sha256`, and refuses a file that differs from it (a note under a key of yours changes nothing); safetensors and peft read the file as any other. A file that peft wrote has none, and `minipeft inspect` says which is the case. `adapter_config.json` is not covered, because people edit it.
 #
 # ## Exercises
 #

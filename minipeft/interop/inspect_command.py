@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 LISTED = 5
 """The most names that a line lists; it counts the others."""
-CHECKED = "the tensors and their metadata are as minipeft wrote them"
+CHECKED = "the tensors and minipeft's metadata are as minipeft wrote them"
 UNCHECKED = "none in the file, so a damaged number is not noticed"
 TARGETS = (
     *("peft", "vLLM", "SGLang", "llama.cpp"),

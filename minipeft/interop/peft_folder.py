@@ -24,7 +24,7 @@ ADAPTERHUB = "adapter.safetensors"
 """The file of tensors of AdapterHub's library."""
 PREFIX = "base_model.model."
 SUM = "minipeft.sha256"
-"""The key of the metadata with the checksum of tensors and metadata."""
+"""The key of the metadata with the checksum of tensors and minipeft's metadata."""
 LARGEST_CONFIG = 2**24
 LARGEST_WEIGHTS = 2**36
 """The largest size of the two files in bytes; a larger file is no adapter."""
@@ -71,6 +71,8 @@ def read(folder: str | Path, weights: str = WEIGHTS) -> Contents:
 def check_sum(file: SafeTensors) -> None:
     """Refuse a file that is not as it was written; one of peft has no checksum.
 
+    A note that somebody else added to the metadata is not covered.
+
     Raises:
         InputError: a checksum is there, and it is another one.
     """
@@ -78,8 +80,9 @@ def check_sum(file: SafeTensors) -> None:
     if SUM in file.metadata and file.metadata[SUM] != _sum(named, file.metadata):
         raise InputError(
             f"{file.path} is damaged, or was changed since minipeft wrote it: its "
-            f"checksum is another one; get the file again, or remove {SUM} from its "
-            "metadata if the change was meant"
+            "checksum is another one; get the file again, or, if the change was meant, "
+            f"remove the key {SUM} from its metadata, or change and save the adapter "
+            "with minipeft"
         )
 
 
@@ -87,8 +90,9 @@ def _sum(
     named: Iterable[tuple[str, About, Iterable[memoryview]]],
     metadata: Mapping[str, str],
 ) -> str:
-    """Return the SHA-256 of tensors, in the order of their names, and metadata."""
-    facts = {key: text for key, text in metadata.items() if key != SUM}
+    """Return the SHA-256 of tensors, by the order of names, and of our metadata."""
+    own = {key for key in metadata if key.startswith("minipeft.")} - {SUM}
+    facts = {key: metadata[key] for key in own | ({"format"} & metadata.keys())}
     digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode())
     for name, about, pieces in named:
         digest.update(f"\n{name} {about.dtype} {[*about.shape]}\n".encode())

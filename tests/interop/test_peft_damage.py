@@ -385,10 +385,11 @@ def test_peft_and_safetensors_read_the_file_and_inspect_tells_of_the_checksum(
         assert torch.equal(mine[name], tensor)
         assert torch.equal(again.tensors[name], tensor)
     fixed = tmp_path / "fixed"
+    intact = "checksum: the tensors and minipeft's metadata are as minipeft wrote them"
     for place, said in (
-        (folder, "checksum: the tensors and their metadata are as minipeft wrote them"),
+        (folder, intact),
         (plain, "checksum: none in the file, so a damaged number is not noticed"),
-        (fixed, "checksum: the tensors and their metadata are as minipeft wrote them"),
+        (fixed, intact),
     ):
         more = ["--fix", str(fixed)] if place == folder else []
         assert cli.main(["inspect", str(place), *more]) == 0
@@ -398,3 +399,40 @@ def test_peft_and_safetensors_read_the_file_and_inspect_tells_of_the_checksum(
     (fixed / peft_folder.WEIGHTS).write_bytes(data)
     assert cli.main(["inspect", str(fixed)]) == 2
     assert "its checksum is another one; get the file again" in capsys.readouterr().err
+
+
+def test_a_note_in_the_metadata_is_no_damage_and_another_dtype_is_a_change(
+    folders, tmp_path
+):
+    folder = shutil.copytree(folders["LoRA"], tmp_path / "a")
+    sound, path = peft_folder.read(folder), folder / peft_folder.WEIGHTS
+
+    def write(tensors, metadata):
+        safetensors.torch.save_file(tensors, path, metadata=metadata)
+        return attempt(folder)
+
+    noted = {**sound.metadata, "note": "mine", "author": "somebody"}
+    found, said = write(dict(sound.tensors), noted)
+    assert not said
+    assert found.metadata == noted
+    assert write(dict(sound.tensors), {**noted, "note": "another"})[1] == ""
+    for key in {*sound.metadata} - {peft_folder.SUM}:
+        other = {**noted, key: noted[key] + " "}
+        less = {name: text for name, text in noted.items() if name != key}
+        for metadata in (other, less):
+            assert (
+                "its checksum is another one" in write(dict(sound.tensors), metadata)[1]
+            )
+    half = {name: tensor.half() for name, tensor in sound.tensors.items()}
+    said = write(half, noted)[1]
+    assert "was changed since minipeft wrote it" in said
+    assert f"remove the key {peft_folder.SUM} from its metadata, or change" in said
+    del noted[peft_folder.SUM]  # the remedies
+    assert write(half, noted)[1] == ""
+    model = peft_model.load(llama(), folders["LoRA"], say=lambda line: None)
+    for adapter in inject.trainable_parameters(model):
+        adapter.data = adapter.data.half()
+    peft_model.save(model, tmp_path / "half")
+    again = peft_folder.read(tmp_path / "half")
+    assert all(torch.equal(again.tensors[name], half[name]) for name in half)
+    assert peft_folder.SUM in again.metadata
