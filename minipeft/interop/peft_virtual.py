@@ -60,7 +60,9 @@ def check_one_kind(model: nn.Module) -> None:
             f"the model holds virtual tokens and adapters (of {next(iter(layers))}), "
             "and a file of adapters has a place for one of the two; save "
             "model.state_dict(), which holds both, or save model.model, the adapters "
-            "without the virtual tokens"
+            "without the virtual tokens; to save the virtual tokens alone, call "
+            "unload(model.model) first, which keeps what is merged and drops the other "
+            "adapters"
         )
 
 

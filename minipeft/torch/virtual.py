@@ -18,15 +18,20 @@ from torch.nn.functional import pad
 from minipeft.errors import InputError
 from minipeft.shapes import Integer
 from minipeft.torch import loading, saving
-from minipeft.torch.adapted import freeze_all_but_adapters
+from minipeft.torch.adapted import Adapted, freeze_all_but_adapters
 from minipeft.torch.operands import check_in_memory
 from minipeft.values import check_integer, check_kind
 
 REMEDY = (
     "virtual tokens have no place in a model that from_pretrained builds; save "
     "model.state_dict() and load it into the same PromptModel or PrefixModel; "
-    "model.model.save_pretrained saves the model without them."
 )
+ALONE = "model.model.save_pretrained saves the model without them."
+UNLOADED = (
+    "after unload(merge(model.model)), or unload(model.model), which drops its "
+    f"adapters, {ALONE}"
+)
+NOT_ALONE = "model.model.save_pretrained, of the model without them, is refused too."
 IGNORE = -100  # torch's cross-entropy ignores this label
 Ids = Integer[Tensor, "batch tokens"]
 
@@ -89,7 +94,12 @@ class VirtualTokens(nn.Module, ABC):
     @property
     def save_pretrained(self) -> Callable[..., None]:
         """Refuse, unless a program keeps its state: see `saving`."""
-        return saving.Refusal(self, (REMEDY,))
+        held = vars(self.model).get(saving.METHOD)
+        reasons = held.reasons if isinstance(held, saving.Refusal) else ()
+        inside = any(isinstance(module, Adapted) for module in self.model.modules())
+        remedies = {(0, False): ALONE, (1, True): UNLOADED}  # else: few bits, or beside
+        without = remedies.get((len(reasons), inside), NOT_ALONE)
+        return saving.Refusal(self, (REMEDY + without,))
 
     @property
     def device(self) -> torch.device:

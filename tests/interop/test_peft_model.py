@@ -379,6 +379,30 @@ def test_virtual_tokens_and_adapters_are_never_saved_without_each_other(
     assert torch.equal(peers.logits(again.eval()), peers.logits(low.eval()))
 
 
+@pytest.mark.parametrize("kind", ["prompt", "prefix"])
+@pytest.mark.parametrize("merged", [True, False])
+def test_virtual_tokens_around_adapters_are_saved_after_unload(kind, merged, tmp_path):
+    around = PromptModel if kind == "prompt" else PrefixModel
+    model = inject.inject(llama(), LoRAConfig(r=2, alpha=4), ["q_proj"])
+    with torch.no_grad():
+        for tensor in inject.trainable_parameters(model):
+            tensor.fill_(0.1)
+    model = around(inject.merge(model) if merged else model, OURS[kind])
+    remedy = r"save the virtual tokens alone, call unload\(model\.model\) first"
+    with pytest.raises(InputError, match=remedy):
+        peft_model.save(model, tmp_path / "adapter")
+    before = peers.logits(model.eval())
+    inject.unload(model.model)
+    peft_model.save(model, tmp_path / "adapter")
+    again = peft_model.load(
+        copy.deepcopy(model.model), tmp_path / "adapter", say=silent
+    )
+    assert_same_tensors(
+        peft_model.contents_of(again).tensors, peft_model.contents_of(model).tensors
+    )
+    assert torch.equal(peers.logits(model.eval()), before) == merged
+
+
 def test_what_is_trained_beside_virtual_tokens_is_not_lost(tmp_path):
     model = PromptModel(llama(), OURS["prompt"])
     model.model.lm_head.requires_grad_(True)

@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+from tempfile import TemporaryDirectory
 
 import pytest
 import safetensors.torch
@@ -10,7 +11,7 @@ import torch
 from minipeft.errors import InputError
 from minipeft.torch.bottleneck import BottleneckConfig, place_beside
 from minipeft.torch.ia3 import IA3Config
-from minipeft.torch.inject import adapted, inject, trainable_parameters
+from minipeft.torch.inject import adapted, inject, merge, trainable_parameters, unload
 from minipeft.torch.lora import LoRAConfig
 from minipeft.torch.prefix import PrefixConfig, PrefixModel
 from minipeft.torch.prompt import PromptConfig, PromptModel
@@ -208,3 +209,30 @@ def test_virtual_tokens_answer_as_the_model_does_or_refuse(kind, tmp_path):
     model.save_pretrained(tmp_path, state_dict=model.state_dict())
     with pytest.raises(Exception, match=r"load_state_dict|type `minipeft`"):
         type(model.model).from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("kind", ["prefix with a network", "prompt"])
+def test_the_remedy_of_save_pretrained_works_with_adapters_inside(kind, tmp_path):
+    def refused(model, remedy):
+        with pytest.raises(InputError, match=f"or PrefixModel; {remedy}"):
+            model.save_pretrained(tmp_path)
+        assert not [*tmp_path.iterdir()]
+
+    alone = r"model\.model\.save_pretrained"
+    few_bits = make(kind, quantize_linears(llama(), blocksize=8))
+    refused(few_bits, f"{alone}, .* refused too")
+    low = LoRAConfig(r=2, alpha=4), ["q_proj"]
+    for model, remedy in (
+        (make(kind, inject(llama(), *low)), lambda m: unload(merge(m))),
+        (inject(make(kind), *low), lambda m: unload(merge(m))),
+        (inject(make(kind), *low), unload),
+        (make(kind, inject(llama(), BottleneckConfig(2), ["o_proj"])), unload),
+    ):
+        both = r"after unload\(merge\(model\.model\)\), or unload\(model\.model\)"
+        refused(model, both)
+        remedy(model.model)
+        refused(model, f"{alone} saves")
+        with TemporaryDirectory() as folder:
+            model.model.save_pretrained(folder)
+            again = type(model.model).from_pretrained(folder)
+            assert torch.equal(again(TEXT).logits, model.model(TEXT).logits)
