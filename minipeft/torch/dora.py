@@ -132,7 +132,9 @@ def over_norm(values: Rows, norm: Rows) -> Rows:
 
 def _over(values: Rows, norm: Rows) -> Rows:
     zero = norm == 0
-    if torch.is_grad_enabled():  # the derivative of values / 0 would be NaN
+    # The derivative of values / 0 would be NaN. A trace is held against another one
+    # without derivatives, so both take one way.
+    if torch.is_grad_enabled() or transformed():
         return torch.where(zero, 0, values / norm.masked_fill(zero, 1))
     return (values / norm).masked_fill(zero, 0)
 

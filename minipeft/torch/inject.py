@@ -353,7 +353,7 @@ def load_adapter_state_dict(
             + (f", and {len(problems) - 1} more" * (len(problems) > 1))
             + "; inject with the configuration it was saved from."
         )
-    _check_not_whole(tensors, own)
+    _check_takes(tensors, own)
     layers = {k: m for k, m in adapted(model).items() if name in m.adapters}
     parts = {key: _part(layer, key, name, tensors) for key, layer in layers.items()}
     for key, layer in layers.items():
@@ -479,7 +479,8 @@ def _odd_values(tensors: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> lis
     return problems
 
 
-def _check_not_whole(tensors: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> None:
+def _check_takes(tensors: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> None:
+    check_has_values(own)  # a copy to a placeholder would be lost
     for key, held in own.items():
         if hasattr(held, "placements") and not hasattr(tensors[key], "placements"):
             raise InputError(

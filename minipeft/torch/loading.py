@@ -96,7 +96,11 @@ def odd(new: Tensor, own: Tensor, assign: bool = False) -> str | None:
     here: Tensor = new.to_local() if hasattr(new, "to_local") else new  # sharded
     # In the dtype in which the layer will have it: 1e300 may become infinite there.
     here = here if assign else here.to(own.dtype)
-    if not has_values(here) or bool(here.isfinite().all()):
+    if not has_values(here):
+        return None
+    if here.is_floating_point() and here.element_size() == 1:  # torch cannot ask these
+        here = here.float()
+    if bool(here.isfinite().all()):
         return None
     return "is not finite"
 

@@ -255,6 +255,15 @@ def dora_on_four_bits_of_a_gpu():
         assert any(f"minipeft.{name}" in target for target in called), called
 
 
+def dora_recorded_by_jit():
+    """torch.jit.trace holds its record against another one, without derivatives."""
+    model, x = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 4)), integers(2, 8)
+    inject(model, DoRAConfig(2, 4), ["0"])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the trace is deprecated; checks are no part
+        assert torch.equal(torch.jit.trace(model, x)(x), model(x))
+
+
 CHECKS: list[Callable[[], None]] = [
     the_compiler_is_not_imported_before_it_is_used,
     quantize_nf4,
@@ -271,6 +280,7 @@ CHECKS: list[Callable[[], None]] = [
     lora_on_the_experts_of_mixtral,
     dora_on_layers_in_a_row,
     dora_on_four_bits_of_a_gpu,
+    dora_recorded_by_jit,
     *EXAMPLES,
 ]
 

@@ -334,6 +334,18 @@ def test_what_replaces_a_tensor_is_judged_in_its_own_dtype(kind):
             model.load_state_dict(state, assign=True)
 
 
+def test_floats_of_eight_bits_are_judged_too():
+    model = lora()
+    state = dict(model.state_dict())
+    name = next(key for key in state if key.endswith(".B"))
+    state[name] = state[name].to(torch.float8_e4m3fn)
+    model.load_state_dict(state, assign=True)
+    assert model.state_dict()[name].dtype == torch.float8_e4m3fn
+    state[name] = torch.full_like(state[name], torch.nan)
+    with pytest.raises(InputError, match=f"{name} is not finite"):
+        model.load_state_dict(state, assign=True)
+
+
 def test_each_process_refuses_its_own_part_of_a_sharded_file():
     with WRAPPERS["sharded"](lora()) as model:
         before = held(model)

@@ -261,6 +261,8 @@ def test_placeholders_are_never_given_out_as_adapters(tmp_path):
     ):
         with pytest.raises(InputError, match=sentence):
             give()
+    with pytest.raises(InputError, match=sentence):
+        load_adapter_state_dict(model, before)
     with pytest.raises(InputError, match="identify the base; save and load adapters"):
         peft_model.save(tokens, tmp_path / "tokens")
     assert not [*tmp_path.iterdir()]
