@@ -204,6 +204,25 @@ def test_history_goes_through_a_file(tmp_path):
         History.load(tmp_path / "bad.json")
 
 
+def test_a_batch_may_hold_a_sparse_tensor(toy, tmp_path):
+    class Graph(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.text = toy
+
+        def forward(self, edges, **batch):
+            assert edges.layout != torch.strided
+            return self.text(**batch)
+
+    def batches(i):
+        return {**BATCHES(i), "edges": torch.eye(4).to_sparse()}
+
+    keep = tmp_path / "run"
+    train(Graph(), batches, settings(toy, steps=2), (), Checkpoint(keep))
+    on = Checkpoint(keep, resume=True)
+    assert len(train(Graph(), batches, settings(toy, steps=3), (), on).losses) == 3
+
+
 def settings(toy, **changes):
     return TrainConfig(**{"steps": 6, "lr": 1e-2, **changes})
 
