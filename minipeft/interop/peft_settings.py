@@ -72,11 +72,12 @@ def check_config(config: Mapping[str, Any]) -> None:
 
 
 def _refuse(name: str, value: Any, absent: list[str]) -> NoReturn:
-    """Refuse a setting; one spelled almost as an absent one is taken for damaged."""
+    """Refuse a setting; one spelled almost as an absent one may be damaged."""
     if near := difflib.get_close_matches(name, absent, 1, ALIKE):
         raise InputError(
             f"the configuration has {name} = {value!r}, a name that minipeft does not "
-            f"know, and no {near[0]}, which is nearest to it; get the file again"
+            f"know, and no {near[0]}, which is nearest to it; get the file again, or, "
+            f"if {name} is what was meant, merge it with the library that trained it"
         )
     raise InputError(
         f"the adapter was made with {name} = {value!r}, for which minipeft has no "

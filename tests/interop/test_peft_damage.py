@@ -289,7 +289,8 @@ def test_a_setting_whose_name_is_damaged_is_not_taken_for_a_method(
     assert f"{odd} = True, " in str(refused.value)
     remedy = (
         f"a name that minipeft does not know, and no {nearest}, which is nearest to "
-        "it; get the file again"
+        f"it; get the file again, or, if {odd} is what was meant, merge it with the "
+        "library that trained it"
         if nearest
         else "for which minipeft has no method; merge it with the library that "
         "trained it"
