@@ -210,7 +210,7 @@ for prompt, first, then in zip(prompts, written_before, written_after, strict=Tr
 # %% [markdown]
 # ## Interrupted, and resumed
 #
-# With `--checkpoint FOLDER` the last good state is kept. After Ctrl-C, or SIGTERM, the signal with which a batch system stops a job, no finished step is lost, and the same command with `--resume` goes on. Without `--resume`, a folder that holds a run is refused before the first step, so that nothing is replaced. An interrupted chapter ends with the exit code of the signal, 130 or 143; in a program of your own, `train` raises `Interrupted`, whose `code` is that number. The result is the same as without an interruption: here a second model loads the state of half of the steps, takes the other half, and has the same losses and the same bits.
+# With `--checkpoint FOLDER` the last good state is kept. After Ctrl-C, or SIGTERM, the signal with which a batch system stops a job, no finished step is lost, and the same command with `--resume` goes on. Without `--resume`, a folder that holds a run is refused before the first step, so that nothing is replaced. Beside the runs, `run-data.json` holds the SHA-256 of the examples, and `--resume` with other data is refused; a file of that name that no run wrote is refused too, and stays as it is. An interrupted chapter ends with the exit code of the signal, 130 or 143; in a program of your own, `train` raises `Interrupted`, whose `code` is that number. The result is the same as without an interruption: here a second model loads the state of half of the steps, takes the other half, and has the same losses and the same bits.
 
 # %%
 SMALL = sum(p.numel() for p in model.parameters()) < 20e6  # what a second copy may be

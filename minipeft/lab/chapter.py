@@ -115,8 +115,8 @@ class Chapter(Claims):
         return chosen.task
 
     def _held_out_count(self) -> int | None:
-        kept = held_out.kept_count(self.checkpoint) if self.resume else None
-        return kept or self.held_out
+        kept = held_out.kept_count(self.checkpoint)  # refuses another's file
+        return (self.resume and kept) or self.held_out
 
     @cached_property
     def _all(self) -> task.Task:

@@ -7,6 +7,7 @@ file is written under another name and then renamed, so it is never half written
 
 import hashlib
 import json
+import os
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -120,10 +121,11 @@ def check_unused(path: Path, remedy: str) -> None:
 
     Raises:
         InputError: The file holds a checkpoint, whose step the message names, or other
-            content; or the path is a folder.
+            content; or the path is a folder, a pipe or a device.
     """
     if not path.exists() or (path.is_file() and not path.stat().st_size):
         return
+    _check_regular(path, "choose another path")
     step = _saved_step(path)
     if step is None:
         raise InputError(
@@ -136,13 +138,24 @@ def check_unused(path: Path, remedy: str) -> None:
     )
 
 
+def _check_regular(path: Path, remedy: str) -> None:
+    """Refuse a folder, a pipe or a device: to open a pipe would wait for ever."""
+    if os.path.exists(path) and not os.path.isfile(path):
+        raise InputError(
+            f"{path} exists and is no checkpoint of this program: it is no regular "
+            f"file; {remedy}"
+        )
+
+
 def _saved_step(path: Path) -> int | None:
     """Return the step of a checkpoint, by its header alone; None: it is none."""
     try:
         with safetensors.safe_open(path, framework="pt") as file:
             header = json.loads((file.metadata() or {})["minipeft"])
         return _step(header["progress"]["step"]) if header["format"] == FORMAT else None
-    except (safetensors.SafetensorError, ValueError, OSError, KeyError, TypeError):
+    except (safetensors.SafetensorError, OSError, KeyError, TypeError):
+        return None
+    except (ValueError, RecursionError):  # as `_read`, of any JSON
         return None
 
 
@@ -222,6 +235,7 @@ def _naming(path: Path) -> Iterator[None]:
 def _read(path: Path) -> tuple[dict[str, Any], Tensors]:
     """Return header and tensors of a file, after checking its checksum."""
     damaged = f"{path} is damaged or not a checkpoint; start again without it"
+    _check_regular(path, "start again without it")
     try:
         with safetensors.safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}

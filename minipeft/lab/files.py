@@ -2,14 +2,18 @@
 
 import contextlib
 import hashlib
+import json
 import os
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from filelock import FileLock, Timeout
 
 from minipeft.errors import InputError
+
+LARGEST_RECORD = 2**16
 
 
 def write_atomic(path: Path, data: bytes) -> None:
@@ -46,6 +50,37 @@ def write_atomic(path: Path, data: bytes) -> None:
         if temporary is not None:
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(temporary)
+
+
+def read_record(path: Path, kinds: dict[str, type]) -> dict[str, Any] | None:
+    """Return what a run wrote beside its checkpoints; None: nothing is there.
+
+    Args:
+        path: of a file of JSON.
+        kinds: the type of each of its fields, all of them; a number is at least 1.
+
+    Raises:
+        InputError: no run wrote what is there, so that no run may replace it.
+    """
+    if not os.path.lexists(path):
+        return None
+    try:
+        if path.is_symlink() or not path.is_file():
+            raise ValueError("it is a link or no regular file")
+        with path.open("rb") as file:
+            found = json.loads(file.read(LARGEST_RECORD))
+        if not isinstance(found, dict) or found.keys() != kinds.keys():
+            raise ValueError(f"its fields are not {', '.join(kinds)}")
+        for key, kind in kinds.items():
+            if type(found[key]) is not kind or (kind is int and found[key] < 1):
+                raise ValueError(f"{key} is {found[key]!r:.40}")
+    except (OSError, ValueError, RecursionError) as error:
+        why = getattr(error, "strerror", None) or error
+        raise InputError(
+            f"{path} is not what a run wrote ({why}); move it to another folder or "
+            "remove it: the next run, resumed or not, writes it anew"
+        ) from None
+    return found
 
 
 @contextlib.contextmanager

@@ -5,7 +5,8 @@ Python's and NumPy's.
 """
 
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from minipeft.errors import InputError
+from minipeft.interop.tensors import bytes_of
 
 
 def states(model: nn.Module) -> dict[str, Tensor]:
@@ -72,6 +74,19 @@ def restore(saved: dict[str, Tensor], model: nn.Module) -> None:
         module.set_rng_state(saved[f"torch/{device}"], device)
     for name, generator in _held(model):
         generator.set_state(saved[name])
+
+
+@contextmanager
+def undrawn(model: nn.Module) -> Iterator[Callable[[], bool]]:
+    """Set every generator back at the end; yield a test whether one has moved."""
+    before = states(model)
+    try:
+        yield lambda: any(
+            bytes_of(state) != bytes_of(before[name])
+            for name, state in states(model).items()
+        )
+    finally:
+        restore(before, model)
 
 
 def _devices(model: nn.Module) -> Iterator[tuple[str, Any]]:

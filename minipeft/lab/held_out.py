@@ -8,7 +8,7 @@ from typing import Any
 
 from minipeft.errors import InputError
 from minipeft.lab import text
-from minipeft.lab.files import write_atomic
+from minipeft.lab.files import read_record, write_atomic
 from minipeft.lab.task import Task
 from minipeft.lab.train import loss
 
@@ -99,23 +99,21 @@ def kept_count(folder: Path | None) -> int | None:
     """Return the number that `keep` wrote, or None.
 
     Raises:
-        InputError: the file is damaged.
+        InputError: a file of that name was not written by a run.
     """
-    path = None if folder is None else folder / KEPT
-    if path is None or not path.exists():
-        return None
-    try:
-        count = json.loads(path.read_text("utf-8"))["count"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{path} is damaged ({error}); start again") from None
-    return int(count)
+    kept = None if folder is None else read_record(folder / KEPT, {"count": int})
+    return None if kept is None else int(kept["count"])
 
 
 def keep(folder: Path | None, found: HeldOut) -> None:
     """Write the number of examples beside the checkpoints of a run.
 
     A resumed run is judged on the same ones, however long they take then.
+
+    Raises:
+        InputError: a file of that name was not written by a run; it stays.
     """
     if folder is not None:
+        kept_count(folder)  # refuses another's file
         content = {"count": len(found.task.validation)}
         write_atomic(folder / KEPT, (json.dumps(content) + "\n").encode())

@@ -6,10 +6,11 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from minipeft.errors import InputError
-from minipeft.lab.files import write_atomic
+from minipeft.lab.files import read_record, write_atomic
 from minipeft.lab.task import Task
 
-KEPT = "data.json"
+KEPT = "run-data.json"
+KINDS = {"name": str, "examples": int, "sha256": str}
 
 
 def keep_source(folder: Path | None, name: str, task: Task, resume: bool) -> None:
@@ -22,8 +23,8 @@ def keep_source(folder: Path | None, name: str, task: Task, resume: bool) -> Non
         resume: whether the runs in the folder go on.
 
     Raises:
-        InputError: the runs in the folder learn from other examples; the file is
-            damaged.
+        InputError: the runs in the folder learn from other examples; a file of that
+            name was not written by a run.
     """
     if folder is None:
         return
@@ -32,23 +33,15 @@ def keep_source(folder: Path | None, name: str, task: Task, resume: bool) -> Non
     digest = hashlib.sha256(sides).hexdigest()
     now = {"name": name, "examples": count, "sha256": digest}
     path = folder / KEPT
-    if resume and path.exists() and any(folder.glob("run-*.safetensors")):
-        before = _read(path)
-        if before["sha256"] != digest:
-            raise InputError(
-                f"{folder} holds runs on {_said(before)}, and --resume would go on "
-                f"with {_said(now)}; give the data of those runs, or start in another "
-                "folder without --resume"
-            )
+    before = read_record(path, KINDS)
+    goes_on = resume and any(folder.glob("run-*.safetensors"))
+    if before and goes_on and before["sha256"] != digest:
+        raise InputError(
+            f"{folder} holds runs on {_said(before)}, and --resume would go on "
+            f"with {_said(now)}; give the data of those runs, or start in another "
+            "folder without --resume"
+        )
     write_atomic(path, (json.dumps(now) + "\n").encode())
-
-
-def _read(path: Path) -> dict[str, object]:
-    try:
-        found = json.loads(path.read_text("utf-8"))
-        return {key: found[key] for key in ("name", "examples", "sha256")}
-    except (ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{path} is damaged ({error}); start again") from None
 
 
 def _said(source: Mapping[str, object]) -> str:

@@ -43,6 +43,7 @@ from minipeft.lab.diagnosis import (
     start_of,
 )
 from minipeft.lab.files import claimed, write_atomic
+from minipeft.lab.generators import undrawn
 from minipeft.lab.identity import Identity
 from minipeft.lab.memory.measured import StepMemory, step_memory
 from minipeft.lab.memory_peak import unwatched
@@ -314,7 +315,8 @@ class _Run:
     def measured(self, shown: Bar) -> float:
         """Take a step, and say what peak of memory was predicted, and what was met."""
         count = self.config.accumulate
-        batches = [self.batches(self.step * count + i) for i in range(count)]
+        with undrawn(self.model):
+            batches = [self.batches(self.step * count + i) for i in range(count)]
         batch = max(batches, key=lambda one: one["labels"].numel())
         with step_memory(self.model, self.optimizer, batch, count) as found:
             value = self.update()
@@ -398,8 +400,8 @@ class _Run:
             "the batch size": str(len(batch["labels"])),
             "accumulate": str(self.config.accumulate),
             "the learning rate": f"{self.config.lr:g}",
-            FIRST: _digest(self.batches(0) if self.step else batch),
         }
+        now |= self.first(batch)
         if self.settings.get("the batch size", "") != now["the batch size"]:
             self.settings.pop(FIRST, None)  # examples of another batch size differ
         changes = [
@@ -414,6 +416,15 @@ class _Run:
             )
             warnings.warn(text, ResumeWarning, stacklevel=2)
         self.settings, self.resumed = now, False
+
+    def first(self, batch: Batch) -> dict[str, str]:
+        """Return what the data are told by; nothing where a resumed run draws them."""
+        if self.step:
+            with undrawn(self.model) as moved:
+                batch = self.batches(0)
+                if moved():  # the start had other draws
+                    return {}
+        return {FIRST: _digest(batch)}
 
     def validate(self, shown: Bar) -> None:
         """Record the validation loss of this step."""

@@ -69,7 +69,7 @@ def test_a_chapter_holds_out_what_it_is_told_and_keeps_it_when_resumed(
     batches = first.task.held_out(loaded.tokenizer)
     assert sum(len(batch["labels"]) for batch in batches) == 7
     (tmp_path / held_out.KEPT).write_text("{")
-    with pytest.raises(InputError, match=r"held-out\.json is damaged"):
+    with pytest.raises(InputError, match=r"held-out\.json is not what a run wrote"):
         start("01_lora", 30, arguments=[*kept, "--resume"]).load()
 
 

@@ -2,19 +2,24 @@
 
 import copy
 import json
+import os
+import random
 import re
 import signal
 import subprocess
 import sys
 import textwrap
 import time
+from pathlib import Path
 
+import numpy as np
 import pytest
 import safetensors
 import safetensors.torch
 import torch
 
 from minipeft.errors import InputError
+from minipeft.lab.checkpoint import load_checkpoint
 from minipeft.lab.text import windows
 from minipeft.lab.train import (
     Checkpoint,
@@ -171,6 +176,45 @@ def test_a_run_that_goes_on_with_other_data_says_so(toy, tmp_path):
     assert "the data" not in str(warned[0].message)  # the batches must differ
 
 
+@pytest.mark.parametrize("draw", ["torch", "python", "numpy", "seeded"])
+def test_batches_that_draw_are_resumed_with_the_same_draws(toy, tmp_path, draw):
+    """No look at a batch may draw: not at the first one, not for the memory."""
+    drawn = {
+        "torch": lambda _: int(torch.randint(9, (1,))),
+        "python": lambda _: random.randrange(9),
+        "numpy": lambda _: np.random.randint(9),  # noqa: NPY002
+        "seeded": lambda index: int(torch.manual_seed(index).initial_seed()),
+    }[draw]
+
+    def batches(index):
+        return BATCHES(drawn(index))
+
+    for layer in toy.model.layers:
+        layer.self_attn.attention_dropout = 0.1
+    path = tmp_path / "run.safetensors"
+
+    def until_three(index):
+        if index == 3:
+            raise RuntimeError("power cut")
+        return batches(index)
+
+    def seeded():
+        random.seed(1)
+        np.random.seed(1)  # noqa: NPY002
+        torch.manual_seed(1)
+        return copy.deepcopy(toy)
+
+    config = settings(toy, steps=6)
+    resumed = Checkpoint(path, resume=True)
+    with annotations_off():  # the checker of annotations draws from Python's
+        whole = train(unbroken := seeded(), batches, config)
+        with pytest.raises(RuntimeError, match="power cut"):
+            train(seeded(), until_three, config, (), Checkpoint(path, 2))
+        again = train(last := seeded(), batches, config, (), resumed)  # no warning
+    assert again.losses == whole.losses
+    assert_same(weights(last), weights(unbroken))
+
+
 def test_a_run_that_has_fewer_steps_than_its_checkpoint_is_refused(toy, tmp_path):
     path = tmp_path / "run.safetensors"
     start = copy.deepcopy(toy)
@@ -230,9 +274,17 @@ def test_a_new_run_replaces_no_other_file(toy, tmp_path):
     safetensors.torch.save_file({"w": torch.ones(2)}, other, metadata=metadata)
     text = tmp_path / "notes.txt"
     text.write_text("of value")
-    for path in (strangers, other, text, tmp_path):
+    deep = tmp_path / "deep.safetensors"
+    metadata = {"minipeft": "[" * 200_000}
+    safetensors.torch.save_file({"w": torch.ones(2)}, deep, metadata=metadata)
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    for path in (strangers, other, text, tmp_path, deep, pipe, Path("/dev/null")):
         with pytest.raises(InputError, match="exists and is no checkpoint of this pro"):
             train(toy, no_batches, settings(toy), (), Checkpoint(path))
+    for path in (pipe, Path("/dev/zero"), tmp_path):
+        with pytest.raises(InputError, match=r"is no regular file; start again with"):
+            load_checkpoint(path, toy)
     assert text.read_text() == "of value"
     assert set(safetensors.torch.load_file(strangers)) == {"w"}
 

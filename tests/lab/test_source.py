@@ -1,13 +1,17 @@
 """Runs go on with the data that they began with, and data are judged before a model."""
 
 import json
+import os
+from pathlib import Path
 
 import pytest
 
 from minipeft.errors import InputError
 from minipeft.lab import chapter as chapters
-from minipeft.lab import source
+from minipeft.lab import held_out, source
 from minipeft.lab.chapter import start
+from minipeft.lab.held_out import HeldOut
+from minipeft.lab.task import dictionary
 
 
 def written(path, count):
@@ -59,8 +63,96 @@ def test_runs_on_the_dictionary_are_held_against_it(tmp_path):
     with pytest.raises(InputError, match="holds runs on The Devil's Dictionary"):
         start("01_lora", 30, arguments=[*options, *mine]).load()
     (tmp_path / "kept" / source.KEPT).write_text("[]")
-    with pytest.raises(InputError, match=r"data\.json is damaged \(.*; start again"):
-        start("01_lora", 30, arguments=[*options, "--resume"]).load()
+    resumed = [*options, "--resume"]
+    with pytest.raises(InputError, match=r"run-data\.json is not .* or remove it: "):
+        start("01_lora", 30, arguments=resumed).load()
+    (tmp_path / "kept" / source.KEPT).unlink()  # as the message says
+    start("01_lora", 30, arguments=resumed).load()
+    assert b"Devil" in (tmp_path / "kept" / source.KEPT).read_bytes()
+
+
+def test_no_file_of_another_is_replaced(tmp_path):
+    """Also the examples that are learned from may lie in the folder of checkpoints."""
+    folder = tmp_path / "kept"
+    folder.mkdir()
+    data = folder / "data.json"
+    written(data, 60)
+    before = data.read_bytes()
+    options = ["--checkpoint", str(folder), "--data", str(data)]
+    start("01_lora", 30, arguments=[*options, "--held-out", "4"]).load()
+    assert data.read_bytes() == before
+    for name in (source.KEPT, held_out.KEPT):
+        for path in folder.iterdir():
+            path.unlink()
+        mine = folder / name
+        written(mine, 60)
+        options = ["--checkpoint", str(folder), "--data", str(mine)]
+        for more in ([], ["--resume"]):
+            with pytest.raises(InputError, match="is not what a run wrote"):
+                start("01_lora", 30, arguments=[*options, *more]).load()
+        assert [*folder.iterdir()] == [mine]
+        assert mine.read_bytes() == before
+
+
+def unreadable(path, monkeypatch):
+    path.write_text("{}")
+
+    def refuse(*_):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "open", refuse)
+
+
+def linked(path, monkeypatch):
+    (path.parent / "mine.json").write_text("of value")
+    path.symlink_to(path.parent / "mine.json")
+
+
+def content(text):
+    return lambda path, monkeypatch: path.write_text(text)
+
+
+RECORDS = [
+    (lambda path, monkeypatch: path.mkdir(), "no regular file"),
+    (lambda path, monkeypatch: os.mkfifo(path), "no regular file"),
+    (lambda path, monkeypatch: path.symlink_to("nowhere"), "it is a link"),
+    (linked, "it is a link"),
+    (unreadable, "Permission denied"),
+    (content("[" * 200_000), ""),
+    (content("[" * 50_000), "recursion"),
+    (content("{"), "Expecting property name"),
+    (content("[]"), "its fields are not "),
+    (content("{}"), "its fields are not "),
+    (content('{"name": 1, "examples": 2, "sha256": []}'), "name is 1|its fields are"),
+    (content('{"count": -3}'), "count is -3|its fields are"),
+    (content('{"count": true}'), "count is True|its fields are"),
+]
+
+
+@pytest.mark.parametrize(("make", "why"), RECORDS, ids=range(len(RECORDS)))
+@pytest.mark.parametrize("kept", [source.KEPT, held_out.KEPT])
+def test_what_no_run_wrote_is_one_sentence_and_stays(
+    tmp_path, monkeypatch, make, why, kept
+):
+    make(tmp_path / kept, monkeypatch)
+    before = (tmp_path / kept).lstat()
+    keep = {
+        source.KEPT: lambda go: source.keep_source(tmp_path, "A", whole, go),
+        held_out.KEPT: lambda _: held_out.keep(tmp_path, HeldOut(whole, 1, None)),
+    }
+    whole = dictionary()
+    said = f"^.*{kept} is not what a run wrote \\(.*({why}).*\\); move it to .*anew$"
+    for resume in (False, True):
+        with pytest.raises(InputError, match=said):
+            keep[kept](resume)
+    after = (tmp_path / kept).lstat()
+    assert (after.st_ino, after.st_mode) == (before.st_ino, before.st_mode)
+    assert (after.st_size, after.st_mtime_ns) == (before.st_size, before.st_mtime_ns)
+    (tmp_path / kept).rename(tmp_path.parent / f"{tmp_path.name}-moved")
+    monkeypatch.undo()
+    for name in keep:
+        keep[name](True)
+    assert held_out.kept_count(tmp_path) == len(whole.validation)
 
 
 def test_data_are_judged_before_the_model_is_read(tmp_path, monkeypatch):
