@@ -63,10 +63,10 @@ def _lora(t: Target, e: int) -> Kept:
 
 def _dora(t: Target, e: int) -> Kept:
     # The output, where nothing else keeps it: attention keeps the values alone, the
-    # gate and its partner are factors. The norm, of each row.
+    # gate and its partner are factors. Norm and gain, of each row.
     kept_anyway = ("v_proj", "gate_proj", "up_proj")
     output = 0 if t.name in kept_anyway else t.out_features
-    return Kept(reads=True, stream=output, adapter=t.r, fixed=t.out_features)
+    return Kept(reads=True, stream=output, adapter=t.r, fixed=2 * t.out_features)
 
 
 def _hira(t: Target, e: int) -> Kept:
