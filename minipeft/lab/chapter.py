@@ -85,7 +85,7 @@ class Chapter(Claims):
         if "_all" not in vars(self):  # said before a large model is read
             held_out.check_count(self._all, self._held_out_count())
             source = str(self.data) if self.data else "The Devil's Dictionary"
-            keep_source(self.checkpoint, source, self._all, self.resume)
+            keep_source(self.checkpoint, source, self._all)
         loaded = load(self.model, self.device, self.dtype, quantize)
         if not hasattr(loaded.model, "generate") or not loaded.model.can_generate():
             raise InputError(

@@ -13,14 +13,15 @@ KEPT = "run-data.json"
 KINDS = {"name": str, "examples": int, "sha256": str}
 
 
-def keep_source(folder: Path | None, name: str, task: Task, resume: bool) -> None:
-    """Write what runs learn from beside their checkpoints; resumed, compare it.
+def keep_source(folder: Path | None, name: str, task: Task) -> None:
+    """Write what runs learn from beside their checkpoints; never replace other data.
+
+    A run that is under way may have saved nothing yet, so it is the record that counts.
 
     Args:
         folder: of the checkpoints; None: nothing is written.
         name: of the data, for a person.
         task: with all examples, as the data hold them.
-        resume: whether the runs in the folder go on.
 
     Raises:
         InputError: the runs in the folder learn from other examples; a file of that
@@ -34,12 +35,11 @@ def keep_source(folder: Path | None, name: str, task: Task, resume: bool) -> Non
     now = {"name": name, "examples": count, "sha256": digest}
     path = folder / KEPT
     before = read_record(path, KINDS)
-    goes_on = resume and any(folder.glob("run-*.safetensors"))
-    if before and goes_on and before["sha256"] != digest:
+    if before and before["sha256"] != digest:
         raise InputError(
-            f"{folder} holds runs on {_said(before)}, and --resume would go on "
-            f"with {_said(now)}; give the data of those runs, or start in another "
-            "folder without --resume"
+            f"{folder} is for runs on {_said(before)}, and this one is on "
+            f"{_said(now)}; give the data of those runs, or another folder; if none of "
+            f"them is left or under way, remove {path}"
         )
     write_atomic(path, (json.dumps(now) + "\n").encode())
 

@@ -40,19 +40,25 @@ def test_a_run_that_is_resumed_has_the_data_it_began_with(began, tmp_path):
     before = (folder / source.KEPT).read_bytes()
     with pytest.raises(
         InputError,
-        match=r"kept holds runs on .*mine\.jsonl \(60 examples, SHA-256 \w{8}…\), and "
-        r"--resume would go on with .*mine2\.jsonl \(59 examples, .*; give the data of "
-        "those runs, or start in another folder without --resume",
+        match=r"kept is for runs on .*mine\.jsonl \(60 examples, SHA-256 \w{8}…\), and "
+        r"this one is on .*mine2\.jsonl \(59 examples, .*; give the data of those "
+        r"runs, or another folder; .*, remove .*run-data\.json$",
     ):
         start("01_lora", 30, arguments=[*options, *other]).load()
-    with pytest.raises(InputError, match=r"go on with The Devil's Dictionary \("):
+    with pytest.raises(InputError, match=r"this one is on The Devil's Dictionary \("):
         start("01_lora", 30, arguments=options).load()
     assert (folder / source.KEPT).read_bytes() == before
     start("01_lora", 30, arguments=[*options, *mine]).load()
     moved = ["--data", written(tmp_path / "moved.jsonl", 60)]
     start("01_lora", 30, arguments=[*options, *moved]).load()
-    (folder / "run-001.safetensors").unlink()  # nothing goes on: any data will do
-    start("01_lora", 30, arguments=[*options, *other]).load()
+    before = (folder / source.KEPT).read_bytes()
+    (folder / "run-001.safetensors").unlink()  # one that is under way may save none yet
+    for more in (options, options[:-1]):
+        with pytest.raises(InputError, match="kept is for runs on"):
+            start("01_lora", 30, arguments=[*more, *other]).load()
+    assert (folder / source.KEPT).read_bytes() == before
+    (folder / source.KEPT).unlink()  # as the message says
+    start("01_lora", 30, arguments=[*options[:-1], *other]).load()
 
 
 def test_runs_on_the_dictionary_are_held_against_it(tmp_path):
@@ -60,7 +66,7 @@ def test_runs_on_the_dictionary_are_held_against_it(tmp_path):
     start("01_lora", 30, arguments=options).load()
     (tmp_path / "kept" / "run-001.safetensors").touch()
     mine = ["--data", written(tmp_path / "mine.jsonl", 60), "--resume"]
-    with pytest.raises(InputError, match="holds runs on The Devil's Dictionary"):
+    with pytest.raises(InputError, match="is for runs on The Devil's Dictionary"):
         start("01_lora", 30, arguments=[*options, *mine]).load()
     (tmp_path / "kept" / source.KEPT).write_text("[]")
     resumed = [*options, "--resume"]
@@ -137,21 +143,20 @@ def test_what_no_run_wrote_is_one_sentence_and_stays(
     make(tmp_path / kept, monkeypatch)
     before = (tmp_path / kept).lstat()
     keep = {
-        source.KEPT: lambda go: source.keep_source(tmp_path, "A", whole, go),
-        held_out.KEPT: lambda _: held_out.keep(tmp_path, HeldOut(whole, 1, None)),
+        source.KEPT: lambda: source.keep_source(tmp_path, "A", whole),
+        held_out.KEPT: lambda: held_out.keep(tmp_path, HeldOut(whole, 1, None)),
     }
     whole = dictionary()
     said = f"^.*{kept} is not what a run wrote \\(.*({why}).*\\); move it to .*anew$"
-    for resume in (False, True):
-        with pytest.raises(InputError, match=said):
-            keep[kept](resume)
+    with pytest.raises(InputError, match=said):
+        keep[kept]()
     after = (tmp_path / kept).lstat()
     assert (after.st_ino, after.st_mode) == (before.st_ino, before.st_mode)
     assert (after.st_size, after.st_mtime_ns) == (before.st_size, before.st_mtime_ns)
     (tmp_path / kept).rename(tmp_path.parent / f"{tmp_path.name}-moved")
     monkeypatch.undo()
     for name in keep:
-        keep[name](True)
+        keep[name]()
     assert held_out.kept_count(tmp_path) == len(whole.validation)
 
 
