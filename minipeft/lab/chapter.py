@@ -80,7 +80,7 @@ class Chapter(Claims):
 
         Raises:
             InputError: as `models.load`; the model does not write text; `--data` does
-                not hold what is asked, or is not what the resumed runs learn from.
+                not hold what is asked, or is not what the folder's runs learn from.
         """
         if "_all" not in vars(self):  # said before a large model is read
             held_out.check_count(self._all, self._held_out_count())

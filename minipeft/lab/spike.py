@@ -54,7 +54,8 @@ class Budget(NamedTuple):
     Attributes:
         fixed: of weights and adapters.
         states: of the optimizer.
-        least: of a card on which the run with pages just ends.
+        least: of a card on which the run with pages just ends; on a CPU that card needs
+            one page more.
         whole: of a card on which the run without pages just ends.
     """
 
