@@ -36,7 +36,10 @@ VALUES_ASKED_FOR = (
     "Cannot copy out of meta tensor",
     "Tensor.item() cannot be called on meta tensors",
     "The register_meta function for torch.nonzero()",
-    "the adapter is on the meta device; load its values first",  # our own, of a batch
+    # Our own: they name what the driver has put there.
+    "the adapter is on the meta device; load its values first",
+    "W is on the device meta, and has no values to split",
+    "W is a placeholder on the device meta",
 )
 # These are made on the CPU by definition; the page table only counts.
 ON_THE_CPU = {
