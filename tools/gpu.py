@@ -18,6 +18,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -112,7 +113,7 @@ class Results:
 
 
 def main(names: Sequence[str]) -> int:
-    """Return 0 if all passed or there is no GPU, 1 if a step failed, 2 if none ran."""
+    """Return 1 if a step failed, 2 if none could run beside a GPU, 0 otherwise."""
     all_stages = stages()
     if {"-h", "--help"} & {*names}:
         print(f"{__doc__}\nStages:\n\n{_listed(all_stages)}")
@@ -196,30 +197,30 @@ def _late(step: Step, record: Record, left: float) -> bool:
 
 
 def run(step: Step, seconds: float) -> Record:
-    """Run a step's program; end it, and all that it started, when the time is over."""
+    """Run a step's program for so long; then end it, and all of its session."""
     if absent := missing(step):
         return Record("left out", said=[absent])
     began = time.monotonic()
-    process = subprocess.Popen(
-        step.command,
-        cwd=ROOT,
-        env=_environment(),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        errors="replace",
-        start_new_session=True,
-    )
-    try:
-        said, _ = process.communicate(timeout=seconds)
-        verdict = "failed" if process.returncode else "passed"
-    except (subprocess.TimeoutExpired, KeyboardInterrupt) as reason:
-        with suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-        if isinstance(reason, KeyboardInterrupt):  # which reaches no other session
-            raise
-        said, _ = process.communicate()
-        verdict = "unfinished"
+    # A file and no pipe: what a step left behind would hold a pipe open.
+    with tempfile.TemporaryFile("w+", errors="replace") as out:
+        process = subprocess.Popen(
+            step.command,
+            cwd=ROOT,
+            env=_environment(),
+            stdout=out,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+        try:
+            verdict = "failed" if process.wait(seconds) else "passed"
+        except subprocess.TimeoutExpired:
+            verdict = "unfinished"
+        finally:  # also after Ctrl-C, which reaches no other session
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        out.seek(0)
+        said = out.read()
     kept = KEPT if verdict == "failed" else 1
     said = said.replace(f"{ROOT}{os.sep}", "")  # of no use on another machine
     lines = [line.rstrip() for line in said.splitlines() if line.strip()][-kept:]

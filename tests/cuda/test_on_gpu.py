@@ -3,7 +3,9 @@
 import ast
 import importlib.util
 import json
+import os
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -258,11 +260,29 @@ def test_when_the_time_is_over_all_that_a_program_started_ends(gpu, tmp_path):
         pytest.fail("the child lives")
 
 
+@pytest.mark.parametrize("ends", [True, False])
+def test_no_step_waits_for_what_it_left_in_another_session(gpu, ends):
+    """Such a process holds the step's stdout open, and no signal reaches it."""
+    left = [sys.executable, "-c", "import time; time.sleep(30)"]
+    parent = (
+        "import subprocess, sys, time\n"
+        f"print(subprocess.Popen({left}, start_new_session=True).pid, flush=True)\n"
+        f"time.sleep({0 if ends else 30})\n"
+    )
+    began = time.monotonic()
+    record = gpu.run(gpu.Step("x", (sys.executable, "-c", parent)), 3)
+    os.kill(int(record.said[0]), signal.SIGKILL)
+    assert record.verdict == ("passed" if ends else "unfinished")
+    assert time.monotonic() - began < 20
+
+
 def test_a_program_ends_with_the_run_that_ctrl_c_ends(gpu, monkeypatch):
     begun = []
 
     class Interrupted(subprocess.Popen):
-        def communicate(self, *of, **how):
+        def wait(self, *of, **how):
+            if self in begun:
+                return super().wait(*of, **how)
             begun.append(self)
             raise KeyboardInterrupt
 

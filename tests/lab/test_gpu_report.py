@@ -7,6 +7,7 @@ import io
 import json
 import subprocess
 import sys
+import time
 from dataclasses import asdict
 from types import SimpleNamespace
 
@@ -196,8 +197,8 @@ if task["dtype"] == "float16":
     print("cudaErrorIllegalAddress", file=sys.stderr)
     sys.exit(134)
 if task["dtype"] == "bfloat16":
-    import time
-    time.sleep(60)
+    import subprocess  # the child outlives its parent, and holds the pipes open
+    subprocess.run([sys.executable, "-c", "import time; time.sleep(60)"])
 print("a library that talks")
 print(json.dumps({"kernel": "k", "dtype": task["dtype"], "seconds": 1e-6}))
 """
@@ -214,7 +215,9 @@ def test_a_kernel_that_kills_its_process_spoils_no_other(tmp_path, monkeypatch):
     written = []
     write = gpu_report.write
     monkeypatch.setattr(gpu_report, "write", lambda *a: (written.append(1), write(*a)))
+    began = time.monotonic()
     assert gpu_report.run(tmp_path, FakeDevice(), SIZES) == 1
+    assert time.monotonic() - began < 60
     found = json.loads((tmp_path / "gpu-report.json").read_text())["kernels"]
     assert len(written) == len(found) == 6  # after each
     verdicts = [

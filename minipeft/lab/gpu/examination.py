@@ -224,8 +224,8 @@ class Examination:
 
     def stop(self) -> None:
         """End the process; nothing of it is read any more."""
-        self._process.kill()
-        self._process.communicate()
+        with self._process:  # closes the pipes, which a child of its own may hold open
+            self._process.kill()
 
 
 def examined(
