@@ -199,9 +199,11 @@ LOADERS = {
                     IGNORED, "it leaves the missing matrix at its start", _LOADING
                 ),
                 "no head": Rule(
-                    REFUSED,
-                    "its task_type has it look for a trained head, which the file "
-                    "lacks; null leaves the head to the base",
+                    UNKNOWN,
+                    "whether a module of the base has a name that ends in classifier "
+                    "or score (for QUESTION_ANS: qa_outputs): if one has, peft refuses "
+                    "the file, because the task_type has it look for this trained "
+                    "head, which the file lacks; task_type null leaves it to the base",
                     _TASKS,
                 ),
                 "changed base": Rule(
