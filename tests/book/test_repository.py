@@ -3,7 +3,9 @@
 import ast
 import io
 import json
+import os
 import re
+import shutil
 import subprocess
 import sys
 import tokenize
@@ -353,3 +355,26 @@ def test_every_file_of_the_package_is_installed_with_it():
     tracked = subprocess.run(listed, cwd=ROOT, capture_output=True, check=True).stdout
     data = {ROOT / name for name in tracked.decode().split("\0") if name}
     assert {p for p in data if p.suffix != ".py"} <= installed
+
+
+def test_a_python_started_beside_a_clone_finds_the_package_in_it(tmp_path):
+    """The folder of the clone has the name of the package, and is none."""
+    package = "minipeft/__init__.py"
+    licences = ("LICENSE", "minipeft/golden/LICENSE")
+    for name in ("pyproject.toml", "README.md", package, *licences):
+        copy = tmp_path / "minipeft" / name
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        copy.write_bytes((ROOT / name).read_bytes())
+    build = "from setuptools import build_meta; build_meta.build_editable('..')"
+    clone = tmp_path / "minipeft"
+    subprocess.run([sys.executable, "-c", build], cwd=clone, check=True)
+    (wheel,) = tmp_path.glob("*.whl")
+    shutil.unpack_archive(wheel, tmp_path / "installed", "zip")
+    found = (
+        "import site, sys; site.addsitedir(sys.argv[1])\n"
+        "import minipeft; print(minipeft.__file__)"
+    )
+    command = [sys.executable, "-S", "-c", found, tmp_path / "installed"]
+    bare = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
+    said = subprocess.check_output(command, cwd=tmp_path, env=bare, text=True)
+    assert said.strip() == str(clone / package)
