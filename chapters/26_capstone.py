@@ -21,12 +21,10 @@
 import atexit
 import contextlib
 import json
-import platform
 import shutil
 import sys
 import tempfile
 from dataclasses import replace
-from importlib.metadata import version
 from pathlib import Path
 from textwrap import fill
 
@@ -44,6 +42,7 @@ from minipeft.lab import (
     models,
     plots,
     recipe,
+    results,
     task,
     text,
     train,
@@ -138,6 +137,16 @@ del optimizer
 # The model writes text before and after, on words that it is not trained on.
 
 # %%
+SEEDS = [0, 1, 2] if committing or chapter.usual else [0]
+
+
+def repeated(seed):
+    """The held-out losses of the same run with another start and order."""
+    other = use.prepared(chapter.load(use.quantize).model, places, seed)
+    own = lesson.training(tokenizer, use.batch, seed)
+    return train.train(other, own, settings, held_out).validation
+
+
 third = max(1, len(lesson.validation) // 3)
 prompts = [prompt for prompt, _ in lesson.validation[third // 2 :: third]][:3]
 
@@ -183,11 +192,15 @@ def noting(number):
 
 history = train.train(model, noting, settings, held_out, kept)
 after = history.validation[-1][1]
+validations = [history.validation, *map(repeated, SEEDS[1:])]
 run_of = f"{setting}, {chapter.steps} steps of {use.batch * use.accumulate}"
 chapter.quantity(f"{run_of}: loss", after, "nats per token")
+if len(SEEDS) > 1:
+    ends = [found[-1][1] for found in validations]
+    print(f"with {len(SEEDS)} seeds: {results.spread(ends)} nats per token")
 chapter.claim(
     "the model has learned from the answers",
-    after < before,
+    all(found[-1][1] < before for found in validations),
     control="the same held-out examples before training",
 )
 if history.peak:
@@ -410,27 +423,21 @@ for line in handover.described(folder, use.method):
 # %% [markdown]
 # ## SmolLM2
 #
-# The same chapter with `--full` is the same command for SmolLM2, with {=full['steps']=} steps. Its result is committed. With other options `--full` writes its result beside the figures and leaves the committed one as it is. The time was measured with one thread on a machine that was busy with other work. It is one seed, judged on {=full['held_out']=} definitions.
+# The same chapter with `--full` is the same command for SmolLM2, with {=full['steps']=} steps. Its result is committed. With other options `--full` writes its result beside the figures and leaves the committed one as it is. The time was measured with one thread on a machine that was busy with other work. It is judged on {=full['held_out']=} definitions. The files and the text are those of the first seed; the others start at other values and see the examples in another order.
 
 # %%
 COMMITTED = Path(__file__).with_name("results") / f"{chapter.name}.json"
 if chapter.full:
-    libraries = ("minipeft", "torch", "transformers")
     alone = f"python chapters/{chapter.name}.py --full"
-    result = {
+    result = results.record(chapter, SEEDS, history.seconds, {}) | {
         "command": alone if committing else " ".join(["python", *sys.argv]),
-        "model": chapter.model,
-        "versions": {"python": platform.python_version()}
-        | {library: version(library) for library in libraries},
-        "seconds": history.seconds,
-        "seeds": [0],
         "steps": chapter.steps,
         "batch": [use.batch, use.accumulate, lesson.length],
         "method": [use.method, use.rank, settings.lr],
         "trained": trained,
         "held_out": len(lesson.validation),
         "before": before,
-        "validation": history.validation,
+        "validations": validations,
         "losses": history.losses,
         "peak": history.peak,
         "longest": [shape, expected and expected.total],
@@ -441,7 +448,8 @@ if chapter.full:
     write_atomic(place, (json.dumps(result, indent=1) + "\n").encode())
     print(place, file=sys.stderr)
 full = chapter.read_full(COMMITTED)
-end, peak = full["validation"][-1][1], train.StepMemory(*full["peak"])
+ends = [found[-1][1] for found in full["validations"]]
+peak = train.StepMemory(*full["peak"])
 ASKED = (chapter.model, chapter.data, use.method)
 BESIDE = committing or ASKED == ("tiny", None, "lora")  # else it is beside the point
 if BESIDE:
@@ -453,12 +461,13 @@ if BESIDE:
     print(f"training, with its validations, took {full['seconds'] / 60:.0f} minutes")
     print(peak)
     print(f"loss on {full['held_out']} held-out definitions:", end=" ")
-    print(f"{full['before']:.3f} before, {end:.3f} after")
+    print(f"{full['before']:.3f} before,", end=" ")
+    print(f"{results.spread(ends)} after, with {len(ends)} seeds")
     for prompt, first, then in full["texts"]:
         tell(prompt.split("Define: ")[-1].split("<")[0], first, then)
     chapter.claim(
         "SmolLM2 has learned from the answers",
-        end < full["before"],
+        max(ends) < full["before"],
         control="the same held-out definitions before training",
     )
     chapter.claim(
@@ -469,16 +478,18 @@ if BESIDE:
 
 # %% tags=["fold"]
 figure, ax = plots.axes(x="step", y="held-out loss (nats per token)", size=(6.4, 3.3))
-curves = {f"{chapter.model}, this run": (before, history.validation)}
+curves = {f"{chapter.model}, this run": (before, validations)}
 alt = "Held-out loss against the step, one curve for this run."
 caption = f"{chapter.model} goes from {before:.2f} to {after:.2f} nats per token in {chapter.steps} steps."
 if BESIDE:
-    curves[f"{full['model']}, committed"] = full["before"], full["validation"]
+    curves[f"{full['model']}, committed"] = full["before"], full["validations"]
     alt = "Held-out loss against the step, one curve for this run and one for the committed run of SmolLM2. Both fall most in the first third."
-    caption = f"{caption[:-1]}, {full['model']} from {full['before']:.2f} to {end:.2f} in {full['steps']}. Their vocabularies differ, so the two levels are not to be compared. One seed each."
+    caption = f"{caption[:-1]}, {full['model']} from {full['before']:.2f} to {results.spread(ends, 2)} in {full['steps']}. Their vocabularies differ, so the two levels are not to be compared. Lines are means over seeds, {len(SEEDS)} and {len(ends)}; bands go from the smallest to the largest."
 for color, (name, (first, found)) in zip(plots.PALETTE, curves.items(), strict=False):
-    at, values = zip((0, first), *found, strict=True)
-    ax.plot(at, values, "o-", color=color, markersize=4, label=name)
+    at = [0, *(step for step, _ in found[0])]
+    losses = torch.tensor([[first, *(loss for _, loss in one)] for one in found])
+    ax.plot(at, losses.mean(0), "o-", color=color, markersize=4, label=name)
+    ax.fill_between(at, losses.amin(0), losses.amax(0), color=color, alpha=0.25)
 ax.legend()
 chapter.show(figure, "capstone", alt=alt, caption=caption)
 

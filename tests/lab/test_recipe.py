@@ -15,7 +15,7 @@ from minipeft.interop import merging, peft_format
 from minipeft.interop.audit import WRONG, audit
 from minipeft.interop.made import Made
 from minipeft.interop.opening import open_model
-from minipeft.lab import handover, recipe
+from minipeft.lab import handover, recipe, results
 from minipeft.lab.memory import prepared
 from minipeft.lab.places import places
 from minipeft.lab.text import windows
@@ -130,6 +130,7 @@ def test_the_capstone_shows_the_committed_run_beside_the_same_recipe(
         "committing": False,
         "use": SimpleNamespace(method=changed.get("method", "lora")),
         "train": SimpleNamespace(StepMemory=StepMemory),
+        "results": results,
         "tell": print,
     }
     exec(cell, given)
