@@ -4,9 +4,13 @@ It takes memory in segments, hands out parts of them, and gives back only segmen
 which no part is in use. So a device is full at more than the bytes of the tensors.
 Replayed here without a device, on the storages of a run.
 
+Left out is memory that a second stream still uses when its tensor ends: torch waits for
+that stream before it gives anything back or raises an error, so a limit is not affected.
+
 Source: torch 2.13 with its usual settings. The sizes: `c10/core/AllocatorConfig.h`. The
-rules: `get_allocation_size`, `get_free_block`, `should_split`, `alloc_block` and
-`release_cached_blocks` in `c10/cuda/CUDACachingAllocator.cpp`.
+rules: `get_allocation_size`, `get_free_block`, `should_split`, `alloc_block`,
+`release_cached_blocks`, `synchronize_and_free_events`, `try_merge_blocks` and
+`BlockComparatorSize` in `c10/cuda/CUDACachingAllocator.cpp`.
 """
 
 from dataclasses import dataclass, field

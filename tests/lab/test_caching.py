@@ -114,6 +114,98 @@ def test_the_limit_counts_what_is_taken_and_unused_segments_go_first():
     assert not kept.free
 
 
+REFUSED = -1
+# Each step: a name, MB that it asks for (None: it ends), its stream, then where its part
+# begins (REFUSED: an error) and what is reserved, both in MB, by reading the source.
+TRACES = {
+    # alloc_block: refused if total_allocated_memory + size > allowed_memory_maximum
+    "the limit itself may be reached": (
+        40,
+        [("a", 20, 0, 0, 20), ("b", 20, 0, 20, 40), ("c", 2, 0, REFUSED, 40)],
+    ),
+    # release_cached_blocks: all streams and both pools, before the second try
+    "a refusal has given back all that was unused": (
+        44,
+        [
+            ("small", 1, 0, 0, 2),
+            ("other", 20, 1, 2, 22),
+            ("small", None, 0, None, 22),
+            ("other", None, 1, None, 22),
+            ("kept", 20, 0, 22, 42),
+            ("more", 30, 0, REFUSED, 20),
+        ],
+    ),
+    # release_blocks: a segment with a part in use stays whole
+    "a part in use keeps its segment": (
+        40,
+        [
+            ("a", 8, 0, 0, 20),
+            ("b", 8, 0, 8, 20),
+            ("a", None, 0, None, 20),
+            ("c", 24, 0, REFUSED, 20),
+        ],
+    ),
+    # get_free_block: the smallest that is enough, however much larger it is
+    "a small tensor in the hole of a weight makes the next weight a new segment": (
+        1000,
+        [
+            ("weight", 448, 0, 0, 448),
+            ("weight", None, 0, None, 448),
+            ("small", 2, 0, 0, 448),
+            ("weight", 448, 0, 448, 896),
+        ],
+    ),
+    # should_split: in a large segment only a rest of more than 1 MB is cut off
+    "a rest of more than 1 MB is cut off": (
+        1000,
+        [("a", 18.5, 0, 0, 20), ("b", 1.5, 0, 18.5, 20)],
+    ),
+    # BlockComparatorSize: stream, then size, then address
+    "of equals the lowest address is taken": (
+        1000,
+        [
+            ("a", 12, 0, 0, 12),
+            ("b", 12, 0, 12, 24),
+            ("b", None, 0, None, 24),
+            ("a", None, 0, None, 24),
+            ("c", 12, 0, 0, 24),
+        ],
+    ),
+    # get_pool: by the size alone
+    "a tensor of 1 MB does not go into a large segment": (
+        1000,
+        [("a", 20, 0, 0, 20), ("a", None, 0, None, 20), ("b", 1, 0, 20, 22)],
+    ),
+    # try_merge_blocks: neighbours within a segment
+    "two segments do not become one part": (
+        1000,
+        [
+            ("a", 12, 0, 0, 12),
+            ("b", 12, 0, 12, 24),
+            ("a", None, 0, None, 24),
+            ("b", None, 0, None, 24),
+            ("c", 24, 0, 24, 48),
+        ],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", TRACES)
+def test_a_trace_goes_as_in_the_source_of_torch(name):
+    limit, steps = TRACES[name]
+    allocator, held = CachingAllocator(limit * MB), {}
+    for key, size, stream, address, reserved in steps:
+        if size is None:
+            allocator.release(held.pop(key))
+        elif address == REFUSED:
+            with pytest.raises(torch.OutOfMemoryError):
+                allocator.allocate(int(size * MB), stream)
+        else:
+            held[key] = allocator.allocate(int(size * MB), stream)
+            assert held[key].address == address * MB
+        assert allocator.reserved == reserved * MB
+
+
 def three(device):
     a = torch.zeros(256, device=device)
     b = a + 1
