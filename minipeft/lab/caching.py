@@ -4,8 +4,8 @@ It takes memory in segments, hands out parts of them, and gives back only segmen
 which no part is in use. So a device is full at more than the bytes of the tensors.
 Replayed here without a device, on the storages of a run.
 
-Left out is memory that a second stream still uses when its tensor ends: torch waits for
-that stream before it gives anything back or raises an error, so a limit is not affected.
+Left out is memory that a second stream still uses when its tensor ends: torch waits
+for that stream before it gives anything back or raises an error, so no limit changes.
 
 Source: torch 2.13 with its usual settings. The sizes: `c10/core/AllocatorConfig.h`. The
 rules: `get_allocation_size`, `get_free_block`, `should_split`, `alloc_block`,

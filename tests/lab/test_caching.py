@@ -115,8 +115,8 @@ def test_the_limit_counts_what_is_taken_and_unused_segments_go_first():
 
 
 REFUSED = -1
-# Each step: a name, MB that it asks for (None: it ends), its stream, then where its part
-# begins (REFUSED: an error) and what is reserved, both in MB, by reading the source.
+# Each step: a name, MB that it asks for (None: it ends), its stream, then where its
+# part begins (REFUSED: an error) and what is reserved, in MB, by reading the source.
 TRACES = {
     # alloc_block: refused if total_allocated_memory + size > allowed_memory_maximum
     "the limit itself may be reached": (
