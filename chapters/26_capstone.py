@@ -195,8 +195,10 @@ after = history.validation[-1][1]
 validations = [history.validation, *map(repeated, SEEDS[1:])]
 run_of = f"{setting}, {chapter.steps} steps of {use.batch * use.accumulate}"
 chapter.quantity(f"{run_of}: loss", after, "nats per token")
+reached = f"{after:.2f}"
 if len(SEEDS) > 1:
     ends = [found[-1][1] for found in validations]
+    reached = results.spread(ends, 2)
     print(f"with {len(SEEDS)} seeds: {results.spread(ends)} nats per token")
 chapter.claim(
     "the model has learned from the answers",
@@ -480,16 +482,18 @@ if BESIDE:
 figure, ax = plots.axes(x="step", y="held-out loss (nats per token)", size=(6.4, 3.3))
 curves = {f"{chapter.model}, this run": (before, validations)}
 alt = "Held-out loss against the step, one curve for this run."
-caption = f"{chapter.model} goes from {before:.2f} to {after:.2f} nats per token in {chapter.steps} steps."
+caption = f"{chapter.model} goes from {before:.2f} to {reached} nats per token in {chapter.steps} steps."
 if BESIDE:
     curves[f"{full['model']}, committed"] = full["before"], full["validations"]
     alt = "Held-out loss against the step, one curve for this run and one for the committed run of SmolLM2. Both fall most in the first third."
-    caption = f"{caption[:-1]}, {full['model']} from {full['before']:.2f} to {results.spread(ends, 2)} in {full['steps']}. Their vocabularies differ, so the two levels are not to be compared. Lines are means over seeds, {len(SEEDS)} and {len(ends)}; bands go from the smallest to the largest."
+    caption = f"{caption[:-1]}, {full['model']} from {full['before']:.2f} to {results.spread(ends, 2)} in {full['steps']}. Their vocabularies differ, so the two levels are not to be compared. Lines are means over seeds, {len(SEEDS)} and {len(ends)}; bands go from the least to the largest loss."
 for color, (name, (first, found)) in zip(plots.PALETTE, curves.items(), strict=False):
     at = [0, *(step for step, _ in found[0])]
     losses = torch.tensor([[first, *(loss for _, loss in one)] for one in found])
     ax.plot(at, losses.mean(0), "o-", color=color, markersize=4, label=name)
-    ax.fill_between(at, losses.amin(0), losses.amax(0), color=color, alpha=0.25)
+    ax.fill_between(
+        at, losses.amin(0), losses.amax(0), color=color, alpha=0.25, linewidth=0
+    )
 ax.legend()
 chapter.show(figure, "capstone", alt=alt, caption=caption)
 
