@@ -50,3 +50,12 @@ def test_a_seed_fixes_every_file(tmp_path):
     for i in range(50):
         first, second = (one.damaged(random.Random(f"{i}")) for _ in range(2))
         assert first == second
+
+
+@pytest.mark.parametrize("name", fuzz.PARSERS)
+def test_every_run_damages_the_same_valid_file(name, tmp_path, monkeypatch):
+    good = []
+    monkeypatch.setattr(fuzz.Parser, "check", lambda self, data: good.append(self.good))
+    for _ in range(2):
+        fuzz.fuzz(name, 0, tmp_path, files=0)
+    assert good[0] == good[1]
