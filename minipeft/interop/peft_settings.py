@@ -27,6 +27,12 @@ FIELDS = {
     "MISS": "init_weights mini_r miss_dropout r",
 }
 """Settings that are read, or that say nothing about the function."""
+THEIRS = {
+    *("alora_invocation_tokens", "arrow_config", "kasa_config", "layer_replication"),
+    *("megatron_config", "monteclora_config", "runtime_config", "use_bdlora"),
+    *("use_qalora", "velora_config"),
+}
+"""Peft's other settings, for which there is no method here."""
 PLAIN_STARTS = (True, False, None, "gaussian", "eva", "orthogonal")
 """Ways to start A and B that leave the base as it is."""
 ALIKE = 0.75
@@ -73,7 +79,8 @@ def check_config(config: Mapping[str, Any]) -> None:
 
 def _refuse(name: str, value: Any, absent: list[str]) -> NoReturn:
     """Refuse a setting; one spelled almost as an absent one may be damaged."""
-    if near := difflib.get_close_matches(name, absent, 1, ALIKE):
+    near = difflib.get_close_matches(name, absent, 1, ALIKE)
+    if near and name not in THEIRS:
         raise InputError(
             f"the configuration has {name} = {value!r}, a name that minipeft does not "
             f"know, and no {near[0]}, which is nearest to it; get the file again, or, "

@@ -1,5 +1,6 @@
 """Damaged and foreign folders: one sentence each, and nothing is loaded."""
 
+import dataclasses
 import json
 import random
 import shutil
@@ -10,7 +11,7 @@ import torch
 
 from minipeft import cli
 from minipeft.errors import InputError
-from minipeft.interop import peft_folder, peft_model
+from minipeft.interop import peft_folder, peft_model, peft_settings
 from minipeft.torch import inject
 from minipeft.torch.dora import DoRAConfig
 from minipeft.torch.ia3 import IA3Config
@@ -273,7 +274,10 @@ def test_a_damaged_folder_is_refused_in_one_sentence(method, folders, tmp_path):
     [
         ("inference_mode", "ioference_mode", "inference_mode"),
         ("use_rslora", "use_rs_lora", "use_rslora"),
-        ("peft_version", "use_bdlora", None),  # a setting of peft's own, use_dora there
+        # Settings of peft's own; the second where somebody left use_dora out.
+        ("peft_version", "use_bdlora", None),
+        ("use_dora", "use_bdlora", None),
+        ("use_rslora", "use_qalora", None),
     ],
 )
 def test_a_setting_whose_name_is_damaged_is_not_taken_for_a_method(
@@ -296,6 +300,13 @@ def test_a_setting_whose_name_is_damaged_is_not_taken_for_a_method(
         "trained it"
     )
     assert str(refused.value).endswith(remedy)
+
+
+def test_every_setting_of_peft_is_read_or_listed():
+    lora = pytest.importorskip("peft").LoraConfig
+    read = f"{peft_settings.COMMON} {peft_settings.FIELDS['LORA']}".split()
+    theirs = {field.name for field in dataclasses.fields(lora)}
+    assert theirs - {*read} <= peft_settings.THEIRS
 
 
 def test_a_crash_while_writing_leaves_nothing(tmp_path, monkeypatch):
