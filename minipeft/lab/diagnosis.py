@@ -239,9 +239,22 @@ def check_trains(model: nn.Module) -> None:
         if merged and any(id(p) in trained for p in layer.parameters()):
             raise InputError(
                 f"{name} is merged: it computes with one weight, and its adapter would "
-                "not train; call unmerge(model) first"
+                f"not train; {_remedies(layer, layers, trained)}"
             )
     _check_active(layers, trained)
+
+
+def _remedies(layer: Any, layers: Mapping[str, Any], trained: set[int]) -> str:
+    """Say what to do with a merged layer; where more is trained, there are two ways."""
+    mine = {id(p) for each in layers.values() for p in each.parameters()}
+    for name, adapter in layer.adapters.items():
+        if trained - mine and any(id(p) in trained for p in adapter.parameters()):
+            return (
+                "call unmerge(model) first, or, to train only what is beside the "
+                "adapters, freeze them: for part in "
+                f"adapters_of(model, {name!r}).values(): part.requires_grad_(False)"
+            )
+    return "call unmerge(model) first"
 
 
 def _check_active(layers: Mapping[str, Any], trained: set[int]) -> None:

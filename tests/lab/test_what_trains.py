@@ -10,6 +10,7 @@ from minipeft.torch.adamw import AdamW
 from minipeft.torch.ia3 import IA3Config
 from minipeft.torch.inject import (
     adapted,
+    adapters_of,
     inject,
     merge,
     trainable_parameters,
@@ -90,6 +91,25 @@ def test_a_merged_layer_is_refused_by_name(toy, row):
     ):
         train(model, BATCHES, SETTINGS)
     train(unmerge(model), BATCHES, SETTINGS)
+
+
+@pytest.mark.parametrize("name", ["default", "mine"])
+@pytest.mark.parametrize("remedy", ["unmerge", "freeze"])
+def test_beside_a_merged_adapter_what_else_is_trained_has_two_remedies(
+    toy, remedy, name
+):
+    model = merge(inject(toy, ROWS["lora"], ["up_proj"], name=name))
+    head = model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.clone())
+    before = head.detach().clone()
+    with pytest.raises(InputError, match=r"unmerge\(model\) first, or, ") as said:
+        train(model, BATCHES, SETTINGS)
+    if remedy == "unmerge":
+        unmerge(model)
+    else:  # as the message says
+        line = str(said.value).partition("freeze them: ")[2]
+        exec(line, {"adapters_of": adapters_of, "model": model})
+    train(model, BATCHES, SETTINGS)
+    assert not torch.equal(head, before)
 
 
 def test_a_merged_layer_that_is_frozen_leaves_others_to_train(toy):
