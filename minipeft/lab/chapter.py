@@ -26,7 +26,7 @@ from minipeft.errors import InputError
 from minipeft.lab import held_out, plots, task
 from minipeft.lab.checkpoint import check_unused
 from minipeft.lab.claims import Claims
-from minipeft.lab.files import write_atomic
+from minipeft.lab.files import claim, write_atomic
 from minipeft.lab.models import (
     WHEELS,
     LoadedModel,
@@ -80,9 +80,12 @@ class Chapter(Claims):
 
         Raises:
             InputError: as `models.load`; the model does not write text; `--data` does
-                not hold what is asked, or is not what the folder's runs learn from.
+                not hold what is asked, or is not what the folder's runs learn from;
+                another process has runs in the folder of `--checkpoint`.
         """
         if "_all" not in vars(self):  # said before a large model is read
+            if self.checkpoint:
+                claim(self.checkpoint.resolve())  # before anything is written there
             held_out.check_count(self._all, self._held_out_count())
             source = str(self.data) if self.data else "The Devil's Dictionary"
             keep_source(self.checkpoint, source, self._all)

@@ -1,6 +1,7 @@
 """Write files completely or not at all: to a temporary name, then a rename."""
 
 import contextlib
+import functools
 import hashlib
 import json
 import os
@@ -104,6 +105,18 @@ def claimed(path: Path) -> Iterator[None]:
         yield
     finally:
         lock.release()
+
+
+@functools.cache
+def claim(path: Path) -> contextlib.ExitStack:
+    """Lock a file or a folder against other processes until this one ends.
+
+    Raises:
+        InputError: Another process has claimed it.
+    """
+    held = contextlib.ExitStack()
+    held.enter_context(claimed(path))
+    return held
 
 
 def _mode(path: Path) -> int:

@@ -1,6 +1,8 @@
 """How many batches are held out depends on the model's time; resuming keeps it."""
 
 import itertools
+import subprocess
+import sys
 
 import pytest
 
@@ -71,6 +73,24 @@ def test_a_chapter_holds_out_what_it_is_told_and_keeps_it_when_resumed(
     (tmp_path / held_out.KEPT).write_text("{")
     with pytest.raises(InputError, match=r"held-out\.json is not what a run wrote"):
         start("01_lora", 30, arguments=[*kept, "--resume"]).load()
+
+
+def test_a_second_process_writes_nothing_beside_a_run_that_has_saved_nothing(tmp_path):
+    kept = ["--checkpoint", str(tmp_path)]
+    start("01_lora", 30, arguments=[*kept, "--held-out", "7"]).load()
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    assert held_out.KEPT in before
+    second = (
+        "import sys; from minipeft.lab.chapter import start\n"
+        "start('01_lora', 30, arguments=sys.argv[1:]).load()"
+    )
+    command = [sys.executable, "-c", second, *kept, "--held-out", "5"]
+    ran = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert ran.returncode
+    assert f"another process writes {tmp_path}; wait for it, or choose" in ran.stderr
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+    start("01_lora", 30, arguments=[*kept, "--held-out", "6"]).load()  # of this process
+    assert held_out.kept_count(tmp_path) == 6
 
 
 def test_tiny_is_judged_on_all_and_length_is_an_option():
