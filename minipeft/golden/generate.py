@@ -18,6 +18,7 @@ import numpy as np
 from minipeft import __version__
 from minipeft.golden import functions, manifest
 from minipeft.golden.cases import Alternative, File, Named, Spec, reference, used
+from minipeft.golden.compare import difference
 from minipeft.golden.operations import OPERATIONS
 from minipeft.golden.schemas import schemas
 from minipeft.golden.tensors import Array, Tensor
@@ -25,6 +26,7 @@ from minipeft.golden.vectors import V1, Note
 from minipeft.golden.ways import WAYS
 
 LARGEST_FILE = 128 * 1024
+BY_SVD = ("pissa_init", "loftq_init")  # whose last bits depend on the CPU
 F32_INFINITY = np.float32(np.inf)
 WIDTH = 100  # characters in a line; shorter objects stay on one line
 
@@ -39,7 +41,7 @@ def main(arguments: list[str] | None = None) -> None:
     out: Path = parser.parse_args(arguments).out
     known = manifest.read()
     for file in files():
-        held = content(file)
+        held = published(content(file))
         known[file.operation] = manifest.grown(known, file.operation, held)
         _write(out / f"{file.operation}.json", render(held) + "\n")
     if out == V1:
@@ -90,6 +92,37 @@ def content(file: File) -> dict[str, Any]:
         "numberOfTests": tests,
         "testGroups": groups,
     }
+
+
+def published(held: dict[str, Any]) -> dict[str, Any]:
+    """Return the content, with the values of `v1/` where an SVD agrees with them.
+
+    Where zero is exact, LAPACK leaves some 1e-17, and another number on another CPU.
+    Within the case's own bound both are right, and the published one stays.
+    """
+    path = V1 / held["schema"]
+    if held["method"] not in BY_SVD or not path.exists():
+        return held
+    old = json.loads(path.read_text(encoding="utf-8"))
+    for test, known in zip(_rows(held), _rows(old), strict=False):
+        if test["inputs"] == known["inputs"]:
+            _settle(test, known)
+    return held
+
+
+def _rows(held: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+    for group in held["testGroups"]:
+        for test in group["tests"]:
+            yield {"compare": group["compare"], **test}
+
+
+def _settle(test: Mapping[str, Any], known: Mapping[str, Any]) -> None:
+    """Put the known outputs in place of those that keep the test's bound."""
+    for name, magnitude in test.get("magnitudes", {}).items():
+        parts = (test["outputs"][name], known["outputs"][name], magnitude)
+        rule = test["compare"][name]
+        if difference(rule, *map(Tensor.from_json, parts)) is None:
+            test["outputs"][name] = known["outputs"][name]
 
 
 def _note(note: Note) -> dict[str, Any]:

@@ -153,6 +153,31 @@ def test_regeneration_is_identical(tmp_path: Path):
         assert (tmp_path / path.name).read_bytes() == path.read_bytes(), path.name
 
 
+@pytest.mark.parametrize("row", generate.BY_SVD)
+def test_another_lapack_changes_no_published_value(row):
+    held = json.loads((V1 / f"{row}.json").read_text("utf-8"))
+    noise = np.random.default_rng(0)
+    for test in cases_in(held):
+        for name, magnitude in test.get("magnitudes", {}).items():
+            size = Tensor.from_json(magnitude).to_array()
+            value = Tensor.from_json(test["outputs"][name]).to_array()
+            moved = value + size * noise.uniform(-1e-8, 1e-8, size.shape)
+            changed = Tensor.from_array(moved.astype(np.float32)).to_json()
+            test["outputs"][name] = changed
+    assert generate.render(held) + "\n" != (V1 / f"{row}.json").read_text("utf-8")
+    settled = generate.render(generate.published(held)) + "\n"
+    assert settled == (V1 / f"{row}.json").read_text("utf-8")
+
+
+def test_a_wrong_svd_changes_the_file():
+    held = json.loads((V1 / "pissa_init.json").read_text("utf-8"))
+    first = cases_in(held)[0]["outputs"]["delta"]
+    wrong = Tensor.from_json(first).to_array() * np.float32(1.01)
+    cases_in(held)[0]["outputs"]["delta"] = Tensor.from_array(wrong).to_json()
+    with pytest.raises(InputError, match="is not what it was"):
+        manifest.grown(manifest.read(), "pissa_init", generate.published(held))
+
+
 def test_schemas_readme_and_manifest_are_what_the_table_gives():
     made = generate.derived(manifest.read())
     for path, text in made.items():
