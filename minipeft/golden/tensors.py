@@ -13,6 +13,9 @@ from minipeft.golden.errors import Unsupported
 
 Array = NDArray[Any]
 
+AXES = 64  # of an array of NumPy
+LARGEST = 2**48  # values; NumPy also refuses an empty array with larger sizes
+
 ITEMSIZE = {"uint8": 1, "float16": 2, "bfloat16": 2, "float32": 4, "float64": 8}
 
 
@@ -96,11 +99,16 @@ def _dtype(value: object) -> str:
 
 
 def _shape(value: object) -> tuple[int, ...]:
-    if isinstance(value, list) and all(type(n) is int and n >= 0 for n in value):
-        return tuple(value)
-    raise InputError(
-        f"shape is {_short(value)}; give a list of sizes, such as [4, 96]."
-    )
+    if not isinstance(value, list) or any(type(n) is not int or n < 0 for n in value):
+        raise InputError(
+            f"shape is {_short(value)}; give a list of sizes, such as [4, 96]."
+        )
+    if len(value) > AXES or prod(max(n, 1) for n in value) > LARGEST:
+        raise InputError(
+            f"shape is {_short(value)}; no array is that large: give at most {AXES} "
+            "axes."
+        )
+    return tuple(value)
 
 
 def _bytes(value: object) -> bytes:

@@ -5,7 +5,7 @@ import sys
 import numpy as np
 import pytest
 
-from minipeft.golden import diagnosis
+from minipeft.golden import diagnosis, profiles
 from minipeft.golden.drivers.reference import (
     adamw,
     attention,
@@ -16,7 +16,8 @@ from minipeft.golden.drivers.reference import (
     lora,
     vera,
 )
-from minipeft.golden.implementations import Functions
+from minipeft.golden.implementations import Functions, functions
+from minipeft.golden.operations import OPERATIONS
 from minipeft.golden.runner import verify
 from minipeft.golden.vectors import load_all
 from tests.golden.commands import minipeft
@@ -101,6 +102,57 @@ def test_an_unknown_mistake_gets_no_cause():
         return merged + np.arange(merged.size, dtype=W.dtype).reshape(W.shape)
 
     assert not list(diagnosis.causes(outcomes("lora_merge", noise)))
+
+
+def changed(operation, change):
+    """Return the reference with another answer; codes stay as they are."""
+    function = functions("reference").find(operation)
+
+    def other(**arguments):
+        returned = function(**arguments)
+        values = returned if isinstance(returned, tuple) else (returned,)
+        said = tuple(v if v.dtype == np.uint8 else change(v) for v in values)
+        return said if isinstance(returned, tuple) else said[0]
+
+    return other
+
+
+@np.errstate(all="ignore")
+@pytest.mark.parametrize("operation", OPERATIONS)
+def test_a_cause_that_changes_nothing_is_not_named(operation):
+    for change in (
+        lambda a: (a * np.float32(1.0005)).astype(a.dtype),
+        lambda a: np.nextafter(a, np.inf, dtype=a.dtype) if a.dtype.kind == "f" else a,
+        lambda a: a.astype(np.float16).astype(a.dtype),
+    ):
+        found = outcomes(operation, changed(operation, change))
+        assert not list(diagnosis.causes(found))
+
+
+@np.errstate(all="ignore")
+@pytest.mark.parametrize("operation", OPERATIONS)
+@pytest.mark.parametrize("dtype", [np.float64, np.float16])
+def test_another_dtype_is_named_and_nothing_else(operation, dtype):
+    found = outcomes(operation, changed(operation, lambda a: a.astype(dtype)))
+    causes = list(diagnosis.causes(found))
+    notes = [n for o in found if o.status == "fail" for n in o.notes.values()]
+    if dtype == np.float64 and any(note.kind == "BASIC" for note in notes):
+        assert causes
+    assert all("the result has another dtype" in cause for cause in causes)
+
+
+def test_a_cause_of_a_few_wrong_answers_is_not_named():
+    def twice(alpha, **arguments):
+        return lora.lora_merge(alpha=2 * alpha, **arguments)
+
+    # The plainest cases have r = 2, where this is alpha in place of alpha/r.
+    assert not list(diagnosis.causes(outcomes("lora_merge", twice)))
+
+
+def test_a_choice_that_a_profile_forbids_has_no_cause():
+    found = outcomes("lora_merge", lora.lora_merge)
+    held = [profiles.hold(profiles.load("bnb-cuda"), outcome) for outcome in found]
+    assert not list(diagnosis.causes(held))
 
 
 def test_a_case_is_explained():
