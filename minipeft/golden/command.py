@@ -6,10 +6,11 @@ import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
+from functools import partial
 from pathlib import Path
 from threading import current_thread, main_thread
 
-from minipeft.errors import IN_CLONE, InputError
+from minipeft.errors import IN_CLONE, InputError, cannot_write
 from minipeft.golden import diagnosis, known, processes, profiles, report
 from minipeft.golden.drivers import need
 from minipeft.golden.errors import Unavailable, printable
@@ -21,6 +22,7 @@ from minipeft.golden.vectors import VectorFile, load_all
 from minipeft.values import check_device
 
 LONGEST_TIMEOUT = 24 * 60 * 60.0
+REPORTS = ("json", "junit", "badge")
 
 
 def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -102,7 +104,7 @@ def _add_files(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--write-known-failures",
         action="store_true",
-        help="write what fails now into that file",
+        help="write what fails now into that file; cases not asked stay in it",
     )
     parser.add_argument("--json", metavar="FILE", help="write a report")
     parser.add_argument("--junit", metavar="FILE", help="write JUnit XML")
@@ -115,21 +117,20 @@ def run(options: argparse.Namespace) -> int:
         print("\n".join(op.signature(name) for name, op in OPERATIONS.items()))
         return 0
     name = _check(options)
-    return _explain(options) if options.explain else _ask(options, name)
+    return _ask(options, name) if options.explain is None else _explain(options)
 
 
 def _ask(options: argparse.Namespace, name: str) -> int:
     """Run the cases, report, and return the exit code."""
     files = list(load_all(options.only))
-    rule = profiles.load(options.profile) if options.profile else None
-    listed = _listed(options)
+    hold, listed = _rule(options), _listed(options)
+    excused = frozenset() if options.write_known_failures else listed
     outcomes: list[Outcome] = []
     stopped = ""
     try:
         with _terminated_like_interrupted(), closing(_subject(options)) as subject:
             for outcome in verify(subject, files):
-                held = profiles.hold(rule, outcome) if rule else outcome
-                outcomes.append(known.excuse(listed, held))
+                outcomes.append(known.excuse(excused, hold(outcome)))
     except Unavailable as reason:
         stopped = printable(str(reason))
     except KeyboardInterrupt:
@@ -137,10 +138,10 @@ def _ask(options: argparse.Namespace, name: str) -> int:
     outcomes += _rest(files, outcomes, stopped)
     once = options.program is not None and not options.persistent
     stopped = stopped or _nothing(name, outcomes, once)
-    if options.write_known_failures:
+    if options.write_known_failures and not stopped:
         outcomes = [known.excuse(_failing(outcomes), o) for o in outcomes]
-    found = Run(name, tuple(outcomes), stopped, options.profile or "", listed)
-    unwritten = _write(options, found)
+    found = Run(name, tuple(outcomes), stopped, options.profile or "", excused)
+    unwritten = _write(options, found, listed)
     _print(report.text(found))
     if stopped or unwritten:
         raise InputError(stopped or unwritten)
@@ -156,8 +157,9 @@ def _explain(options: argparse.Namespace) -> int:
             f"there is no case {options.explain!r}; write operation:tcId, such as "
             "nf4_quantize:26."
         )
+    hold, listed = _rule(options), _listed(options)
     with closing(_subject(options)) as subject:
-        outcome = judge(subject, file, cases[number])
+        outcome = known.excuse(listed, hold(judge(subject, file, cases[number])))
     _print(diagnosis.explain(outcome))
     return 1 if outcome.status == "fail" else 0
 
@@ -185,22 +187,44 @@ def _check(options: argparse.Namespace) -> str:
 
 
 def _check_files(options: argparse.Namespace) -> None:
-    for path in (options.json, options.junit, options.badge):
-        if path is not None:
-            _check_writable(path)
+    written = {f"--{name}": getattr(options, name) for name in REPORTS}
+    written = {flag: path for flag, path in written.items() if path is not None}
+    for path in written.values():
+        _check_writable(path)
+    if options.explain is not None and (written or options.write_known_failures):
+        what = " ".join(written) or "--write-known-failures"
+        raise InputError(f"--explain prints one case and writes no file; omit {what}.")
+    _check_apart({**written, "--known-failures": options.known_failures})
     if options.write_known_failures:
         if options.known_failures is None:
             raise InputError("--write-known-failures needs --known-failures FILE.")
         _check_writable(options.known_failures)
 
 
+def _check_apart(named: dict[str, str | None]) -> None:
+    """Refuse two options that name one file."""
+    flags: dict[str, str] = {}
+    for flag, path in named.items():
+        if path is None or (os.path.exists(path) and not os.path.isfile(path)):
+            continue  # such as /dev/null
+        first = flags.setdefault(os.path.realpath(path), flag)
+        if first != flag:
+            raise InputError(f"{first} and {flag} both name {path}; give two files.")
+
+
 def _check_writable(path: str) -> None:
-    folder = Path(path).parent
-    if not path or Path(path).is_dir():
+    folder = os.path.dirname(path) or "."
+    if not path or os.path.isdir(path):
         what = "a folder" if path else "no name"
         raise InputError(f"cannot write {path!r}: it is {what}; name a file.")
-    if not folder.is_dir():
+    if not os.path.isdir(folder):
         raise InputError(f"cannot write {path}: there is no folder {folder}.")
+    try:
+        os.stat(path)
+    except FileNotFoundError:
+        return
+    except OSError as error:  # the name is too long
+        raise cannot_write(path, error) from None
 
 
 def _place(options: argparse.Namespace) -> None:
@@ -263,8 +287,16 @@ def _nothing(name: str, outcomes: list[Outcome], once: bool) -> str:
     return ""
 
 
+def _rule(options: argparse.Namespace) -> Callable[[Outcome], Outcome]:
+    """Return what holds an outcome to the profile."""
+    if options.profile is None:
+        return lambda outcome: outcome
+    return partial(profiles.hold, profiles.load(options.profile))
+
+
 def _listed(options: argparse.Namespace) -> known.Known:
-    if options.known_failures is None or options.write_known_failures:
+    path = options.known_failures
+    if path is None or (options.write_known_failures and not os.path.isfile(path)):
         return frozenset()
     return known.read(Path(options.known_failures), load_all())
 
@@ -273,14 +305,17 @@ def _failing(outcomes: list[Outcome]) -> known.Known:
     return frozenset(known.name(o) for o in outcomes if o.status == "fail")
 
 
-def _write(options: argparse.Namespace, found: Run) -> str:
-    """Write each requested report; return the errors."""
-    listing = options.known_failures if options.write_known_failures else None
+def _write(options: argparse.Namespace, found: Run, listed: known.Known) -> str:
+    """Write each requested report, a list of failures of a whole run; return errors."""
+    listing = options.write_known_failures and not found.stopped
     wanted: list[tuple[str | None, Callable[[Run], str]]] = [
         (options.json, report.as_json),
         (options.junit, report.as_junit),
         (options.badge, report.as_badge),
-        (listing, lambda found: known.write(found.outcomes)),
+        (
+            options.known_failures if listing else None,
+            lambda found: known.write(found.outcomes, listed, load_all()),
+        ),
     ]
     failed = ""
     for path, render in wanted:

@@ -32,7 +32,7 @@ def read(path: Path, files: Iterable[VectorFile]) -> Known:
         InputError: if the file cannot be read, or a line names no case.
     """
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"cannot read {path}: {error}.") from None
     cases = {f"{case.operation}:{case.tcId}" for file in files for case in file.cases}
@@ -45,10 +45,21 @@ def read(path: Path, files: Iterable[VectorFile]) -> Known:
     return frozenset(word for word in named if word)
 
 
-def write(outcomes: Iterable[Outcome]) -> str:
-    """Return the text of a file that lists the failures."""
-    failed = [o for o in outcomes if o.status in ("fail", "known")]
-    return HEAD + "".join(f"{name(o)}  # {o.case.comment}\n" for o in failed)
+def write(
+    outcomes: Iterable[Outcome], listed: Known, files: Iterable[VectorFile]
+) -> str:
+    """Return the text of a file that lists the failures.
+
+    Args:
+        outcomes: of the cases that were asked now.
+        listed: what the file lists so far; it stays listed where nobody asked now.
+        files: all vectors, for the order and the comments.
+    """
+    failed = {name(o) for o in outcomes if o.status in ("fail", "known")}
+    asked = {name(o) for o in outcomes if o.status != "skip" or o.answered}
+    kept = failed | (listed - asked)
+    cases = [(f"{c.operation}:{c.tcId}", c.comment) for f in files for c in f.cases]
+    return HEAD + "".join(f"{n}  # {why}\n" for n, why in cases if n in kept)
 
 
 def excuse(known: Known, outcome: Outcome) -> Outcome:

@@ -13,7 +13,7 @@ from minipeft.golden.report import Run
 from minipeft.golden.runner import OUR_WAY, verify
 from minipeft.golden.vectors import load_all
 from minipeft.golden.ways import WAYS
-from tests.golden.commands import minipeft
+from tests.golden.commands import here, minipeft
 
 pytestmark = pytest.mark.slow
 
@@ -125,6 +125,35 @@ def test_known_failures_are_written_and_do_not_fail(tmp_path):
     assert minipeft(*listed).returncode == 1
 
 
+def test_a_run_that_asks_less_keeps_the_other_known_failures(tmp_path):
+    path = tmp_path / "known.txt"
+    path.write_bytes(b"\xef\xbb\xbflora_merge:30\r\nnf4_quantize:9999\r\n")
+    listed = (*BROKEN, "--known-failures", str(path), "--write-known-failures")
+    done = here(*listed)
+    assert done.returncode == 2
+    assert "line 2: 'nf4_quantize:9999' is no case" in done.stderr
+    path.write_bytes(b"\xef\xbb\xbflora_merge:30\r\nnf4_quantize:18\r\n")
+    assert here(*listed).returncode == 0
+    names = known.read(path, FILES)
+    assert "lora_merge:30" in names
+    assert "nf4_quantize:18" not in names  # which passes
+    assert len(names) > 30
+    assert here(*listed).returncode == 0
+    assert known.read(path, FILES) == names
+    assert len(path.read_text().splitlines()) == len(names) + 1
+
+
+def test_a_run_that_stops_leaves_the_known_failures(tmp_path):
+    path = tmp_path / "known.txt"
+    path.write_text("lora_merge:30\n")
+    done = here(
+        *("verify", "no.such.module", "--only", "lora_merge"),
+        *("--known-failures", str(path), "--write-known-failures"),
+    )
+    assert done.returncode == 2
+    assert path.read_text() == "lora_merge:30\n"
+
+
 def test_a_known_failure_that_passes_is_reported(tmp_path):
     path = tmp_path / "known.txt"
     path.write_text("# none\nlora_merge:1\n")
@@ -151,6 +180,19 @@ def test_the_profile_is_the_rule(tmp_path):
     assert done.returncode == 1
     assert "goes the way minipeft; profile bnb-cuda has fp4-by-magnitude" in done.stdout
     assert "the rule: profile bnb-cuda" in done.stdout
+
+
+def test_a_case_is_explained_under_the_profile(tmp_path):
+    one = ("verify", "reference", "--explain", "nf4_quantize:26", "--profile")
+    assert here(*one, "minipeft").returncode == 0
+    done = here(*one, "bnb-cuda")
+    assert done.returncode == 1
+    assert "goes the way minipeft; profile bnb-cuda has cuda-" in done.stdout
+    path = tmp_path / "known.txt"
+    path.write_text("nf4_quantize:26\n")
+    done = here(*one, "bnb-cuda", "--known-failures", str(path))
+    assert done.returncode == 0
+    assert "known: goes the way minipeft" in done.stdout
 
 
 @pytest.mark.parametrize(

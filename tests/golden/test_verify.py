@@ -150,6 +150,17 @@ def test_a_crash_fails_its_cases_and_the_run_goes_on():
             (["verify", "reference", "--timeout", seconds], "--timeout is")
             for seconds in ("nan", "inf", "1e10", "0", "-1")
         ),
+        (["verify", "reference", *ONE, "--json", "n" * 300], "cannot write nnn"),
+        (["verify", "reference", *ONE, "--profile", ""], "there is no profile ''"),
+        (["verify", "reference", "--explain", ""], "there is no case ''"),
+        (
+            ["verify", "reference", "--explain", "lora_merge:1", "--json", "x"],
+            "--explain prints one case and writes no file; omit --json",
+        ),
+        (
+            ["verify", "reference", *ONE, "--json", "x", "--known-failures", "./x"],
+            "--json and --known-failures both name ./x; give two files",
+        ),
         (["verify", "reference", "--only", "lore"], "no vectors for lore; choose from"),
         (
             ["verify", "reference", "--only", "lora", "--json", "/no/x"],
