@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from minipeft import __version__
-from minipeft.errors import IN_CLONE, InputError, OtherBaseError
+from minipeft.errors import IN_CLONE, InputError, OtherBaseError, cannot_write
 from minipeft.golden import command as verify
 from minipeft.interop import command as files
 from minipeft.lab.memory import command as memory
@@ -36,7 +36,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     ):
         code = _run(options)
         out.flush()
-    return code
+        if lost := out.lost:
+            print(f"minipeft: {cannot_write('stdout', lost)}", file=sys.stderr)
+    return 2 if lost else code
 
 
 def _run(options: argparse.Namespace) -> int:
@@ -64,11 +66,13 @@ def _run(options: argparse.Namespace) -> int:
 class _Stdout:
     """Stdout that drops the rest once its reader is gone, as `| head` is.
 
-    A command then still writes its files and returns its code.
+    A command then still writes its files and returns its code. Where the disk of stdout
+    is full, `lost` is the error.
     """
 
     def __init__(self, stream: Any) -> None:
         self._stream = stream
+        self.lost: OSError | None = None
 
     def write(self, text: str) -> int:
         """Write, or drop the text."""
@@ -89,7 +93,10 @@ class _Stdout:
     def _dropping(self) -> Iterator[None]:
         try:
             yield
-        except BrokenPipeError:  # Python flushes once more at exit
+        except OSError as error:
+            if not isinstance(error, BrokenPipeError):
+                self.lost = error
+            # Python flushes once more at exit.
             os.dup2(os.open(os.devnull, os.O_WRONLY), self._stream.fileno())
 
 

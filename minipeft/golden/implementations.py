@@ -5,6 +5,7 @@ import importlib.util
 import inspect
 import sys
 from collections.abc import Callable, Mapping
+from copy import deepcopy
 from importlib.machinery import PathFinder
 from pathlib import Path
 from types import ModuleType
@@ -90,11 +91,14 @@ class Functions:
         """Call the function, every argument by name."""
         function = self.find(question.operation)
         arrays = {name: tensor.to_array() for name, tensor in question.inputs.items()}
-        arguments = {**arrays, **plain_values(question.parameters)}
+        plain = plain_values(deepcopy(question.parameters))
+        arguments = {**arrays, **plain}
         _check_signature(question.operation, function, arguments)
         returned = _call(function, arguments)
         outputs = _outputs(question.operation, returned)
         _check_unchanged(arrays, question.inputs)
+        if plain != plain_values(question.parameters):
+            raise Accident("overwrote a setting in its arguments")
         return outputs
 
 
@@ -137,8 +141,7 @@ def _driver(package: str, operation: str) -> Callable[..., Any] | None:
 
 def _stranger(name: str) -> ModuleType:
     if name.endswith(".py"):
-        module = ".".join(Path(name).with_suffix("").parts)
-        raise InputError(f"there is no module {name!r}; give {module!r} for the file.")
+        raise InputError(f"there is no module {name!r}; {_for_file(Path(name))}.")
     here = str(Path.cwd())
     sys.path.append(here)  # at the end: a torch.py here must not hide torch
     try:
@@ -150,6 +153,13 @@ def _stranger(name: str) -> ModuleType:
             f"{', '.join(BUILT_IN)} or name a module of plain functions as "
             "package.module."
         ) from error
+
+
+def _for_file(path: Path) -> str:
+    """Say how a file is given as a module."""
+    if path.is_absolute() or ".." in path.parts:
+        return f"stand in {path.parent} and give {path.stem!r} for the file"
+    return f"give {'.'.join(path.with_suffix('').parts)!r} for the file"
 
 
 def _import_from(folder: str, top: str) -> None:

@@ -82,7 +82,8 @@ def judge(implementation: Implementation, file: VectorFile, case: Case) -> Outco
         return outcome("skip", str(reason))
     except NoAnswer as silence:
         late = isinstance(silence, Late)
-        return replace(outcome("fail", str(silence)), answered=False, late=late)
+        failed = replace(outcome(""), status="fail", detail=printable(str(silence)))
+        return replace(failed, answered=False, late=late)  # a crash is no policy
     except Accident as accident:
         return outcome("fail", str(accident))
     except Refused as refusal:

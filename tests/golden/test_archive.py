@@ -178,22 +178,34 @@ for line in sys.stdin:
 """
 
 
-def persistent(folder, reply, offers="None"):
+def persistent(folder, reply, *more, offers="None"):
     path = folder / "program.py"
     text = PERSISTENT.replace("REPLY", reply).replace("OFFERS", offers)
     path.write_text(text.replace("stopped", str(folder / "stopped")))
     command = f"{sys.executable} {path}"
     return here(
         *("verify", "--exec", command, "--persistent", "--only", "codebook_table"),
-        *("--timeout", "1"),
+        *("--timeout", "1", *more),
     )
 
 
 def test_stop_is_said_and_what_is_not_offered_is_not_asked(tmp_path):
-    done = persistent(tmp_path, "os._exit(1)", "['lora_merge']")
+    done = persistent(tmp_path, "os._exit(1)", offers="['lora_merge']")
     assert "has no function codebook_table" in " ".join(done.stdout.split())
     assert done.returncode == 2
     assert (tmp_path / "stopped").exists()
+
+
+@pytest.mark.parametrize("shape", [[0, 2**70], [1] * 65, [0, 2**40, 2**40]])
+def test_no_shape_ends_the_command(shape, tmp_path):
+    data = "" if 0 in shape else "00000000"
+    tensor = {"dtype": "float32", "shape": shape, "data": data}
+    reply = f"print(json.dumps({{'id': 1, 'outputs': {{'codebook': {tensor}}}}}))\n"
+    done = persistent(
+        tmp_path, reply + "        sys.stdout.flush()", "--explain", "codebook_table:1"
+    )
+    assert done.returncode == 1
+    assert "no array is that large: give at most 64 axes" in done.stdout
 
 
 @pytest.mark.parametrize(

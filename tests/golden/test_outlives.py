@@ -13,7 +13,8 @@ import pytest
 
 from minipeft import cli
 from minipeft.golden import child, report, runner
-from minipeft.golden.errors import Late, Unsupported
+from minipeft.golden.drivers.reference import adapter_files
+from minipeft.golden.errors import Late, NoAnswer, Unsupported
 from minipeft.golden.implementations import Functions
 from minipeft.golden.vectors import load_all
 from tests.golden.commands import ROOT, here
@@ -25,13 +26,13 @@ RIGHT = "from minipeft.golden.drivers.reference.codebook import codebook_table\n
 NAMES = [case.question.parameters["name"] for case in next(load_all(ONLY[1:])).cases]
 
 
-def start(folder, *arguments):
+def start(folder, *arguments, stdout=subprocess.PIPE):
     """Start the command in a folder, as a user does."""
     return subprocess.Popen(
         [sys.executable, "-m", "minipeft", "verify", *arguments],
         cwd=folder,
         env={**os.environ, "PYTHONPATH": str(ROOT)},
-        stdout=subprocess.PIPE,
+        stdout=stdout,
         stderr=subprocess.PIPE,
         text=True,
     )
@@ -151,6 +152,14 @@ def test_a_fork_that_returns_twice_answers_once(tmp_path):
     fork = "right = codebook_table\ndef codebook_table(name):\n"
     fork += "    os.fork()\n    return right(name)\n"
     code, stdout, _, _ = ask(tmp_path, module(tmp_path, RIGHT + fork), run=apart)
+    assert code == 0, stdout
+
+
+def test_a_fork_at_import_answers_once(tmp_path):
+    fork = "if os.fork(): time.sleep(0.3)\nright = codebook_table\n"
+    fork += "def codebook_table(name):\n    time.sleep(0.6)\n    return right(name)\n"
+    name = module(tmp_path, RIGHT + fork)
+    code, stdout, _, _ = ask(tmp_path, name, run=apart)
     assert code == 0, stdout
 
 
@@ -340,6 +349,17 @@ def test_what_cannot_be_written_leaves_the_other_report(tmp_path):
     assert json.loads((tmp_path / "a").read_text())["totals"]["pass"] == 4
 
 
+def test_a_full_stdout_is_exit_code_2(tmp_path):
+    with open("/dev/full", "w") as full:
+        process = start(tmp_path, "reference", *ONLY, "--json", "a", stdout=full)
+        _, stderr = process.communicate(timeout=60)
+    assert stderr == (
+        "minipeft: cannot write stdout: No space left on device; free some space\n"
+    )
+    assert process.returncode == 2
+    assert json.loads((tmp_path / "a").read_text())["totals"]["pass"] == 4
+
+
 def test_a_link_stays_a_link(tmp_path):
     (tmp_path / "link").symlink_to(tmp_path / "report.json")
     process = start(tmp_path, "reference", *ONLY, "--json", "link")
@@ -371,6 +391,35 @@ def test_a_function_that_cannot_be_called_has_no_policy():
     assert one.status == "skip"
     assert {o.status for o in outcomes if o is not one} == {"fail"}
     assert "another policy" not in report.text(report.Run("stranger", tuple(outcomes)))
+
+
+@pytest.mark.parametrize("accident", [NoAnswer("ended"), Late("no answer")])
+def test_a_crash_is_no_policy(accident):
+    def lora_merge(**arguments):
+        raise accident
+
+    functions = Functions("stranger", {"lora_merge": lora_merge}.get)
+    outcomes = list(runner.verify(functions, load_all(["lora_merge"])))
+    (one,) = (o for o in outcomes if o.case.result == "policy")
+    assert one.status == ("skip" if isinstance(accident, Late) else "fail")
+    assert "another policy" not in report.text(report.Run("stranger", tuple(outcomes)))
+
+
+def test_a_setting_that_is_overwritten_is_a_failure():
+    def adapter_config_scaling(config, **arguments):
+        right = adapter_files.adapter_config_scaling(config=config, **arguments)
+        config.pop("rank_pattern", None)
+        return right
+
+    name = "adapter_config_scaling"
+    functions = Functions("stranger", {name: adapter_config_scaling}.get)
+    found = list(runner.verify(functions, load_all([name])))
+    wrong = [o for o in found if o.detail == "overwrote a setting in its arguments"]
+    with_patterns = [
+        o for o in found if "rank_pattern" in o.case.question.parameters["config"]
+    ]
+    assert 0 < len(wrong) <= len(with_patterns)
+    assert len([o for o in found if o.status == "fail"]) == len(wrong)
 
 
 @pytest.mark.parametrize("reason", [NotImplementedError("later"), Unsupported("later")])

@@ -20,8 +20,11 @@ pytestmark = pytest.mark.slow
 FILES = list(load_all())
 PROFILES = profiles.load_all()
 CASES = [case for file in FILES for case in file.cases]
+OURS = PROFILES[OUR_WAY]
 ELSEWHERE = [
-    n for n, p in PROFILES.items() if {p.expects(c) for c in CASES} - {OUR_WAY}
+    n
+    for n, p in PROFILES.items()
+    if any(p.expects(c) != OURS.expects(c) for c in CASES)
 ]
 
 
@@ -60,13 +63,19 @@ def test_who_follows_a_profile_passes_under_it_and_is_recognized(name):
     assert agreeing[name] == choices == max(agreeing.values())
 
 
+@pytest.mark.parametrize("column", ["reference", "torch"])
+def test_our_columns_follow_our_profile(column):
+    found = verify(functions(column), load_all(["lora", "blockwise"]))
+    assert {profiles.hold(OURS, outcome).status for outcome in found} == {"pass"}
+
+
 @pytest.mark.parametrize("name", ELSEWHERE)
 def test_who_goes_another_way_fails_only_under_the_profile(name):
     profile, found = PROFILES[name], outcomes("minipeft")
     assert {o.status for o in found} == {"pass"}
     held = [profiles.hold(profile, outcome) for outcome in found]
     failed = [o for o in held if o.status == "fail"]
-    other = [o for o in found if profile.expects(o.case) not in (OUR_WAY, "")]
+    other = [o for o in found if profile.expects(o.case) != OURS.expects(o.case)]
     assert 0 < len(failed) <= len(other)
     assert all(f"profile {name} has" in o.detail for o in failed)
 

@@ -140,6 +140,8 @@ def test_a_crash_fails_its_cases_and_the_run_goes_on():
             ["verify", "a/mine.py", *ONE],
             "there is no module 'a/mine.py'; give 'a.mine'",
         ),
+        (["verify", "../a/mine.py", *ONE], "stand in ../a and give 'mine' for the"),
+        (["verify", "/a/mine.py", *ONE], "stand in /a and give 'mine' for the file"),
         (["verify", "no.such.module", *ONE], "cannot import 'no.such.module'"),
         (["verify", "json", *ONE], "json answered no case"),
         (["verify", "torch", "--persistent"], "--persistent is for a program"),
