@@ -31,7 +31,7 @@ sys.path.insert(0, str(ROOT))  # nothing is installed here, not even this
 
 from minipeft import __version__  # noqa: E402
 from minipeft.cupy import executor  # noqa: E402
-from minipeft.lab import models  # noqa: E402
+from minipeft.lab import caching, models  # noqa: E402
 from minipeft.lab.files import write_atomic  # noqa: E402
 from minipeft.lab.gpu import bench, device  # noqa: E402
 
@@ -230,7 +230,8 @@ def run(step: Step, seconds: float) -> Record:
 def _environment() -> dict[str, str]:
     offline = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
     paths = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-    return os.environ | offline | {"PYTHONPATH": paths}
+    usual = {k: v for k, v in os.environ.items() if k not in caching.SETTINGS}
+    return usual | offline | {"PYTHONPATH": paths}
 
 
 def missing(step: Step) -> str | None:
@@ -255,6 +256,7 @@ def stages() -> dict[str, list[Step]]:
     """Name the stages, in the order in which they run: the shorter ones first."""
     verify = (PYTHON, "-m", "minipeft.cli", "verify")
     agreement = (PYTHON, "-m", "pytest", "-q", "-m", "gpu", *MARKED)
+    spike = str(RESULTS / "spike.json")
     return {
         "tests": [Step("agreement", agreement, TESTING)],
         "vectors": [
@@ -263,7 +265,7 @@ def stages() -> dict[str, list[Step]]:
         ],
         "sanitizers": _sanitizers(),
         **{f"bench-{name}": steps for name, steps in _bench().items()},
-        "spike": [Step("spike", (PYTHON, "-m", "minipeft.lab.blocks"))],
+        "spike": [Step("spike", (PYTHON, "-m", "minipeft.lab.blocks", spike))],
         **_chapters(),
         **{f"report-{size}": [_report(size)] for size in SIZES},
     }

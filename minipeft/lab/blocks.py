@@ -1,14 +1,18 @@
 """Blocks of a large model with random weights in four bits, and what they need.
 
-On CUDA they train: `python -m minipeft.lab.blocks` says whether pages save a run there.
 On the device `meta` their storages are recorded and replayed by the rules of torch's
-allocator; an H200 did not confirm the answer that they predict.
+allocator. On CUDA they train: `python -m minipeft.lab.blocks [FILE]` says whether pages
+save a run there under the limit that the count gives, and writes what it finds to FILE.
 """
 
+import json
+import os
 import sys
-from collections.abc import Iterable, Sequence
+import time
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -18,11 +22,11 @@ from transformers.initialization import no_init_weights
 
 from minipeft.errors import InputError
 from minipeft.lab import spike
-from minipeft.lab.caching import ROUND, CachingAllocator, Part
-from minipeft.lab.card import Card
-from minipeft.lab.models import pick_device
-from minipeft.lab.spike import Course, Ready, smallest
-from minipeft.lab.storages import Event, Recorder
+from minipeft.lab.caching import ROUND, SETTINGS, CachingAllocator, Part
+from minipeft.lab.card import Card, clear
+from minipeft.lab.files import write_atomic
+from minipeft.lab.spike import Budget, Course, Ready, smallest
+from minipeft.lab.storages import Event, Recorder, live
 from minipeft.lab.train import Batch
 from minipeft.torch import adamw, launches, operators
 from minipeft.torch.codebook import NF4
@@ -33,6 +37,17 @@ from minipeft.torch.paged import PagedAdamW, Paging
 from minipeft.torch.qlora import QuantizedLinear
 from minipeft.torch.targets import ALL_LINEAR, all_linear
 
+WORKSPACES = [32 * 2**20] * 2
+"""What cuBLAS keeps on a GPU of compute capability 9.0, once for the thread of forward
+and once for that of backward; on others it is less, or the same.
+
+Source: `parseChosenWorkspaceSize`, `setWorkspaceForHandle` and the pool of handles of
+each thread in torch's `aten/src/ATen/cuda/CublasHandlePool.cpp`.
+"""
+BESIDE = 2**30
+"""Bytes of a device for its context, kernels, and what torch does not count."""
+SECONDS = 60.0
+"""How long the smallest limits are looked for."""
 SCALE = 0.04
 """Of every block of 64 weights: random codes of NF4 times it spread by about 0.02."""
 BLOCKSIZE, NESTED = 64, 256
@@ -60,9 +75,9 @@ class Blocks:
     heads: int = 64
     groups: int = 8
     vocabulary: int = 32000
-    r: int = 64
+    r: int = 512
     usual: int = 64
-    long: int = 512
+    long: int = 1024
 
     def model(self, device: str) -> Any:
         """Return the model with adapters, bfloat16 over four bits; always the same."""
@@ -112,6 +127,7 @@ class Blocks:
         """Return what makes the model and an optimizer of 8 bits, paged or not."""
 
         def make() -> tuple[nn.Module, torch.optim.Optimizer]:
+            take_workspaces(device)
             model = self.model(device)
             trained = trainable_parameters(model)
             use: dict[str, Any] = {"lr": 1e-4, "weight_decay": 0.0, "bits": 8}
@@ -124,6 +140,13 @@ class Blocks:
             return model, optimizer
 
         return make
+
+
+def take_workspaces(device: str) -> None:
+    """Let cuBLAS take what it keeps, while nothing else lies in its segments."""
+    if device.startswith("cuda"):
+        one = torch.ones(16, 16, device=device, requires_grad=True)
+        torch.autograd.backward((one @ one).sum())
 
 
 class _AsOnAGPU(QuantizedLinear):
@@ -170,7 +193,7 @@ class Counted:
     """The storages of a run, recorded on `meta`.
 
     Attributes:
-        weights: bytes of each that stays.
+        weights: bytes of each that stays, and of what cuBLAS keeps.
         trained: values of each trained tensor.
         usual: what comes and goes in a pass, and after it with the gradients.
         long: the same of the longer batch.
@@ -215,6 +238,19 @@ class Counted:
         return smallest(
             lambda size: self.finished(size, page) == 3, sum(self.weights), ROUND
         )
+
+    def budget(self, page: int) -> Budget:
+        """Return what decides who has room, by the count alone.
+
+        With pages it is the smallest limit by the allocator's rules. Without, it is the
+        bytes of the tensors that live at one time, which no allocator can do without.
+
+        Args:
+            page: values of one.
+        """
+        fixed, states = sum(self.weights), sum(self.states())
+        whole = fixed + states + live(self.long[0])[0]
+        return Budget(fixed, states, self.least(page), whole)
 
 
 class _Replay:
@@ -285,39 +321,149 @@ def counted(blocks: Blocks) -> Counted:
         return recorder.events[began:ended], recorder.events[ended:]
 
     both = passed(blocks.usual), passed(blocks.long)
+    weights = [*WORKSPACES, *weights]
     return Counted(weights, [p.numel() for p in trained], *both)
 
 
-def trial(blocks: Blocks, paging: Paging, device: str) -> tuple[bool, str]:
-    """Try a spike on a card half way between what both runs need.
+def unfit(size: float, device: str) -> str:
+    """Say in one sentence why a limit tells nothing on a CUDA device; empty: it does.
+
+    Args:
+        size: bytes of the limit.
+        device: `cuda` or `cuda:N`.
+    """
+    for name in SETTINGS:
+        if name in os.environ:
+            return (
+                f"{name} is set to {os.environ[name]!r}, and the limit is counted for "
+                "torch's allocator without it; unset it."
+            )
+    if (backend := torch.cuda.get_allocator_backend()) != "native":
+        return f"torch's allocator is {backend}, which is not counted; use native."
+    clear(device)
+    free, total = torch.cuda.mem_get_info(device)
+    if free < size + BESIDE:
+        return (
+            f"{(size + BESIDE) / 1e6:,.0f} MB must be free, and {free / 1e6:,.0f} of "
+            f"{total / 1e6:,.0f} are; end what else runs on the device, or take one "
+            "with more."
+        )
+    return ""
+
+
+@dataclass
+class Trial:
+    """A spike under one limit, half way between what both runs need.
 
     Args:
         blocks: that train.
         paging: of the states.
-        device: `cpu` or `cuda`.
-
-    Returns:
-        whether the run with pages ends and the other one does not, and what happened.
+        device: `cpu` or `cuda`; on CUDA the limit is counted, on a CPU measured.
+        tell: is called with every fact, a name and its value, as it is found.
     """
-    course = blocks.course(steps=3, at=1)
-    makers = blocks.ready(None, device), blocks.ready(paging, device)
-    budget = spike.budget(*makers, course, device)
-    size, saved = budget.size, budget.whole - budget.least
-    whole, paged = (spike.attempt(make, course, Card(size, device)) for make in makers)
-    ended, steps = len(whole.log), len(paged.log)
-    said = (
-        f"pages save {saved / 1e6:,.1f} MB of {budget.states / 1e6:,.1f}; "
-        f"limit {size / 1e6:,.0f} MB: without pages {ended} of 3 steps "
-        f"({whole.error}), with pages {steps}"
-    )
-    return ended == course.at and steps == course.steps, said
+
+    blocks: Blocks
+    paging: Paging
+    device: str
+    tell: Callable[[str, object], None] = lambda name, value: None
+
+    def __post_init__(self) -> None:
+        self.course = self.blocks.course(steps=3, at=1)
+        self.whole = self.blocks.ready(None, self.device)
+        self.paged = self.blocks.ready(self.paging, self.device)
+        if self.device.startswith("cuda"):
+            counts = counted(self.blocks)
+            self.budget = counts.budget(self.paging.page_size)
+        else:
+            both = self.whole, self.paged
+            self.budget = spike.budget(*both, self.course, self.device)
+        self.tell("limit", self.budget.size)
+        self.tell("counted", self.budget._asdict())
+
+    def run(self) -> tuple[bool, str]:
+        """Try both runs.
+
+        Returns:
+            whether the run with pages ends and the other one ends at the long batch,
+            and what happened.
+        """
+        size, found = self.budget.size, dict[str, spike.Attempt]()
+        for name, make in (("with pages", self.paged), ("without", self.whole)):
+            found[name] = spike.attempt(make, self.course, Card(size, self.device))
+            ended = [step._asdict() for step in found[name].log]
+            self.tell(name, {"steps": ended, "error": found[name].error})
+        paged, whole = found.values()
+        said = (
+            f"limit {size / 1e6:,.0f} MB: with pages {len(paged.log)} of 3 steps"
+            f"{_because(paged)}, without pages {len(whole.log)}{_because(whole)}"
+        )
+        both = len(whole.log) == self.course.at and len(paged.log) == self.course.steps
+        return both, said
+
+    def margins(self, seconds: float) -> str:
+        """Look for the smallest limit of each run on CUDA, for half of a time each."""
+        fixed, states, least, whole = self.budget
+        card, began = Card(self.budget.size, self.device), time.monotonic()
+        between = fixed, int(card.size)
+        spare = spike.narrow(
+            self.paged, card, self.course, between, began + seconds / 2
+        )
+        self.tell("with pages needs", spare)
+        between = fixed + states, 2 * whole - least
+        over = spike.narrow(self.whole, card, self.course, between, began + seconds)
+        self.tell("without pages needs", over)
+        return f"with pages a run needs {spare}, without {over}"
+
+
+def _because(found: spike.Attempt) -> str:
+    return f" ({found.error})" if found.error else ""
+
+
+def stage(tell: Callable[[str, object], None]) -> bool:
+    """Try the blocks on CUDA, look for the margins, and say whether pages decide.
+
+    Args:
+        tell: as in `Trial`.
+
+    Raises:
+        InputError: there is no device, or what happens on this one tells nothing.
+    """
+    if not torch.cuda.is_available():
+        raise InputError(
+            "torch sees no CUDA device here, and this is tried on one alone; "
+            "chapter 32 counts it on a CPU."
+        )
+    tell("device", torch.cuda.get_device_name("cuda"))
+    tell("torch", torch.__version__)
+    trial = Trial(Blocks(), Paging(budget=1000), "cuda", tell)
+    if reason := unfit(trial.budget.size, "cuda"):
+        raise InputError(reason)
+    real, said = trial.run()
+    print(said, flush=True)
+    if reason := unfit(trial.budget.size, "cuda"):
+        raise InputError(f"This tells nothing: {reason}")
+    print(f"{said}; {trial.margins(SECONDS)}")
+    return real
+
+
+def main(path: str = "") -> int:
+    """Return 0 if pages decide on CUDA, 1 if not, 2 if this machine cannot say."""
+    facts: dict[str, object] = {}
+
+    def tell(name: str, value: object) -> None:
+        facts[name] = value
+        if path:
+            write_atomic(Path(path), (json.dumps(facts, indent=1) + "\n").encode())
+
+    try:
+        return 0 if stage(tell) else 1
+    except InputError as error:
+        print(error, file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("stopped before the end", file=sys.stderr)
+        return 130
 
 
 if __name__ == "__main__":
-    try:
-        card = pick_device("cuda")
-    except InputError as error:
-        sys.exit(str(error))
-    real, said = trial(Blocks(), Paging(budget=1000), card)
-    print(said)
-    sys.exit(0 if real else 1)
+    sys.exit(main(*sys.argv[1:2]))

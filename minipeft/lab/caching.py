@@ -30,6 +30,13 @@ LARGE_SEGMENT = 20 * 2**20
 ROUND = 2 * 2**20
 """`kRoundLarge`: a segment of its own size is rounded up to a multiple."""
 
+SETTINGS = (
+    "PYTORCH_ALLOC_CONF",
+    "PYTORCH_CUDA_ALLOC_CONF",
+    "PYTORCH_NO_CUDA_MEMORY_CACHING",
+)
+"""Variables of the environment that change the rules."""
+
 
 @dataclass(eq=False)
 class Part:

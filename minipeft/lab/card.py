@@ -26,6 +26,7 @@ class Card:
 
     Raises:
         InputError: the size is no positive number.
+        OutOfMemoryError: on entering, on CUDA: more is taken already.
     """
 
     def __init__(self, size: float, device: str = "cpu") -> None:
@@ -35,8 +36,13 @@ class Card:
 
     def __enter__(self) -> "Card":
         if self.device.startswith("cuda"):
-            gc.collect()  # what an earlier run left would count
-            torch.cuda.empty_cache()
+            clear(self.device)  # what an earlier run left would count
+            taken = torch.cuda.memory_reserved(self.device)
+            if taken > self.size:
+                raise torch.OutOfMemoryError(
+                    f"out of memory: {taken:,} bytes are taken before the first step "
+                    f"and the card has {self.size:,.0f}"
+                )
             _, total = torch.cuda.mem_get_info(self.device)
             # torch takes whole bytes of the product, which may be one too few
             part = (self.size + 0.5) / total
@@ -77,6 +83,13 @@ class Card:
                 f"out of memory: {found[0]:,} bytes were needed and the card has "
                 f"{self.size:,.0f}"
             )
+
+
+def clear(device: str) -> None:
+    """Give back to a CUDA device what is unused; on others nothing is kept."""
+    if device.startswith("cuda"):
+        gc.collect()
+        torch.cuda.empty_cache()
 
 
 def on_device(model: nn.Module, optimizer: torch.optim.Optimizer) -> int:

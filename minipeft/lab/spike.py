@@ -1,5 +1,6 @@
 """One batch that is longer than the others, on a card that has no room for all."""
 
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import NamedTuple, cast
@@ -7,7 +8,7 @@ from typing import NamedTuple, cast
 import torch
 from torch import Tensor, nn
 
-from minipeft.lab.card import Card, demand, on_device
+from minipeft.lab.card import Card, clear, demand, on_device
 from minipeft.lab.memory_peak import held
 from minipeft.lab.train import Batch, Batches, on_device_of
 from minipeft.torch.inject import adapter_state_dict, trainable_parameters
@@ -16,7 +17,7 @@ from minipeft.torch.paged import PagedAdamW, Traffic
 Ready = Callable[[], tuple[nn.Module, torch.optim.Optimizer]]
 """What makes a model, and its optimizer with states."""
 GRAIN = 16 * 2**20
-"""Bytes between the sizes of a card that are tried."""
+"""Bytes between the sizes of a card at the end of a search."""
 
 
 @dataclass(frozen=True)
@@ -56,7 +57,7 @@ class Budget(NamedTuple):
         states: of the optimizer.
         least: of a card on which the run with pages just ends; on a CPU that card needs
             one page more.
-        whole: of a card on which the run without pages just ends.
+        whole: of a card on which the run without pages just ends; it may need more.
     """
 
     fixed: int
@@ -109,6 +110,7 @@ def attempt(make: Ready, course: Course, card: Card) -> Attempt:
         course: of the run.
         card: not entered.
     """
+    clear(card.device)  # else the model would lie between what an earlier one left
     model, optimizer = make()
     log, error = _run(model, optimizer, course, card)
     adapters = {k: v.cpu() for k, v in adapter_state_dict(model).items()}
@@ -118,55 +120,53 @@ def attempt(make: Ready, course: Course, card: Card) -> Attempt:
 
 
 def budget(whole: Ready, paged: Ready, course: Course, device: str) -> Budget:
-    """Measure what decides who has room.
+    """Measure what decides who has room, where what is in use counts: not on CUDA.
 
     Args:
         whole: with states that stay on the device.
         paged: with pages.
         course: of the run.
-        device: `cpu` or `cuda`.
+        device: `cpu`.
     """
     model, optimizer = whole()
     fixed = held(model)
     states = on_device(model, optimizer) - fixed
     del model, optimizer
-    paging = least(paged, course, device)
-    if not device.startswith("cuda"):
-        return Budget(fixed, states, paging, paging + states)
-    return Budget(fixed, states, paging, least(whole, course, device))
+    model, optimizer = paged()
+    resize(optimizer, 1)
+    paging = demand(model, dict(on_device_of(model, course.long)), device)
+    return Budget(fixed, states, paging, paging + states)
 
 
-def least(make: Ready, course: Course, device: str) -> int:
-    """Return the bytes of a card on which a run just ends.
-
-    On a CPU those of the longest pass, without the one page that stays. On CUDA, where
-    what is taken counts and not what is in use, sizes are tried, on three steps.
+def narrow(
+    make: Ready, card: Card, course: Course, between: tuple[int, int], until: float
+) -> str:
+    """Look for the smallest card on which a run just ends, on three steps.
 
     Args:
-        make: of a paged optimizer; on CUDA of any.
+        make: of the run.
+        card: gives the device.
         course: of the run.
-        device: `cpu` or `cuda`.
+        between: bytes that are too few, and bytes that are tried first.
+        until: when the search stops, by `time.monotonic`.
 
-    Raises:
-        OutOfMemoryError: all of the device is too small.
+    Returns:
+        between which sizes it lies, in words.
     """
+    clear(card.device)
     model, optimizer = make()
-    if not device.startswith("cuda"):
-        resize(optimizer, 1)
-        return demand(model, dict(on_device_of(model, course.long)), device)
     short = replace(course, at=1, steps=3)
-    _, total = torch.cuda.mem_get_info(device)
 
     def enough(size: int) -> bool:
-        error = _run(model, optimizer, short, Card(size, device))[1]
-        if error and size >= total:  # no larger size would be another card
-            raise torch.OutOfMemoryError(
-                f"out of memory: a run needs more than all "
-                f"{total / 1e6:,.0f} MB of the device"
-            )
-        return not error
+        return not _run(model, optimizer, short, Card(size, card.device))[1]
 
-    return smallest(enough, held(model), GRAIN)
+    low, high = between
+    if not enough(high):
+        return f"more than {high / 1e6:,.0f} MB"
+    while high - low > GRAIN and time.monotonic() < until:
+        middle = (low + high) // 2
+        low, high = (low, middle) if enough(middle) else (middle, high)
+    return f"more than {low / 1e6:,.0f} MB and at most {high / 1e6:,.0f}"
 
 
 def smallest(enough: Callable[[int], bool], start: int, grain: int) -> int:
@@ -197,7 +197,7 @@ def _run(
             for k in range(course.steps):
                 log.append(_step(model, optimizer, card, course, k))
     except torch.OutOfMemoryError as found:
-        error = str(found).partition(". ")[0]
+        error = ". ".join(str(found).split(". ")[:2])  # torch goes on with advice
     optimizer.zero_grad()
     return log, error
 

@@ -25,7 +25,7 @@ from tests.properties import device
 CHAPTERS = Path(__file__).parents[2] / "chapters"
 EXAMPLES = 24  # of each side of the split
 SMALL = {"count": 1, "width": 256, "inner": 512, "heads": 4, "groups": 2}
-SMALL |= {"vocabulary": 512, "r": 8}  # in place of 12 GB of a large model
+SMALL |= {"vocabulary": 512, "r": 8, "long": 256}  # in place of 12 GB of a large model
 TIMED: list[object] = []
 
 

@@ -142,7 +142,7 @@ def test_the_stages_hold_what_only_a_device_can_show(gpu):
         " ".join(("pytest -q -m gpu", *gpu.MARKED)),
         "minipeft.cli verify cupy",
         "minipeft.cli verify torch --device cuda",
-        "-m minipeft.lab.blocks",
+        f"-m minipeft.lab.blocks {gpu.RESULTS / 'spike.json'}",
         *(
             f"/cuda/sanitizer --error-exitcode 1 --report-api-errors no --tool {tool} "
             f"{gpu.PYTHON} -m tests.cuda.on_gpu"
@@ -239,6 +239,12 @@ def test_a_program_passes_or_fails_and_its_last_words_are_kept(gpu):
     failed = gpu.run(gpu.Step("x", (sys.executable, "-c", failing)), 60)
     assert failed.verdict == "failed"
     assert set(failed.said) == {"a", "b"}
+
+
+def test_no_program_inherits_settings_of_torchs_allocator(gpu, monkeypatch):
+    monkeypatch.setenv("PYTORCH_ALLOC_CONF", "expandable_segments:True")
+    said = "import os; print('PYTORCH_ALLOC_CONF' in os.environ)"
+    assert gpu.run(gpu.Step("x", (sys.executable, "-c", said)), 60).said == ["False"]
 
 
 def test_when_the_time_is_over_all_that_a_program_started_ends(gpu, tmp_path):

@@ -64,6 +64,16 @@ def test_the_limit_on_cuda_is_the_size_to_the_byte(monkeypatch, total):
     assert limits[-1] == total + 1
 
 
+def test_a_limit_below_what_is_taken_already_is_said_before_the_first_step(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda _: 8_000)
+    with (
+        pytest.raises(torch.OutOfMemoryError, match=r"8,000 bytes are .* has 7,999"),
+        Card(7_999, "cuda"),
+    ):
+        pass
+
+
 def trained(make):
     """Return a layer and its optimizer after one step."""
     layer = nn.Linear(64, 64, bias=False)
