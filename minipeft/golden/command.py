@@ -21,7 +21,6 @@ from minipeft.golden.runner import Outcome, implementation, judge, unasked, veri
 from minipeft.golden.vectors import VectorFile, load_all
 from minipeft.values import check_device
 
-LONGEST_TIMEOUT = 24 * 60 * 60.0
 REPORTS = ("json", "junit", "badge")
 
 
@@ -176,11 +175,7 @@ def _check(options: argparse.Namespace) -> str:
         raise InputError("--persistent is for a program; give --exec PROGRAM.")
     if program is not None:
         processes.split(program)
-    seconds = options.timeout
-    if seconds is not None and not 0 < seconds <= LONGEST_TIMEOUT:
-        raise InputError(
-            f"--timeout is {seconds:g}; give seconds above 0, up to a day (86400)."
-        )
+    processes.check_timeout(options.timeout, "--timeout")
     _check_files(options)
     _place(options)
     return printable(program or name)
@@ -246,9 +241,11 @@ def _place(options: argparse.Namespace) -> None:
 
 def _subject(options: argparse.Namespace) -> Implementation:
     if options.program is None:
-        return implementation(options.implementation, options.timeout or 120.0)
+        return implementation(
+            options.implementation, options.timeout or processes.MODULE_TIMEOUT
+        )
     start = processes.program if options.persistent else processes.Program
-    return start(options.program, options.timeout or 10.0)
+    return start(options.program, options.timeout or processes.PROGRAM_TIMEOUT)
 
 
 @contextmanager

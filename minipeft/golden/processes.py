@@ -25,6 +25,8 @@ from minipeft.golden.vectors import Case, Question, Tensors
 
 PROTOCOL = 1
 ANSWERS = ("outputs", "refused", "unsupported", "accident")
+PROGRAM_TIMEOUT, MODULE_TIMEOUT = 10.0, 120.0  # seconds that a case may take
+LONGEST_TIMEOUT = 24 * 60 * 60.0
 STARTS = 3  # how many times in a row a process may fail to start
 
 # `-P`: no module in the working directory can replace one of Python's.
@@ -140,6 +142,14 @@ class Persistent:
             self._child.close()  # its next line could be the answer to an earlier case
             raise
         return answer
+
+
+def check_timeout(seconds: float | None, option: str) -> None:
+    """Refuse a time-out that is no time, by the name of its option."""
+    if seconds is not None and not 0 < seconds <= LONGEST_TIMEOUT:
+        raise InputError(
+            f"{option} is {seconds:g}; give seconds above 0, up to a day (86400)."
+        )
 
 
 def program(command: str, timeout: float) -> Persistent:

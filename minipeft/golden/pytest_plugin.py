@@ -47,7 +47,7 @@ def pytest_collection_modifyitems(
     session: pytest.Session, config: pytest.Config, items: list[pytest.Item]
 ) -> None:
     """Add one test for each case, before pytest selects by `-k` and `-m`."""
-    if not (_option(config, "minipeft") or _option(config, "minipeft-exec")):
+    if not any(_either(config)):
         return
     try:
         subject = Subject(config)
@@ -70,11 +70,15 @@ class Subject:
         profile = _option(config, "minipeft-profile")
         self._rule = profiles.load(profile) if profile else None
         listed = _option(config, "minipeft-known-failures")
-        path = config.rootpath / listed
-        self.known = known.read(Path(path), load_all()) if listed else frozenset()
-        self._name = _option(config, "minipeft")
-        self._program = _option(config, "minipeft-exec")
-        self._timeout = float(_option(config, "minipeft-timeout") or 120)
+        typed = config.getoption("--minipeft-known-failures")
+        path = (config.invocation_params.dir if typed else config.rootpath) / listed
+        self.known = known.read(path, load_all()) if listed else frozenset()
+        self._name, self._program = _either(config)
+        self._timeout = _seconds(config, bool(self._program))
+        if self._name and self._program:
+            raise InputError("give --minipeft or --minipeft-exec, not both.")
+        if self._program:
+            processes.split(self._program)
         self._late: Counter[str] = Counter()
         self._started: Implementation | Unavailable | None = None
 
@@ -145,6 +149,25 @@ class Failed(Exception):  # noqa: N818  # the outcome of a test
 def pytest_configure(config: pytest.Config) -> None:
     """Register the marker, so that `-m minipeft` selects these tests."""
     config.addinivalue_line("markers", "minipeft: a case of the golden vectors")
+
+
+def _either(config: pytest.Config) -> tuple[str, str]:
+    """Return the module and the program; the command line goes before the settings."""
+    names = ("minipeft", "minipeft-exec")
+    typed = [str(config.getoption(f"--{name}") or "") for name in names]
+    module, program = typed if any(typed) else [_option(config, n) for n in names]
+    return module, program
+
+
+def _seconds(config: pytest.Config, program: bool) -> float:
+    default = processes.PROGRAM_TIMEOUT if program else processes.MODULE_TIMEOUT
+    text = _option(config, "minipeft-timeout") or str(default)
+    try:
+        seconds = float(text)
+    except ValueError:
+        raise InputError(f"--minipeft-timeout is {text!r}; give seconds.") from None
+    processes.check_timeout(seconds, "--minipeft-timeout")
+    return seconds
 
 
 def _option(config: pytest.Config, name: str) -> str:

@@ -105,6 +105,14 @@ def test_a_module_that_is_missing_fails_every_test(project):
         (["--minipeft-only", "lore"], "minipeft: there are no vectors for lore"),
         (["--minipeft-profile", "own"], "minipeft: there is no profile 'own'"),
         (["--minipeft-known-failures", "no.txt"], "minipeft: cannot read"),
+        (["--minipeft-timeout", "soon"], "--minipeft-timeout is 'soon'; give seconds"),
+        (["--minipeft-timeout", "-1"], "--minipeft-timeout is -1; give seconds above"),
+        (["--minipeft-timeout", "nan"], "--minipeft-timeout is nan; give seconds"),
+        (["--minipeft-exec", "'half"], 'minipeft: cannot run "\'half"'),
+        (
+            ["--minipeft=mine", "--minipeft-exec=x"],
+            "give --minipeft or --minipeft-exec",
+        ),
     ],
 )
 def test_bad_options_are_one_sentence(arguments, said, project):
@@ -121,3 +129,17 @@ def test_a_program_and_a_profile(project):
     done, counts = pytest_in(project, "--minipeft-profile", "bnb-cuda")
     assert counts["failed"] > 0
     assert "profile bnb-cuda has" in done.stdout
+
+
+def test_the_command_line_goes_before_the_settings(project):
+    inside = project / "inside"
+    inside.mkdir()
+    (inside / "known.txt").write_text("nf4_quantize:26\n")
+    (project / "pytest.ini").write_text("[pytest]\nminipeft_exec = false\n")
+    only = ("--minipeft-only", "nf4_quantize", "--minipeft", "minipeft.no_such")
+    done, counts = pytest_in(project, *only, "--maxfail=1")
+    assert "cannot import 'minipeft.no_such'" in done.stdout
+    module = ("--minipeft-only", "nf4_quantize", "--minipeft", "reference")
+    done, counts = pytest_in(inside, *module, "--minipeft-known-failures=known.txt")
+    assert counts == {"passed": NF4 - 1, "xpassed": 1} | counts, done.stdout
+    assert "failed" not in counts
