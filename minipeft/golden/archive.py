@@ -1,17 +1,18 @@
 """Write the archive of vectors: `python -m minipeft.golden.archive`, `make vectors`.
 
-The archive is a folder and a zip file, with the same bytes on every machine. It holds
-the files, their schemas, every case on a line of its own, loaders and examples in other
-languages, the licence, and a checksum for each file.
+The archive is a folder and a zip file, whose bytes depend on nothing but the version of
+zlib. It holds the files, their schemas, every case on a line of its own, loaders and
+examples in other languages, the licence, and a checksum for each file.
 """
 
 import argparse
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from hashlib import sha256
 from pathlib import Path
 from zipfile import ZIP_DEFLATED, ZipFile, ZipInfo
 
+from minipeft.errors import InputError, cannot_write
 from minipeft.golden import loaders
 from minipeft.golden.vectors import V1
 
@@ -25,15 +26,30 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m minipeft.golden.archive")
     parser.add_argument("--out", type=Path, default=Path("build"), metavar="DIR")
     out: Path = parser.parse_args(arguments).out
-    files = contents()
-    for name, data in files.items():
-        path = out / NAME / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(data)
-    path = out / f"{NAME}.zip"
-    pack(path, files)
+    path, files = out / f"{NAME}.zip", contents()
+    try:
+        _write(out / NAME, files)
+        pack(path, files)
+    except OSError as error:
+        parser.exit(2, f"archive: {cannot_write(error.filename or out, error)}\n")
+    except InputError as error:
+        parser.exit(2, f"archive: {error}\n")
     print(f"{path}: {len(files)} files, {path.stat().st_size} bytes")
     print(f"sha256 {sha256(path.read_bytes()).hexdigest()}")
+
+
+def _write(folder: Path, files: Mapping[str, bytes]) -> None:
+    """Write all files, unless the folder holds vectors that are none of them."""
+    for path in sorted([*folder.glob("v1/*.json"), *folder.glob("schema/*.json")]):
+        if path.relative_to(folder).as_posix() not in files:
+            raise InputError(
+                f"{path} is no file of this archive, and a loader would read it; "
+                f"remove {folder}"
+            )
+    for name, data in files.items():
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(data)
 
 
 def contents() -> dict[str, bytes]:

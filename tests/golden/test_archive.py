@@ -68,6 +68,23 @@ def test_the_archive_has_the_same_bytes_everywhere(folder, tmp_path):
     assert (tmp_path / path).read_bytes() == (folder / path).read_bytes()
 
 
+def test_what_cannot_be_written_is_one_sentence(tmp_path, capsys):
+    old = tmp_path / archive.NAME / "v1" / "old.json"
+    old.parent.mkdir(parents=True)
+    old.write_text("{}")
+    file = tmp_path / "file"
+    file.write_text("")
+    for out, said in (
+        (tmp_path, f"{old} is no file of this archive"),
+        (file, f"cannot write {file}"),
+        (Path("/dev/null/x"), "cannot write /dev/null"),
+    ):
+        with pytest.raises(SystemExit) as ended:
+            archive.main(["--out", str(out)])
+        assert ended.value.code == 2
+        assert said in capsys.readouterr().err
+
+
 def test_every_case_is_a_line_that_needs_no_other(folder):
     lines = (folder / archive.NAME / "cases.jsonl").read_text("utf-8").splitlines()
     assert len(lines) == CASES
@@ -102,22 +119,40 @@ def compiled(folder, source):
     return program
 
 
-@pytest.mark.parametrize("name", ["count.cpp", "count.rs"])
-def test_a_loader_reads_every_byte(name, languages):
-    source = languages / name
-    source.write_text((COUNTERS / name).read_text())
-    assert counted([compiled(languages, source)]) == COUNTED
-
-
-def test_the_typescript_loader_reads_every_byte(languages):
-    need("node")
+def counter(name, languages):
+    """Return the command that counts with a loader; compile it once."""
+    made = languages / f"{Path(name).stem}.{Path(name).suffix[1:]}.out"
+    if name != "count.mjs":
+        (languages / name).write_text((COUNTERS / name).read_text())
+        return [made if made.exists() else compiled(languages, languages / name)]
     typed = (languages / "minipeft_vectors.ts").read_text()
     text = (COUNTERS / "count.mjs").read_text()
     plain = re.sub(r"export interface \w+ \{.*?\n\}\n", "", typed, flags=re.DOTALL)
     plain = re.sub(r"\((\w+): \w+\): \w+ \{", r"(\1) {", plain)
     script = languages / "count.mjs"
     script.write_text(plain.replace(" as VectorFile", "") + text)
-    assert counted(["node", script]) == COUNTED
+    return [need("node"), script]
+
+
+@pytest.mark.parametrize("name", ["count.cpp", "count.rs", "count.mjs"])
+def test_a_loader_reads_every_byte(name, languages):
+    assert counted(counter(name, languages)) == COUNTED
+
+
+@pytest.mark.parametrize("data", ["0", "zz", "+f", "00é", "0x", "00 "])
+@pytest.mark.parametrize("name", ["count.cpp", "count.rs", "count.mjs"])
+def test_a_loader_refuses_what_is_no_hexadecimal_text(name, data, languages, tmp_path):
+    program = counter(name, languages)
+    file = json.loads((V1 / "prompt_forward.json").read_text())
+    tensor = file["testGroups"][0]["tests"][0]["inputs"]["X"]
+    path = tmp_path / "damaged.json"
+    path.write_text(json.dumps(file))
+    subprocess.run([*program, path], check=True, capture_output=True)
+    tensor["data"] = data
+    path.write_text(json.dumps(file, ensure_ascii=False), encoding="utf-8")
+    done = subprocess.run([*program, path], capture_output=True, text=True, check=False)
+    assert done.returncode
+    assert "data is no hexadecimal text" in done.stderr
 
 
 EXAMPLES = ["lora_merge.cpp", "lora_merge.rs", "lora_merge.mjs"]

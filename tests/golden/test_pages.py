@@ -92,15 +92,22 @@ def test_the_workflow_of_the_page_runs_the_action(tmp_path):
     assert set(step["with"]) <= set(action["inputs"])
     done = act(folder, action, step["with"])
     assert done.returncode == 0, done.stdout + done.stderr
-    summary = (folder / "summary").read_text()
+    summary = summary_of(folder)
     assert re.search(r"[1-9]\d+ passed, 0 failed, [1-9]\d* failed as known", summary)
     reports = {path.name for path in (folder / "minipeft-report").iterdir()}
     assert reports == {"report.json", "report.xml", "report.txt", "badge.json"}
     failing = act(folder, action, {**step["with"], "known-failures": ""})
     assert failing.returncode == 1
-    odd = {"implementation": "golden; touch harm", "profile": "$(touch harm)"}
-    assert act(folder, action, odd).returncode == 2
+    for odd in ({"implementation": "golden; touch harm"}, {"profile": "$(touch harm)"}):
+        assert act(folder, action, {**step["with"], **odd}).returncode == 2
     assert not (folder / "harm").exists()
+    assert "minipeft: there is no profile '$(touch harm)'" in summary_of(folder)
+    star = act(folder, action, {"implementation": "golden", "only": "*"})
+    assert "there are no vectors for *; choose" in star.stderr
+
+
+def summary_of(folder):
+    return (folder / "summary").read_text()
 
 
 def act(folder, action, given):

@@ -118,10 +118,13 @@ inline VectorFile load(const std::string &text) {
 
 // The bytes of a tensor, in C order, little-endian.
 inline std::vector<unsigned char> bytes(const Tensor &tensor) {
-    std::vector<unsigned char> found;
-    for (std::size_t i = 0; i + 1 < tensor.data.size(); i += 2) {
-        auto byte = std::stoul(tensor.data.substr(i, 2), nullptr, 16);
-        found.push_back(static_cast<unsigned char>(byte));
+    const std::string digits = "0123456789abcdef";
+    std::vector<unsigned char> found(tensor.data.size() / 2);
+    for (std::size_t i = 0; i < tensor.data.size(); i++) {
+        auto digit = digits.find(tensor.data[i]);
+        if (digit == std::string::npos || tensor.data.size() % 2)
+            throw std::runtime_error("data is no hexadecimal text");
+        found[i / 2] = static_cast<unsigned char>(found[i / 2] << 4 | digit);
     }
     return found;
 }
@@ -166,10 +169,12 @@ pub fn load(text: &str) -> Result<VectorFile> {
 
 /// The bytes of a tensor, in C order, little-endian.
 pub fn bytes(tensor: &Tensor) -> Result<Vec<u8>> {
-    let wrong = |_| String::from("data is no hexadecimal text");
-    (0..tensor.data.len() / 2)
-        .map(|i| u8::from_str_radix(&tensor.data[2 * i..2 * i + 2], 16).map_err(wrong))
-        .collect()
+    let digit = |c: &u8| char::from(*c).to_digit(16);
+    let byte = |pair: &[u8]| {
+        Some((digit(pair.first()?)? << 4 | digit(pair.get(1)?)?) as u8)
+    };
+    let found: Option<_> = tensor.data.as_bytes().chunks(2).map(byte).collect();
+    found.ok_or_else(|| "data is no hexadecimal text".into())
 }
 """
 
@@ -201,6 +206,8 @@ export function load(text: string): VectorFile {
 
 /** The bytes of a tensor, in C order, little-endian. */
 export function bytes(tensor: Tensor): Uint8Array {
+  if (tensor.data.length % 2 || /[^0-9a-f]/.test(tensor.data))
+    throw new Error("data is no hexadecimal text");
   const pairs = tensor.data.match(/../g) ?? [];
   return Uint8Array.from(pairs, (pair) => parseInt(pair, 16));
 }
