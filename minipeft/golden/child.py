@@ -11,6 +11,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from pathlib import Path
 from time import monotonic
 from typing import IO
 
@@ -51,12 +52,18 @@ class Relay:
 class Child:
     """One process and its pipes."""
 
-    def __init__(self, command: Sequence[str], relay: Relay | None = None) -> None:
+    def __init__(
+        self,
+        command: Sequence[str],
+        relay: Relay | None = None,
+        folder: Path | None = None,
+    ) -> None:
         """Start it; messages quote the last line of its stderr.
 
         Args:
             command: the program and its arguments.
             relay: shows its stderr; None: nothing is shown.
+            folder: where it runs; None: here.
 
         Raises:
             OSError: if it cannot be started.
@@ -69,6 +76,7 @@ class Child:
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             bufsize=0,
+            cwd=folder,
             start_new_session=True,
         )
         self._output = bytearray()  # output of stdout that was not returned yet

@@ -75,11 +75,13 @@ class Persistent:
         command: Sequence[str],
         timeout: float,
         relay: Relay | None = None,
+        folder: Path | None = None,
     ) -> None:
         self.name = name
         self._command = command
         self._timeout = timeout
         self._relay = relay
+        self._folder = folder
         self._asked = 0
         self._failed_starts = 0
         self._offers: frozenset[str] | None = None  # None: not known
@@ -117,7 +119,7 @@ class Persistent:
         self._failed_starts = 0
 
     def _start(self) -> Child:
-        child = Child(self._command, self._relay)
+        child = Child(self._command, self._relay, self._folder)
         try:
             hello = {
                 "command": "start",
@@ -152,12 +154,12 @@ def check_timeout(seconds: float | None, option: str) -> None:
         )
 
 
-def program(command: str, timeout: float) -> Persistent:
-    """Start a program that speaks JSON lines."""
-    return Persistent(command, split(command), timeout)
+def program(command: str, timeout: float, folder: Path | None = None) -> Persistent:
+    """Start a program that speaks JSON lines, in a folder or here."""
+    return Persistent(command, split(command), timeout, folder=folder)
 
 
-def worker(name: str, timeout: float) -> Persistent:
+def worker(name: str, timeout: float, folder: Path | None = None) -> Persistent:
     """Start another interpreter for Python functions, which may crash it.
 
     Compiled code may access memory past the end of an array and crash. In its own
@@ -165,7 +167,8 @@ def worker(name: str, timeout: float) -> Persistent:
     """
     code = _WORKER.format(root=str(Path(__file__).parents[2]), name=name)
     relay = None if name in PEERS else Relay(name)
-    return Persistent(name, [sys.executable, "-P", "-c", code], timeout, relay)
+    command = [sys.executable, "-P", "-c", code]
+    return Persistent(name, command, timeout, relay, folder)
 
 
 def split(command: str) -> list[str]:

@@ -70,10 +70,13 @@ class Subject:
         profile = _option(config, "minipeft-profile")
         self._rule = profiles.load(profile) if profile else None
         listed = _option(config, "minipeft-known-failures")
-        typed = config.getoption("--minipeft-known-failures")
+        typed = _typed(config, "minipeft-known-failures")
         path = (config.invocation_params.dir if typed else config.rootpath) / listed
         self.known = known.read(path, load_all()) if listed else frozenset()
         self._name, self._program = _either(config)
+        typed = _typed(config, "minipeft") or _typed(config, "minipeft-exec")
+        # A setting means the same wherever pytest starts.
+        self._folder = None if typed else config.rootpath
         self._timeout = _seconds(config, bool(self._program))
         if self._name and self._program:
             raise InputError("give --minipeft or --minipeft-exec, not both.")
@@ -107,8 +110,8 @@ class Subject:
 
     def _start(self) -> Implementation:
         if self._program:
-            return processes.program(self._program, self._timeout)
-        return implementation(self._name, self._timeout)
+            return processes.program(self._program, self._timeout, self._folder)
+        return implementation(self._name, self._timeout, self._folder)
 
 
 class Golden(pytest.Item):
@@ -154,7 +157,7 @@ def pytest_configure(config: pytest.Config) -> None:
 def _either(config: pytest.Config) -> tuple[str, str]:
     """Return the module and the program; the command line goes before the settings."""
     names = ("minipeft", "minipeft-exec")
-    typed = [str(config.getoption(f"--{name}") or "") for name in names]
+    typed = [_typed(config, name) for name in names]
     module, program = typed if any(typed) else [_option(config, n) for n in names]
     return module, program
 
@@ -170,6 +173,10 @@ def _seconds(config: pytest.Config, program: bool) -> float:
     return seconds
 
 
+def _typed(config: pytest.Config, name: str) -> str:
+    return str(config.getoption(f"--{name}") or "")
+
+
 def _option(config: pytest.Config, name: str) -> str:
-    given = config.getoption(f"--{name}")
-    return str(given or config.getini(name.replace("-", "_")) or "")
+    setting = config.getini(name.replace("-", "_"))
+    return _typed(config, name) or str(setting or "")

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 from minipeft.golden.compare import difference
 from minipeft.golden.errors import (
@@ -14,7 +15,7 @@ from minipeft.golden.errors import (
     printable,
 )
 from minipeft.golden.implementations import COLUMNS, Implementation, functions
-from minipeft.golden.processes import worker
+from minipeft.golden.processes import MODULE_TIMEOUT, worker
 from minipeft.golden.vectors import Case, Note, Tensors, VectorFile, Way
 
 __all__ = ["Outcome", "implementation", "is_exact", "judge", "unasked", "verify"]
@@ -45,14 +46,21 @@ class Outcome:
 Judge = Callable[..., Outcome]
 
 
-def implementation(name: str, timeout: float = 120.0) -> Implementation:
+def implementation(
+    name: str, timeout: float = MODULE_TIMEOUT, folder: Path | None = None
+) -> Implementation:
     """Find an implementation by name; compiled code gets a process of its own.
+
+    Args:
+        name: of a column, of a peer, or of a module.
+        timeout: seconds that a case may take.
+        folder: where a module is looked for first; None: here.
 
     Raises:
         InputError: if there is no such module.
         Unavailable: if a package or a device that it needs is missing.
     """
-    return functions(name) if name in COLUMNS else worker(name, timeout)
+    return functions(name) if name in COLUMNS else worker(name, timeout, folder)
 
 
 def verify(

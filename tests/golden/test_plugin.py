@@ -131,6 +131,25 @@ def test_a_program_and_a_profile(project):
     assert "profile bnb-cuda has" in done.stdout
 
 
+def test_settings_mean_the_same_in_every_folder(project):
+    (project / "known.txt").write_text("nf4_quantize:26\n")
+    with (project / "pytest.ini").open("a") as settings:
+        settings.write("minipeft_known_failures = known.txt\n")
+    (project / "tests").mkdir()
+    done, counts = pytest_in(project / "tests")
+    assert counts["passed"] == NF4 - 1, done.stdout
+    (project / "program").write_text(
+        f"#!{sys.executable}\nimport sys\n"
+        "from minipeft.golden.worker import main\nmain('mine')\n"
+    )
+    (project / "program").chmod(0o755)
+    (project / "pytest.ini").write_text(
+        "[pytest]\nminipeft_exec = ./program\nminipeft_only = nf4_quantize\n"
+    )
+    done, counts = pytest_in(project / "tests")
+    assert counts["passed"] == NF4, done.stdout
+
+
 def test_the_command_line_goes_before_the_settings(project):
     inside = project / "inside"
     inside.mkdir()

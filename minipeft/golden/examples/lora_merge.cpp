@@ -40,7 +40,8 @@ static std::string lora_merge(std::map<std::string, Tensor> in, const Json &para
     for (const auto &[name, tensor] : in)
         if (tensor.dtype != "float32") return "\"unsupported\": \"" + tensor.dtype + "\"";
     auto W = floats(in["W"]), A = floats(in["A"]), B = floats(in["B"]);
-    auto out = in["W"].shape[0], width = in["W"].shape[1], r = in["A"].shape[0];
+    auto &w = in.at("W").shape, &a = in.at("A").shape;
+    auto out = w.at(0), width = w.at(1), r = a.at(0);
     using Shape = std::vector<std::int64_t>;
     if (in["A"].shape != Shape{r, width} || in["B"].shape != Shape{out, r})
         throw Refused("A or B does not fit");
