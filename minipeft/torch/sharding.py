@@ -17,12 +17,13 @@ from contextlib import contextmanager
 from inspect import signature
 from pathlib import Path
 from typing import Any, TypeVar
+from uuid import uuid4
 
 import torch
 from torch import Tensor, distributed, nn
 from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.filesystem import FileSystemReader
+from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_model_state_dict,
@@ -167,14 +168,39 @@ def replicate(model: nn.Module) -> DistributedDataParallel:
     return DistributedDataParallel(model, **never)
 
 
+class _Beside(FileSystemWriter):
+    """Leaves the parts of the checkpoint before in place until all new ones are there.
+
+    torch gives them the same names, so that an interrupted save would mix two steps.
+    """
+
+    def prepare_global_plan(self, plans: list[Any]) -> list[Any]:
+        found = super().prepare_global_plan(plans)
+        mark = uuid4().hex
+        for plan in found:
+            plan.storage_data.prefix = f"__{mark}{plan.storage_data.prefix}"
+        return found
+
+    def finish(self, metadata: Any, results: Any) -> None:
+        super().finish(metadata, results)
+        written = {place.relative_path for place in metadata.storage_data.values()}
+        for part in Path(self.path).glob("__*.distcp"):
+            if part.name not in written:
+                part.unlink()
+
+
 def save(folder: Path, model: nn.Module, optimizer: Optimizer, step: int) -> None:
-    """Save what is trained and its optimizer; each process writes its own part."""
+    """Save what is trained and its optimizer; each process writes its own part.
+
+    In a folder that holds a checkpoint it takes that one's place once all parts are
+    written; an interrupted call leaves the one before.
+    """
     new = not optimizer.state
     state = _state(model, optimizer, step)
     if new:  # torch took a step of zeros to learn what the state holds
         optimizer.state.clear()
-    with _one_process_is_fine():
-        state_dict_saver.save(state, checkpoint_id=folder)
+    with _without_warnings():
+        state_dict_saver.save(state, storage_writer=_Beside(folder))
 
 
 def resume(folder: Path, model: nn.Module, optimizer: Optimizer) -> int:
@@ -208,7 +234,7 @@ def _load(folder: Path, state: dict[str, Any]) -> None:
             f"{len(others) - 1} more); resume with the configuration that wrote it."
         )
     try:
-        with _one_process_is_fine():
+        with _without_warnings():
             state_dict_loader.load(state, checkpoint_id=folder)
     except CheckpointException as error:
         reason, _ = next(iter(error.failures.values()))
@@ -231,9 +257,10 @@ def _only_trained(model: nn.Module, state: dict[str, Any]) -> dict[str, Any]:
 
 
 @contextmanager
-def _one_process_is_fine() -> Iterator[None]:
+def _without_warnings() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "torch.distributed is disabled")
+        warnings.filterwarnings("ignore", "Detected an existing checkpoint")
         yield
 
 

@@ -2,10 +2,13 @@
 
 import subprocess
 import sys
+import warnings
 
 import pytest
 import torch
 from torch import nn
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.filesystem import FileSystemWriter
 
 from minipeft.errors import InputError
 from minipeft.torch.inject import inject, trainable_parameters
@@ -204,3 +207,35 @@ def test_a_checkpoint_before_the_first_step_changes_no_training(refused, tmp_pat
         results.append([p.detach().clone() for p in trainable_parameters(model)])
     for own, other in zip(*results, strict=True):
         assert torch.equal(own, other)
+
+
+def test_a_save_that_is_cut_off_leaves_the_checkpoint_before(tmp_path, monkeypatch):
+    """The parts are written, and the list of them is not: as if a process had died."""
+    model, optimizer = trained("32")
+    first = [p.detach().clone() for p in trainable_parameters(model)]
+    save(tmp_path, model, optimizer, program.STEPS)
+
+    def died(*_, **__):
+        raise OSError("cut off")
+
+    program.train(model, optimizer, range(2), EVERY)
+    with monkeypatch.context() as patched:
+        patched.setattr(FileSystemWriter, "finish", died)
+        with pytest.raises(CheckpointException, match="cut off"):
+            save(tmp_path, model, optimizer, program.STEPS + 2)
+    assert resume(tmp_path, model, optimizer) == program.STEPS
+    for p, before in zip(trainable_parameters(model), first, strict=True):
+        assert torch.equal(p, before)
+
+
+def test_a_second_save_takes_the_place_of_the_first(tmp_path):
+    model, optimizer = trained("32")
+    (tmp_path / "notes.txt").write_text("mine")
+    save(tmp_path, model, optimizer, 1)
+    files = len([*tmp_path.iterdir()])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        save(tmp_path, model, optimizer, 2)
+    assert len([*tmp_path.iterdir()]) == files
+    assert (tmp_path / "notes.txt").read_text() == "mine"
+    assert resume(tmp_path, model, optimizer) == 2
