@@ -177,7 +177,7 @@ chapter.quantity(label, before, "nats per token")
 
 scratch = Path(tempfile.mkdtemp())
 atexit.register(shutil.rmtree, scratch, ignore_errors=True)
-kept = chapter.kept() or train.Checkpoint(scratch / "run.safetensors")
+kept = chapter.kept() or train.Checkpoint(scratch / "run.safetensors", passing=True)
 kept = replace(kept, every=max(1, chapter.steps // 10))
 half = kept.every * (chapter.steps // kept.every // 2)
 halfway = scratch / "halfway.safetensors"
@@ -239,7 +239,7 @@ def second():
 
 if SMALL and halfway.exists():
     resumed = second()
-    point = train.Checkpoint(halfway, every=chapter.steps, resume=True)
+    point = train.Checkpoint(halfway, chapter.steps, resume=True, passing=True)
     rest = train.train(resumed, batches, settings, held_out, point)
     pairs = zip(trainable_parameters(resumed), trainable_parameters(model), strict=True)
     assert all(torch.equal(one, other) for one, other in pairs)

@@ -26,7 +26,7 @@ from minipeft.errors import InputError
 from minipeft.lab import held_out, plots, task
 from minipeft.lab.checkpoint import check_unused
 from minipeft.lab.claims import Claims
-from minipeft.lab.files import claim, write_atomic
+from minipeft.lab.files import check_folder, claim, write_atomic
 from minipeft.lab.models import (
     WHEELS,
     LoadedModel,
@@ -284,6 +284,9 @@ def _check(options: argparse.Namespace) -> None:
         if value is not None and value < 1:
             option = number.replace("_", "-")
             raise InputError(f"--{option} is {value}; give at least 1")
+    check_folder(options.out, "--out")
+    if options.checkpoint:
+        check_folder(options.checkpoint, "--checkpoint")
     if options.resume and not options.checkpoint:
         raise InputError("--resume needs --checkpoint FOLDER, where the runs were kept")
     if options.checkpoint and not options.resume:

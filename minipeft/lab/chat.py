@@ -12,7 +12,8 @@ import jinja2
 from minipeft.errors import InputError
 from minipeft.values import checked
 
-Messages = Sequence[Mapping[str, str]]
+Messages = Sequence[Mapping[str, Any]]
+"""Each with a role and a content, both text; a template may read more."""
 
 
 @checked

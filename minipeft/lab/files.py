@@ -53,6 +53,25 @@ def write_atomic(path: Path, data: bytes) -> None:
                 os.unlink(temporary)
 
 
+def check_folder(path: Path, option: str) -> None:
+    """Refuse a place where a folder cannot be, before a run that would write to it.
+
+    Args:
+        path: of a folder, which need not be there.
+        option: that named it.
+
+    Raises:
+        InputError: a file stands in the way, or the folder cannot be written.
+    """
+    there = next(p for p in (path, *path.absolute().parents) if os.path.exists(p))
+    if not there.is_dir():
+        raise InputError(f"{option} is {path}, and {there} is a file; choose another")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise InputError(
+            f"{option} is {path}, and {there} cannot be written; choose another"
+        )
+
+
 def read_record(path: Path, kinds: dict[str, type]) -> dict[str, Any] | None:
     """Return what a run wrote beside its checkpoints; None: nothing is there.
 

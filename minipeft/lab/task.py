@@ -118,7 +118,8 @@ def from_file(path: Path) -> Task:
             than `FEWEST` examples, or all have the same prompt.
     """
     try:
-        lines = path.read_text("utf-8").splitlines()
+        # Not splitlines: it cuts at characters that may stand in a JSON string.
+        lines = path.read_text("utf-8-sig").split("\n")
     except FileNotFoundError:
         raise InputError(f"there is no file {path}; check the path") from None
     except (OSError, UnicodeDecodeError) as error:
@@ -166,10 +167,7 @@ def _digest(line: str, first: Pair) -> bytes:
 
 def _examples(line: str, where: str) -> Iterator[tuple[Pair, chat.Messages | None]]:
     """Yield the pairs of a line, each with the conversation that it stands for."""
-    try:
-        entry = json.loads(line)
-    except ValueError as error:
-        raise InputError(f"{where} is not JSON ({error})") from None
+    entry = _entry(line, where)
     found = _messages(entry.get("messages")) if isinstance(entry, dict) else None
     if found:
         for messages in chat.answers(found):
@@ -182,6 +180,22 @@ def _examples(line: str, where: str) -> Iterator[tuple[Pair, chat.Messages | Non
         raise InputError(f"{where} is none of {FORMS}")
     _check_answer(fields, where)
     yield fields, _asked(*fields) if "definition" in entry else None
+
+
+def _entry(line: str, where: str) -> Any:
+    try:
+        entry = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{where} is not JSON ({error})") from None
+    try:
+        json.dumps(entry, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        half = error.object[error.start]
+        raise InputError(
+            f"{where} holds {half!r}, which is half of a character; write the whole "
+            "character, or leave it out"
+        ) from None
+    return entry
 
 
 def _check_answer(pair: Pair, where: str) -> None:

@@ -144,17 +144,20 @@ def _are_decays(betas: object) -> bool:
 class Checkpoint:
     """The file for the last good state of a run, and the steps between two writes.
 
-    A run that resumes starts from the file; any other refuses one that is there.
+    A run that resumes starts from the file; any other refuses one that is there. A
+    passing one does not outlive the program, so no message offers to go on from it.
     """
 
     path: Path
     every: int = 100
     resume: bool = False
+    passing: bool = False
 
     def __post_init__(self) -> None:
         check_kind("path", self.path, str, os.PathLike)
         check_integer("every", self.every, 1)
         check_flag("resume", self.resume)
+        check_flag("passing", self.passing)
 
 
 @dataclass(frozen=True)
@@ -446,13 +449,13 @@ class _Run:
         """Save the state, and return the message about it."""
         self.keep()
         done = f"stopped after step {self.step} of {self.config.steps}"
-        where = (
-            "no checkpoint was asked for"
-            if self.checkpoint is None
-            else f"continue from {self.checkpoint.path}"
-        )
+        where, kept = "no checkpoint was asked for", self.checkpoint is not None
+        if self.checkpoint is not None:
+            where = f"continue from {self.checkpoint.path}"
+            if self.checkpoint.passing:
+                where, kept = "the state of this run is not kept", False
         interrupted = Interrupted(f"{done}; {where}")
-        interrupted.signal, interrupted.kept = number, self.checkpoint is not None
+        interrupted.signal, interrupted.kept = number, kept
         return interrupted
 
 

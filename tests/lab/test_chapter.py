@@ -1,5 +1,6 @@
 import errno
 import json
+import os
 import re
 import subprocess
 import sys
@@ -118,6 +119,23 @@ def test_bad_options_are_one_sentence(line, sentence):
     with pytest.raises(InputError, match=sentence) as caught:
         start("01_lora", steps=30, arguments=line)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("option", ["--out", "--checkpoint"])
+@pytest.mark.parametrize("below", ["", "/run"])
+def test_a_folder_that_cannot_be_is_refused_before_the_run(option, below, tmp_path):
+    (tmp_path / "file").write_text("")
+    place = f"{tmp_path}/file{below}"
+    sentence = f"^{option} is {place}, and {tmp_path}/file is a file; choose another$"
+    with pytest.raises(InputError, match=sentence):
+        start("01_lora", steps=30, arguments=[option, place])
+
+
+def test_a_folder_that_cannot_be_written_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "access", lambda *_: False)  # root may write anywhere
+    sentence = f"^--out is {tmp_path}/new, and {tmp_path} cannot be written; choose"
+    with pytest.raises(InputError, match=sentence):
+        start("01_lora", steps=30, arguments=["--out", f"{tmp_path}/new"])
 
 
 def test_a_chapter_s_process_ends_with_one_line_and_code_2():

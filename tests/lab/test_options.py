@@ -323,6 +323,11 @@ def test_a_file_s_lines_become_pairs(tmp_path):
         ('{"text": "alone"}', "line 41 of .* has an empty answer"),
         ('{"messages": [{"role": "user", "content": "x"}]}', "is none of"),
         ('{"messages": [3, 4]}', "is none of"),
+        ("[" * 100_000, "line 41 of .* is not JSON .maximum recursion"),
+        (
+            r'{"text": "a \ud800"}',
+            r"line 41 of .* holds '\\ud800', which is half of a character; write",
+        ),
     ],
 )
 def test_a_bad_line_is_one_sentence(tmp_path, line, sentence):
@@ -331,6 +336,31 @@ def test_a_bad_line_is_one_sentence(tmp_path, line, sentence):
     with pytest.raises(InputError, match=sentence) as caught:
         task.from_file(path)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("sign", ["\u2028", "\u0085", "\x7f", "\u2029"])
+def test_a_sign_that_python_ends_a_line_at_may_stand_in_an_answer(tmp_path, sign):
+    path = tmp_path / "mine.jsonl"
+    lines = [{"prompt": f"{i}", "completion": f"a{sign}b"} for i in range(40)]
+    text = "".join(json.dumps(line, ensure_ascii=False) + "\r\n" for line in lines)
+    path.write_bytes(b"\xef\xbb\xbf" + text.encode())  # as editors on Windows write
+    found = task.from_file(path)
+    assert len(found.train) + len(found.validation) == 40
+    assert {answer for _, answer in found.train} == {f"a{sign}b"}
+
+
+def test_a_message_may_hold_more_than_text(tmp_path):
+    """As files with calls of tools have it."""
+    call = {"role": "assistant", "content": "I look.", "tool_calls": [{"id": "1"}]}
+    tool = {"role": "tool", "content": "rain", "name": None}
+    last = {"role": "assistant", "content": "Rain."}
+    talks = [
+        {"messages": [{"role": "user", "content": f"{i}?"}, call, tool, last]}
+        for i in range(40)
+    ]
+    found = task.from_file(written(tmp_path / "mine.jsonl", talks))
+    assert len(found.train) + len(found.validation) == 80
+    assert found.train[1][0].endswith("assistant: I look.\ntool: rain\nassistant:")
 
 
 def test_texts_that_begin_alike_are_split_and_a_prompt_is_not(tmp_path):

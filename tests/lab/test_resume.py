@@ -151,6 +151,19 @@ def test_ctrl_c_keeps_the_last_complete_step(tmp_path):
     assert list(tmp_path.iterdir()) == [path]
 
 
+def test_a_passing_checkpoint_is_not_offered_to_go_on_from(toy, tmp_path):
+    def batches(index):
+        if index == 2:
+            signal.raise_signal(signal.SIGINT)
+        return BATCHES(index)
+
+    passing = Checkpoint(tmp_path / "run.safetensors", passing=True)
+    sentence = "^stopped after step 3 of 9; the state of this run is not kept$"
+    with pytest.raises(Interrupted, match=sentence) as caught:
+        train(toy, batches, settings(toy, steps=9), (), passing)
+    assert caught.value.kept is False
+
+
 def test_a_run_that_goes_on_with_another_batch_size_says_so(toy, tmp_path):
     path = tmp_path / "run.safetensors"
     train(toy, BATCHES, settings(toy, steps=2), (), Checkpoint(path))
