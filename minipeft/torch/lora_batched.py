@@ -41,7 +41,7 @@ from minipeft.torch.linear import (
 )
 from minipeft.torch.lora import LoRA, LoRALinear
 from minipeft.torch.miss import MiSS, MiSSLinear
-from minipeft.torch.operands import check_indices, check_tensors
+from minipeft.torch.operands import check_indices, check_served, check_tensors
 from minipeft.torch.targets import layers as layers_of
 from minipeft.torch.targets import replace
 from minipeft.torch.vera import VeRA, VeRALinear
@@ -297,8 +297,8 @@ class Pool:
         budget: bytes of adapters on the device; None: as many as there are.
 
     Raises:
-        InputError: if a target matches nothing, or a layer that cannot be adapted; if
-            the budget is no positive number.
+        InputError: if a target matches nothing, or a layer that cannot be adapted or
+            is offloaded; if the budget is no positive number.
     """
 
     def __init__(
@@ -310,6 +310,7 @@ class Pool:
         if budget is not None:
             check_integer("budget", budget, 1)
         found = layers_of(model, targets)
+        check_served(model, found)
         for name, layer in found.items():
             with naming(name):
                 view = weight_view(layer)
@@ -388,7 +389,7 @@ class Pool:
             InputError: if there is no request, or others are served; for an unknown
                 name, a share that is not finite, adapters of two methods in a request;
                 if those of the batch are more than the budget; if the model was
-                unloaded. Nothing changes then.
+                unloaded or offloaded. Nothing changes then.
         """
         if self.requests:
             raise InputError(
@@ -560,6 +561,7 @@ class Pool:
         return copied(adapter, move, placed)
 
     def _check_held(self) -> None:
+        check_served(self.model, self.layers)
         held = {id(module) for module in self.model.modules()}
         if any(id(layer) not in held for layer in self.layers.values()):
             raise InputError(

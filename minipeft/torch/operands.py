@@ -150,6 +150,25 @@ def check_trains_in_memory(model: nn.Module, trained: Mapping[str, Tensor]) -> N
             )
 
 
+def check_served(model: nn.Module, layers: Mapping[str, nn.Module]) -> None:
+    """Refuse to place adapters beside layers that accelerate has offloaded.
+
+    Args:
+        model: which may have accelerate's hooks anywhere.
+        layers: that serve, by name.
+
+    Raises:
+        InputError: names the first layer whose tensors come in for a call alone.
+    """
+    for name, layer in layers.items() if _offloads(model) else ():
+        if any(held.is_meta for held in (*layer.parameters(), *layer.buffers())):
+            raise InputError(
+                f"{name} is offloaded: its tensors come in for a call alone, so the "
+                "adapters of a batch have no device to lie on; bring the model back "
+                "first (accelerate: remove_hook_from_submodules)."
+            )
+
+
 def check_has_values(tensors: Mapping[str, Tensor]) -> None:
     """Refuse to hand out placeholders in the place of tensors, such as for a file.
 

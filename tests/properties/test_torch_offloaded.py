@@ -21,6 +21,8 @@ from minipeft.torch.inject import (
     load_adapter_state_dict,
     trainable_parameters,
 )
+from minipeft.torch.lora import LoRA
+from minipeft.torch.lora_batched import Pool
 from minipeft.torch.prefix import PrefixConfig, PrefixModel
 from minipeft.torch.prompt import PromptConfig, PromptModel
 from minipeft.torch.qlora import quantize_linears
@@ -63,6 +65,30 @@ def test_another_adapter_and_one_beside_need_memory_too():
     with pytest.raises(InputError, match=r"^0 is offloaded"):
         place_beside(model, BottleneckConfig(3), ["0"], 6)
     assert type(model[0]) is nn.Linear
+
+
+@pytest.mark.parametrize("bits", [4, 32])
+def test_a_pool_serves_no_layer_that_is_offloaded(bits):
+    accelerate = pytest.importorskip("accelerate", reason="needs accelerate")
+    x = torch.linspace(-1, 1, 18).reshape(3, 6)
+    model = nn.Sequential(nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 6))
+    model = quantize_linears(model) if bits == 4 else model
+    expected, requests = model(x).detach(), ["a", None, "a"]
+    sentence = r"^0 is offloaded: its tensors come in for .* bring the model back first"
+    accelerate.cpu_offload(model, "cpu", offload_buffers=True)
+    with pytest.raises(InputError, match=sentence):
+        Pool(model)
+    accelerate.hooks.remove_hook_from_submodules(model)
+    pool = Pool(model)
+    pool.add("a", {"0": LoRA(torch.ones(2, 6), torch.ones(6, 2), 1.0)})
+    accelerate.cpu_offload(model, "cpu", offload_buffers=True)
+    with pytest.raises(InputError, match=sentence):
+        pool.serve(requests).__enter__()
+    assert not pool.requests
+    assert torch.equal(model(x), expected)
+    accelerate.hooks.remove_hook_from_submodules(model)
+    with pool.serve(requests):
+        assert torch.equal(model(x)[1], expected[1])
 
 
 @pytest.mark.parametrize("config", [PromptConfig(3), PrefixConfig(3)])
