@@ -151,8 +151,16 @@ def _filled(model: nn.Module) -> list[nn.Parameter]:
     return [p for p in trainable(model).values() if p.numel() and not p.is_meta]
 
 
-def _grown(model: nn.Module, start: Start) -> str:
-    """Say how the trained weights grew, if that is beyond what training does."""
+def grown(model: nn.Module, start: Start) -> str:
+    """Say how the trained weights grew, if that is beyond what training does.
+
+    Args:
+        model: as it is now.
+        start: of the run.
+
+    Returns:
+        the sizes then and now with the remedy, or nothing.
+    """
     largest = _largest(model)
     if not largest > GROWTH * max(start.largest, 1.0):
         return ""
@@ -187,8 +195,8 @@ def bad_loss(model: nn.Module, value: float, step: int, start: Start) -> str:
             "finite; use a dtype with a wider range, or look for a division by zero in "
             "the model"
         )
-    if grown := _grown(model, start):
-        return f"the loss became {value}: {grown}"
+    if how := grown(model, start):
+        return f"the loss became {value}: {how}"
     return (
         f"the loss became {value} from finite weights; lower the learning rate (it is "
         f"{start.lr:g}), or use a dtype with a wider range"
@@ -199,7 +207,7 @@ def bad_gradient(model: nn.Module, norm: float, start: Start) -> str:
     """Name the gradient that is not finite, and the cause."""
     for name, parameter in trainable(model).items():
         if parameter.grad is not None and not bool(parameter.grad.isfinite().all()):
-            cause = _grown(model, start) or (
+            cause = grown(model, start) or (
                 "look for a division by zero or a root of zero in the model"
             )
             return f"the gradient of {name} is not finite though the loss is; {cause}"

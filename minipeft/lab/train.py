@@ -38,6 +38,7 @@ from minipeft.lab.diagnosis import (
     check_reached,
     check_trains,
     checked_labels,
+    grown,
     no_gradient,
     predicted,
     start_of,
@@ -217,6 +218,10 @@ class Interrupted(KeyboardInterrupt):
 ANEW = "go on from it with resume=True, choose another path, or remove the file"
 
 
+class GrowthWarning(UserWarning):
+    """Trained weights grew beyond what training does, and the loss is finite."""
+
+
 class ResumeWarning(UserWarning):
     """A run continues with other settings than at its start."""
 
@@ -297,7 +302,7 @@ class _Run:
         self.step, self.losses, self.fresh = start.step, list(start.losses), 0
         self.validation, self.seconds = list(start.validation), start.seconds
         self.peak: StepMemory | None = None
-        self.start = start_of(model, self.step, config.lr)
+        self.start, self.warned = start_of(model, self.step, config.lr), False
 
     def advance(self, shown: Bar) -> None:
         """Take one step, then validate and save if it is time."""
@@ -310,6 +315,7 @@ class _Run:
         every = self.config.validate_every
         if self.step == self.config.steps or (every and self.step % every == 0):
             self.validate(shown)
+            self.note_growth()
         self.seconds += time.perf_counter() - began
         shown.advance(value)
         if self.checkpoint and self.step % self.checkpoint.every == 0:
@@ -435,6 +441,12 @@ class _Run:
             value = loss(self.model, self.validation_batches)
             self.validation.append((self.step, value))
             shown.validation = value
+
+    def note_growth(self) -> None:
+        """Warn once if the weights grew beyond what training does."""
+        if not self.warned and (how := grown(self.model, self.start)):
+            self.warned = True
+            warnings.warn(f"by step {self.step} {how}", GrowthWarning, stacklevel=2)
 
     def keep(self) -> None:
         """Save the state if the run has a checkpoint."""

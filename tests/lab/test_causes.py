@@ -1,12 +1,14 @@
 """A run that cannot train is stopped with its true cause."""
 
 import re
+import warnings
 
 import pytest
 import torch
 
 from minipeft.errors import InputError
-from minipeft.lab.train import TrainConfig, train
+from minipeft.lab.train import GrowthWarning, TrainConfig, train
+from minipeft.torch.ia3 import IA3Config
 from minipeft.torch.inject import activate, adapted, adapters_of, add, inject
 from minipeft.torch.lora import LoRAConfig
 from tests.lab.architectures import build
@@ -146,3 +148,21 @@ def test_a_trained_weight_that_starts_as_nan_is_named(toy):
         InputError, match=r"norm\.weight is not finite; it was so before"
     ):
         train(toy, BATCHES, settings(toy))
+
+
+@pytest.mark.parametrize(("lr", "said"), [(1e4, 1), (1e-2, 0)])
+def test_weights_that_grow_beyond_sense_are_told_once_though_the_loss_is_finite(
+    toy, lr, said
+):
+    """The norms of a Llama keep the loss finite at rates that are far too large."""
+    inject(toy, IA3Config(("down_proj",)), ["k_proj", "v_proj", "down_proj"])
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        train(toy, BATCHES, TrainConfig(6, lr, validate_every=2), ())
+    found = [w for w in caught if issubclass(w.category, GrowthWarning)]
+    sentence = (
+        r"^by step 2 the largest trained weight went from 1 to [\d.e+]+; lower the "
+        r"learning rate \(it is 10000\)$"
+    )
+    assert len(found) == said
+    assert all(re.match(sentence, str(w.message)) for w in found)
