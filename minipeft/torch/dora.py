@@ -235,10 +235,16 @@ class _Rescale(torch.autograd.Function):
         except RuntimeError as error:
             if "inplace" not in str(error):
                 raise
+            if "output 0 of" in str(error):  # else it is an input: all are the layer's
+                raise InputError(
+                    "the model changes the output of a DoRA layer in place (y += ...), "
+                    "and its gradient needs that output; leave such layers out of the "
+                    "targets (in Falcon dense_4h_to_h)."
+                ) from None
             raise InputError(
-                "the model changes the output of a DoRA layer in place (y += ...), and "
-                "its gradient needs that output; leave such layers out of the targets "
-                "(in Falcon dense_4h_to_h)."
+                "the magnitude or the bias of a DoRA layer was changed between forward "
+                "and backward, and the gradient needs what forward used; take the "
+                "optimizer's step, or load weights, after backward."
             ) from None
         return saved
 

@@ -224,3 +224,25 @@ def test_a_rank_out_of_range_is_refused_and_the_layer_named(r):
     with pytest.raises(InputError, match=rf"^0: r is {r}; choose 1 to 4"):
         inject(model, DoRAConfig(r=r, alpha=4), ["0"])
     assert isinstance(model[0], nn.Linear)
+
+
+CHANGED = {
+    "output": (lambda _, y: y.add_(1), r"^the model changes the output .* in place"),
+    "magnitude": (
+        lambda layer, _: layer.adapters["default"].magnitude.mul_(2),
+        r"^the magnitude or the bias .* was changed between forward and backward, .*; "
+        "take the optimizer's step, or load weights, after backward",
+    ),
+    "bias": (lambda layer, _: layer.base.bias.mul_(2), r"^the magnitude or the bias"),
+}
+
+
+@pytest.mark.parametrize("what", CHANGED)
+def test_what_was_changed_before_backward_is_named(what):
+    change, sentence = CHANGED[what]
+    model = inject(nn.Sequential(nn.Linear(6, 5)), DoRAConfig(2, 4), ["0"])
+    y = model(torch.ones(3, 6))
+    with torch.no_grad():
+        change(model[0], y)
+    with pytest.raises(InputError, match=sentence):
+        y.sum().backward()
