@@ -11,8 +11,9 @@ import torch
 
 from minipeft.lab import blocks, caching, memory, spike
 from minipeft.lab.blocks import Blocks
-from minipeft.lab.card import Card
+from minipeft.lab.card import Card, demand
 from minipeft.lab.memory.options import Options
+from minipeft.lab.memory_peak import held
 from minipeft.lab.storages import live
 from minipeft.torch.adamw import AdamW
 from minipeft.torch.paged import PagedAdamW, Paging
@@ -197,6 +198,17 @@ def test_on_a_large_model_pages_save_more_than_the_allocator_can_spoil():
     step = need.fixed + gradients + states
     assert need.least - step > decoded  # the pass decides, and not the optimizer
     assert counted.least() - need.least > 0.08 * need.size > 500e6
+
+
+def test_the_bytes_of_a_counted_pass_are_those_that_torch_hands_out(monkeypatch):
+    """On a CPU, with the steps of a GPU; the rest is less than the smallest part."""
+    small = Blocks(2, 256, 896, 8, 2, vocabulary=500, r=64, usual=64, long=256)
+    counted = live(blocks.counted(small).long[0])[0]
+    monkeypatch.setattr(blocks, "QuantizedLinear", blocks._AsOnAGPU)
+    model, batch = small.model("cpu"), dict(small.batch(small.long))
+    handed_out = demand(model, batch, "cpu") - held(model)
+    copied = sum(tensor.nbytes for tensor in batch.values())  # to a device, each alone
+    assert abs(handed_out + copied - counted) < caching.UNIT
 
 
 def test_what_cublas_keeps_is_counted():
