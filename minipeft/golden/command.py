@@ -250,15 +250,20 @@ def _subject(options: argparse.Namespace) -> Implementation:
 
 @contextmanager
 def _terminated_like_interrupted() -> Iterator[None]:
-    """On SIGTERM too, end the run with a report and end all processes."""
+    """On SIGTERM and SIGHUP too, end the run with a report and end all processes."""
     if current_thread() is not main_thread():  # Python sets no handler there
         yield
         return
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    ends = [signal.SIGTERM, signal.SIGHUP] if os.name == "posix" else [signal.SIGTERM]
+    before = {number: signal.getsignal(number) for number in ends}
+    for number in ends:
+        if before[number] != signal.SIG_IGN:  # as under nohup
+            signal.signal(number, signal.default_int_handler)
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _rest(

@@ -35,11 +35,14 @@ LARGEST = 4 * 2**20  # bytes of one output; our vectors have far smaller ones
 ACCIDENTS = (
     ArithmeticError,
     AttributeError,
+    EOFError,
     ImportError,
     LookupError,
     MemoryError,
     NameError,
+    OSError,  # a library that cannot be loaded
     RecursionError,
+    StopIteration,
     SystemExit,
 )
 

@@ -103,6 +103,9 @@ def test_a_module_that_cannot_be_imported_is_exit_code_2(text, said, tmp_path):
         ("return 1, 2", "returned 2 values; the call is codebook_table(name)"),
         ("raise MemoryError('full')", "MemoryError: full"),
         ("import absent", "ModuleNotFoundError"),
+        ("import ctypes; ctypes.CDLL('absent.so')", "OSError: absent.so"),
+        ("input()", "EOFError: EOF when reading a line"),
+        ("next(iter(()))", "StopIteration"),
         ("return codebook_table(name)", "RecursionError"),
         ("sys.exit(5)", "SystemExit: 5"),
         ("os.close(1)\n    os.close(0)\n    os._exit(7)", "ended with code 7"),
@@ -126,6 +129,7 @@ def test_an_answer_of_the_wrong_kind_fails_its_case(body, said, tmp_path):
     assert all(said in detail for detail in details(report))
     assert len(details(report)) >= 1
     assert said in stdout
+    assert body.startswith("raise") or "refused a valid input" not in stdout
     assert all(len(detail) < 600 for detail in details(report))
 
 
@@ -323,7 +327,7 @@ def test_any_encoding_of_stdout_will_do(tmp_path, monkeypatch):
     assert not stderr
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_an_interrupted_run_reports_what_it_has(number, tmp_path):
     name = module(
         tmp_path, "def codebook_table(name):\n    open('in', 'w'); time.sleep(60)\n"
