@@ -166,7 +166,24 @@ def _coded() -> Iterator[Spec]:
         "then no gradient at all", "LaterStep Codes", still, settings | {"t": 1}
     )
     small = {n: a[:1] if n.endswith("absmax") else a[:9] for n, a in still.items()}
-    yield from _misfits(_spec("", "", small, settings))
+    fine = _spec("", "", small, settings)
+    yield from _misfits(fine)
+    large = settings | {"t": 1, "eps": 256.0}
+    yield _exact("a large eps", "LaterStep Eps Codes", still, large)
+    for name, value in [
+        ("lr", -0.1),
+        ("beta1", -0.5),
+        ("beta1", 1.0),
+        ("beta2", -0.5),
+        ("beta2", 1.0),
+        ("eps", -1e-8),
+        ("weight_decay", -0.25),
+    ]:
+        yield refused(fine, f"{name} is {value}", "OutOfRange", **{name: value})
+    for bad in (np.nan, np.inf):
+        spoiled = fine.inputs["grad"].copy()
+        spoiled[-1] = bad
+        yield refused(fine, f"{bad} in the last place", "NotFinite", grad=spoiled)
 
 
 def _misfits(fine: Spec) -> Iterator[Spec]:

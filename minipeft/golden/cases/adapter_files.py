@@ -48,7 +48,11 @@ def files() -> Iterator[File]:
         ),
         source="minipeft.reference.adapter_files.scaling",
         papers=(PEFT,),
-        specs=[*_scalings(), *_not_of_this_config("adapter_config_scaling")],
+        specs=[
+            *_scalings(),
+            *_not_of_this_config("adapter_config_scaling"),
+            *_choices(),
+        ],
     )
     yield File(
         operation="adapter_config_merge",
@@ -169,6 +173,19 @@ def _scalings() -> Iterator[Spec]:
         comment = f"alpha {alpha}, r {r}{', use_rslora' * stable}"
         flags = "Scaling RankStabilized" if stable else "Scaling"
         yield _scaled(_spec(operation, comment, flags, (8, 9, r), (Q_PROJ, config)))
+
+
+def _choices() -> Iterator[Spec]:
+    """Keys of two words: each of them belongs to the end of a name, from a dot on."""
+    for key in ("k_proj|q_proj", "q_proj|k_proj"):
+        config = {**PLAIN, "alpha_pattern": {key: 32}}
+        for module, what in ((Q_PROJ, "q_proj"), (f"{Q_PROJ}.0", "q_proj.0")):
+            comment = f"{key}, for {what}"
+            flags = "AlphaPattern PatternRegex"
+            spec = _spec(
+                "adapter_config_scaling", comment, flags, SMALL, (module, config)
+            )
+            yield _scaled(spec)
 
 
 def _scaled(spec: Spec) -> Spec:

@@ -149,6 +149,30 @@ def _later(operation: str) -> Iterator[Spec]:
     # Every library broadcasts a mask of one row or column.
     wrong = misfits(operation, plain, ())
     yield from (s for s in wrong if not s.comment.startswith("mask has one"))
+    if exact:
+        yield _hidden()
+    else:
+        yield from (_zero_keys(keys) for keys in (2, 4))
+
+
+def _hidden() -> Spec:
+    """One key for each query, and the hidden ones have far larger logits."""
+    comment = "the hidden keys have the largest logits"
+    Q = np.array([[256, 0], [0, 256]], np.float32)
+    V = integers(comment, (3, 2))
+    K = np.array([[-256, 256], [256, -256], [256, 256]], np.float32)
+    mask = np.array([[1, 0, 0], [0, 1, 0]], np.uint8)
+    inputs = {"Q": Q, "K": K, "V": V, "mask": mask}
+    return Spec(comment, ("OneKey", "LargeLogits"), inputs, {})
+
+
+def _zero_keys(keys: int) -> Spec:
+    """As `_exact_backward`, for the gradient of K."""
+    shapes = {"grad_y": (3, 2), "Q": (3, 16), "K": (keys, 16), "V": (keys, 2)}
+    comment = f"{keys} keys of zeros"
+    spec = whole("attention_backward", comment, "EqualShares", shapes, {})
+    K = np.zeros((keys, 16), np.float32)
+    return any_zero("attention_backward", given(spec, K=K))
 
 
 def _fits(operation: str, batch: tuple[int, ...]) -> Spec:

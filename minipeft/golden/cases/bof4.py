@@ -1,12 +1,15 @@
 """Cases of bof4_quantize and bof4_dequantize: bytes, always."""
 
 from collections.abc import Iterator
+from dataclasses import replace
+from itertools import count
 
 import numpy as np
 
-from minipeft.golden.cases import File, Spec, gaussian
-from minipeft.golden.cases.build import refused
-from minipeft.golden.tensors import Array
+from minipeft.golden.cases import Alternative, File, Spec, gaussian
+from minipeft.golden.cases.blockwise import search
+from minipeft.golden.cases.build import either, given, refused
+from minipeft.golden.tensors import Array, numpy_dtype
 from minipeft.reference import blockwise
 from minipeft.reference.bof4 import BOF4_S
 
@@ -58,6 +61,47 @@ def _quantize() -> Iterator[Spec]:
         W = np.array([1, bad], F32)
         yield refused(fine, f"W holds {bad}", "NotFinite", W=W)
     yield refused(fine, "blocks of 48", "InvalidBlocksize", blocksize=48)
+    yield from _other_blocks()
+    ramp = np.linspace(-0.9, 1, 16, dtype=F32)
+    yield _spec("a = -1e-42", "Subnormal NegativeAbsmax", ramp * F32(-1e-42))
+    W = search.lift_differs(BOF4_S, 3)
+    yield _spec("a lift by no power of two, 3 times another code", "Subnormal", W)
+    for power in (64, 125):
+        W = ramp * F32(1.5 * 2.0**power)
+        yield _spec(f"a = 1.5 * 2**{power}", "LiftedAbsmax", W)
+    yield _spec("a = -1.5 * 2**125", "LiftedAbsmax NegativeAbsmax", -W)
+    yield _divided("W/a has another code, 8 times")
+
+
+def _other_blocks() -> Iterator[Spec]:
+    for blocksize, size in ((1, 6), (4, 10), (32, 96), (128, 160)):
+        W = gaussian(f"bof4 blocks of {blocksize}", (size,))
+        yield _spec(f"blocks of {blocksize}", "BlockBoundary", W, blocksize)
+    W = gaussian("bof4 large block", (130,))
+    yield _spec("130 values in a block of 4096", "LargeBlock ShortBlock", W, 4096)
+    for dtype in ("float16", "bfloat16"):
+        yield _spec(f"{dtype} weights", "HalfInput", _sensitive(dtype))
+    yield _spec("9 values", "ShortBlock OddLength", gaussian("bof4 9", (9,)))
+
+
+def _sensitive(dtype: str) -> Array:
+    """Return weights whose codes change when they are scaled in their own dtype."""
+    for attempt in count():
+        W = gaussian(f"bof4 {dtype} {attempt}", (64,), dtype=numpy_dtype(dtype))
+        largest = W[np.abs(W).argmax()]
+        coarse = blockwise.nearest((W / largest).astype(F32), BOF4_S)
+        scaled = W.astype(F32) * (F32(1) / F32(largest))
+        if (blockwise.nearest(scaled, BOF4_S) != coarse).any():
+            return W
+    raise AssertionError("unreachable: attempts never end")
+
+
+def _divided(comment: str) -> Spec:
+    W = search.division_differs(BOF4_S, 8)
+    codes = blockwise.nearest(W / W[0], BOF4_S)
+    theirs = {"packed": blockwise.pack(codes, 4, fill=7), "absmax": W[:1]}
+    spec = _spec(comment, "ReciprocalMultiply OddLength", W)
+    return either(spec, Alternative("division", theirs))
 
 
 def _dequantize() -> Iterator[Spec]:
@@ -74,10 +118,20 @@ def _dequantize() -> Iterator[Spec]:
     fine = _decode("", "", table, [1])
     two = np.ones(2, F32)
     yield refused(fine, "a scale too many", "ShapeMismatch", absmax=two)
+    for blocksize, size in ((1, 6), (4, 10), (32, 96)):
+        some = np.linspace(-2, 3, -(-size // blocksize)).tolist()
+        spec = _decode(f"blocks of {blocksize}", "BlockBoundary", codes[:size], some)
+        yield replace(spec, parameters={**spec.parameters, "blocksize": blocksize})
+    odd = _decode("65 values", "ShortBlock OddLength", codes[:65], [-2, 0.7])
+    yield odd
+    spare = odd.inputs["packed"].copy()
+    spare[-1] &= 0xF0
+    comment = "65 values, the spare code is 0"
+    yield replace(given(odd, packed=spare), comment=comment)
 
 
-def _spec(comment: str, flags: str, W: Array) -> Spec:
-    return Spec(comment, tuple(flags.split()), {"W": W}, {"blocksize": 64})
+def _spec(comment: str, flags: str, W: Array, blocksize: int = 64) -> Spec:
+    return Spec(comment, tuple(flags.split()), {"W": W}, {"blocksize": blocksize})
 
 
 def _decode(

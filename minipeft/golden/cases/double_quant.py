@@ -7,8 +7,8 @@ import numpy as np
 
 from minipeft.golden.cases import Alternative, File, Spec, gaussian, reference
 from minipeft.golden.cases.blockwise.peers import ways
-from minipeft.golden.cases.build import either, refused
-from minipeft.golden.tensors import Array
+from minipeft.golden.cases.build import either, given, refused
+from minipeft.golden.tensors import Array, numpy_dtype
 from minipeft.reference import double_quant
 from minipeft.reference.codebook import NF4, dynamic_map
 
@@ -70,6 +70,10 @@ def _quantize() -> Iterator[Spec]:
         empty = {"W": np.zeros(shape, np.float32)}
         spec = _spec(f"shape {list(shape)}", "Empty", empty, _sizes(64, 256))
         yield either(spec, Alternative("refuses-empty", None))
+    for dtype in ("bfloat16", "float16"):
+        W = gaussian(f"dq {dtype}", (4, 64), 0.02, numpy_dtype(dtype))
+        spec = _spec(f"{dtype} weights", "HalfInput", {"W": W}, _sizes(64, 256))
+        yield _either(spec)
 
 
 def _either(spec: Spec) -> Spec:
@@ -93,6 +97,20 @@ def _dequantize() -> Iterator[Spec]:
             spec = _decode(comment, "ShapeMismatch", W, (64, 256), "float32")
             part = np.resize(spec.inputs[name], len(spec.inputs[name]) + change)
             yield refused(spec, comment, "ShapeMismatch", **{name: part})
+    yield _negative()
+
+
+def _negative() -> Spec:
+    """A scale far below the others can come back below zero."""
+    W = np.ones((4, 4), np.float32)
+    spec = _decode("scales below zero", "TwoRoundings", W, (4, 256), "float32")
+    return given(
+        spec,
+        packed=np.arange(8, dtype=np.uint8) * np.uint8(31),
+        absmax_codes=np.array([0, 60, 127, 255], np.uint8),
+        nested_absmax=np.array([0.7], np.float32),
+        offset=np.asarray(np.float32(0.3)),
+    )
 
 
 def _decode(

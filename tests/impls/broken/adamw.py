@@ -2,6 +2,7 @@
 
 import numpy as np
 
+from minipeft.errors import InputError
 from minipeft.golden.drivers.reference import adamw as right
 from minipeft.reference import adamw, blockwise
 from minipeft.reference.codebook import dynamic_map
@@ -152,3 +153,23 @@ def decays_what_is_already_updated(W, grad, m, v, **settings):
 def corrects_no_moment(W, grad, m, v, **settings):
     right.adamw_step(W, grad, m, v, **settings)
     return right.adamw_step(W, grad, m, v, **settings | {"t": 10**6})
+
+
+@bug("adamw8_step", "Eps", "a large eps")
+def forgets_eps(W, grad, **arguments):
+    eps = min(arguments["eps"], 1e-8)
+    return right.adamw8_step(W, grad, **arguments | {"eps": eps})
+
+
+@bug("adamw8_step", "OutOfRange")
+def takes_any_setting_of_eight_bits(W, grad, **arguments):
+    usual = {"lr": 0.1, "beta1": 0.5, "beta2": 0.5, "eps": 1e-8, "weight_decay": 0.1}
+    try:
+        return right.adamw8_step(W, grad, **arguments)
+    except InputError:
+        return right.adamw8_step(W, grad, **arguments | usual)
+
+
+@bug("adamw8_step", "NotFinite")
+def replaces_what_is_not_finite_in_eight_bits(W, grad, **arguments):
+    return right.adamw8_step(W, np.nan_to_num(grad, posinf=0), **arguments)

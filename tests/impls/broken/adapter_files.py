@@ -1,5 +1,7 @@
 """Bugs of programs that read the files of adapters."""
 
+import re
+
 import numpy as np
 
 from minipeft.golden.drivers.reference import adapter_files as right
@@ -189,3 +191,16 @@ def _keys(config, form):
         else value
         for name, value in config.items()
     }
+
+
+@bug(
+    SCALING, "PatternRegex", "k_proj|q_proj, for q_proj", "q_proj|k_proj, for q_proj.0"
+)
+def puts_no_brackets_around_a_key(A, B, module, config):
+    found = {}
+    for name, value in config.items():
+        if name.endswith("_pattern"):
+            fits = (k for k in value if re.match(rf"(.*\.)?{k}$", module))
+            value = {re.escape(module): value[k] for k in fits}
+        found[name] = value
+    return right.adapter_config_scaling(A, B, module, found)

@@ -133,3 +133,31 @@ def exponentiates_as_it_comes_backward(grad_y, Q, K, V, mask=None):
 @bug("attention_forward", "BlindQuery")
 def divides_no_share_by_no_share(Q, K, V, mask=None):
     return attend(Q, K, V, mask)
+
+
+@bug("attention_forward", "OneKey", "the hidden keys have the largest logits")
+def hides_keys_with_ten_thousand(Q, K, V, mask=None):
+    if mask is None:
+        return right.attention_forward(Q, K, V)
+    right.attention_forward(Q, K, V, mask)
+    logits = Q @ K.swapaxes(-1, -2) / F32(np.sqrt(Q.shape[-1]))
+    logits = logits - F32(10000) * (mask == 0)
+    E = np.exp(logits - logits.max(axis=-1, keepdims=True))
+    return (E / E.sum(axis=-1, keepdims=True) @ V).astype(F32)
+
+
+@bug("attention_forward", "LargeLogits", "the hidden keys have the largest logits")
+def takes_off_the_largest_of_all(Q, K, V, mask=None):
+    y = right.attention_forward(Q, K, V, mask)
+    logits = Q @ K.swapaxes(-1, -2) / F32(np.sqrt(Q.shape[-1]))
+    if mask is None:
+        return y
+    seen = np.where(mask != 0, logits, F32(-np.inf)).max(axis=-1)
+    lost = np.exp(seen - logits.max(axis=-1)) == 0
+    return np.where(lost[..., None], F32(np.nan), y)
+
+
+@bug("attention_backward", "EqualShares", "2 keys of zeros", "4 keys of zeros")
+def divides_by_a_little_more_for_the_keys(grad_y, Q, K, V, mask=None):
+    grad_Q, grad_K, grad_V = right.attention_backward(grad_y, Q, K, V, mask)
+    return grad_Q, grad_K / F32(1 + 1e-5), grad_V

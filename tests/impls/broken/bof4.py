@@ -120,3 +120,77 @@ def forgets_the_short_block(packed, absmax, blocksize, shape, dtype):
 def drops_a_scale_too_many(packed, absmax, blocksize, shape, dtype):
     count = -(-int(np.prod(shape)) // blocksize)
     return right.bof4_dequantize(packed, absmax[:count], blocksize, shape, dtype)
+
+
+@bug("bof4_quantize", "BlockBoundary")
+def takes_blocks_of_64(W, blocksize):
+    right.bof4_quantize(W, blocksize)
+    return right.bof4_quantize(W, 64)
+
+
+@bug("bof4_quantize", "LargeBlock", "130 values in a block of 4096")
+def has_room_for_128_values(W, blocksize):
+    return right.bof4_quantize(W, min(blocksize, 128))
+
+
+@bug("bof4_quantize", "HalfInput", "float16 weights", "bfloat16 weights")
+def scales_bof4_in_half_precision(W, blocksize):
+    packed, scales = right.bof4_quantize(W, blocksize)
+    if W.dtype == F32:
+        return packed, scales
+    coarse = (W / scales.astype(W.dtype)).astype(F32)
+    return blockwise.pack(blockwise.nearest(coarse, BOF4_S), 4, fill=7), scales
+
+
+@bug(
+    "bof4_quantize",
+    "LiftedAbsmax",
+    "a = 1.5 * 2**64",
+    "a = 1.5 * 2**125",
+    "a = -1.5 * 2**125",
+)
+def lifts_every_block(W, blocksize):
+    packed, scales = right.bof4_quantize(W, blocksize)
+    with np.errstate(over="ignore"):
+        lost = np.isinf(scales * F32(2.0**64))
+    codes = blockwise.unpack(packed, 4, W.size)
+    codes[np.repeat(lost, blocksize)[: W.size]] = 7
+    return blockwise.pack(codes, 4, fill=7), scales
+
+
+@bug("bof4_quantize", "Subnormal", "a = -1e-42")
+def overflows_the_reciprocal(W, blocksize):
+    packed, scales = right.bof4_quantize(W, blocksize)
+    blocks = np.pad(W.reshape(-1).astype(F32), (0, -W.size % blocksize))
+    with np.errstate(all="ignore"):
+        reciprocal = F32(1) / scales[:, None]
+        scaled = np.nan_to_num(blocks.reshape(-1, blocksize) * reciprocal)
+    if not np.isinf(reciprocal[scales != 0]).any():
+        return packed, scales
+    codes = blockwise.nearest(scaled, BOF4_S).reshape(-1)[: W.size]
+    return blockwise.pack(codes, 4, fill=7), scales
+
+
+@bug("bof4_quantize", "ReciprocalMultiply")
+def divides_bof4_in_float64(W, blocksize):
+    _, scales = right.bof4_quantize(W, blocksize)
+    divisor = np.repeat(scales.astype(np.float64), blocksize)[: W.size]
+    exact = W.reshape(-1).astype(np.float64) / np.where(divisor == 0, 1, divisor)
+    middle = (BOF4_S[:-1] + BOF4_S[1:]) / F32(2)
+    codes = np.searchsorted(middle.astype(np.float64), exact).astype(np.uint8)
+    return blockwise.pack(codes, 4, fill=7), scales
+
+
+@bug("bof4_dequantize", "BlockBoundary")
+def decodes_blocks_of_64(packed, absmax, blocksize, shape, dtype):
+    right.bof4_dequantize(packed, absmax, blocksize, shape, dtype)
+    absmax = np.resize(absmax, -(-int(np.prod(shape)) // 64))
+    return right.bof4_dequantize(packed, absmax, 64, shape, dtype)
+
+
+@bug("bof4_dequantize", "OddLength", "65 values", "65 values, the spare code is 0")
+def loses_the_last_of_an_odd_number(packed, absmax, blocksize, shape, dtype):
+    W = right.bof4_dequantize(packed, absmax, blocksize, shape, dtype)
+    if W.size % 2:
+        W[-1] = 0
+    return W

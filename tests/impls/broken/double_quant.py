@@ -175,3 +175,22 @@ def wants_whole_blocks_of_scales(W, blocksize, nested_blocksize):
     if len(parts[1]) % nested_blocksize:
         raise ValueError("the scales are no whole number of blocks")
     return parts
+
+
+@bug("double_quant_quantize", "HalfInput", "bfloat16 weights", "float16 weights")
+def keeps_the_mean_in_half_precision(W, blocksize, nested_blocksize):
+    parts = right.double_quant_quantize(W, blocksize, nested_blocksize)
+    if W.dtype == F32:
+        return parts
+    return quantized(W, blocksize, nested_blocksize, F32(parts[3].astype(W.dtype)))
+
+
+@bug("double_quant_dequantize", "TwoRoundings", "scales below zero")
+def takes_no_scale_below_zero(
+    packed, absmax_codes, nested_absmax, offset, blocksize, nested_blocksize, **rest
+):
+    right.double_quant_dequantize(
+        packed, absmax_codes, nested_absmax, offset, blocksize, nested_blocksize, **rest
+    )
+    scales = decoded(absmax_codes, nested_absmax, nested_blocksize) + offset
+    return dequantized(packed, np.maximum(scales, 0), blocksize, **rest)
