@@ -40,6 +40,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, default=V1, metavar="DIR")
     out: Path = parser.parse_args(arguments).out
     known = manifest.read()
+    manifest.check_operations(known, OPERATIONS)
     for file in files():
         held = published(content(file))
         known[file.operation] = manifest.grown(known, file.operation, held)

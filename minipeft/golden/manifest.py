@@ -1,11 +1,12 @@
 """A hash of every case, so that a published case never changes.
 
 `manifest.json` lists, for each operation, one hash for each case in order: parameters,
-inputs and outputs. New cases are added only at the end of a file.
+inputs and outputs, and how the outputs are compared. New cases are added only at the
+end of a file. What a case says, its flags, and the answers of others may be mended.
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -36,9 +37,7 @@ def grown(known: Hashes, operation: str, content: Mapping[str, Any]) -> list[str
         InputError: if a case of the manifest has changed or is gone.
     """
     hashes = [
-        _hash(group["parameters"], test)
-        for group in content["testGroups"]
-        for test in group["tests"]
+        _hash(group, test) for group in content["testGroups"] for test in group["tests"]
     ]
     before = known.get(operation, [])
     for number, old in enumerate(before, start=1):
@@ -50,6 +49,21 @@ def grown(known: Hashes, operation: str, content: Mapping[str, Any]) -> list[str
     return hashes
 
 
-def _hash(parameters: Mapping[str, Any], test: Mapping[str, Any]) -> str:
-    case = [parameters, test["inputs"], test.get("outputs")]
+def check_operations(known: Hashes, operations: Iterable[str]) -> None:
+    """Refuse to lose the cases of an operation.
+
+    Raises:
+        InputError: if an operation of the manifest is not among those given.
+    """
+    if gone := sorted(set(known) - set(operations)):
+        raise InputError(
+            f"{gone[0]} has cases in v1 and is no operation any more; v1 never "
+            "changes: give the operation its name again."
+        )
+
+
+def _hash(group: Mapping[str, Any], test: Mapping[str, Any]) -> str:
+    case = [group["parameters"], test["inputs"], test.get("outputs")]
+    if bounds := test.get("magnitudes"):
+        case += [group["compare"], bounds]
     return sha256(json.dumps(case, sort_keys=True).encode()).hexdigest()[:DIGITS]

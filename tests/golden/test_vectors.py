@@ -210,6 +210,28 @@ def test_the_manifest_sees_a_change(change):
         manifest.grown(known, "lora_merge", file)
 
 
+@pytest.mark.parametrize("change", ["rule", "bound"])
+def test_the_manifest_sees_a_bound_that_is_loosened(change):
+    file = content(V1 / "lora_merge.json")
+    group = next(g for g in file["testGroups"] if "magnitudes" in g["tests"][0])
+    if change == "rule":
+        group["compare"]["merged"] = "gamma:100000"
+    else:
+        size = group["tests"][0]["magnitudes"]["merged"]
+        size["data"] = "0000807f" * (len(size["data"]) // 8)
+    with pytest.raises(InputError, match="is not what it was"):
+        manifest.grown(manifest.read(), "lora_merge", file)
+
+
+def test_no_operation_of_the_manifest_can_go():
+    known = manifest.read()
+    manifest.check_operations(known, [*OPERATIONS, "another"])
+    with pytest.raises(
+        InputError, match=r"bof4_dequantize has cases .* its name again"
+    ):
+        manifest.check_operations(known, set(OPERATIONS) - {"bof4_dequantize"})
+
+
 def test_what_a_flag_says_is_said_once_and_true_in_all_files():
     said = {}
     for path in FILES:
