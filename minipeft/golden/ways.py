@@ -16,6 +16,8 @@ WAYS: dict[str, str] = {
     "unsigned-zero": "those whose zeros have no sign",
     "scale-at-least-normal": "torchao, which stores no scale below 2^-6, the smallest "
     "normal number of E4M3",
+    "mean-in-float32": "those who sum the scales in float32 for their mean, as "
+    "bitsandbytes does; its last bits depend on the order",
     "refuses-empty": "those who refuse an empty tensor",
     # Codebooks
     "float32-quantiles": "those who take float32 quantiles at float32 points, as NF4's "

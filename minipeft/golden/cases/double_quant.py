@@ -7,12 +7,15 @@ import numpy as np
 
 from minipeft.golden.cases import Alternative, File, Spec, gaussian, reference
 from minipeft.golden.cases.blockwise.peers import ways
+from minipeft.golden.cases.blockwise.search import midpoints
 from minipeft.golden.cases.build import either, given, refused
 from minipeft.golden.tensors import Array, numpy_dtype
 from minipeft.reference import double_quant
+from minipeft.reference.blockwise import quantize
 from minipeft.reference.codebook import NF4, dynamic_map
 
 PAPERS = ("https://arxiv.org/abs/2305.14314",)
+NESTED = dynamic_map()
 
 
 def files() -> Iterator[File]:
@@ -50,9 +53,9 @@ def _weights() -> Iterator[tuple[str, str, Array, tuple[int, int]]]:
     yield "six equal scales", "Equal", equal, (8, 4)
     zeros = gaussian("dq zeros", (5, 16))
     zeros[2] = 0
-    yield "one block of zeros", "ZeroBlock", zeros, (16, 256)
+    yield "one block of zeros", "ZeroBlock Mean", zeros, (16, 256)
     yield "nothing but zeros", "ZeroBlock Equal", np.zeros((3, 8), np.float32), (8, 2)
-    yield "35 weights", "ShortBlock", gaussian("dq short", (5, 7)), (4, 4)
+    yield "35 weights", "ShortBlock Mean", gaussian("dq short", (5, 7)), (4, 4)
     yield "one weight", "ShortBlock", np.array([-0.3], np.float32), (64, 256)
 
 
@@ -82,12 +85,38 @@ def _either(spec: Spec) -> Spec:
     for name, (packed, _) in ways(spec.inputs["W"], NF4, spec.parameters["blocksize"]):
         if packed.tobytes() != parts["packed"].tobytes():
             spec = either(spec, Alternative(name, {**parts, "packed": packed}))
-    return spec
+    return _either_mean(spec, dict(parts))
+
+
+def _either_mean(spec: Spec, parts: dict[str, Array]) -> Spec:
+    """Accept a mean that is summed in float32, in any order, where it decides no code.
+
+    Its error is n roundings of the sum and the quotient; a nested scale is the largest
+    distance from it, rounded once more.
+    """
+    absmax = quantize(spec.inputs["W"], NF4, spec.parameters["blocksize"]).absmax
+    n = len(absmax)
+    exact = not (absmax.astype(np.float64) * 8 % 1).any()  # and every partial sum
+    if n == 1 or exact:
+        return spec
+    nested = spec.parameters["nested_blocksize"]
+    scales = np.repeat(parts["nested_absmax"], nested)[:n].astype(np.float64)
+    near = np.subtract.outer((absmax - parts["offset"]) / scales, midpoints(NESTED))
+    error = 3 * (n + 1) * 2.0**-24 * (absmax.max() + parts["offset"]) / scales.min()
+    if np.abs(near).min() < error:
+        return spec
+    sizes = {
+        "nested_absmax": np.full(len(parts["nested_absmax"]), 2 * absmax.max()),
+        "offset": np.asarray(parts["offset"]),
+    }
+    rules = {"nested_absmax": n + 1, "offset": n}
+    return either(spec, Alternative("mean-in-float32", parts, rules, sizes))
 
 
 def _dequantize() -> Iterator[Spec]:
     for comment, flags, W, sizes in _weights():
-        yield _decode(comment, f"{flags} TwoRoundings", W, sizes, "float32")
+        kept = flags.replace(" Mean", "")  # no mean is taken here
+        yield _decode(comment, f"{kept} TwoRoundings", W, sizes, "float32")
     for dtype in ("bfloat16", "float16"):
         W = gaussian("dq basic", (4, 64), 0.02)
         yield _decode(f"to {dtype}", "RoundOnce", W, (64, 256), dtype)
