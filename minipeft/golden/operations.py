@@ -329,8 +329,11 @@ OPERATIONS: dict[str, Operation] = {
         tensors={"W": a.VALUES},
         parameters=a.NESTED_SIZES,
         # A mean in float32 has last bits of its own.
-        outputs=a.exactly(a.NESTED)
-        | {name: a.NESTED[name] for name in ("nested_absmax", "offset")},
+        outputs={
+            **a.exactly(a.NESTED),
+            "nested_absmax": a.NESTED["nested_absmax"],
+            "offset": a.NESTED["offset"],
+        },
     ),
     "double_quant_dequantize": Operation(
         row="double_quant",
