@@ -31,7 +31,7 @@ STARTS = 3  # how many times in a row a process may fail to start
 
 # `-P`: no module in the working directory can replace one of Python's.
 _WORKER = (
-    "import sys; sys.path.append({root!r}); "
+    "import sys; sys.path[:0] = {paths!r}; sys.path.append({root!r}); "
     "from minipeft.golden.worker import main; main({name!r})"
 )
 
@@ -159,13 +159,17 @@ def program(command: str, timeout: float, folder: Path | None = None) -> Persist
     return Persistent(command, split(command), timeout, folder=folder)
 
 
-def worker(name: str, timeout: float, folder: Path | None = None) -> Persistent:
+def worker(
+    name: str, timeout: float, folder: Path | None = None, paths: Sequence[Path] = ()
+) -> Persistent:
     """Start another interpreter for Python functions, which may crash it.
 
     Compiled code may access memory past the end of an array and crash. In its own
     process, a crash fails one case and does not end the run.
     """
-    code = _WORKER.format(root=str(Path(__file__).parents[2]), name=name)
+    first = [str(path) for path in paths]
+    root = str(Path(__file__).parents[2])
+    code = _WORKER.format(paths=first, root=root, name=name)
     relay = None if name in PEERS else Relay(name)
     command = [sys.executable, "-P", "-c", code]
     return Persistent(name, command, timeout, relay, folder)

@@ -77,6 +77,7 @@ class Subject:
         typed = _typed(config, "minipeft") or _typed(config, "minipeft-exec")
         # A setting means the same wherever pytest starts.
         self._folder = None if typed else config.rootpath
+        self._paths = [Path(path) for path in config.getini("pythonpath")]
         self._timeout = _seconds(config, bool(self._program))
         if self._name and self._program:
             raise InputError("give --minipeft or --minipeft-exec, not both.")
@@ -111,7 +112,7 @@ class Subject:
     def _start(self) -> Implementation:
         if self._program:
             return processes.program(self._program, self._timeout, self._folder)
-        return implementation(self._name, self._timeout, self._folder)
+        return implementation(self._name, self._timeout, self._folder, self._paths)
 
 
 class Golden(pytest.Item):

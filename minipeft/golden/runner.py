@@ -1,6 +1,6 @@
 """Run an implementation over the vectors and judge every answer."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -47,7 +47,10 @@ Judge = Callable[..., Outcome]
 
 
 def implementation(
-    name: str, timeout: float = MODULE_TIMEOUT, folder: Path | None = None
+    name: str,
+    timeout: float = MODULE_TIMEOUT,
+    folder: Path | None = None,
+    paths: Sequence[Path] = (),
 ) -> Implementation:
     """Find an implementation by name; compiled code gets a process of its own.
 
@@ -55,12 +58,13 @@ def implementation(
         name: of a column, of a peer, or of a module.
         timeout: seconds that a case may take.
         folder: where a module is looked for first; None: here.
+        paths: other folders that a module may be in, or may import from.
 
     Raises:
         InputError: if there is no such module.
         Unavailable: if a package or a device that it needs is missing.
     """
-    return functions(name) if name in COLUMNS else worker(name, timeout, folder)
+    return functions(name) if name in COLUMNS else worker(name, timeout, folder, paths)
 
 
 def verify(

@@ -150,6 +150,16 @@ def test_settings_mean_the_same_in_every_folder(project):
     assert counts["passed"] == NF4, done.stdout
 
 
+def test_a_module_is_found_on_the_path_of_the_tests(project):
+    (project / "src").mkdir()
+    (project / "mine.py").rename(project / "src" / "mine.py")
+    assert pytest_in(project)[1]["failed"] == NF4
+    with (project / "pytest.ini").open("a") as settings:
+        settings.write("pythonpath = src\n")
+    done, counts = pytest_in(project)
+    assert counts["passed"] == NF4, done.stdout
+
+
 def test_the_command_line_goes_before_the_settings(project):
     inside = project / "inside"
     inside.mkdir()
