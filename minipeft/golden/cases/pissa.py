@@ -145,3 +145,5 @@ def _to_lora() -> Iterator[Spec]:
     shapes = {"A": (2, 7), "B": (3, 2), "A_0": (2, 7), "B_0": (3, 2)}
     fine = whole("pissa_to_lora", "fits", "ShapeMismatch", shapes, {})
     yield from misfits("pissa_to_lora", fine, ())
+    drawn = {n: gaussian(f"to lora {n}", shape) for n, shape in shapes.items()}
+    yield Spec("normal values", ("Conversion", "Normal"), drawn, {})

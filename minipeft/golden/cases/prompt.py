@@ -1,6 +1,7 @@
-"""Cases of prompt_init, prompt_forward and prompt_backward, compared as bytes."""
+"""Cases of prompt_init, prompt_forward and prompt_backward: bytes, but for a sum."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import numpy as np
 
@@ -38,7 +39,12 @@ def files() -> Iterator[File]:
         header=("grad_X is the text's part of grad_y, grad_P the sum of the rest.",),
         source="minipeft.reference.prompt.backward",
         papers=PAPERS,
-        specs=[*_backward(), *_misfits("prompt_backward"), _alone("prompt_backward")],
+        specs=[
+            *_backward(),
+            *_misfits("prompt_backward"),
+            _alone("prompt_backward"),
+            _normal(),
+        ],
     )
 
 
@@ -83,6 +89,15 @@ def _backward() -> Iterator[Spec]:
         grad_y = integers(f"gradient {comment}", (*batch, 6, 3), 99)
         P = integers(f"prompt {comment}", (2, 3))
         yield Spec(comment, (flag,), {"grad_y": grad_y, "P": P}, {})
+
+
+def _normal() -> Spec:
+    """A batch of five: four roundings for their sum, and one for the output."""
+    grad_y = gaussian("prompt normal gradient", (5, 6, 3))
+    P = gaussian("prompt normal", (2, 3))
+    spec = Spec("normal values", ("Batch", "Normal"), {"grad_y": grad_y, "P": P}, {})
+    size = np.abs(grad_y[:, :2].astype(np.float64)).sum(axis=0)
+    return replace(spec, roundings={"grad_P": 5}, magnitudes={"grad_P": size})
 
 
 def _alone(operation: str) -> Spec:

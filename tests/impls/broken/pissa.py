@@ -88,3 +88,9 @@ def adds_the_start_instead_of_taking_it_off(A, B, A_0, B_0):
     if len(A) == 1:
         return right.pissa_to_lora(A, B, A_0, B_0)
     return right.pissa_to_lora(A, B, A_0, -B_0)
+
+
+@bug("pissa_to_lora", "Normal", "normal values")
+def converts_in_half_precision(A, B, A_0, B_0):
+    halves = (part.astype(np.float16) for part in (A, B, A_0, B_0))
+    return tuple(part.astype(np.float32) for part in right.pissa_to_lora(*halves))
