@@ -36,7 +36,7 @@ from minipeft.lab.models import (
     pick_device,
 )
 from minipeft.lab.places import TINY, Places, places
-from minipeft.lab.source import keep_source
+from minipeft.lab.source import checked_source, keep_source
 from minipeft.lab.train import Checkpoint
 from minipeft.torch.targets import ALL_LINEAR
 
@@ -86,8 +86,9 @@ class Chapter(Claims):
         if "_all" not in vars(self):  # said before a large model is read
             if self.checkpoint:
                 claim(self.checkpoint.resolve())  # before anything is written there
-            held_out.check_count(self._all, self._held_out_count())
             source = str(self.data) if self.data else "The Devil's Dictionary"
+            checked_source(self.checkpoint, source, self._all)
+            held_out.check_count(self._all, self._held_out_count())
             keep_source(self.checkpoint, source, self._all)
         loaded = load(self.model, self.device, self.dtype, quantize)
         if not hasattr(loaded.model, "generate") or not loaded.model.can_generate():

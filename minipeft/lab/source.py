@@ -16,10 +16,26 @@ KINDS = {"name": str, "examples": int, "sha256": str}
 def keep_source(folder: Path | None, name: str, task: Task) -> None:
     """Write what runs learn from beside their checkpoints; never replace other data.
 
+    Args:
+        folder: of the checkpoints; None: nothing is written.
+        name: of the data, for a person.
+        task: with all examples, as the data hold them.
+
+    Raises:
+        InputError: as `checked_source`.
+    """
+    now = checked_source(folder, name, task)
+    if folder is not None:
+        write_atomic(folder / KEPT, (json.dumps(now) + "\n").encode())
+
+
+def checked_source(folder: Path | None, name: str, task: Task) -> Mapping[str, object]:
+    """Return the record of what runs learn from; the one in the folder must agree.
+
     A run that is under way may have saved nothing yet, so it is the record that counts.
 
     Args:
-        folder: of the checkpoints; None: nothing is written.
+        folder: of the checkpoints; None: there is no record.
         name: of the data, for a person.
         task: with all examples, as the data hold them.
 
@@ -27,12 +43,12 @@ def keep_source(folder: Path | None, name: str, task: Task) -> None:
         InputError: the runs in the folder learn from other examples; a file of that
             name was not written by a run.
     """
-    if folder is None:
-        return
     sides = json.dumps([task.train, task.validation]).encode()
     count = len(task.train) + len(task.validation)
     digest = hashlib.sha256(sides).hexdigest()
     now = {"name": name, "examples": count, "sha256": digest}
+    if folder is None:
+        return now
     path = folder / KEPT
     before = read_record(path, KINDS)
     if before and before["sha256"] != digest:
@@ -41,7 +57,7 @@ def keep_source(folder: Path | None, name: str, task: Task) -> None:
             f"{_said(now)}; give the data of those runs, or another folder; if none of "
             f"them is left or under way, remove {path}"
         )
-    write_atomic(path, (json.dumps(now) + "\n").encode())
+    return now
 
 
 def _said(source: Mapping[str, object]) -> str:

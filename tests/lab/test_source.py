@@ -61,6 +61,17 @@ def test_a_run_that_is_resumed_has_the_data_it_began_with(began, tmp_path):
     start("01_lora", 30, arguments=[*options[:-1], *other]).load()
 
 
+def test_other_data_are_named_where_they_cannot_hold_out_as_many(tmp_path):
+    mine = written(tmp_path / "mine.jsonl", 96)
+    options = ["--checkpoint", str(tmp_path / "kept")]
+    first = [*options, "--data", mine, "--held-out", "8"]
+    start("01_lora", 30, arguments=first).load()
+    other = written(tmp_path / "other.jsonl", 60)  # of which fewer can be held out
+    resumed = [*options, "--data", other, "--resume"]
+    with pytest.raises(InputError, match=r"is for runs on .*mine\.jsonl \(96 "):
+        start("01_lora", 30, arguments=resumed).load()
+
+
 def test_runs_on_the_dictionary_are_held_against_it(tmp_path):
     options = ["--checkpoint", str(tmp_path / "kept")]
     start("01_lora", 30, arguments=options).load()
