@@ -61,6 +61,13 @@ def _unscaled(tensors: Arrays, parameters: Any) -> Question:
     return dict(tensors), {**parameters, **plain}
 
 
+def _one_step_too_few(tensors: Arrays, parameters: Any) -> Question:
+    t = parameters["t"]
+    if t == 0:  # the correction is 1 - beta**0: 0/0 for every weight
+        return {**tensors, "W": np.full_like(tensors["W"], np.nan)}, dict(parameters)
+    return dict(tensors), {**parameters, "t": t - 1}
+
+
 def _swapped(packed: Array) -> Array:
     return packed >> 4 | packed << 4
 
@@ -92,7 +99,7 @@ QUESTIONS: dict[str, Change] = {
         "Q", lambda Q: Q / Q.shape[-1] ** 0.5
     ),
     "the mask is ignored": _tensor("mask", np.ones_like),
-    "the correction counts one step too few": _set("t", lambda t, _: max(t - 1, 0)),
+    "the correction counts one step too few": _one_step_too_few,
     "the correction counts one step too many": _set("t", lambda t, _: t + 1),
     "the moments are not corrected": _set("t", lambda t, _: 10**6),
     "the weight does not decay": _set("weight_decay", lambda *_: 0.0),

@@ -53,6 +53,12 @@ def never_decays(W, grad, m, v, **settings):
     return adamw.adamw_step(W, grad, m, v, **settings | {"weight_decay": 0.0})
 
 
+def corrects_by_t(W, grad, m, v, t, **settings):
+    """Return what `1 - beta**t` gives in place of `1 - beta**(t + 1)`."""
+    moved, m_, v_ = adamw.adamw_step(W, grad, m, v, t=max(t - 1, 0), **settings)
+    return moved if t else np.full_like(W, np.nan), m_, v_
+
+
 def scales_the_other_side(W, l, side):  # noqa: E741
     return ia3.ia3_merge(W, l, "input" if side == "output" else "output")
 
@@ -77,6 +83,7 @@ WRONG = {
     ("lora_merge", transposes): "the result is transposed",
     ("attention_forward", divides_by_the_width): "divided by d, not sqrt(d)",
     ("adamw_step", never_decays): "the weight does not decay",
+    ("adamw_step", corrects_by_t): "the correction counts one step too few",
     ("ia3_merge", scales_the_other_side): "l scales the other side",
     ("linear_forward", loses_the_bias): "the bias is missing",
     ("vera_merge", forgets_b): "b is left out",
