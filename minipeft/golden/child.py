@@ -5,6 +5,7 @@ it. If one of them keeps a pipe open, nothing waits for that pipe.
 """
 
 import os
+import re
 import selectors
 import signal
 import subprocess
@@ -19,7 +20,7 @@ from minipeft.golden.errors import Late, NoAnswer, Unavailable
 
 LARGEST = 16 * 2**20  # bytes of one answer; the answers to our vectors have thousands
 CHUNK = 1 << 16
-TAIL = 4096  # bytes of stderr that are kept; a report quotes the last line
+TAIL = 4096  # bytes of stderr that are kept; a report quotes a line
 TICK = 0.05  # seconds between two checks of a process whose pipe stays open
 SOON = 1.0  # seconds for a process to end after the end of its output
 SHOWN = 2**20  # bytes that one implementation may print on our stderr
@@ -58,7 +59,7 @@ class Child:
         relay: Relay | None = None,
         folder: Path | None = None,
     ) -> None:
-        """Start it; messages quote the last line of its stderr.
+        """Start it; messages quote a line of its stderr.
 
         Args:
             command: the program and its arguments.
@@ -208,7 +209,7 @@ class Child:
         return any(key.fileobj is pipe for key in self._open.get_map().values())
 
     def _ending(self) -> str:
-        """Say how the process ended, with its last line on stderr."""
+        """Say how the process ended, with the last words on its stderr."""
         with suppress(subprocess.TimeoutExpired):
             self._process.wait(SOON)
         code = self._process.poll()
@@ -225,7 +226,26 @@ class Child:
         how = f"ended with code {code}" if code >= 0 else f"was ended by {_name(-code)}"
         lines = self._tail.decode("utf-8", "backslashreplace").split("\n")
         said = [line.strip() for line in lines if line.strip()]
-        return f"the process {how}" + (f": {said[-1]}" if said else "")
+        return f"the process {how}" + (f": {_message(said)}" if said else "")
+
+
+# What follows the message of an error that nobody caught: Node.js's version and
+# properties, Rust's advice, frames of a stack.
+_AFTER = re.compile(r"Node\.js v\d|note: .*RUST_BACKTRACE|\(Use `node --trace|at \S")
+_ERROR = re.compile(
+    r"(Uncaught |Caused by: |Exception in .*)?[\w.]*(Error|Exception)\b"
+)
+
+
+def _message(lines: Sequence[str]) -> str:
+    """Return the last line, or the one with the message, where more lines follow it."""
+    if not _AFTER.match(lines[-1]):
+        return lines[-1]
+    for at, line in enumerate(lines):
+        if " panicked at " in line:  # Rust: the message is the line below
+            return lines[at + 1]
+    said = [line for line in lines if _ERROR.match(line)]
+    return (said or [line for line in lines if not _AFTER.match(line)] or lines)[-1]
 
 
 def _name(number: int) -> str:

@@ -13,6 +13,7 @@ from minipeft.errors import InputError
 from minipeft.golden.child import SOON, Child, Relay
 from minipeft.golden.errors import (
     Accident,
+    Late,
     NoAnswer,
     Refused,
     Unavailable,
@@ -88,7 +89,7 @@ class Persistent:
         try:
             self._child = self._start()
         except NoAnswer as accident:
-            raise Unavailable(f"{name!r} does not start: {accident}.") from None
+            raise Unavailable(f"{name!r} does not start: {accident}.") from accident
         except OSError as error:
             raise Unavailable(_cannot_run(name, error)) from None
 
@@ -156,7 +157,15 @@ def check_timeout(seconds: float | None, option: str) -> None:
 
 def program(command: str, timeout: float, folder: Path | None = None) -> Persistent:
     """Start a program that speaks JSON lines, in a folder or here."""
-    return Persistent(command, split(command), timeout, folder=folder)
+    try:
+        return Persistent(command, split(command), timeout, folder=folder)
+    except Unavailable as reason:
+        if not isinstance(reason.__cause__, Late):
+            raise
+        raise Unavailable(
+            f"{command!r} does not start: {reason.__cause__} to the line that greets "
+            "it; a program that takes one case and ends is asked without --persistent."
+        ) from None
 
 
 def worker(

@@ -232,6 +232,54 @@ def test_a_program_that_never_answers_is_exit_code_2(text, said, how, tmp_path):
     assert report["stopped"]
 
 
+NODE = """node:internal/modules/cjs/loader:1210
+  throw err;
+  ^
+
+Error: Cannot find module '/mine.mjs'
+    at node:internal/main/run_main_module:28:49 {
+  code: 'MODULE_NOT_FOUND',
+  requireStack: []
+}
+
+Node.js v20.20.2"""
+RUST = """thread 'main' (7) panicked at mine.rs:1:84:
+index out of bounds: the len is 0 but the index is 6
+note: run with `RUST_BACKTRACE=1` environment variable to display a backtrace"""
+JAVA = """Exception in thread "main" java.lang.IllegalStateException: not now
+\tat Mine.main(Mine.java:3)"""
+
+
+@pytest.mark.parametrize(
+    ("written", "said"),
+    [
+        (NODE, "Error: Cannot find module '/mine.mjs'"),
+        ("^\n\nBoom: far\n    at mine.mjs:1:7\n\nNode.js v20.20.2", "Boom: far"),
+        (RUST, "index out of bounds: the len is 0 but the index is 6"),
+        (JAVA, 'Exception in thread "main" java.lang.IllegalStateException: not now'),
+        ("KeyError: 1\nand then: more", "and then: more"),
+    ],
+)
+def test_a_crash_is_told_by_its_message_and_not_by_what_follows(
+    written, said, tmp_path
+):
+    (tmp_path / "written").write_text(written)
+    started = program(tmp_path, f"cat {tmp_path}/written >&2; exit 1")
+    code, _, stderr, _ = ask(tmp_path, *started, "--persistent")
+    assert code == 2
+    assert stderr.strip().endswith(f"the process ended with code 1: {said}.")
+
+
+def test_a_program_that_waits_for_the_end_of_its_input_is_told_of_the_greeting(
+    tmp_path,
+):
+    waits = program(tmp_path, "cat >/dev/null; echo '{}'", "0.3")
+    code, _, stderr, _ = ask(tmp_path, *waits, "--persistent")
+    assert code == 2
+    assert "no answer within 0.3 s (--timeout) to the line that greets it; " in stderr
+    assert stderr.strip().endswith("is asked without --persistent.")
+
+
 def test_a_program_that_crashes_in_one_start_fails_one_case(tmp_path):
     text = "read x\nif [ ! -e crashed ]; then touch crashed; exit 1; fi\n"
     text += 'echo "{\\"unsupported\\": \\"no\\"}"'
