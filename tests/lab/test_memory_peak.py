@@ -1,5 +1,6 @@
 """The predicted peak of a step against what torch's allocator hands out."""
 
+import copy
 import dataclasses
 import json
 from pathlib import Path
@@ -9,7 +10,7 @@ import torch
 import transformers
 from torch.profiler import ProfilerActivity, profile
 
-from minipeft.lab import memory, memory_peak, train
+from minipeft.lab import memory, memory_peak, models, train
 from minipeft.lab.memory import measured
 from minipeft.lab.memory import prepared as adapting
 from minipeft.torch.adamw import AdamW
@@ -176,3 +177,42 @@ def test_a_prediction_that_forgets_the_logits_is_off(tiny):
     found = measured.predicted(*case)
     without = dataclasses.replace(found, logits=0)
     assert abs(real_peak(*case) / without.total - 1) > ON_TINY
+
+
+HARD = [  # each was off by more than the band
+    ("lora", "eager", "float32", (4, 200)),
+    ("lora", "eager", "bfloat16", (4, 200)),
+    ("full", "eager", "bfloat16", (4, 200)),
+    ("lora", "masked", "float32", (2, 800)),
+    ("vera", "fused", "bfloat16", (8, 400)),
+]
+
+
+@pytest.mark.parametrize(("name", "attention", "dtype", "tokens"), HARD)
+def test_a_block_that_is_computed_again_is_within_its_band(
+    tiny, name, attention, dtype, tokens
+):
+    model, optimizer, _ = ready(
+        copy.deepcopy(tiny.model.config), name, getattr(torch, dtype)
+    )
+    model.set_attn_implementation("eager" if attention == "eager" else "sdpa")
+    models.recompute_blocks(model)
+    ids = torch.randint(3, 1024, tokens)
+    batch = {"input_ids": ids, "labels": ids, "attention_mask": torch.ones_like(ids)}
+    if attention == "masked":
+        batch["attention_mask"][0, -3:] = 0
+    expected = measured.predicted(model, optimizer, batch)
+    assert abs(real_peak(model, optimizer, batch) / expected.total - 1) < ON_TINY
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("name", ["full", "lora"])
+def test_eager_attention_keeps_what_is_counted_to_the_byte(tiny, name, dtype):
+    kind = getattr(torch, dtype)
+    model, _, batch = ready(copy.deepcopy(tiny.model.config), name, kind)
+    model.set_attn_implementation("eager")
+    sizes = memory.of_config(tiny.model.config)
+    adapter = measured.adapter_of(model, sizes)
+    tokens = (sizes, (4, 64), adapter, kind.itemsize, "eager")
+    expected = memory.activation_memory(*tokens)
+    assert kept_by_autograd(model, batch["input_ids"]) == expected

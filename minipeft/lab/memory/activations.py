@@ -30,8 +30,9 @@ def activation_memory(
     norms goes, nothing before the first adapter is kept, and each target adds what its
     method keeps, for LoRA the r values `A x` in float32. A prompt changes the very
     first input, and both kinds of virtual tokens lengthen what is read. Attention that
-    is not fused keeps its probabilities besides: a float32 for each pair of tokens, in
-    each head. Exact, to the byte, for Llama, Mistral and Qwen 2 and 3.
+    is not fused keeps its probabilities besides, a float32 for each pair of tokens in
+    each head, and keys and values for each head, but no logsumexp. Exact, to the byte,
+    for Llama, Mistral and Qwen 2 and 3.
 
     Args:
         model: The sizes.
@@ -200,13 +201,17 @@ def pair_memory(
     """Return the bytes a sequence that one layer's attention keeps for pairs of tokens.
 
     Eager attention keeps the softmax in float32, and its copy where values are shorter;
-    a soft cap keeps its tanh besides.
+    a soft cap keeps its tanh besides. Keys and values are repeated for every head of
+    queries, and there is no logsumexp.
     """
     if attention != "eager":
         return 0
-    copy = bytes_per_value if bytes_per_value != 4 else 0
-    capped = bytes_per_value * model.block.soft_caps
-    return model.heads * seq * seq * (4 + copy + capped)
+    e = bytes_per_value
+    copy = e if e != 4 else 0
+    capped = e * model.block.soft_caps
+    repeated = e * 2 * model.head * (model.heads - model.key_value_heads)
+    pairs = model.heads * seq * seq * (4 + copy + capped)
+    return pairs + seq * (repeated - 4 * model.heads)
 
 
 def rotary_memory(model: Architecture, seq: int, bytes_per_value: int) -> int:

@@ -123,8 +123,17 @@ def _check_numbers(family: str, config: Any) -> None:
         raise InputError(
             f"{wide} is {width} for {count} heads; choose a multiple of the heads"
         )
+    _check_groups(count, getattr(config, "num_key_value_heads", None))
     if family in EXPERTS:
         _check_experts(config)
+
+
+def _check_groups(heads: int, groups: int | None) -> None:
+    if groups and heads % groups:
+        raise InputError(
+            f"num_key_value_heads is {groups} for {heads} heads; each serves as many "
+            f"heads as another, so choose a divisor of {heads}"
+        )
 
 
 def _check_experts(config: Any) -> None:
@@ -197,7 +206,8 @@ def configuration(name: str) -> Any:
         return transformers.AutoConfig.from_pretrained(path, local_files_only=True)
     except (*wrong, *broken) as error:
         raise InputError(
-            f"{path} is no configuration of a model ({_reason(error)})"
+            f"{path} is no configuration of a model ({_reason(error)}); repair it, or "
+            "give another config.json"
         ) from error
 
 

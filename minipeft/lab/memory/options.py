@@ -111,10 +111,19 @@ class Options:
                 f"targets are {[*self.targets]}, and {self.method} stands on no linear "
                 "layer; leave them out, or choose another method"
             )
+        self._check_base()
+
+    def _check_base(self) -> None:
+        """Refuse what a method does not train, or does not stand on."""
         if self.method == "full" and self.adapt_experts:
             raise InputError(
                 "full trains the experts without adapters; leave adapt_experts "
                 "(--adapt-experts) out, or choose lora"
+            )
+        if self.method == "loftq" and self.base != "nf4":
+            raise InputError(
+                f"the base is {self.base}, and loftq stores the layers that it adapts "
+                "in NF4 with plain constants; choose the base nf4 (--base nf4)"
             )
         if self.method == "full" and self.base.startswith("nf4"):
             raise InputError(

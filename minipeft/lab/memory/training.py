@@ -6,6 +6,7 @@ from minipeft.errors import InputError
 from minipeft.lab.memory.activations import (
     activation_memory,
     block_memory,
+    feedforward_memory,
     mask_memory,
     norm_memory,
     pair_memory,
@@ -232,7 +233,9 @@ def _activations(
     last = norm_memory(model, adapter, e) + 4 * model.vocabulary + 16
     n = tokens[0] * read
     inputs = model.layers * n * model.width * e
-    return inputs + n * last + rotary_memory(model, read, e)
+    # The mask of true and false is an input of every block too.
+    mask = tokens[0] * read * read * (how.attention == "masked")
+    return inputs + n * last + rotary_memory(model, read, e) + mask
 
 
 class _Moments:
@@ -293,15 +296,31 @@ class _Moments:
         """Return the gradients inside a block, or a weight that is decoded for one.
 
         At the product of gate and up: its gradient and those of both factors, of which
-        the first takes the place of the product where that was kept.
+        the first takes the place of the product where that was kept. At the softmax of
+        eager attention: two gradients of 32 bits for each pair of tokens, when the
+        softmax's copy of 16 bits and the feed-forward are gone.
         """
         e, model = self.use.activations, self.model
         kept = self.adapter is None or self.adapter.reads(model, "feed-forward product")
         wide, stream = self.n * e * model.feedforward, self.n * e * model.width
+        if e < 4 and self.adapter is not None and self.adapter.method == "vera":
+            stream += (
+                2 * 4 * self.n * model.feedforward
+            )  # its own gradients, in 32 bits
         largest = max(m * n for m, n in model.linears.values())
         decoded = e * largest * (self.use.weights < 2)
-        pairs = 2 * self.pairs()
-        return stream + pairs + max(wide * (2 if kept else 3), wide + decoded)
+        gone = self.n * feedforward_memory(model, self.adapter, e)
+        return stream + max(
+            wide * (2 if kept else 3), wide + decoded, self.softmax() - gone
+        )
+
+    def softmax(self) -> float:
+        """Return what the backward pass of eager attention needs, in one block."""
+        if self.how.attention != "eager":
+            return 0.0
+        seq, e = self.n // self.tokens[0], self.use.activations
+        each = 8 - (e if e != 4 else 0)
+        return self.tokens[0] * self.model.heads * seq * seq * each
 
     def pairs(self) -> float:
         """Return what attention keeps for pairs of tokens, in one block."""
