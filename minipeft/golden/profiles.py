@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from minipeft.errors import InputError
-from minipeft.golden.runner import OUR_WAY, Outcome, is_exact
+from minipeft.golden.runner import OUR_WAY, REFUSES, Outcome, is_exact
 from minipeft.golden.vectors import Case
 
 PROFILES = Path(__file__).with_name("profiles.json")
@@ -33,7 +33,8 @@ class Profile:
         if own is not None:
             return own
         offered = {way.name for way in case.alternatives}
-        return next((way for way in self.ways if way in offered), OUR_WAY)
+        ours = OUR_WAY if case.outputs or not case.alternatives else REFUSES
+        return next((way for way in self.ways if way in offered), ours)
 
 
 def load_all() -> dict[str, Profile]:

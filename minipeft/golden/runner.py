@@ -21,6 +21,7 @@ from minipeft.golden.vectors import Case, Note, Tensors, VectorFile, Way
 __all__ = ["Outcome", "implementation", "is_exact", "judge", "unasked", "verify"]
 
 OUR_WAY = "minipeft"
+REFUSES = "refuses"  # the way of a refusal, where the vector has no outputs of ours
 PATIENCE = 3  # time-outs after which the rest of an operation is skipped
 
 
@@ -137,7 +138,7 @@ def _judge_refusal(outcome: Judge, case: Case, why: str) -> Outcome:
         return outcome("pass")
     ways = [way.name for way in case.alternatives if way.outputs is None]
     if case.result == "acceptable" and not case.outputs:
-        ways = [OUR_WAY]
+        ways = [REFUSES]
     if ways:
         return _went(outcome("pass"), None, ways)
     return outcome("fail", f"refused a valid input: {why}")

@@ -166,7 +166,8 @@ def test_an_example_passes_and_is_short(name, languages):
         command = f"{need('node')} {path}"
     else:
         command = str(compiled(languages, path))
-    done = minipeft("verify", "--exec", command, "--persistent")
+    ours = ("--profile", "minipeft")
+    done = minipeft("verify", "--exec", command, "--persistent", *ours)
     assert done.returncode == 0, done.stdout + done.stderr
     (file,) = load_all(["lora_merge"])
     halves = sum(c.question.inputs["W"].dtype != "float32" for c in file.cases)

@@ -80,6 +80,24 @@ def test_who_goes_another_way_fails_only_under_the_profile(name):
     assert all(f"profile {name} has" in o.detail for o in failed)
 
 
+def test_a_refusal_where_all_profiles_compute_is_not_called_our_way():
+    (file,) = load_all(["lora_merge"])
+    (found,) = (
+        outcome
+        for outcome in verify(Functions("mine", {"lora_merge": refuses}.get), [file])
+        if "ExcessiveRank" in outcome.notes
+    )
+    assert (found.status, found.way) == ("pass", "refuses")
+    held = profiles.hold(OURS, found)
+    assert held.detail == (
+        "goes the way refuses; profile minipeft has computes-any-rank"
+    )
+
+
+def refuses(**arguments):
+    raise ValueError("r is too large")
+
+
 def test_profiles_name_ways_that_exist():
     for profile in PROFILES.values():
         assert set(profile.ways) <= set(WAYS)
