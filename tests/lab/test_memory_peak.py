@@ -216,3 +216,30 @@ def test_eager_attention_keeps_what_is_counted_to_the_byte(tiny, name, dtype):
     tokens = (sizes, (4, 64), adapter, kind.itemsize, "eager")
     expected = memory.activation_memory(*tokens)
     assert kept_by_autograd(model, batch["input_ids"]) == expected
+
+
+SLIDING = {
+    "mistral": {"sliding_window": 64},
+    "qwen2": {"sliding_window": 64, "use_sliding_window": True, "max_window_layers": 1},
+    "gemma3_text": {"sliding_window": 64, "head_dim": 16},
+}
+
+
+@pytest.mark.parametrize("length", [63, 64, 80])
+@pytest.mark.parametrize("family", SLIDING)
+def test_a_window_brings_a_mask_once_the_sequence_is_as_long(tiny, family, length):
+    known = tiny.model.config.to_dict()
+    names = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers")
+    names += ("num_attention_heads", "num_key_value_heads", "pad_token_id")
+    sizes = {name: known[name] for name in names} | SLIDING[family]
+    config = transformers.AutoConfig.for_model(family, **sizes)
+    model = transformers.AutoModelForCausalLM.from_config(config).float()
+    adapting.prepared(model, "lora")
+    counted = memory.of_config(config)
+    assert counted.windowed == (3 if family == "qwen2" else 4)
+    expected = memory.activation_memory(counted, (2, length), adapting.adapter("lora"))
+    ids = torch.randint(3, 1024, (2, length))
+    ones = (
+        17 * 4 * counted.width if family == "gemma3_text" else 0
+    )  # 1 + w of its norms
+    assert kept_by_autograd(model, ids) == expected + ones

@@ -54,9 +54,9 @@ def activation_memory(
         missing, never = before_adapters(model, adapter, e)
         kept -= batch * read * missing + never
     method = adapter.method if adapter is not None else "full"
-    if attention == "masked" or method == "prefix":
-        wide = read + adapter.r if adapter and method == "prefix" else read
-        kept += model.layers * batch * mask_memory(model, read, wide, e)
+    prefix = adapter.r if adapter and method == "prefix" else 0
+    masked = model.layers if prefix else model.masked(attention, read)
+    kept += masked * batch * mask_memory(model, read, read + prefix, e)
     rows = batch if method in VIRTUAL else 1  # then each has positions of its own
     return kept + rows * rotary_memory(model, read, e) + LOSS
 

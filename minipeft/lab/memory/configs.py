@@ -72,7 +72,7 @@ def of_config(config: Any) -> Architecture:
     _check_numbers(family, config)
     if family == "gpt2":
         return _gpt2(config)
-    found = Architecture(
+    plain = Architecture(
         layers=config.num_hidden_layers,
         width=config.hidden_size,
         feedforward=config.intermediate_size,
@@ -84,7 +84,20 @@ def of_config(config: Any) -> Architecture:
         tied=config.tie_word_embeddings,
         block=BLOCKS[family],
     )
-    return EXPERTS[family](config, found) if family in EXPERTS else found
+    return _particular(config, plain)
+
+
+def _particular(config: Any, plain: Architecture) -> Architecture:
+    """Add experts and windows, where there are any."""
+    if config.model_type in EXPERTS:
+        plain = EXPERTS[config.model_type](config, plain)
+    window = getattr(config, "sliding_window", None)
+    if not window:
+        return plain
+    check_integer("sliding_window", window, 1)
+    kinds = getattr(config, "layer_types", None)
+    count = kinds.count("sliding_attention") if kinds else plain.layers
+    return replace(plain, window=window, windowed=count)
 
 
 def _check_parts(family: str, config: Any) -> None:

@@ -63,7 +63,10 @@ class Experts:
 
 @dataclass(frozen=True)
 class Architecture:
-    """The sizes of a decoder; `head` is the width of one attention head."""
+    """The sizes of a decoder; `head` is the width of one attention head.
+
+    In `windowed` layers a token asks those of a `window` before it alone.
+    """
 
     layers: int
     width: int
@@ -76,6 +79,17 @@ class Architecture:
     block: Block = field(default_factory=Block)
     experts: Experts | None = None
     positions: int = 0
+    window: int = 0
+    windowed: int = 0
+
+    def masked(self, attention: str, seq: int) -> int:
+        """Return the layers whose fused attention has a mask.
+
+        transformers writes one for a window that is no longer than the sequence.
+        """
+        if attention == "fused" and seq >= self.window:
+            return self.windowed
+        return self.layers if attention == "masked" else 0
 
     @property
     def linears(self) -> dict[str, tuple[int, int]]:

@@ -234,7 +234,8 @@ def _activations(
     n = tokens[0] * read
     inputs = model.layers * n * model.width * e
     # The mask of true and false is an input of every block too.
-    mask = tokens[0] * read * read * (how.attention == "masked")
+    rows = tokens[0] if how.attention == "masked" else 1
+    mask = rows * read * read * bool(model.masked(how.attention, read))
     return inputs + n * last + rotary_memory(model, read, e) + mask
 
 
@@ -325,7 +326,8 @@ class _Moments:
     def pairs(self) -> float:
         """Return what attention keeps for pairs of tokens, in one block."""
         seq, e, how = self.n // self.tokens[0], self.use.activations, self.how.attention
-        mask = mask_memory(self.model, seq, seq, e) if how == "masked" else 0
+        masked = bool(self.model.masked(how, seq))
+        mask = mask_memory(self.model, seq, seq, e) * masked
         return self.tokens[0] * (pair_memory(self.model, seq, e, how) + mask)
 
 
