@@ -67,7 +67,7 @@ handover.check_own(folder)
 # %% [markdown]
 # ## The examples
 #
-# A line of `--data` is a conversation, a prompt with its completion, a word with its definition, or a text. A conversation is written in the chat template that comes with the tokenizer. So is a definition, as the answer to *Define: …*. A tokenizer without a template, as that of `tiny`, gets plain text.
+# A line of `--data` is a conversation, a prompt with its completion, a word with its definition, or a text. A conversation is written in the chat template that comes with the tokenizer. So is a definition, as the answer to *Define: …*. A tokenizer without a template, as that of `tiny`, gets plain text. Of a text the first word is given, and the rest is learned.
 #
 # @source minipeft.lab.chat.written
 #

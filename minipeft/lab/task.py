@@ -177,6 +177,11 @@ def _examples(line: str, where: str) -> Iterator[tuple[Pair, chat.Messages | Non
         return
     fields = _fields(entry) if isinstance(entry, dict) else None
     if fields is None or not all(isinstance(field, str) for field in fields):
+        if isinstance(entry, dict) and _one_message(entry.get("messages")):
+            raise InputError(
+                f"{where} is a conversation of one message; give a question and its "
+                "answer, or leave the line out"
+            )
         raise InputError(f"{where} is none of {FORMS}")
     _check_answer(fields, where)
     yield fields, _asked(*fields) if "definition" in entry else None
@@ -186,7 +191,9 @@ def _entry(line: str, where: str) -> Any:
     try:
         entry = json.loads(line)
     except (ValueError, RecursionError) as error:
-        raise InputError(f"{where} is not JSON ({error})") from None
+        raise InputError(
+            f"{where} is not JSON ({error}); give one object a line: {FORMS}"
+        ) from None
     try:
         json.dumps(entry, ensure_ascii=False).encode()
     except UnicodeEncodeError as error:
@@ -222,6 +229,10 @@ def _fields(entry: Mapping[str, Any]) -> tuple[Any, Any] | None:
         first, space, rest = entry["text"].strip().partition(" ")
         return first, space + rest
     return None
+
+
+def _one_message(messages: Any) -> bool:
+    return isinstance(messages, list) and len(messages) == 1
 
 
 def _messages(messages: Any) -> chat.Messages | None:

@@ -316,12 +316,16 @@ def test_a_file_s_lines_become_pairs(tmp_path):
     ("line", "sentence"),
     [
         ("{", "line 41 of .* is not JSON"),
+        (
+            "The oak stood.",
+            r"is not JSON \(.*\); give one object a line: .*\"text\": …}$",
+        ),
         ('["a"]', r'line 41 of .* is none of \{"word"'),
         ('{"word": "a"}', "line 41 of .* is none of"),
         ('{"prompt": 3, "completion": "x"}', "line 41 of .* is none of"),
         ('{"prompt": "a", "completion": " "}', "line 41 of .* has an empty answer"),
         ('{"text": "alone"}', "line 41 of .* has an empty answer"),
-        ('{"messages": [{"role": "user", "content": "x"}]}', "is none of"),
+        ('{"messages": [{"role": "user", "content": "x"}]}', "of one message; give"),
         ('{"messages": [3, 4]}', "is none of"),
         ("[" * 100_000, "line 41 of .* is not JSON .maximum recursion"),
         (
