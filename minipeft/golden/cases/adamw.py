@@ -170,6 +170,10 @@ def _coded() -> Iterator[Spec]:
     yield from _misfits(fine)
     large = settings | {"t": 1, "eps": 256.0}
     yield _exact("a large eps", "LaterStep Eps Codes", still, large)
+    yield from _out_of_range(fine)
+
+
+def _out_of_range(fine: Spec) -> Iterator[Spec]:
     for name, value in [
         ("lr", -0.1),
         ("beta1", -0.5),

@@ -65,7 +65,11 @@ def files() -> Iterator[File]:
         papers=(PEFT,),
         specs=[*_merges(), *_broken()],
     )
-    yield File(
+    yield _gguf_file()
+
+
+def _gguf_file() -> File:
+    return File(
         operation="gguf_merge",
         header=("merged = W + share alpha/r B A, and W + share B A where alpha is 0.",),
         source="minipeft.reference.adapter_files.gguf_scaling",

@@ -62,6 +62,10 @@ def _quantize() -> Iterator[Spec]:
         yield refused(fine, f"W holds {bad}", "NotFinite", W=W)
     yield refused(fine, "blocks of 48", "InvalidBlocksize", blocksize=48)
     yield from _other_blocks()
+    yield from _lifted()
+
+
+def _lifted() -> Iterator[Spec]:
     ramp = np.linspace(-0.9, 1, 16, dtype=F32)
     yield _spec("a = -1e-42", "Subnormal NegativeAbsmax", ramp * F32(-1e-42))
     W = search.lift_differs(BOF4_S, 3)
