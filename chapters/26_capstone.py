@@ -100,12 +100,12 @@ for turn in chat.answers(talk):
     print("one example:", chat.written(talking, turn))
 everything = task.dictionary().validation
 print(f"{len(lesson.train)} examples to learn, {len(lesson.validation)} held out")
-print(f"other models: what takes {SECONDS:.0f} s, and at least {FEWEST} examples")
+print(f"other models or data: what takes {SECONDS:.0f} s, at least {FEWEST} examples")
 
 # %% [markdown]
 # The two lines *one example* are one conversation in a template made up here. An answer ends with the tokenizer's end token, which is put behind every answer.
 #
-# **How much is held out?** A loss on all {=len(everything)=} held-out definitions takes SmolLM2 longer than several steps of training. So for every model but `tiny` a batch is timed first, and as many examples are taken as fit in a validation of {=f"{SECONDS:.0f}"=} seconds, at least {=FEWEST=}, evenly from all. The number is printed and kept with the checkpoints, so that a resumed run is judged on the same ones; `--held-out` sets it.
+# **How much is held out?** A loss on all {=len(everything)=} held-out definitions takes SmolLM2 longer than several steps of training. So for every other model than `tiny`, and for examples of your own, a batch is timed first, and as many examples are taken as fit in a validation of {=f"{SECONDS:.0f}"=} seconds, at least {=FEWEST=}, evenly from all. The number is printed and kept with the checkpoints, so that a resumed run is judged on the same ones; `--held-out` sets it.
 #
 # @source minipeft.lab.held_out.sized
 #

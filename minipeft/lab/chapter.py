@@ -362,8 +362,8 @@ def _add_sizes(parser: argparse.ArgumentParser) -> None:
         "--held-out",
         type=int,
         metavar="N",
-        help="held-out examples that a loss is taken on (default: all in tiny, else as "
-        f"many as take {held_out.SECONDS:.0f} s)",
+        help="held-out examples that a loss is taken on (default: all of the "
+        f"dictionary in tiny, else as many as take {held_out.SECONDS:.0f} s)",
     )
     parser.add_argument(
         "--length",
