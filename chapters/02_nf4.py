@@ -410,7 +410,7 @@ assert bits == 4 + 32 / 64
 # **BOF4-S** [@blumenberg2025] keeps the blocks and changes the table and the sign of the scale. The scale of a block is its largest value *with its sign*, so the largest value always becomes 1,
 # and no code is needed for −1. Fifteen codes are left for the others. They stand where the mean squared error of normal weights is smallest, with 0 and 1 held fixed:
 # each other value is the mean of what is rounded to it, in which a scaled weight counts with the square of its block's scale [@blumenberg2025, equation 5]. The paper computes this mean as an integral and from samples, and prints the table from samples. The table here is that of
-# the integral, and a test checks the condition.
+# the integral, and a test checks the condition. The golden vectors accept what the printed table gives as another way.
 #
 # @source minipeft.reference.bof4.quantize
 # @source minipeft.reference.blockwise.scale

@@ -23,6 +23,8 @@ WAYS: dict[str, str] = {
     "float32-quantiles": "those who take float32 quantiles at float32 points, as NF4's "
     "authors did",
     "float32-quantiles-929-960": "those who take float32 quantiles from 929/960",
+    "codes-from-samples": "those who take BOF4-S's table as its paper prints it, from "
+    "samples; ours is the integral",
     "offset-in-seven-digits": "those who write the offset in seven digits",
     # Adapters
     "update-rounded-first": "those who round the update to the weight's dtype first",

@@ -3,10 +3,12 @@
 import json
 from functools import cache
 
+import numpy as np
 import pytest
 
 from minipeft.errors import InputError
 from minipeft.golden import known, profiles, report
+from minipeft.golden.cases.bof4 import FROM_SAMPLES
 from minipeft.golden.errors import Refused
 from minipeft.golden.implementations import Functions, functions
 from minipeft.golden.report import Run
@@ -61,6 +63,30 @@ def test_who_follows_a_profile_passes_under_it_and_is_recognized(name):
     assert all(o.exact in (True, None) for o in held)
     agreeing, choices = profiles.followed(found)
     assert agreeing[name] == choices == max(agreeing.values())
+
+
+def bof4_quantize(W, blocksize):
+    """Divide by the signed absmax, and search the table of the paper."""
+    flat = np.asarray(W, np.float32).reshape(-1)
+    codes, scales = [], []
+    for start in range(0, len(flat), blocksize):
+        block = flat[start : start + blocksize]
+        scales.append(block[np.abs(block).argmax()])
+        x = block / scales[-1] if scales[-1] else block
+        codes += np.abs(x[:, None] - FROM_SAMPLES).argmin(1).tolist()
+    codes += [7] * (len(codes) % 2)
+    packed = np.array(codes[::2], np.uint8) << 4 | np.array(codes[1::2], np.uint8)
+    return packed, np.array(scales, np.float32)
+
+
+def test_the_papers_table_of_bof4_is_a_way_and_follows_the_paper():
+    own = Functions("paper", {"bof4_quantize": bof4_quantize}.get)
+    found = list(verify(own, load_all(["bof4_quantize"])))
+    computed = [o for o in found if o.case.result in ("valid", "acceptable")]
+    held = [profiles.hold(PROFILES["paper"], outcome) for outcome in computed]
+    assert {outcome.status for outcome in held} == {"pass"}
+    others = {outcome.way for outcome in computed} - {"", OUR_WAY}
+    assert others == {"codes-from-samples"}
 
 
 @pytest.mark.parametrize("column", ["reference", "torch"])
