@@ -249,7 +249,7 @@ if SMALL and halfway.exists():
 # %% [markdown]
 # ## The same with transformers' `Trainer`
 #
-# A model with adapters is an ordinary module. The standard `Trainer` trains it, and gets the losses of our loop: the order of a sum differs, and nothing else. Both divide by the number of predicted labels in the *whole* step. A loop that averages the means of the batches gives a label in a short example more weight; as a control, the `Trainer` is told to do that.
+# A model with adapters is an ordinary module. The standard `Trainer` trains it, and gets the losses of our loop: the order of a sum differs, and nothing else. A step has several batches. Both loops add up the losses of all its labels and divide once, by the number of labels in the *whole* step. Another way is to take the mean of each batch and then the mean of these means: a label in a short example then has more weight. As a control, the `Trainer` is told to do that.
 
 
 # %%
@@ -307,7 +307,7 @@ if SMALL and COUNTED:
 # %% [markdown]
 # ## The files
 #
-# The adapter is written in the file format of its method, with the base's fingerprint, a hash of the data and the seed. The commands of `minipeft` need these files and nothing else: `inspect` describes the adapter, `merge` adds it to the base, `audit` compares the merged file with base + adapter bit by bit, and `export` writes GGUF for llama.cpp and Ollama. An update of another method is written a second time as LoRA's two matrices, in DoRA with its magnitude, for these commands.
+# The adapter is written in the file format of its method, with the base's fingerprint, a hash of the data and the seed. The commands of `minipeft` need these files and nothing else: `inspect` describes the adapter, `merge` adds it to the base, `audit` compares the merged file with base + adapter bit by bit, and `export` writes GGUF for llama.cpp and Ollama. These commands read files of LoRA, of DoRA, and of methods such as PiSSA that train LoRA's two matrices. Every other update that can be merged is written a second time, as two such matrices.
 
 # %%
 shutil.rmtree(folder, ignore_errors=True)

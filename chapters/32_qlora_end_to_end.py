@@ -394,8 +394,8 @@ chapter.show(
 # On a GPU torch takes memory in segments of 2 MB, of 20 MB or of a large tensor's own size, and gives one back only when nothing in it is in use. A limit applies to what is taken. The states of `tiny` are smaller than one segment, so there pages gain nothing. With `--device cuda` the same command therefore takes {=CUT.count=} blocks of Llama 2 70B with random weights in place of `tiny`, batches of {=CUT.usual=} tokens and one of {=CUT.long=}. The rank
 # is {=CUT.r=}, one of those between 4 and 2,048 at which the author of rsLoRA trained Llama 2 [@kalajdzievski2023]: the states grow with it.
 #
-# What the rules of the allocator predict is counted here: both passes run on the device `meta`, where nothing is computed, and every tensor that comes or goes is replayed by them. With them count the workspaces that cuBLAS keeps, on an H100 or H200 {=f"{blocks.WORKSPACES[0] / 2**20:.0f}"=} MiB for the thread of forward and as much for the thread of backward. The limit, one number for both runs, lies half way between what the run with pages takes by these rules, and
-# the bytes of all tensors that live at one time without pages. No allocator can do with less than these, however well it packs.
+# What the rules of the allocator predict is counted here: both passes run on the device `meta`, where nothing is computed, and every tensor that comes or goes is replayed by them. The counts include the workspaces that cuBLAS keeps, on an H100 or H200 {=f"{blocks.WORKSPACES[0] / 2**20:.0f}"=} MiB for the thread of forward and as much for the thread of backward. Both runs get the same limit, the mean of two numbers. The first is what the run with pages takes by these rules. The second is the bytes of all tensors
+# that the run without pages has at one time: no allocator can do with less, however well it packs.
 #
 # @source minipeft.lab.caching.CachingAllocator.allocate
 
@@ -419,10 +419,10 @@ WITHOUT, WITH = (earlier.least(page) / 1e6 for page in (None, PAGES.page_size))
 print(f"rank 64, 512 tokens: {WITH:,.0f} MB with pages, {WITHOUT:,.0f} without")
 
 # %% [markdown]
-# Without pages the tensors alone are {=f"{spare / 1e6:.0f}"=} MB more than the limit, with pages all segments are {=f"{spare / 1e6:.0f}"=} MB less. The largest weight has {=f"{widest / 1e6:.0f}"=} MB when it is decoded. By the rules pages save {=f"{saved / 1e6:,.0f}"=} MB, {=f"{saved / LIMIT:.1%}"=} of the limit. This setting has not run on a card yet; `make gpu STAGE=spike` tries it, and then looks for the smallest limit of each run.
+# The limit is {=f"{spare / 1e6:.0f}"=} MB below the tensors of the run without pages, and as far above all segments of the run with pages. The largest weight has {=f"{widest / 1e6:.0f}"=} MB when it is decoded. By the rules pages save {=f"{saved / 1e6:,.0f}"=} MB, {=f"{saved / LIMIT:.1%}"=} of the limit. This setting has not run on a card yet; `make gpu STAGE=spike` tries it, and then looks for the smallest limit of each run.
 #
-# **With an earlier setting a card did otherwise.** At rank 64, with 512 tokens in the long batch, the run with pages needed a limit of 10,066 MB on an H200, or up to 16 MiB less, and the count says {=f"{WITH:,.0f}"=}. Half of the states more were 10,171 MB, and under that limit the run without pages went on to the end too; the count says {=f"{WITHOUT:,.0f}"=}. So pages saved at most 122 MB of 210 there. In both counts the run ends where a weight is to be decoded and
-# no free part is large enough, though several are large. Which parts are free depends on all that was asked for before, also while the model was made, which the count leaves out: such a hole decides over hundreds of MB, and states of two percent could not stand out from that. The limit above does not depend on holes in the run without pages, and leaves room for one in the run with pages.
+# **With an earlier setting a card did otherwise.** At rank 64, with 512 tokens in the long batch, the run with pages needed a limit of 10,066 MB on an H200, or up to 16 MiB less, and the count says {=f"{WITH:,.0f}"=}. The run without pages was tried under a limit that was larger by half of the states, 10,171 MB, and went on to the end too; the count says that it needs {=f"{WITHOUT:,.0f}"=}. So pages saved at most 122 MB of 210 there. In both counts the run ends where a weight is to be decoded and
+# no free part is large enough, though several are large. Which parts are free depends on all that was asked for before, also while the model was made, and the count leaves that out. One weight more or less that finds a free part changes the need by hundreds of MB, and the states were two percent of the limit: the difference was too small to be seen. Under the new limit the run without pages has no room, wherever its free parts are, and the run with pages has room for one more weight.
 
 # %% [markdown]
 # ## What each part buys on a large model
