@@ -11,6 +11,7 @@
 gradients travel.
 """
 
+import os
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -23,7 +24,11 @@ import torch
 from torch import Tensor, distributed, nn
 from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
+from torch.distributed.checkpoint.filesystem import (
+    FileSystem,
+    FileSystemReader,
+    FileSystemWriter,
+)
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_model_state_dict,
@@ -168,11 +173,30 @@ def replicate(model: nn.Module) -> DistributedDataParallel:
     return DistributedDataParallel(model, **never)
 
 
+class _Replacing(FileSystem):
+    """Gives the new list of parts its name in one step.
+
+    torch removes the list before, then renames: killed between, there would be none.
+    """
+
+    def rm_file(self, path: str | os.PathLike[str]) -> None:
+        pass
+
+    def rename(
+        self, path: str | os.PathLike[str], new_path: str | os.PathLike[str]
+    ) -> None:
+        Path(path).replace(new_path)
+
+
 class _Beside(FileSystemWriter):
     """Leaves the parts of the checkpoint before in place until all new ones are there.
 
     torch gives them the same names, so that an interrupted save would mix two steps.
     """
+
+    def __init__(self, folder: Path):
+        super().__init__(folder)
+        self.fs = _Replacing()
 
     def prepare_global_plan(self, plans: list[Any]) -> list[Any]:
         found = super().prepare_global_plan(plans)

@@ -3,6 +3,7 @@
 import subprocess
 import sys
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
@@ -226,6 +227,24 @@ def test_a_save_that_is_cut_off_leaves_the_checkpoint_before(tmp_path, monkeypat
     assert resume(tmp_path, model, optimizer) == program.STEPS
     for p, before in zip(trainable_parameters(model), first, strict=True):
         assert torch.equal(p, before)
+
+
+def test_a_save_that_is_cut_off_at_its_last_write_leaves_the_one_before(
+    tmp_path, monkeypatch
+):
+    """The list of the parts is written too, but does not have its name yet."""
+    model, optimizer = trained("32")
+    save(tmp_path, model, optimizer, 1)
+
+    def died(*_, **__):
+        raise OSError("cut off")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "rename", died)
+        patched.setattr(Path, "replace", died)
+        with pytest.raises(CheckpointException, match="cut off"):
+            save(tmp_path, model, optimizer, 2)
+    assert resume(tmp_path, model, optimizer) == 1
 
 
 def test_a_second_save_takes_the_place_of_the_first(tmp_path):
