@@ -108,7 +108,7 @@ def claimed(path: Path) -> Iterator[None]:
     """Lock a file against other processes that call this function.
 
     Raises:
-        InputError: Another process has claimed the file.
+        InputError: Another process has claimed the file; its lock cannot be taken.
     """
     # The lock is in another folder, so that no file is left beside this one.
     key = hashlib.sha256(os.path.realpath(path).encode()).hexdigest()[:16]
@@ -120,6 +120,11 @@ def claimed(path: Path) -> Iterator[None]:
         raise InputError(
             f"another process writes {path}; wait for it, or choose another path"
         ) from None
+    except OSError as error:
+        raise InputError(
+            f"{place} cannot be locked ({error.strerror}); remove it, or let TMPDIR "
+            "name a folder of your own on a local disk"
+        ) from error
     try:
         yield
     finally:

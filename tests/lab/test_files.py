@@ -110,6 +110,20 @@ def test_a_file_is_claimed_once(tmp_path):
         pass
 
 
+def test_a_lock_that_cannot_be_taken_is_named(tmp_path, monkeypatch):
+    """Such as one that another user left in a folder for all, or on a network disk."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    with files.claimed(tmp_path / "file.bin"):
+        (left,) = tmp_path.glob("*.lock")
+    left.unlink()
+    left.mkdir()
+    with (
+        pytest.raises(InputError, match=rf"{left} cannot be locked \(Is a dir.*TMPDIR"),
+        files.claimed(tmp_path / "file.bin"),
+    ):
+        pass
+
+
 def in_a_child(act):
     """Run it in another process; return the message of its refusal."""
     reads, writes = os.pipe()
