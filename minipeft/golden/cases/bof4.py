@@ -86,6 +86,18 @@ def _quantize() -> Iterator[Spec]:
     yield refused(fine, "blocks of 48", "InvalidBlocksize", blocksize=48)
     yield from _other_blocks()
     yield from _lifted()
+    yield _both_sides("both sides of every midpoint", BOF4_S)
+    yield _both_sides("the same of the paper's table", FROM_SAMPLES)
+
+
+def _both_sides(comment: str, table: Array) -> Spec:
+    """One step below and above each midpoint, in one answer: no table is half another.
+
+    Whether the midpoint itself is exact depends on how it is compared.
+    """
+    middle = search.midpoints(table)
+    sides = [search.step(middle, -1), search.step(middle, 1), np.ones(1, F32)]
+    return _spec(comment, "NextToTie OddLength", np.concatenate(sides))
 
 
 def _lifted() -> Iterator[Spec]:

@@ -2,6 +2,7 @@
 
 import numpy as np
 
+from minipeft.golden.cases.bof4 import FROM_SAMPLES
 from minipeft.golden.drivers.reference import blockwise as nf4
 from minipeft.golden.drivers.reference import bof4 as right
 from minipeft.reference import blockwise
@@ -194,3 +195,29 @@ def loses_the_last_of_an_odd_number(packed, absmax, blocksize, shape, dtype):
     if W.size % 2:
         W[-1] = 0
     return W
+
+
+BOTH_SIDES = ("both sides of every midpoint", "the same of the paper's table")
+
+
+def with_table(W, blocksize, table):
+    """Quantize with another codebook."""
+    _, scales = right.bof4_quantize(W, blocksize)
+    blocks = np.pad(W.reshape(-1).astype(F32), (0, -W.size % blocksize))
+    scaled = blockwise.scale(blocks.reshape(-1, blocksize), scales)
+    codes = blockwise.nearest(scaled, table).reshape(-1)[: W.size]
+    return blockwise.pack(codes, 4, fill=7), scales
+
+
+@bug("bof4_quantize", "NextToTie", BOTH_SIDES[0])
+def takes_one_code_of_another_table(W, blocksize):
+    mixed = BOF4_S.copy()
+    mixed[13] = FROM_SAMPLES[13]
+    return with_table(W, blocksize, mixed)
+
+
+@bug("bof4_quantize", "NextToTie", *BOTH_SIDES)
+def cuts_a_code_of_bof4_to_four_digits(W, blocksize):
+    cut = BOF4_S.copy()
+    cut[6] = F32(-0.0938)
+    return with_table(W, blocksize, cut)
