@@ -146,16 +146,16 @@ assert lost > 0
 # %% [markdown]
 # ## The experiment: 70 billion parameters on cards of 24 GB
 #
-# One sequence of 512 tokens a card, checkpointing: only the input of each block is kept, and one block at a time is computed again. LoRA of rank 16 on all linear layers, in 32 bits with Adam. The count is that of `minipeft memory`, which contains one decoded weight, with two things added: the gathered blocks, and the whole embeddings and output layer. Nothing was measured. The cards are RTX 3090, sold as 24 GB, which hold 24 GiB, or {=CARD / 1e9:.1f=} GB.
+# One sequence of 512 tokens a card, checkpointing: only the input of each block is kept, and one block at a time is computed again. LoRA of rank 16 on all linear layers, in 32 bits with Adam. The count is that of `minipeft memory`, which contains one decoded weight, with two things added: the gathered blocks, and the whole embeddings and output layer. The fullest moment is counted. On one card, or under DDP, it comes when the first block is computed again, as then all gradients are there. Under FSDP it comes at the last block: no gradient is there yet, and the inputs of all blocks, which are not divided, are. Nothing was measured. The cards are RTX 3090, sold as 24 GB, which hold 24 GiB, or {=CARD / 1e9:.1f=} GB.
 
 # %%
 TOKENS, RANK = (1, 512), Adapter(r=16)
 CHECKPOINTED = Step(checkpointing=True, transient=0)
 
 
-def fullest(bits, tokens=TOKENS):
-    """Return the fullest moment of the passes, by the book's count for one card."""
-    use = Precision(weights=bits / 8, gradients=4, activations=2)
+def fullest(bits, tokens=TOKENS, cards=1):
+    """Return the fullest moment of the passes, with a card's part of the gradients."""
+    use = Precision(weights=bits / 8, gradients=4 / cards, activations=2)
     return peak(LLAMA_70B, tokens, RANK, use, CHECKPOINTED)
 
 
@@ -179,13 +179,14 @@ print(f"{'adapters, gradients, Adam':36s} {adapters / 1e9:5.2f} GB, divided by N
 
 def sharded(cards, bits=BITS, tokens=TOKENS):
     """Return the bytes that a card needs under FSDP."""
-    at = fullest(bits, tokens)
-    held = linears * bits / 8 + 2 * rest + adapters
+    at = fullest(bits, tokens, cards)
+    held = linears * bits / 8 + 2 * rest + trained * (4 + 8)
     # The embeddings and the output layer belong to no block: FSDP2 keeps them whole
     # from the forward pass to the end of the backward pass, beside the card's part.
     gathered = 2 * linears / LLAMA_70B.layers * bits / 8 + 2 * rest
     copies = gathered if cards > 1 else 0
-    return held / cards + copies + at.activations + at.logits + at.transient
+    passing = at.gradients + at.activations + at.logits + at.transient
+    return held / cards + copies + passing
 
 
 def replicated():
@@ -193,6 +194,8 @@ def replicated():
     return weights + adapters + sum(own.values())
 
 
+assert found.moment == "first block"
+assert fullest(BITS, cards=2).moment == "last block"
 half = 2 * LLAMA_70B.parameters
 needs = {cards: sharded(cards) for cards in (1, 2, 4, 8)}
 print(f"\na card holds {CARD / 1e9:.1f} GB; cards   FSDP, 4 bits   DDP, 4 bits")
